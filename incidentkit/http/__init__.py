@@ -1,0 +1,1 @@
+"""The REST service: an ASGI app around a client."""

@@ -1,0 +1,130 @@
+"""What a store does, and the choice of one from a URL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from attrs import frozen
+
+from incidentkit.errors import InvalidSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
+
+Incidents: TypeAlias = "list[Incident]"
+"""A page; an alias because inside a store ``list`` is the verb."""
+
+POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
+SQLITE_SCHEMES = ("sqlite", "sqlite+aiosqlite")
+
+
+@frozen
+class RequestRecord:
+    """One answered HTTP request.
+
+    Attributes:
+        logged_at: When it was answered, aware.
+        method: The HTTP method.
+        route: The path's template, such as ``/incident/get/{incident_id}``.
+        status: The HTTP status of the answer.
+        duration_ms: From the route's start to its answer, in milliseconds.
+        request_id: The id that the answer carries in ``X-Request-ID``.
+    """
+
+    logged_at: datetime
+    method: str
+    route: str
+    status: int
+    duration_ms: float
+    request_id: str
+
+
+@frozen
+class StoreOptions:
+    """How a store uses its database.
+
+    Attributes:
+        pool_size: Connections that may be kept, at least 1.
+        max_overflow: Connections that may be opened on top of them under load, at least 0.
+        connect_timeout: Seconds to wait for a new connection.
+        pool_timeout: Seconds to wait for a free connection.
+        statement_timeout: Seconds that a statement may take; on SQLite also how long it waits
+            for another process that is writing.
+        echo: Log every statement, without its values, to the logger ``incidentkit.store``.
+    """
+
+    pool_size: int = 5
+    max_overflow: int = 10
+    connect_timeout: float = 5.0
+    pool_timeout: float = 5.0
+    statement_timeout: float = 10.0
+    echo: bool = False
+
+
+class IncidentStore(Protocol):
+    """Where incidents are kept.
+
+    Every method raises :class:`~incidentkit.StoreUnavailable` if the database cannot be reached
+    and :class:`~incidentkit.StoreError` if it refuses a statement; arguments are valid already.
+    """
+
+    async def open(self) -> None:
+        """Connect, and make sure of the schema.
+
+        Raises:
+            SchemaOutOfDate: If it is not the one that this version works on.
+        """
+
+    async def close(self) -> None:
+        """Give back every connection; calling it again does nothing."""
+
+    async def check(self) -> None:
+        """Raise unless the database answers and has the schema that this version works on."""
+
+    async def create(self, incident: NewIncident) -> Incident:
+        """Store the incident and return it, committed."""
+        ...
+
+    async def list(self, query: ListQuery) -> Incidents:
+        """Return one page: newest first by ``created_at``, ties broken by id, newest first."""
+        ...
+
+    async def get(self, incident_id: int) -> Incident | None:
+        """Return the incident, or None if there is none with this id."""
+        ...
+
+    async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
+        """Change the status and return the incident, committed, or None if there is none."""
+        ...
+
+    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
+        """Append records to the table ``request_log``."""
+
+    async def data_version(self) -> int | None:
+        """Return a number that changes when another connection has changed the database.
+
+        None means that the store cannot tell.
+        """
+        ...
+
+
+def store_from_url(database_url: str, options: StoreOptions | None = None) -> IncidentStore:
+    """Return the store, not yet open, for a ``postgresql://`` or ``sqlite+aiosqlite:///`` URL.
+
+    Raises:
+        InvalidSettings: If the URL names neither.
+    """
+    options = options or StoreOptions()
+    scheme = database_url.partition("://")[0]
+    if scheme in POSTGRESQL_SCHEMES:
+        from incidentkit.store.postgresql import PostgresStore  # noqa: PLC0415
+
+        return PostgresStore(database_url, options)
+    if scheme in SQLITE_SCHEMES:
+        from incidentkit.store.sqlite import SqliteStore  # noqa: PLC0415
+
+        return SqliteStore(database_url, options)
+    raise InvalidSettings("database_url", "must start with postgresql:// or sqlite+aiosqlite:///")

@@ -1,0 +1,205 @@
+"""Bringing the schema up to date, with the Alembic scripts in ``migrations``.
+
+Alembic keeps its context in module globals, so one migration runs at a time in a process; between
+processes, the migration's own transaction holds a lock from its start (see ``migrations/env.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import asyncpg
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import NullPool, column, event, inspect, select, table
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from incidentkit.errors import InvalidSettings, StoreError
+from incidentkit.store import postgresql, sqlite
+from incidentkit.store.base import POSTGRESQL_SCHEMES, SQLITE_SCHEMES
+from incidentkit.store.tables import REVISIONS, VERSION_TABLE, check_revision, incident_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+ORIGIN_REVISION: Final = REVISIONS[0]
+ORIGIN_VERSION_TABLE: Final = "alembic_version"
+
+CONNECT_TIMEOUT: Final = 10.0
+LOCK_TIMEOUT: Final = 60.0
+"""Seconds to wait for another process that is migrating the same SQLite file."""
+
+_T = TypeVar("_T")
+_migrating = threading.Lock()
+
+
+def script_location() -> Path:
+    """Return the folder of the Alembic scripts: in the installed package, or else beside it."""
+    package = Path(__file__).resolve().parent.parent
+    shipped = package / "migrations"
+    return shipped if shipped.is_dir() else package.parent / "migrations"
+
+
+def migration_engine(database_url: str) -> AsyncEngine:
+    """Return an engine whose transactions lock the database from their first statement."""
+    scheme = database_url.partition("://")[0]
+    if scheme in POSTGRESQL_SCHEMES:
+        dsn = postgresql.asyncpg_dsn(database_url)
+        return create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=lambda: asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT),
+            poolclass=NullPool,
+            hide_parameters=True,
+        )
+    if scheme in SQLITE_SCHEMES:
+        engine = create_async_engine(
+            sqlite.sqlite_url(database_url),
+            connect_args={"timeout": LOCK_TIMEOUT},
+            poolclass=NullPool,
+            hide_parameters=True,
+        )
+        event.listen(engine.sync_engine, "connect", _leave_transactions_to_us)
+        event.listen(engine.sync_engine, "begin", _begin_immediate)
+        return engine
+    raise InvalidSettings("database_url", "must start with postgresql:// or sqlite+aiosqlite:///")
+
+
+def _leave_transactions_to_us(connection: Any, _: object) -> None:
+    connection.isolation_level = None
+
+
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+async def upgrade(database_url: str, revision: str = "head") -> None:
+    """Bring the schema up to the revision; safe to run from several places at once.
+
+    A database that the origin made is recognised by its ``alembic_version`` and taken over.
+
+    Raises:
+        StoreUnavailable: If the database cannot be reached.
+        InvalidSettings: If the revision is unknown.
+    """
+    await _migrate(migration_engine(database_url), partial(_run, command.upgrade, revision))
+
+
+async def downgrade(database_url: str, revision: str = "-1") -> None:
+    """Bring the schema down to the revision, by default one step; the rows are kept.
+
+    Raises:
+        StoreUnavailable: If the database cannot be reached.
+        InvalidSettings: If the revision is unknown.
+    """
+    await _migrate(migration_engine(database_url), partial(_run, command.downgrade, revision))
+
+
+async def current(database_url: str) -> str | None:
+    """Return the revision that the database is at, or None if it has no schema of ours.
+
+    Raises:
+        StoreUnavailable: If the database cannot be reached.
+    """
+    return await _migrate(migration_engine(database_url), current_revision)
+
+
+async def check(database_url: str) -> None:
+    """Raise unless the database is at the newest revision.
+
+    Raises:
+        SchemaOutOfDate: With the command that mends it.
+        StoreUnavailable: If the database cannot be reached.
+    """
+    check_revision(await current(database_url))
+
+
+async def upgrade_memory(engine: AsyncEngine) -> None:
+    """Make the schema in an SQLite database that lives in this engine's one connection."""
+    await _migrate(engine, partial(_run, command.upgrade, "head"), dispose=False)
+
+
+def current_revision(connection: Connection) -> str | None:
+    """Return the revision of our schema, which the origin may have recorded, or None."""
+    tables = set(inspect(connection).get_table_names())
+    if VERSION_TABLE in tables:
+        revision = _recorded(connection, VERSION_TABLE)
+        if revision is not None:
+            return revision
+    made_by_origin = (
+        incident_table.name in tables
+        and ORIGIN_VERSION_TABLE in tables
+        and _recorded(connection, ORIGIN_VERSION_TABLE) == ORIGIN_REVISION
+    )
+    return ORIGIN_REVISION if made_by_origin else None
+
+
+def _recorded(connection: Connection, version_table: str) -> str | None:
+    statement = select(column("version_num")).select_from(table(version_table))
+    return connection.execute(statement).scalars().first()
+
+
+def adopt(connection: Connection) -> str | None:
+    """Return the revision to start from if a database has an incident table but no record of ours.
+
+    Raises:
+        StoreError: If the table is somebody else's.
+    """
+    tables = set(inspect(connection).get_table_names())
+    if VERSION_TABLE in tables and _recorded(connection, VERSION_TABLE):
+        return None
+    revision = current_revision(connection)
+    if revision is None and incident_table.name in tables:
+        raise StoreError(
+            f'a table "{incident_table.name}" that neither incidentkit nor the origin\'s '
+            "migrations made is in the way"
+        )
+    return revision
+
+
+def _run(run: Callable[[Config, str], None], revision: str, connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    at = current_revision(connection)
+    # What only looked must not stay open: the migration begins a transaction of its own.
+    connection.rollback()
+    if at is not None and at not in REVISIONS:
+        check_revision(at)
+    try:
+        run(config, revision)
+    except CommandError as error:
+        raise InvalidSettings("revision", f"cannot be reached: {error}") from error
+
+
+async def _migrate(
+    engine: AsyncEngine, work: Callable[[Connection], _T], *, dispose: bool = True
+) -> _T:
+    while not _migrating.acquire(blocking=False):
+        await asyncio.sleep(0.01)
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(work)
+    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise _translate(engine, error) from error
+    finally:
+        _migrating.release()
+        if dispose:
+            await engine.dispose()
+
+
+def _translate(engine: AsyncEngine, error: Exception) -> StoreError:
+    if engine.dialect.name == "sqlite":
+        return sqlite.translate_error(error)
+    original = error.orig if isinstance(error, DBAPIError) else error
+    cause = original.__cause__ if original is not None else None
+    return postgresql.translate_error(cause if isinstance(cause, Exception) else error)

@@ -1,0 +1,272 @@
+"""Incidents in an SQLite file, or in memory, through SQLAlchemy and aiosqlite."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+from attrs import asdict
+from sqlalchemy import event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from incidentkit.errors import (
+    ClientClosed,
+    InvalidSettings,
+    SchemaOutOfDate,
+    StoreError,
+    StoreUnavailable,
+)
+from incidentkit.models import Incident, IncidentSource, IncidentStatus
+from incidentkit.store import statements
+from incidentkit.store.base import StoreOptions
+from incidentkit.store.tables import SCHEMA_REVISION, check_revision
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping, Sequence
+
+    from sqlalchemy import Executable, Row
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from incidentkit.models import ListQuery, NewIncident
+    from incidentkit.store.base import Incidents, RequestRecord
+
+_T = TypeVar("_T")
+Rows: TypeAlias = "Sequence[Row[Any]]"
+
+logger = logging.getLogger("incidentkit.store")
+
+MEMORY: Final = (None, "", ":memory:")
+
+
+def sqlite_url(database_url: str) -> URL:
+    """Return the URL with aiosqlite as its driver.
+
+    Raises:
+        InvalidSettings: If it cannot be read.
+    """
+    try:
+        return make_url(database_url).set(drivername="sqlite+aiosqlite")
+    except ArgumentError:
+        raise InvalidSettings("database_url", "is not an SQLite URL") from None
+
+
+def translate_error(error: Exception) -> StoreError:
+    """Return what a caller sees for an exception of SQLAlchemy or SQLite."""
+    text = str(error.orig) if isinstance(error, DBAPIError) else ""
+    if "no such table" in text or "no such column" in text:
+        return SchemaOutOfDate(None, SCHEMA_REVISION)
+    if "locked" in text or "busy" in text:
+        return StoreUnavailable("another process kept it locked for too long")
+    if "unable to open" in text:
+        return StoreUnavailable("the file cannot be opened")
+    if "readonly" in text or "disk" in text or "full" in text:
+        return StoreUnavailable("the file cannot be written")
+    if "not a database" in text or "malformed" in text:
+        return StoreError("the file is not an SQLite database")
+    if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
+        return StoreUnavailable("no connection became free in time")
+    return StoreError("unexpected failure of SQLite")
+
+
+def _incident(row: Row[Any]) -> Incident:
+    incident_id, message, incident_type, source, created_at = row
+    return Incident(
+        incident_id, message, IncidentStatus(incident_type), IncidentSource(source), created_at
+    )
+
+
+class SqliteStore:
+    """Incidents in SQLite.
+
+    Args:
+        database_url: ``sqlite+aiosqlite:///file``, with a fourth slash for an absolute path, or
+            ``sqlite+aiosqlite:///:memory:`` for a database that lives as long as the store is
+            open.
+        options: Sizes and timeouts.
+
+    The schema is brought up to date when the store opens. A call that its caller cancels still
+    runs to its end, so that no connection is left in the middle of a statement.
+    """
+
+    def __init__(self, database_url: str, options: StoreOptions | None = None) -> None:
+        self._url = sqlite_url(database_url)
+        self._options = options or StoreOptions()
+        self._engine: AsyncEngine | None = None
+        self._watcher: AsyncConnection | None = None
+        self._running: set[asyncio.Task[Any]] = set()
+        # Writers of one process queue here, which is fairer and faster than SQLite's polling.
+        self._writing = asyncio.Lock()
+        self._watching = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Open the file, creating it if need be, and bring its schema up to date."""
+        from incidentkit.store import migrate  # noqa: PLC0415
+
+        self._engine = self._create_engine()
+        try:
+            if self._url.database in MEMORY:
+                await migrate.upgrade_memory(self._engine)
+            else:
+                try:
+                    await self.check()
+                except SchemaOutOfDate:
+                    await migrate.upgrade(self._url.render_as_string(hide_password=False))
+                    await self.check()
+        except BaseException:
+            await self.close()
+            raise
+
+    def _create_engine(self) -> AsyncEngine:
+        options = self._options
+        memory = self._url.database in MEMORY
+        pool: dict[str, Any] = {} if memory else {
+            "pool_size": options.pool_size,
+            "max_overflow": options.max_overflow,
+            "pool_timeout": options.pool_timeout,
+        }
+        engine = create_async_engine(
+            self._url,
+            isolation_level="AUTOCOMMIT",
+            connect_args={"timeout": options.statement_timeout},
+            hide_parameters=True,
+            **pool,
+        )
+        event.listen(engine.sync_engine, "connect", _prepare_connection)
+        if options.echo:
+            event.listen(engine.sync_engine, "before_cursor_execute", _log_statement)
+        return engine
+
+    async def close(self) -> None:
+        """Wait for running calls, then close every connection."""
+        engine, self._engine = self._engine, None
+        watcher, self._watcher = self._watcher, None
+        if self._running:
+            await asyncio.wait(self._running)
+        if watcher is not None:
+            await watcher.close()
+        if engine is not None:
+            await engine.dispose()
+
+    async def check(self) -> None:
+        """Raise unless the file can be read and has our schema."""
+        rows = await self._read(statements.SELECT_REVISION, {})
+        check_revision(rows[0][0] if rows else None)
+
+    async def create(self, incident: NewIncident) -> Incident:
+        """Store the incident in one statement."""
+        rows = await self._write(
+            statements.INSERT_INCIDENT,
+            {
+                "incident_message": incident.incident_message,
+                "incident_type": incident.incident_type.value,
+                "source": incident.source.value,
+            },
+        )
+        return _incident(rows[0])
+
+    async def list(self, query: ListQuery) -> Incidents:
+        """Read one page in one statement."""
+        values: dict[str, Any] = {"limit": query.limit, "offset": query.offset}
+        if query.status is not None:
+            values["status"] = query.status.value
+        if query.source is not None:
+            values["source"] = query.source.value
+        rows = await self._read(
+            statements.SELECT_PAGE[query.status is not None, query.source is not None], values
+        )
+        return [_incident(row) for row in rows]
+
+    async def get(self, incident_id: int) -> Incident | None:
+        """Read one incident in one statement."""
+        rows = await self._read(statements.SELECT_INCIDENT, {"incident_id": incident_id})
+        return _incident(rows[0]) if rows else None
+
+    async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
+        """Change the status in one statement."""
+        rows = await self._write(
+            statements.UPDATE_STATUS, {"id": incident_id, "status": status.value}
+        )
+        return _incident(rows[0]) if rows else None
+
+    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
+        """Append the records in one transaction."""
+        await self._run(self._append([asdict(record) for record in records]), writes=True)
+
+    async def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        async with self._connection() as connection:
+            # The connection commits by itself after each statement, unless told to begin.
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                await connection.execute(statements.INSERT_REQUEST_LOG, rows)
+            except BaseException:
+                await connection.exec_driver_sql("ROLLBACK")
+                raise
+            await connection.exec_driver_sql("COMMIT")
+
+    async def data_version(self) -> int:
+        """Return SQLite's own counter of what other connections have committed."""
+        async with self._watching:
+            return await self._run(self._watch())
+
+    async def _watch(self) -> int:
+        if self._watcher is None:
+            self._watcher = await self._connection()
+        result = await self._watcher.exec_driver_sql("PRAGMA data_version")
+        return int(result.scalar_one())
+
+    def _connection(self) -> AsyncConnection:
+        if self._engine is None:
+            raise ClientClosed
+        return self._engine.connect()
+
+    async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        return await self._run(self._execute(statement, values))
+
+    async def _write(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        return await self._run(self._execute(statement, values), writes=True)
+
+    async def _execute(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        async with self._connection() as connection:
+            return (await connection.execute(statement, values)).all()
+
+    async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
+        """Run the work to its end, whatever becomes of the caller.
+
+        SQLAlchemy throws a connection away if a call on it is cancelled, and with it a database
+        in memory.
+        """
+        task = asyncio.ensure_future(self._in_turn(work) if writes else work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except (SQLAlchemyError, TimeoutError) as error:
+            raise translate_error(error) from error
+
+    async def _in_turn(self, work: Coroutine[Any, Any, _T]) -> _T:
+        try:
+            async with asyncio.timeout(self._options.pool_timeout):
+                await self._writing.acquire()
+        except TimeoutError:
+            work.close()
+            raise
+        try:
+            return await work
+        finally:
+            self._writing.release()
+
+
+def _prepare_connection(connection: Any, _: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    # Not NORMAL, which may lose the last commits when the power fails.
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _log_statement(*arguments: Any) -> None:
+    logger.info("%s", arguments[2])

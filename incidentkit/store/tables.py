@@ -1,0 +1,158 @@
+"""The tables that incidentkit keeps in the host's database."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Double,
+    Enum,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    String,
+    Table,
+)
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+from incidentkit.errors import SchemaOutOfDate
+from incidentkit.models import IncidentSource, IncidentStatus
+
+REVISIONS: Final = ("dadc1db062ae", "5c1f0e9b7a34", "b27d4f0c1a96")
+"""Every revision in ``migrations``, oldest first; the first is the origin's."""
+
+SCHEMA_REVISION: Final = REVISIONS[-1]
+"""The schema that the statements work on."""
+
+VERSION_TABLE: Final = "incidentkit_version"
+"""Where our Alembic revision is recorded, apart from a host's own ``alembic_version``."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware time in UTC; SQLite holds it as the text ``YYYY-MM-DD HH:MM:SS``."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        """Choose whole seconds on SQLite, so that text sorts as time does."""
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(sqlite.DATETIME(truncate_microseconds=True))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Take the zone off for SQLite, which has none."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Put UTC on what SQLite returns."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.replace(tzinfo=UTC)
+
+
+class current_second(FunctionElement[datetime]):  # noqa: N801
+    """The database's clock when a row is written, in whole seconds."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+@compiles(current_second)
+def _current_second(element: current_second, compiler: Any, **options: Any) -> str:
+    # Not now(), which stands still while a host's transaction runs.
+    return "date_trunc('second', clock_timestamp())"
+
+
+@compiles(current_second, "sqlite")
+def _current_second_sqlite(element: current_second, compiler: Any, **options: Any) -> str:
+    return "CURRENT_TIMESTAMP"
+
+
+# SQLite's autoincrementing key has to be an INTEGER, which there holds 64 bits.
+_Id: Final = BigInteger().with_variant(Integer(), "sqlite")
+
+metadata: Final = MetaData(
+    naming_convention={"ck": "ck_%(table_name)s_%(constraint_name)s", "pk": "pk_%(table_name)s"}
+)
+
+incident_table: Final = Table(
+    "Incident",
+    metadata,
+    Column("incident_id", _Id, autoincrement=True),
+    Column("incident_message", String, nullable=False),
+    Column(
+        "incident_type",
+        Enum(
+            *(status.value for status in IncidentStatus),
+            name="incidentstatus",
+            create_constraint=True,
+        ),
+        nullable=False,
+    ),
+    Column(
+        "source",
+        Enum(
+            *(source.value for source in IncidentSource),
+            name="incidentsource",
+            create_constraint=True,
+        ),
+        nullable=False,
+    ),
+    Column("created_at", UtcDateTime, nullable=False, server_default=current_second()),
+    PrimaryKeyConstraint("incident_id", name="pk_Incident"),
+    CheckConstraint("incident_id > 0", name="incident_id"),
+    # One for each combination of filters, in the order of the list.
+    Index("ix_Incident_created_at", "created_at", "incident_id"),
+    Index("ix_Incident_incident_type", "incident_type", "created_at", "incident_id"),
+    Index("ix_Incident_source", "source", "created_at", "incident_id"),
+    Index(
+        "ix_Incident_incident_type_source", "incident_type", "source", "created_at", "incident_id"
+    ),
+    sqlite_autoincrement=True,
+)
+
+request_log_table: Final = Table(
+    "request_log",
+    metadata,
+    Column("request_log_id", _Id, autoincrement=True),
+    Column("logged_at", UtcDateTime, nullable=False),
+    Column("method", String, nullable=False),
+    Column("route", String, nullable=False),
+    Column("status", SmallInteger, nullable=False),
+    Column("duration_ms", Double, nullable=False),
+    Column("request_id", String, nullable=False),
+    PrimaryKeyConstraint("request_log_id", name="pk_request_log"),
+    Index("ix_request_log_logged_at", "logged_at"),
+    sqlite_autoincrement=True,
+)
+
+
+def check_revision(current: str | None) -> None:
+    """Raise :class:`SchemaOutOfDate` unless the revision is the one that we work on."""
+    if current == SCHEMA_REVISION:
+        return
+    newer = current is not None and current not in REVISIONS
+    command = "pip install --upgrade incidentkit" if newer else "incidentkit db upgrade"
+    raise SchemaOutOfDate(current, SCHEMA_REVISION, command)
+
+
+def keep_out_of_autogenerate(name: str | None, type_: str, parent_names: Any) -> bool:
+    """Tell Alembic in a host application to leave our tables alone.
+
+    Pass it as ``include_name`` to ``context.configure`` in the host's own ``env.py``.
+    """
+    return not (type_ == "table" and (name in metadata.tables or name == VERSION_TABLE))

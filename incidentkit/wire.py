@@ -1,0 +1,96 @@
+"""The JSON form of incidents, the same over HTTP and in the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+from incidentkit.errors import FieldError, InvalidIncident
+from incidentkit.models import Incident, NewIncident
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cattrs import Converter
+
+TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
+
+
+def _time_to_wire(value: datetime) -> str:
+    # Not strftime, whose %Y has no leading zeros on some platforms.
+    return value.astimezone(UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
+
+
+def _time_from_wire(value: object, _: type[datetime]) -> datetime:
+    if not isinstance(value, str):
+        raise TypeError("not a string")
+    return datetime.strptime(value, TIME_FORMAT).replace(tzinfo=UTC)
+
+
+def _exactly(expected: type) -> Any:
+    def structure(value: object, _: object) -> object:
+        if type(value) is not expected:
+            raise TypeError(f"not of type {expected.__name__}")
+        return value
+
+    return structure
+
+
+def _new_incident_from_wire(value: object, _: type[NewIncident]) -> NewIncident:
+    if not isinstance(value, Mapping):
+        raise InvalidIncident([FieldError("body", "must be a JSON object")])
+    return NewIncident.from_mapping(value)
+
+
+@cache
+def wire_converter() -> Converter:
+    """Return the converter between models and JSON values. The rules of the wire:
+
+    - a field has the name that it has in Python and in the table;
+    - ``created_at`` is ``YYYY-MM-DD HH:MM:SS`` in UTC;
+    - a status and a source are their plain values;
+    - numbers and strings are taken only as what they are: ``"7"`` is no id;
+    - a :class:`NewIncident` is read strictly: an unknown field is refused, a missing one named.
+    """
+    from cattrs import Converter  # noqa: PLC0415
+
+    converter = Converter(detailed_validation=False)
+    converter.register_unstructure_hook(datetime, _time_to_wire)
+    converter.register_structure_hook(datetime, _time_from_wire)
+    converter.register_structure_hook(int, _exactly(int))
+    converter.register_structure_hook(str, _exactly(str))
+    converter.register_structure_hook(NewIncident, _new_incident_from_wire)
+    return converter
+
+
+def dump_json(value: Any) -> bytes:
+    """Return JSON values as compact UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def encode_incident(incident: Incident) -> bytes:
+    """Return the incident as a JSON object."""
+    return dump_json(wire_converter().unstructure(incident))
+
+
+def encode_incidents(incidents: Sequence[Incident]) -> bytes:
+    """Return the incidents as a JSON array."""
+    return dump_json(wire_converter().unstructure(incidents))
+
+
+def decode_incidents(data: bytes) -> list[Incident]:
+    """Read what :func:`encode_incidents` wrote.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    try:
+        value = json.loads(data)
+        if not isinstance(value, list):
+            raise TypeError("not an array")  # noqa: TRY301
+        return wire_converter().structure(value, list[Incident])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError("not a JSON array of incidents") from error

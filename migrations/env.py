@@ -1,0 +1,64 @@
+"""How Alembic runs our migrations: from its own command line, or from incidentkit."""
+
+from __future__ import annotations
+
+import asyncio
+from logging.config import fileConfig
+from typing import TYPE_CHECKING
+
+from alembic import context
+
+from incidentkit.settings import Settings
+from incidentkit.store.migrate import adopt, migration_engine
+from incidentkit.store.tables import VERSION_TABLE, metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import Connection
+
+LOCK_KEY = 0x696E636964656E74
+"""The advisory lock of a migration on PostgreSQL: "incident" in ASCII."""
+
+
+def is_ours(name: str | None, type_: str, _: Mapping[str, str | None]) -> bool:
+    """Keep autogenerate to our own tables: the database may be a host's."""
+    return type_ != "table" or name in metadata.tables
+
+
+def run_migrations(connection: Connection) -> None:
+    """Run what the command asked for in one transaction, alone in the database."""
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        version_table=VERSION_TABLE,
+        include_name=is_ours,
+        render_as_batch=connection.dialect.name == "sqlite",
+        transactional_ddl=True,
+        compare_server_default=True,
+    )
+    with context.begin_transaction():
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
+        revision = adopt(connection)
+        if revision is not None:
+            context.get_context().stamp(context.script, revision)
+        context.run_migrations()
+
+
+async def connect_and_run() -> None:
+    """Run on the configured database."""
+    engine = migration_engine(Settings.from_env().database_url)
+    async with engine.connect() as connection:
+        await connection.run_sync(run_migrations)
+    await engine.dispose()
+
+
+if context.is_offline_mode():
+    raise SystemExit("--sql is not supported: a migration looks at the rows that it finds")
+if (given := context.config.attributes.get("connection")) is not None:
+    run_migrations(given)
+else:
+    if context.config.config_file_name is not None:
+        fileConfig(context.config.config_file_name, disable_existing_loggers=False)
+    asyncio.run(connect_and_run())
