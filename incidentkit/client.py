@@ -22,12 +22,12 @@ from incidentkit.wire import decode_incidents, encode_incidents
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine
     from types import TracebackType
 
     from incidentkit.cache import IncidentCache
     from incidentkit.models import IncidentSource
-    from incidentkit.store.base import IncidentStore, RequestRecord, StoreOptions
+    from incidentkit.store.base import IncidentStore, StoreOptions
 
 logger = logging.getLogger("incidentkit")
 
@@ -165,7 +165,7 @@ class IncidentClient:
         self._connected = True
 
     async def close(self) -> None:
-        """Wait for running writes and give back every connection; on a closed client, do nothing."""
+        """Wait for running writes, then give back every connection; once closed, do nothing."""
         self._connected = False
         if self._writes:
             await asyncio.wait(self._writes)

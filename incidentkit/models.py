@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from attrs import NOTHING, field, fields_dict, frozen
 
 from incidentkit.errors import FieldError, InvalidIncident
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 MESSAGE_MIN_LENGTH: Final = 5
 MESSAGE_MAX_LENGTH: Final = 1000
@@ -47,7 +49,7 @@ class IncidentSource(StrEnum):
 def _message(value: object) -> str:
     """Strip the message, then hold it against the rules of the origin's contract."""
     if not isinstance(value, str):
-        raise ValueError("must be a string")
+        raise ValueError("must be a string")  # noqa: TRY004
     if "\x00" in value:
         raise ValueError("must not contain a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -101,12 +103,13 @@ class _Check:
     def __init__(self) -> None:
         self.errors: list[FieldError] = []
 
-    def __call__(self, name: str, rule: Callable[[object], _T], value: object) -> _T | None:
+    def __call__(self, name: str, rule: Callable[[object], _T], value: object) -> _T:
+        """Return what the rule makes of the value, which counts only once `done` has returned."""
         try:
             return rule(value)
         except ValueError as error:
             self.errors.append(FieldError(name, str(error)))
-            return None
+            return cast("_T", None)
 
     def done(self) -> None:
         if self.errors:
@@ -144,7 +147,9 @@ class NewIncident:
         checked_source = check("source", _source, source)
         checked_type = check("incident_type", _status, incident_type)
         check.done()
-        self.__attrs_init__(checked_message, checked_source, checked_type)  # type: ignore[attr-defined]
+        self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
+            checked_message, checked_source, checked_type
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[Any, Any]) -> NewIncident:
@@ -230,10 +235,10 @@ class ListQuery:
         checked_limit = check("limit", _limit, limit)
         checked_status = None if status is None else check("status", _status, status)
         checked_source = None if source is None else check("source", _source, source)
-        if checked_page and checked_limit and checked_page * checked_limit > MAX_OFFSET:
-            check.errors.append(FieldError("page", f"times limit must be at most {MAX_OFFSET}"))
         check.done()
-        self.__attrs_init__(  # type: ignore[attr-defined]
+        if checked_page * checked_limit > MAX_OFFSET:
+            raise InvalidIncident([FieldError("page", f"times limit must be at most {MAX_OFFSET}")])
+        self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
             checked_page, checked_limit, checked_status, checked_source
         )
 
@@ -257,7 +262,6 @@ def check_incident_id(incident_id: int) -> int:
     check = _Check()
     checked = check("incident_id", _incident_id, incident_id)
     check.done()
-    assert checked is not None  # noqa: S101
     return checked
 
 
@@ -273,6 +277,4 @@ def check_status_change(
     checked_id = check("incident_id", _incident_id, incident_id)
     checked_status = check("status", _status, status)
     check.done()
-    assert checked_id is not None  # noqa: S101
-    assert checked_status is not None  # noqa: S101
     return checked_id, checked_status

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 from urllib.parse import quote
 
 import environ
@@ -15,9 +14,10 @@ from dotenv import dotenv_values
 from incidentkit.errors import InvalidSettings
 from incidentkit.store.base import StoreOptions
 
-DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
-_T = TypeVar("_T")
+DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
 
 RequestLog = Literal["log", "database"]
 
@@ -84,7 +84,7 @@ class Environment:
         "redis://host:port/db; wins over REDIS_*",
     )
     redis_required: bool = _variable(
-        "INCIDENTKIT_REDIS_REQUIRED", False, _flag, "refuse to start without Redis"
+        "INCIDENTKIT_REDIS_REQUIRED", "false", _flag, "refuse to start without Redis"
     )
     request_log: RequestLog = _variable(
         "INCIDENTKIT_REQUEST_LOG",
@@ -109,9 +109,7 @@ class Environment:
     max_overflow: int = _variable(
         "DB_MAX_OVERFLOW", 10, _integer(0, 10_000), "further connections under load"
     )
-    echo: bool = _variable(
-        "DB_ECHO", False, _flag, "log each SQL statement, without its values"
-    )
+    echo: bool = _variable("DB_ECHO", "false", _flag, "log each SQL statement, without its values")
 
 
 @frozen
@@ -130,7 +128,7 @@ class Settings:
     redis_url: str | None = field(default=None, repr=False)
     redis_required: bool = False
     request_log: RequestLog = "log"
-    store: StoreOptions = StoreOptions()
+    store: StoreOptions = field(factory=StoreOptions)
 
     @classmethod
     def from_env(cls, env_file: str | os.PathLike[str] | None = ".env") -> Settings:

@@ -47,7 +47,9 @@ def _new_incident_from_wire(value: object, _: type[NewIncident]) -> NewIncident:
 
 @cache
 def wire_converter() -> Converter:
-    """Return the converter between models and JSON values. The rules of the wire:
+    """Return the converter between models and JSON values.
+
+    The rules of the wire:
 
     - a field has the name that it has in Python and in the table;
     - ``created_at`` is ``YYYY-MM-DD HH:MM:SS`` in UTC;

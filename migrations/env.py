@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from logging.config import fileConfig
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alembic import context
 
@@ -13,15 +13,13 @@ from incidentkit.store.migrate import adopt, migration_engine
 from incidentkit.store.tables import VERSION_TABLE, metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from sqlalchemy import Connection
 
 LOCK_KEY = 0x696E636964656E74
 """The advisory lock of a migration on PostgreSQL: "incident" in ASCII."""
 
 
-def is_ours(name: str | None, type_: str, _: Mapping[str, str | None]) -> bool:
+def is_ours(name: str | None, type_: str, _: Any) -> bool:
     """Keep autogenerate to our own tables: the database may be a host's."""
     return type_ != "table" or name in metadata.tables
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -10,9 +10,6 @@ from redis.backoff import NoBackoff
 
 from incidentkit.cache.base import INDEX_KEY
 from incidentkit.errors import InvalidSettings
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable
 
 SOCKET_TIMEOUT: Final = 0.25
 """Seconds to wait for a connection, and for each answer."""

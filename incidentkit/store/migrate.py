@@ -16,7 +16,7 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import NullPool, column, event, inspect, select, table
+from sqlalchemy import NullPool, String, column, event, inspect, select, table
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -143,7 +143,7 @@ def current_revision(connection: Connection) -> str | None:
 
 
 def _recorded(connection: Connection, version_table: str) -> str | None:
-    statement = select(column("version_num")).select_from(table(version_table))
+    statement = select(column("version_num", String())).select_from(table(version_table))
     return connection.execute(statement).scalars().first()
 
 
@@ -184,7 +184,8 @@ def _run(run: Callable[[Config, str], None], revision: str, connection: Connecti
 async def _migrate(
     engine: AsyncEngine, work: Callable[[Connection], _T], *, dispose: bool = True
 ) -> _T:
-    while not _migrating.acquire(blocking=False):
+    # Polled, since waiters may be on several event loops and must stay cancellable.
+    while not _migrating.acquire(blocking=False):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:
         async with engine.connect() as connection:

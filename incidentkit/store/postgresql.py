@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from asyncpg.pool import PoolAcquireContext
+    from sqlalchemy import Dialect
     from sqlalchemy.sql.expression import ClauseElement
 
     from incidentkit.models import ListQuery, NewIncident
@@ -38,7 +39,8 @@ Rows: TypeAlias = list["asyncpg.Record"]
 
 logger = logging.getLogger("incidentkit.store")
 
-_DIALECT: Final = PGDialect_asyncpg()
+_new_dialect: Any = PGDialect_asyncpg
+_DIALECT: Final[Dialect] = _new_dialect()
 
 _LOST: Final = (
     ConnectionError,
@@ -221,8 +223,7 @@ class PostgresStore:
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append the records in one batch."""
         rows = [
-            [getattr(record, name) for name in _INSERT_REQUEST_LOG.parameters]
-            for record in records
+            [getattr(record, name) for name in _INSERT_REQUEST_LOG.parameters] for record in records
         ]
         acquired = self._connection()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from attrs import asdict
@@ -34,9 +35,21 @@ if TYPE_CHECKING:
     from incidentkit.store.base import Incidents, RequestRecord
 
 _T = TypeVar("_T")
-Rows: TypeAlias = "Sequence[Row[Any]]"
+Rows: TypeAlias = "Sequence[Row[*tuple[Any, ...]]]"
 
 logger = logging.getLogger("incidentkit.store")
+
+PRIMARY_CODE: Final = 0xFF
+"""The part of an SQLite error code that names its kind."""
+
+UNAVAILABLE: Final = {
+    sqlite3.SQLITE_BUSY: "another process kept it locked for too long",
+    sqlite3.SQLITE_LOCKED: "another process kept it locked for too long",
+    sqlite3.SQLITE_CANTOPEN: "the file cannot be opened",
+    sqlite3.SQLITE_READONLY: "the file cannot be written",
+    sqlite3.SQLITE_IOERR: "the file cannot be read or written",
+    sqlite3.SQLITE_FULL: "the disk is full",
+}
 
 MEMORY: Final = (None, "", ":memory:")
 
@@ -55,23 +68,18 @@ def sqlite_url(database_url: str) -> URL:
 
 def translate_error(error: Exception) -> StoreError:
     """Return what a caller sees for an exception of SQLAlchemy or SQLite."""
-    text = str(error.orig) if isinstance(error, DBAPIError) else ""
-    if "no such table" in text or "no such column" in text:
-        return SchemaOutOfDate(None, SCHEMA_REVISION)
-    if "locked" in text or "busy" in text:
-        return StoreUnavailable("another process kept it locked for too long")
-    if "unable to open" in text:
-        return StoreUnavailable("the file cannot be opened")
-    if "readonly" in text or "disk" in text or "full" in text:
-        return StoreUnavailable("the file cannot be written")
-    if "not a database" in text or "malformed" in text:
-        return StoreError("the file is not an SQLite database")
-    if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
+    if not isinstance(error, DBAPIError):
         return StoreUnavailable("no connection became free in time")
-    return StoreError("unexpected failure of SQLite")
+    code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
+    if code == sqlite3.SQLITE_ERROR and "no such" in str(error.orig):
+        return SchemaOutOfDate(None, SCHEMA_REVISION)
+    if code in UNAVAILABLE:
+        return StoreUnavailable(UNAVAILABLE[code])
+    name = getattr(error.orig, "sqlite_errorname", None)
+    return StoreError(name or "unexpected failure of the driver")
 
 
-def _incident(row: Row[Any]) -> Incident:
+def _incident(row: Row[*tuple[Any, ...]]) -> Incident:
     incident_id, message, incident_type, source, created_at = row
     return Incident(
         incident_id, message, IncidentStatus(incident_type), IncidentSource(source), created_at
@@ -122,11 +130,15 @@ class SqliteStore:
     def _create_engine(self) -> AsyncEngine:
         options = self._options
         memory = self._url.database in MEMORY
-        pool: dict[str, Any] = {} if memory else {
-            "pool_size": options.pool_size,
-            "max_overflow": options.max_overflow,
-            "pool_timeout": options.pool_timeout,
-        }
+        pool: dict[str, Any] = (
+            {}
+            if memory
+            else {
+                "pool_size": options.pool_size,
+                "max_overflow": options.max_overflow,
+                "pool_timeout": options.pool_timeout,
+            }
+        )
         engine = create_async_engine(
             self._url,
             isolation_level="AUTOCOMMIT",
@@ -212,9 +224,10 @@ class SqliteStore:
             return await self._run(self._watch())
 
     async def _watch(self) -> int:
-        if self._watcher is None:
-            self._watcher = await self._connection()
-        result = await self._watcher.exec_driver_sql("PRAGMA data_version")
+        watcher = self._watcher
+        if watcher is None:
+            watcher = self._watcher = await self._connection()
+        result = await watcher.exec_driver_sql("PRAGMA data_version")
         return int(result.scalar_one())
 
     def _connection(self) -> AsyncConnection:

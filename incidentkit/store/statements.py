@@ -63,16 +63,14 @@ UPDATE_STATUS: Final = (
 )
 
 
-def _select_page(*, by_status: bool, by_source: bool) -> Select[Any]:
-    statement = select(*_INCIDENT)
+def _select_page(*, by_status: bool, by_source: bool) -> Select[*tuple[Any, ...]]:
+    statement: Select[*tuple[Any, ...]] = select(*_INCIDENT)
     if by_status:
         statement = statement.where(
             _columns.incident_type == _text_parameter("status", _columns.incident_type)
         )
     if by_source:
-        statement = statement.where(
-            _columns.source == _text_parameter("source", _columns.source)
-        )
+        statement = statement.where(_columns.source == _text_parameter("source", _columns.source))
     return (
         statement.order_by(_columns.created_at.desc(), _columns.incident_id.desc())
         .limit(bindparam("limit", type_=BigInteger()))

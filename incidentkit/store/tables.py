@@ -48,7 +48,8 @@ class UtcDateTime(TypeDecorator[datetime]):
     def load_dialect_impl(self, dialect: Dialect) -> Any:
         """Choose whole seconds on SQLite, so that text sorts as time does."""
         if dialect.name == "sqlite":
-            return dialect.type_descriptor(sqlite.DATETIME(truncate_microseconds=True))
+            whole_seconds: Any = sqlite.DATETIME
+            return dialect.type_descriptor(whole_seconds(truncate_microseconds=True))
         return dialect.type_descriptor(DateTime(timezone=True))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -72,13 +73,13 @@ class current_second(FunctionElement[datetime]):  # noqa: N801
 
 
 @compiles(current_second)
-def _current_second(element: current_second, compiler: Any, **options: Any) -> str:
+def _current_second(*_: Any, **__: Any) -> str:
     # Not now(), which stands still while a host's transaction runs.
     return "date_trunc('second', clock_timestamp())"
 
 
 @compiles(current_second, "sqlite")
-def _current_second_sqlite(element: current_second, compiler: Any, **options: Any) -> str:
+def _current_second_sqlite(*_: Any, **__: Any) -> str:
     return "CURRENT_TIMESTAMP"
 
 
@@ -150,7 +151,7 @@ def check_revision(current: str | None) -> None:
     raise SchemaOutOfDate(current, SCHEMA_REVISION, command)
 
 
-def keep_out_of_autogenerate(name: str | None, type_: str, parent_names: Any) -> bool:
+def keep_out_of_autogenerate(name: str | None, type_: str, _: Any) -> bool:
     """Tell Alembic in a host application to leave our tables alone.
 
     Pass it as ``include_name`` to ``context.configure`` in the host's own ``env.py``.

@@ -70,8 +70,9 @@ def lower_enum_labels(type_name: str, labels: tuple[str, ...]) -> None:
 
 
 def read_naive_times_as_utc() -> None:
-    columns = {column["name"]: column for column in sa.inspect(op.get_bind()).get_columns("Incident")}
-    if not columns["created_at"]["type"].timezone:
+    columns = sa.inspect(op.get_bind()).get_columns("Incident")
+    created_at = next(column["type"] for column in columns if column["name"] == "created_at")
+    if not getattr(created_at, "timezone", False):
         op.execute(
             'ALTER TABLE "Incident" ALTER COLUMN created_at TYPE timestamptz '
             "USING created_at AT TIME ZONE 'UTC'"
@@ -92,7 +93,12 @@ def fill_nulls() -> None:
         "incident_type": "new",
         "source": "operator",
     }.items():
-        op.execute(f"""UPDATE "Incident" SET {column} = '{value}' WHERE {column} IS NULL""")
+        incident = sa.table("Incident", sa.column(column))
+        op.execute(
+            incident.update()
+            .where(incident.c[column].is_(None))
+            .values({column: sa.literal_column(f"'{value}'")})
+        )
 
 
 def upgrade_postgresql() -> None:
