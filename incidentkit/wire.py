@@ -9,10 +9,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from incidentkit.errors import FieldError, InvalidIncident
-from incidentkit.models import Incident, NewIncident
+from incidentkit.models import Incident, IncidentSource, IncidentStatus, NewIncident
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from enum import StrEnum
 
     from cattrs import Converter
 
@@ -28,6 +29,12 @@ def _time_from_wire(value: object, _: type[datetime]) -> datetime:
     if not isinstance(value, str):
         raise TypeError("not a string")
     return datetime.strptime(value, TIME_FORMAT).replace(tzinfo=UTC)
+
+
+def _member_from_wire(value: object, enum: type[StrEnum]) -> StrEnum:
+    if not isinstance(value, str):
+        raise TypeError("not a string")
+    return enum(value)
 
 
 def _exactly(expected: type) -> Any:
@@ -64,6 +71,9 @@ def wire_converter() -> Converter:
     converter.register_structure_hook(datetime, _time_from_wire)
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
+    for enum in (IncidentStatus, IncidentSource):
+        # Or the hook for str would be theirs, too.
+        converter.register_structure_hook(enum, _member_from_wire)
     converter.register_structure_hook(NewIncident, _new_incident_from_wire)
     return converter
 
