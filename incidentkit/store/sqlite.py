@@ -142,6 +142,7 @@ class SqliteStore:
         engine = create_async_engine(
             self._url,
             isolation_level="AUTOCOMMIT",
+            pool_reset_on_return=None,
             connect_args={"timeout": options.statement_timeout},
             hide_parameters=True,
             **pool,
