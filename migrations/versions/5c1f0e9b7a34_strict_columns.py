@@ -114,11 +114,11 @@ def upgrade_postgresql() -> None:
         "created_at",
         server_default=sa.text("date_trunc('second', clock_timestamp())"),
     )
-    op.create_check_constraint("ck_Incident_incident_id", "Incident", "incident_id > 0")
+    op.create_check_constraint(op.f("ck_Incident_incident_id"), "Incident", "incident_id > 0")
 
 
 def downgrade_postgresql() -> None:
-    op.drop_constraint("ck_Incident_incident_id", "Incident", type_="check")
+    op.drop_constraint(op.f("ck_Incident_incident_id"), "Incident", type_="check")
     op.alter_column("Incident", "created_at", server_default=None)
     for column in COLUMNS:
         op.alter_column("Incident", column, nullable=True)
@@ -136,19 +136,19 @@ def upgrade_sqlite() -> None:
         for column in COLUMNS:
             batch.alter_column(column, nullable=False)
         batch.alter_column("created_at", server_default=sa.text("CURRENT_TIMESTAMP"))
-        batch.create_check_constraint("ck_Incident_incident_id", sa.text("incident_id > 0"))
+        batch.create_check_constraint(op.f("ck_Incident_incident_id"), sa.text("incident_id > 0"))
         batch.create_check_constraint(
-            "ck_Incident_incidentstatus", sa.column("incident_type").in_(STATUSES)
+            op.f("ck_Incident_incidentstatus"), sa.column("incident_type").in_(STATUSES)
         )
         batch.create_check_constraint(
-            "ck_Incident_incidentsource", sa.column("source").in_(SOURCES)
+            op.f("ck_Incident_incidentsource"), sa.column("source").in_(SOURCES)
         )
 
 
 def downgrade_sqlite() -> None:
     with op.batch_alter_table("Incident", recreate="always") as batch:
         for name in ("incident_id", "incidentstatus", "incidentsource"):
-            batch.drop_constraint(f"ck_Incident_{name}", type_="check")
+            batch.drop_constraint(op.f(f"ck_Incident_{name}"), type_="check")
         batch.alter_column("created_at", server_default=None)
         for column in COLUMNS:
             batch.alter_column(column, nullable=True)

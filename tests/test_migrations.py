@@ -1,0 +1,475 @@
+"""What an upgrade or a downgrade does to a database and to the rows in it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, MetaData, inspect, text
+
+from incidentkit import (
+    IncidentClient,
+    IncidentSource,
+    IncidentStatus,
+    InvalidSettings,
+    SchemaOutOfDate,
+    StoreError,
+    StoreUnavailable,
+)
+from incidentkit.store import migrate
+from incidentkit.store.tables import (
+    REVISIONS,
+    SCHEMA_REVISION,
+    VERSION_TABLE,
+    keep_out_of_autogenerate,
+    metadata,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ORIGIN_SCHEMA = """
+CREATE TABLE alembic_version (
+    version_num VARCHAR(32) NOT NULL CONSTRAINT alembic_version_pkc PRIMARY KEY
+);
+INSERT INTO alembic_version VALUES ('dadc1db062ae');
+CREATE TYPE incidentstatus AS ENUM ('new', 'completed', 'failed');
+CREATE TYPE incidentsource AS ENUM ('operator', 'monitoring', 'partner');
+CREATE TABLE "Incident" (
+    incident_id SERIAL NOT NULL,
+    incident_message VARCHAR,
+    incident_type incidentstatus,
+    source incidentsource,
+    created_at TIMESTAMP WITH TIME ZONE,
+    CONSTRAINT "pk_Incident" PRIMARY KEY (incident_id)
+);
+"""
+
+ORIGIN_ROWS = """
+INSERT INTO "Incident" (incident_message, incident_type, source, created_at) VALUES
+    ('Disk is full', 'new', 'monitoring', '2025-01-01 10:00:00.25+00'),
+    ('', 'completed', 'operator', '2025-01-01 11:00:00+00'),
+    (NULL, NULL, NULL, NULL),
+    ('test', 'failed', 'partner', '2025-01-01 12:00:00+03');
+"""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a database with nothing in it."""
+    name = {"sqlite": "sqlite_url", "postgresql": "empty_postgres_url"}[request.param]
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def origin_url(empty_postgres_url: str) -> str:
+    """The URL of a database that the origin made and filled."""
+    await execute(empty_postgres_url, ORIGIN_SCHEMA + ORIGIN_ROWS)
+    return empty_postgres_url
+
+
+async def execute(url: str, *statements: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def fetch(url: str, statement: str) -> list[tuple[Any, ...]]:
+    connection = await asyncpg.connect(url)
+    try:
+        return [tuple(row) for row in await connection.fetch(statement)]
+    finally:
+        await connection.close()
+
+
+async def inspected(url: str, look: Callable[[Connection], Any]) -> Any:
+    engine = migrate.migration_engine(url)
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(look)
+    finally:
+        await engine.dispose()
+
+
+def schema(connection: Connection) -> dict[str, Any]:
+    """Everything that a database can tell about our tables."""
+    found = inspect(connection)
+    return {
+        name: {
+            "columns": [
+                {key: str(value) for key, value in column.items() if key != "comment"}
+                for column in found.get_columns(name)
+            ],
+            "primary key": found.get_pk_constraint(name)["constrained_columns"],
+            "checks": sorted(check["name"] or "" for check in found.get_check_constraints(name)),
+            "indexes": sorted(
+                (index["name"] or "", tuple(index["column_names"]))
+                for index in found.get_indexes(name)
+            ),
+        }
+        for name in metadata.tables
+    }
+
+
+def incident_columns(connection: Connection) -> dict[str, tuple[str, bool]]:
+    return {
+        column["name"]: (str(column["type"]), column["nullable"])
+        for column in inspect(connection).get_columns("Incident")
+    }
+
+
+async def test_upgraded_schema_is_the_declared_one(empty_url: str) -> None:
+    """What the migrations make and what the tables declare do not differ, on either database."""
+
+    def differences(connection: Connection) -> Any:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "compare_server_default": True,
+                "include_name": lambda name, type_, _: type_ != "table" or name != VERSION_TABLE,
+            },
+        )
+        return compare_metadata(context, metadata)
+
+    def create_and_inspect(connection: Connection) -> dict[str, Any]:
+        metadata.create_all(connection)
+        found = schema(connection)
+        connection.rollback()
+        return found
+
+    await migrate.upgrade(empty_url)
+    assert await inspected(empty_url, differences) == []
+
+    migrated = await inspected(empty_url, schema)
+    if empty_url.startswith("sqlite"):
+        declared = await inspected(empty_url + ".declared", create_and_inspect)
+    else:
+        for name in [*metadata.tables, VERSION_TABLE]:
+            await execute(empty_url, f'DROP TABLE "{name}"')
+        await execute(empty_url, "DROP TYPE incidentstatus", "DROP TYPE incidentsource")
+        declared = await inspected(empty_url, create_and_inspect)
+    assert migrated == declared
+
+
+def test_known_revisions_are_those_of_the_scripts() -> None:
+    """The revisions that the package knows are those of the folder, the origin's first."""
+    scripts = ScriptDirectory(str(migrate.script_location()))
+    found = [script.revision for script in scripts.walk_revisions()]
+    assert tuple(reversed(found)) == REVISIONS
+    assert REVISIONS[0] == "dadc1db062ae"
+
+
+async def test_down_and_up_again_through_every_revision(empty_url: str) -> None:
+    """Each revision can be undone and redone, down to nothing, and `current` tells where it is."""
+    await migrate.upgrade(empty_url)
+    for revision in [*reversed(REVISIONS[:-1]), None]:
+        await migrate.downgrade(empty_url)
+        assert await migrate.current(empty_url) == revision
+    for revision in REVISIONS:
+        await migrate.upgrade(empty_url, revision)
+        assert await migrate.current(empty_url) == revision
+    await migrate.check(empty_url)
+
+
+async def test_rows_outlive_the_way_to_the_origins_schema_and_back(empty_url: str) -> None:
+    """A downgrade to the origin's revision keeps every row, and so does the upgrade after it."""
+    await migrate.upgrade(empty_url)
+    async with IncidentClient.open(empty_url) as incidents:
+        await incidents.create("Disk is full", source="monitoring")
+        second = await incidents.create("Network is down", source="partner")
+        await incidents.update_status(second.incident_id, "failed")
+        before = await incidents.list()
+    await migrate.downgrade(empty_url, "dadc1db062ae")
+    columns = await inspected(empty_url, incident_columns)
+    assert columns["incident_id"] == ("INTEGER", False)
+    assert all(nullable for name, (_, nullable) in columns.items() if name != "incident_id")
+    await migrate.upgrade(empty_url)
+    async with IncidentClient.open(empty_url) as incidents:
+        assert await incidents.list() == before
+        third = await incidents.create("Third one", source="operator")
+        assert third.incident_id == second.incident_id + 1
+
+
+async def test_a_database_of_the_origin_is_taken_over(origin_url: str) -> None:
+    """Upgrading a database that the origin filled loses no row and needs no manual step."""
+    with pytest.raises(SchemaOutOfDate) as caught:
+        await migrate.check(origin_url)
+    assert caught.value.current == "dadc1db062ae"
+    await migrate.upgrade(origin_url)
+    async with IncidentClient.open(origin_url) as incidents:
+        rows = sorted(await incidents.list(), key=lambda incident: incident.incident_id)
+        assert [row.incident_message for row in rows] == [
+            "Disk is full",
+            "",
+            "(no message)",
+            "test",
+        ]
+        assert rows[0].created_at == datetime(2025, 1, 1, 10, tzinfo=UTC)
+        assert rows[2].incident_type is IncidentStatus.NEW
+        assert rows[2].source is IncidentSource.OPERATOR
+        # The latest time known of those before it.
+        assert rows[2].created_at == datetime(2025, 1, 1, 11, tzinfo=UTC)
+        assert rows[3].created_at == datetime(2025, 1, 1, 9, tzinfo=UTC)
+        # What breaks today's rule for new messages can still change its status.
+        assert (await incidents.update_status(2, "failed")).incident_type is IncidentStatus.FAILED
+        assert (await incidents.create("A new one", source="operator")).incident_id == 5
+
+
+async def test_the_origins_own_record_is_left_alone(origin_url: str) -> None:
+    """The origin's `alembic_version` is read, never changed: the origin can run again after it."""
+    await migrate.upgrade(origin_url)
+    assert await fetch(origin_url, "SELECT version_num FROM alembic_version") == [("dadc1db062ae",)]
+    await migrate.downgrade(origin_url, "dadc1db062ae")
+    assert len(await fetch(origin_url, 'SELECT * FROM "Incident"')) == 4
+    # As the origin writes: by SQLAlchemy's default, naming no id.
+    await execute(origin_url, 'INSERT INTO "Incident" (incident_message) VALUES (NULL)')
+    await migrate.upgrade(origin_url)
+    assert len(await fetch(origin_url, 'SELECT * FROM "Incident"')) == 5
+
+
+async def test_a_first_null_time_becomes_the_epoch(empty_postgres_url: str) -> None:
+    """An incident with no time, and none known before it, gets 1970-01-01: the oldest."""
+    await execute(
+        empty_postgres_url,
+        ORIGIN_SCHEMA,
+        "INSERT INTO \"Incident\" (incident_message) VALUES ('No time known')",
+    )
+    await migrate.upgrade(empty_postgres_url)
+    async with IncidentClient.open(empty_postgres_url) as incidents:
+        (incident,) = await incidents.list()
+    assert incident.created_at == datetime(1970, 1, 1, tzinfo=UTC)
+
+
+async def test_naive_times_and_capital_labels_are_mended(empty_postgres_url: str) -> None:
+    """A column of naive times is read as UTC, and enum labels stored by name become values."""
+    await execute(
+        empty_postgres_url,
+        ORIGIN_SCHEMA,
+        'ALTER TABLE "Incident" ALTER created_at TYPE timestamp',
+        "ALTER TYPE incidentstatus RENAME VALUE 'new' TO 'NEW'",
+        "ALTER TYPE incidentsource RENAME VALUE 'partner' TO 'PARTNER'",
+        "SET TIME ZONE 'Asia/Tokyo'",
+        'INSERT INTO "Incident" (incident_message, incident_type, source, created_at) '
+        "VALUES ('Naive time', 'NEW', 'PARTNER', '2025-01-01 10:00:00')",
+    )
+    await migrate.upgrade(empty_postgres_url)
+    async with IncidentClient.open(empty_postgres_url) as incidents:
+        incident = await incidents.get(1)
+    assert incident.created_at == datetime(2025, 1, 1, 10, tzinfo=UTC)
+    assert incident.incident_type is IncidentStatus.NEW
+    assert incident.source is IncidentSource.PARTNER
+
+
+async def test_ids_pass_32_bits(migrated_postgres_url: str) -> None:
+    """After the upgrade ids go on past 2^31."""
+    await execute(
+        migrated_postgres_url, "SELECT setval('\"Incident_incident_id_seq\"', 2147483647)"
+    )
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        incident = await incidents.create("Past 32 bits", source="operator")
+        assert incident.incident_id == 2**31
+        assert await incidents.get(2**31) == incident
+
+
+async def test_a_strangers_table_is_not_touched(empty_url: str) -> None:
+    """An "Incident" table that is not the origin's stops the upgrade with a clear error."""
+    engine = migrate.migration_engine(empty_url)
+    async with engine.begin() as connection:
+        await connection.execute(text('CREATE TABLE "Incident" (colour VARCHAR(9))'))
+    await engine.dispose()
+    with pytest.raises(StoreError, match="in the way"):
+        await migrate.upgrade(empty_url)
+    assert await inspected(empty_url, lambda c: inspect(c).get_table_names()) == ["Incident"]
+
+
+async def test_a_database_of_the_future_is_refused(empty_url: str) -> None:
+    """A revision that this version does not know is refused, with advice that helps."""
+    await migrate.upgrade(empty_url)
+    engine = migrate.migration_engine(empty_url)
+    async with engine.begin() as connection:
+        await connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = 'ffffffffffff'"))
+    await engine.dispose()
+    for refused in (migrate.upgrade(empty_url), migrate.check(empty_url)):
+        with pytest.raises(SchemaOutOfDate, match="pip install --upgrade incidentkit"):
+            await refused
+    with pytest.raises(SchemaOutOfDate):
+        await IncidentClient.open(empty_url).connect()
+
+
+async def test_postgresql_is_checked_and_never_changed(empty_postgres_url: str) -> None:
+    """Opening a client on PostgreSQL without our schema names the command and makes nothing."""
+    with pytest.raises(SchemaOutOfDate, match="incidentkit db upgrade") as caught:
+        await IncidentClient.open(empty_postgres_url).connect()
+    assert caught.value.command == "incidentkit db upgrade"
+    assert await inspected(empty_postgres_url, lambda c: inspect(c).get_table_names()) == []
+
+
+async def test_sqlite_upgrades_itself(sqlite_url: str) -> None:
+    """Opening a client on an older SQLite file brings it up to date."""
+    await migrate.upgrade(sqlite_url, REVISIONS[1])
+    async with IncidentClient.open(sqlite_url):
+        assert await migrate.current(sqlite_url) == SCHEMA_REVISION
+
+
+async def test_an_unknown_revision_is_a_typed_error(empty_url: str) -> None:
+    """A revision that does not exist is refused by name, and nothing is changed."""
+    with pytest.raises(InvalidSettings, match="revision"):
+        await migrate.upgrade(empty_url, "nonsense")
+    assert await migrate.current(empty_url) is None
+
+
+async def test_no_server_is_a_typed_error() -> None:
+    """A PostgreSQL that is not there gives StoreUnavailable, without address or password."""
+    with pytest.raises(StoreUnavailable) as caught:
+        await migrate.upgrade("postgresql://somebody:secret@127.0.0.1:1/nowhere")
+    assert "secret" not in str(caught.value)
+
+
+async def test_concurrent_upgrades_of_tasks_are_safe(empty_url: str) -> None:
+    """Many tasks may upgrade the same database at once."""
+    await asyncio.gather(*(migrate.upgrade(empty_url) for _ in range(5)))
+    await migrate.check(empty_url)
+
+
+def test_concurrent_upgrades_of_threads_are_safe(empty_url: str) -> None:
+    """Many threads, each with a loop of its own, may upgrade the same database at once."""
+    failures: list[BaseException] = []
+
+    def upgrade() -> None:
+        try:
+            asyncio.run(migrate.upgrade(empty_url))
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=upgrade) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    asyncio.run(migrate.check(empty_url))
+
+
+def test_concurrent_upgrades_of_processes_are_safe(empty_url: str) -> None:
+    """Many processes may open the same database, or upgrade it, at once."""
+    program = (
+        "import asyncio, sys\n"
+        "from incidentkit import IncidentClient\n"
+        "from incidentkit.store.migrate import upgrade\n"
+        "async def main():\n"
+        "    await upgrade(sys.argv[1])\n"
+        "    async with IncidentClient.open(sys.argv[1]) as incidents:\n"
+        "        await incidents.create('From a process', source='operator')\n"
+        "asyncio.run(main())\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, empty_url],
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(4)
+    ]
+    outcomes = [(process.communicate()[1].decode(), process.returncode) for process in processes]
+    assert [code for _, code in outcomes] == [0, 0, 0, 0], outcomes
+
+    async def count() -> int:
+        async with IncidentClient.open(empty_url) as incidents:
+            return len(await incidents.list())
+
+    assert asyncio.run(count()) == 4
+
+
+async def test_a_failed_upgrade_leaves_nothing_behind(empty_url: str) -> None:
+    """An upgrade that fails half-way is undone whole, on either database."""
+    await migrate.upgrade(empty_url, REVISIONS[0])
+    engine = migrate.migration_engine(empty_url)
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE request_log (colour VARCHAR(9))"))
+    await engine.dispose()
+    before = await inspected(empty_url, incident_columns)
+    with pytest.raises(StoreError):
+        await migrate.upgrade(empty_url)
+    assert await migrate.current(empty_url) == REVISIONS[0]
+    assert await inspected(empty_url, incident_columns) == before
+
+
+async def test_a_hosts_own_alembic_history_is_left_alone(empty_url: str) -> None:
+    """A host's `alembic_version` stays as it is, and its autogenerate does not see our tables."""
+    engine = migrate.migration_engine(empty_url)
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32))"))
+        await connection.execute(text("INSERT INTO alembic_version VALUES ('0123456789ab')"))
+        await connection.execute(text("CREATE TABLE customer (name VARCHAR(9))"))
+    await engine.dispose()
+    await migrate.upgrade(empty_url)
+
+    def hosts_differences(connection: Connection) -> list[str]:
+        host = MetaData()
+        context = MigrationContext.configure(
+            connection, opts={"include_name": keep_out_of_autogenerate}
+        )
+        return [f"{kind} {table.name}" for kind, table in compare_metadata(context, host)]
+
+    assert await inspected(empty_url, hosts_differences) == ["remove_table customer"]
+
+    def host_revision(connection: Connection) -> str:
+        return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
+
+    assert await inspected(empty_url, host_revision) == "0123456789ab"
+    await migrate.downgrade(empty_url, "base")
+    assert await inspected(empty_url, host_revision) == "0123456789ab"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["upgrade", "head"], ["downgrade", "-1"], ["current"], ["check"]],
+)
+def test_alembics_own_command_line_works(empty_url: str, arguments: list[str]) -> None:
+    """`alembic upgrade head` and its like work from the repository root on the configured URL."""
+    asyncio.run(migrate.upgrade(empty_url))
+    result = alembic(empty_url, *arguments)
+    assert result.returncode == 0, result.stderr
+    expected = REVISIONS[-2] if arguments[0] == "downgrade" else SCHEMA_REVISION
+    assert asyncio.run(migrate.current(empty_url)) == expected
+
+
+def test_autogenerate_makes_an_empty_revision(empty_url: str, tmp_path: Path) -> None:
+    """`alembic revision --autogenerate` on an upgraded database finds nothing to do."""
+    asyncio.run(migrate.upgrade(empty_url))
+    copied = tmp_path / "checkout"
+    copied.mkdir()
+    subprocess.run(
+        ["cp", "-r", "alembic.ini", "migrations", "incidentkit", str(copied)], cwd=ROOT, check=True
+    )
+    result = alembic(empty_url, "revision", "--autogenerate", "-m", "nothing new", root=copied)
+    assert result.returncode == 0, result.stderr
+    (made,) = (copied / "migrations" / "versions").glob("*nothing_new.py")
+    assert made.read_text().count("    pass\n") == 2
+
+
+def alembic(url: str, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", *arguments],
+        cwd=root,
+        env={**os.environ, "INCIDENTKIT_DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
