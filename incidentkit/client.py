@@ -91,13 +91,13 @@ class IncidentClient:
             MissingDependency: If Redis is wanted and its package is not installed.
         """
         from incidentkit.cache import cache_from_url  # noqa: PLC0415
-        from incidentkit.store.base import SQLITE_SCHEMES, store_from_url  # noqa: PLC0415
+        from incidentkit.store.base import database_kind, store_from_url  # noqa: PLC0415
 
         store = store_from_url(database_url, options)
         cache: IncidentCache | None = None
         if redis_url is not None:
             cache = cache_from_url(redis_url)
-        elif database_url.partition("://")[0] in SQLITE_SCHEMES:
+        elif database_kind(database_url) == "sqlite":
             cache = MemoryCache()
         return cls(store, cache=cache, cache_required=redis_required)
 

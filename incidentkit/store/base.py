@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
 from attrs import frozen
 
@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 Incidents: TypeAlias = "list[Incident]"
 """A page; an alias because inside a store ``list`` is the verb."""
 
-POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+asyncpg")
-SQLITE_SCHEMES = ("sqlite", "sqlite+aiosqlite")
+DatabaseKind: TypeAlias = Literal["postgresql", "sqlite"]
+
+_KINDS: Final[dict[str, DatabaseKind]] = {
+    "postgresql": "postgresql",
+    "postgres": "postgresql",
+    "postgresql+asyncpg": "postgresql",
+    "sqlite": "sqlite",
+    "sqlite+aiosqlite": "sqlite",
+}
 
 
 @frozen
@@ -111,6 +118,19 @@ class IncidentStore(Protocol):
         ...
 
 
+def database_kind(database_url: str) -> DatabaseKind:
+    """Return which database a URL is for.
+
+    Raises:
+        InvalidSettings: If it is for neither.
+    """
+    scheme, separator, _ = database_url.partition("://")
+    if not separator or scheme not in _KINDS:
+        reason = "must start with postgresql:// or sqlite+aiosqlite:///"
+        raise InvalidSettings("database_url", reason)
+    return _KINDS[scheme]
+
+
 def store_from_url(database_url: str, options: StoreOptions | None = None) -> IncidentStore:
     """Return the store, not yet open, for a ``postgresql://`` or ``sqlite+aiosqlite:///`` URL.
 
@@ -118,13 +138,10 @@ def store_from_url(database_url: str, options: StoreOptions | None = None) -> In
         InvalidSettings: If the URL names neither.
     """
     options = options or StoreOptions()
-    scheme = database_url.partition("://")[0]
-    if scheme in POSTGRESQL_SCHEMES:
+    if database_kind(database_url) == "postgresql":
         from incidentkit.store.postgresql import PostgresStore  # noqa: PLC0415
 
         return PostgresStore(database_url, options)
-    if scheme in SQLITE_SCHEMES:
-        from incidentkit.store.sqlite import SqliteStore  # noqa: PLC0415
+    from incidentkit.store.sqlite import SqliteStore  # noqa: PLC0415
 
-        return SqliteStore(database_url, options)
-    raise InvalidSettings("database_url", "must start with postgresql:// or sqlite+aiosqlite:///")
+    return SqliteStore(database_url, options)

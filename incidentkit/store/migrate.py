@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from incidentkit.errors import InvalidSettings, StoreError
 from incidentkit.store import postgresql, sqlite
-from incidentkit.store.base import POSTGRESQL_SCHEMES, SQLITE_SCHEMES
+from incidentkit.store.base import database_kind
 from incidentkit.store.tables import REVISIONS, VERSION_TABLE, check_revision, incident_table
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def script_location() -> Path:
 
 def migration_engine(database_url: str) -> AsyncEngine:
     """Return an engine whose transactions lock the database from their first statement."""
-    scheme = database_url.partition("://")[0]
-    if scheme in POSTGRESQL_SCHEMES:
+    if database_kind(database_url) == "postgresql":
         dsn = postgresql.asyncpg_dsn(database_url)
         return create_async_engine(
             "postgresql+asyncpg://",
@@ -60,17 +59,15 @@ def migration_engine(database_url: str) -> AsyncEngine:
             poolclass=NullPool,
             hide_parameters=True,
         )
-    if scheme in SQLITE_SCHEMES:
-        engine = create_async_engine(
-            sqlite.sqlite_url(database_url),
-            connect_args={"timeout": LOCK_TIMEOUT},
-            poolclass=NullPool,
-            hide_parameters=True,
-        )
-        event.listen(engine.sync_engine, "connect", _leave_transactions_to_us)
-        event.listen(engine.sync_engine, "begin", _begin_immediate)
-        return engine
-    raise InvalidSettings("database_url", "must start with postgresql:// or sqlite+aiosqlite:///")
+    engine = create_async_engine(
+        sqlite.sqlite_url(database_url),
+        connect_args={"timeout": LOCK_TIMEOUT},
+        poolclass=NullPool,
+        hide_parameters=True,
+    )
+    event.listen(engine.sync_engine, "connect", _leave_transactions_to_us)
+    event.listen(engine.sync_engine, "begin", _begin_immediate)
+    return engine
 
 
 def _leave_transactions_to_us(connection: Any, _: object) -> None:

@@ -150,23 +150,23 @@ class PostgresStore:
     async def open(self) -> None:
         """Connect and check the schema."""
         options = self._options
-        try:
-            pool = asyncpg.create_pool(
-                self._dsn,
-                min_size=0,
-                max_size=options.pool_size + options.max_overflow,
-                timeout=options.connect_timeout,
-                command_timeout=options.statement_timeout,
-                reset=_keep_state,
-                init=_log_statements if options.echo else None,
-            )
-            self._pool = await pool
-        except ValueError as error:
-            raise InvalidSettings("database_url", "is not a PostgreSQL URL") from error
+        self._pool = await asyncpg.create_pool(
+            self._dsn,
+            min_size=0,
+            max_size=options.pool_size + options.max_overflow,
+            timeout=options.connect_timeout,
+            command_timeout=options.statement_timeout,
+            reset=_keep_state,
+            init=_log_statements if options.echo else None,
+        )
         try:
             await self.check()
-        except BaseException:
+        except BaseException as error:
             await self.close()
+            # The pool reads the URL when it first connects.
+            if isinstance(error, StoreError) and isinstance(error.__cause__, ValueError):
+                reason = "is not a URL that PostgreSQL's driver can read"
+                raise InvalidSettings("database_url", reason) from error.__cause__
             raise
 
     async def close(self) -> None:

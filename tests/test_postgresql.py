@@ -1,0 +1,178 @@
+"""What the PostgreSQL store does when its server is slow, hung, killed or full."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+
+from incidentkit import (
+    IncidentClient,
+    IncidentStatus,
+    ListQuery,
+    NewIncident,
+    StoreUnavailable,
+)
+from incidentkit.store import StoreOptions
+from incidentkit.store.migrate import upgrade
+from incidentkit.store.postgresql import PostgresStore
+from tests.servers import PostgresServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+DISK_FULL = NewIncident("Disk is full", source="monitoring")
+QUICK = StoreOptions(
+    pool_size=2, max_overflow=1, connect_timeout=1, pool_timeout=0.5, statement_timeout=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    """A server that these tests may kill."""
+    with PostgresServer() as server:
+        asyncio.run(upgrade(server.url))
+        yield server
+
+
+@pytest.fixture
+async def store(server: PostgresServer) -> AsyncIterator[PostgresStore]:
+    """An impatient store on that server."""
+    store = PostgresStore(server.url, QUICK)
+    await store.open()
+    yield store
+    server.resume()
+    server.start()
+    await store.close()
+
+
+async def test_a_killed_server_is_unavailable_and_comes_back(
+    server: PostgresServer, store: PostgresStore
+) -> None:
+    """While the server is dead calls fail typed and at once; after its restart they work again."""
+    kept = await store.create(DISK_FULL)
+    server.kill()
+    for call in (
+        store.get(1),
+        store.list(ListQuery()),
+        store.create(DISK_FULL),
+        store.update_status(1, IncidentStatus.FAILED),
+        store.check(),
+    ):
+        with pytest.raises(StoreUnavailable):
+            await call
+    server.start()
+    assert await store.get(kept.incident_id) == kept
+    assert (await store.create(DISK_FULL)).incident_id > kept.incident_id
+
+
+async def test_a_read_survives_a_restart_between_calls(
+    server: PostgresServer, store: PostgresStore
+) -> None:
+    """The first read after a restart succeeds, although its pooled connection is dead."""
+    kept = await store.create(DISK_FULL)
+    await asyncio.gather(*(store.get(kept.incident_id) for _ in range(3)))
+    server.restart()
+    assert await store.get(kept.incident_id) == kept
+
+
+async def test_a_connection_that_the_server_ends_is_replaced(
+    server: PostgresServer, store: PostgresStore
+) -> None:
+    """A backend that an administrator terminates is replaced without anybody noticing."""
+    kept = await store.create(DISK_FULL)
+    admin = await asyncpg.connect(server.url)
+    await admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    )
+    await admin.close()
+    assert await store.get(kept.incident_id) == kept
+
+
+async def test_a_hung_server_is_unavailable_within_the_timeouts(
+    server: PostgresServer, store: PostgresStore
+) -> None:
+    """A server that accepts and never answers ends each call within its timeouts."""
+    await store.create(DISK_FULL)
+    server.pause()
+    async with asyncio.timeout(20):
+        outcomes = await asyncio.gather(*(store.get(1) for _ in range(6)), return_exceptions=True)
+    assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
+    server.resume()
+    assert await store.get(1) is not None
+
+
+async def test_a_slow_statement_is_ended(server: PostgresServer, store: PostgresStore) -> None:
+    """A statement that waits for a lock too long fails typed, and its connection is usable after."""
+    kept = await store.create(DISK_FULL)
+    host = await asyncpg.connect(server.url)
+    async with host.transaction():
+        await host.execute('LOCK TABLE "Incident"')
+        with pytest.raises(StoreUnavailable, match="did not answer in time"):
+            await store.get(kept.incident_id)
+    await host.close()
+    assert await store.get(kept.incident_id) == kept
+
+
+async def test_waiting_for_a_connection_ends(server: PostgresServer, store: PostgresStore) -> None:
+    """With every connection busy, a further call fails typed instead of waiting for ever."""
+    host = await asyncpg.connect(server.url)
+    async with host.transaction():
+        await host.execute('LOCK TABLE "Incident"')
+        outcomes = await asyncio.gather(*(store.get(1) for _ in range(12)), return_exceptions=True)
+    await host.close()
+    assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
+
+
+async def test_no_more_connections_than_the_pool_may_have(
+    server: PostgresServer, store: PostgresStore
+) -> None:
+    """Under load there are at most `pool_size` + `max_overflow` connections."""
+    await store.create(DISK_FULL)
+    await asyncio.gather(*(store.get(1) for _ in range(50)))
+    admin = await asyncpg.connect(server.url)
+    open_connections = await admin.fetchval(
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    )
+    await admin.close()
+    assert 1 <= open_connections <= QUICK.pool_size + QUICK.max_overflow
+
+
+@pytest.mark.parametrize(
+    ("account", "reason"),
+    [
+        ("postgres@{host}/nowhere", "no such database"),
+        ("nobody@{host}/postgres", "refused the credentials"),
+    ],
+)
+async def test_a_wrong_account_or_database_is_told(
+    server: PostgresServer, account: str, reason: str
+) -> None:
+    """A server that refuses the login says which half is wrong, and nothing more."""
+    host = server.url.partition("@")[2].partition("/")[0]
+    store = PostgresStore("postgresql://" + account.format(host=host), QUICK)
+    with pytest.raises(StoreUnavailable, match=reason) as caught:
+        await store.open()
+    assert host not in str(caught.value)
+
+
+async def test_each_call_is_one_round_trip(migrated_postgres_url: str) -> None:
+    """Every method of the client sends one statement, with no BEGIN, COMMIT or reset around it."""
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        sent: list[str] = []
+        store = incidents.store
+        assert isinstance(store, PostgresStore)
+        pool = store._pool
+        assert pool is not None
+        async with pool.acquire() as connection:
+            connection.add_query_logger(lambda query: sent.append(query.query))
+        await incidents.create("Disk is full", source="monitoring")
+        await incidents.get(1)
+        await incidents.list(status="new")
+        await incidents.update_status(1, "failed")
+    verbs = [statement.split()[0] for statement in sent]
+    assert verbs == ["INSERT", "SELECT", "SELECT", "UPDATE"]

@@ -1,0 +1,329 @@
+"""What every store does, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from incidentkit import (
+    ClientClosed,
+    IncidentSource,
+    IncidentStatus,
+    InvalidSettings,
+    ListQuery,
+    NewIncident,
+    SchemaOutOfDate,
+    StoreUnavailable,
+)
+from incidentkit.store import RequestRecord, StoreOptions, store_from_url
+from incidentkit.store.base import IncidentStore
+from incidentkit.store.migrate import downgrade, migration_engine
+from incidentkit.store.postgresql import PostgresStore, compile_statement
+from incidentkit.store.sqlite import SqliteStore
+from incidentkit.store.statements import SELECT_PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+DISK_FULL = NewIncident("Disk is full", source="monitoring")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of a database that a store can be opened on."""
+    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[IncidentStore]:
+    """An open store with nothing in it."""
+    store = store_from_url(url)
+    await store.open()
+    yield store
+    await store.close()
+
+
+async def run_sql(url: str, statement: str) -> list[Any]:
+    engine = migration_engine(url)
+    async with engine.begin() as connection:
+        result = await connection.execute(text(statement))
+        rows = list(result.all()) if result.returns_rows else []
+    await engine.dispose()
+    return rows
+
+
+async def test_create_returns_what_is_stored(store: IncidentStore) -> None:
+    """A created incident comes back with its id and the database's time, and can be read."""
+    before = datetime.now(UTC).replace(microsecond=0)
+    incident = await store.create(DISK_FULL)
+    assert incident.incident_id == 1
+    assert incident.incident_message == "Disk is full"
+    assert incident.incident_type is IncidentStatus.NEW
+    assert incident.source is IncidentSource.MONITORING
+    assert before <= incident.created_at <= datetime.now(UTC) + timedelta(seconds=1)
+    assert incident.created_at.microsecond == 0
+    assert await store.get(1) == incident
+
+
+@pytest.mark.parametrize(
+    "message", ["\U0001f525" * 1000, '\'; DROP TABLE "Incident"; --', "a\x01b\u202ecd"]
+)
+async def test_any_valid_message_is_stored_as_it_is(store: IncidentStore, message: str) -> None:
+    """Neither length, nor quotes, nor odd characters change a message on its way."""
+    incident = await store.create(NewIncident(message, source="partner"))
+    assert incident.incident_message == message
+    read = await store.get(incident.incident_id)
+    assert read is not None
+    assert read.incident_message == message
+
+
+async def test_an_unknown_id_is_none(store: IncidentStore) -> None:
+    """Reading or changing what is not there gives None, up to the largest id."""
+    assert await store.get(2**63 - 1) is None
+    assert await store.update_status(2**63 - 1, IncidentStatus.FAILED) is None
+
+
+async def test_update_status_changes_only_the_status(store: IncidentStore) -> None:
+    """A status change returns the incident with its new status and all else as it was."""
+    incident = await store.create(DISK_FULL)
+    changed = await store.update_status(incident.incident_id, IncidentStatus.COMPLETED)
+    assert changed is not None
+    assert changed.incident_type is IncidentStatus.COMPLETED
+    assert changed.incident_message == incident.incident_message
+    assert changed.created_at == incident.created_at
+    assert await store.get(incident.incident_id) == changed
+
+
+async def test_lists_are_newest_first_with_ties_by_id(store: IncidentStore, url: str) -> None:
+    """The list is ordered by time, and within a second by id, newest first, on every page."""
+    for _ in range(6):
+        await store.create(DISK_FULL)
+    await run_sql(
+        url,
+        "UPDATE \"Incident\" SET created_at = '2020-01-01 00:00:00' WHERE incident_id IN (5, 2)",
+    )
+    await run_sql(
+        url,
+        "UPDATE \"Incident\" SET created_at = '2030-01-01 00:00:00' WHERE incident_id IN (1, 3)",
+    )
+    pages = [await store.list(ListQuery(page, 2)) for page in (1, 2, 3, 4)]
+    ids = [[incident.incident_id for incident in page] for page in pages]
+    assert ids == [[3, 1], [6, 4], [5, 2], []]
+
+
+async def test_lists_are_filtered_by_status_and_source(store: IncidentStore) -> None:
+    """Each filter, alone or with the other, gives exactly the incidents that have it."""
+    for source in IncidentSource:
+        for status in IncidentStatus:
+            await store.create(NewIncident("Disk is full", source, status))
+    everything = await store.list(ListQuery(limit=1000))
+    for status in (None, *IncidentStatus):
+        for source in (None, *IncidentSource):
+            found = await store.list(ListQuery(limit=1000, status=status, source=source))
+            assert found == [
+                incident
+                for incident in everything
+                if status in (None, incident.incident_type) and source in (None, incident.source)
+            ]
+            assert len(found) == (1 if status else 3) * (1 if source else 3)
+
+
+async def test_the_farthest_page_is_empty(store: IncidentStore) -> None:
+    """The largest offset that the rules allow is a page like any other."""
+    await store.create(DISK_FULL)
+    assert await store.list(ListQuery(page=2**63 - 1, limit=1)) == []
+
+
+async def test_ids_are_never_used_twice(store: IncidentStore, url: str) -> None:
+    """The id of a deleted incident is not given to another."""
+    await store.create(DISK_FULL)
+    await run_sql(url, 'DELETE FROM "Incident"')
+    assert (await store.create(DISK_FULL)).incident_id == 2
+
+
+@pytest.mark.parametrize("by_status", [False, True])
+@pytest.mark.parametrize("by_source", [False, True])
+async def test_every_list_is_read_from_an_index(
+    store: IncidentStore, url: str, *, by_status: bool, by_source: bool
+) -> None:
+    """A page is read in the order of an index, with nothing sorted, whatever the filter."""
+    compiled = compile_statement(SELECT_PAGE[by_status, by_source])
+    values = {"status": "new", "source": "partner", "limit": 10, "offset": 5}
+    arguments = [values[name] for name in compiled.parameters]
+    if isinstance(store, PostgresStore):
+        connection = await asyncpg.connect(url)
+        await connection.execute(
+            'INSERT INTO "Incident" (incident_message, incident_type, source) '
+            "SELECT 'Disk is full', (ARRAY['new', 'failed'])[i % 2 + 1]::incidentstatus, "
+            "(ARRAY['partner', 'operator'])[i / 2 % 2 + 1]::incidentsource "
+            "FROM generate_series(1, 20000) AS i"
+        )
+        await connection.execute('ANALYZE "Incident"')
+        rows = await connection.fetch(f"EXPLAIN {compiled.text}", *arguments)
+        await connection.close()
+        plan = "\n".join(row[0] for row in rows)
+        assert "Index Scan Backward" in plan
+        assert "Sort" not in plan
+        assert "Filter" not in plan
+    else:
+        statement = compiled.text
+        for number, value in enumerate(arguments, start=1):
+            for cast in ("::VARCHAR", "::BIGINT"):
+                statement = statement.replace(f"${number}{cast}", repr(value))
+        statement = statement.replace("AS incidentstatus", "AS TEXT")
+        rows = await run_sql(
+            url, "EXPLAIN QUERY PLAN " + statement.replace("AS incidentsource", "AS TEXT")
+        )
+        plan = "\n".join(row[3] for row in rows)
+        assert "USING INDEX ix_Incident" in plan
+        assert "TEMP B-TREE" not in plan
+
+
+async def test_concurrent_creates_are_all_stored(store: IncidentStore) -> None:
+    """Many creates at once each get an id of their own, more of them than connections."""
+    created = await asyncio.gather(*(store.create(DISK_FULL) for _ in range(60)))
+    assert sorted(incident.incident_id for incident in created) == list(range(1, 61))
+
+
+async def test_a_cancelled_call_leaves_the_store_whole(store: IncidentStore) -> None:
+    """However a call is cancelled, the next ones work and what was stored is still there."""
+    await store.create(DISK_FULL)
+    for turns in range(12):
+        calls = [
+            asyncio.ensure_future(call)
+            for call in (store.create(DISK_FULL), store.get(1), store.list(ListQuery()))
+        ]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    assert (await store.create(DISK_FULL)).incident_id <= 14
+    assert await store.get(1) is not None
+
+
+async def test_request_records_are_appended(store: IncidentStore, url: str) -> None:
+    """A batch of request records is written to the table `request_log`, in order."""
+    at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    records = [
+        RequestRecord(at, "GET", "/incident/get", 200, 1.25, f"request-{number}")
+        for number in range(3)
+    ]
+    await store.log_requests(records)
+    rows = await run_sql(
+        url,
+        "SELECT method, route, status, duration_ms, request_id FROM request_log "
+        "ORDER BY request_log_id",
+    )
+    assert [tuple(row) for row in rows] == [
+        ("GET", "/incident/get", 200, 1.25, f"request-{number}") for number in range(3)
+    ]
+
+
+async def test_a_batch_of_request_records_is_all_or_nothing(store: IncidentStore, url: str) -> None:
+    """A batch with a record that cannot be stored leaves none of it, and the store works on."""
+    at = datetime(2026, 1, 2, tzinfo=UTC)
+    broken: Any = None
+    records = [
+        RequestRecord(at, "GET", "/", 200, 1.0, "one"),
+        RequestRecord(at, broken, "/", 200, 1.0, "two"),
+    ]
+    with pytest.raises(Exception, match="refused a statement"):
+        await store.log_requests(records)
+    assert await run_sql(url, "SELECT * FROM request_log") == []
+    await store.log_requests(records[:1])
+    assert len(await run_sql(url, "SELECT * FROM request_log")) == 1
+
+
+async def test_check_tells_a_schema_that_changed(store: IncidentStore, url: str) -> None:
+    """`check` passes on the right schema and names the command once it is another."""
+    await store.check()
+    await downgrade(url)
+    with pytest.raises(SchemaOutOfDate, match="incidentkit db upgrade"):
+        await store.check()
+
+
+async def test_a_missing_table_is_a_schema_out_of_date(store: IncidentStore, url: str) -> None:
+    """A table that is gone is told as a schema that is out of date."""
+    await run_sql(url, 'DROP TABLE "Incident"')
+    with pytest.raises(SchemaOutOfDate):
+        await store.list(ListQuery())
+
+
+async def test_a_closed_store_says_so(url: str) -> None:
+    """A store that is not open raises ClientClosed, and closing it twice is no error."""
+    store = store_from_url(url)
+    with pytest.raises(ClientClosed):
+        await store.get(1)
+    await store.open()
+    await store.close()
+    await store.close()
+    with pytest.raises(ClientClosed):
+        await store.create(DISK_FULL)
+
+
+async def test_a_store_can_be_opened_again(url: str) -> None:
+    """What was stored is there when the store is opened again."""
+    store = store_from_url(url)
+    for number in (1, 2):
+        await store.open()
+        assert (await store.create(DISK_FULL)).incident_id == number
+        await store.close()
+
+
+async def test_echo_logs_statements_without_their_values(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With `echo` each statement is logged, and no message ever is."""
+    caplog.set_level("INFO", logger="incidentkit.store")
+    store = store_from_url(url, StoreOptions(echo=True))
+    await store.open()
+    await store.create(NewIncident("A secret message", source="operator"))
+    await store.close()
+    assert 'INSERT INTO "Incident"' in caplog.text
+    assert "A secret message" not in caplog.text
+
+
+@pytest.mark.parametrize("url", ["mysql://localhost/x", "nonsense", "", "postgresql"])
+def test_other_urls_are_refused(url: str) -> None:
+    """A URL of neither database is a typed error that does not repeat it."""
+    with pytest.raises(InvalidSettings, match="must start with postgresql://"):
+        store_from_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("postgresql://localhost/x", PostgresStore),
+        ("postgres://localhost/x", PostgresStore),
+        ("postgresql+asyncpg://localhost/x?ssl=require", PostgresStore),
+        ("sqlite+aiosqlite:///x.db", SqliteStore),
+        ("sqlite://", SqliteStore),
+    ],
+)
+def test_the_url_chooses_the_store(url: str, kind: type[IncidentStore]) -> None:
+    """Each form of URL that people use for a database leads to its store."""
+    assert isinstance(store_from_url(url), kind)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://localhost:notaport/x", "postgresql://localhost/x?sslmode=nonsense"],
+)
+async def test_a_broken_postgresql_url_is_a_typed_error(url: str) -> None:
+    """A URL that cannot be read is an error of the settings."""
+    with pytest.raises(InvalidSettings):
+        await store_from_url(url).open()
+
+
+async def test_a_file_that_cannot_be_opened_is_a_typed_error() -> None:
+    """An SQLite file in a folder that does not exist is StoreUnavailable, without its path."""
+    with pytest.raises(StoreUnavailable) as caught:
+        await store_from_url("sqlite+aiosqlite:////nowhere/at/all.db").open()
+    assert "nowhere" not in str(caught.value)
