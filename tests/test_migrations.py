@@ -77,11 +77,11 @@ def empty_url(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 async def origin_url(empty_postgres_url: str) -> str:
     """The URL of a database that the origin made and filled."""
-    await execute(empty_postgres_url, ORIGIN_SCHEMA + ORIGIN_ROWS)
+    await _execute(empty_postgres_url, ORIGIN_SCHEMA + ORIGIN_ROWS)
     return empty_postgres_url
 
 
-async def execute(url: str, *statements: str) -> None:
+async def _execute(url: str, *statements: str) -> None:
     connection = await asyncpg.connect(url)
     try:
         for statement in statements:
@@ -90,7 +90,7 @@ async def execute(url: str, *statements: str) -> None:
         await connection.close()
 
 
-async def fetch(url: str, statement: str) -> list[tuple[Any, ...]]:
+async def _fetch(url: str, statement: str) -> list[tuple[Any, ...]]:
     connection = await asyncpg.connect(url)
     try:
         return [tuple(row) for row in await connection.fetch(statement)]
@@ -98,7 +98,7 @@ async def fetch(url: str, statement: str) -> list[tuple[Any, ...]]:
         await connection.close()
 
 
-async def inspected(url: str, look: Callable[[Connection], Any]) -> Any:
+async def _inspected(url: str, look: Callable[[Connection], Any]) -> Any:
     engine = migrate.migration_engine(url)
     try:
         async with engine.connect() as connection:
@@ -107,7 +107,7 @@ async def inspected(url: str, look: Callable[[Connection], Any]) -> Any:
         await engine.dispose()
 
 
-def schema(connection: Connection) -> dict[str, Any]:
+def _schema(connection: Connection) -> dict[str, Any]:
     """Everything that a database can tell about our tables."""
     found = inspect(connection)
     return {
@@ -127,7 +127,7 @@ def schema(connection: Connection) -> dict[str, Any]:
     }
 
 
-def incident_columns(connection: Connection) -> dict[str, tuple[str, bool]]:
+def _incident_columns(connection: Connection) -> dict[str, tuple[str, bool]]:
     return {
         column["name"]: (str(column["type"]), column["nullable"])
         for column in inspect(connection).get_columns("Incident")
@@ -149,21 +149,21 @@ async def test_upgraded_schema_is_the_declared_one(empty_url: str) -> None:
 
     def create_and_inspect(connection: Connection) -> dict[str, Any]:
         metadata.create_all(connection)
-        found = schema(connection)
+        found = _schema(connection)
         connection.rollback()
         return found
 
     await migrate.upgrade(empty_url)
-    assert await inspected(empty_url, differences) == []
+    assert await _inspected(empty_url, differences) == []
 
-    migrated = await inspected(empty_url, schema)
+    migrated = await _inspected(empty_url, _schema)
     if empty_url.startswith("sqlite"):
-        declared = await inspected(empty_url + ".declared", create_and_inspect)
+        declared = await _inspected(empty_url + ".declared", create_and_inspect)
     else:
         for name in [*metadata.tables, VERSION_TABLE]:
-            await execute(empty_url, f'DROP TABLE "{name}"')
-        await execute(empty_url, "DROP TYPE incidentstatus", "DROP TYPE incidentsource")
-        declared = await inspected(empty_url, create_and_inspect)
+            await _execute(empty_url, f'DROP TABLE "{name}"')
+        await _execute(empty_url, "DROP TYPE incidentstatus", "DROP TYPE incidentsource")
+        declared = await _inspected(empty_url, create_and_inspect)
     assert migrated == declared
 
 
@@ -196,7 +196,7 @@ async def test_rows_outlive_the_way_to_the_origins_schema_and_back(empty_url: st
         await incidents.update_status(second.incident_id, "failed")
         before = await incidents.list()
     await migrate.downgrade(empty_url, "dadc1db062ae")
-    columns = await inspected(empty_url, incident_columns)
+    columns = await _inspected(empty_url, _incident_columns)
     assert columns["incident_id"] == ("INTEGER", False)
     assert all(nullable for name, (_, nullable) in columns.items() if name != "incident_id")
     await migrate.upgrade(empty_url)
@@ -234,18 +234,20 @@ async def test_a_database_of_the_origin_is_taken_over(origin_url: str) -> None:
 async def test_the_origins_own_record_is_left_alone(origin_url: str) -> None:
     """The origin's `alembic_version` is read, never changed: the origin can run again after it."""
     await migrate.upgrade(origin_url)
-    assert await fetch(origin_url, "SELECT version_num FROM alembic_version") == [("dadc1db062ae",)]
+    assert await _fetch(origin_url, "SELECT version_num FROM alembic_version") == [
+        ("dadc1db062ae",)
+    ]
     await migrate.downgrade(origin_url, "dadc1db062ae")
-    assert len(await fetch(origin_url, 'SELECT * FROM "Incident"')) == 4
+    assert len(await _fetch(origin_url, 'SELECT * FROM "Incident"')) == 4
     # As the origin writes: by SQLAlchemy's default, naming no id.
-    await execute(origin_url, 'INSERT INTO "Incident" (incident_message) VALUES (NULL)')
+    await _execute(origin_url, 'INSERT INTO "Incident" (incident_message) VALUES (NULL)')
     await migrate.upgrade(origin_url)
-    assert len(await fetch(origin_url, 'SELECT * FROM "Incident"')) == 5
+    assert len(await _fetch(origin_url, 'SELECT * FROM "Incident"')) == 5
 
 
 async def test_a_first_null_time_becomes_the_epoch(empty_postgres_url: str) -> None:
     """An incident with no time, and none known before it, gets 1970-01-01: the oldest."""
-    await execute(
+    await _execute(
         empty_postgres_url,
         ORIGIN_SCHEMA,
         "INSERT INTO \"Incident\" (incident_message) VALUES ('No time known')",
@@ -258,7 +260,7 @@ async def test_a_first_null_time_becomes_the_epoch(empty_postgres_url: str) -> N
 
 async def test_naive_times_and_capital_labels_are_mended(empty_postgres_url: str) -> None:
     """A column of naive times is read as UTC, and enum labels stored by name become values."""
-    await execute(
+    await _execute(
         empty_postgres_url,
         ORIGIN_SCHEMA,
         'ALTER TABLE "Incident" ALTER created_at TYPE timestamp',
@@ -278,7 +280,7 @@ async def test_naive_times_and_capital_labels_are_mended(empty_postgres_url: str
 
 async def test_ids_pass_32_bits(migrated_postgres_url: str) -> None:
     """After the upgrade ids go on past 2^31."""
-    await execute(
+    await _execute(
         migrated_postgres_url, "SELECT setval('\"Incident_incident_id_seq\"', 2147483647)"
     )
     async with IncidentClient.open(migrated_postgres_url) as incidents:
@@ -295,7 +297,7 @@ async def test_a_strangers_table_is_not_touched(empty_url: str) -> None:
     await engine.dispose()
     with pytest.raises(StoreError, match="in the way"):
         await migrate.upgrade(empty_url)
-    assert await inspected(empty_url, lambda c: inspect(c).get_table_names()) == ["Incident"]
+    assert await _inspected(empty_url, lambda c: inspect(c).get_table_names()) == ["Incident"]
 
 
 async def test_a_database_of_the_future_is_refused(empty_url: str) -> None:
@@ -317,7 +319,7 @@ async def test_postgresql_is_checked_and_never_changed(empty_postgres_url: str) 
     with pytest.raises(SchemaOutOfDate, match="incidentkit db upgrade") as caught:
         await IncidentClient.open(empty_postgres_url).connect()
     assert caught.value.command == "incidentkit db upgrade"
-    assert await inspected(empty_postgres_url, lambda c: inspect(c).get_table_names()) == []
+    assert await _inspected(empty_postgres_url, lambda c: inspect(c).get_table_names()) == []
 
 
 async def test_sqlite_upgrades_itself(sqlite_url: str) -> None:
@@ -403,11 +405,11 @@ async def test_a_failed_upgrade_leaves_nothing_behind(empty_url: str) -> None:
     async with engine.begin() as connection:
         await connection.execute(text("CREATE TABLE request_log (colour VARCHAR(9))"))
     await engine.dispose()
-    before = await inspected(empty_url, incident_columns)
+    before = await _inspected(empty_url, _incident_columns)
     with pytest.raises(StoreError):
         await migrate.upgrade(empty_url)
     assert await migrate.current(empty_url) == REVISIONS[0]
-    assert await inspected(empty_url, incident_columns) == before
+    assert await _inspected(empty_url, _incident_columns) == before
 
 
 async def test_a_hosts_own_alembic_history_is_left_alone(empty_url: str) -> None:
@@ -427,14 +429,14 @@ async def test_a_hosts_own_alembic_history_is_left_alone(empty_url: str) -> None
         )
         return [f"{kind} {table.name}" for kind, table in compare_metadata(context, host)]
 
-    assert await inspected(empty_url, hosts_differences) == ["remove_table customer"]
+    assert await _inspected(empty_url, hosts_differences) == ["remove_table customer"]
 
     def host_revision(connection: Connection) -> str:
         return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
 
-    assert await inspected(empty_url, host_revision) == "0123456789ab"
+    assert await _inspected(empty_url, host_revision) == "0123456789ab"
     await migrate.downgrade(empty_url, "base")
-    assert await inspected(empty_url, host_revision) == "0123456789ab"
+    assert await _inspected(empty_url, host_revision) == "0123456789ab"
 
 
 @pytest.mark.parametrize(
@@ -444,7 +446,7 @@ async def test_a_hosts_own_alembic_history_is_left_alone(empty_url: str) -> None
 def test_alembics_own_command_line_works(empty_url: str, arguments: list[str]) -> None:
     """`alembic upgrade head` and its like work from the repository root on the configured URL."""
     asyncio.run(migrate.upgrade(empty_url))
-    result = alembic(empty_url, *arguments)
+    result = _alembic(empty_url, *arguments)
     assert result.returncode == 0, result.stderr
     expected = REVISIONS[-2] if arguments[0] == "downgrade" else SCHEMA_REVISION
     assert asyncio.run(migrate.current(empty_url)) == expected
@@ -458,13 +460,13 @@ def test_autogenerate_makes_an_empty_revision(empty_url: str, tmp_path: Path) ->
     subprocess.run(
         ["cp", "-r", "alembic.ini", "migrations", "incidentkit", str(copied)], cwd=ROOT, check=True
     )
-    result = alembic(empty_url, "revision", "--autogenerate", "-m", "nothing new", root=copied)
+    result = _alembic(empty_url, "revision", "--autogenerate", "-m", "nothing new", root=copied)
     assert result.returncode == 0, result.stderr
     (made,) = (copied / "migrations" / "versions").glob("*nothing_new.py")
     assert made.read_text().count("    pass\n") == 2
 
 
-def alembic(url: str, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def _alembic(url: str, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "alembic", *arguments],
         cwd=root,

@@ -106,7 +106,7 @@ async def test_a_hung_server_is_unavailable_within_the_timeouts(
 
 
 async def test_a_slow_statement_is_ended(server: PostgresServer, store: PostgresStore) -> None:
-    """A statement that waits for a lock too long fails typed, and its connection is usable after."""
+    """A statement that waits too long fails typed, and its connection is usable after."""
     kept = await store.create(DISK_FULL)
     host = await asyncpg.connect(server.url)
     async with host.transaction():

@@ -21,7 +21,6 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.store import RequestRecord, StoreOptions, store_from_url
-from incidentkit.store.base import IncidentStore
 from incidentkit.store.migrate import downgrade, migration_engine
 from incidentkit.store.postgresql import PostgresStore, compile_statement
 from incidentkit.store.sqlite import SqliteStore
@@ -29,6 +28,8 @@ from incidentkit.store.statements import SELECT_PAGE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from incidentkit.store.base import IncidentStore
 
 DISK_FULL = NewIncident("Disk is full", source="monitoring")
 
@@ -49,7 +50,7 @@ async def store(url: str) -> AsyncIterator[IncidentStore]:
     await store.close()
 
 
-async def run_sql(url: str, statement: str) -> list[Any]:
+async def _run_sql(url: str, statement: str) -> list[Any]:
     engine = migration_engine(url)
     async with engine.begin() as connection:
         result = await connection.execute(text(statement))
@@ -104,11 +105,11 @@ async def test_lists_are_newest_first_with_ties_by_id(store: IncidentStore, url:
     """The list is ordered by time, and within a second by id, newest first, on every page."""
     for _ in range(6):
         await store.create(DISK_FULL)
-    await run_sql(
+    await _run_sql(
         url,
         "UPDATE \"Incident\" SET created_at = '2020-01-01 00:00:00' WHERE incident_id IN (5, 2)",
     )
-    await run_sql(
+    await _run_sql(
         url,
         "UPDATE \"Incident\" SET created_at = '2030-01-01 00:00:00' WHERE incident_id IN (1, 3)",
     )
@@ -143,7 +144,7 @@ async def test_the_farthest_page_is_empty(store: IncidentStore) -> None:
 async def test_ids_are_never_used_twice(store: IncidentStore, url: str) -> None:
     """The id of a deleted incident is not given to another."""
     await store.create(DISK_FULL)
-    await run_sql(url, 'DELETE FROM "Incident"')
+    await _run_sql(url, 'DELETE FROM "Incident"')
     assert (await store.create(DISK_FULL)).incident_id == 2
 
 
@@ -177,7 +178,7 @@ async def test_every_list_is_read_from_an_index(
             for cast in ("::VARCHAR", "::BIGINT"):
                 statement = statement.replace(f"${number}{cast}", repr(value))
         statement = statement.replace("AS incidentstatus", "AS TEXT")
-        rows = await run_sql(
+        rows = await _run_sql(
             url, "EXPLAIN QUERY PLAN " + statement.replace("AS incidentsource", "AS TEXT")
         )
         plan = "\n".join(row[3] for row in rows)
@@ -216,7 +217,7 @@ async def test_request_records_are_appended(store: IncidentStore, url: str) -> N
         for number in range(3)
     ]
     await store.log_requests(records)
-    rows = await run_sql(
+    rows = await _run_sql(
         url,
         "SELECT method, route, status, duration_ms, request_id FROM request_log "
         "ORDER BY request_log_id",
@@ -236,9 +237,9 @@ async def test_a_batch_of_request_records_is_all_or_nothing(store: IncidentStore
     ]
     with pytest.raises(Exception, match="refused a statement"):
         await store.log_requests(records)
-    assert await run_sql(url, "SELECT * FROM request_log") == []
+    assert await _run_sql(url, "SELECT * FROM request_log") == []
     await store.log_requests(records[:1])
-    assert len(await run_sql(url, "SELECT * FROM request_log")) == 1
+    assert len(await _run_sql(url, "SELECT * FROM request_log")) == 1
 
 
 async def test_check_tells_a_schema_that_changed(store: IncidentStore, url: str) -> None:
@@ -251,7 +252,7 @@ async def test_check_tells_a_schema_that_changed(store: IncidentStore, url: str)
 
 async def test_a_missing_table_is_a_schema_out_of_date(store: IncidentStore, url: str) -> None:
     """A table that is gone is told as a schema that is out of date."""
-    await run_sql(url, 'DROP TABLE "Incident"')
+    await _run_sql(url, 'DROP TABLE "Incident"')
     with pytest.raises(SchemaOutOfDate):
         await store.list(ListQuery())
 
