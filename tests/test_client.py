@@ -1,0 +1,373 @@
+"""What an application sees of the facade, on both databases, with and without a cache."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis.asyncio import Redis
+
+from incidentkit import (
+    CacheUnavailable,
+    ClientClosed,
+    Incident,
+    IncidentClient,
+    IncidentNotFound,
+    IncidentSource,
+    IncidentStatus,
+    InvalidIncident,
+    NewIncident,
+    StoreUnavailable,
+)
+from incidentkit.cache import MemoryCache
+from incidentkit.store import store_from_url
+from tests.servers import RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORY = "sqlite+aiosqlite:///:memory:"
+
+
+@pytest.fixture(params=["memory", "sqlite", "sqlite-redis", "postgresql", "postgresql-redis"])
+def urls(request: pytest.FixtureRequest) -> tuple[str, str | None]:
+    """The URLs of an empty database, and of a Redis if there is one."""
+    database, _, cache = request.param.partition("-")
+    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}.get(database)
+    return (
+        str(request.getfixturevalue(name)) if name else MEMORY,
+        str(request.getfixturevalue("redis_url")) if cache else None,
+    )
+
+
+@pytest.fixture
+async def incidents(urls: tuple[str, str | None]) -> AsyncIterator[IncidentClient]:
+    """An open client with nothing in its database."""
+    async with IncidentClient.open(*urls) as incidents:
+        yield incidents
+
+
+async def test_the_four_verbs(incidents: IncidentClient) -> None:
+    """Create, list, get and update_status do what their names say, by strings or by members."""
+    incident = await incidents.create("  Disk is full on db-1 ", source="monitoring")
+    assert incident.incident_message == "Disk is full on db-1"
+    assert incident.incident_type is IncidentStatus.NEW
+    assert await incidents.list(page=1, limit=10, status="new", source=None) == [incident]
+    assert await incidents.get(incident.incident_id) == incident
+    done = await incidents.update_status(incident.incident_id, IncidentStatus.COMPLETED)
+    assert done.incident_type is IncidentStatus.COMPLETED
+    assert await incidents.list(status=IncidentStatus.NEW) == []
+    assert await incidents.list(source=IncidentSource.MONITORING) == [done]
+
+
+async def test_a_list_is_the_same_from_the_cache_and_from_the_database(
+    incidents: IncidentClient,
+) -> None:
+    """Asking twice gives equal incidents, down to the types of their fields."""
+    for number in range(3):
+        await incidents.create(f"Incident {number}", source="partner")
+    first, second = await incidents.list(), await incidents.list()
+    assert first == second
+    assert {type(incident.incident_type) for incident in second} == {IncidentStatus}
+    assert {type(incident.source) for incident in second} == {IncidentSource}
+
+
+async def test_a_ready_incident_can_be_created(incidents: IncidentClient) -> None:
+    """`create` takes a NewIncident as it takes its fields."""
+    new = NewIncident("Disk is full", "operator", "failed")
+    assert (await incidents.create(new)).incident_type is IncidentStatus.FAILED
+
+
+async def test_invalid_values_name_every_field_and_store_nothing(
+    incidents: IncidentClient,
+) -> None:
+    """Each method checks its own arguments, and tells all that is wrong with them at once."""
+    wrong: Any = "wrong"
+    with pytest.raises(InvalidIncident) as caught:
+        await incidents.create(" tEsT ", source=wrong, incident_type="open")
+    fields = [error.field for error in caught.value.errors]
+    assert fields == ["incident_message", "source", "incident_type"]
+    assert "operator, monitoring, partner" in str(caught.value)
+    with pytest.raises(InvalidIncident) as caught:
+        await incidents.list(page=0, limit=1001, status="open", source="nobody")
+    fields = [error.field for error in caught.value.errors]
+    assert fields == ["page", "limit", "status", "source"]
+    with pytest.raises(InvalidIncident) as caught:
+        await incidents.update_status(0, "open")
+    assert [error.field for error in caught.value.errors] == ["incident_id", "status"]
+    for incident_id in (0, -1, 2**63, True, "1", 1.0, None):
+        with pytest.raises(InvalidIncident):
+            await incidents.get(incident_id)  # type: ignore[arg-type]
+    assert await incidents.list() == []
+
+
+async def test_an_unknown_incident_is_not_found(incidents: IncidentClient) -> None:
+    """An id that no incident has is IncidentNotFound, which carries it."""
+    for call in (incidents.get(2**63 - 1), incidents.update_status(2**63 - 1, "new")):
+        with pytest.raises(IncidentNotFound) as caught:
+            await call
+        assert caught.value.incident_id == 2**63 - 1
+
+
+async def test_own_writes_are_read(incidents: IncidentClient) -> None:
+    """After each write the next list has it, with many readers and writers at once."""
+
+    async def write_and_read(number: int) -> None:
+        incident = await incidents.create(f"Incident {number}", source="operator")
+        assert incident in await incidents.list(limit=1000)
+        done = await incidents.update_status(incident.incident_id, "completed")
+        listed = await incidents.list(limit=1000)
+        assert done in listed
+        assert incident not in listed
+
+    await asyncio.gather(*(write_and_read(number) for number in range(30)))
+
+
+async def test_a_cancelled_write_is_carried_through(incidents: IncidentClient) -> None:
+    """A create whose caller gives up is stored whole or not at all, and lists tell the truth."""
+    await incidents.list(limit=1000)
+    for turns in range(10):
+        creating = asyncio.ensure_future(incidents.create("Disk is full", source="operator"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        creating.cancel()
+        await asyncio.gather(creating, return_exceptions=True)
+        await incidents.list(limit=1000)
+    marker = await incidents.create("The last one", source="operator")
+    listed = await incidents.list(limit=1000)
+    assert listed[0] == marker
+    for incident in listed:
+        assert await incidents.get(incident.incident_id) == incident
+
+
+async def test_a_closed_client_says_so() -> None:
+    """Before it is opened and after it is closed, every call raises ClientClosed."""
+    incidents = IncidentClient.open(MEMORY)
+    calls = (
+        lambda: incidents.create("Disk is full", source="operator"),
+        incidents.list,
+        lambda: incidents.get(1),
+        lambda: incidents.update_status(1, "new"),
+        incidents.check,
+    )
+    for call in calls:
+        with pytest.raises(ClientClosed, match="async with"):
+            await call()
+    async with incidents:
+        await incidents.create("Disk is full", source="operator")
+    for call in calls:
+        with pytest.raises(ClientClosed):
+            await call()
+    await incidents.close()
+
+
+async def test_connecting_twice_does_nothing() -> None:
+    """`connect` on an open client keeps what it has."""
+    async with IncidentClient.open(MEMORY) as incidents:
+        await incidents.create("Disk is full", source="operator")
+        await incidents.connect()
+        assert len(await incidents.list()) == 1
+
+
+async def test_closing_waits_for_writes(sqlite_url: str) -> None:
+    """A write that is under way when the client is closed is stored."""
+    incidents = IncidentClient.open(sqlite_url)
+    await incidents.connect()
+    creating = asyncio.ensure_future(incidents.create("Disk is full", source="operator"))
+    await asyncio.sleep(0)
+    await incidents.close()
+    created = await creating
+    async with IncidentClient.open(sqlite_url) as again:
+        assert await again.list() == [created]
+
+
+async def test_from_env_without_settings_is_sqlite_and_a_cache_in_the_process(
+    tmp_path: Path,
+) -> None:
+    """With nothing configured the incidents are in a file in the working directory."""
+    async with IncidentClient.from_env() as incidents:
+        await incidents.create("Disk is full", source="operator")
+        assert incidents.cache_available is True
+    assert "incidentkit.db" in {path.name for path in tmp_path.iterdir()}  # noqa: ASYNC240
+
+
+async def test_from_env_uses_the_servers_that_are_named(
+    migrated_postgres_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    """A `.env` file that names servers makes a client of them."""
+    (tmp_path / ".env").write_text(
+        f"INCIDENTKIT_DATABASE_URL={migrated_postgres_url}\nINCIDENTKIT_REDIS_URL={redis_url}\n"
+    )
+    async with IncidentClient.from_env() as incidents:
+        await incidents.create("Disk is full", source="operator")
+        await incidents.list()
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        assert len(await incidents.list()) == 1
+        assert incidents.cache_available is None
+
+
+async def test_two_clients_on_one_file_see_each_other(sqlite_url: str) -> None:
+    """A client on the same SQLite file, as in another process, never shows a stale list."""
+    async with IncidentClient.open(sqlite_url) as one, IncidentClient.open(sqlite_url) as two:
+        for number in range(10):
+            incident = await one.create(f"Incident {number}", source="operator")
+            assert (await two.list())[0] == incident
+            done = await two.update_status(incident.incident_id, "completed")
+            assert (await one.list())[0] == done
+
+
+def test_the_command_line_of_another_process_shows_in_the_next_list(sqlite_url: str) -> None:
+    """What another process writes to the file is in this one's next list, cached or not."""
+    program = (
+        "import asyncio, sys\n"
+        "from incidentkit import IncidentClient\n"
+        "async def main():\n"
+        "    async with IncidentClient.open(sys.argv[1]) as incidents:\n"
+        "        await incidents.create('From elsewhere', source='partner')\n"
+        "asyncio.run(main())\n"
+    )
+
+    async def main() -> list[Incident]:
+        async with IncidentClient.open(sqlite_url) as incidents:
+            assert await incidents.list() == []
+            assert await incidents.list() == []
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                program,
+                sqlite_url,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+            assert await process.wait() == 0
+            return await incidents.list()
+
+    assert [incident.incident_message for incident in asyncio.run(main())] == ["From elsewhere"]
+
+
+def test_a_program_that_forgets_to_close_ends(sqlite_url: str) -> None:
+    """A host that never closes its client still comes to its end."""
+    program = (
+        "import asyncio, sys\n"
+        "from incidentkit import IncidentClient\n"
+        "async def main():\n"
+        "    incidents = IncidentClient.open(sys.argv[1])\n"
+        "    await incidents.connect()\n"
+        "    await incidents.create('Disk is full', source='partner')\n"
+        "    await incidents.list()\n"
+        "asyncio.run(main())\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, sqlite_url],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=60,
+        capture_output=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    """A Redis that these tests may kill."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def faulty_redis(redis_server: RedisServer) -> Iterator[RedisServer]:
+    """The same, alive at the start and at the end."""
+    redis_server.start()
+    yield redis_server
+    redis_server.resume()
+    redis_server.start()
+
+
+async def test_killing_redis_under_load_changes_no_answer(
+    faulty_redis: RedisServer, migrated_postgres_url: str
+) -> None:
+    """While Redis is killed, hung and restarted, every list is right and no call fails."""
+    async with IncidentClient.open(migrated_postgres_url, faulty_redis.url) as incidents:
+        stopped = asyncio.Event()
+        done: asyncio.Queue[None] = asyncio.Queue()
+
+        async def write_and_read() -> None:
+            while not stopped.is_set():
+                incident = await incidents.create("Disk is full", source="operator")
+                assert incident in await incidents.list(limit=1000)
+                changed = await incidents.update_status(incident.incident_id, "completed")
+                listed = await incidents.list(limit=1000)
+                assert changed in listed
+                assert incident not in listed
+                done.put_nowait(None)
+
+        async def harm(count: int) -> None:
+            for fault in (
+                faulty_redis.kill,
+                faulty_redis.start,
+                faulty_redis.pause,
+                faulty_redis.resume,
+                faulty_redis.restart,
+            ):
+                for _ in range(count):
+                    await done.get()
+                await asyncio.to_thread(fault)
+            stopped.set()
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(4):
+                tasks.create_task(write_and_read())
+            tasks.create_task(harm(8))
+
+
+async def test_redis_away_at_the_start_is_no_error_unless_it_is_required(
+    faulty_redis: RedisServer,
+) -> None:
+    """A client opens without its Redis, unless it was told that it needs it."""
+    faulty_redis.stop()
+    async with IncidentClient.open(MEMORY, faulty_redis.url) as incidents:
+        assert incidents.cache_available is False
+        incident = await incidents.create("Disk is full", source="operator")
+        assert await incidents.list() == [incident]
+    required = IncidentClient.open(MEMORY, faulty_redis.url, redis_required=True)
+    with pytest.raises(CacheUnavailable):
+        await required.connect()
+    assert not required.connected
+
+
+async def test_a_page_that_redis_garbled_is_read_again(redis_url: str, sqlite_url: str) -> None:
+    """Whatever stands under our key, the list is the database's."""
+    async with (
+        IncidentClient.open(sqlite_url, redis_url) as incidents,
+        Redis.from_url(redis_url) as redis,
+    ):
+        incident = await incidents.create("Disk is full", source="operator")
+        for garbage in (b"", b"{}", b"[1]", b"\xff", b"[" * 100_000, b'[{"incident_id": 1}]'):
+            await incidents.list()
+            await redis.set("incidents:1:10:any:any", garbage)
+            assert await incidents.list() == [incident]
+        await redis.delete("incidents:1:10:any:any")
+        await redis.lpush("incidents:1:10:any:any", b"not a string")
+        assert await incidents.list() == [incident]
+
+
+async def test_parts_of_ones_own() -> None:
+    """A client takes a store and a cache that it is given."""
+    cache = MemoryCache()
+    store = store_from_url(MEMORY)
+    async with IncidentClient(store, cache=cache) as incidents:
+        assert await incidents.list() == []
+        assert await cache.get("incidents:1:10:any:any") == b"[]"
+        assert incidents.store is store
+
+
+async def test_a_database_that_is_away_is_a_typed_error() -> None:
+    """A client cannot be opened on a database that is away, and says so."""
+    incidents = IncidentClient.open("postgresql://postgres@127.0.0.1:1/x")
+    with pytest.raises(StoreUnavailable):
+        await incidents.connect()
+    assert not incidents.connected

@@ -1,0 +1,256 @@
+"""When a cached page may be served and stored, whatever the cache does."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from incidentkit import CacheUnavailable
+from incidentkit.cache import MemoryCache
+from incidentkit.cache.pages import CALL_TIMEOUT, RETRY_AFTER, PageCache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KEY = "incidents:1:10:any:any"
+
+
+class FaultyCache(MemoryCache):
+    """A cache that fails or hangs when it is told to, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.calls: list[str] = []
+
+    async def _reached(self, call: str) -> None:
+        self.calls.append(call)
+        await self.gate.wait()
+        if self.fails:
+            raise ConnectionError("redis://:secret@somewhere refused")
+
+    async def get(self, key: str) -> bytes | None:
+        """Fail, hang, or return the value."""
+        await self._reached("get")
+        return await super().get(key)
+
+    async def set(self, key: str, value: bytes, ttl: float) -> None:
+        """Fail, hang, or keep the value."""
+        await self._reached("set")
+        await super().set(key, value, ttl)
+
+    async def clear(self) -> None:
+        """Fail, hang, or forget every value."""
+        await self._reached("clear")
+        await super().clear()
+
+    async def ping(self) -> None:
+        """Fail or hang."""
+        await self._reached("ping")
+
+
+class Clock:
+    """A clock that is set by hand, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+
+@pytest.fixture
+def cache() -> FaultyCache:
+    """A cache that works until told otherwise."""
+    return FaultyCache()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The clock of the pages."""
+    return Clock()
+
+
+@pytest.fixture
+def pages(cache: FaultyCache, clock: Clock) -> PageCache:
+    """Pages in that cache."""
+    return PageCache(cache, clock=clock)
+
+
+async def test_a_page_is_served_until_a_clear(pages: PageCache) -> None:
+    """What was stored is served, and no more once a clear was asked for."""
+    await pages.set(KEY, b"[]", pages.generation)
+    assert await pages.get(KEY) == b"[]"
+    await pages.clear()
+    assert await pages.get(KEY) is None
+
+
+async def test_a_page_read_before_a_clear_is_not_stored(pages: PageCache) -> None:
+    """A page that was read from the database before a write cleared the cache stays out of it."""
+    generation = pages.generation
+    await pages.clear()
+    await pages.set(KEY, b"stale", generation)
+    assert await pages.get(KEY) is None
+
+
+async def test_a_page_on_its_way_does_not_outlive_a_clear(
+    pages: PageCache, cache: FaultyCache
+) -> None:
+    """A clear waits for a page that is just being stored, so that it is removed with the others."""
+    cache.gate.clear()
+    storing = asyncio.ensure_future(pages.set(KEY, b"stale", pages.generation))
+    await asyncio.sleep(0)
+    clearing = asyncio.ensure_future(pages.clear())
+    await asyncio.sleep(0)
+    assert cache.calls == ["set"]
+    cache.gate.set()
+    await asyncio.gather(storing, clearing)
+    assert cache.calls == ["set", "clear"]
+    assert await pages.get(KEY) is None
+
+
+async def test_nothing_is_served_while_a_clear_is_under_way(
+    pages: PageCache, cache: FaultyCache
+) -> None:
+    """From the moment that a clear is asked for until it has succeeded, every page is a miss."""
+    await pages.set(KEY, b"stale", pages.generation)
+    cache.gate.clear()
+    clearing = asyncio.ensure_future(pages.clear())
+    await asyncio.sleep(0)
+    assert await pages.get(KEY) is None
+    cache.gate.set()
+    await clearing
+
+
+@pytest.mark.parametrize("fault", ["fails", "hangs"])
+@pytest.mark.parametrize("call", ["get", "set", "clear"])
+async def test_a_fault_is_never_the_callers(
+    pages: PageCache, cache: FaultyCache, call: str, fault: str
+) -> None:
+    """A cache that fails or hangs makes no call fail, and none last longer than its timeout."""
+    cache.fails = fault == "fails"
+    if fault == "hangs":
+        cache.gate.clear()
+    calls: dict[str, Callable[[], object]] = {
+        "get": lambda: pages.get(KEY),
+        "set": lambda: pages.set(KEY, b"[]", pages.generation),
+        "clear": pages.clear,
+    }
+    async with asyncio.timeout(CALL_TIMEOUT * 20):
+        outcome = await calls[call]()  # type: ignore[misc]
+    assert outcome is None
+    assert not pages.available
+
+
+async def test_a_faulty_cache_is_left_alone_for_a_while(
+    pages: PageCache, cache: FaultyCache, clock: Clock
+) -> None:
+    """After a failure no call reaches the cache until it is time to try again, then just one."""
+    cache.fails = True
+    await pages.get(KEY)
+    cache.calls.clear()
+    for _ in range(100):
+        await pages.get(KEY)
+        await pages.set(KEY, b"[]", pages.generation)
+        await pages.clear()
+    assert cache.calls == []
+    clock.now += RETRY_AFTER
+    await asyncio.gather(*(pages.get(KEY) for _ in range(100)))
+    assert cache.calls == ["clear"]
+
+
+async def test_a_cache_that_comes_back_is_cleared_before_it_is_trusted(
+    pages: PageCache, cache: FaultyCache, clock: Clock
+) -> None:
+    """A page that could not be removed while the cache was away is never served afterwards."""
+    await pages.set(KEY, b"stale", pages.generation)
+    cache.fails = True
+    await pages.clear()
+    cache.fails = False
+    assert await pages.get(KEY) is None
+    clock.now += RETRY_AFTER
+    assert await pages.get(KEY) is None
+    assert pages.available
+    await pages.set(KEY, b"fresh", pages.generation)
+    assert await pages.get(KEY) == b"fresh"
+
+
+async def test_a_clear_missed_during_the_recovery_is_made_up(
+    pages: PageCache, cache: FaultyCache, clock: Clock
+) -> None:
+    """A write during the recovery's own clear keeps the pages untrusted until a later one."""
+    cache.fails = True
+    await pages.clear()
+    cache.fails = False
+    clock.now += RETRY_AFTER
+    cache.gate.clear()
+    recovering = asyncio.ensure_future(pages.get(KEY))
+    await asyncio.sleep(0)
+    await pages.clear()
+    cache.gate.set()
+    assert await recovering is None
+    assert await pages.get(KEY) is None
+    await pages.set(KEY, b"early", pages.generation)
+    await pages.clear()
+    assert await pages.get(KEY) is None
+    await pages.set(KEY, b"fresh", pages.generation)
+    assert await pages.get(KEY) == b"fresh"
+
+
+async def test_an_outage_is_logged_once(
+    pages: PageCache, cache: FaultyCache, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many calls an outage meets, the log has one line for it and one for its end."""
+    caplog.set_level("INFO", logger="incidentkit.cache")
+    cache.fails = True
+    for _ in range(5):
+        await asyncio.gather(*(pages.get(KEY) for _ in range(20)))
+        clock.now += RETRY_AFTER
+    cache.fails = False
+    await pages.get(KEY)
+    await pages.get(KEY)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "The cache is unavailable (ConnectionError), lists are read from the database",
+        ),
+        ("INFO", "The cache is back"),
+    ]
+    assert "secret" not in caplog.text
+
+
+async def test_a_change_by_another_process_clears(pages: PageCache, cache: FaultyCache) -> None:
+    """A database version that was not seen before clears; the same one, or none, does not."""
+    await pages.notice(1)
+    await pages.set(KEY, b"[]", pages.generation)
+    cache.calls.clear()
+    await pages.notice(1)
+    await pages.notice(None)
+    assert cache.calls == []
+    assert await pages.get(KEY) == b"[]"
+    await pages.notice(2)
+    assert await pages.get(KEY) is None
+
+
+async def test_ping_tells_whether_the_cache_answers(pages: PageCache, cache: FaultyCache) -> None:
+    """`ping` is the one call that raises: CacheUnavailable, without the driver's words."""
+    await pages.ping()
+    cache.fails = True
+    with pytest.raises(CacheUnavailable) as caught:
+        await pages.ping()
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_cancelled_call_is_no_fault(pages: PageCache, cache: FaultyCache) -> None:
+    """A caller that gives up does not make the cache count as away."""
+    cache.gate.clear()
+    reading = asyncio.ensure_future(pages.get(KEY))
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert pages.available
