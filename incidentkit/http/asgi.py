@@ -1,0 +1,32 @@
+"""The bundled app, as the environment says: ``uvicorn incidentkit.http.asgi:app``.
+
+The variables are those of :class:`~incidentkit.settings.Settings`; a ``.env`` file in the working
+directory is read too. Unless the process has set up logging before, incidentkit's records of
+level INFO and above, one for each request, go to the standard error output.
+"""
+
+import logging
+
+from incidentkit.client import IncidentClient
+from incidentkit.http.app import create_app
+from incidentkit.settings import Settings
+
+_logger = logging.getLogger("incidentkit")
+if not _logger.hasHandlers():
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("%(levelname)s:     %(name)s: %(message)s"))
+    _logger.addHandler(_handler)
+    _logger.setLevel(logging.INFO)
+
+_settings = Settings.from_env()
+
+app = create_app(
+    IncidentClient.open(
+        _settings.database_url,
+        _settings.redis_url,
+        redis_required=_settings.redis_required,
+        options=_settings.store,
+    ),
+    request_log=_settings.request_log,
+    cache_required=_settings.redis_required,
+)

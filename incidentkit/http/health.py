@@ -1,0 +1,132 @@
+"""Whether the service runs, and whether it can do its work."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from attrs import frozen
+
+from incidentkit.errors import ClientClosed, SchemaOutOfDate, StoreError
+from incidentkit.store.tables import SCHEMA_REVISION
+
+if TYPE_CHECKING:
+    from incidentkit.client import IncidentClient
+    from incidentkit.http.log import RequestLog
+
+TIMEOUT: Final = 3.0
+"""Seconds after which a database that does not answer counts as unavailable."""
+
+
+class State(StrEnum):
+    """How a part of the service is."""
+
+    OK = "ok"
+    UNAVAILABLE = "unavailable"
+    OUT_OF_DATE = "out_of_date"
+    UNKNOWN = "unknown"
+    OFF = "off"
+
+
+@frozen
+class Health:
+    """The state of one part.
+
+    Attributes:
+        state: ``off`` means that it is not in use.
+    """
+
+    state: State
+
+
+@frozen
+class SchemaHealth:
+    """The state of the database's schema.
+
+    Attributes:
+        state: ``unknown`` while the database is unavailable.
+        revision: The revision found; None if there is none, or it is unknown.
+        expected: The revision that is needed.
+    """
+
+    state: State
+    revision: str | None
+    expected: str
+
+
+@frozen
+class RequestLogHealth:
+    """The state of the request log in the database.
+
+    Attributes:
+        state: ``off`` if requests are not recorded in the database.
+        dropped: Records that this process could not store, since it started.
+    """
+
+    state: State
+    dropped: int
+
+
+@frozen
+class Readiness:
+    """Whether requests can be answered, and the state of everything that this takes.
+
+    Attributes:
+        ready: False if the database is unavailable, its schema is out of date, or a cache that is
+            required is unavailable.
+        database: Whether the database answers.
+        schema: Whether its schema fits.
+        cache: Whether lists are cached.
+        request_log: Whether requests are recorded in the database.
+    """
+
+    ready: bool
+    database: Health
+    schema: SchemaHealth
+    cache: Health
+    request_log: RequestLogHealth
+
+
+async def readiness(
+    client: IncidentClient, request_log: RequestLog | None, *, cache_required: bool
+) -> Readiness:
+    """Ask the database and the cache, and return how everything is.
+
+    Args:
+        client: Whose database and cache.
+        request_log: What writes the requests to the database; None means nothing.
+        cache_required: Whether a cache that is unavailable counts as not ready.
+    """
+    database = State.OK
+    schema = SchemaHealth(State.OK, SCHEMA_REVISION, SCHEMA_REVISION)
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            await client.check()
+            if client.cache_available is not None:
+                # Only use tells how the cache is, and brings back one that was away.
+                await client.list(limit=1)
+    except SchemaOutOfDate as error:
+        schema = SchemaHealth(State.OUT_OF_DATE, error.current, error.expected)
+    except (StoreError, ClientClosed, TimeoutError):
+        database = State.UNAVAILABLE
+        schema = SchemaHealth(State.UNKNOWN, None, SCHEMA_REVISION)
+    cache = _state(client.cache_available)
+    return Readiness(
+        ready=database is State.OK
+        and schema.state is State.OK
+        and not (cache_required and cache is State.UNAVAILABLE),
+        database=Health(database),
+        schema=schema,
+        cache=Health(cache),
+        request_log=RequestLogHealth(
+            _state(None if request_log is None else not request_log.failing),
+            0 if request_log is None else request_log.dropped,
+        ),
+    )
+
+
+def _state(available: bool | None) -> State:  # noqa: FBT001
+    if available is None:
+        return State.OFF
+    return State.OK if available else State.UNAVAILABLE

@@ -1,0 +1,302 @@
+"""The OpenAPI document, made from the models and the table of routes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args, get_origin, get_type_hints
+
+from attrs import NOTHING, fields
+
+from incidentkit.errors import FieldError
+from incidentkit.http.health import (
+    Health,
+    Readiness,
+    RequestLogHealth,
+    SchemaHealth,
+    State,
+)
+from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Problem
+from incidentkit.http.request_id import HEADER, PATTERN
+from incidentkit.models import (
+    FORBIDDEN_MESSAGES,
+    MAX_ID,
+    MESSAGE_MAX_LENGTH,
+    MESSAGE_MIN_LENGTH,
+    Incident,
+    IncidentSource,
+    IncidentStatus,
+    NewIncident,
+)
+from incidentkit.store.tables import SCHEMA_REVISION
+from incidentkit.version import __version__
+from incidentkit.wire import wire_converter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from incidentkit.http.routes import Operation, Parameter
+
+Json: TypeAlias = dict[str, Any]
+
+FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
+    (NewIncident, "incident_message"): {
+        "minLength": MESSAGE_MIN_LENGTH,
+        "maxLength": MESSAGE_MAX_LENGTH,
+        "description": (
+            "What happened. Surrounding white space is removed first and does not count; what is "
+            f"left must not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))}, in any letter case, "
+            "nor contain a NUL character."
+        ),
+    },
+    (Incident, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
+    (Incident, "created_at"): {"description": "When it was stored, in UTC."},
+    (Problem, "status"): {"minimum": 400, "maximum": 599},
+    (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},
+    (RequestLogHealth, "dropped"): {"minimum": 0},
+}
+"""What the type of a field does not say of its values."""
+
+CLOSED: Final = (NewIncident,)
+"""Models that are refused if they have unknown fields."""
+
+_REQUEST_ID: Final = "0b5c2f6e4d7a4c1f9e3a8d6b7c5f4e21"
+
+_MODELS: Final = {
+    NewIncident: NewIncident("Disk is full on db-1", IncidentSource.MONITORING),
+    Incident: Incident(
+        7,
+        "Disk is full on db-1",
+        IncidentStatus.NEW,
+        IncidentSource.MONITORING,
+        datetime(2026, 3, 1, 9, 30, tzinfo=UTC),
+    ),
+    Health: Health(State.OK),
+    Readiness: Readiness(
+        ready=True,
+        database=Health(State.OK),
+        schema=SchemaHealth(State.OK, SCHEMA_REVISION, SCHEMA_REVISION),
+        cache=Health(State.OK),
+        request_log=RequestLogHealth(State.OFF, 0),
+    ),
+}
+"""An example of each model that a request or an answer holds."""
+
+_DETAILS: Final = {
+    400: "The body is not well-formed JSON (line 1, column 2)",
+    404: "Incident not found",
+    413: "The body must have at most 65536 bytes",
+    415: "The Content-Type must be application/json",
+    422: "incident_id must be an integer from 1 to 9223372036854775807",
+    500: "The server failed to answer the request",
+    503: "The database is unavailable, or its schema is not the one that is needed",
+}
+"""An example of the detail of each problem."""
+
+_ERRORS: Final = {
+    422: (FieldError("incident_id", "must be an integer from 1 to 9223372036854775807"),)
+}
+
+_PROBLEM_HEADERS: Final = {503: ("Retry-After",)}
+
+
+def document(operations: Iterable[Operation], root_path: str = "") -> Json:
+    """Return the OpenAPI 3.1 document.
+
+    Args:
+        operations: What the service answers.
+        root_path: Where the app is mounted, as it stands in a URL.
+    """
+    schemas: Json = {}
+    paths: Json = {}
+    problems: set[int] = set()
+    for operation in operations:
+        if operation.documented:
+            item = paths.setdefault(operation.path, {})
+            item[operation.method.lower()] = _operation(operation, schemas)
+            problems.update(operation.problems)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Incident API",
+            "version": __version__,
+            "summary": "Records incidents, lists them and follows their status.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": root_path or "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "responses": {
+                _problem_name(status): _problem(status, schemas) for status in sorted(problems)
+            },
+            "headers": _HEADERS,
+        },
+    }
+
+
+_HEADERS: Final[Json] = {
+    HEADER: {
+        "description": f"The id of the request: the one that came in {HEADER}, or a new one.",
+        "required": True,
+        "schema": {"type": "string", "pattern": f"^{PATTERN}$"},
+        "example": _REQUEST_ID,
+    },
+    "Location": {
+        "description": "Where the incident is.",
+        "required": True,
+        "schema": {"type": "string", "format": "uri-reference"},
+        "example": "/incident/get/7",
+    },
+    "Retry-After": {
+        "description": "Seconds after which to try again.",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+        "example": RETRY_AFTER,
+    },
+}
+
+
+def _operation(operation: Operation, schemas: Json) -> Json:
+    described: Json = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "tags": [operation.path.split("/")[1]],
+    }
+    if operation.parameters:
+        described["parameters"] = [
+            _parameter(parameter, schemas) for parameter in operation.parameters
+        ]
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": _content(operation.body, schemas)},
+        }
+    described["responses"] = {
+        str(operation.status): {
+            "description": operation.answers,
+            "headers": _headers(HEADER, *operation.headers),
+            "content": {"application/json": _content(operation.returns, schemas)},
+        }
+    }
+    for status in operation.problems:
+        described["responses"][str(status)] = (
+            _problem(status, schemas, operation.members[status])
+            if status in operation.members
+            else {"$ref": f"#/components/responses/{_problem_name(status)}"}
+        )
+    return described
+
+
+def _parameter(parameter: Parameter, schemas: Json) -> Json:
+    schema = _schema(parameter.type, schemas)
+    for keyword in ("minimum", "maximum", "default"):
+        value = getattr(parameter, keyword)
+        if value is not None:
+            schema[keyword] = value
+    described: Json = {
+        "name": parameter.name,
+        "in": parameter.where,
+        "description": parameter.description,
+        "required": parameter.required,
+        "schema": schema,
+    }
+    if parameter.may_be_empty:
+        described["allowEmptyValue"] = True
+    return described
+
+
+def _problem_name(status: int) -> str:
+    return TITLES[status].replace(" ", "")
+
+
+def _problem(status: int, schemas: Json, beside: type[Any] | None = None) -> Json:
+    example = wire_converter().unstructure(
+        Problem(
+            "about:blank",
+            TITLES[status],
+            status,
+            _DETAILS[status],
+            _REQUEST_ID,
+            _ERRORS.get(status, ()),
+        )
+    )
+    schema = _schema(Problem, schemas)
+    if beside is not None:
+        schema = {"allOf": [schema, _schema(beside, schemas)]}
+        example |= wire_converter().unstructure(_MODELS[beside])
+    return {
+        "description": TITLES[status],
+        "headers": _headers(HEADER, *_PROBLEM_HEADERS.get(status, ())),
+        "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
+    }
+
+
+def _headers(*names: str) -> Json:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _content(type_: Any, schemas: Json) -> Json:
+    """Return the schema of a model, or of a list of models, with an example."""
+    many = get_origin(type_) is list
+    example = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
+    return {"schema": _schema(type_, schemas), "example": [example] if many else example}
+
+
+def _schema(type_: Any, schemas: Json) -> Json:
+    """Return the JSON Schema of a type; a model's or an enum's is added to the schemas."""
+    if get_origin(type_) in (list, tuple):
+        return {"type": "array", "items": _schema(get_args(type_)[0], schemas)}
+    if isinstance(type_, UnionType):
+        return {"anyOf": [_schema(member, schemas) for member in get_args(type_)]}
+    if type_ in _PLAIN:
+        return dict(_PLAIN[type_])
+    name: str = type_.__name__
+    if name not in schemas:
+        schemas[name] = _enum(type_) if issubclass(type_, StrEnum) else _model(type_, schemas)
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+_PLAIN: Final[dict[Any, Json]] = {
+    str: {"type": "string"},
+    bool: {"type": "boolean"},
+    int: {"type": "integer", "format": "int64"},
+    NoneType: {"type": "null"},
+    datetime: {
+        "type": "string",
+        "pattern": r"^\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2}$",
+    },
+}
+
+
+def _enum(type_: type[StrEnum]) -> Json:
+    return {
+        "type": "string",
+        "description": _summary(type_),
+        "enum": [member.value for member in type_],
+    }
+
+
+def _model(type_: type[Any], schemas: Json) -> Json:
+    types = get_type_hints(type_)
+    properties: Json = {}
+    required = []
+    for attribute in fields(type_):
+        name = attribute.name
+        properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), {})
+        if attribute.default is NOTHING:
+            required.append(name)
+        else:
+            properties[name]["default"] = attribute.default
+    return {
+        "type": "object",
+        "description": _summary(type_),
+        "required": required,
+        "properties": properties,
+        **({"additionalProperties": False} if type_ in CLOSED else {}),
+    }
+
+
+def _summary(type_: type[Any]) -> str:
+    return (type_.__doc__ or "").partition("\n")[0]

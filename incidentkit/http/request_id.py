@@ -1,0 +1,47 @@
+"""The id of a request, which its answer, its problem and its record in the log carry."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HEADER: Final = "X-Request-ID"
+PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
+
+_SCOPE_KEY: Final = "incidentkit.request_id"
+_ID: Final = re.compile(PATTERN)
+
+
+def request_id(scope: Scope) -> str:
+    """Return the id in the request's ``X-Request-ID`` if it is one of ours, else a new one."""
+    known: str | None = scope.get(_SCOPE_KEY)
+    if known is None:
+        given = Headers(scope=scope).get(HEADER, "")
+        known = scope[_SCOPE_KEY] = given if _ID.fullmatch(given) else uuid4().hex
+    return known
+
+
+class RequestIdMiddleware:
+    """Puts the request's id on its answer, whatever that is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[HEADER] = request_id(scope)
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

@@ -1,0 +1,217 @@
+"""Strict reading: what is not understood in full is refused, and the answer says why."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+from urllib.parse import parse_qsl
+
+from attrs import fields_dict
+
+from incidentkit.errors import FieldError, InvalidIncident
+from incidentkit.http.problems import Refusal
+from incidentkit.wire import wire_converter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from starlette.requests import Request
+
+    from incidentkit.http.routes import Operation, Parameter
+
+MAX_BODY: Final = 64 * 1024
+"""Bytes that the body of a request may have."""
+
+MAX_DIGITS: Final = 19
+"""Digits of 2^63-1, the largest integer that anything here can be."""
+
+MAX_UNKNOWN: Final = 10
+"""How many unknown names an answer repeats."""
+
+MAX_NAME: Final = 64
+"""How many characters of an unknown name an answer repeats."""
+
+
+async def read_arguments(request: Request, operation: Operation) -> dict[str, Any]:
+    """Return the operation's parameters by name, and what its body holds as ``body``.
+
+    Raises:
+        Refusal: If the query or the body cannot be read at all.
+        InvalidIncident: With every faulty parameter and every faulty field of the body.
+        ClientDisconnect: If the connection ends before the body does.
+    """
+    query = read_query(request.scope["query_string"])
+    values, faults = _read_parameters(request, query, operation.parameters)
+    if operation.check is not None:
+        try:
+            operation.check(**values)
+        except InvalidIncident as error:
+            faults = _merge(faults, error)
+    in_query = {parameter.name for parameter in operation.parameters if parameter.where == "query"}
+    faults += _unknown((name for name in query if name not in in_query), "query", "parameter")
+    if operation.body is not None:
+        try:
+            values["body"] = structure(await read_json(request), operation.body)
+        except InvalidIncident as error:
+            faults += error.errors
+    if faults:
+        raise InvalidIncident(faults)
+    return values
+
+
+def _read_parameters(
+    request: Request, query: dict[str, list[str]], parameters: Iterable[Parameter]
+) -> tuple[dict[str, Any], list[FieldError]]:
+    """Return a value for each parameter, the default one where it is missing or repeated."""
+    values: dict[str, Any] = {}
+    faults: list[FieldError] = []
+    for parameter in parameters:
+        name = parameter.name
+        given = [request.path_params[name]] if parameter.where == "path" else query.get(name, [])
+        values[name] = parameter.default
+        if len(given) > 1:
+            faults.append(FieldError(name, "must be given only once"))
+        elif given and (given[0] or not parameter.may_be_empty):
+            values[name] = parameter.read(given[0])
+        elif parameter.required:
+            faults.append(FieldError(name, "is required"))
+    return values, faults
+
+
+def read_query(query: bytes) -> dict[str, list[str]]:
+    """Return the values of each name in a query, empty ones too.
+
+    Raises:
+        Refusal: If it is not percent-encoded UTF-8.
+    """
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise Refusal(400, "The query is not percent-encoded UTF-8") from None
+    values: dict[str, list[str]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    return values
+
+
+def read_integer(text: str) -> int | str:
+    """Return the integer if the text is one of ASCII digits, of 64 bits, else the text.
+
+    The text is then refused by the rule that asks for an integer, with the reason.
+    """
+    if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS:
+        return int(text)
+    return text
+
+
+async def read_json(request: Request) -> object:
+    """Return the JSON value that is the request's body.
+
+    Raises:
+        Refusal: If the body is something else, or too large.
+        ClientDisconnect: If the connection ends before the body does.
+    """
+    _check_headers(request)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise Refusal(413, f"The body must have at most {MAX_BODY} bytes")
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise Refusal(400, "The body is not UTF-8") from None
+    if text.startswith("\ufeff"):
+        raise Refusal(400, "The body is not JSON: it starts with a byte order mark")
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_Object,
+            parse_int=_read_json_integer,
+            parse_constant=_refuse_constant,
+        )
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise Refusal(400, f"The body is not well-formed JSON ({where})") from None
+    except RecursionError:
+        raise Refusal(400, "The body is nested too deeply") from None
+
+
+def structure(value: object, model: type[Any]) -> Any:
+    """Return the model that a JSON value from :func:`read_json` stands for.
+
+    Raises:
+        InvalidIncident: With every faulty field.
+    """
+    repeated: list[FieldError] = []
+    unknown: list[FieldError] = []
+    if isinstance(value, _Object):
+        names = fields_dict(model)
+        repeated = [
+            FieldError(name, "must be given only once") for name in names if name in value.repeated
+        ]
+        unknown = _unknown((name for name in value if name not in names), "body", "field")
+        value = {name: value[name] for name in names if name in value}
+    try:
+        structured = wire_converter().structure(value, model)
+    except InvalidIncident as error:
+        raise InvalidIncident([*_merge(repeated, error), *unknown]) from None
+    if repeated or unknown:
+        raise InvalidIncident([*repeated, *unknown])
+    return structured
+
+
+def _merge(faults: list[FieldError], error: InvalidIncident) -> list[FieldError]:
+    """Return the faults, and those of the error for other fields."""
+    faulty = {fault.field for fault in faults}
+    return [*faults, *(fault for fault in error.errors if fault.field not in faulty)]
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that knows which of its names were given more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated: set[str] = set()
+        if len(self) < len(pairs):
+            names: set[str] = set()
+            for name, _ in pairs:
+                (self.repeated if name in names else names).add(name)
+
+
+def _check_headers(request: Request) -> None:
+    """Refuse a body that is not declared to be plain JSON."""
+    media_type, *parameters = ", ".join(request.headers.getlist("content-type")).split(";")
+    if media_type.strip().lower() != "application/json":
+        raise Refusal(415, "The Content-Type must be application/json")
+    for parameter in parameters:
+        name, _, value = parameter.lower().partition("=")
+        if name.strip() == "charset" and value.strip(' \t"') != "utf-8":
+            raise Refusal(415, "The charset of the body must be utf-8")
+    for encoding in request.headers.getlist("content-encoding"):
+        if encoding.strip().lower() != "identity":
+            raise Refusal(
+                415, "The body must not be compressed", headers={"Accept-Encoding": "identity"}
+            )
+
+
+def _read_json_integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
+
+
+def _refuse_constant(_: str) -> NoReturn:
+    raise Refusal(400, "The body is not JSON: JSON has no NaN and no Infinity")
+
+
+def _unknown(names: Iterable[str], where: str, what: str) -> list[FieldError]:
+    """Return a fault for each of the first few names, and one for all the others."""
+    names = list(names)
+    faults = [
+        # A name may hold lone surrogates, which have no place in an answer.
+        FieldError(name[:MAX_NAME].encode(errors="replace").decode(), f"is not a known {what}")
+        for name in names[:MAX_UNKNOWN]
+    ]
+    if len(names) > MAX_UNKNOWN:
+        more = len(names) - MAX_UNKNOWN
+        faults.append(FieldError(where, f"has {more} further unknown {what}s"))
+    return faults

@@ -1,0 +1,298 @@
+"""The one table of what the service answers.
+
+The routes, the strict reading of parameters and the OpenAPI document are all made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from urllib.parse import quote
+
+from attrs import evolve, field, frozen
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from incidentkit.http import docs, openapi
+from incidentkit.http.health import Health, Readiness, State, readiness
+from incidentkit.http.log import log_route
+from incidentkit.http.problems import RETRY_HEADERS, Refusal
+from incidentkit.http.requests import read_arguments, read_integer
+from incidentkit.models import (
+    DEFAULT_LIMIT,
+    MAX_ID,
+    MAX_LIMIT,
+    MAX_OFFSET,
+    Incident,
+    IncidentSource,
+    IncidentStatus,
+    ListQuery,
+    NewIncident,
+    check_incident_id,
+    check_status_change,
+)
+from incidentkit.wire import dump_json, encode_incident, encode_incidents, wire_converter
+
+if TYPE_CHECKING:
+    from incidentkit.client import IncidentClient
+
+Answer: TypeAlias = Callable[[Request, dict[str, Any]], Awaitable[Response]]
+
+
+@frozen
+class Parameter:
+    """A parameter of a path or a query.
+
+    Attributes:
+        name: The name that it also has as an argument of the client.
+        description: What it means.
+        type: ``int``, written in ASCII digits, or an enum of strings.
+        where: Whether the path or the query holds it.
+        minimum: The smallest value of an integer.
+        maximum: The largest value of an integer.
+        default: Its value where it is missing; None means none.
+        required: Whether it may not be missing.
+        may_be_empty: Whether an empty value counts as missing.
+    """
+
+    name: str
+    description: str
+    type: type[Any]
+    where: Literal["path", "query"] = "query"
+    minimum: int | None = None
+    maximum: int | None = None
+    default: Any = None
+    required: bool = False
+    may_be_empty: bool = False
+
+    def read(self, text: str) -> Any:
+        """Return the value as the client's rules take it, or the text for them to refuse."""
+        return read_integer(text) if self.type is int else text
+
+
+@frozen
+class Operation:
+    """A method of a path.
+
+    Attributes:
+        method: The HTTP method.
+        path: The path's template.
+        name: The route's name and the operation's id.
+        summary: What it does.
+        answer: Makes the answer from the request and its arguments.
+        status: The status of an answer that is no error.
+        returns: The model, or list of models, that this answer holds.
+        answers: The same in words.
+        headers: What the head of this answer has besides.
+        parameters: What the path and the query may hold.
+        check: Takes the parameters and raises :class:`~incidentkit.InvalidIncident` with each one
+            that breaks a rule; None means that there are no rules.
+        body: The model that the body has to hold; None means that there is no body.
+        problems: The statuses of its errors.
+        members: By status, the model whose fields such a problem has besides its own.
+        documented: Whether the OpenAPI document tells of it.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    answer: Answer
+    status: int = 200
+    returns: Any = None
+    answers: str = ""
+    headers: tuple[str, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    check: Callable[..., object] | None = None
+    body: type[Any] | None = None
+    problems: tuple[int, ...] = (400, 422, 500)
+    members: Mapping[int, type[Any]] = field(factory=dict)
+    documented: bool = True
+
+    def route(self) -> Route:
+        """Return the Starlette route."""
+
+        @log_route(self.path)
+        async def endpoint(request: Request) -> Response:
+            return await self.answer(request, await read_arguments(request, self))
+
+        return Route(self.path, endpoint, methods=[self.method], name=self.name)
+
+
+def _client(request: Request) -> IncidentClient:
+    client: IncidentClient = request.app.state.client
+    return client
+
+
+def _json(content: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(content, status, headers, "application/json")
+
+
+def _root_path(request: Request) -> str:
+    """Return where the app is mounted, as it stands in a URL; empty if it is not."""
+    return quote(request.scope.get("root_path", "").rstrip("/"))
+
+
+async def _create(request: Request, arguments: dict[str, Any]) -> Response:
+    incident = await _client(request).create(arguments["body"])
+    location = f"{_root_path(request)}/incident/get/{incident.incident_id}"
+    return _json(encode_incident(incident), 201, {"Location": location})
+
+
+async def _list(request: Request, arguments: dict[str, Any]) -> Response:
+    return _json(encode_incidents(await _client(request).list(**arguments)))
+
+
+async def _get(request: Request, arguments: dict[str, Any]) -> Response:
+    return _json(encode_incident(await _client(request).get(**arguments)))
+
+
+async def _update_status(request: Request, arguments: dict[str, Any]) -> Response:
+    return _json(encode_incident(await _client(request).update_status(**arguments)))
+
+
+async def _live(_: Request, __: dict[str, Any]) -> Response:
+    return _json(dump_json(wire_converter().unstructure(Health(State.OK))))
+
+
+async def _ready(request: Request, _: dict[str, Any]) -> Response:
+    state = request.app.state
+    found = await readiness(state.client, state.request_log, cache_required=state.cache_required)
+    members = wire_converter().unstructure(found)
+    if not found.ready:
+        detail = "The service is not ready"
+        raise Refusal(503, detail, headers=RETRY_HEADERS, members=members)
+    return _json(dump_json(members))
+
+
+async def _openapi(request: Request, _: dict[str, Any]) -> Response:
+    return _json(dump_json(openapi.document(OPERATIONS, _root_path(request))))
+
+
+async def _docs(_: Request, __: dict[str, Any]) -> Response:
+    return docs.page()
+
+
+async def _docs_asset(_: Request, arguments: dict[str, Any]) -> Response:
+    return docs.asset(arguments["asset"])
+
+
+_INCIDENT_ID: Final = Parameter(
+    "incident_id", "The incident's id.", int, minimum=1, maximum=MAX_ID, required=True
+)
+
+OPERATIONS: Final = (
+    Operation(
+        "POST",
+        "/incident/create",
+        "create_incident",
+        "Create an incident",
+        _create,
+        status=201,
+        returns=Incident,
+        answers="The incident as it is stored",
+        headers=("Location",),
+        body=NewIncident,
+        problems=(400, 413, 415, 422, 500, 503),
+    ),
+    Operation(
+        "GET",
+        "/incident/get",
+        "list_incidents",
+        "List incidents, newest first",
+        _list,
+        returns=list[Incident],
+        answers="One page of incidents; an empty one past the last page",
+        parameters=(
+            Parameter(
+                "page", "1 is the newest page.", int, minimum=1, maximum=MAX_OFFSET, default=1
+            ),
+            Parameter(
+                "limit",
+                "Incidents a page.",
+                int,
+                minimum=1,
+                maximum=MAX_LIMIT,
+                default=DEFAULT_LIMIT,
+            ),
+            Parameter(
+                "status",
+                "Only incidents with this status; missing or empty means any.",
+                IncidentStatus,
+                may_be_empty=True,
+            ),
+            Parameter(
+                "source",
+                "Only incidents from this source; missing or empty means any.",
+                IncidentSource,
+                may_be_empty=True,
+            ),
+        ),
+        check=ListQuery,
+        problems=(400, 422, 500, 503),
+    ),
+    Operation(
+        "GET",
+        "/incident/get/{incident_id}",
+        "get_incident",
+        "Return one incident",
+        _get,
+        returns=Incident,
+        answers="The incident",
+        parameters=(evolve(_INCIDENT_ID, where="path"),),
+        check=check_incident_id,
+        problems=(400, 404, 422, 500, 503),
+    ),
+    Operation(
+        "PATCH",
+        "/incident/update-status",
+        "update_incident_status",
+        "Change the status of an incident",
+        _update_status,
+        returns=Incident,
+        answers="The incident with its new status",
+        parameters=(
+            _INCIDENT_ID,
+            Parameter("status", "The status that it gets.", IncidentStatus, required=True),
+        ),
+        check=check_status_change,
+        problems=(400, 404, 422, 500, 503),
+    ),
+    Operation(
+        "GET",
+        "/health/live",
+        "live",
+        "Tell whether the service runs",
+        _live,
+        returns=Health,
+        answers="It does",
+    ),
+    Operation(
+        "GET",
+        "/health/ready",
+        "ready",
+        "Tell whether the service can do its work",
+        _ready,
+        returns=Readiness,
+        answers="It can",
+        problems=(400, 422, 500, 503),
+        members={503: Readiness},
+    ),
+    Operation("GET", "/openapi.json", "openapi", "This document", _openapi, documented=False),
+)
+"""What the service answers, always."""
+
+DOCS: Final = (
+    Operation("GET", "/docs", "docs", "Swagger UI", _docs, documented=False),
+    Operation(
+        "GET",
+        "/docs/{asset}",
+        "docs_asset",
+        "A file of Swagger UI",
+        _docs_asset,
+        parameters=(Parameter("asset", "Its name.", str, where="path", required=True),),
+        documented=False,
+    ),
+)
+"""What it answers besides if it has Swagger UI."""
