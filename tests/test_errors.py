@@ -1,0 +1,205 @@
+"""The tree of errors, and what each of them carries."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import incidentkit.errors
+from incidentkit import (
+    CacheUnavailable,
+    ClientClosed,
+    FieldError,
+    IncidentKitError,
+    IncidentNotFound,
+    InvalidIncident,
+    InvalidSettings,
+    ListQuery,
+    MissingDependency,
+    NewIncident,
+    SchemaOutOfDate,
+    StoreError,
+    StoreUnavailable,
+)
+from incidentkit.models import check_status_change
+
+TWO_FAULTS = (FieldError("page", "is wrong"), FieldError("limit", "is wrong, too"))
+
+ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
+    (IncidentKitError("why"), "why", {}),
+    (
+        InvalidIncident(iter(TWO_FAULTS)),
+        "page is wrong; limit is wrong, too",
+        {"errors": TWO_FAULTS},
+    ),
+    (IncidentNotFound(7), "Incident 7 not found", {"incident_id": 7}),
+    (
+        ClientClosed(),
+        "The client is not open: use `async with client:`, or await client.connect() first",
+        {},
+    ),
+    (
+        InvalidSettings("DB_ECHO", "must be true or false"),
+        "DB_ECHO must be true or false",
+        {"name": "DB_ECHO", "reason": "must be true or false"},
+    ),
+    (
+        MissingDependency("starlette", extra="server"),
+        "starlette is not installed: pip install 'incidentkit[server]'",
+        {"package": "starlette", "extra": "server"},
+    ),
+    (
+        CacheUnavailable("it failed"),
+        "The cache is unavailable: it failed",
+        {"reason": "it failed"},
+    ),
+    (
+        StoreError("SQLSTATE 23514"),
+        "The database refused a statement: SQLSTATE 23514",
+        {"reason": "SQLSTATE 23514"},
+    ),
+    (
+        StoreUnavailable("it did not answer in time"),
+        "The database is unavailable: it did not answer in time",
+        {"reason": "it did not answer in time"},
+    ),
+    (
+        SchemaOutOfDate(None, "b27d4f0c1a96"),
+        (
+            "The database's schema is not there, this version of incidentkit needs b27d4f0c1a96: "
+            "run `incidentkit db upgrade`"
+        ),
+        {"current": None, "expected": "b27d4f0c1a96", "command": "incidentkit db upgrade"},
+    ),
+    (
+        SchemaOutOfDate("dadc1db062ae", "b27d4f0c1a96", command="make schema"),
+        (
+            "The database's schema is at revision dadc1db062ae, this version of incidentkit needs "
+            "b27d4f0c1a96: run `make schema`"
+        ),
+        {"current": "dadc1db062ae", "expected": "b27d4f0c1a96", "command": "make schema"},
+    ),
+]
+
+each_error = pytest.mark.parametrize(
+    ("error", "text", "fields"), ERRORS, ids=[type(error).__name__ for error, *_ in ERRORS]
+)
+
+
+def tree(error: type[Exception]) -> dict[str, Any]:
+    """Return the names of the errors below this one, each with those below it."""
+    return {
+        child.__name__: tree(child)
+        for child in error.__subclasses__()
+        if child.__module__ == incidentkit.errors.__name__
+    }
+
+
+def names(branches: dict[str, Any]) -> list[str]:
+    """Return the names in a tree, from the top."""
+    return [name for branch, below in branches.items() for name in (branch, *names(below))]
+
+
+def test_one_small_tree() -> None:
+    """Whoever catches a class of errors catches just those below it."""
+    assert tree(IncidentKitError) == {
+        "InvalidIncident": {},
+        "IncidentNotFound": {},
+        "ClientClosed": {},
+        "InvalidSettings": {},
+        "MissingDependency": {},
+        "CacheUnavailable": {},
+        "StoreError": {"StoreUnavailable": {}, "SchemaOutOfDate": {}},
+    }
+
+
+def test_tree_in_the_documentation_is_the_tree() -> None:
+    """The picture that opens the module shows every error, in its place."""
+    picture = re.findall(r"^ {4}([│├└─ ]*)(\w+)", incidentkit.errors.__doc__ or "", re.MULTILINE)
+    drawn = [(len(branch) // 4, name) for branch, name in picture]
+
+    def walk(branches: dict[str, Any], depth: int) -> list[tuple[int, str]]:
+        return [
+            line
+            for name, below in branches.items()
+            for line in ((depth, name), *walk(below, depth + 1))
+        ]
+
+    assert drawn == [(0, "IncidentKitError"), *walk(tree(IncidentKitError), 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (InvalidIncident, ValueError),
+        (InvalidSettings, ValueError),
+        (IncidentNotFound, LookupError),
+        (MissingDependency, ImportError),
+    ],
+)
+def test_errors_are_also_the_builtin_ones_that_they_refine(
+    error: type[IncidentKitError], builtin: type[Exception]
+) -> None:
+    """Code that knows nothing of incidentkit catches them by the builtin class."""
+    assert issubclass(error, builtin)
+
+
+def test_examples_here_are_of_every_error() -> None:
+    """No error of the tree goes without the tests below."""
+    tested = {type(error).__name__ for error, *_ in ERRORS}
+    assert tested == {"IncidentKitError", *names(tree(IncidentKitError))}
+
+
+@each_error
+def test_error_says_what_is_wrong_and_carries_it(
+    error: IncidentKitError, text: str, fields: dict[str, Any]
+) -> None:
+    """An error reads as one sentence, and its parts are attributes."""
+    assert str(error) == text
+    assert {name: getattr(error, name) for name in fields} == fields
+
+
+@each_error
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_error_crosses_processes(
+    error: IncidentKitError, text: str, fields: dict[str, Any], protocol: int
+) -> None:
+    """Pickling gives the same error with the same parts, as a process pool needs."""
+    other = pickle.loads(pickle.dumps(error, protocol))
+    assert type(other) is type(error)
+    assert str(other) == text
+    assert {name: getattr(other, name) for name in fields} == fields
+
+
+@each_error
+def test_error_can_be_copied(error: IncidentKitError, text: str, fields: dict[str, Any]) -> None:
+    """Copies, deep ones too, are the same error with the same parts."""
+    for other in (copy.copy(error), copy.deepcopy(error)):
+        assert type(other) is type(error)
+        assert str(other) == text
+        assert {name: getattr(other, name) for name in fields} == fields
+
+
+# Characters of no reason: a value that shines through an error is then easily found.
+secrets = st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=1, max_size=8)
+
+
+@given(secrets, st.sampled_from(["{:.4}", "{}\x00", "{}\ud800", "{:0<1001}"]))
+def test_error_repeats_nothing_of_the_message(secret: str, form: str) -> None:
+    """A refused message, status, source or number is in no text of the error."""
+    value: Any = form.format(secret)
+    for make in (
+        lambda: NewIncident(value, value, value),
+        lambda: ListQuery(value, value, value, value),
+        lambda: check_status_change(value, value),
+    ):
+        with pytest.raises(InvalidIncident) as caught:
+            make()
+        shown = f"{caught.value}{caught.value!r}{caught.value.args}"
+        assert not set(shown) & set(secret)

@@ -1,0 +1,408 @@
+"""What the environment and a `.env` file say of the servers to use."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from incidentkit import IncidentClient, InvalidSettings
+from incidentkit.settings import Settings
+from incidentkit.store.base import StoreOptions
+from tests.strategies import characters
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+VARIABLES = [
+    "INCIDENTKIT_DATABASE_URL",
+    "INCIDENTKIT_REDIS_URL",
+    "INCIDENTKIT_REDIS_REQUIRED",
+    "INCIDENTKIT_REQUEST_LOG",
+    "POSTGRES_HOST",
+    "POSTGRES_PORT",
+    "POSTGRES_DB",
+    "POSTGRES_USER",
+    "POSTGRES_PASSWORD",
+    "REDIS_HOST",
+    "REDIS_PORT",
+    "REDIS_DB",
+    "DB_POOL_SIZE",
+    "DB_MAX_OVERFLOW",
+    "DB_ECHO",
+]
+
+SQLITE = "sqlite+aiosqlite:///incidentkit.db"
+
+# What a value may hold: no NUL in an environment, and blanks around a name mean nothing.
+values = st.text(characters, min_size=1, max_size=30).filter(str.strip)
+names = values.map(str.strip)
+
+
+def database_url(**variables: str) -> str:
+    """Return the URL of the database that the variables mean."""
+    return Settings.from_mapping(variables).database_url
+
+
+def redis_url(**variables: str) -> str | None:
+    """Return the URL of the Redis that the variables mean."""
+    return Settings.from_mapping(variables).redis_url
+
+
+def fault(variables: Mapping[str, str]) -> InvalidSettings:
+    """Return the error that the variables give."""
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_mapping(variables)
+    return caught.value
+
+
+# Defaults
+
+
+def test_without_configuration_there_is_an_sqlite_file_and_no_redis() -> None:
+    """Who sets nothing gets a file in the working folder, no Redis, and moderate pools."""
+    settings = Settings.from_env()
+    assert settings == Settings.from_mapping({}) == Settings()
+    assert settings.database_url == SQLITE
+    assert settings.redis_url is None
+    assert settings.redis_required is False
+    assert settings.request_log == "log"
+    assert settings.store == StoreOptions(pool_size=5, max_overflow=10, echo=False)
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\t\n"])
+@pytest.mark.parametrize("name", VARIABLES)
+def test_empty_variable_counts_as_not_set(name: str, empty: str) -> None:
+    """A variable with nothing in it, as Compose files leave them, changes nothing."""
+    assert Settings.from_mapping({name: empty}) == Settings()
+
+
+def test_other_variables_mean_nothing() -> None:
+    """Neither a host's own variables nor other spellings of ours are read."""
+    variables = {"DATABASE_URL": "postgresql://other", "postgres_host": "db", "REDIS_URL": "x"}
+    assert Settings.from_mapping(variables) == Settings()
+
+
+# The database
+
+
+@pytest.mark.parametrize(
+    ("variables", "url"),
+    [
+        ({"POSTGRES_HOST": "db"}, "postgresql://postgres@db:5432/postgres"),
+        ({"POSTGRES_PORT": "5433"}, "postgresql://postgres@localhost:5433/postgres"),
+        ({"POSTGRES_DB": "incidents"}, "postgresql://postgres@localhost:5432/incidents"),
+        ({"POSTGRES_USER": "ann"}, "postgresql://ann@localhost:5432/ann"),
+        ({"POSTGRES_PASSWORD": "pw"}, "postgresql://postgres:pw@localhost:5432/postgres"),
+        (
+            {
+                "POSTGRES_HOST": "db",
+                "POSTGRES_PORT": "6432",
+                "POSTGRES_DB": "incidents",
+                "POSTGRES_USER": "ann",
+                "POSTGRES_PASSWORD": "pw",
+            },
+            "postgresql://ann:pw@db:6432/incidents",
+        ),
+        ({"POSTGRES_HOST": "::1"}, "postgresql://postgres@[::1]:5432/postgres"),
+        ({"POSTGRES_HOST": "2001:db8::7"}, "postgresql://postgres@[2001:db8::7]:5432/postgres"),
+        ({"POSTGRES_HOST": " db "}, "postgresql://postgres@db:5432/postgres"),
+    ],
+)
+def test_any_of_the_origins_variables_means_postgresql(variables: dict[str, str], url: str) -> None:
+    """One POSTGRES_* variable is enough, and the others have the values that libpq gives them."""
+    assert database_url(**variables) == url
+
+
+@given(user=names, password=values, database=names)
+@example(user="o'hara@corp", password="p@ss:w/rd?#%20[&]", database="a/b?c#d%41")
+@example(user="a:b", password=" leading and trailing ", database="инциденты")
+@example(user="u", password="%", database="..")
+def test_odd_names_and_passwords_reach_the_server_unaltered(
+    user: str, password: str, database: str
+) -> None:
+    """No character of a name or a password ends its part of the URL, or is read as another."""
+    url = database_url(
+        POSTGRES_HOST="db",
+        POSTGRES_USER=user,
+        POSTGRES_PASSWORD=password,
+        POSTGRES_DB=database,
+    )
+    assert url.isascii()
+    assert url.isprintable()
+    parts = urlsplit(url)
+    assert (parts.scheme, parts.hostname, parts.port) == ("postgresql", "db", 5432)
+    assert (parts.query, parts.fragment) == ("", "")
+    assert unquote(parts.username or "") == user
+    assert unquote(parts.password or "") == password
+    assert unquote(parts.path[1:]) == database
+
+
+@pytest.mark.parametrize("url", ["postgresql://ann@db/incidents", "sqlite+aiosqlite:///:memory:"])
+def test_own_database_variable_wins_over_the_origins(url: str) -> None:
+    """INCIDENTKIT_DATABASE_URL decides alone when it is set."""
+    assert database_url(INCIDENTKIT_DATABASE_URL=url, POSTGRES_HOST="db", POSTGRES_DB="x") == url
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ({"DB_POOL_SIZE": "1"}, StoreOptions(pool_size=1)),
+        ({"DB_POOL_SIZE": "10000"}, StoreOptions(pool_size=10_000)),
+        ({"DB_MAX_OVERFLOW": "0"}, StoreOptions(max_overflow=0)),
+        ({"DB_MAX_OVERFLOW": " 25 "}, StoreOptions(max_overflow=25)),
+        *(
+            ({"DB_ECHO": text}, StoreOptions(echo=echo))
+            for echo, texts in {
+                True: ["1", "true", "True", "YES", " on "],
+                False: ["0", "false", "FALSE", "no", "Off"],
+            }.items()
+            for text in texts
+        ),
+    ],
+)
+def test_pool_and_echo_are_the_origins(variables: dict[str, str], options: StoreOptions) -> None:
+    """The origin's variables for its pool size the store's, and DB_ECHO turns its log on."""
+    assert Settings.from_mapping(variables).store == options
+
+
+# Redis
+
+
+@pytest.mark.parametrize(
+    ("variables", "url"),
+    [
+        ({"REDIS_HOST": "cache"}, "redis://cache:6379/0"),
+        ({"REDIS_HOST": "cache", "REDIS_PORT": "6380"}, "redis://cache:6380/0"),
+        ({"REDIS_HOST": "cache", "REDIS_PORT": "6380", "REDIS_DB": "3"}, "redis://cache:6380/3"),
+        ({"REDIS_HOST": "::1", "REDIS_DB": "15"}, "redis://[::1]:6379/15"),
+        ({"REDIS_PORT": "6380"}, None),
+        ({"REDIS_DB": "3"}, None),
+        ({"REDIS_PORT": "6380", "REDIS_DB": "3"}, None),
+    ],
+)
+def test_host_alone_means_redis(variables: dict[str, str], url: str | None) -> None:
+    """REDIS_HOST asks for Redis; its port and database number alone do not."""
+    assert redis_url(**variables) == url
+    assert database_url(**variables) == SQLITE
+
+
+def test_own_redis_variable_wins_over_the_origins() -> None:
+    """INCIDENTKIT_REDIS_URL decides alone when it is set."""
+    url = "rediss://:pw@cache:6390/2"
+    assert redis_url(INCIDENTKIT_REDIS_URL=url, REDIS_HOST="other", REDIS_DB="1") == url
+
+
+@pytest.mark.parametrize(("text", "required"), [("1", True), ("true", True), ("0", False)])
+def test_redis_may_be_required(text: str, *, required: bool) -> None:
+    """INCIDENTKIT_REDIS_REQUIRED tells whether a client opens without Redis."""
+    settings = Settings.from_mapping({"INCIDENTKIT_REDIS_REQUIRED": text})
+    assert settings.redis_required is required
+
+
+@pytest.mark.parametrize("place", ["log", "database"])
+def test_request_log_has_two_places(place: str) -> None:
+    """INCIDENTKIT_REQUEST_LOG names where requests are recorded."""
+    settings = Settings.from_mapping({"INCIDENTKIT_REQUEST_LOG": place})
+    assert settings.request_log == place
+
+
+# Faults
+
+PORT = "must be an integer from 1 to 65535"
+FLAG = "must be true or false"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        *(
+            (name, value, PORT)
+            for name in ("POSTGRES_PORT", "REDIS_PORT")
+            for value in ("0", "65536", "-5432", "+5432", "5432.0", "5_432", "٥٤٣٢", "9" * 5000)
+        ),
+        ("REDIS_DB", "-1", "must be an integer from 0 to 1000000"),
+        ("REDIS_DB", "main", "must be an integer from 0 to 1000000"),
+        ("DB_POOL_SIZE", "0", "must be an integer from 1 to 10000"),
+        ("DB_POOL_SIZE", "10001", "must be an integer from 1 to 10000"),
+        ("DB_POOL_SIZE", "five", "must be an integer from 1 to 10000"),
+        ("DB_MAX_OVERFLOW", "-7", "must be an integer from 0 to 10000"),
+        ("DB_MAX_OVERFLOW", "1e2", "must be an integer from 0 to 10000"),
+        ("DB_ECHO", "maybe", FLAG),
+        ("DB_ECHO", "2", FLAG),
+        ("INCIDENTKIT_REDIS_REQUIRED", "please", FLAG),
+        ("INCIDENTKIT_REQUEST_LOG", "syslog", "must be one of: log, database"),
+        ("INCIDENTKIT_REQUEST_LOG", "LOG", "must be one of: log, database"),
+    ],
+)
+def test_fault_names_the_variable_and_its_rule(name: str, value: str, reason: str) -> None:
+    """A value that cannot be used is told by its variable and the rule that it breaks."""
+    error = fault({name: value})
+    assert (error.name, error.reason) == (name, reason)
+    assert str(error) == f"{name} {reason}"
+
+
+# Whatever stands in a variable by mistake may be the password that was meant for another.
+SECRET = "hunter2-Zürich"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "POSTGRES_PORT",
+        "REDIS_PORT",
+        "REDIS_DB",
+        "DB_POOL_SIZE",
+        "DB_MAX_OVERFLOW",
+        "DB_ECHO",
+        "INCIDENTKIT_REDIS_REQUIRED",
+        "INCIDENTKIT_REQUEST_LOG",
+    ],
+)
+def test_fault_never_repeats_the_value(name: str) -> None:
+    """Neither the error nor the traceback that is logged for it shows what stood there."""
+    error = fault({name: SECRET, "POSTGRES_PASSWORD": SECRET})
+    assert error.name == name
+    shown = f"{error}{error!r}{''.join(traceback.format_exception(error))}"
+    assert "hunter2" not in shown.lower()
+
+
+@pytest.mark.parametrize("name", ["INCIDENTKIT_DATABASE_URL", "INCIDENTKIT_REDIS_URL"])
+def test_url_of_another_kind_is_refused_without_showing_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A URL of a server that is not supported is told without its credentials."""
+    monkeypatch.setenv(name, f"mysql://ann:{SECRET}@db/incidents")
+    with pytest.raises(InvalidSettings, match=r"_url must start with .*://") as caught:
+        IncidentClient.from_env()
+    shown = f"{caught.value!r}{''.join(traceback.format_exception(caught.value))}"
+    assert "hunter2" not in shown
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"POSTGRES_HOST": "db", "POSTGRES_PASSWORD": SECRET},
+        {"INCIDENTKIT_DATABASE_URL": f"postgresql://ann:{SECRET}@db/incidents"},
+        {"INCIDENTKIT_REDIS_URL": f"redis://:{SECRET}@cache/0"},
+    ],
+)
+def test_settings_can_be_logged(variables: dict[str, str]) -> None:
+    """The text of the settings holds no URL, and so no password."""
+    settings = Settings.from_mapping(variables)
+    assert "hunter2" not in f"{settings!r}{settings}"
+    assert "://" not in repr(settings)
+
+
+# The process's environment and the file
+
+
+def test_file_is_read_from_the_working_folder() -> None:
+    """A `.env` file there configures a client that is told nothing else."""
+    Path(".env").write_text(
+        "# the origin's file\n"
+        "POSTGRES_DB=incidents\n"
+        "POSTGRES_USER='ann'\n"
+        'export POSTGRES_PASSWORD="p#ss w=rd"\n'
+        "POSTGRES_HOST=db  # beside us\n"
+        "POSTGRES_PORT=\n"
+        "REDIS_HOST=cache\n"
+        "DB_POOL_SIZE=7\n"
+        "DB_ECHO=True\n",
+        encoding="utf-8",
+    )
+    assert Settings.from_env() == Settings(
+        database_url="postgresql://ann:p%23ss%20w%3Drd@db:5432/incidents",
+        redis_url="redis://cache:6379/0",
+        store=StoreOptions(pool_size=7, echo=True),
+    )
+
+
+def test_process_wins_over_the_file_variable_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process sets replaces the same variable of the file, and leaves the others."""
+    Path(".env").write_text("POSTGRES_HOST=file\nPOSTGRES_DB=file\nDB_POOL_SIZE=7\n", "utf-8")
+    monkeypatch.setenv("POSTGRES_HOST", "process")
+    assert Settings.from_env() == Settings(
+        database_url="postgresql://postgres@process:5432/file",
+        store=StoreOptions(pool_size=7),
+    )
+
+
+def test_empty_variable_of_the_process_takes_back_the_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A variable that the process empties is not set, whatever the file says of it."""
+    Path(".env").write_text("POSTGRES_HOST=file\n", "utf-8")
+    monkeypatch.setenv("POSTGRES_HOST", "")
+    assert Settings.from_env() == Settings()
+
+
+def test_own_variable_in_the_file_wins_over_the_origins_in_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which variable is meant is decided before which place it is read from."""
+    Path(".env").write_text("INCIDENTKIT_DATABASE_URL=postgresql://own/db\n", "utf-8")
+    monkeypatch.setenv("POSTGRES_HOST", "origin")
+    assert Settings.from_env().database_url == "postgresql://own/db"
+
+
+@pytest.mark.parametrize("as_path", [str, Path])
+def test_file_may_be_elsewhere(
+    as_path: type[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file is read instead of the one in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("POSTGRES_HOST=here\n", "utf-8")
+    other = tmp_path / "conf" / "service.env"
+    other.parent.mkdir()
+    other.write_text("REDIS_HOST=there\n", "utf-8")
+    assert Settings.from_env(as_path(other)) == Settings(redis_url="redis://there:6379/0")
+
+
+def test_file_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With None for the file, the process's environment alone counts."""
+    Path(".env").write_text("POSTGRES_HOST=file\nREDIS_HOST=file\n", "utf-8")
+    monkeypatch.setenv("REDIS_HOST", "process")
+    assert Settings.from_env(None) == Settings(redis_url="redis://process:6379/0")
+
+
+def test_missing_file_is_no_fault(tmp_path: Path) -> None:
+    """A file that is not there, or is a folder, is the same as an empty one."""
+    assert Settings.from_env("nowhere/.env") == Settings()
+    Path(".env").mkdir()
+    assert Settings.from_env() == Settings()
+    assert Settings.from_env(tmp_path) == Settings()
+
+
+def test_fault_in_the_file_is_told_like_any_other() -> None:
+    """A faulty variable of the file is named, too."""
+    Path(".env").write_text("REDIS_PORT=cache:6379\n", "utf-8")
+    with pytest.raises(InvalidSettings, match=f"^REDIS_PORT {PORT}$"):
+        Settings.from_env()
+
+
+def test_environment_of_the_process_is_never_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a file sets nothing that the rest of the application would see."""
+    monkeypatch.setenv("POSTGRES_HOST", "process")
+    Path(".env").write_text("POSTGRES_HOST=file\nREDIS_HOST=file\nOTHER_OF_THE_HOST=1\n", "utf-8")
+    before = dict(os.environ)
+    Settings.from_env()
+    assert dict(os.environ) == before
+
+
+async def test_client_uses_what_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch, sqlite_url: str, tmp_path: Path
+) -> None:
+    """`IncidentClient.from_env` opens the configured database, or else the file beside it."""
+    async with IncidentClient.from_env() as incidents:
+        await incidents.create("Disk is full", source="monitoring")
+    assert (tmp_path / "incidentkit.db").is_file()
+    monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", sqlite_url)
+    async with IncidentClient.from_env() as incidents:
+        assert await incidents.list() == []

@@ -1,0 +1,216 @@
+"""The JSON form of incidents, over HTTP and in the cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta, timezone
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from incidentkit import FieldError, Incident, IncidentSource, IncidentStatus, InvalidIncident
+from incidentkit.models import NewIncident
+from incidentkit.wire import (
+    decode_incidents,
+    dump_json,
+    encode_incident,
+    encode_incidents,
+    wire_converter,
+)
+from tests.strategies import incidents
+
+FIELDS = ["incident_id", "incident_message", "incident_type", "source", "created_at"]
+
+DISK = Incident(
+    7,
+    'Диск "db-1" полон \U0001f525',
+    IncidentStatus.NEW,
+    IncidentSource.MONITORING,
+    datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC),
+)
+DISK_ON_THE_WIRE = (
+    '{"incident_id":7,"incident_message":"Диск \\"db-1\\" полон \U0001f525","incident_type":"new",'
+    '"source":"monitoring","created_at":"2025-01-02 03:04:05"}'
+)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), inner, max_size=5)
+    ),
+    max_leaves=12,
+)
+
+JSON_OF_NO_FIELD: list[object] = [None, True, 1.0, [], {}]
+
+
+def on_the_wire(**changes: object) -> bytes:
+    """Return an array of one incident, some of whose values are changed."""
+    return dump_json([json.loads(DISK_ON_THE_WIRE) | changes])
+
+
+# What is written
+
+
+def test_incident_on_the_wire() -> None:
+    """An incident is a compact object of its five fields, with nothing escaped needlessly."""
+    assert encode_incident(DISK).decode() == DISK_ON_THE_WIRE
+    assert encode_incidents([DISK, DISK]).decode() == f"[{DISK_ON_THE_WIRE},{DISK_ON_THE_WIRE}]"
+    assert encode_incidents([]) == b"[]"
+
+
+@given(st.lists(incidents, max_size=5))
+def test_what_other_programs_read(stored: list[Incident]) -> None:
+    """Any JSON reader finds the plain values, in the order of the fields and of the incidents."""
+    objects = json.loads(encode_incidents(stored))
+    assert [list(item) for item in objects] == [FIELDS] * len(stored)
+    for item, incident in zip(objects, stored, strict=True):
+        assert item["incident_id"] == incident.incident_id
+        assert item["incident_message"] == incident.incident_message
+        assert item["incident_type"] == incident.incident_type.value
+        assert item["source"] == incident.source.value
+        assert item == json.loads(encode_incident(incident))
+
+
+@given(incidents)
+@example(
+    Incident(
+        1,
+        "Disk",
+        IncidentStatus.NEW,
+        IncidentSource.PARTNER,
+        datetime(33, 1, 1, 1, 30, tzinfo=timezone(timedelta(hours=3))),
+    )
+)
+def test_time_on_the_wire_is_utc_with_leading_zeros(incident: Incident) -> None:
+    """A time is `YYYY-MM-DD HH:MM:SS` in UTC, in the first century as in this one."""
+    text = json.loads(encode_incident(incident))["created_at"]
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}", text)
+    assert datetime.fromisoformat(f"{text}+00:00") == incident.created_at
+
+
+# What is read
+
+
+@given(st.lists(incidents, max_size=5))
+def test_incidents_come_back_as_they_were(stored: list[Incident]) -> None:
+    """Reading what was written gives equal incidents whose values have their own types."""
+    read = decode_incidents(encode_incidents(stored))
+    assert read == stored
+    for copy, incident in zip(read, stored, strict=True):
+        assert type(copy) is Incident
+        assert type(copy.incident_id) is int
+        assert type(copy.incident_message) is str
+        assert copy.incident_type is incident.incident_type
+        assert copy.source is incident.source
+        assert copy.created_at.tzinfo is UTC
+
+
+@given(st.binary(max_size=100) | st.text('[]{}:,"0aE-+. \ttrufalsn\\').map(str.encode))
+@example(b"")
+@example(b"\xff\xfe")
+@example(b"[" * 100_000)
+@example(b'[{"a":' * 20_000)
+@example(b"[" + b"9" * 5_000 + b"]")
+@example(b"[NaN]")
+@example(b"[1e999]")
+def test_any_bytes_are_incidents_or_a_value_error(data: bytes) -> None:
+    """Bytes that are no array of incidents raise ValueError, and never anything else."""
+    with suppress(ValueError):
+        assert decode_incidents(data) == []
+
+
+@given(json_values.filter(lambda value: value != []))
+@example([[]])
+@example([{}])
+@example([None])
+@example(["incident_id"])
+@example({"incidents": []})
+@example("[]")
+def test_other_json_is_refused(value: Any) -> None:
+    """JSON that is no array of incidents raises ValueError."""
+    with pytest.raises(ValueError, match="not a JSON array of incidents"):
+        decode_incidents(json.dumps(value).encode())
+
+
+@pytest.mark.parametrize("message", ["", "test", "x" * 1001, " padded "])
+def test_stored_message_is_read_whatever_it_is(message: str) -> None:
+    """The rules are for what is created: a message that the origin stored is served."""
+    read = decode_incidents(on_the_wire(incident_message=message))
+    assert [incident.incident_message for incident in read] == [message]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_incident_without_a_field_is_refused(field: str) -> None:
+    """No field is made up for one that is missing."""
+    incident = json.loads(DISK_ON_THE_WIRE)
+    del incident[field]
+    with pytest.raises(ValueError, match="not a JSON array of incidents"):
+        decode_incidents(dump_json([json.loads(DISK_ON_THE_WIRE), incident]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *product(FIELDS, JSON_OF_NO_FIELD),
+        ("incident_id", ""),
+        ("incident_id", "7"),
+        ("incident_message", 7),
+        ("incident_type", ""),
+        ("incident_type", "NEW"),
+        ("incident_type", "operator"),
+        ("incident_type", 0),
+        ("source", ""),
+        ("source", "new"),
+        ("source", 0),
+        ("created_at", ""),
+        ("created_at", 1735786800),
+        ("created_at", "2025-01-02T03:04:05"),
+        ("created_at", "2025-01-02 03:04:05Z"),
+        ("created_at", "2025-01-02 03:04:05+00:00"),
+        ("created_at", "2025-01-02 03:04:05.5"),
+        ("created_at", "2025-01-02"),
+        ("created_at", "2025-02-30 03:04:05"),
+        ("created_at", "25-01-02 03:04:05"),
+    ],
+)
+def test_incident_with_another_value_is_refused(field: str, value: object) -> None:
+    """Numbers, strings, members and times are taken only as what they are."""
+    assert decode_incidents(on_the_wire()) == [DISK]
+    with pytest.raises(ValueError, match="not a JSON array of incidents"):
+        decode_incidents(on_the_wire(**{field: value}))
+
+
+# New incidents
+
+
+def test_new_incident_is_read_by_the_rules_of_new_incidents() -> None:
+    """An object from the wire is normalised, and takes the default, as any new incident."""
+    value = {"incident_message": " Disk is full ", "source": "operator"}
+    assert wire_converter().structure(value, NewIncident) == NewIncident("Disk is full", "operator")
+
+
+def test_faults_of_a_new_incident_from_the_wire_are_all_told() -> None:
+    """Unknown, missing and faulty fields come out of the converter as one typed error."""
+    with pytest.raises(InvalidIncident) as caught:
+        wire_converter().structure({"incident_type": "done", "status": "new"}, NewIncident)
+    assert caught.value.errors == (
+        FieldError("status", "is not a known field"),
+        FieldError("incident_message", "is required"),
+        FieldError("source", "is required"),
+        FieldError("incident_type", "must be one of: new, completed, failed"),
+    )
+
+
+@pytest.mark.parametrize("value", [None, True, 1, "incident_message", [], [["source", "partner"]]])
+def test_new_incident_is_an_object(value: object) -> None:
+    """JSON of another kind is told as a fault of the body."""
+    with pytest.raises(InvalidIncident) as caught:
+        wire_converter().structure(value, NewIncident)
+    assert caught.value.errors == (FieldError("body", "must be a JSON object"),)
