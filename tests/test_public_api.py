@@ -1,0 +1,176 @@
+"""What `import incidentkit` gives, and what it does without."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import incidentkit
+from incidentkit import IncidentKitError
+
+DRIVERS_AND_SERVERS = [
+    "aiosqlite",
+    "alembic",
+    "asyncpg",
+    "click",
+    "dotenv",
+    "redis",
+    "sqlalchemy",
+    "starlette",
+    "uvicorn",
+]
+
+# Puts itself before every other finder, as if the named packages were not installed.
+WITHOUT = """
+import sys
+
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Without())
+"""
+
+
+def run_python(code: str, *, without: tuple[str, ...] = ()) -> str:
+    """Run the code in a new interpreter that lacks some packages; return what it prints."""
+    found = Path(incidentkit.__file__).parent.parent
+    prelude = f"import sys; sys.path.insert(0, {str(found)!r})\n"
+    process = subprocess.run(
+        [sys.executable, "-c", prelude + WITHOUT.format(packages=without) + code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_all_is_sorted_and_complete() -> None:
+    """`__all__` lists every public name of the package, in order, and no other."""
+    submodules = {
+        name for name, value in vars(incidentkit).items() if isinstance(value, ModuleType)
+    }
+    public = {name for name in vars(incidentkit) if not name.startswith("_")} - submodules
+    assert incidentkit.__all__ == sorted(public | {"__version__"})
+
+
+def test_every_error_is_public() -> None:
+    """Whoever wants to catch an error finds it beside the client."""
+
+    def walk(error: type[Exception]) -> set[str]:
+        below = [child for child in error.__subclasses__() if child.__module__ == error.__module__]
+        return {error.__name__}.union(*map(walk, below))
+
+    assert walk(IncidentKitError) <= set(incidentkit.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(set(incidentkit.__all__) - {"__version__"}))
+def test_everything_public_is_documented(name: str) -> None:
+    """Each public name has a docstring, and so has each of its public methods."""
+    thing = getattr(incidentkit, name)
+    undocumented = [
+        f"{name}.{attribute}"
+        for attribute, value in vars(thing).items()
+        if not attribute.startswith("_")
+        and (inspect.isroutine(value) or isinstance(value, property))
+        and not inspect.getdoc(value)
+    ]
+    assert vars(thing)["__doc__"]
+    assert undocumented == []
+
+
+def test_import_is_light() -> None:
+    """Importing the package loads no driver, no server, and nothing of the command line."""
+    loaded: list[str] = json.loads(
+        run_python("import json, incidentkit; print(json.dumps(sorted(sys.modules)))")
+    )
+    assert "incidentkit.client" in loaded
+    assert {name.partition(".")[0] for name in loaded}.isdisjoint(DRIVERS_AND_SERVERS)
+    parts = {"http", "cli", "settings", "cache.redis", "store.sqlite", "store.postgresql"}
+    assert {f"incidentkit.{part}" for part in parts}.isdisjoint(loaded)
+
+
+def test_core_does_without_every_optional_package() -> None:
+    """With no extra installed, incidents are recorded, listed and cached on SQLite."""
+    code = """
+import asyncio
+from incidentkit import IncidentClient
+
+async def main():
+    async with IncidentClient.from_env() as incidents:
+        incident = await incidents.create("Disk is full", source="monitoring")
+        assert await incidents.list() == await incidents.list() == [incident]
+        print(incident.incident_id)
+
+asyncio.run(main())
+"""
+    packages = ("redis", "starlette", "uvicorn", "swagger_ui_bundle")
+    assert run_python(code, without=packages) == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("redis", "redis", "incidentkit.IncidentClient.open(redis_url='redis://cache')"),
+        ("redis", "redis", "incidentkit.IncidentClient.from_env()"),
+        ("starlette", "server", "import incidentkit.http"),
+        ("starlette", "server", "from incidentkit.http import create_app"),
+        ("starlette", "server", "import incidentkit.http.asgi"),
+    ],
+)
+def test_missing_package_is_named_with_its_extra(
+    package: str, extra: str, use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Using a part whose package is not installed tells what to install."""
+    monkeypatch.setenv("REDIS_HOST", "cache")
+    code = f"""
+import incidentkit
+try:
+    {use}
+except incidentkit.MissingDependency as error:
+    print(error.package, error.extra)
+    print(error)
+"""
+    assert run_python(code, without=(package,)).splitlines() == [
+        f"{package} {extra}",
+        f"{package} is not installed: pip install 'incidentkit[{extra}]'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("package", "use"),
+    [
+        ("redis.backoff", "incidentkit.IncidentClient.open(redis_url='redis://cache')"),
+        ("anyio", "import incidentkit.http"),
+    ],
+)
+def test_fault_inside_an_installed_package_is_not_taken_for_a_missing_one(
+    package: str, use: str
+) -> None:
+    """An import that fails for another reason says so, rather than ask for an extra."""
+    code = f"""
+import incidentkit
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == {package!r}:
+            raise ModuleNotFoundError("broken", name=name)
+
+sys.meta_path.insert(0, Broken())
+try:
+    {use}
+except incidentkit.MissingDependency:
+    print("blamed the wrong package")
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert run_python(code) == f"{package}\n"

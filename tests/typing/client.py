@@ -1,0 +1,146 @@
+"""The types of the client's methods, and the calls that a type checker has to refuse."""
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_type
+
+from incidentkit import Incident, IncidentClient, IncidentSource, IncidentStatus, NewIncident
+from incidentkit.cache import MemoryCache
+from incidentkit.store.base import StoreOptions, store_from_url
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from incidentkit.cache import IncidentCache
+    from incidentkit.cache.redis import RedisCache
+    from incidentkit.store.base import IncidentStore
+    from incidentkit.store.postgresql import PostgresStore
+    from incidentkit.store.sqlite import SqliteStore
+
+
+class OwnClient(IncidentClient):
+    """A client that a host refines."""
+
+
+class OwnCache:
+    """A cache that a host brings."""
+
+    async def get(self, key: str) -> bytes | None:
+        """Return the key, for want of a value."""
+        return key.encode()
+
+    async def set(self, key: str, value: bytes, ttl: float) -> None:
+        """Keep nothing."""
+
+    async def clear(self) -> None:
+        """Forget nothing."""
+
+    async def ping(self) -> None:
+        """Answer."""
+
+    async def close(self) -> None:
+        """Close nothing."""
+
+
+class HalfACache:
+    """A cache that keeps what it should forget."""
+
+    async def get(self, key: str) -> bytes | None:
+        """Return the key, for want of a value."""
+        return key.encode()
+
+
+async def created(incidents: IncidentClient) -> None:
+    """A message and a source make an incident, and so does a new incident alone."""
+    assert_type(await incidents.create("Disk is full", source="monitoring"), Incident)
+    assert_type(await incidents.create("Disk is full", source=IncidentSource.PARTNER), Incident)
+    assert_type(
+        await incidents.create("Disk is full", source="partner", incident_type="failed"), Incident
+    )
+    assert_type(
+        await incidents.create(
+            "Disk is full", source="partner", incident_type=IncidentStatus.COMPLETED
+        ),
+        Incident,
+    )
+    assert_type(await incidents.create(NewIncident("Disk is full", "operator")), Incident)
+
+
+async def not_created(incidents: IncidentClient, new: NewIncident) -> None:
+    """A message needs a source, by name; a new incident has it already."""
+    await incidents.create()  # type: ignore[call-overload]
+    await incidents.create("Disk is full")  # type: ignore[call-overload]
+    await incidents.create("Disk is full", "operator")  # type: ignore[call-overload]
+    await incidents.create("Disk is full", source=None)  # type: ignore[call-overload]
+    await incidents.create(b"Disk is full", source="operator")  # type: ignore[call-overload]
+    await incidents.create(new, source="operator")  # type: ignore[call-overload]
+    await incidents.create("Disk is full", source="operator", status="new")  # type: ignore[call-overload]
+
+
+async def listed(incidents: IncidentClient) -> None:
+    """Every argument of a list may be left out; filters are members, strings or None."""
+    assert_type(await incidents.list(), list[Incident])
+    assert_type(await incidents.list(2, 50), list[Incident])
+    assert_type(await incidents.list(page=1, limit=10, status="new", source=None), list[Incident])
+    assert_type(
+        await incidents.list(status=IncidentStatus.NEW, source=IncidentSource.PARTNER),
+        list[Incident],
+    )
+    await incidents.list(page="1")  # type: ignore[arg-type]
+    await incidents.list(limit=None)  # type: ignore[arg-type]
+    await incidents.list(status=1)  # type: ignore[arg-type]
+    await incidents.list(offset=10)  # type: ignore[call-arg]
+
+
+async def read_and_changed(incidents: IncidentClient) -> None:
+    """Reading and changing return an incident, never None."""
+    assert_type(await incidents.get(7), Incident)
+    assert_type(await incidents.update_status(7, "completed"), Incident)
+    assert_type(await incidents.update_status(7, IncidentStatus.FAILED), Incident)
+    await incidents.get("7")  # type: ignore[arg-type]
+    await incidents.update_status(7, None)  # type: ignore[arg-type]
+    await incidents.update_status(7)  # type: ignore[call-arg]
+
+
+async def opened(path: Path) -> None:
+    """A client is opened with `async with`, and a refined one stays what it is."""
+    async with IncidentClient.open() as incidents:
+        assert_type(incidents, IncidentClient)
+    async with IncidentClient.from_env(path) as incidents:
+        assert_type(incidents, IncidentClient)
+    async with OwnClient.from_env(None) as own:
+        assert_type(own, OwnClient)
+    client = OwnClient.open(
+        "sqlite+aiosqlite:///:memory:",
+        "redis://cache",
+        redis_required=True,
+        options=StoreOptions(pool_size=2),
+    )
+    assert_type(client, OwnClient)
+    assert_type(client.connected, bool)
+    assert_type(client.cache_available, bool | None)
+    with IncidentClient.open():  # type: ignore[attr-defined]
+        pass
+    IncidentClient.open(redis="redis://cache")  # type: ignore[call-arg]
+
+
+def made_of_parts(memory: MemoryCache, redis: RedisCache) -> None:
+    """A client takes any store and any cache that keep the protocols, and no other."""
+    store = store_from_url("sqlite://")
+    IncidentClient(store)
+    IncidentClient(store, cache=memory)
+    IncidentClient(store, cache=redis, cache_required=True)
+    IncidentClient(store, cache=OwnCache())
+    IncidentClient(store, cache=None)
+    IncidentClient()  # type: ignore[call-arg]
+    IncidentClient("sqlite://")  # type: ignore[arg-type]
+    IncidentClient(store, cache=HalfACache())  # type: ignore[arg-type]
+    IncidentClient(store, memory)  # type: ignore[call-arg]
+
+
+def kept_protocols(sqlite: SqliteStore, postgresql: PostgresStore, redis: RedisCache) -> None:
+    """Our own stores and caches keep the protocols."""
+    stores: list[IncidentStore] = [sqlite, postgresql]
+    caches: list[IncidentCache] = [redis, MemoryCache(max_bytes=1)]
+    del stores, caches

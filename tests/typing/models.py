@@ -1,0 +1,120 @@
+"""The types of the models and the errors, and what a type checker has to refuse of them."""
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_never, assert_type
+
+from incidentkit import (
+    FieldError,
+    Incident,
+    IncidentNotFound,
+    IncidentSource,
+    IncidentStatus,
+    InvalidIncident,
+    InvalidSettings,
+    ListQuery,
+    MissingDependency,
+    NewIncident,
+    SchemaOutOfDate,
+    StoreUnavailable,
+    __version__,
+)
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+def stored(incident: Incident) -> None:
+    """What is stored has the types of Python, and cannot be changed."""
+    assert_type(incident.incident_id, int)
+    assert_type(incident.incident_message, str)
+    assert_type(incident.incident_type, IncidentStatus)
+    assert_type(incident.source, IncidentSource)
+    incident.created_at.isoformat()
+    incident.incident_id = 7  # type: ignore[misc]
+    incident.status  # type: ignore[attr-defined]  # noqa: B018
+
+
+def made_by_hand(time: datetime) -> None:
+    """A stored incident is made of members, as a store or a test of a host does it."""
+    Incident(7, "Disk is full", IncidentStatus.NEW, IncidentSource.PARTNER, time)
+    Incident(7, "Disk is full", "new", "partner", time)  # type: ignore[arg-type]
+    Incident(7, "Disk is full", IncidentStatus.NEW, IncidentSource.PARTNER, "2025-01-01")  # type: ignore[arg-type]
+
+
+def new() -> None:
+    """A new incident takes members and strings, and gives members."""
+    incident = NewIncident("Disk is full", "operator")
+    assert_type(incident, NewIncident)
+    assert_type(incident.incident_message, str)
+    assert_type(incident.incident_type, IncidentStatus)
+    assert_type(incident.source, IncidentSource)
+    NewIncident("Disk is full", IncidentSource.PARTNER, incident_type=IncidentStatus.NEW)
+    assert_type(NewIncident.from_mapping({"source": "partner"}), NewIncident)
+    NewIncident("Disk is full")  # type: ignore[call-arg]
+    NewIncident(None, "operator")  # type: ignore[arg-type]
+    NewIncident("Disk is full", 7)  # type: ignore[arg-type]
+    incident.source = IncidentSource.PARTNER  # type: ignore[misc]
+
+
+def query() -> None:
+    """A query takes members and strings, and gives members."""
+    query = ListQuery(status="new", source=IncidentSource.OPERATOR)
+    assert_type(query.page, int)
+    assert_type(query.limit, int)
+    assert_type(query.status, IncidentStatus | None)
+    assert_type(query.source, IncidentSource | None)
+    assert_type(query.offset, int)
+    assert_type(query.cache_key, str)
+    ListQuery("1")  # type: ignore[arg-type]
+    query.offset = 7  # type: ignore[misc]
+
+
+def every_status(status: IncidentStatus) -> str:
+    """A checker knows when every status has been dealt with; a member is a string, too."""
+    match status:
+        case IncidentStatus.NEW:
+            return status.upper()
+        case IncidentStatus.COMPLETED | IncidentStatus.FAILED:
+            return status.value
+        case _:
+            assert_never(status)
+
+
+def every_source(source: IncidentSource) -> str:
+    """Likewise of the sources."""
+    if source is IncidentSource.OPERATOR:
+        return "person"
+    if source is IncidentSource.MONITORING or source is IncidentSource.PARTNER:
+        return "program"
+    assert_never(source)
+
+
+def invalid(error: InvalidIncident) -> None:
+    """An error of validation tells each field and its reason."""
+    assert_type(error.errors, tuple[FieldError, ...])
+    assert_type(error.errors[0].field, str)
+    assert_type(error.errors[0].reason, str)
+
+
+def missing(error: IncidentNotFound, dependency: MissingDependency) -> None:
+    """An error of something missing tells what it is."""
+    assert_type(error.incident_id, int)
+    assert_type(dependency.package, str)
+    assert_type(dependency.extra, str)
+
+
+def misconfigured(error: InvalidSettings, schema: SchemaOutOfDate, store: StoreUnavailable) -> None:
+    """An error for whoever runs the service tells what to mend."""
+    assert_type(error.name, str)
+    assert_type(error.reason, str)
+    assert_type(schema.current, str | None)
+    assert_type(schema.expected, str)
+    assert_type(schema.command, str)
+    assert_type(store.reason, str)
+
+
+def version() -> None:
+    """The version is a string, whatever its value."""
+    __version__.split(".")
