@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -396,6 +397,20 @@ def test_concurrent_upgrades_of_processes_are_safe(empty_url: str) -> None:
             return len(await incidents.list())
 
     assert asyncio.run(count()) == 4
+
+
+async def test_a_migration_of_sqlite_locks_the_file_from_its_start(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """Before it has read anything, a migration keeps every other writer out of the file."""
+    await migrate.upgrade(sqlite_url)
+    engine = migrate.migration_engine(sqlite_url)
+    async with engine.begin():
+        other = sqlite3.connect(tmp_path / "incidents.db", timeout=0, isolation_level=None)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
+    await engine.dispose()
 
 
 async def test_a_failed_upgrade_leaves_nothing_behind(empty_url: str) -> None:

@@ -18,18 +18,27 @@ KEY = "incidents:1:10:any:any"
 
 
 class FaultyCache(MemoryCache):
-    """A cache that fails or hangs when it is told to, and counts what it is asked."""
+    """A cache that fails or hangs when it is told to, and records what it is asked."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fails = False
-        self.gate = asyncio.Event()
-        self.gate.set()
+        self.hangs: set[str] = set()
+        self.answers_late: set[str] = set()
+        self.changed = asyncio.Event()
         self.calls: list[str] = []
+
+    def works(self) -> None:
+        """Let every call go on."""
+        self.fails = False
+        self.hangs.clear()
+        self.answers_late.clear()
+        self.changed.set()
 
     async def _reached(self, call: str) -> None:
         self.calls.append(call)
-        await self.gate.wait()
+        while call in self.hangs:
+            await self.changed.wait()
         if self.fails:
             raise ConnectionError("redis://:secret@somewhere refused")
 
@@ -47,6 +56,8 @@ class FaultyCache(MemoryCache):
         """Fail, hang, or forget every value."""
         await self._reached("clear")
         await super().clear()
+        while "clear" in self.answers_late:
+            await self.changed.wait()
 
     async def ping(self) -> None:
         """Fail or hang."""
@@ -102,13 +113,13 @@ async def test_a_page_on_its_way_does_not_outlive_a_clear(
     pages: PageCache, cache: FaultyCache
 ) -> None:
     """A clear waits for a page that is just being stored, so that it is removed with the others."""
-    cache.gate.clear()
+    cache.hangs = {"set"}
     storing = asyncio.ensure_future(pages.set(KEY, b"stale", pages.generation))
     await asyncio.sleep(0)
     clearing = asyncio.ensure_future(pages.clear())
     await asyncio.sleep(0)
     assert cache.calls == ["set"]
-    cache.gate.set()
+    cache.works()
     await asyncio.gather(storing, clearing)
     assert cache.calls == ["set", "clear"]
     assert await pages.get(KEY) is None
@@ -119,12 +130,38 @@ async def test_nothing_is_served_while_a_clear_is_under_way(
 ) -> None:
     """From the moment that a clear is asked for until it has succeeded, every page is a miss."""
     await pages.set(KEY, b"stale", pages.generation)
-    cache.gate.clear()
+    cache.hangs = {"clear"}
     clearing = asyncio.ensure_future(pages.clear())
     await asyncio.sleep(0)
     assert await pages.get(KEY) is None
-    cache.gate.set()
+    cache.works()
     await clearing
+
+
+async def test_each_of_two_clears_has_to_succeed() -> None:
+    """With two clears under way, the end of the first does not yet let pages be served."""
+    gates = [asyncio.Event(), asyncio.Event()]
+
+    class GatedCache(MemoryCache):
+        started = 0
+
+        async def clear(self) -> None:
+            gate = gates[self.started]
+            self.started += 1
+            await gate.wait()
+
+    cache = GatedCache()
+    pages = PageCache(cache)
+    first = asyncio.ensure_future(pages.clear())
+    second = asyncio.ensure_future(pages.clear())
+    await asyncio.sleep(0)
+    await cache.set(KEY, b"stale", 10)
+    gates[0].set()
+    await first
+    assert await pages.get(KEY) is None
+    gates[1].set()
+    await second
+    assert await pages.get(KEY) == b"stale"
 
 
 @pytest.mark.parametrize("fault", ["fails", "hangs"])
@@ -135,7 +172,7 @@ async def test_a_fault_is_never_the_callers(
     """A cache that fails or hangs makes no call fail, and none last longer than its timeout."""
     cache.fails = fault == "fails"
     if fault == "hangs":
-        cache.gate.clear()
+        cache.hangs = {call}
     calls: dict[str, Callable[[], object]] = {
         "get": lambda: pages.get(KEY),
         "set": lambda: pages.set(KEY, b"[]", pages.generation),
@@ -183,21 +220,19 @@ async def test_a_cache_that_comes_back_is_cleared_before_it_is_trusted(
 async def test_a_clear_missed_during_the_recovery_is_made_up(
     pages: PageCache, cache: FaultyCache, clock: Clock
 ) -> None:
-    """A write during the recovery's own clear keeps the pages untrusted until a later one."""
+    """A write while the recovery's clear is answered makes the recovery clear once more."""
     cache.fails = True
     await pages.clear()
     cache.fails = False
     clock.now += RETRY_AFTER
-    cache.gate.clear()
+    cache.answers_late = {"clear"}
     recovering = asyncio.ensure_future(pages.get(KEY))
     await asyncio.sleep(0)
+    await MemoryCache.set(cache, KEY, b"stale, from another process", 10)
     await pages.clear()
-    cache.gate.set()
+    cache.works()
     assert await recovering is None
-    assert await pages.get(KEY) is None
-    await pages.set(KEY, b"early", pages.generation)
-    await pages.clear()
-    assert await pages.get(KEY) is None
+    assert cache.calls[-2:] == ["clear", "get"]
     await pages.set(KEY, b"fresh", pages.generation)
     assert await pages.get(KEY) == b"fresh"
 
@@ -248,7 +283,7 @@ async def test_ping_tells_whether_the_cache_answers(pages: PageCache, cache: Fau
 
 async def test_a_cancelled_call_is_no_fault(pages: PageCache, cache: FaultyCache) -> None:
     """A caller that gives up does not make the cache count as away."""
-    cache.gate.clear()
+    cache.hangs = {"get"}
     reading = asyncio.ensure_future(pages.get(KEY))
     await asyncio.sleep(0)
     reading.cancel()

@@ -86,7 +86,7 @@ class PageCache:
 
     async def set(self, key: str, page: bytes, generation: int) -> None:
         """Store the page, unless a clear was asked for since the generation was taken."""
-        if generation != self._asked or self._asked != self._cleared or self._away:
+        if generation != self._asked or self._away:
             return
         self._storing += 1
         self._nothing_stored.clear()
@@ -129,17 +129,22 @@ class PageCache:
         return True
 
     async def _clear(self) -> None:
-        asked = self._asked
-        # A page on its way would be stored after the clear.
-        await self._nothing_stored.wait()
-        try:
-            await self._call(self._cache.clear())
-        except CacheUnavailable:
-            return
-        self._cleared = max(self._cleared, asked)
-        if self._away:
-            self._away = False
-            logger.info("The cache is back")
+        while True:
+            asked = self._asked
+            # A page on its way would be stored after the clear.
+            await self._nothing_stored.wait()
+            try:
+                await self._call(self._cache.clear())
+            except CacheUnavailable:
+                return
+            self._cleared = max(self._cleared, asked)
+            if not self._away:
+                return
+            if asked == self._asked:
+                break
+            # Nobody else makes up for what was asked for while the cache was away.
+        self._away = False
+        logger.info("The cache is back")
 
     async def _call(self, call: Awaitable[_T]) -> _T:
         try:
