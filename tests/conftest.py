@@ -58,7 +58,7 @@ _backends = pytest.StashKey[Backends]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Learn where the servers are: in a worker of pytest-xdist, from the process that started it."""
+    """Learn where the servers are; a worker of pytest-xdist is told."""
     os.environ |= getattr(config, "workerinput", {}).get("incidentkit", {})
     config.stash[_backends] = Backends()
 
@@ -102,7 +102,7 @@ async def empty_postgres_url(postgres_server_url: str) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def _migrated_template(postgres_server_url: str) -> AsyncIterator[str]:
-    from incidentkit.store.migrate import upgrade  # noqa: PLC0415
+    from incidentkit.store.migrate import upgrade
 
     name = await _create_database(postgres_server_url, template="template1")
     await upgrade(_database_url(postgres_server_url, name))

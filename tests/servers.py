@@ -379,7 +379,7 @@ def _new_folder(user: pwd.struct_passwd | None) -> Path:
     """Make a temporary folder that belongs to the user and that the user can reach."""
     if user is None:
         return Path(tempfile.mkdtemp(prefix="incidentkit-")).resolve()
-    for base in (tempfile.gettempdir(), "/tmp", "/var/tmp"):  # noqa: S108
+    for base in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
         if _open_to_all(Path(base)):
             folder = Path(tempfile.mkdtemp(prefix="incidentkit-", dir=base)).resolve()
             os.chown(folder, user.pw_uid, user.pw_gid)

@@ -1,0 +1,97 @@
+"""The project's checks: `nox` runs them all, `nox -s tests -- -k cache` a part of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PROBE = "import ssl, sqlite3, sys, venv; print(*sys.version_info[:2], sep='.')"
+
+
+def installed_pythons() -> dict[str, str]:
+    """Return the interpreters that run, by version: the one that runs nox, and those on PATH.
+
+    Every place on PATH is tried: a version manager's shim may stand before an interpreter, or
+    alone, and not run.
+    """
+    found: dict[str, str] = {}
+    for version in (f"3.{minor}" for minor in range(11, 20)):
+        if sys.version.startswith(f"{version}."):
+            found[version] = sys.executable
+        for folder in os.get_exec_path():
+            program = shutil.which(f"python{version}", path=folder)
+            if version not in found and program and runs(program, version):
+                found[version] = program
+    return found
+
+
+def runs(program: str, version: str) -> bool:
+    """Tell whether a program is a working Python of a version."""
+    try:
+        probe = subprocess.run(
+            [program, "-c", PROBE], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return probe.returncode == 0 and probe.stdout.strip() == version
+
+
+def groups(*names: str) -> tuple[str, ...]:
+    """Return the requirements of dependency groups."""
+    return nox.project.dependency_groups(PROJECT, *names)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install(*groups("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types with both checkers."""
+    session.install("--editable", ".[all]", *groups("types"))
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+@nox.parametrize(
+    "python", [nox.param(path, id=version) for version, path in installed_pythons().items()]
+)
+def tests(session: nox.Session) -> None:
+    """Run the tests; unless only some are selected, they have to cover the package."""
+    session.install("--editable", ".[all]", *groups("tests"))
+    bar = ["--cov-fail-under=0"] if selects(session.posargs) else []
+    session.run("pytest", "-n", "2", "--cov", *bar, *session.posargs)
+
+
+def selects(arguments: list[str]) -> bool:
+    """Tell whether arguments for pytest leave some of the tests out."""
+    return any(
+        argument.startswith(("-k", "-m", "--co", "--lf", "--last-failed", "--deselect", "--ignore"))
+        or Path(argument.partition("::")[0]).exists()
+        for argument in arguments
+    )
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning or a broken reference fails."""
+    session.install("--editable", ".[all]", *groups("docs"))
+    session.run(
+        "sphinx-build", "-W", "-n", "--keep-going", "docs", "docs/_build/html", *session.posargs
+    )
