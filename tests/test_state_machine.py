@@ -1,0 +1,529 @@
+"""The client against a plain model, on both databases and both caches, by any course of calls."""
+# ruff: noqa: D102  (a rule is told by its name, a method of a protocol by the protocol)
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sqlite3
+from abc import ABC, abstractmethod
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import asyncpg
+import pytest
+from attrs import evolve
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis import Redis
+
+import incidentkit.cache.pages
+import incidentkit.cache.redis
+from incidentkit import (
+    Incident,
+    IncidentClient,
+    IncidentNotFound,
+    IncidentSource,
+    IncidentStatus,
+    InvalidIncident,
+    NewIncident,
+)
+from incidentkit.cache import INDEX_KEY, MemoryCache, cache_from_url
+from incidentkit.models import MAX_ID
+from incidentkit.store.base import store_from_url
+from tests.strategies import padding, sources, statuses, stripped_messages
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+    from incidentkit.cache import IncidentCache
+
+settings.register_profile(
+    "state_machine",
+    deadline=None,
+    max_examples=20,
+    stateful_step_count=20,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    # To explain a failure is to run it many times over.
+    phases=set(Phase) - {Phase.explain},
+)
+settings.register_profile(
+    "thorough",
+    settings.get_profile("state_machine"),
+    max_examples=2000,
+    stateful_step_count=60,
+)
+
+PROFILE = os.environ.get("INCIDENTKIT_TEST_PROFILE", "state_machine")
+"""Set it to ``thorough`` for a run of many minutes."""
+
+LONG_AGO = datetime(2025, 1, 1, tzinfo=UTC)
+
+_T = TypeVar("_T")
+
+
+class Database(ABC):
+    """A database of the test's, which also writes to it without incidentkit."""
+
+    url: str
+    notices_others: bool
+
+    @abstractmethod
+    async def empty(self) -> None:
+        """Remove every row, and begin again with id 1."""
+
+    @abstractmethod
+    async def execute(self, statement: str) -> None:
+        """Run a statement and commit."""
+
+
+class SqliteFile(Database):
+    """A file that replaces itself with a migrated, empty one."""
+
+    notices_others = True
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._path = Path(url.removeprefix("sqlite+aiosqlite:///"))
+        self._template = self._path.with_suffix(".template")
+
+    async def empty(self) -> None:
+        if not self._template.exists():
+            async with IncidentClient.open(f"sqlite+aiosqlite:///{self._template}"):
+                pass
+        for leftover in self._path.parent.glob(f"{self._path.name}*"):
+            leftover.unlink()
+        shutil.copyfile(self._template, self._path)
+
+    async def execute(self, statement: str) -> None:
+        with closing(sqlite3.connect(self._path)) as connection, connection:
+            connection.execute(statement)
+
+
+class PostgresDatabase(Database):
+    """A database of a PostgreSQL server."""
+
+    notices_others = False
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    async def empty(self) -> None:
+        await self.execute('TRUNCATE "Incident" RESTART IDENTITY')
+
+    async def execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(self.url)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+class Counted:
+    """A cache that counts how often it had what was asked for."""
+
+    def __init__(self, cache: IncidentCache) -> None:
+        self.cache = cache
+        self.hits = 0
+
+    async def get(self, key: str) -> bytes | None:
+        value = await self.cache.get(key)
+        self.hits += value is not None
+        return value
+
+    async def set(self, key: str, value: bytes, ttl: float) -> None:
+        await self.cache.set(key, value, ttl)
+
+    async def clear(self) -> None:
+        await self.cache.clear()
+
+    async def ping(self) -> None:
+        await self.cache.ping()
+
+    async def close(self) -> None:
+        await self.cache.close()
+
+
+class World:
+    """A database and a cache, and how many clients they keep in step with each other."""
+
+    def __init__(self, database: Database, redis_url: str | None) -> None:
+        self.database = database
+        self.redis_url = redis_url
+        self.redis = None if redis_url is None else Redis.from_url(redis_url)
+        self.clients = 2 if self.redis or database.notices_others else 1
+        self.hits = 0
+
+    def new_cache(self) -> Counted:
+        """Return a cache for a client of its own."""
+        return Counted(MemoryCache() if self.redis_url is None else cache_from_url(self.redis_url))
+
+    def close(self) -> None:
+        """Give back the connection."""
+        if self.redis:
+            self.redis.close()
+
+
+class IncidentMachine(RuleBasedStateMachine):
+    """Every rule is something that an application, its users or its neighbours may do next."""
+
+    known = Bundle("known")
+    which = st.integers(0, 1)
+    messages = stripped_messages(max_size=30)
+    several = st.lists(st.builds(NewIncident, messages, sources), min_size=2, max_size=3)
+
+    world: World
+    """Set by the test, in a subclass of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.model: dict[int, Incident] = {}
+        self.last_id = 0
+        self.caches: list[Counted] = []
+        self.clients: list[IncidentClient] = []
+
+    def run(self, call: Coroutine[Any, Any, _T]) -> _T:
+        return self.runner.run(call)
+
+    def client(self, which: int) -> IncidentClient:
+        return self.clients[which % len(self.clients)]
+
+    def newest(
+        self,
+        page: int = 1,
+        limit: int = 10,
+        status: IncidentStatus | None = None,
+        source: IncidentSource | None = None,
+    ) -> list[Incident]:
+        """Return what a list has to be."""
+        matching = [
+            incident
+            for incident in self.model.values()
+            if status in (None, incident.incident_type) and source in (None, incident.source)
+        ]
+        matching.sort(key=lambda one: (one.created_at, one.incident_id), reverse=True)
+        return matching[(page - 1) * limit : page * limit]
+
+    def remember(self, incident: Incident) -> int:
+        """Take a created incident into the model, and return its id."""
+        assert incident.incident_id > self.last_id
+        assert abs(datetime.now(UTC) - incident.created_at) < timedelta(hours=1)
+        check_types(incident)
+        self.last_id = incident.incident_id
+        self.model[incident.incident_id] = incident
+        return incident.incident_id
+
+    def connect(self, which: int) -> None:
+        """Put a new client in this place."""
+        self.caches[which:which] = [self.world.new_cache()]
+        store = store_from_url(self.world.database.url)
+        client = IncidentClient(store, cache=self.caches[which])
+        self.clients[which:which] = [client]
+        self.run(client.connect())
+
+    def disconnect(self, which: int) -> None:
+        """Close the client in this place and throw it away."""
+        self.run(self.clients.pop(which).close())
+        self.world.hits += self.caches.pop(which).hits
+
+    def flush(self, *keys: str) -> None:
+        """Remove keys from the cache, by default all, as an operator would."""
+        if self.world.redis is None:
+            for cache in self.caches:
+                self.run(cache.cache.clear())
+        elif keys:
+            self.world.redis.delete(*keys)
+        else:
+            self.world.redis.flushdb()
+
+    def write_elsewhere(self, statement: str) -> None:
+        """Change the database without incidentkit; where it cannot notice, flush its cache."""
+        self.run(self.world.database.execute(statement))
+        if not self.world.database.notices_others:
+            self.flush()
+
+    @initialize()
+    def begin(self) -> None:
+        self.run(self.world.database.empty())
+        self.flush()
+        for which in range(self.world.clients):
+            self.connect(which)
+
+    def teardown(self) -> None:
+        while self.clients:
+            self.disconnect(0)
+        self.runner.close()
+
+    # What users do
+
+    @rule(
+        target=known,
+        which=which,
+        before=padding,
+        message=messages,
+        after=padding,
+        source=sources,
+        status=st.none() | statuses,
+        form=st.sampled_from(["members", "values", "ready"]),
+    )
+    def create(
+        self,
+        *,
+        which: int,
+        before: str,
+        message: str,
+        after: str,
+        source: IncidentSource,
+        status: IncidentStatus | None,
+        form: str,
+    ) -> int:
+        client, text = self.client(which), before + message + after
+        status_given = {} if status is None else {"incident_type": status}
+        if form == "ready":
+            call = client.create(NewIncident(text, source, **status_given))
+        elif form == "members":
+            call = client.create(text, source=source, **status_given)
+        else:
+            values = {name: str(value.value) for name, value in status_given.items()}
+            call = client.create(text, source=str(source.value), **values)
+        incident = self.run(call)
+        assert incident.incident_message == message
+        assert incident.incident_type is (status or IncidentStatus.NEW)
+        assert incident.source is source
+        return self.remember(incident)
+
+    @rule(
+        which=which,
+        fault=st.sampled_from(
+            [
+                (["incident_message"], ("test ", "operator", "new")),
+                (["incident_message"], ("Disk\x00is full", "operator", "new")),
+                (["source"], ("Disk is full", None, "new")),
+                (["incident_type"], ("Disk is full", "partner", "done")),
+                (["incident_message", "source", "incident_type"], (" ", "new", "partner")),
+            ]
+        ),
+    )
+    def create_invalid(self, which: int, fault: tuple[list[str], tuple[Any, Any, Any]]) -> None:
+        fields, (message, source, status) = fault
+        with pytest.raises(InvalidIncident) as caught:
+            self.run(self.client(which).create(message, source=source, incident_type=status))
+        assert [error.field for error in caught.value.errors] == fields
+
+    @rule(target=known, which=which, new=several)
+    def create_several_at_once(self, which: int, new: list[NewIncident]) -> MultipleResults[int]:
+        client = self.client(which)
+
+        async def create_and_list() -> list[Incident]:
+            calls = [call for one in new for call in (client.create(one), client.list())]
+            return [one for one in await asyncio.gather(*calls) if isinstance(one, Incident)]
+
+        created = self.run(create_and_list())
+        for incident, one in zip(created, new, strict=True):
+            assert incident.incident_message == one.incident_message
+            assert incident.source is one.source
+        by_id = sorted(created, key=lambda incident: incident.incident_id)
+        return multiple(*map(self.remember, by_id))
+
+    @rule(
+        which=which,
+        page=st.sampled_from([1, 1, 1, 2, 3, 2**50]),
+        limit=st.sampled_from([1, 2, 3, 10, 1000]),
+        status=st.none() | statuses,
+        source=st.none() | sources,
+        by_value=st.booleans(),
+    )
+    def list_page(
+        self,
+        *,
+        which: int,
+        page: int,
+        limit: int,
+        status: IncidentStatus | None,
+        source: IncidentSource | None,
+        by_value: bool,
+    ) -> None:
+        filters: dict[str, str | None] = {"status": status, "source": source}
+        if by_value:
+            filters = {name: value and str(value) for name, value in filters.items()}
+        found = self.run(self.client(which).list(page, limit, **filters))
+        assert found == self.newest(page, limit, status, source)
+        for incident in found:
+            check_types(incident)
+
+    @rule(
+        which=which,
+        fault=st.sampled_from(
+            [
+                (["page"], (0, 10, None, None)),
+                (["limit"], (1, 1001, "new", None)),
+                (["page"], (MAX_ID, 2, None, None)),
+                (["status", "source"], (1, 10, "operator", "new")),
+            ]
+        ),
+    )
+    def list_invalid_page(self, which: int, fault: tuple[list[str], tuple[Any, ...]]) -> None:
+        fields, arguments = fault
+        with pytest.raises(InvalidIncident) as caught:
+            self.run(self.client(which).list(*arguments))
+        assert [error.field for error in caught.value.errors] == fields
+
+    @rule(which=which, incident_id=known)
+    def get(self, which: int, incident_id: int) -> None:
+        incident = self.run(self.client(which).get(incident_id))
+        assert incident == self.model[incident_id]
+        check_types(incident)
+
+    @rule(which=which, incident_id=known, status=statuses, by_value=st.booleans())
+    def update_status(
+        self, *, which: int, incident_id: int, status: IncidentStatus, by_value: bool
+    ) -> None:
+        self.model[incident_id] = evolve(self.model[incident_id], incident_type=status)
+        given = str(status.value) if by_value else status
+        incident = self.run(self.client(which).update_status(incident_id, given))
+        assert incident == self.model[incident_id]
+        check_types(incident)
+
+    @rule(which=which, above=st.integers(1, 3) | st.integers(MAX_ID - 2, MAX_ID), status=statuses)
+    def miss(self, which: int, above: int, status: IncidentStatus) -> None:
+        unknown = min(self.last_id + above, MAX_ID)
+        for call in (
+            self.client(which).get(unknown),
+            self.client(which).update_status(unknown, status),
+        ):
+            with pytest.raises(IncidentNotFound) as caught:
+                self.run(call)
+            assert caught.value.incident_id == unknown
+
+    @rule(
+        which=which,
+        wrong=st.sampled_from([0, -1, MAX_ID + 1, 10**4000, True, "1", 1.0, None]),
+        status=st.sampled_from(["new", "done"]),
+    )
+    def use_no_id(self, which: int, wrong: Any, status: str) -> None:
+        with pytest.raises(InvalidIncident) as caught:
+            self.run(self.client(which).get(wrong))
+        assert [error.field for error in caught.value.errors] == ["incident_id"]
+        with pytest.raises(InvalidIncident) as caught:
+            self.run(self.client(which).update_status(wrong, status))
+        fields = ["incident_id"] if status == "new" else ["incident_id", "status"]
+        assert [error.field for error in caught.value.errors] == fields
+
+    # What others do
+
+    @rule()
+    def flush_the_cache(self) -> None:
+        self.flush()
+
+    @precondition(lambda self: self.world.redis)
+    @rule(key=st.sampled_from([INDEX_KEY, "incidents:1:10:any:any"]))
+    def evict_a_key(self, key: str) -> None:
+        self.flush(key)
+
+    @precondition(lambda self: self.world.redis)
+    @rule()
+    def forget_the_scripts(self) -> None:
+        if self.world.redis:
+            self.world.redis.script_flush()
+
+    @rule(incident_id=known, seconds=st.integers(0, 2))
+    def move_in_time(self, incident_id: int, seconds: int) -> None:
+        moment = LONG_AGO + timedelta(seconds=seconds)
+        self.model[incident_id] = evolve(self.model[incident_id], created_at=moment)
+        zone = "" if isinstance(self.world.database, SqliteFile) else "+00"
+        self.write_elsewhere(
+            f"UPDATE \"Incident\" SET created_at = '{moment:%Y-%m-%d %H:%M:%S}{zone}' "
+            f"WHERE incident_id = {incident_id}"
+        )
+
+    @rule(incident_id=consumes(known))
+    def delete(self, incident_id: int) -> None:
+        del self.model[incident_id]
+        self.write_elsewhere(f'DELETE FROM "Incident" WHERE incident_id = {incident_id}')
+
+    # What the application does
+
+    @rule(which=which)
+    def close_and_open_again(self, which: int) -> None:
+        client = self.client(which)
+        self.run(client.close())
+        self.run(client.connect())
+
+    @rule(which=which)
+    def replace_the_client(self, which: int) -> None:
+        which %= len(self.clients)
+        self.disconnect(which)
+        self.connect(which)
+
+    @precondition(lambda self: not (self.world.redis and self.world.database.notices_others))
+    @rule(which=which, incident_id=known, seconds=st.integers(0, 2))
+    def change_while_closed(self, which: int, incident_id: int, seconds: int) -> None:
+        client = self.client(which)
+        self.run(client.close())
+        self.move_in_time(incident_id, seconds)
+        self.run(client.connect())
+
+    # What always holds
+
+    @invariant()
+    def everybody_sees_the_newest(self) -> None:
+        for client in self.clients:
+            assert self.run(client.list()) == self.newest()
+
+
+def check_types(incident: Incident) -> None:
+    """Check that values are of their annotated types, which equality does not tell."""
+    assert type(incident) is Incident
+    assert type(incident.incident_id) is int
+    assert type(incident.incident_message) is str
+    assert type(incident.incident_type) is IncidentStatus
+    assert type(incident.source) is IncidentSource
+    assert incident.created_at.tzinfo is UTC
+    assert incident.created_at.microsecond == 0
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """Each database that incidents are kept in."""
+    if request.param == "sqlite":
+        return SqliteFile(request.getfixturevalue("sqlite_url"))
+    return PostgresDatabase(request.getfixturevalue("migrated_postgres_url"))
+
+
+@pytest.fixture(params=["memory", "redis"])
+def world(
+    request: pytest.FixtureRequest, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[World]:
+    """A database with each cache; the cache is never given up, which other tests are about."""
+    monkeypatch.setattr(incidentkit.cache.pages, "CALL_TIMEOUT", 30.0)
+    monkeypatch.setattr(incidentkit.cache.redis, "SOCKET_TIMEOUT", 30.0)
+    redis = request.param == "redis"
+    with closing(World(database, request.getfixturevalue("redis_url") if redis else None)) as world:
+        yield world
+
+
+def test_client_behaves_as_a_plain_list_of_incidents(world: World) -> None:
+    """Whatever is done, and whoever does it, every answer is that of a list kept in order."""
+
+    class Machine(IncidentMachine):
+        pass
+
+    Machine.world = world
+    run_state_machine_as_test(Machine, settings=settings.get_profile(PROFILE))
+    assert world.hits > 0
