@@ -2,7 +2,7 @@
 
 The variables are those of :class:`~incidentkit.settings.Settings`; a ``.env`` file in the working
 directory is read too. Unless the process has set up logging before, incidentkit's records of
-level INFO and above, one for each request, go to the standard error output.
+level INFO and above, one for each request, go to the standard error output with the request's id.
 """
 
 import logging
@@ -14,7 +14,9 @@ from incidentkit.settings import Settings
 _logger = logging.getLogger("incidentkit")
 if not _logger.hasHandlers():
     _handler = logging.StreamHandler()
-    _handler.setFormatter(logging.Formatter("%(levelname)s:     %(name)s: %(message)s"))
+    _handler.setFormatter(
+        logging.Formatter("%(levelname)s: %(message)s %(request_id)s", defaults={"request_id": ""})
+    )
     _logger.addHandler(_handler)
     _logger.setLevel(logging.INFO)
 

@@ -93,9 +93,9 @@ def problem_response(request: Request, error: Exception) -> Response:
     refusal = refusal_for(error)
     match error:
         case SchemaOutOfDate() | StoreUnavailable():
-            logger.warning("%s (request %s)", error, id_)
+            logger.warning("%s", error, extra={"request_id": id_})
         case _ if refusal.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-            logger.error("Request %s failed", id_, exc_info=error)
+            logger.error("A request failed", exc_info=error, extra={"request_id": id_})
     problem = Problem(
         type="about:blank",
         title=TITLES.get(refusal.status) or HTTPStatus(refusal.status).phrase,

@@ -1,0 +1,171 @@
+"""The service under a real server, and a client that holds every answer against its OpenAPI."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import httpx
+import pytest
+import uvicorn
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+from incidentkit import IncidentClient
+from incidentkit.http import create_app
+from incidentkit.http.openapi import document
+from incidentkit.http.routes import OPERATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from starlette.types import ASGIApp
+
+MEMORY = "sqlite+aiosqlite:///:memory:"
+INCIDENT = {"incident_message": "Disk is full on db-1", "source": "monitoring"}
+DOCUMENT = document(OPERATIONS)
+
+
+@contextmanager
+def serving(app: ASGIApp, **config: Any) -> Iterator[str]:
+    """Run the app under uvicorn in a thread and give its URL; stop it in good order."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", **config)
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                thread.join(0.005)
+            if not thread.is_alive():
+                pytest.fail("uvicorn did not start")
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def check_answer(response: httpx.Response) -> None:
+    """Fail if the OpenAPI document does not say that there is such an answer."""
+    response.read()
+    assert response.headers["X-Request-ID"]
+    operation = _operation(response.request)
+    if operation is None or response.status_code == httpx.codes.METHOD_NOT_ALLOWED:
+        return
+    described = operation["responses"].get(str(response.status_code))
+    assert described, f"{response.request.url} answers {response.status_code}"
+    described = _resolve(described)
+    for name in described["headers"]:
+        assert name in response.headers
+    ((media_type, content),) = described["content"].items()
+    assert response.headers["Content-Type"] == media_type
+    if response.request.method != "HEAD":
+        validate(response.json(), content["schema"])
+
+
+def validate(value: Any, schema: dict[str, Any]) -> None:
+    """Fail if the value is not what a schema of the OpenAPI document says."""
+    Draft202012Validator({**schema, "components": DOCUMENT["components"]}).validate(value)
+
+
+def _operation(request: httpx.Request) -> dict[str, Any] | None:
+    path = request.url.path
+    if path.startswith("/incident/get/"):
+        path = "/incident/get/{incident_id}"
+    method = request.method.lower().replace("head", "get")
+    found: dict[str, Any] | None = DOCUMENT["paths"].get(path, {}).get(method)
+    return found
+
+
+def _resolve(described: dict[str, Any]) -> dict[str, Any]:
+    value: Any = described
+    if "$ref" in value:
+        value = DOCUMENT
+        for part in described["$ref"].removeprefix("#/").split("/"):
+            value = value[part]
+    assert isinstance(value, dict)
+    return value
+
+
+class Serve(Protocol):
+    """Runs an app until the test ends, and returns a client of it."""
+
+    def __call__(self, app: ASGIApp, *, checked: bool = True, **config: Any) -> httpx.Client:
+        """Return a client of the app; unless told otherwise it checks each answer."""
+        ...
+
+
+@contextmanager
+def _serve() -> Iterator[Serve]:
+    with ExitStack() as stack:
+
+        def serve(app: ASGIApp, *, checked: bool = True, **config: Any) -> httpx.Client:
+            url = stack.enter_context(serving(app, **config))
+            hooks: dict[str, list[Callable[..., Any]]] = {
+                "response": [check_answer] if checked else []
+            }
+            return stack.enter_context(httpx.Client(base_url=url, event_hooks=hooks))
+
+        yield serve
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Runs an app under uvicorn until the test ends."""
+    with _serve() as serve:
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[httpx.Client]:
+    """The service on an empty database, for tests that leave nothing in it."""
+    with _serve() as serve:
+        yield serve(create_app(IncidentClient.open(MEMORY)))
+
+
+@pytest.fixture(params=["sqlite", "postgresql-redis"])
+def urls(request: pytest.FixtureRequest) -> tuple[str, str | None]:
+    """The URLs of an empty database, and of a Redis if there is one."""
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("sqlite_url")), None
+    return (
+        str(request.getfixturevalue("migrated_postgres_url")),
+        str(request.getfixturevalue("redis_url")),
+    )
+
+
+class Records(logging.Handler):
+    """What is logged, from whichever thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: queue.Queue[logging.LogRecord] = queue.Queue()
+        self.seen: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the record."""
+        self.seen.append(record)
+        self.queue.put(record)
+
+    def next(self) -> logging.LogRecord:
+        """Wait for the next record and return it."""
+        return self.queue.get(timeout=10)
+
+
+@pytest.fixture
+def records() -> Iterator[Records]:
+    """Everything that is logged during the test, at level INFO and above."""
+    handler = Records()
+    loggers = [logging.getLogger(name) for name in ("incidentkit", "uvicorn.error")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    yield handler
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -1,0 +1,230 @@
+"""The app alone, mounted in a host, and as the environment says."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from incidentkit import IncidentClient, InvalidSettings
+from incidentkit.http import create_app, lifespan
+from incidentkit.store.sqlite import SqliteStore
+from tests.http.conftest import INCIDENT, MEMORY, Serve
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import ASGIApp
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+async def test_the_lifespan_closes_what_it_opened() -> None:
+    """A client that was closed is opened and closed; one that was open stays open."""
+    client = IncidentClient.open(MEMORY)
+    app = create_app(client)
+    connected = []
+    async with lifespan(app):
+        connected.append(client.connected)
+    connected.append(client.connected)
+    async with client:
+        async with lifespan(app):
+            connected.append(client.connected)
+        connected.append(client.connected)
+    assert connected == [True, False, True, True]
+
+
+async def test_the_lifespan_closes_the_client_after_an_error() -> None:
+    """A host that fails leaves no client open behind it."""
+    client = IncidentClient.open(MEMORY)
+    with pytest.raises(ZeroDivisionError):
+        async with lifespan(create_app(client)):
+            raise ZeroDivisionError
+    assert not client.connected
+
+
+def test_another_request_log() -> None:
+    """Where requests are recorded is one of two places."""
+    with pytest.raises(InvalidSettings) as raised:
+        create_app(IncidentClient.open(MEMORY), request_log="file")  # type: ignore[arg-type]
+    assert raised.value.name == "request_log"
+
+
+def check_mounted(api: httpx.Client, prefix: str) -> None:
+    """Fail unless the whole service works under the prefix."""
+    created = api.post(f"{prefix}/incident/create", json=INCIDENT)
+    assert created.status_code == 201
+    assert created.headers["Location"] == f"{prefix}/incident/get/1"
+    assert api.get(created.headers["Location"]).json() == created.json()
+    assert api.get(f"{prefix}/incident/get?page=0").status_code == 422
+    assert api.get(f"{prefix}/health/ready").status_code == 200
+    assert api.get(f"{prefix}/openapi.json").json()["servers"] == [{"url": prefix}]
+    for path in ("/docs", "/docs/start.js", "/docs/swagger-ui.css"):
+        assert api.get(prefix + path).status_code == 200
+    for status, answer in (
+        (404, api.get(f"{prefix}/nowhere")),
+        (404, api.get(f"{prefix}/incident/get/")),
+        (405, api.put(f"{prefix}/incident/get")),
+    ):
+        assert answer.status_code == status
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+
+
+def test_mounted_in_fastapi(serve: Serve) -> None:
+    """A FastAPI host that reuses the lifespan serves the app under its prefix, and its own."""
+    client = IncidentClient.open(MEMORY)
+    incidents = create_app(client, request_log="database")
+    host = FastAPI(lifespan=lambda _: lifespan(incidents))
+    host.mount("/ops/incidents", incidents)
+
+    @host.get("/own")
+    def own() -> dict[str, bool]:
+        return {"connected": client.connected}
+
+    api = serve(host, checked=False)
+    check_mounted(api, "/ops/incidents")
+    assert api.get("/own").json() == {"connected": True}
+    assert api.get("/nowhere").json() == {"detail": "Not Found"}
+    assert api.post("/own").json() == {"detail": "Method Not Allowed"}
+
+
+def test_mounted_with_a_client_of_the_host(serve: Serve) -> None:
+    """A host that connects the client by itself needs nothing else, at any depth."""
+    client = IncidentClient.open(MEMORY)
+
+    @asynccontextmanager
+    async def connected(_: Starlette) -> AsyncIterator[None]:
+        async with client:
+            yield
+
+    inner = Starlette(routes=[Mount("/b c", create_app(client))])
+    api = serve(Starlette(routes=[Mount("/a", inner)], lifespan=connected), checked=False)
+    check_mounted(api, "/a/b%20c")
+
+
+def test_behind_a_proxy(serve: Serve) -> None:
+    """A prefix that a proxy has taken off is put on what the service links to."""
+    api = serve(create_app(IncidentClient.open(MEMORY)), root_path="/proxy/")
+    created = api.post("/incident/create", json=INCIDENT)
+    assert created.headers["Location"] == "/proxy/incident/get/1"
+    assert api.get("/openapi.json").json()["servers"] == [{"url": "/proxy"}]
+
+
+async def test_other_scopes_pass() -> None:
+    """A WebSocket that a host hands down is closed, not answered."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = create_app(IncidentClient.open(MEMORY))
+    scope = {"type": "websocket", "path": "/incident/get", "headers": [], "query_string": b""}
+    await app(scope, receive, send)
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+async def test_an_error_outside_the_routes() -> None:
+    """A middleware of a host that fails inside the app leaves a problem, too."""
+
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    def middleware(_: ASGIApp) -> ASGIApp:
+        return broken
+
+    app = create_app(IncidentClient.open(MEMORY))
+    app.add_middleware(middleware)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
+        answer = await api.get("/incident/get", headers={"X-Request-ID": "mine"})
+    assert answer.status_code == 500
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.headers["X-Request-ID"] == answer.json()["request_id"] == "mine"
+
+
+def test_starlette_is_missing() -> None:
+    """Without Starlette the import fails with the name of the extra that brings it."""
+    program = (
+        "import sys; sys.modules['starlette'] = None\n"
+        "from incidentkit import MissingDependency\n"
+        "try:\n    import incidentkit.http\n"
+        "except MissingDependency as error:\n    print(error.package, error.extra)"
+    )
+    assert run(program) == "starlette server\n"
+
+
+def test_another_module_is_missing() -> None:
+    """A module that Starlette itself misses is not taken for Starlette."""
+    program = (
+        "import sys; sys.modules['anyio'] = None\n"
+        "try:\n    import incidentkit.http\n"
+        "except ModuleNotFoundError as error:\n    print(type(error).__name__, error.name[:5])"
+    )
+    assert run(program) == "ModuleNotFoundError anyio\n"
+
+
+def run(program: str) -> str:
+    """Run a program in a new interpreter and return what it prints."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        check=True,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+    ).stdout
+
+
+def test_the_bundled_app(tmp_path: Path) -> None:
+    """Uvicorn runs the app that the environment describes, and each request is on stderr."""
+    (tmp_path / ".env").write_text("INCIDENTKIT_REQUEST_LOG=database\n")
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "INCIDENTKIT_DATABASE_URL": "sqlite+aiosqlite:///mine.db",
+    }
+    command = [sys.executable, "-m", "uvicorn", "--port", "0", "incidentkit.http.asgi:app"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        url = next(
+            found[1] for line in lines if (found := re.search(r"running on (http://\S+)", line))
+        )
+        headers = {"X-Request-ID": "mine"}
+        created = httpx.post(f"{url}/incident/create", json=INCIDENT, headers=headers)
+        assert created.status_code == 201
+        ready = httpx.get(f"{url}/health/ready").json()
+        assert ready["request_log"] == {"state": "ok", "dropped": 0}
+        process.send_signal(signal.SIGINT)
+        rest = "".join(lines)
+    assert re.search(r"INFO: POST /incident/create 201 \d+\.\d ms mine\n", rest)
+    assert (tmp_path / "mine.db").exists()
+
+
+def test_the_bundled_app_leaves_logging_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where logging is set up already, importing the bundled app changes nothing about it."""
+    import logging
+
+    monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", MEMORY)
+    logger = logging.getLogger("incidentkit")
+    handlers, level = list(logger.handlers), logger.level
+    from incidentkit.http.asgi import app
+
+    assert isinstance(app.state.client.store, SqliteStore)
+    assert (logger.handlers, logger.level) == (handlers, level)

@@ -1,0 +1,104 @@
+"""Swagger UI comes whole from the service itself, under a policy that allows nothing else."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin
+
+import pytest
+
+from incidentkit import IncidentClient, MissingDependency
+from incidentkit.http import create_app
+from incidentkit.http.docs import assets_folder
+from tests.http.conftest import MEMORY, Serve
+
+if TYPE_CHECKING:
+    import httpx
+
+MEDIA_TYPES = {
+    "docs/favicon-32x32.png": "image/png",
+    "docs/start.js": "text/javascript; charset=utf-8",
+    "docs/swagger-ui-bundle.js": "text/javascript; charset=utf-8",
+    "docs/swagger-ui.css": "text/css; charset=utf-8",
+}
+
+
+def test_the_page_is_whole(api: httpx.Client) -> None:
+    """Each link of the page leads to a file of the service, of the right type."""
+    page = api.get("/docs")
+    assert page.status_code == 200
+    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+    links = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert sorted(links) == sorted(MEDIA_TYPES)
+    for link in links:
+        file = api.get(urljoin("/docs", link))
+        assert file.status_code == 200
+        assert file.headers["Content-Type"] == MEDIA_TYPES[link]
+        assert len(file.content) == int(file.headers["Content-Length"]) > 100
+
+
+def test_the_page_shows_the_document(api: httpx.Client) -> None:
+    """The script starts Swagger UI on the document beside it, without a validator elsewhere."""
+    script = api.get("/docs/start.js").text
+    assert 'url: "openapi.json"' in script
+    assert "validatorUrl: null" in script
+    assert "http" not in script
+
+
+@pytest.mark.parametrize("path", ["/docs", *(f"/{link}" for link in MEDIA_TYPES)])
+def test_the_policy(api: httpx.Client, path: str) -> None:
+    """Nothing may be loaded from elsewhere, no inline script run, and no frame show the page."""
+    headers = api.get(path).headers
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert "unsafe" not in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert "<script>" not in api.get("/docs").text
+    assert "<style" not in api.get("/docs").text
+
+
+@pytest.mark.parametrize(
+    "name", ["index.html", "swagger-ui-bundle.js.map", "..%2f..%2f__init__.py", "%2e%2e", "%00"]
+)
+def test_no_other_file(api: httpx.Client, name: str) -> None:
+    """Only the files that the page needs are served."""
+    answer = api.get(f"/docs/{name}")
+    assert answer.status_code == 404
+    assert answer.json()["detail"] == "There is nothing at this path"
+
+
+def test_without_docs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Swagger UI its package is not needed, and the document is still there."""
+    assets_folder.cache_clear()
+    monkeypatch.setitem(sys.modules, "swagger_ui_bundle", None)
+    api = serve(create_app(IncidentClient.open(MEMORY), docs=False))
+    assert api.get("/docs").status_code == 404
+    assert api.get("/docs/start.js").status_code == 404
+    assert api.get("/openapi.json").status_code == 200
+
+
+def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its package Swagger UI is refused, with the extra that brings it."""
+    assets_folder.cache_clear()
+    monkeypatch.setitem(sys.modules, "swagger_ui_bundle", None)
+    with pytest.raises(MissingDependency) as raised:
+        create_app(IncidentClient.open(MEMORY))
+    assert raised.value.package == "swagger-ui-bundle-v2"
+    assert raised.value.extra == "server"
+
+
+def test_the_package_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that cannot be imported for another reason is not called missing."""
+
+    def broken(_: str) -> None:
+        raise ModuleNotFoundError(name="elsewhere")
+
+    assets_folder.cache_clear()
+    monkeypatch.setattr("incidentkit.http.docs.import_module", broken)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        create_app(IncidentClient.open(MEMORY))
+    assert raised.value.name == "elsewhere"

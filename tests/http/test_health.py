@@ -1,0 +1,171 @@
+"""What the service says of itself to whoever watches over it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from incidentkit import (
+    CacheUnavailable,
+    ClientClosed,
+    IncidentClient,
+    SchemaOutOfDate,
+    StoreError,
+    StoreUnavailable,
+)
+from incidentkit.cache import MemoryCache
+from incidentkit.http import create_app, health, lifespan
+from incidentkit.http.health import State, readiness
+from incidentkit.store import store_from_url
+from incidentkit.store.tables import SCHEMA_REVISION
+from tests.http.conftest import INCIDENT, MEMORY, Serve
+
+if TYPE_CHECKING:
+    import httpx
+
+OK = {
+    "ready": True,
+    "database": {"state": "ok"},
+    "schema": {"state": "ok", "revision": SCHEMA_REVISION, "expected": SCHEMA_REVISION},
+    "cache": {"state": "ok"},
+    "request_log": {"state": "off", "dropped": 0},
+}
+
+
+def failing_client(error: Exception | None) -> IncidentClient:
+    """Return a client whose database fails its check, or hangs in it for None."""
+    client = IncidentClient.open(MEMORY)
+
+    async def fail() -> None:
+        if error is None:
+            await asyncio.Event().wait()
+        else:
+            raise error
+
+    client.store.check = fail  # type: ignore[method-assign]
+    return client
+
+
+def test_live(api: httpx.Client) -> None:
+    """The service lives as long as it answers."""
+    answer = api.get("/health/live")
+    assert answer.status_code == 200
+    assert answer.json() == {"state": "ok"}
+
+
+def test_ready(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """With everything in order, each part says so."""
+    api = serve(create_app(IncidentClient.open(*urls), request_log="database"))
+    answer = api.get("/health/ready")
+    assert answer.status_code == 200
+    assert answer.json() == OK | {"request_log": {"state": "ok", "dropped": 0}}
+
+
+def test_ready_without_a_cache(serve: Serve) -> None:
+    """A service without a cache and a request log is ready, and says that they are off."""
+    api = serve(create_app(IncidentClient(store_from_url(MEMORY))))
+    assert api.get("/health/ready").json() == OK | {"cache": {"state": "off"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "database", "schema"),
+    [
+        (StoreUnavailable("secret"), "unavailable", ("unknown", None)),
+        (StoreError("secret"), "unavailable", ("unknown", None)),
+        (None, "unavailable", ("unknown", None)),
+        (
+            SchemaOutOfDate("dadc1db062ae", SCHEMA_REVISION),
+            "ok",
+            ("out_of_date", "dadc1db062ae"),
+        ),
+        (SchemaOutOfDate(None, SCHEMA_REVISION), "ok", ("out_of_date", None)),
+    ],
+)
+def test_not_ready(
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+    database: str,
+    schema: tuple[str, str | None],
+) -> None:
+    """A database that fails, hangs or has another schema makes a 503 problem with the states."""
+    monkeypatch.setattr(health, "TIMEOUT", 0.01 if error is None else 10)
+    api = serve(create_app(failing_client(error)))
+    answer = api.get("/health/ready")
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) > 0
+    problem = answer.json()
+    assert problem["detail"] == "The service is not ready"
+    assert problem["ready"] is False
+    assert problem["database"] == {"state": database}
+    state, revision = schema
+    assert problem["schema"] == {
+        "state": state,
+        "revision": revision,
+        "expected": SCHEMA_REVISION,
+    }
+    assert "secret" not in answer.text
+    assert api.get("/health/live").status_code == 200
+
+
+async def test_a_closed_client_is_not_ready() -> None:
+    """Where nobody has opened the client, the database counts as unavailable."""
+    with pytest.raises(ClientClosed):
+        await IncidentClient.open(MEMORY).check()
+    found = await readiness(IncidentClient.open(MEMORY), None, cache_required=False)
+    assert found.ready is False
+    assert found.database.state is State.UNAVAILABLE
+
+
+class FlakyCache(MemoryCache):
+    """A cache that fails while it is told to."""
+
+    fails = False
+
+    async def get(self, key: str) -> bytes | None:
+        """Return what is cached, or fail."""
+        if self.fails:
+            raise ConnectionError(key)
+        return await super().get(key)
+
+    async def clear(self) -> None:
+        """Forget what is cached, or fail."""
+        if self.fails:
+            raise ConnectionError
+        await super().clear()
+
+
+@pytest.mark.parametrize(("required", "status"), [(False, 200), (True, 503)])
+def test_a_cache_that_is_away(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, required: bool, status: int
+) -> None:
+    """A cache that fails is noticed at once; it makes the service unready only if required."""
+    monkeypatch.setattr("incidentkit.cache.pages.RETRY_AFTER", 0.0)
+    cache = FlakyCache()
+    client = IncidentClient(store_from_url(MEMORY), cache=cache)
+    api = serve(create_app(client, cache_required=required))
+    assert api.get("/health/ready").json() == OK
+    cache.fails = True
+    answer = api.get("/health/ready")
+    assert answer.status_code == status
+    members: dict[str, Any] = answer.json()
+    assert members["cache"] == {"state": "unavailable"}
+    assert members["ready"] is (not required)
+    assert api.post("/incident/create", json=INCIDENT).status_code == 201
+    cache.fails = False
+    assert api.get("/health/ready").json() == OK
+
+
+async def test_a_cache_that_is_required_is_there_from_the_start() -> None:
+    """A service whose cache is required and away does not start."""
+
+    class DeadCache(MemoryCache):
+        async def ping(self) -> None:
+            raise ConnectionError
+
+    client = IncidentClient(store_from_url(MEMORY), cache=DeadCache(), cache_required=True)
+    with pytest.raises(CacheUnavailable):
+        async with lifespan(create_app(client, cache_required=True)):
+            pytest.fail("The service started")

@@ -1,0 +1,331 @@
+"""Each request leaves a record, and the log is never in a request's way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from starlette.requests import Request
+
+from incidentkit import IncidentClient, SchemaOutOfDate, StoreError, StoreUnavailable
+from incidentkit.http import create_app, lifespan
+from incidentkit.http.log import BATCH, CAPACITY, RequestLog, log_route
+from incidentkit.store.base import RequestRecord
+from incidentkit.store.sqlite import SqliteStore
+from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import httpx
+    from starlette.responses import Response
+
+REQUESTS = [
+    ("POST", "/incident/create", "/incident/create", 201),
+    ("POST", "/incident/create?x=1", "/incident/create", 422),
+    ("GET", "/incident/get?status=new", "/incident/get", 200),
+    ("HEAD", "/incident/get", "/incident/get", 200),
+    ("GET", "/incident/get/1", "/incident/get/{incident_id}", 200),
+    ("GET", "/incident/get/2", "/incident/get/{incident_id}", 404),
+    ("PATCH", "/incident/update-status", "/incident/update-status", 422),
+    ("GET", "/health/live", "/health/live", 200),
+    ("GET", "/docs/start.js", "/docs/{asset}", 200),
+    ("GET", "/openapi.json", "/openapi.json", 200),
+]
+"""Requests, with the route and the status of their records."""
+
+
+def send(api: httpx.Client) -> list[tuple[str, str, int, str]]:
+    """Send the requests, one after the other, and return what their records have to say."""
+    expected = []
+    for number, (method, path, route, status) in enumerate(REQUESTS):
+        answer = api.request(
+            method,
+            path,
+            json=INCIDENT if method == "POST" else None,
+            headers={"X-Request-ID": f"request-{number}"},
+        )
+        assert answer.status_code == status
+        expected.append((method, route, status, f"request-{number}"))
+    return expected
+
+
+def test_each_request_leaves_one_record(serve: Serve, records: Records) -> None:
+    """A record says method, route, status, time and id, in its text and as attributes."""
+    expected = send(serve(create_app(IncidentClient.open(MEMORY))))
+    logged = [record for record in records.seen if record.name == "incidentkit.http"]
+    assert {record.levelno for record in logged} == {logging.INFO}
+    values: list[Any] = [vars(record) for record in logged]
+    assert [(v["method"], v["route"], v["status"], v["request_id"]) for v in values] == expected
+    for value, (method, route, status, _) in zip(values, expected, strict=True):
+        assert value["duration_ms"] > 0
+        text = rf"{method} {re.escape(route)} {status} {value['duration_ms']:.1f} ms"
+        assert re.fullmatch(text, value["message"])
+
+
+async def test_the_same_records_in_the_database(urls: tuple[str, str | None]) -> None:
+    """With request_log="database" every record is in the table when the service has stopped."""
+    started = datetime.now(UTC).replace(microsecond=0)
+    app = create_app(IncidentClient.open(*urls), request_log="database")
+    expected = await asyncio.to_thread(_serve_and_send, app)
+    rows = await _rows(urls[0])
+    assert [row[1:5] for row in rows] == expected
+    for logged_at, *_, duration in rows:
+        assert started <= logged_at <= datetime.now(UTC)
+        assert duration > 0
+
+
+def _serve_and_send(app: Any) -> list[tuple[str, str, int, str]]:
+    import httpx
+
+    with serving(app) as url, httpx.Client(base_url=url) as api:
+        return send(api)
+
+
+async def _rows(url: str) -> list[tuple[Any, ...]]:
+    query = (
+        "SELECT logged_at, method, route, status, request_id, duration_ms FROM request_log "
+        "ORDER BY request_log_id"
+    )
+    if url.startswith("postgresql"):
+        connection = await asyncpg.connect(url)
+        rows = [tuple(row) for row in await connection.fetch(query)]
+        await connection.close()
+        return rows
+    with closing(sqlite3.connect(url.removeprefix("sqlite+aiosqlite:///"))) as database:
+        return [
+            (datetime.fromisoformat(row[0]).replace(tzinfo=UTC), *row[1:])
+            for row in database.execute(query)
+        ]
+
+
+class LogStore(SqliteStore):
+    """A store whose log does what the test says.
+
+    Args:
+        outcomes: What the first calls do: raise the error, or hang for None; later ones succeed.
+    """
+
+    def __init__(self, *outcomes: Exception | None) -> None:
+        super().__init__(MEMORY)
+        self.outcomes = list(outcomes)
+        self.batches: list[list[RequestRecord]] = []
+        self.calls = 0
+
+    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
+        """Keep the records, unless there is an outcome to come first."""
+        self.calls += 1
+        outcome = self.outcomes.pop(0) if self.outcomes else ...
+        if outcome is None:
+            await asyncio.Event().wait()
+        if isinstance(outcome, Exception):
+            raise outcome
+        self.batches.append(list(records))
+
+    @property
+    def stored(self) -> list[int]:
+        """The numbers of the records that were stored, in order."""
+        return [record.status for batch in self.batches for record in batch]
+
+
+def record(number: int) -> RequestRecord:
+    """Return a record that is known by a number."""
+    return RequestRecord(datetime.now(UTC), "GET", "/", number, 1.0, "id")
+
+
+async def until_idle(log: RequestLog) -> None:
+    """Wait until the log has written what it had, and has no task left."""
+    assert log._task is not None
+    async with asyncio.timeout(10):
+        await log._task
+
+
+async def test_records_are_written_in_order_and_in_batches() -> None:
+    """Many records are few writes, none is lost, and their order is kept."""
+    store = LogStore()
+    log = RequestLog(store, interval=0)
+    for number in range(BATCH * 2 + 1):
+        log.add(record(number))
+    await until_idle(log)
+    assert [len(batch) for batch in store.batches] == [BATCH, BATCH, 1]
+    assert store.stored == list(range(BATCH * 2 + 1))
+    assert log.dropped == 0
+
+
+async def test_a_quiet_log_has_no_task() -> None:
+    """Nothing runs while there is nothing to write, and a later record is written all the same."""
+    store = LogStore()
+    log = RequestLog(store, interval=0)
+    for number in range(3):
+        log.add(record(number))
+        await until_idle(log)
+    assert len(store.batches) == 3
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_records_wait_for_others() -> None:
+    """A record is not written before its interval is over, or the log is closed."""
+    store = LogStore()
+    log = RequestLog(store, interval=3600)
+    for number in range(3):
+        log.add(record(number))
+        await asyncio.sleep(0)
+    assert store.batches == []
+    await log.close()
+    assert [len(batch) for batch in store.batches] == [3]
+
+
+@pytest.mark.parametrize(
+    "error", [StoreUnavailable("it is away"), SchemaOutOfDate(None, "b27d4f0c1a96"), TimeoutError()]
+)
+async def test_records_outlast_an_outage(error: Exception, records: Records) -> None:
+    """While the database is away records wait, and the log tells of it twice: away, and back."""
+    store = LogStore(error, error, error)
+    log = RequestLog(store, interval=0)
+    log.add(record(1))
+    log.add(record(2))
+    await until_idle(log)
+    assert store.stored == [1, 2]
+    assert store.calls == 4
+    assert log.dropped == 0
+    assert log.failing is False
+    first, second = (logged.getMessage() for logged in records.seen)
+    assert first.startswith("The request log cannot be written (")
+    assert second == "The request log is written again, dropped so far: 0"
+
+
+async def test_records_that_are_refused_are_dropped(
+    records: Records,
+) -> None:
+    """A batch that the database will never take does not hold up the next one."""
+    store = LogStore(StoreError("no"), RuntimeError("secret"))
+    log = RequestLog(store, interval=0)
+    for number in range(BATCH * 3):
+        log.add(record(number))
+    await until_idle(log)
+    assert store.stored == list(range(BATCH * 2, BATCH * 3))
+    assert log.dropped == BATCH * 2
+    assert [logged.getMessage() for logged in records.seen] == [
+        "The request log cannot be written (records were refused: StoreError)",
+        f"The request log is written again, dropped so far: {BATCH * 2}",
+    ]
+
+
+async def test_a_full_log_drops_what_is_new(records: Records) -> None:
+    """At most so many records wait; those that come on top are counted, and told of once."""
+    store = LogStore()
+    log = RequestLog(store, interval=0)
+    for number in range(CAPACITY + 5):
+        log.add(record(number))
+    assert log.dropped == 5
+    await until_idle(log)
+    assert store.stored == list(range(CAPACITY))
+    assert log.failing is False
+    assert [logged.getMessage() for logged in records.seen] == [
+        "The request log cannot be written (too many records wait)",
+        "The request log is written again, dropped so far: 5",
+    ]
+
+
+async def test_a_write_that_hangs_is_given_up() -> None:
+    """A write that does not end is tried again after its time."""
+    store = LogStore(None)
+    log = RequestLog(store, interval=0, write_timeout=0.01)
+    log.add(record(1))
+    await until_idle(log)
+    assert store.stored == [1]
+
+
+@pytest.mark.parametrize("outcome", [None, StoreUnavailable("it is away")])
+async def test_closing_drops_what_cannot_be_written(outcome: Exception | None) -> None:
+    """Closing takes one more attempt and a limited time, then it drops what is left."""
+    store = LogStore(outcome, outcome)
+    log = RequestLog(store, interval=3600, close_timeout=0.01)
+    log.add(record(1))
+    log.add(record(2))
+    await log.close()
+    assert store.calls == 1
+    assert log.dropped == 2
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_closed_log_starts_anew() -> None:
+    """A record that comes after closing is written like any other."""
+    store = LogStore()
+    log = RequestLog(store, interval=0)
+    await log.close()
+    log.add(record(1))
+    await until_idle(log)
+    await log.close()
+    assert store.stored == [1]
+    assert log.dropped == 0
+
+
+def test_a_hanging_log_is_in_nobodys_way(serve: Serve) -> None:
+    """While the request log hangs every request is answered, and what is dropped is counted."""
+    client = IncidentClient(LogStore(None))
+    app = create_app(client)
+    app.state.request_log = RequestLog(client.store, capacity=3, interval=0, close_timeout=0.01)
+    api = serve(app)
+    for _ in range(10):
+        assert api.get("/incident/get").status_code == 200
+    ready = api.get("/health/ready")
+    assert ready.status_code == 200
+    assert ready.json()["request_log"] == {"state": "unavailable", "dropped": 7}
+
+
+def test_a_failing_log_is_in_nobodys_way(serve: Serve) -> None:
+    """While the database refuses its records every request is answered."""
+    client = IncidentClient(LogStore(*[StoreError("no")] * 3))
+    app = create_app(client)
+    app.state.request_log = RequestLog(client.store, interval=0)
+    api = serve(app)
+    assert api.post("/incident/create", json=INCIDENT).status_code == 201
+    assert len(api.get("/incident/get").json()) == 1
+
+
+async def test_mounted_the_log_needs_no_start() -> None:
+    """An app whose lifespan never runs writes its records by itself, and its lifespan the rest."""
+    store = LogStore()
+    async with IncidentClient(store) as client:
+        app = create_app(client, request_log="database")
+        app.state.request_log.add(record(1))
+        async with lifespan(app):
+            app.state.request_log.add(record(2))
+        assert store.stored == [1, 2]
+
+
+async def test_a_log_handler_that_fails(api: httpx.Client) -> None:
+    """A handler of the host that raises takes no answer away."""
+
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError(record.msg)
+
+    handler = Broken()
+    logger = logging.getLogger("incidentkit.http")
+    logger.addHandler(handler)
+    try:
+        assert (await asyncio.to_thread(api.get, "/incident/get")).status_code == 200
+    finally:
+        logger.removeHandler(handler)
+
+
+async def test_log_route_answers_for_an_endpoint_that_raises(records: Records) -> None:
+    """A decorated endpoint that raises has the problem as its answer, and its status in the log."""
+
+    @log_route("/mine/{id}")
+    async def endpoint(_: Request) -> Response:
+        raise StoreUnavailable("it is away")
+
+    app = create_app(IncidentClient.open(MEMORY))
+    answer = await endpoint(Request({"type": "http", "method": "GET", "headers": [], "app": app}))
+    assert answer.status_code == 503
+    assert records.seen[-1].getMessage().startswith("GET /mine/{id} 503 ")

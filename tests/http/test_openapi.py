@@ -1,0 +1,205 @@
+"""The OpenAPI document says what the service does, no more and no less."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+import pytest
+from attrs import fields_dict
+from jsonschema import ValidationError  # type: ignore[import-untyped]
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from incidentkit import IncidentClient, InvalidIncident, NewIncident
+from incidentkit.http import create_app
+from incidentkit.http.openapi import FIELDS, document
+from incidentkit.http.problems import TITLES
+from incidentkit.http.routes import DOCS, OPERATIONS, Parameter
+from incidentkit.models import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
+from tests.http.conftest import DOCUMENT, MEMORY, validate
+
+if TYPE_CHECKING:
+    from enum import StrEnum
+
+SCHEMAS = DOCUMENT["components"]["schemas"]
+
+
+def operations() -> list[dict[str, Any]]:
+    """Return every operation of the document."""
+    return [operation for path in DOCUMENT["paths"].values() for operation in path.values()]
+
+
+def test_the_document_is_openapi(api: httpx.Client) -> None:
+    """The service hands out a valid OpenAPI 3.1 document, the one that is made from the table."""
+    served = api.get("/openapi.json")
+    assert served.headers["Content-Type"] == "application/json"
+    assert served.json() == DOCUMENT
+    assert served.json()["openapi"].startswith("3.1.")
+    OpenAPIV31SpecValidator(served.json()).validate()
+
+
+def test_every_documented_route_is_there() -> None:
+    """The document has the routes of the table, and the app too."""
+    documented = {
+        (method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item
+    }
+    assert documented == {
+        ("POST", "/incident/create"),
+        ("GET", "/incident/get"),
+        ("GET", "/incident/get/{incident_id}"),
+        ("PATCH", "/incident/update-status"),
+        ("GET", "/health/live"),
+        ("GET", "/health/ready"),
+    }
+    app = create_app(IncidentClient.open(MEMORY))
+    assert [route.path for route in app.routes] == [  # type: ignore[attr-defined]
+        operation.path for operation in (*OPERATIONS, *DOCS)
+    ]
+
+
+def test_operation_ids_are_names() -> None:
+    """Each operation has an id of its own that can be a function's name."""
+    ids = [operation["operationId"] for operation in operations()]
+    assert len(set(ids)) == len(ids)
+    assert all(id_.isidentifier() for id_ in ids)
+
+
+def test_every_answer_is_described_with_an_example() -> None:
+    """Each answer has a schema, an example that obeys it, and a request id."""
+    for operation in operations():
+        for status, answer in operation["responses"].items():
+            described = answer
+            if "$ref" in answer:
+                described = DOCUMENT["components"]["responses"][answer["$ref"].split("/")[-1]]
+            assert "X-Request-ID" in described["headers"]
+            assert ("Retry-After" in described["headers"]) == (status == "503")
+            assert ("Location" in described["headers"]) == (status == "201")
+            ((media_type, content),) = described["content"].items()
+            problem = int(status) >= 400
+            assert media_type == ("application/problem+json" if problem else "application/json")
+            validate(content["example"], content["schema"])
+            if problem:
+                assert content["example"]["title"] == TITLES[int(status)]
+
+
+def test_the_example_of_a_body_is_an_incident() -> None:
+    """The example of what to create can be created."""
+    content = DOCUMENT["paths"]["/incident/create"]["post"]["requestBody"]["content"]
+    example = content["application/json"]["example"]
+    validate(example, content["application/json"]["schema"])
+    assert NewIncident.from_mapping(example).incident_message == example["incident_message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"incident_message": "x" * MESSAGE_MIN_LENGTH, "source": "operator"},
+        {"incident_message": "x" * MESSAGE_MAX_LENGTH, "source": "partner"},
+        {"incident_message": "x" * 9, "source": "partner", "incident_type": "failed"},
+        {"incident_message": "x" * (MESSAGE_MIN_LENGTH - 1), "source": "operator"},
+        {"incident_message": "x" * (MESSAGE_MAX_LENGTH + 1), "source": "operator"},
+        {"incident_message": 12345, "source": "operator"},
+        {"incident_message": "x" * 9, "source": "OPERATOR"},
+        {"incident_message": "x" * 9, "source": "partner", "incident_type": ""},
+        {"incident_message": "x" * 9, "source": "partner", "severity": 1},
+        {"incident_message": "x" * 9},
+        {"source": "partner"},
+        [],
+    ],
+)
+def test_the_schema_of_a_body_is_the_rule(body: Any) -> None:
+    """What the schema of an incident lets through is what the model takes."""
+    try:
+        NewIncident.from_mapping(body)
+        taken = True
+    except (InvalidIncident, AttributeError):
+        taken = False
+    try:
+        validate(body, {"$ref": "#/components/schemas/NewIncident"})
+        described = True
+    except ValidationError:
+        described = False
+    assert taken is described
+
+
+def _number(parameter: Parameter) -> list[tuple[str, bool]]:
+    assert parameter.minimum is not None
+    assert parameter.maximum is not None
+    return [
+        (str(parameter.minimum), True),
+        (str(parameter.maximum), True),
+        (str(parameter.minimum - 1), False),
+        (str(parameter.maximum + 1), False),
+        ("", False),
+    ]
+
+
+def _member(parameter: Parameter) -> list[tuple[str, bool]]:
+    return [
+        *((member.value, True) for member in cast("type[StrEnum]", parameter.type)),
+        ("", parameter.may_be_empty),
+        ("any", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "parameter", "text", "allowed"),
+    [
+        pytest.param(operation.path, parameter, text, allowed, id=f"{operation.name}-{text}")
+        for operation in OPERATIONS
+        for parameter in operation.parameters
+        for text, allowed in (_number if parameter.type is int else _member)(parameter)
+        if text or parameter.where == "query"
+    ],
+)
+def test_the_bounds_of_a_parameter_are_the_rule(
+    api: httpx.Client, path: str, parameter: Parameter, text: str, allowed: bool
+) -> None:
+    """A value is refused exactly if the document says that it is none."""
+    (item,) = DOCUMENT["paths"][path].items()
+    method, operation = item
+    (described,) = (each for each in operation["parameters"] if each["name"] == parameter.name)
+    assert described["in"] == parameter.where
+    if parameter.where == "path":
+        answer = api.request(method, path.replace("{incident_id}", text))
+    else:
+        # With one incident a page, every page is within bounds.
+        others = "incident_id=1&status=new" if method == "patch" else "limit=1"
+        query = httpx.QueryParams(others).set(parameter.name, text)
+        answer = api.request(method, path, params=query)
+    assert (answer.status_code != 422) is allowed
+    value: Any = int(text) if parameter.type is int and text else text
+    if text:
+        try:
+            validate(value, described["schema"])
+        except ValidationError:
+            assert not allowed
+        else:
+            assert allowed
+    else:
+        assert described.get("allowEmptyValue", False) is allowed
+
+
+def test_the_default_of_a_parameter_is_what_happens(api: httpx.Client) -> None:
+    """Parameters that are missing have the values of the contract."""
+    defaults = {
+        parameter["name"]: parameter["schema"].get("default")
+        for parameter in DOCUMENT["paths"]["/incident/get"]["get"]["parameters"]
+    }
+    assert defaults == {"page": 1, "limit": 10, "status": None, "source": None}
+    assert api.get("/incident/get").json() == []
+
+
+def test_what_is_said_of_a_field_is_said_of_one_that_exists() -> None:
+    """No rule of a schema is about a field that its model does not have."""
+    for model, name in FIELDS:
+        assert name in fields_dict(model)
+        assert name in SCHEMAS[model.__name__]["properties"]
+
+
+def test_the_server_of_the_document_is_where_the_app_is() -> None:
+    """The paths of the document start where the app is mounted."""
+    assert document(OPERATIONS)["servers"] == [{"url": "/"}]
+    assert document(OPERATIONS, "/ops")["servers"] == [{"url": "/ops"}]
+    assert json.dumps(document(OPERATIONS)) == json.dumps(DOCUMENT)

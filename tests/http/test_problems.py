@@ -1,0 +1,114 @@
+"""Every error is a problem that a client can use, and that tells nothing of the inside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from incidentkit import ClientClosed, IncidentClient, SchemaOutOfDate, StoreError, StoreUnavailable
+from incidentkit.http import create_app
+from tests.http.conftest import INCIDENT, MEMORY, Records, Serve
+
+if TYPE_CHECKING:
+    import httpx
+
+SECRET = "postgresql://user:password@db/SELECT"  # the text of an error that must stay inside
+
+
+def failing_client(error: Exception) -> IncidentClient:
+    """Return a client that can be opened, and on which everything else raises the error."""
+    client = IncidentClient.open(MEMORY)
+
+    async def fail(*_: object) -> None:
+        raise error
+
+    for name in ("check", "create", "list", "get", "update_status"):
+        setattr(client.store, name, fail)
+    return client
+
+
+def every_operation(api: httpx.Client) -> list[httpx.Response]:
+    """Return the answers of the four routes."""
+    return [
+        api.post("/incident/create", json=INCIDENT),
+        api.get("/incident/get"),
+        api.get("/incident/get/1"),
+        api.patch("/incident/update-status?incident_id=1&status=new"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "error", [StoreUnavailable(SECRET), SchemaOutOfDate("dadc1db062ae", "b27d4f0c1a96", SECRET)]
+)
+def test_a_database_that_is_away(serve: Serve, records: Records, error: Exception) -> None:
+    """While the database cannot be used each route is a 503 that says when to try again."""
+    api = serve(create_app(failing_client(error)))
+    for answer in every_operation(api):
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) > 0
+        assert "database" in answer.json()["detail"]
+        assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+        assert SECRET not in answer.text
+    warnings = [record for record in records.seen if record.levelname == "WARNING"]
+    assert [record.getMessage() for record in warnings] == [str(error)] * 4
+
+
+@pytest.mark.parametrize(
+    "error", [StoreError(SECRET), RuntimeError(SECRET), ClientClosed(), RecursionError(SECRET)]
+)
+def test_an_error_of_the_server(serve: Serve, records: Records, error: Exception) -> None:
+    """An unexpected error is a 500 without its text, which stands in the log once."""
+    api = serve(create_app(failing_client(error)))
+    answers = every_operation(api)
+    logged = [record for record in records.seen if record.levelname == "ERROR"]
+    for answer, record in zip(answers, logged, strict=True):
+        assert answer.status_code == 500
+        assert answer.json()["detail"] == "The server failed to answer the request"
+        assert answer.json()["errors"] == []
+        assert SECRET not in answer.text
+        assert record.exc_info
+        assert record.exc_info[1] is error
+        assert vars(record)["request_id"] == answer.headers["X-Request-ID"]
+
+
+@pytest.mark.parametrize("given", ["a", "A.b_c-9", "x" * 64])
+def test_a_request_id_is_kept(api: httpx.Client, given: str) -> None:
+    """An id that a client sends comes back with the answer, and in a problem."""
+    for path in ("/incident/get", "/incident/get/1", "/nowhere", "/docs"):
+        answer = api.get(path, headers={"X-Request-ID": given})
+        assert answer.headers.get_list("X-Request-ID") == [given]
+        if answer.is_error:
+            assert answer.json()["request_id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "ä", "a\tb", "<b>", "a,b", "a\x85"])
+def test_a_strange_request_id_is_replaced(api: httpx.Client, given: str) -> None:
+    """An id that could do harm in a log is not taken; the answer carries a new one, of its own."""
+    ids = set()
+    for _ in range(2):
+        answer = api.get("/incident/get/1", headers={b"X-Request-ID": given.encode("latin-1")})
+        assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+        ids.add(answer.headers["X-Request-ID"])
+    assert len(ids) == 2
+    assert all(len(id_) == 32 and int(id_, 16) for id_ in ids)
+
+
+def test_no_problem_repeats_a_value(api: httpx.Client) -> None:
+    """What a client sends as a value never comes back in a problem."""
+    value = "hunter2"
+    body = dict.fromkeys(["source", "incident_type", "x"], value)
+    answers = [
+        api.post("/incident/create", json=body | {"incident_message": f"{value}\x00"}),
+        api.post("/incident/create", content=value, headers={"Content-Type": "application/json"}),
+        api.post("/incident/create", content=value, headers={"Content-Type": value}),
+        api.get(
+            f"/incident/get?page={value}&limit={value}&status={value}&source={value}&x={value}"
+        ),
+        api.get(f"/incident/get/{value}"),
+        api.patch(f"/incident/update-status?incident_id={value}&status={value}"),
+        api.get(f"/{value}"),
+    ]
+    for answer in answers:
+        assert answer.is_client_error
+        assert value not in answer.text
