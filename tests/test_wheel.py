@@ -1,0 +1,216 @@
+"""The distributions, and the wheel at work far from the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from attrs import frozen
+
+import incidentkit
+from incidentkit.store.tables import SCHEMA_REVISION
+
+if TYPE_CHECKING:
+    from email.message import Message
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSION = incidentkit.__version__
+DIST_INFO = f"incidentkit-{VERSION}.dist-info"
+
+
+@frozen
+class Distributions:
+    """What is published."""
+
+    sdist: Path
+    wheel: Path
+
+    @property
+    def wheel_files(self) -> dict[str, bytes]:
+        """The files of the wheel by their names."""
+        with zipfile.ZipFile(self.wheel) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+    @property
+    def sdist_files(self) -> set[str]:
+        """The names of the files of the sdist, below its one folder."""
+        with tarfile.open(self.sdist) as archive:
+            names = [Path(name).parts for name in archive.getnames()]
+        assert {parts[0] for parts in names} == {f"incidentkit-{VERSION}"}
+        return {Path(*parts[1:]).as_posix() for parts in names}
+
+    @property
+    def metadata(self) -> Message:
+        """What the wheel says of itself."""
+        return message_from_bytes(self.wheel_files[f"{DIST_INFO}/METADATA"])
+
+
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    """Run a command that has to succeed, and return what it prints."""
+    process = subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def build(source: Path, target: str, into: Path) -> Path:
+    """Build a distribution of the source with the tool that pip would use."""
+    run(sys.executable, "-m", "hatchling", "build", "-t", target, "-d", into, cwd=source)
+    (built,) = into.iterdir()
+    return built
+
+
+def unpacked(sdist: Path, into: Path) -> Path:
+    """Unpack the sdist, and return its folder."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(into, filter="data")
+    return into / f"incidentkit-{VERSION}"
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """The wheel and the sdist of the checkout."""
+    return Distributions(
+        build(ROOT, "sdist", tmp_path_factory.mktemp("sdist")),
+        build(ROOT, "wheel", tmp_path_factory.mktemp("wheel")),
+    )
+
+
+def run_installed(program: Path, *arguments: str, cwd: Path) -> str:
+    """Run a program of the environment, which no variable may lead to the checkout."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return run(program, *arguments, cwd=cwd, env=env)
+
+
+@pytest.fixture(scope="module")
+def environment(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a virtual environment where the wheel is, and the packages that it needs."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    programs = folder / "bin"
+    pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install")
+    offline = ("--no-deps", "--no-index", "--disable-pip-version-check", "--no-cache-dir")
+    run(*pip, *offline, distributions.wheel, cwd=folder)
+    # The checkout may be installed there, too, in a way that such a line does not follow.
+    (packages,) = folder.glob("lib/python*/site-packages")
+    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (packages / "dependencies.pth").write_text("\n".join(paths), "utf-8")
+    return programs
+
+
+def test_wheel_holds_the_package_and_its_migrations(distributions: Distributions) -> None:
+    """Every module, every migration and the marker of types is there, and nothing else is."""
+
+    def sources(folder: str) -> set[str]:
+        files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        return {
+            path.relative_to(ROOT).as_posix() for path in files if path.parent.name != "__pycache__"
+        }
+
+    found = {name for name in distributions.wheel_files if not name.startswith(f"{DIST_INFO}/")}
+    assert found == sources("incidentkit") | {f"incidentkit/{n}" for n in sources("migrations")}
+    assert "incidentkit/py.typed" in found
+    assert "incidentkit/migrations/env.py" in found
+    assert "incidentkit/migrations/script.py.mako" in found
+    assert "incidentkit/migrations/versions/dadc1db062ae_origin.py" in found
+
+
+def test_sdist_holds_what_it_takes_to_build_and_test(distributions: Distributions) -> None:
+    """Who packages the project for another system has the sources, the tests and the docs."""
+    needed = {"pyproject.toml", "README.md", "LICENSE", "alembic.ini", "noxfile.py"}
+    needed |= {"incidentkit/py.typed", "migrations/env.py", "tests/conftest.py"}
+    assert needed <= distributions.sdist_files
+    assert not [name for name in distributions.sdist_files if name.startswith((".ci", ".github"))]
+
+
+def test_sdist_builds_the_same_wheel(distributions: Distributions, tmp_path: Path) -> None:
+    """The wheel that pip builds of the sdist is, byte for byte, the one of the checkout."""
+    source = unpacked(distributions.sdist, tmp_path)
+    wheel = build(source, "wheel", tmp_path / "dist")
+    assert Distributions(distributions.sdist, wheel).wheel_files == distributions.wheel_files
+
+
+def test_extras_bring_what_their_names_say(distributions: Distributions) -> None:
+    """Plain `incidentkit` brings both databases; Redis and the service are extras."""
+    metadata = distributions.metadata
+    assert metadata["Name"] == "incidentkit"
+    assert metadata["Version"] == VERSION
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata.get_all("Provides-Extra") == ["all", "redis", "server"]
+    required: dict[str, set[str]] = {}
+    for line in metadata.get_all("Requires-Dist", []):
+        requirement, _, extra = line.partition("; extra == ")
+        name = requirement.replace("[", ">").partition(">")[0]
+        required.setdefault(extra.strip("'\""), set()).add(name)
+    assert {"sqlalchemy", "aiosqlite", "asyncpg", "alembic", "attrs", "cattrs"} <= required[""]
+    assert required["redis"] == {"redis"}
+    assert {"starlette", "uvicorn"} <= required["server"]
+    assert not required[""] & (required["redis"] | required["server"])
+    assert required["all"] == required["redis"] | required["server"]
+
+
+IN_MEMORY = """
+import asyncio, incidentkit
+from incidentkit import IncidentClient
+
+async def main():
+    async with IncidentClient.open("sqlite+aiosqlite:///:memory:") as incidents:
+        await incidents.create("Disk is full", source="monitoring")
+        print(len(await incidents.list()))
+
+asyncio.run(main())
+print(incidentkit.__file__)
+"""
+
+IN_A_FILE = """
+import asyncio
+from incidentkit import IncidentClient
+from incidentkit.store import migrate
+
+async def main():
+    for expected in (1, 2):
+        async with IncidentClient.from_env() as incidents:
+            await incidents.create("Disk is full", source="monitoring")
+            assert len(await incidents.list()) == expected
+    print(await migrate.current("sqlite+aiosqlite:///incidentkit.db"))
+
+asyncio.run(main())
+print(migrate.script_location())
+"""
+
+
+def test_wheel_works_in_memory(environment: Path, tmp_path: Path) -> None:
+    """What a host's tests do runs from the installed wheel, with the checkout out of reach."""
+    printed = run_installed(environment / "python", "-I", "-c", IN_MEMORY, cwd=tmp_path)
+    count, file = printed.splitlines()
+    assert count == "1"
+    assert Path(file).is_relative_to(environment.parent)
+
+
+def test_wheel_brings_its_migrations(environment: Path, tmp_path: Path) -> None:
+    """A new SQLite file gets the newest schema from the scripts inside the wheel."""
+    printed = run_installed(environment / "python", "-I", "-c", IN_A_FILE, cwd=tmp_path)
+    revision, scripts = printed.splitlines()
+    assert revision == SCHEMA_REVISION
+    assert Path(scripts).is_relative_to(environment.parent)
+    assert (tmp_path / "incidentkit.db").is_file()
+
+
+def test_wheel_brings_the_command(environment: Path, tmp_path: Path) -> None:
+    """The command is installed beside Python, knows its version, and does its work."""
+    command = environment / "incidentkit"
+    python = environment / "python"
+    assert VERSION in run_installed(command, "--version", cwd=tmp_path)
+    assert VERSION in run_installed(python, "-I", "-m", "incidentkit", "--version", cwd=tmp_path)
+    run_installed(command, "db", "upgrade", cwd=tmp_path)
+    assert SCHEMA_REVISION in run_installed(command, "db", "current", cwd=tmp_path)
