@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from incidentkit.cache import IncidentCache
     from incidentkit.models import IncidentSource
+    from incidentkit.settings import Settings
     from incidentkit.store.base import IncidentStore, StoreOptions
 
 logger = logging.getLogger("incidentkit")
@@ -61,8 +62,9 @@ class IncidentClient:
         cache_required: bool = False,
     ) -> None:
         self.store = store
-        self._pages = None if cache is None else PageCache(cache)
+        self._cache = cache
         self._cache_required = cache_required
+        self._pages: PageCache | None = None
         self._connected = False
         self._writes: set[asyncio.Task[Any]] = set()
 
@@ -114,7 +116,16 @@ class IncidentClient:
         """
         from incidentkit.settings import Settings  # noqa: PLC0415
 
-        settings = Settings.from_env(env_file)
+        return cls.from_settings(Settings.from_env(env_file))
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """Return a client for the servers that the settings name.
+
+        Raises:
+            InvalidSettings: If a URL cannot be used.
+            MissingDependency: If Redis is named and its package is not installed.
+        """
         return cls.open(
             settings.database_url,
             settings.redis_url,
@@ -141,7 +152,7 @@ class IncidentClient:
 
     @property
     def cache_available(self) -> bool | None:
-        """Whether the cache is in use; None if there is none."""
+        """Whether the cache is in use; None if there is none, or the client is not open."""
         return None if self._pages is None else self._pages.available
 
     async def connect(self) -> None:
@@ -153,24 +164,32 @@ class IncidentClient:
         """
         if self._connected:
             return
-        await self.store.open()
-        if self._pages is not None:
-            try:
-                await self._pages.ping()
-            except CacheUnavailable:
-                if self._cache_required:
-                    await self._pages.close()
-                    await self.store.close()
-                    raise
+        self._pages = None if self._cache is None else PageCache(self._cache)
+        try:
+            await self.store.open()
+            await self._ping_cache()
+        except BaseException:
+            await self.close()
+            raise
         self._connected = True
+
+    async def _ping_cache(self) -> None:
+        if self._pages is None:
+            return
+        try:
+            await self._pages.ping()
+        except CacheUnavailable:
+            if self._cache_required:
+                raise
 
     async def close(self) -> None:
         """Wait for running writes, then give back every connection; once closed, do nothing."""
         self._connected = False
         if self._writes:
             await asyncio.wait(self._writes)
-        if self._pages is not None:
-            await self._pages.close()
+        pages, self._pages = self._pages, None
+        if pages is not None:
+            await pages.close()
         await self.store.close()
 
     @overload
@@ -202,9 +221,12 @@ class IncidentClient:
 
         Raises:
             InvalidIncident: With every faulty field; nothing is stored.
+            TypeError: If a NewIncident comes with fields beside it.
         """
         self._check_connected()
         if isinstance(incident_message, NewIncident):
+            if source is not None or incident_type is not IncidentStatus.NEW:
+                raise TypeError("A NewIncident is created as it is, without further fields")
             incident = incident_message
         else:
             incident = NewIncident(incident_message, source, incident_type)  # type: ignore[arg-type]

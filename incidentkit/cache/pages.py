@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("incidentkit.cache")
 
-CALL_TIMEOUT: Final = 0.25
+CALL_TIMEOUT: Final = 0.5
 """Seconds that a call on the cache may take."""
 
 RETRY_AFTER: Final = 1.0

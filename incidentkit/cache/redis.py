@@ -14,6 +14,9 @@ from incidentkit.errors import InvalidSettings
 SOCKET_TIMEOUT: Final = 0.25
 """Seconds to wait for a connection, and for each answer."""
 
+POOL_TIMEOUT: Final = 0.5
+"""Seconds to wait for a free connection when many calls share them."""
+
 MAX_CONNECTIONS: Final = 20
 
 # Atomic, so that no page can be stored and left behind while the others are removed.
@@ -57,7 +60,7 @@ class RedisCache:
             pool = BlockingConnectionPool.from_url(
                 redis_url,
                 max_connections=MAX_CONNECTIONS,
-                timeout=SOCKET_TIMEOUT,
+                timeout=POOL_TIMEOUT,
                 socket_timeout=SOCKET_TIMEOUT,
                 socket_connect_timeout=SOCKET_TIMEOUT,
                 retry=Retry(NoBackoff(), 0),

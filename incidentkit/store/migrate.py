@@ -185,6 +185,8 @@ async def _migrate(
     while not _migrating.acquire(blocking=False):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:
+        if engine.dialect.name == "sqlite" and dispose:
+            await sqlite.probe(engine.url)
         async with engine.connect() as connection:
             return await connection.run_sync(work)
     except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:

@@ -8,7 +8,7 @@ import sqlite3
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from attrs import asdict
-from sqlalchemy import event, make_url
+from sqlalchemy import NullPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -66,6 +66,20 @@ def sqlite_url(database_url: str) -> URL:
         raise InvalidSettings("database_url", "is not an SQLite URL") from None
 
 
+async def probe(url: URL) -> None:
+    """Raise what SQLite raises if the file cannot be opened.
+
+    aiosqlite leaves a thread behind when it fails to connect, which fails in its turn if the event
+    loop ends at once; this asks first.
+    """
+
+    def connect() -> None:
+        engine = create_engine(url.set(drivername="sqlite"), poolclass=NullPool)
+        engine.connect().close()
+
+    await asyncio.to_thread(connect)
+
+
 def translate_error(error: Exception) -> StoreError:
     """Return what a caller sees for an exception of SQLAlchemy or SQLite."""
     if not isinstance(error, DBAPIError):
@@ -105,7 +119,6 @@ class SqliteStore:
         self._engine: AsyncEngine | None = None
         self._watcher: AsyncConnection | None = None
         self._running: set[asyncio.Task[Any]] = set()
-        # Writers of one process queue here, which is fairer and faster than SQLite's polling.
         self._writing = asyncio.Lock()
         self._watching = asyncio.Lock()
 
@@ -113,11 +126,15 @@ class SqliteStore:
         """Open the file, creating it if need be, and bring its schema up to date."""
         from incidentkit.store import migrate  # noqa: PLC0415
 
+        # Writers of one process queue here, which is fairer and faster than SQLite's polling. New
+        # at each opening, which may be on another event loop.
+        self._writing, self._watching = asyncio.Lock(), asyncio.Lock()
         self._engine = self._create_engine()
         try:
             if self._url.database in MEMORY:
                 await migrate.upgrade_memory(self._engine)
             else:
+                await self._run(probe(self._url))
                 try:
                     await self.check()
                 except SchemaOutOfDate:
