@@ -1,0 +1,384 @@
+"""The command ``incidentkit``: thin commands around the SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import sys
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+from attrs import evolve
+
+from incidentkit.cli.text import details, harmless, table
+from incidentkit.client import IncidentClient
+from incidentkit.errors import IncidentKitError, InvalidIncident, InvalidSettings
+from incidentkit.models import DEFAULT_LIMIT, MAX_LIMIT, IncidentSource, IncidentStatus
+from incidentkit.settings import Settings
+from incidentkit.version import __version__
+from incidentkit.wire import encode_incident, encode_incidents
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from incidentkit.models import Incident
+
+__all__ = ["main"]
+
+INTERRUPTED: Final = 130
+MAX_STDIN_BYTES: Final = 1024 * 1024
+
+_T = TypeVar("_T")
+
+_STATUSES: Final = f"[{'|'.join(IncidentStatus)}]"
+_SOURCES: Final = f"[{'|'.join(IncidentSource)}]"
+_OPTIONS: Final = {
+    "database_url": "--database-url or INCIDENTKIT_DATABASE_URL",
+    "redis_url": "--redis-url or INCIDENTKIT_REDIS_URL",
+}
+
+
+class _Refused(click.ClickException):
+    """What was given breaks a rule: one line for each, and the exit code of a usage error."""
+
+    exit_code = 2
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("\nError: ".join(map(harmless, reasons)))
+
+
+class _Commands(click.Group):
+    """Commands whose errors are lines on stderr and exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InvalidIncident as error:
+            raise _Refused([f"{fault.field} {fault.reason}" for fault in error.errors]) from error
+        except InvalidSettings as error:
+            name = _OPTIONS.get(error.name, error.name)
+            raise _Refused([f"{name} {error.reason}"]) from error
+        except IncidentKitError as error:
+            raise click.ClickException(harmless(str(error))) from error
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def main() -> None:
+    """Record and follow incidents.
+
+    The database is the one that the environment or a file `.env` names, with
+    INCIDENTKIT_DATABASE_URL or POSTGRES_*; when they name none it is the SQLite file
+    incidentkit.db in the current folder. Likewise INCIDENTKIT_REDIS_URL or REDIS_HOST name the
+    Redis that caches lists. A password is safer there than in --database-url, which other users
+    of the machine can see.
+
+    \b
+    Examples:
+      incidentkit serve
+      incidentkit create "Disk is full on db-1" --source monitoring
+      dmesg | tail -n 1 | incidentkit create - --source operator --json
+      incidentkit list --status new --limit 50
+      incidentkit update-status 7 completed
+      incidentkit db upgrade
+
+    \b
+    Exit codes:
+      0    done
+      1    it failed: not found, database away, schema out of date
+      2    what was asked for is not valid, or a setting is not
+      130  interrupted
+    """  # noqa: D301
+
+
+def _takes_database(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command the settings, in which the option `--database-url` wins."""
+
+    @click.option(
+        "--database-url",
+        metavar="URL",
+        help="postgresql://user:password@host:port/database or sqlite+aiosqlite:///file, "
+        "instead of what the environment names.",
+    )
+    @wraps(command)
+    def with_settings(database_url: str | None, **arguments: Any) -> None:
+        given = {"database_url": database_url, "redis_url": arguments.pop("redis_url", None)}
+        changes = {name: url for name, url in given.items() if url is not None}
+        command(evolve(_settings(), **changes), **arguments)
+
+    return with_settings
+
+
+def _takes_servers(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command the settings, in which both options of servers win."""
+    with_redis = click.option(
+        "--redis-url",
+        metavar="URL",
+        help="redis://host:port/db, instead of what the environment names.",
+    )
+    return with_redis(_takes_database(command))
+
+
+def _settings() -> Settings:
+    try:
+        return Settings.from_env()
+    except (OSError, UnicodeError) as error:
+        raise InvalidSettings(".env", "cannot be read") from error
+
+
+_takes_json: Final = click.option(
+    "--json", "as_json", is_flag=True, help="Write JSON on one line, for programs."
+)
+
+
+def _run(settings: Settings, work: Callable[[IncidentClient], Awaitable[_T]]) -> _T:
+    """Return what the work on an open client returns."""
+
+    async def run() -> _T:
+        async with _client(settings) as incidents:
+            return await work(incidents)
+
+    return asyncio.run(run())
+
+
+def _client(settings: Settings) -> IncidentClient:
+    return IncidentClient.open(
+        settings.database_url,
+        settings.redis_url,
+        redis_required=settings.redis_required,
+        options=settings.store,
+    )
+
+
+def _write(output: str | bytes) -> None:
+    """Write a line to stdout; that it cannot be written ends the program."""
+    if isinstance(output, str):
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        output = output.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        click.echo(output)
+    except OSError as error:
+        # Python would fail to flush the rest once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            raise click.exceptions.Exit(1) from error
+        raise click.ClickException(f"The output cannot be written: {error.strerror}") from error
+
+
+def _write_incident(incident: Incident, *, as_json: bool) -> None:
+    _write(encode_incident(incident) if as_json else details(incident))
+
+
+def _message(_: click.Context, __: click.Parameter, value: str) -> str:
+    """Read the message from stdin if it is a dash."""
+    if value != "-":
+        return value
+    try:
+        with click.open_file("-", "rb") as stdin:
+            data: bytes = stdin.read(MAX_STDIN_BYTES)
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise click.BadParameter("stdin is not UTF-8") from error
+    except (OSError, RuntimeError) as error:
+        raise click.BadParameter("stdin cannot be read") from error
+
+
+@main.command()
+@click.argument("incident_message", callback=_message)
+@click.option("--source", required=True, metavar=_SOURCES, help="Who reports it.")
+@click.option(
+    "--incident-type",
+    metavar=_STATUSES,
+    default=IncidentStatus.NEW.value,
+    show_default=True,
+    help="The status that it starts with.",
+)
+@_takes_json
+@_takes_servers
+def create(
+    settings: Settings, incident_message: str, source: str, incident_type: str, *, as_json: bool
+) -> None:
+    """Record an incident, and show it with its id.
+
+    INCIDENT_MESSAGE says what happened, in 5 to 1000 characters; a dash reads it from stdin.
+
+    \b
+    Examples:
+      incidentkit create "Disk is full on db-1" --source monitoring
+      dmesg | tail -n 1 | incidentkit create - --source operator
+    """  # noqa: D301
+    incident = _run(
+        settings,
+        lambda incidents: incidents.create(
+            incident_message, source=source, incident_type=incident_type
+        ),
+    )
+    _write_incident(incident, as_json=as_json)
+
+
+@main.command("list")
+@click.option("--page", type=int, default=1, show_default=True, help="1 is the newest page.")
+@click.option(
+    "--limit",
+    type=int,
+    default=DEFAULT_LIMIT,
+    show_default=True,
+    help=f"Incidents a page, 1 to {MAX_LIMIT}.",
+)
+@click.option("--status", metavar=_STATUSES, help="Only incidents with this status.")
+@click.option("--source", metavar=_SOURCES, help="Only incidents from this source.")
+@_takes_json
+@_takes_servers
+def list_incidents(settings: Settings, *, as_json: bool, **query: Any) -> None:
+    """Show one page of incidents, newest first.
+
+    On a terminal, messages are shortened to its width.
+
+    \b
+    Examples:
+      incidentkit list --status new --source monitoring
+      incidentkit list --limit 1000 --json | jq '.[].incident_message'
+    """  # noqa: D301
+    page = _run(settings, lambda incidents: incidents.list(**query))
+    if as_json:
+        _write(encode_incidents(page))
+    elif page:
+        on_terminal = sys.stdout is not None and sys.stdout.isatty()
+        _write(table(page, shutil.get_terminal_size().columns if on_terminal else None))
+    else:
+        click.echo("No incidents.", err=True)
+
+
+@main.command()
+@click.argument("incident_id", type=int)
+@_takes_json
+@_takes_servers
+def get(settings: Settings, incident_id: int, *, as_json: bool) -> None:
+    """Show one incident, its message in full."""
+    incident = _run(settings, lambda incidents: incidents.get(incident_id))
+    _write_incident(incident, as_json=as_json)
+
+
+@main.command()
+@click.argument("incident_id", type=int)
+@click.argument("status", metavar=_STATUSES)
+@_takes_json
+@_takes_servers
+def update_status(settings: Settings, incident_id: int, status: str, *, as_json: bool) -> None:
+    """Change an incident's status, and show the incident."""
+    incident = _run(settings, lambda incidents: incidents.update_status(incident_id, status))
+    _write_incident(incident, as_json=as_json)
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="The port to listen on; 0 takes one that is free.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that answer requests.",
+)
+@_takes_servers
+def serve(settings: Settings, host: str, port: int, workers: int) -> None:
+    """Run the REST service until it is interrupted or terminated.
+
+    SQLite's schema is brought up to date first; PostgreSQL's is only checked: run
+    `incidentkit db upgrade` once for each new version. Needs the extra `server`:
+    pip install 'incidentkit[server]'. Interrupted or terminated, it answers what it was asked,
+    and exits with 0.
+
+    \b
+    Examples:
+      incidentkit serve
+      incidentkit serve --host 0.0.0.0 --port 80 --workers 4
+    """  # noqa: D301
+    from incidentkit.cli import server  # noqa: PLC0415
+
+    if not host:
+        # It would mean every address of the machine.
+        raise click.UsageError("--host is empty")
+    server.check_installed()
+    server.configure_logging()
+    asyncio.run(server.check_servers(_client(settings), with_cache=settings.redis_required))
+    click.get_current_context().exit(0 if server.run(settings, host, port, workers) else 1)
+
+
+@main.group()
+def db() -> None:
+    """Bring the database's schema up to date, or look at it.
+
+    \b
+    Examples:
+      incidentkit db upgrade
+      incidentkit db downgrade -1
+    """  # noqa: D301
+
+
+@db.command()
+@click.argument("revision", default="head")
+@_takes_database
+def upgrade(settings: Settings, revision: str) -> None:
+    """Bring the schema up to REVISION, by default the newest; no row is lost.
+
+    A database of the origin's is taken over as it is. It is safe to run from several places at
+    once.
+    """
+    from incidentkit.store import migrate  # noqa: PLC0415
+
+    asyncio.run(migrate.upgrade(settings.database_url, revision))
+    _write_revision(settings)
+
+
+@db.command(context_settings={"ignore_unknown_options": True})
+@click.argument("revision", default="-1")
+@_takes_database
+def downgrade(settings: Settings, revision: str) -> None:
+    """Bring the schema down to REVISION, by default by one step.
+
+    Down to the origin's revision, dadc1db062ae, incidents are kept; below it, `base` removes the
+    table of incidents with all its rows.
+    """
+    from incidentkit.store import migrate  # noqa: PLC0415
+
+    asyncio.run(migrate.downgrade(settings.database_url, revision))
+    _write_revision(settings)
+
+
+@db.command()
+@_takes_database
+def current(settings: Settings) -> None:
+    """Show the revision that the schema is at."""
+    _write_revision(settings)
+
+
+@db.command()
+@_takes_database
+def check(settings: Settings) -> None:
+    """Exit with 1, and say what to do, unless the schema is at the newest revision."""
+    from incidentkit.store import migrate  # noqa: PLC0415
+
+    asyncio.run(migrate.check(settings.database_url))
+    _write("The schema is up to date.")
+
+
+def _write_revision(settings: Settings) -> None:
+    from incidentkit.store import migrate, tables  # noqa: PLC0415
+
+    revision = asyncio.run(migrate.current(settings.database_url))
+    if revision is None:
+        _write("Nothing of incidentkit's is there yet: run `incidentkit db upgrade`.")
+    else:
+        _write(f"{revision} (head)" if revision == tables.SCHEMA_REVISION else revision)

@@ -1,0 +1,88 @@
+"""Incidents as text for people; programs get the wire format."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING, Final
+
+from incidentkit.wire import wire_converter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from incidentkit.models import Incident
+
+COLUMNS: Final = ("incident_id", "created_at", "incident_type", "source", "incident_message")
+GAP: Final = "  "
+ELLIPSIS: Final = "..."
+MIN_MESSAGE_WIDTH: Final = 20
+
+
+def harmless(text: str) -> str:
+    """Return one line that no terminal takes for anything but text.
+
+    Control and format characters, line and paragraph separators, surrogates, and what is not
+    assigned stand as Python escapes: an escape sequence would move the cursor, a bidirectional
+    override would turn the line around, and a zero-width character would hide.
+    """
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def width(text: str) -> int:
+    """Return how many columns of a terminal a harmless text takes."""
+    return len(text) if text.isascii() else sum(map(_character_width, text))
+
+
+def _character_width(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+
+
+def shorten(text: str, columns: int) -> str:
+    """Return the text, or as much of its start as fits into the columns with an ellipsis."""
+    if width(text) <= columns:
+        return text
+    used = len(ELLIPSIS)
+    for end, character in enumerate(text):
+        used += _character_width(character)
+        if used > columns:
+            return text[:end] + ELLIPSIS
+    return text
+
+
+def table(incidents: Sequence[Incident], columns: int | None = None) -> str:
+    """Return one line for each incident, under a line of headings.
+
+    Args:
+        incidents: In the order of the lines.
+        columns: How wide the terminal is: messages are shortened to fit. None means that they
+            are not.
+    """
+    rows = [COLUMNS, *(_cells(incident) for incident in incidents)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)]
+    room = None if columns is None else columns - sum(widths) - len(GAP) * len(widths)
+    lines = []
+    for *cells, message in rows:
+        shown = message if room is None else shorten(message, max(room, MIN_MESSAGE_WIDTH))
+        lines.append(GAP.join([*map(str.ljust, cells, widths), shown]))
+    return "\n".join(lines)
+
+
+def details(incident: Incident) -> str:
+    """Return one line for each field of the incident, the message in full."""
+    longest = max(map(len, COLUMNS))
+    cells = zip(COLUMNS, _cells(incident), strict=True)
+    return "\n".join(f"{name:{longest}}{GAP}{value}" for name, value in cells)
+
+
+def _cells(incident: Incident) -> tuple[str, ...]:
+    fields = wire_converter().unstructure(incident)
+    fields["created_at"] += " UTC"
+    return tuple(harmless(str(fields[column])) for column in COLUMNS)

@@ -1,0 +1,681 @@
+"""The command line: what it prints, its exit codes, and how it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import pty
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+import unicodedata
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import click
+import httpx
+import pytest
+from attrs import frozen
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from incidentkit import __version__
+from incidentkit.cli import main
+from incidentkit.cli.server import LineFormatter
+from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
+from incidentkit.store.tables import REVISIONS, SCHEMA_REVISION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+DEADLINE = 30
+DISK_FULL = ("create", "Disk is full on db-1", "--source", "monitoring")
+
+texts = st.text(st.characters(exclude_categories=()))
+
+
+def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    """Run a command in this process; an exception that is not an exit fails the test."""
+    return CliRunner(catch_exceptions=False).invoke(
+        main, arguments, input=stdin, prog_name="incidentkit"
+    )
+
+
+def output(*arguments: str, stdin: str | bytes | None = None) -> str:
+    """Return what a command that succeeds prints."""
+    result = run(*arguments, stdin=stdin)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def errors(*arguments: str, exit_code: int) -> list[str]:
+    """Return the lines on stderr of a command that fails."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    return result.stderr.splitlines()
+
+
+def start(
+    *arguments: str,
+    program: Sequence[str] = ("-m", "incidentkit"),
+    stdout: int | IO[bytes] = subprocess.PIPE,
+    stderr: int | IO[bytes] = subprocess.PIPE,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a command as a program of its own."""
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments], stdout=stdout, stderr=stderr, env=env
+    )
+
+
+def outcome(program: subprocess.Popen[bytes]) -> tuple[int, str, str]:
+    """Return a program's exit code, and what it wrote to stdout and to stderr."""
+    with program:
+        out, err = program.communicate(timeout=DEADLINE)
+    return (
+        program.returncode,
+        (out or b"").decode("utf-8", "backslashreplace"),
+        (err or b"").decode(),
+    )
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred", r"\x1b[31mred"),
+        ("\x9b31mred", r"\x9b31mred"),
+        ("two\r\nlines", r"two\r\nlines"),
+        ("bell\x07\x08\x7f", r"bell\x07\x08\x7f"),
+        ("\u202eesrever", r"\u202eesrever"),
+        ("\u2066isolated\u2069", r"\u2066isolated\u2069"),
+        ("zero\u200bwidth\ufeff", r"zero\u200bwidth\ufeff"),
+        ("sepa\u2028rated\u2029", r"sepa\u2028rated\u2029"),
+        ("tag\U000e0041", r"tag\U000e0041"),
+        ("Ärger, 日本語\u3000und 🔥\u00a0!", "Ärger, 日本語\u3000und 🔥\u00a0!"),
+        (r"C:\new", r"C:\new"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(text: str, shown: str) -> None:
+    """Control, bidirectional, zero-width and separating characters are escaped, others are not."""
+    assert harmless(text) == shown
+
+
+@given(texts)
+def test_harmless_text_is_one_line_without_controls(text: str) -> None:
+    """Whatever the text, nothing is left in it that a terminal would not just print."""
+    shown = harmless(text)
+    assert not {unicodedata.category(character) for character in shown} & {
+        *("Cc", "Cf", "Cs", "Zl", "Zp")
+    }
+    assert len(shown.splitlines()) <= 1
+    assert harmless(shown) == shown
+
+
+@given(texts.map(harmless), st.integers(len(ELLIPSIS), 30))
+def test_shortened_text_fits(text: str, columns: int) -> None:
+    """A text that is too wide keeps as much of its start as there is room for."""
+    shown = shorten(text, columns)
+    assert width(shown) <= columns
+    assert shown == text or text.startswith(shown.removesuffix(ELLIPSIS))
+    assert shown == text or width(shown) >= columns - 1
+
+
+def test_wide_characters_take_two_columns_and_accents_none() -> None:
+    """The width is what a terminal takes, not the number of code points."""
+    assert width("日本") == 4
+    assert width("e\u0301") == 1
+    assert shorten("日本語日本語", 10) == "日本語..."
+
+
+# Incidents
+
+
+def test_create_shows_the_incident() -> None:
+    """A new incident is shown with the id and the time that the database gave it."""
+    lines = dict(re.split(r" {2,}", line) for line in output(*DISK_FULL).splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", lines.pop("created_at"))
+    assert lines == {
+        "incident_id": "1",
+        "incident_type": "new",
+        "source": "monitoring",
+        "incident_message": "Disk is full on db-1",
+    }
+
+
+def test_json_is_the_wire_format_on_one_line() -> None:
+    """Each command's `--json` is the object or the array that the REST service answers."""
+    created = output("create", "Ärger\n日本", "--source", "partner", "--json")
+    assert created.endswith("}\n")
+    assert len(created.splitlines()) == 1
+    assert "日本" in created
+    incident = json.loads(created)
+    assert incident.keys() == {
+        *("incident_id", "incident_message", "incident_type", "source", "created_at")
+    }
+    assert incident["incident_message"] == "Ärger\n日本"
+    assert json.loads(output("get", "1", "--json")) == incident
+    assert json.loads(output("list", "--json")) == [incident]
+    completed = incident | {"incident_type": "completed"}
+    assert json.loads(output("update-status", "1", "completed", "--json")) == completed
+    assert json.loads(output("list", "--page", "2", "--json")) == []
+
+
+def test_list_is_a_table_with_the_newest_first() -> None:
+    """Columns are aligned under their names, and a message takes no more than its line."""
+    output("create", "one\ntwo \x1b[2J", "--source", "partner", "--incident-type", "completed")
+    output(*DISK_FULL)
+    head, newest, oldest = output("list").splitlines()
+    assert head.split() == [
+        *("incident_id", "created_at", "incident_type", "source", "incident_message")
+    ]
+    for name, new, old in [
+        ("incident_id", "2 ", "1 "),
+        ("incident_type", "new ", "completed "),
+        ("source", "monitoring ", "partner "),
+        ("incident_message", "Disk is full on db-1", r"one\ntwo \x1b[2J"),
+    ]:
+        assert newest[head.index(name) :].startswith(new)
+        assert oldest[head.index(name) :].startswith(old)
+
+
+def test_list_is_filtered_and_paged() -> None:
+    """The options are those of the client's `list`."""
+    for source in ("operator", "partner", "partner"):
+        output("create", "Disk is full", "--source", source)
+    output("update-status", "2", "failed")
+
+    def ids(*options: str) -> list[int]:
+        return [found["incident_id"] for found in json.loads(output("list", "--json", *options))]
+
+    assert ids() == [3, 2, 1]
+    assert ids("--limit", "2") == [3, 2]
+    assert ids("--limit", "2", "--page", "2") == [1]
+    assert ids("--source", "partner") == [3, 2]
+    assert ids("--source", "partner", "--status", "failed") == [2]
+
+
+def test_an_empty_list_prints_nothing_but_says_so() -> None:
+    """For people there is a word on stderr, for programs an empty array."""
+    result = run("list")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "No incidents.\n")
+    assert output("list", "--json") == "[]\n"
+
+
+def test_a_dash_reads_the_message_from_stdin() -> None:
+    """The message may come from another program."""
+    created = output("create", "-", "--source", "operator", "--json", stdin="Diskette voll €\n")
+    assert json.loads(created)["incident_message"] == "Diskette voll €"
+
+
+def test_stdin_that_is_not_utf8_is_refused() -> None:
+    """Bytes that are no text are bad usage."""
+    result = run("create", "-", "--source", "operator", stdin=b"caf\xe9 au lait")
+    assert result.exit_code == 2
+    assert "stdin is not UTF-8" in result.stderr
+
+
+def test_stdin_that_is_closed_is_refused() -> None:
+    """A dash without a stdin is bad usage."""
+    command = f"{sys.executable} -m incidentkit create - --source operator <&-"
+    ended = subprocess.run(["/bin/sh", "-c", command], check=False, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "stdin cannot be read" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_redis_is_told_of_what_the_command_line_changes(redis_url: str, sqlite_url: str) -> None:
+    """With `--redis-url` a cached page does not outlive a change."""
+    servers = ("--database-url", sqlite_url, "--redis-url", redis_url)
+    assert json.loads(output("list", "--json", *servers)) == []
+    output(*DISK_FULL, *servers)
+    assert len(json.loads(output("list", "--json", *servers))) == 1
+    output("update-status", "1", "failed", *servers)
+    assert json.loads(output("list", "--json", *servers))[0]["incident_type"] == "failed"
+
+
+# Errors
+
+
+def test_a_missing_incident_is_a_failure() -> None:
+    """Reading or changing an incident that is not there exits with 1 and one line."""
+    assert errors("get", "7", exit_code=1) == ["Error: Incident 7 not found"]
+    assert errors("update-status", "7", "failed", exit_code=1) == ["Error: Incident 7 not found"]
+
+
+def test_every_faulty_field_is_named() -> None:
+    """What is not valid exits with 2 and one line for each fault."""
+    lines = errors("create", "hi", "--source", "me", "--incident-type", "old", exit_code=2)
+    assert [line.split()[1] for line in lines] == ["incident_message", "source", "incident_type"]
+    lines = errors("list", "--page", "0", "--limit", "1001", "--status", "x", exit_code=2)
+    assert [line.split()[1] for line in lines] == ["page", "limit", "status"]
+    assert errors("update-status", "0", "done", exit_code=2) == [
+        "Error: incident_id must be an integer from 1 to 9223372036854775807",
+        "Error: status must be one of: new, completed, failed",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["get", "seven"],
+        ["create", "Disk is full"],
+        ["list", "--limit", "ten"],
+        ["list", "--colour"],
+        ["serve", "--port", "65536"],
+        ["serve", "--workers", "0"],
+        ["serve", "--host", ""],
+        ["db", "upgrade", "head", "now"],
+        ["nonsense"],
+    ],
+)
+def test_bad_usage_points_at_the_help(arguments: list[str]) -> None:
+    """What is not a command, an option or a number exits with 2 and names the help."""
+    lines = errors(*arguments, exit_code=2)
+    assert lines[0].startswith("Usage: incidentkit")
+    assert "--help" in lines[1]
+    assert lines[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [
+        ("INCIDENTKIT_DATABASE_URL", "mysql://root:secret@db", "INCIDENTKIT_DATABASE_URL must"),
+        ("INCIDENTKIT_REDIS_URL", "http://secret", "INCIDENTKIT_REDIS_URL must"),
+        ("POSTGRES_PORT", "secret", "POSTGRES_PORT must"),
+        ("DB_POOL_SIZE", "secret", "DB_POOL_SIZE must"),
+    ],
+)
+def test_a_bad_setting_is_named_without_its_value(
+    variable: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting that cannot be used exits with 2, and its value, maybe a secret, is not told."""
+    monkeypatch.setenv(variable, value)
+    (line,) = errors("list", exit_code=2)
+    assert named in line
+    assert "secret" not in line
+
+
+def test_a_bad_setting_of_an_option_names_the_option() -> None:
+    """Who gave the option is told its name."""
+    (line,) = errors("list", "--database-url", "mysql://secret", exit_code=2)
+    assert line.startswith("Error: --database-url")
+    assert "secret" not in line
+
+
+def test_settings_come_from_a_file_too(tmp_path: Path) -> None:
+    """A `.env` in the current folder is read, and one that cannot be is named."""
+    file = tmp_path / ".env"
+    file.write_text("DB_POOL_SIZE=0")
+    (line,) = errors("list", exit_code=2)
+    assert line.startswith("Error: DB_POOL_SIZE")
+    file.write_bytes(b"\xff\xfe")
+    assert errors("list", exit_code=2) == ["Error: .env cannot be read"]
+
+
+@pytest.mark.parametrize("command", [("list",), ("db", "current"), ("serve", "--port", "0")])
+def test_a_database_that_is_away_is_one_line(command: tuple[str, ...], unused_port: int) -> None:
+    """The database's being away exits with 1, without a traceback and without its URL."""
+    url = f"postgresql://user:secret@127.0.0.1:{unused_port}/incidents"
+    line = "Error: The database is unavailable: the connection was refused or lost\n"
+    assert outcome(start(*command, "--database-url", url)) == (1, "", line)
+
+
+def test_a_redis_that_is_required_and_away_is_one_line(
+    unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With INCIDENTKIT_REDIS_REQUIRED a command without Redis exits with 1."""
+    monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
+    url = f"redis://:secret@127.0.0.1:{unused_port}/0"
+    (line,) = errors("list", "--redis-url", url, exit_code=1)
+    assert line == "Error: The cache is unavailable: it failed"
+
+
+# Schema
+
+
+def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> None:
+    """An empty database says what to run, is upgraded, and can be taken down again."""
+    database = ("--database-url", empty_postgres_url)
+    assert "Nothing" in output("db", "current", *database)
+    for command in (["db", "check"], ["list"], ["serve", "--port", "0"]):
+        exit_code, _, err = outcome(start(*command, *database))
+        assert exit_code == 1
+        assert len(err.splitlines()) == 1
+        assert "run `incidentkit db upgrade`" in err
+    assert output("db", "upgrade", *database) == f"{SCHEMA_REVISION} (head)\n"
+    assert output("db", "current", *database) == f"{SCHEMA_REVISION} (head)\n"
+    assert output("db", "check", *database) == "The schema is up to date.\n"
+    output(*DISK_FULL, *database)
+    assert output("db", "downgrade", *database) == f"{REVISIONS[-2]}\n"
+    assert output("db", "downgrade", "-1", *database) == f"{REVISIONS[-3]}\n"
+    (line,) = errors("db", "check", *database, exit_code=1)
+    assert REVISIONS[0] in line
+    assert output("db", "upgrade", REVISIONS[1], *database) == f"{REVISIONS[1]}\n"
+    assert output("db", "upgrade", "+1", *database) == f"{SCHEMA_REVISION} (head)\n"
+    assert json.loads(output("get", "1", "--json", *database))["source"] == "monitoring"
+
+
+def test_db_works_on_sqlite(sqlite_url: str) -> None:
+    """The same commands serve SQLite."""
+    database = ("--database-url", sqlite_url)
+    assert output("db", "upgrade", *database) == f"{SCHEMA_REVISION} (head)\n"
+    assert "Nothing" in output("db", "downgrade", "base", *database)
+
+
+def test_an_unknown_revision_is_bad_usage(sqlite_url: str) -> None:
+    """A revision that is not there exits with 2."""
+    for command in ("upgrade", "downgrade"):
+        (line,) = errors("db", command, "nonsense", "--database-url", sqlite_url, exit_code=2)
+        assert "revision cannot be reached" in line
+
+
+# Help
+
+
+def _commands(group: click.Group, *path: str) -> Iterator[list[str]]:
+    for name, command in group.commands.items():
+        yield [*path, name]
+        if isinstance(command, click.Group):
+            yield from _commands(command, *path, name)
+
+
+@pytest.mark.parametrize("command", [[], *_commands(main)])
+def test_every_command_has_help(command: list[str]) -> None:
+    """The help says what the command and each of its options does."""
+    text = output(*command, "--help")
+    assert text == output(*command, "-h")
+    usage = " ".join(["incidentkit", *command])
+    assert text.startswith(f"Usage: {usage} ")
+    for option in re.findall(r"^  (?:-\w, )?--\S+(.*)", text, re.MULTILINE):
+        assert option.strip()
+
+
+def test_the_version_is_the_package_s() -> None:
+    """`--version` prints the name and the version."""
+    assert output("--version") == f"incidentkit {__version__}\n"
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_does_not_wait_for_what_it_does_not_need(option: str) -> None:
+    """Neither a database library nor a server is imported to print a help or a version."""
+    program = f"""
+import sys
+from incidentkit.cli import main
+try:
+    main([{option!r}])
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    imported = set(ended.stderr.decode().split())
+    assert "incidentkit.cli" in imported
+    assert not imported & {"sqlalchemy", "alembic", "asyncpg", "starlette", "uvicorn", "redis"}
+
+
+# Streams and signals
+
+
+def _lines_on_a_terminal(columns: int, *arguments: str) -> list[str]:
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with start(*arguments, stdout=writer, env=environment) as program:
+        os.close(writer)
+        chunks = []
+        try:
+            while chunk := os.read(reader, 65536):
+                chunks.append(chunk)
+        except OSError:  # Linux's way to say that the other end is closed
+            pass
+        os.close(reader)
+    assert program.returncode == 0
+    return b"".join(chunks).decode().splitlines()
+
+
+def test_messages_are_shortened_for_a_terminal_only() -> None:
+    """A line is no wider than the terminal; a pipe, `get` and JSON have the message in full."""
+    message = "Platte voll 日本語 " * 20
+    output("create", message, "--source", "operator")
+    head, line = _lines_on_a_terminal(100, "list")
+    assert head.split()[-1] == "incident_message"
+    assert line.endswith("...")
+    assert 99 <= width(line) <= 100
+    assert _lines_on_a_terminal(40, "list")[1].endswith("Platte voll 日本...")
+    for arguments in (["list"], ["get", "1"], ["list", "--json"]):
+        assert message.strip() in output(*arguments)
+    assert message.strip() in _lines_on_a_terminal(100, "get", "1")[-1]
+    assert message.strip() in _lines_on_a_terminal(100, "list", "--json")[0]
+
+
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream whose encoding lacks a character gets its escape, and JSON is UTF-8 all the same."""
+    output("create", "日本 €uro", "--source", "operator")
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    for arguments, shown in [(["list"], r"\u65e5\u672c \u20acuro"), (["list", "--json"], "日本")]:
+        exit_code, out, err = outcome(start(*arguments))
+        assert (exit_code, err) == (0, "")
+        assert shown in out
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"]])
+def test_a_closed_pipe_ends_the_command_quietly(arguments: list[str]) -> None:
+    """`incidentkit list | head -1` does not complain."""
+    output(*DISK_FULL)
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = start(*arguments, stdout=writer)
+    os.close(writer)
+    assert outcome(program) == (1, "", "")
+
+
+def test_a_full_disk_is_one_line() -> None:
+    """Output that cannot be written is a failure that is said."""
+    output(*DISK_FULL)
+    with Path("/dev/full").open("wb") as full:
+        exit_code, _, err = outcome(start("list", stdout=full))
+    assert exit_code == 1
+    assert err == "Error: The output cannot be written: No space left on device\n"
+
+
+def test_no_stdout_is_no_failure() -> None:
+    """A command whose stdout is closed does its work."""
+    command = f"{sys.executable} -m incidentkit {{}} >&-"
+    for arguments in ("create 'Disk is full' --source operator", "list", "list --json"):
+        ended = subprocess.run(
+            ["/bin/sh", "-c", command.format(arguments)], check=False, capture_output=True
+        )
+        assert (ended.returncode, ended.stderr) == (0, b"")
+    assert "Disk is full" in output("list")
+
+
+def test_an_interrupt_ends_a_command_quietly() -> None:
+    """Ctrl+C while the database does not answer exits with 130 and without a word."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(DEADLINE)
+        url = f"postgresql://user@127.0.0.1:{silent.getsockname()[1]}/incidents"
+        program = start("list", "--database-url", url)
+        connection, _ = silent.accept()
+        with connection:
+            program.send_signal(signal.SIGINT)
+            assert outcome(program) == (130, "", "")
+
+
+# The service
+
+
+@frozen
+class Service:
+    """A running `incidentkit serve`."""
+
+    program: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def end(self, number: signal.Signals) -> int:
+        """Send the signal and return the exit code."""
+        self.program.send_signal(number)
+        return self.program.wait(DEADLINE)
+
+
+@contextmanager
+def service(log: Path, *arguments: str) -> Iterator[Service]:
+    """Run the service until it answers, and make sure that it ends."""
+    with (
+        log.open("wb") as stderr,
+        start("serve", "--port", "0", *arguments, stdout=subprocess.DEVNULL, stderr=stderr) as it,
+    ):
+        try:
+            yield Service(it, _wait_until_alive(it, log), log)
+        finally:
+            it.kill()
+
+
+def _wait_until_alive(program: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline and program.poll() is None:
+        found = re.search(r" on (http://\S+:\d+), documentation", log.read_text())
+        if found:
+            try:
+                httpx.get(f"{found[1]}/health/live").raise_for_status()
+            except httpx.HTTPError:
+                pass
+            else:
+                return found[1]
+        time.sleep(0.05)
+    pytest.fail(f"the service does not answer:\n{log.read_text()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_serve_answers_until_it_is_told_to_end(
+    number: signal.Signals, workers: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """The service uses the database that its options name, logs each request once, and exits 0."""
+    output(*DISK_FULL, "--database-url", sqlite_url)
+    log = tmp_path / "log"
+    with service(log, "--database-url", sqlite_url, "--workers", workers) as running:
+        assert f"{running.url}/docs" in log.read_text()
+        (incident,) = httpx.get(f"{running.url}/incident/get").json()
+        assert incident["incident_message"] == "Disk is full on db-1"
+        headers = {"X-Request-ID": "one-of-mine"}
+        assert httpx.get(f"{running.url}/incident/get/7", headers=headers).status_code == 404
+        assert running.end(number) == 0
+    lines = log.read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} [A-Z]+ ", line) for line in lines)
+    (request,) = (line for line in lines if "one-of-mine" in line)
+    assert re.search(r" INFO +GET /incident/get/{incident_id} 404 \d+\.\d ms one-of-mine$", request)
+    assert sum("/incident/get 200" in line for line in lines) == 1
+
+
+def test_serve_uses_the_redis_of_its_option(
+    redis_url: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """The cache is the one that the option names."""
+    servers = ("--database-url", sqlite_url, "--redis-url", redis_url)
+    with service(tmp_path / "log", *servers) as running:
+        ready = httpx.get(f"{running.url}/health/ready")
+        assert ready.status_code == 200
+        httpx.get(f"{running.url}/incident/get").raise_for_status()
+        assert running.end(signal.SIGTERM) == 0
+    output(*DISK_FULL, *servers)
+    assert len(json.loads(output("list", "--json", *servers))) == 1
+
+
+def test_serve_says_once_that_redis_is_away(
+    unused_port: int, sqlite_url: str, tmp_path: Path
+) -> None:
+    """The service starts without a Redis that it does not need, with one warning."""
+    away = f"redis://127.0.0.1:{unused_port}/0"
+    servers = ("--database-url", sqlite_url, "--redis-url", away)
+    with service(tmp_path / "log", *servers) as running:
+        httpx.get(f"{running.url}/incident/get").raise_for_status()
+        assert running.end(signal.SIGTERM) == 0
+        assert running.log.read_text().count("The cache is unavailable") == 1
+
+
+def test_serve_does_not_start_without_a_redis_that_is_required(
+    unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With INCIDENTKIT_REDIS_REQUIRED a Redis that is away is an error of the start."""
+    monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
+    monkeypatch.setenv("INCIDENTKIT_REDIS_URL", f"redis://127.0.0.1:{unused_port}/0")
+    exit_code, _, err = outcome(start("serve", "--port", "0"))
+    assert exit_code == 1
+    assert err.splitlines()[-1] == "Error: The cache is unavailable: it failed"
+    assert "Traceback" not in err
+
+
+def test_serve_on_a_port_that_is_taken_is_one_line() -> None:
+    """A port that something else listens on exits with 1 and is named."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        exit_code, _, err = outcome(start("serve", "--port", port))
+    assert exit_code == 1
+    assert err == f"Error: Cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+
+
+def test_serve_on_a_host_that_is_not_there_is_one_line() -> None:
+    """A name without an address exits with 1 and is named."""
+    exit_code, _, err = outcome(start("serve", "--host", "nowhere.invalid"))
+    assert exit_code == 1
+    assert re.fullmatch(r"Error: Cannot listen on nowhere\.invalid port 8000: [^(]+\n", err)
+
+
+UNCHECKED = """
+from incidentkit.cli import main, server
+
+async def nothing(*_, **__):
+    pass
+
+server.check_servers = nothing
+main()
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_serve_whose_app_does_not_start_is_a_failure(workers: str, unused_port: int) -> None:
+    """What goes wrong after the check of the servers ends the service with 1."""
+    url = f"postgresql://user:secret@127.0.0.1:{unused_port}/incidents"
+    arguments = ["serve", "--port", "0", "--workers", workers, "--database-url", url]
+    exit_code, _, err = outcome(start(*arguments, program=["-c", UNCHECKED]))
+    assert exit_code == 1
+    assert "\nincidentkit.errors.StoreUnavailable: The database is unavailable" in err
+    assert "secret" not in err
+
+
+def test_log_lines_are_harmless() -> None:
+    """Neither a message nor an exception's text can forge a line or reach the terminal."""
+    formatter = LineFormatter("%(levelname)s %(message)s")
+    record = logging.LogRecord("x", logging.INFO, "x.py", 1, "a\nb \x1b[2J", (), None)
+    assert formatter.format(record) == r"INFO a\nb \x1b[2J"
+    record.msg, record.exc_info = "Oh", (ValueError, ValueError("a \x1b[2J"), None)
+    assert formatter.format(record).splitlines() == ["INFO Oh", r"ValueError: a \x1b[2J"]
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_serve_names_the_extra_that_is_not_installed(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the server's packages the command says how to install them."""
+    monkeypatch.setitem(sys.modules, package, None)
+    (line,) = errors("serve", exit_code=1)
+    assert line == f"Error: {package} is not installed: pip install 'incidentkit[server]'"
