@@ -20,9 +20,9 @@ from incidentkit.errors import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import Incident, IncidentSource, IncidentStatus
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
+from incidentkit.store.statements import read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Dialect
     from sqlalchemy.sql.expression import ClauseElement
 
-    from incidentkit.models import ListQuery, NewIncident
+    from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
     from incidentkit.store.base import Incidents, RequestRecord
 
 Rows: TypeAlias = list["asyncpg.Record"]
@@ -119,13 +119,6 @@ def translate_error(error: Exception) -> StoreError:
     return StoreError(f"SQLSTATE {sqlstate}" if sqlstate else "unexpected failure of the driver")
 
 
-def _incident(row: asyncpg.Record) -> Incident:
-    incident_id, message, incident_type, source, created_at = row
-    return Incident(
-        incident_id, message, IncidentStatus(incident_type), IncidentSource(source), created_at
-    )
-
-
 async def _keep_state(_: Any) -> None:
     """Skip asyncpg's reset query, a round trip for each call: our statements leave no state."""
 
@@ -195,7 +188,7 @@ class PostgresStore:
                 "source": incident.source,
             },
         )
-        return _incident(rows[0])
+        return read_incident(rows[0])
 
     async def list(self, query: ListQuery) -> Incidents:
         """Read one page in one statement."""
@@ -208,17 +201,17 @@ class PostgresStore:
                 "offset": query.offset,
             },
         )
-        return [_incident(row) for row in rows]
+        return [read_incident(row) for row in rows]
 
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident in one statement."""
         rows = await self._read(_SELECT_INCIDENT, {"incident_id": incident_id})
-        return _incident(rows[0]) if rows else None
+        return read_incident(rows[0]) if rows else None
 
     async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
         """Change the status in one statement."""
         rows = await self._run(_UPDATE_STATUS, {"id": incident_id, "status": status})
-        return _incident(rows[0]) if rows else None
+        return read_incident(rows[0]) if rows else None
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append the records in one batch."""

@@ -19,9 +19,9 @@ from incidentkit.errors import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import Incident, IncidentSource, IncidentStatus
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
+from incidentkit.store.statements import read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from incidentkit.models import ListQuery, NewIncident
+    from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
     from incidentkit.store.base import Incidents, RequestRecord
 
 _T = TypeVar("_T")
@@ -91,13 +91,6 @@ def translate_error(error: Exception) -> StoreError:
         return StoreUnavailable(UNAVAILABLE[code])
     name = getattr(error.orig, "sqlite_errorname", None)
     return StoreError(name or "unexpected failure of the driver")
-
-
-def _incident(row: Row[*tuple[Any, ...]]) -> Incident:
-    incident_id, message, incident_type, source, created_at = row
-    return Incident(
-        incident_id, message, IncidentStatus(incident_type), IncidentSource(source), created_at
-    )
 
 
 class SqliteStore:
@@ -195,7 +188,7 @@ class SqliteStore:
                 "source": incident.source.value,
             },
         )
-        return _incident(rows[0])
+        return read_incident(rows[0])
 
     async def list(self, query: ListQuery) -> Incidents:
         """Read one page in one statement."""
@@ -207,19 +200,19 @@ class SqliteStore:
         rows = await self._read(
             statements.SELECT_PAGE[query.status is not None, query.source is not None], values
         )
-        return [_incident(row) for row in rows]
+        return [read_incident(row) for row in rows]
 
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident in one statement."""
         rows = await self._read(statements.SELECT_INCIDENT, {"incident_id": incident_id})
-        return _incident(rows[0]) if rows else None
+        return read_incident(rows[0]) if rows else None
 
     async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
         """Change the status in one statement."""
         rows = await self._write(
             statements.UPDATE_STATUS, {"id": incident_id, "status": status.value}
         )
-        return _incident(rows[0]) if rows else None
+        return read_incident(rows[0]) if rows else None
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append the records in one transaction."""

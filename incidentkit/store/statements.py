@@ -21,9 +21,12 @@ from sqlalchemy import (
 )
 from sqlalchemy import String as _String
 
+from incidentkit.models import Incident, IncidentSource, IncidentStatus
 from incidentkit.store.tables import VERSION_TABLE, incident_table, request_log_table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sqlalchemy import ColumnElement, Insert, Select
 
 _columns = incident_table.c
@@ -40,6 +43,15 @@ _INCIDENT: Final = (
     cast(_columns.source, Text).label("source"),
     _columns.created_at,
 )
+
+
+def read_incident(row: Iterable[Any]) -> Incident:
+    """Return the incident that a row of any of these statements is."""
+    incident_id, message, incident_type, source, created_at = row
+    return Incident(
+        incident_id, message, IncidentStatus(incident_type), IncidentSource(source), created_at
+    )
+
 
 INSERT_INCIDENT: Final = (
     insert(incident_table)
