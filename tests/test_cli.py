@@ -14,16 +14,13 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 import unicodedata
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import click
 import httpx
 import pytest
-from attrs import frozen
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,11 +30,11 @@ from incidentkit.cli import main
 from incidentkit.cli.server import LineFormatter
 from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
 from incidentkit.store.tables import REVISIONS, SCHEMA_REVISION
+from tests.programs import DEADLINE, outcome, service, start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
-DEADLINE = 30
 DISK_FULL = ("create", "Disk is full on db-1", "--source", "monitoring")
 
 texts = st.text(st.characters(exclude_categories=()))
@@ -62,30 +59,6 @@ def errors(*arguments: str, exit_code: int) -> list[str]:
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (exit_code, "")
     return result.stderr.splitlines()
-
-
-def start(
-    *arguments: str,
-    program: Sequence[str] = ("-m", "incidentkit"),
-    stdout: int | IO[bytes] = subprocess.PIPE,
-    stderr: int | IO[bytes] = subprocess.PIPE,
-    env: Mapping[str, str] | None = None,
-) -> subprocess.Popen[bytes]:
-    """Start a command as a program of its own."""
-    return subprocess.Popen(
-        [sys.executable, *program, *arguments], stdout=stdout, stderr=stderr, env=env
-    )
-
-
-def outcome(program: subprocess.Popen[bytes]) -> tuple[int, str, str]:
-    """Return a program's exit code, and what it wrote to stdout and to stderr."""
-    with program:
-        out, err = program.communicate(timeout=DEADLINE)
-    return (
-        program.returncode,
-        (out or b"").decode("utf-8", "backslashreplace"),
-        (err or b"").decode(),
-    )
 
 
 @pytest.fixture
@@ -520,48 +493,6 @@ def test_an_interrupt_ends_a_command_quietly() -> None:
 
 
 # The service
-
-
-@frozen
-class Service:
-    """A running `incidentkit serve`."""
-
-    program: subprocess.Popen[bytes]
-    url: str
-    log: Path
-
-    def end(self, number: signal.Signals) -> int:
-        """Send the signal and return the exit code."""
-        self.program.send_signal(number)
-        return self.program.wait(DEADLINE)
-
-
-@contextmanager
-def service(log: Path, *arguments: str) -> Iterator[Service]:
-    """Run the service until it answers, and make sure that it ends."""
-    with (
-        log.open("wb") as stderr,
-        start("serve", "--port", "0", *arguments, stdout=subprocess.DEVNULL, stderr=stderr) as it,
-    ):
-        try:
-            yield Service(it, _wait_until_alive(it, log), log)
-        finally:
-            it.kill()
-
-
-def _wait_until_alive(program: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + DEADLINE
-    while time.monotonic() < deadline and program.poll() is None:
-        found = re.search(r" on (http://\S+:\d+), documentation", log.read_text())
-        if found:
-            try:
-                httpx.get(f"{found[1]}/health/live").raise_for_status()
-            except httpx.HTTPError:
-                pass
-            else:
-                return found[1]
-        time.sleep(0.05)
-    pytest.fail(f"the service does not answer:\n{log.read_text()}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

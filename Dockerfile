@@ -1,0 +1,28 @@
+FROM python:3.13-slim AS build
+
+RUN python -m venv /opt/incidentkit
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY incidentkit incidentkit
+COPY migrations migrations
+RUN /opt/incidentkit/bin/python -m pip install --no-cache-dir ".[all]"
+
+
+FROM python:3.13-slim
+
+RUN groupadd --gid 10001 incidentkit \
+    && useradd --no-log-init --uid 10001 --gid 10001 --home-dir /data incidentkit \
+    && install --directory --owner incidentkit --group incidentkit /data
+COPY --from=build /opt/incidentkit /opt/incidentkit
+ENV PATH="/opt/incidentkit/bin:$PATH" PYTHONUNBUFFERED=1
+
+# Where the SQLite file lies when no database is named: mount a volume here to keep it.
+WORKDIR /data
+USER 10001:10001
+EXPOSE 8000
+
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["python", "-c", "import http.client; connection = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); connection.request('GET', '/health/live'); raise SystemExit(connection.getresponse().status != 200)"]
+
+ENTRYPOINT ["incidentkit"]
+CMD ["serve", "--host", "0.0.0.0"]

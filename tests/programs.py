@@ -1,0 +1,112 @@
+"""Programs of the project, run as their users run them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
+
+import httpx
+import pytest
+from attrs import frozen
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+DEADLINE = 60
+"""Seconds after which a program that should have answered or ended is taken to hang."""
+
+
+def start(
+    *arguments: str,
+    program: Sequence[str] = ("-m", "incidentkit"),
+    stdout: int | IO[bytes] = subprocess.PIPE,
+    stderr: int | IO[bytes] = subprocess.PIPE,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a command as a program of its own."""
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments], stdout=stdout, stderr=stderr, env=env
+    )
+
+
+def outcome(program: subprocess.Popen[bytes]) -> tuple[int, str, str]:
+    """Return a program's exit code, and what it wrote to stdout and to stderr."""
+    with program:
+        try:
+            out, err = program.communicate(timeout=DEADLINE)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            raise
+    return (
+        program.returncode,
+        (out or b"").decode("utf-8", "backslashreplace"),
+        (err or b"").decode(),
+    )
+
+
+@frozen
+class Service:
+    """A running web service, `incidentkit serve` or another."""
+
+    program: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def end(self, number: signal.Signals) -> int:
+        """Send the signal and return the exit code."""
+        self.program.send_signal(number)
+        return self.program.wait(DEADLINE)
+
+
+@contextmanager
+def service(
+    log: Path,
+    *arguments: str,
+    program: Sequence[str] = ("-m", "incidentkit", "serve", "--port", "0"),
+    env: Mapping[str, str] | None = None,
+    alive: str = "/health/live",
+) -> Iterator[Service]:
+    """Run a service that says its address on stderr, and end it if it still runs.
+
+    It is there once it answers on the path `alive`.
+    """
+    with (
+        log.open("wb") as stderr,
+        start(
+            *arguments, program=program, stdout=subprocess.DEVNULL, stderr=stderr, env=env
+        ) as running,
+    ):
+        try:
+            yield Service(running, _wait_until_alive(running, log, alive), log)
+        finally:
+            _end(running)
+
+
+def _wait_until_alive(program: subprocess.Popen[bytes], log: Path, path: str) -> str:
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline and program.poll() is None:
+        found = re.search(r" on (http://[\w.]+:\d+)", log.read_text())
+        if found:
+            try:
+                httpx.get(f"{found[1]}{path}").raise_for_status()
+            except httpx.HTTPError:
+                pass
+            else:
+                return found[1]
+        time.sleep(0.05)
+    pytest.fail(f"the service does not answer:\n{log.read_text()}")
+
+
+def _end(program: subprocess.Popen[bytes]) -> None:
+    program.terminate()
+    try:
+        program.wait(DEADLINE)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        raise

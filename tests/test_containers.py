@@ -1,0 +1,239 @@
+"""The Dockerfile and docker-compose.yml, read and followed without a Docker engine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from dotenv import dotenv_values
+
+from incidentkit.settings import Settings
+from tests.programs import outcome, service, start
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ROOT = Path(__file__).resolve().parent.parent
+DOT_ENV = {
+    "POSTGRES_DB": "mine",
+    "POSTGRES_USER": "me",
+    "POSTGRES_PASSWORD": "secret",
+    "POSTGRES_HOST": "localhost",
+    "POSTGRES_PORT": "6543",
+    "REDIS_HOST": "localhost",
+    "REDIS_PORT": "7777",
+    "REDIS_DB": "3",
+    "DB_POOL_SIZE": "20",
+    "DB_MAX_OVERFLOW": "0",
+    "DB_ECHO": "True",
+    "INCIDENTKIT_DATABASE_URL": "sqlite+aiosqlite:///elsewhere.db",
+    "INCIDENTKIT_REDIS_REQUIRED": "true",
+    "INCIDENTKIT_REQUEST_LOG": "database",
+}
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return the Dockerfile's instructions, each with the rest of its line."""
+    text = (ROOT / "Dockerfile").read_text()
+    lines = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines) if name]
+
+
+def last(name: str) -> str:
+    """Return what the last instruction of a name says: that of the image which is run."""
+    return [rest for instruction, rest in instructions() if instruction == name][-1]
+
+
+def compose(variables: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return docker-compose.yml with its variables replaced, as `docker compose config` does."""
+
+    def replace(match: re.Match[str]) -> str:
+        return "$" if match[0] == "$$" else variables.get(match["name"]) or match["default"]
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: replaced(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [replaced(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        return re.sub(r"\$\$|\$\{(?P<name>\w+):-(?P<default>[^}]*)\}", replace, value)
+
+    yaml: Any = importlib.import_module("yaml")
+    project: dict[str, Any] = replaced(yaml.safe_load((ROOT / "docker-compose.yml").read_text()))
+    return project
+
+
+def environment(name: str, variables: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the environment of a container."""
+    found: dict[str, str] = compose(variables)["services"][name]["environment"]
+    return found
+
+
+# The image
+
+
+def test_the_image_does_not_run_as_root() -> None:
+    """The last user is neither root nor a name that could be, and owns the working directory."""
+    user = last("USER")
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    assert f"useradd --no-log-init --uid {user.partition(':')[0]} " in last("RUN")
+    assert last("RUN").endswith(last("WORKDIR"))
+
+
+def test_the_image_starts_the_service_for_all_addresses() -> None:
+    """Both parts of the command are in exec form, so that signals reach the service."""
+    command = [*json.loads(last("ENTRYPOINT")), *json.loads(last("CMD"))]
+    assert command == ["incidentkit", "serve", "--host", "0.0.0.0"]
+    assert last("EXPOSE") == "8000"
+
+
+def test_the_image_gets_what_it_needs_and_no_more() -> None:
+    """Every file that is copied is there and let through, and the build needs no other."""
+    copied = [
+        source
+        for name, rest in instructions()
+        if name == "COPY" and not rest.startswith("--from")
+        for source in rest.split()[:-1]
+    ]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ignored[1] == "*"
+    assert sorted(copied) == sorted(line[1:] for line in ignored if line.startswith("!"))
+    assert all((ROOT / source).exists() for source in copied)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert {project["project"]["readme"], *project["project"]["license-files"]} < set(copied)
+    targets = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {*targets["packages"], *targets["force-include"]} < set(copied)
+
+
+# The stack
+
+
+def test_every_variable_reaches_the_service() -> None:
+    """What `.env` says is what the service uses, but for the servers, which are the stack's."""
+    settings = Settings.from_mapping(environment("incidentkit", DOT_ENV))
+    assert settings.database_url == "postgresql://me:secret@postgres:5432/mine"
+    assert settings.redis_url == "redis://redis:6379/3"
+    assert settings.redis_required
+    assert settings.request_log == "database"
+    store = settings.store
+    assert (store.pool_size, store.max_overflow, store.echo) == (20, 0, True)
+
+
+@pytest.mark.parametrize("variables", [{}, DOT_ENV], ids=["defaults", ".env"])
+def test_the_servers_are_the_ones_that_the_service_uses(variables: dict[str, str]) -> None:
+    """PostgreSQL gets the account that the service and the migration use, `.env` or not."""
+    postgres = environment("postgres", variables)
+    assert environment("migrate", variables) == environment("incidentkit", variables)
+    settings = Settings.from_mapping(environment("incidentkit", variables))
+    used = urlsplit(settings.database_url)
+    assert postgres["POSTGRES_USER"] == used.username
+    assert postgres["POSTGRES_PASSWORD"] == used.password
+    assert postgres["POSTGRES_DB"] == used.path.strip("/")
+    services = compose(variables)["services"]
+    assert used.hostname in services
+    assert settings.redis_url is not None
+    assert urlsplit(settings.redis_url).hostname in services
+
+
+def test_the_service_starts_after_the_migration_and_its_servers() -> None:
+    """PostgreSQL is healthy before the migration, which is done before the service starts."""
+    services = compose({})["services"]
+    assert services["migrate"]["depends_on"]["postgres"] == {"condition": "service_healthy"}
+    assert services["incidentkit"]["depends_on"] == {
+        "migrate": {"condition": "service_completed_successfully"},
+        "postgres": {"condition": "service_healthy"},
+        "redis": {"condition": "service_healthy"},
+    }
+    for server in ("postgres", "redis"):
+        assert services[server]["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL")
+
+
+def test_the_health_check_of_postgres_asks_for_the_database() -> None:
+    """It asks over TCP, which the server that only prepares a new database does not answer."""
+    services = compose({})["services"]
+    _, command = services["postgres"]["healthcheck"]["test"]
+    names = {"POSTGRES_USER": "a b", "POSTGRES_DB": "c d"}
+    asked = subprocess.run(
+        ["/bin/sh", "-c", command.replace("pg_isready", "echo")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=names,
+    )
+    assert asked.stdout == "--host=127.0.0.1 --username=a b --dbname=c d\n"
+
+
+def test_the_stack_runs_until_it_is_stopped() -> None:
+    """Servers and service come back after a crash, the migration runs once, and data is kept."""
+    project = compose({})
+    services = project["services"]
+    assert services["migrate"]["restart"] == "no"
+    assert services["migrate"]["healthcheck"] == {"disable": True}
+    for name in ("incidentkit", "postgres", "redis"):
+        assert services[name]["restart"] == "unless-stopped"
+    volume, _, folder = services["postgres"]["volumes"][0].partition(":")
+    assert volume in project["volumes"]
+    # From version 18 on the image keeps its data in a folder of the version, below this one.
+    assert (services["postgres"]["image"], folder) == ("postgres:18", "/var/lib/postgresql")
+    assert services["incidentkit"]["ports"] == ["8000:8000"]
+
+
+def test_the_containers_commands_work_together(
+    empty_postgres_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    """The migration's command, the image's command and its health check do what they are for."""
+    postgres, redis = urlsplit(empty_postgres_url), urlsplit(redis_url)
+    variables = {
+        "POSTGRES_USER": postgres.username,
+        "POSTGRES_PASSWORD": postgres.password,
+        "POSTGRES_DB": postgres.path.strip("/"),
+        "REDIS_DB": redis.path.strip("/"),
+    }
+    there = {
+        **os.environ,
+        **environment("incidentkit", variables),
+        "POSTGRES_HOST": str(postgres.hostname),
+        "POSTGRES_PORT": str(postgres.port),
+        "REDIS_HOST": str(redis.hostname),
+        "REDIS_PORT": str(redis.port),
+    }
+    migration = compose(variables)["services"]["migrate"]["command"]
+    assert outcome(start(*migration, env=there))[0] == 0
+    assert last("HEALTHCHECK").count(" CMD ") == 1
+    python, *check = json.loads(last("HEALTHCHECK").partition(" CMD ")[2])
+    assert python == "python"
+    command = json.loads(last("CMD"))
+    with service(tmp_path / "log", *command[1:], env=there) as running:
+        port = str(urlsplit(running.url).port)
+        check = [argument.replace("8000", port) for argument in check]
+        assert subprocess.run([sys.executable, *check], check=False).returncode == 0
+        ready = httpx.get(f"http://127.0.0.1:{port}/health/ready").json()
+        assert (ready["database"]["state"], ready["cache"]["state"]) == ("ok", "ok")
+    assert (
+        subprocess.run([sys.executable, *check], check=False, stderr=subprocess.DEVNULL).returncode
+        == 1
+    )
+
+
+def test_the_example_of_a_dot_env_can_be_used_as_it_is() -> None:
+    """Its variables are the ones that are read, with values that are valid."""
+    example = ROOT / ".env.example"
+    settings = Settings.from_env(example)
+    assert settings.database_url == "postgresql://postgres:change_me@localhost:5432/incidents"
+    assert settings.redis_url == "redis://localhost:6379/0"
+    named = set(re.findall(r"^(?:# )?([A-Z_]+)=", example.read_text(), re.MULTILINE))
+    assert named == {*DOT_ENV, "INCIDENTKIT_REDIS_URL"}
+    assert compose(dotenv_values(example)) == compose(
+        {**dotenv_values(example), "POSTGRES_HOST": "elsewhere", "REDIS_PORT": "1"}
+    )
