@@ -194,8 +194,10 @@ secrets = st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min
 def test_error_repeats_nothing_of_the_message(secret: str, form: str) -> None:
     """A refused message, status, source or number is in no text of the error."""
     value: Any = form.format(secret)
+    not_text: Any = [value]
     for make in (
         lambda: NewIncident(value, value, value),
+        lambda: NewIncident(not_text, not_text, not_text),
         lambda: ListQuery(value, value, value, value),
         lambda: check_status_change(value, value),
     ):

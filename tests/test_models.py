@@ -60,10 +60,26 @@ forbidden = st.sampled_from(["test", "none", "null"]).flatmap(
 
 unprintable = st.text(st.sampled_from("\x00\ud800\udbff\udc00\udfff"), min_size=1, max_size=2)
 
+
+class Disguised:
+    """An object that reads as the value of a member."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
 # Values that are, or stand for, no member of either enum.
 strangers = strange_values.filter(
     lambda value: value not in [*IncidentStatus, *IncidentSource]
-) | st.sampled_from([True, 0, b"new", b"operator", None, ["new"], {"operator": 1}, "New", " new"])
+) | st.sampled_from(
+    [
+        *[True, 0, None, b"new", ["new"], {"operator": 1}],
+        *["New", " new", "operator\x00", Disguised("new"), Disguised("operator")],
+    ]
+)
 
 not_integers = strange_values.filter(lambda value: type(value) is not int) | st.sampled_from(
     [True, False, 1.0, "1", "1_0", "٣", None, b"1"]

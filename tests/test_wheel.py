@@ -72,8 +72,7 @@ def build(source: Path, target: str, into: Path) -> Path:
 
 def unpacked(sdist: Path, into: Path) -> Path:
     """Unpack the sdist, and return its folder."""
-    with tarfile.open(sdist) as archive:
-        archive.extractall(into, filter="data")
+    run(sys.executable, "-m", "tarfile", "-e", sdist, into, cwd=into)
     return into / f"incidentkit-{VERSION}"
 
 
