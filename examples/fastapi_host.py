@@ -1,0 +1,43 @@
+"""Mount the incident service in a FastAPI application, which records incidents itself too.
+
+.. code-block:: console
+
+    $ pip install 'incidentkit[all]' fastapi
+    $ uvicorn --app-dir examples fastapi_host:app
+    $ curl -X POST http://127.0.0.1:8000/orders/7/ship
+    $ curl http://127.0.0.1:8000/incidents/incident/get
+
+Swagger UI of the application is at `/docs`, that of the service at `/incidents/docs`.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, HTTPException
+
+from incidentkit import IncidentClient
+from incidentkit.http import create_app
+from incidentkit.http import lifespan as incidents_lifespan
+
+incidents = IncidentClient.from_env()
+service = create_app(incidents)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    """Open what the application uses; an application does not start what it mounts."""
+    async with incidents_lifespan(service):
+        yield
+
+
+app = FastAPI(title="Shop", lifespan=lifespan)
+app.mount("/incidents", service)
+
+
+@app.post("/orders/{order_id}/ship")
+async def ship(order_id: int) -> None:
+    """Fail, and leave an incident about it."""
+    incident = await incidents.create(
+        f"Order {order_id} could not be shipped", source="operator", incident_type="failed"
+    )
+    raise HTTPException(502, f"Not shipped, see incident {incident.incident_id}")

@@ -1,0 +1,64 @@
+"""Give the client a cache of one's own: here one that counts what another one saves.
+
+.. code-block:: console
+
+    $ pip install incidentkit
+    $ python examples/own_cache.py
+"""
+# ruff: noqa: T201
+
+import asyncio
+
+from incidentkit import IncidentClient
+from incidentkit.cache import IncidentCache, MemoryCache
+from incidentkit.store import store_from_url
+
+
+class CountingCache:
+    """Counts how many pages were asked for and found; any object with these methods is a cache.
+
+    A cache may raise: the client logs it, reads from the database, and comes back later.
+    """
+
+    def __init__(self, cache: IncidentCache) -> None:
+        self.asked = 0
+        self.found = 0
+        self._cache = cache
+
+    async def get(self, key: str) -> bytes | None:
+        """Return the page, or None."""
+        page = await self._cache.get(key)
+        self.asked += 1
+        self.found += page is not None
+        return page
+
+    async def set(self, key: str, value: bytes, ttl: float) -> None:
+        """Keep the page for at most `ttl` seconds."""
+        await self._cache.set(key, value, ttl)
+
+    async def clear(self) -> None:
+        """Forget every page: the client asks for that after every change."""
+        await self._cache.clear()
+
+    async def ping(self) -> None:
+        """Raise unless the cache answers."""
+        await self._cache.ping()
+
+    async def close(self) -> None:
+        """Give back every connection."""
+        await self._cache.close()
+
+
+async def main() -> None:
+    """List incidents again and again, with a change in between."""
+    cache = CountingCache(MemoryCache())
+    store = store_from_url("sqlite+aiosqlite:///:memory:")
+    async with IncidentClient(store, cache=cache) as incidents:
+        for _ in range(2):
+            await incidents.create("Queue is growing", source="monitoring")
+            for _ in range(5):
+                await incidents.list(status="new")
+    print(f"{cache.found} of {cache.asked} lists came from the cache")
+
+
+asyncio.run(main())
