@@ -256,6 +256,7 @@ def test_every_faulty_field_is_named() -> None:
         ["serve", "--port", "65536"],
         ["serve", "--workers", "0"],
         ["serve", "--host", ""],
+        ["serve", "--workers", "2", "--database-url", "sqlite+aiosqlite:///:memory:"],
         ["db", "upgrade", "head", "now"],
         ["nonsense"],
     ],

@@ -311,6 +311,8 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
         # It would mean every address of the machine.
         raise click.UsageError("--host is empty")
     server.check_installed()
+    if workers > 1 and server.in_memory(settings.database_url):
+        raise click.UsageError("a database in memory is not shared by several --workers")
     server.configure_logging()
     asyncio.run(server.check_servers(_client(settings), with_cache=settings.redis_required))
     click.get_current_context().exit(0 if server.run(settings, host, port, workers) else 1)

@@ -83,6 +83,15 @@ def check_installed() -> None:
             raise MissingDependency(package, extra="server")
 
 
+def in_memory(database_url: str) -> bool:
+    """Return whether each process would have a database of its own."""
+    from incidentkit.store.base import database_kind  # noqa: PLC0415
+    from incidentkit.store.sqlite import MEMORY, sqlite_url  # noqa: PLC0415
+
+    sqlite = database_kind(database_url) == "sqlite"
+    return sqlite and sqlite_url(database_url).database in MEMORY
+
+
 def configure_logging() -> None:
     """Write the records of the service, and warnings of all else, to stderr."""
     logging.config.dictConfig(LOGGING)

@@ -49,12 +49,10 @@ def shorten(text: str, columns: int) -> str:
     """Return the text, or as much of its start as fits into the columns with an ellipsis."""
     if width(text) <= columns:
         return text
-    used = len(ELLIPSIS)
-    for end, character in enumerate(text):
-        used += _character_width(character)
-        if used > columns:
-            return text[:end] + ELLIPSIS
-    return text
+    room, end = columns - len(ELLIPSIS), 0
+    while (room := room - _character_width(text[end])) >= 0:
+        end += 1
+    return text[:end] + ELLIPSIS
 
 
 def table(incidents: Sequence[Incident], columns: int | None = None) -> str:
