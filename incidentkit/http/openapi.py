@@ -19,6 +19,7 @@ from incidentkit.http.health import (
 )
 from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Problem
 from incidentkit.http.request_id import HEADER, PATTERN
+from incidentkit.http.requests import MAX_BODY
 from incidentkit.models import (
     FORBIDDEN_MESSAGES,
     MAX_ID,
@@ -86,17 +87,15 @@ _MODELS: Final = {
 _DETAILS: Final = {
     400: "The body is not well-formed JSON (line 1, column 2)",
     404: "Incident not found",
-    413: "The body must have at most 65536 bytes",
+    413: f"The body must have at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",
-    422: "incident_id must be an integer from 1 to 9223372036854775807",
+    422: f"incident_id must be an integer from 1 to {MAX_ID}",
     500: "The server failed to answer the request",
     503: "The database is unavailable, or its schema is not the one that is needed",
 }
 """An example of the detail of each problem."""
 
-_ERRORS: Final = {
-    422: (FieldError("incident_id", "must be an integer from 1 to 9223372036854775807"),)
-}
+_ERRORS: Final = {422: (FieldError("incident_id", f"must be an integer from 1 to {MAX_ID}"),)}
 
 _PROBLEM_HEADERS: Final = {503: ("Retry-After",)}
 
