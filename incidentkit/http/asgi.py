@@ -23,12 +23,7 @@ if not _logger.hasHandlers():
 _settings = Settings.from_env()
 
 app = create_app(
-    IncidentClient.open(
-        _settings.database_url,
-        _settings.redis_url,
-        redis_required=_settings.redis_required,
-        options=_settings.store,
-    ),
+    IncidentClient.from_settings(_settings),
     request_log=_settings.request_log,
     cache_required=_settings.redis_required,
 )
