@@ -7,7 +7,6 @@
 
 The file is `incidentkit.db` in the current folder; `incidentkit list` shows what is in it.
 """
-# ruff: noqa: T201
 
 import asyncio
 

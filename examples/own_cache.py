@@ -5,7 +5,6 @@
     $ pip install incidentkit
     $ python examples/own_cache.py
 """
-# ruff: noqa: T201
 
 import asyncio
 

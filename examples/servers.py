@@ -11,7 +11,6 @@
 A file `.env` in the current folder does instead of the variables, and so do
 INCIDENTKIT_DATABASE_URL and INCIDENTKIT_REDIS_URL.
 """
-# ruff: noqa: T201
 
 import asyncio
 import sys

@@ -13,8 +13,9 @@ from incidentkit.cache import INDEX_KEY, TTL, MemoryCache, cache_from_url
 from incidentkit.cache.redis import RedisCache
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from incidentkit import Incident
     from incidentkit.cache import IncidentCache
 
 KEY = "incidents:1:10:any:any"
@@ -132,10 +133,11 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
     await redis.set("incidents:foreign:key", b"2")
     async with IncidentClient.open(sqlite_url, redis_url) as incidents:
         await incidents.create("Disk is full", source="monitoring")
-        for write in (
+        writes: list[Callable[[], Awaitable[Incident]]] = [
             lambda: incidents.create("Disk is full", source="monitoring"),
             lambda: incidents.update_status(1, "failed"),
-        ):
+        ]
+        for write in writes:
             for page in range(1, 5):
                 await incidents.list(page=page)
             assert len(await redis.keys("incidents:*")) == 5

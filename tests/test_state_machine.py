@@ -484,7 +484,10 @@ class IncidentMachine(RuleBasedStateMachine):
     @invariant()
     def everybody_sees_the_newest(self) -> None:
         for client in self.clients:
-            assert self.run(client.list()) == self.newest()
+            found = self.run(client.list())
+            assert found == self.newest()
+            for incident in found:
+                check_types(incident)
 
 
 def check_types(incident: Incident) -> None:

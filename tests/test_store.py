@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,14 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.store import RequestRecord, StoreOptions, store_from_url
-from incidentkit.store.migrate import downgrade, migration_engine
+from incidentkit.store.migrate import downgrade, migration_engine, upgrade
 from incidentkit.store.postgresql import PostgresStore, compile_statement
 from incidentkit.store.sqlite import SqliteStore
 from incidentkit.store.statements import SELECT_PAGE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from incidentkit.store.base import IncidentStore
 
@@ -209,6 +211,22 @@ async def test_a_cancelled_call_leaves_the_store_whole(store: IncidentStore) -> 
     assert await store.get(1) is not None
 
 
+async def test_a_file_that_is_being_written_can_be_opened(sqlite_url: str, tmp_path: Path) -> None:
+    """Opening an SQLite file waits for whoever writes to it, also before it is in WAL mode."""
+    await upgrade(sqlite_url)
+    other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
+    assert other.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",)
+    other.execute("BEGIN IMMEDIATE")
+    store = store_from_url(sqlite_url)
+    await store.open()
+    creating = asyncio.ensure_future(store.create(DISK_FULL))
+    await asyncio.sleep(0)
+    other.execute("COMMIT")
+    other.close()
+    assert (await creating).incident_id == 1
+    await store.close()
+
+
 async def test_request_records_are_appended(store: IncidentStore, url: str) -> None:
     """A batch of request records is written to the table `request_log`, in order."""
     at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -315,12 +333,19 @@ def test_the_url_chooses_the_store(url: str, kind: type[IncidentStore]) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["postgresql://localhost:notaport/x", "postgresql://localhost/x?sslmode=nonsense"],
+    [
+        "postgresql://localhost:notaport/x",
+        "postgresql://localhost/x?sslmode=nonsense",
+        "sqlite+aiosqlite:///x.db?nonsense=1",
+        "sqlite+aiosqlite://host/x.db",
+    ],
 )
-async def test_a_broken_postgresql_url_is_a_typed_error(url: str) -> None:
-    """A URL that cannot be read is an error of the settings."""
-    with pytest.raises(InvalidSettings):
+async def test_a_broken_url_is_a_typed_error(url: str) -> None:
+    """A URL that cannot be read is an error of the settings, to a store and to a migration."""
+    with pytest.raises(InvalidSettings, match="database_url"):
         await store_from_url(url).open()
+    with pytest.raises(InvalidSettings, match="database_url"):
+        await upgrade(url)
 
 
 async def test_a_file_that_cannot_be_opened_is_a_typed_error() -> None:

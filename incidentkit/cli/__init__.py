@@ -140,19 +140,10 @@ def _run(settings: Settings, work: Callable[[IncidentClient], Awaitable[_T]]) ->
     """Return what the work on an open client returns."""
 
     async def run() -> _T:
-        async with _client(settings) as incidents:
+        async with IncidentClient.from_settings(settings) as incidents:
             return await work(incidents)
 
     return asyncio.run(run())
-
-
-def _client(settings: Settings) -> IncidentClient:
-    return IncidentClient.open(
-        settings.database_url,
-        settings.redis_url,
-        redis_required=settings.redis_required,
-        options=settings.store,
-    )
 
 
 def _write(output: str | bytes) -> None:
@@ -314,7 +305,11 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     if workers > 1 and server.in_memory(settings.database_url):
         raise click.UsageError("a database in memory is not shared by several --workers")
     server.configure_logging()
-    asyncio.run(server.check_servers(_client(settings), with_cache=settings.redis_required))
+    asyncio.run(
+        server.check_servers(
+            IncidentClient.from_settings(settings), with_cache=settings.redis_required
+        )
+    )
     click.get_current_context().exit(0 if server.run(settings, host, port, workers) else 1)
 
 

@@ -55,7 +55,7 @@ def migration_engine(database_url: str) -> AsyncEngine:
         dsn = postgresql.asyncpg_dsn(database_url)
         return create_async_engine(
             "postgresql+asyncpg://",
-            async_creator=lambda: asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT),
+            async_creator=partial(_connect, dsn),
             poolclass=NullPool,
             hide_parameters=True,
         )
@@ -68,6 +68,13 @@ def migration_engine(database_url: str) -> AsyncEngine:
     event.listen(engine.sync_engine, "connect", _leave_transactions_to_us)
     event.listen(engine.sync_engine, "begin", _begin_immediate)
     return engine
+
+
+async def _connect(dsn: str) -> asyncpg.Connection[asyncpg.Record]:
+    try:
+        return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT)
+    except postgresql.UNREADABLE_URL as error:
+        raise postgresql.unreadable_url() from error
 
 
 def _leave_transactions_to_us(connection: Any, _: object) -> None:

@@ -65,6 +65,9 @@ _AWAY: Final = (
 )
 """What may pass without anybody changing the statement or the schema."""
 
+UNREADABLE_URL: Final = (ValueError, OverflowError)
+"""What asyncpg raises on connecting if a URL cannot be read, or its port is none."""
+
 _OTHER_SCHEMA: Final = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
@@ -101,6 +104,11 @@ def asyncpg_dsn(database_url: str) -> str:
     """Return the URL as asyncpg takes it: without SQLAlchemy's driver name and its ``ssl=``."""
     _, _, rest = database_url.partition("://")
     return f"postgresql://{rest}".replace("?ssl=", "?sslmode=").replace("&ssl=", "&sslmode=")
+
+
+def unreadable_url() -> InvalidSettings:
+    """Return what a caller sees for a URL that asyncpg refuses."""
+    return InvalidSettings("database_url", "is not a URL that PostgreSQL's driver can read")
 
 
 def translate_error(error: Exception) -> StoreError:
@@ -157,9 +165,8 @@ class PostgresStore:
         except BaseException as error:
             await self.close()
             # The pool reads the URL when it first connects.
-            if isinstance(error, StoreError) and isinstance(error.__cause__, ValueError):
-                reason = "is not a URL that PostgreSQL's driver can read"
-                raise InvalidSettings("database_url", reason) from error.__cause__
+            if isinstance(error, StoreError) and isinstance(error.__cause__, UNREADABLE_URL):
+                raise unreadable_url() from error.__cause__
             raise
 
     async def close(self) -> None:

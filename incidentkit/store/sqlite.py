@@ -61,9 +61,15 @@ def sqlite_url(database_url: str) -> URL:
         InvalidSettings: If it cannot be read.
     """
     try:
-        return make_url(database_url).set(drivername="sqlite+aiosqlite")
+        url = make_url(database_url).set(drivername="sqlite+aiosqlite")
     except ArgumentError:
         raise InvalidSettings("database_url", "is not an SQLite URL") from None
+    if url.host or url.username or url.port:
+        raise InvalidSettings("database_url", "names a file on SQLite: sqlite+aiosqlite:///file")
+    if url.query and "uri" not in url.query:
+        # SQLAlchemy would ignore them with a warning.
+        raise InvalidSettings("database_url", "may have parameters on SQLite only with uri=true")
+    return url
 
 
 async def probe(url: URL) -> None:
@@ -285,7 +291,12 @@ class SqliteStore:
 
 def _prepare_connection(connection: Any, _: object) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")
+    try:
+        cursor.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.OperationalError as error:
+        # SQLite does not wait here. The file stays as it is until a later connection asks again.
+        if error.sqlite_errorcode & PRIMARY_CODE != sqlite3.SQLITE_BUSY:
+            raise
     # Not NORMAL, which may lose the last commits when the power fails.
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
