@@ -18,6 +18,7 @@ from incidentkit.models import (
     check_incident_id,
     check_status_change,
 )
+from incidentkit.store.base import DEFAULT_DATABASE_URL
 from incidentkit.wire import decode_incidents, encode_incidents
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from incidentkit.store.base import IncidentStore, StoreOptions
 
 logger = logging.getLogger("incidentkit")
-
-DEFAULT_DATABASE_URL = "sqlite+aiosqlite:///incidentkit.db"
 
 Incidents: TypeAlias = list[Incident]
 """A page; an alias because inside the client ``list`` is the verb."""
@@ -66,6 +65,7 @@ class IncidentClient:
         self._cache_required = cache_required
         self._pages: PageCache | None = None
         self._connected = False
+        self._connecting = asyncio.Lock()
         self._writes: set[asyncio.Task[Any]] = set()
 
     @classmethod
@@ -162,16 +162,17 @@ class IncidentClient:
             SchemaOutOfDate: With the command that mends it. SQLite mends itself.
             CacheUnavailable: If the cache does not answer, and is required.
         """
-        if self._connected:
-            return
-        self._pages = None if self._cache is None else PageCache(self._cache)
-        try:
-            await self.store.open()
-            await self._ping_cache()
-        except BaseException:
-            await self.close()
-            raise
-        self._connected = True
+        async with self._connecting:
+            if self._connected:
+                return
+            self._pages = None if self._cache is None else PageCache(self._cache)
+            try:
+                await self.store.open()
+                await self._ping_cache()
+            except BaseException:
+                await self.close()
+                raise
+            self._connected = True
 
     async def _ping_cache(self) -> None:
         if self._pages is None:
@@ -191,6 +192,8 @@ class IncidentClient:
         if pages is not None:
             await pages.close()
         await self.store.close()
+        # The next opening may be on another event loop.
+        self._connecting = asyncio.Lock()
 
     @overload
     async def create(self, incident_message: NewIncident, /) -> Incident: ...
@@ -223,13 +226,13 @@ class IncidentClient:
             InvalidIncident: With every faulty field; nothing is stored.
             TypeError: If a NewIncident comes with fields beside it.
         """
-        self._check_connected()
         if isinstance(incident_message, NewIncident):
             if source is not None or incident_type is not IncidentStatus.NEW:
                 raise TypeError("A NewIncident is created as it is, without further fields")
             incident = incident_message
         else:
             incident = NewIncident(incident_message, source, incident_type)  # type: ignore[arg-type]
+        self._check_connected()
         return await self._write(self.store.create(incident))
 
     async def list(
@@ -322,7 +325,11 @@ class IncidentClient:
         task = asyncio.ensure_future(self._write_and_clear(write))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_log_failure)
+            raise
 
     async def _write_and_clear(self, write: Coroutine[Any, Any, _T]) -> _T:
         try:
@@ -331,3 +338,10 @@ class IncidentClient:
             # Also after an error: it may hide a commit.
             if self._pages is not None:
                 await self._pages.clear()
+
+
+def _log_failure(write: asyncio.Task[Any]) -> None:
+    """Tell of a write that failed when its caller was no longer there."""
+    error = None if write.cancelled() else write.exception()
+    if error is not None:
+        logger.warning("A write whose caller was cancelled failed: %s", error)

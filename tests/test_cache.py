@@ -81,16 +81,25 @@ async def test_a_cache_answers_a_ping_and_closes_twice(cache: IncidentCache) -> 
 
 async def test_memory_is_bounded() -> None:
     """The cache in the process never holds more than its bytes; what was least used goes first."""
-    cache = MemoryCache(max_bytes=100)
-    await cache.set("a", b"x" * 40, TTL)
-    await cache.set("b", b"x" * 40, TTL)
+    cache = MemoryCache(max_bytes=10_000)
+    await cache.set("a", b"x" * 4_000, TTL)
+    await cache.set("b", b"x" * 4_000, TTL)
     assert await cache.get("a") is not None
-    await cache.set("c", b"x" * 40, TTL)
+    await cache.set("c", b"x" * 4_000, TTL)
     assert [await cache.get(key) is not None for key in "abc"] == [True, False, True]
-    await cache.set("d", b"x" * 101, TTL)
+    await cache.set("d", b"x" * 10_000, TTL)
     assert await cache.get("d") is None
-    await cache.set("c", b"y" * 60, TTL)
+    await cache.set("c", b"y" * 5_000, TTL)
     assert [await cache.get(key) is not None for key in "ac"] == [True, True]
+
+
+async def test_memory_is_bounded_in_pages_that_are_empty() -> None:
+    """However small the pages are, what keeping them costs counts."""
+    cache = MemoryCache(max_bytes=100_000)
+    for page in range(1000):
+        await cache.set(f"incidents:{page}:10:any:any", b"[]", TTL)
+    kept = [await cache.get(f"incidents:{page}:10:any:any") for page in range(1000)]
+    assert 100 < len(kept) - kept.count(None) < 250
 
 
 async def test_memory_forgets_what_is_too_old() -> None:
@@ -188,7 +197,7 @@ async def test_the_index_does_not_outlive_its_pages(redis_cache: RedisCache, red
 
 
 async def test_calls_are_one_round_trip_each(redis_cache: RedisCache, redis: Redis) -> None:
-    """A hit reads two keys, and a fill writes three, without a command more."""
+    """A hit is two commands, a fill is one script, and each is sent at once."""
     await redis_cache.set(KEY, b"[]", TTL)
     await redis.config_resetstat()
     await redis_cache.set(KEY, b"[]", TTL)
@@ -196,15 +205,20 @@ async def test_calls_are_one_round_trip_each(redis_cache: RedisCache, redis: Red
     statistics = await redis.info("commandstats")
     calls = {name.removeprefix("cmdstat_"): entry["calls"] for name, entry in statistics.items()}
     del calls["config|resetstat" if "config|resetstat" in calls else "config"]
-    assert calls == {
-        "multi": 1,
-        "sadd": 1,
-        "expire": 1,
-        "set": 1,
-        "exec": 1,
-        "sismember": 1,
-        "get": 1,
-    }
+    assert calls == {"evalsha": 1, "expire": 1, "set": 1, "sismember": 2, "get": 1}
+
+
+async def test_redis_holds_a_bounded_number_of_pages(
+    redis_cache: RedisCache, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once enough pages are kept no further one is, and those that are kept can be replaced."""
+    monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 3)
+    for page in range(5):
+        await redis_cache.set(f"incidents:{page}:10:any:any", b"[]", TTL)
+    await redis_cache.set("incidents:0:10:any:any", b"[1]", TTL)
+    assert len(await redis.keys("incidents:*")) == 3
+    assert await redis_cache.get("incidents:0:10:any:any") == b"[1]"
+    assert await redis_cache.get("incidents:4:10:any:any") is None
 
 
 async def test_a_client_of_ones_own_stays_open(redis: Redis) -> None:

@@ -26,6 +26,7 @@ from incidentkit import (
 )
 from incidentkit.cache import MemoryCache
 from incidentkit.store import store_from_url
+from incidentkit.store.sqlite import SqliteStore
 from tests.servers import RedisServer
 
 if TYPE_CHECKING:
@@ -391,3 +392,42 @@ async def test_a_database_that_is_away_is_a_typed_error() -> None:
     with pytest.raises(StoreUnavailable):
         await incidents.connect()
     assert not incidents.connected
+
+
+async def test_connecting_at_once_opens_one_store(sqlite_url: str) -> None:
+    """Several tasks that connect the same client share what is opened, and one close ends it."""
+    opened = 0
+
+    class CountingStore(SqliteStore):
+        async def open(self) -> None:
+            nonlocal opened
+            opened += 1
+            await super().open()
+
+    incidents = IncidentClient(CountingStore(sqlite_url))
+    await asyncio.gather(*(incidents.connect() for _ in range(3)))
+    assert opened == 1
+    await incidents.close()
+
+
+async def test_a_failed_write_without_a_caller_is_logged(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A write that fails after its caller gave up leaves one line, without values."""
+    goes_on = asyncio.Event()
+
+    class FailingStore(SqliteStore):
+        async def create(self, _: NewIncident) -> Incident:
+            await goes_on.wait()
+            raise StoreUnavailable("it is gone")
+
+    async with IncidentClient(FailingStore(sqlite_url)) as incidents:
+        creating = asyncio.ensure_future(incidents.create("A secret", source="operator"))
+        await asyncio.sleep(0)
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+        goes_on.set()
+    assert [record.getMessage() for record in caplog.records] == [
+        "A write whose caller was cancelled failed: The database is unavailable: it is gone"
+    ]

@@ -541,3 +541,9 @@ def test_status_change_tells_both_faults(value: Any) -> None:
         ("incident_id", ID),
         ("status", STATUS),
     ]
+
+
+def test_a_message_of_any_length_is_refused_at_once() -> None:
+    """Megabytes of combining characters, slow to normalise, are too long before anything else."""
+    with pytest.raises(InvalidIncident, match="characters"):
+        NewIncident("a" + "\u0315\u0300" * 2_000_000, source="operator")

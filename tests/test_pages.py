@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,7 +12,7 @@ from incidentkit.cache import MemoryCache
 from incidentkit.cache.pages import CALL_TIMEOUT, RETRY_AFTER, PageCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 KEY = "incidents:1:10:any:any"
 
@@ -289,3 +289,30 @@ async def test_a_cancelled_call_is_no_fault(pages: PageCache, cache: FaultyCache
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
     assert pages.available
+
+
+class RaisingCache(MemoryCache):
+    """A cache that raises when it is called, rather than when it is awaited, or cancels itself."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def get(self, _: str) -> Coroutine[Any, Any, bytes | None]:
+        """Raise at once."""
+        raise self.error
+
+    async def clear(self) -> None:
+        """Raise when awaited."""
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), asyncio.CancelledError()])
+async def test_no_error_of_a_cache_is_the_callers(error: BaseException) -> None:
+    """Whatever a cache raises, also when it is only called, is a failure of the cache."""
+    pages = PageCache(RaisingCache(error))
+    assert await pages.get(KEY) is None
+    assert not pages.available
+    pages = PageCache(RaisingCache(error))
+    await pages.clear()
+    assert not pages.available

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -15,7 +16,7 @@ from incidentkit import (
     NewIncident,
     StoreUnavailable,
 )
-from incidentkit.store import StoreOptions
+from incidentkit.store import RequestRecord, StoreOptions
 from incidentkit.store.migrate import upgrade
 from incidentkit.store.postgresql import PostgresStore
 from tests.servers import PostgresServer
@@ -103,6 +104,25 @@ async def test_a_hung_server_is_unavailable_within_the_timeouts(
     assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
     server.resume()
     assert await store.get(1) is not None
+
+
+@pytest.mark.parametrize("call", ["get", "log_requests"])
+async def test_a_cancelled_call_does_not_wait_for_a_hung_server(
+    server: PostgresServer, call: str
+) -> None:
+    """A caller that gives up on a hung server gets its own timeout, without waiting for more."""
+    store = PostgresStore(server.url, StoreOptions(pool_timeout=3600, statement_timeout=3600))
+    await store.open()
+    record = RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id")
+    server.pause()
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await (store.get(1) if call == "get" else store.log_requests([record]))
+    finally:
+        server.resume()
+    assert await store.list(ListQuery()) is not None
+    await store.close()
 
 
 async def test_a_slow_statement_is_ended(server: PostgresServer, store: PostgresStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import traceback
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from incidentkit import (
     ListQuery,
     NewIncident,
     SchemaOutOfDate,
+    StoreError,
     StoreUnavailable,
 )
 from incidentkit.store import RequestRecord, StoreOptions, store_from_url
@@ -338,6 +340,9 @@ def test_the_url_chooses_the_store(url: str, kind: type[IncidentStore]) -> None:
         "postgresql://localhost/x?sslmode=nonsense",
         "sqlite+aiosqlite:///x.db?nonsense=1",
         "sqlite+aiosqlite://host/x.db",
+        "sqlite+aiosqlite://host:port/x.db",
+        "sqlite+aiosqlite:///x%00y.db",
+        "sqlite+aiosqlite:///x\x00y.db",
     ],
 )
 async def test_a_broken_url_is_a_typed_error(url: str) -> None:
@@ -353,3 +358,89 @@ async def test_a_file_that_cannot_be_opened_is_a_typed_error() -> None:
     with pytest.raises(StoreUnavailable) as caught:
         await store_from_url("sqlite+aiosqlite:////nowhere/at/all.db").open()
     assert "nowhere" not in str(caught.value)
+
+
+async def test_a_password_is_in_no_traceback() -> None:
+    """A URL that cannot be read raises an error whose whole chain is silent about the password."""
+    secret = "s3{}et".format("cr")
+    with pytest.raises(InvalidSettings) as caught:
+        await store_from_url(f"postgresql://user:{secret}/x@127.0.0.1/db").open()
+    assert secret not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("pool_size", 0),
+        ("pool_size", True),
+        ("max_overflow", -1),
+        ("connect_timeout", 0),
+        ("pool_timeout", float("inf")),
+        ("statement_timeout", -1),
+        ("statement_timeout", "soon"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_by_name(option: str, value: Any) -> None:
+    """Each size and timeout has its range, and one outside of it is named."""
+    with pytest.raises(InvalidSettings) as caught:
+        StoreOptions(**{option: value})
+    assert caught.value.name == option
+
+
+async def test_the_smallest_pool_is_enough(url: str) -> None:
+    """With a single connection every call works, many at a time."""
+    options = StoreOptions(pool_size=1, max_overflow=0)
+    store = store_from_url(url, options)
+    await store.open()
+    for _ in range(3):
+        await store.data_version()
+        await store.create(DISK_FULL)
+        await asyncio.gather(*(store.list(ListQuery()) for _ in range(10)))
+    await store.close()
+
+
+async def test_a_row_that_breaks_the_schema_is_a_typed_error(url: str) -> None:
+    """A row that no incident can be, in a schema changed under an open store, is a StoreError."""
+    store = store_from_url(url)
+    await store.open()
+    await downgrade(url, "dadc1db062ae")
+    await _run_sql(url, 'INSERT INTO "Incident" (incident_message) VALUES (NULL)')
+    for call in (store.get(1), store.list(ListQuery())):
+        with pytest.raises(StoreError, match="a row holds what no incident can have"):
+            await call
+    await store.close()
+
+
+async def test_waiting_for_another_writer_ends(sqlite_url: str, tmp_path: Path) -> None:
+    """While another process keeps an SQLite file locked, a write fails typed after its timeout."""
+    store = store_from_url(sqlite_url, StoreOptions(pool_timeout=0.1, statement_timeout=0.1))
+    await store.open()
+    other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    outcomes = await asyncio.gather(
+        *(store.create(DISK_FULL) for _ in range(3)), return_exceptions=True
+    )
+    assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
+    other.execute("ROLLBACK")
+    other.close()
+    await store.create(DISK_FULL)
+    await store.close()
+
+
+async def test_a_caller_is_not_kept_longer_than_its_timeouts(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement on SQLite that goes on and on is left by its caller, and not by close."""
+    store = SqliteStore(sqlite_url, StoreOptions(pool_timeout=0.05, statement_timeout=0.05))
+    await store.open()
+    goes_on = asyncio.Event()
+
+    async def never_ending(*_: Any) -> Any:
+        await goes_on.wait()
+        return []
+
+    monkeypatch.setattr(store, "_execute", never_ending)
+    with pytest.raises(StoreUnavailable, match="did not answer in time"):
+        await store.list(ListQuery())
+    goes_on.set()
+    await store.close()

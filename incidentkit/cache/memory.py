@@ -11,12 +11,16 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_BYTES: Final = 32 * 1024 * 1024
 
+ENTRY_BYTES: Final = 400
+"""What a page costs beside its key and its value, about."""
+
 
 class MemoryCache:
     """A bounded cache in the process; what was used longest ago makes room first.
 
     Args:
-        max_bytes: How many bytes of values are kept. A value larger than that is not kept.
+        max_bytes: How many bytes are kept, counting a value, its key and a fixed cost for each
+            page. A value larger than that is not kept.
         clock: Returns the time in seconds, never going back.
     """
 
@@ -42,10 +46,10 @@ class MemoryCache:
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         """Keep the value, and make room for it."""
         self._remove(key)
-        if len(value) > self._max_bytes:
+        if _cost(key, value) > self._max_bytes:
             return
         self._values[key] = (value, self._clock() + ttl)
-        self._bytes += len(value)
+        self._bytes += _cost(key, value)
         while self._bytes > self._max_bytes:
             self._remove(next(iter(self._values)))
 
@@ -62,5 +66,10 @@ class MemoryCache:
         await self.clear()
 
     def _remove(self, key: str) -> None:
-        value, _ = self._values.pop(key, (b"", 0.0))
-        self._bytes -= len(value)
+        if key in self._values:
+            value, _ = self._values.pop(key)
+            self._bytes -= _cost(key, value)
+
+
+def _cost(key: str, value: bytes) -> int:
+    return len(key) + len(value) + ENTRY_BYTES

@@ -73,14 +73,14 @@ class PageCache:
         Raises:
             CacheUnavailable: If it does not.
         """
-        await self._call(self._cache.ping())
+        await self._call(self._cache.ping)
 
     async def get(self, key: str) -> bytes | None:
         """Return the page, or None if there is none that may be served."""
         if not await self._trusted():
             return None
         try:
-            return await self._call(self._cache.get(key))
+            return await self._call(self._cache.get, key)
         except CacheUnavailable:
             return None
 
@@ -91,7 +91,7 @@ class PageCache:
         self._storing += 1
         self._nothing_stored.clear()
         try:
-            await self._call(self._cache.set(key, page, TTL))
+            await self._call(self._cache.set, key, page, TTL)
         except CacheUnavailable:
             pass
         finally:
@@ -114,7 +114,7 @@ class PageCache:
     async def close(self) -> None:
         """Close the cache; a failure to do so is of no consequence."""
         with suppress(CacheUnavailable):
-            await self._call(self._cache.close())
+            await self._call(self._cache.close)
 
     async def _trusted(self) -> bool:
         if self._away and self._may_retry():
@@ -134,7 +134,7 @@ class PageCache:
             # A page on its way would be stored after the clear.
             await self._nothing_stored.wait()
             try:
-                await self._call(self._cache.clear())
+                await self._call(self._cache.clear)
             except CacheUnavailable:
                 return
             self._cleared = max(self._cleared, asked)
@@ -146,11 +146,14 @@ class PageCache:
         self._away = False
         logger.info("The cache is back")
 
-    async def _call(self, call: Awaitable[_T]) -> _T:
+    async def _call(self, call: Callable[..., Awaitable[_T]], *arguments: object) -> _T:
         try:
             async with asyncio.timeout(CALL_TIMEOUT):
-                return await call
-        except Exception as error:
+                return await call(*arguments)
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+                raise
             reason = "it did not answer in time" if isinstance(error, TimeoutError) else "it failed"
             self._retry_at = self._clock() + RETRY_AFTER
             if not self._away:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
+from urllib.parse import parse_qsl, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 from incidentkit.cache.base import INDEX_KEY
 from incidentkit.errors import InvalidSettings
@@ -14,10 +17,21 @@ from incidentkit.errors import InvalidSettings
 SOCKET_TIMEOUT: Final = 0.25
 """Seconds to wait for a connection, and for each answer."""
 
-POOL_TIMEOUT: Final = 0.5
-"""Seconds to wait for a free connection when many calls share them."""
-
 MAX_CONNECTIONS: Final = 20
+
+MAX_PAGES: Final = 10_000
+"""Pages that are kept at a time: what a clear costs a Redis that others share is bounded."""
+
+_SET: Final = """
+if redis.call('SISMEMBER', KEYS[1], KEYS[2]) == 0 then
+    if redis.call('SCARD', KEYS[1]) >= tonumber(ARGV[3]) then
+        return
+    end
+    redis.call('SADD', KEYS[1], KEYS[2])
+end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
+"""
 
 # Atomic, so that no page can be stored and left behind while the others are removed.
 _CLEAR: Final = """
@@ -28,13 +42,16 @@ end
 redis.call('UNLINK', KEYS[1])
 """
 
+_DATABASE: Final = re.compile(r"/?|/[0-9]+")
+
 
 class RedisCache:
     """A cache in Redis.
 
-    The names of the pages are kept in a set, ``incidentkit:pages``: a page is only read if it
-    stands there, so that one that somebody else stored, or that outlived the set, is never
-    served; and a clear removes just what stands there, whatever else the Redis holds.
+    The names of the pages are kept in a set, ``incidentkit:pages``: a page is only read if its
+    name stands there, so that one that outlived the set, or that somebody else stored under a
+    name that does not stand there, is not served; and a clear removes just what stands there,
+    whatever else the Redis holds. Two databases of incidents need two databases of Redis.
 
     Args:
         redis: A client of one's own, which stays open when the cache is closed. Give it short
@@ -44,6 +61,7 @@ class RedisCache:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._owns_redis = False
+        self._set = redis.register_script(_SET)
         self._clear = redis.register_script(_CLEAR)
 
     @classmethod
@@ -51,22 +69,28 @@ class RedisCache:
         """Return a cache with connections of its own.
 
         Args:
-            redis_url: ``redis://user:password@host:port/db``, ``rediss://`` for TLS.
+            redis_url: ``redis://user:password@host:port/db``, ``rediss://`` for TLS,
+                ``unix:///path?db=0`` for a socket; with parameters as redis-py takes them.
 
         Raises:
-            InvalidSettings: If the URL cannot be read.
+            InvalidSettings: If any part of the URL cannot be used.
         """
         try:
+            _check_parts(redis_url)
             pool = BlockingConnectionPool.from_url(
                 redis_url,
                 max_connections=MAX_CONNECTIONS,
-                timeout=POOL_TIMEOUT,
+                # The client bounds the time of a call, waiting for a connection included.
+                timeout=None,
                 socket_timeout=SOCKET_TIMEOUT,
                 socket_connect_timeout=SOCKET_TIMEOUT,
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError as error:
-            raise InvalidSettings("redis_url", "is not a Redis URL") from error
+            # The pool would only find out on the first call what a connection does not take.
+            pool.connection_class(**pool.connection_kwargs)
+        except (ValueError, TypeError, AttributeError, RedisError):
+            # The exception may have the password in its text.
+            raise InvalidSettings("redis_url", "is not a URL that redis-py can use") from None
         cache = cls(Redis.from_pool(pool))
         cache._owns_redis = True
         return cache
@@ -80,13 +104,8 @@ class RedisCache:
         return value if known else None
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Keep the value and its name, both or neither."""
-        seconds = max(1, round(ttl))
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.sadd(INDEX_KEY, key)
-            pipeline.expire(INDEX_KEY, seconds)
-            pipeline.set(key, value, ex=seconds)
-            await pipeline.execute()
+        """Keep the value and its name, both or, with too many pages kept already, neither."""
+        await self._set(keys=[INDEX_KEY, key], args=[value, max(1, round(ttl)), MAX_PAGES])
 
     async def clear(self) -> None:
         """Remove every page whose name stands in the set, and the set."""
@@ -100,3 +119,14 @@ class RedisCache:
         """Close the connections that are the cache's own."""
         if self._owns_redis:
             await self._redis.aclose()
+
+
+def _check_parts(redis_url: str) -> None:
+    """Raise ValueError for what redis-py would pass over without a word."""
+    parts = urlsplit(redis_url)
+    # An unencoded "#" or "/" in a password ends up in one of these.
+    right_path = bool(parts.path) if parts.scheme == "unix" else _DATABASE.fullmatch(parts.path)
+    if not right_path or parts.fragment:
+        raise ValueError("The path or the fragment is not one of a Redis URL")
+    if not all(value for _, value in parse_qsl(parts.query, keep_blank_values=True)):
+        raise ValueError("A parameter is empty")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
-from attrs import frozen
+from attrs import field, frozen
 
 from incidentkit.errors import InvalidSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
+    from attrs import Attribute
+
     from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
+
+DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
+"""Where incidents are kept if nothing else is said: a file in the current folder."""
 
 Incidents: TypeAlias = "list[Incident]"
 """A page; an alias because inside a store ``list`` is the verb."""
@@ -49,6 +54,19 @@ class RequestRecord:
     request_id: str
 
 
+def _at_least(low: int) -> Callable[[object, Attribute[int], object], None]:
+    def check(_: object, option: Attribute[int], value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InvalidSettings(option.name, f"must be an integer from {low}")
+
+    return check
+
+
+def _positive(_: object, option: Attribute[float], value: object) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise InvalidSettings(option.name, "must be a positive number of seconds")
+
+
 @frozen
 class StoreOptions:
     """How a store uses its database.
@@ -58,16 +76,20 @@ class StoreOptions:
         max_overflow: Connections that may be opened on top of them under load, at least 0.
         connect_timeout: Seconds to wait for a new connection.
         pool_timeout: Seconds to wait for a free connection.
-        statement_timeout: Seconds that a statement may take; on SQLite also how long it waits
-            for another process that is writing.
+        statement_timeout: Seconds that a statement may take; on SQLite how long it waits for
+            another process that is writing, and with ``pool_timeout`` how long its caller waits
+            for it.
         echo: Log every statement, without its values, to the logger ``incidentkit.store``.
+
+    Raises:
+        InvalidSettings: With the name of what cannot be used.
     """
 
-    pool_size: int = 5
-    max_overflow: int = 10
-    connect_timeout: float = 5.0
-    pool_timeout: float = 5.0
-    statement_timeout: float = 10.0
+    pool_size: int = field(default=5, validator=_at_least(1))
+    max_overflow: int = field(default=10, validator=_at_least(0))
+    connect_timeout: float = field(default=5.0, validator=_positive)
+    pool_timeout: float = field(default=5.0, validator=_positive)
+    statement_timeout: float = field(default=10.0, validator=_positive)
     echo: bool = False
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import asyncpg
@@ -26,9 +28,9 @@ from incidentkit.store.statements import read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from asyncpg.pool import PoolAcquireContext
+    from asyncpg.pool import PoolConnectionProxy
     from sqlalchemy import Dialect
     from sqlalchemy.sql.expression import ClauseElement
 
@@ -102,8 +104,9 @@ _SELECT_REVISION: Final = compile_statement(statements.SELECT_REVISION)
 
 def asyncpg_dsn(database_url: str) -> str:
     """Return the URL as asyncpg takes it: without SQLAlchemy's driver name and its ``ssl=``."""
-    _, _, rest = database_url.partition("://")
-    return f"postgresql://{rest}".replace("?ssl=", "?sslmode=").replace("&ssl=", "&sslmode=")
+    server, mark, query = database_url.partition("://")[2].partition("?")
+    parameters = [re.sub(r"^ssl=", "sslmode=", parameter) for parameter in query.split("&")]
+    return f"postgresql://{server}{mark}{'&'.join(parameters)}"
 
 
 def unreadable_url() -> InvalidSettings:
@@ -147,6 +150,7 @@ class PostgresStore:
         self._dsn = asyncpg_dsn(database_url)
         self._options = options or StoreOptions()
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._giving_back: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Connect and check the schema."""
@@ -166,7 +170,8 @@ class PostgresStore:
             await self.close()
             # The pool reads the URL when it first connects.
             if isinstance(error, StoreError) and isinstance(error.__cause__, UNREADABLE_URL):
-                raise unreadable_url() from error.__cause__
+                # Without its cause, which shows parts of the URL.
+                raise unreadable_url() from None
             raise
 
     async def close(self) -> None:
@@ -179,6 +184,8 @@ class PostgresStore:
                 await pool.close()
         except (TimeoutError, *_LOST):
             pool.terminate()
+        if self._giving_back:
+            await asyncio.wait(self._giving_back)
 
     async def check(self) -> None:
         """Raise unless the database answers and has our schema."""
@@ -225,20 +232,43 @@ class PostgresStore:
         rows = [
             [getattr(record, name) for name in _INSERT_REQUEST_LOG.parameters] for record in records
         ]
-        acquired = self._connection()
-        try:
-            async with acquired as connection:
-                await connection.executemany(_INSERT_REQUEST_LOG.text, rows)
-        except Exception as error:
-            raise translate_error(error) from error
+        async with self._connection() as connection:
+            await connection.executemany(_INSERT_REQUEST_LOG.text, rows)
 
     async def data_version(self) -> None:
         """Return None: another server process may have changed the table at any time."""
 
-    def _connection(self) -> PoolAcquireContext[asyncpg.Record]:
-        if self._pool is None:
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[PoolConnectionProxy[asyncpg.Record]]:
+        """Lend a connection, and translate what is raised meanwhile."""
+        pool, seconds = self._pool, self._options.pool_timeout
+        if pool is None:
             raise ClientClosed
-        return self._pool.acquire(timeout=self._options.pool_timeout)
+        try:
+            connection = await pool.acquire(timeout=seconds)
+        except Exception as error:
+            raise translate_error(error) from error
+        try:
+            yield connection
+        except BaseException as error:
+            # Giving back waits for the server to cancel the statement, for which the caller,
+            # cancelled or out of time, should not wait.
+            task = asyncio.ensure_future(self._give_back(pool, connection))
+            self._giving_back.add(task)
+            task.add_done_callback(self._giving_back.discard)
+            if isinstance(error, Exception):
+                raise translate_error(error) from error
+            raise
+        await pool.release(connection, timeout=seconds)
+
+    async def _give_back(
+        self,
+        pool: asyncpg.Pool[asyncpg.Record],
+        connection: PoolConnectionProxy[asyncpg.Record],
+    ) -> None:
+        # A connection that cannot be given back in time is closed by the pool.
+        with suppress(Exception):
+            await pool.release(connection, timeout=self._options.pool_timeout)
 
     async def _read(self, statement: _Compiled, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads, once more if its connection turns out to be dead."""
@@ -252,12 +282,8 @@ class PostgresStore:
     async def _run(self, statement: _Compiled, values: Mapping[str, Any]) -> Rows:
         """Run a statement once: a write must not be sent again, a lost answer may hide a commit."""
         arguments = [values[name] for name in statement.parameters]
-        acquired = self._connection()
-        try:
-            async with acquired as connection:
-                return await connection.fetch(statement.text, *arguments)
-        except Exception as error:
-            raise translate_error(error) from error
+        async with self._connection() as connection:
+            return await connection.fetch(statement.text, *arguments)
 
 
 async def _log_statements(connection: asyncpg.Connection[asyncpg.Record]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from attrs import asdict
 from sqlalchemy import NullPool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from incidentkit.errors import (
     ClientClosed,
+    IncidentKitError,
     InvalidSettings,
     SchemaOutOfDate,
     StoreError,
@@ -62,8 +65,11 @@ def sqlite_url(database_url: str) -> URL:
     """
     try:
         url = make_url(database_url).set(drivername="sqlite+aiosqlite")
-    except ArgumentError:
+        os.fsencode(url.database or "")
+    except (ArgumentError, ValueError):
         raise InvalidSettings("database_url", "is not an SQLite URL") from None
+    if "\x00" in (url.database or ""):
+        raise InvalidSettings("database_url", "names a file with a NUL character")
     if url.host or url.username or url.port:
         raise InvalidSettings("database_url", "names a file on SQLite: sqlite+aiosqlite:///file")
     if url.query and "uri" not in url.query:
@@ -88,8 +94,12 @@ async def probe(url: URL) -> None:
 
 def translate_error(error: Exception) -> StoreError:
     """Return what a caller sees for an exception of SQLAlchemy or SQLite."""
-    if not isinstance(error, DBAPIError):
+    if isinstance(error, TimeoutError):
+        return StoreUnavailable("it did not answer in time")
+    if isinstance(error, PoolTimeoutError):
         return StoreUnavailable("no connection became free in time")
+    if not isinstance(error, DBAPIError):
+        return StoreError("a row holds what no incident can have")
     code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
     if code == sqlite3.SQLITE_ERROR and "no such" in str(error.orig):
         return SchemaOutOfDate(None, SCHEMA_REVISION)
@@ -150,7 +160,8 @@ class SqliteStore:
             {}
             if memory
             else {
-                "pool_size": options.pool_size,
+                # One more, which watches for changes by other processes.
+                "pool_size": options.pool_size + 1,
                 "max_overflow": options.max_overflow,
                 "pool_timeout": options.pool_timeout,
             }
@@ -271,10 +282,17 @@ class SqliteStore:
         task = asyncio.ensure_future(self._in_turn(work) if writes else work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        seconds = self._options.pool_timeout + self._options.statement_timeout
         try:
-            return await asyncio.shield(task)
-        except (SQLAlchemyError, TimeoutError) as error:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(task)
+        except (IncidentKitError, asyncio.CancelledError):
+            raise
+        except Exception as error:
             raise translate_error(error) from error
+        finally:
+            # Nobody may be left to take note of a failure.
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def _in_turn(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:

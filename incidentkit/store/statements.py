@@ -21,6 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import String as _String
 
+from incidentkit.errors import StoreError
 from incidentkit.models import Incident, IncidentSource, IncidentStatus
 from incidentkit.store.tables import VERSION_TABLE, incident_table, request_log_table
 
@@ -46,11 +47,18 @@ _INCIDENT: Final = (
 
 
 def read_incident(row: Iterable[Any]) -> Incident:
-    """Return the incident that a row of any of these statements is."""
-    incident_id, message, incident_type, source, created_at = row
-    return Incident(
-        incident_id, message, IncidentStatus(incident_type), IncidentSource(source), created_at
-    )
+    """Return the incident that a row of any of these statements is.
+
+    Raises:
+        StoreError: If no incident can be like that: the schema is not the one that we work on.
+    """
+    try:
+        incident_id, message, incident_type, source, created_at = row
+        return Incident(
+            incident_id, message, IncidentStatus(incident_type), IncidentSource(source), created_at
+        )
+    except (AttributeError, ValueError) as error:
+        raise StoreError("a row holds what no incident can have") from error
 
 
 INSERT_INCIDENT: Final = (
@@ -96,11 +104,15 @@ SELECT_PAGE: Final = {
 }
 """The statement for a page, by whether it filters by status and by source."""
 
-INSERT_REQUEST_LOG: Final[Insert] = insert(request_log_table).values(
-    {
-        name: bindparam(name, type_=request_log_table.c[name].type)
-        for name in ("logged_at", "method", "route", "status", "duration_ms", "request_id")
-    }
+INSERT_REQUEST_LOG: Final[Insert] = (
+    insert(request_log_table)
+    .inline()
+    .values(
+        {
+            name: bindparam(name, type_=request_log_table.c[name].type)
+            for name in ("logged_at", "method", "route", "status", "duration_ms", "request_id")
+        }
+    )
 )
 
 SELECT_REVISION: Final = select(column("version_num", _String())).select_from(
