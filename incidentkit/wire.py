@@ -94,10 +94,10 @@ def encode_incidents(incidents: Sequence[Incident]) -> bytes:
 
 
 def decode_incidents(data: bytes) -> list[Incident]:
-    """Read what :func:`encode_incidents` wrote.
+    """Read what :func:`encode_incidents` wrote; fields that are unknown are left out.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If it is no array of incidents.
     """
     try:
         value = json.loads(data)

@@ -14,6 +14,8 @@ from incidentkit import (
     IncidentStatus,
     ListQuery,
     NewIncident,
+    SchemaOutOfDate,
+    StoreError,
     StoreUnavailable,
 )
 from incidentkit.store import RequestRecord, StoreOptions
@@ -145,6 +147,14 @@ async def test_waiting_for_a_connection_ends(server: PostgresServer, store: Post
         outcomes = await asyncio.gather(*(store.get(1) for _ in range(12)), return_exceptions=True)
     await host.close()
     assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
+
+
+async def test_an_unknown_parameter_is_told(server: PostgresServer) -> None:
+    """A parameter of the URL that the server does not know is named as the fault, not the schema."""
+    store = PostgresStore(f"{server.url}?nonsense=1", QUICK)
+    with pytest.raises(StoreError, match="parameter of the URL") as caught:
+        await store.open()
+    assert not isinstance(caught.value, SchemaOutOfDate)
 
 
 async def test_no_more_connections_than_the_pool_may_have(

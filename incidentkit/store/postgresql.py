@@ -246,6 +246,8 @@ class PostgresStore:
             raise ClientClosed
         try:
             connection = await pool.acquire(timeout=seconds)
+        except asyncpg.UndefinedObjectError as error:
+            raise StoreError("it does not know a parameter of the URL") from error
         except Exception as error:
             raise translate_error(error) from error
         try:
