@@ -150,7 +150,7 @@ async def test_waiting_for_a_connection_ends(server: PostgresServer, store: Post
 
 
 async def test_an_unknown_parameter_is_told(server: PostgresServer) -> None:
-    """A parameter of the URL that the server does not know is named as the fault, not the schema."""
+    """A parameter of the URL that the server does not know is the fault, not the schema."""
     store = PostgresStore(f"{server.url}?nonsense=1", QUICK)
     with pytest.raises(StoreError, match="parameter of the URL") as caught:
         await store.open()
