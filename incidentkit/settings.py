@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 from urllib.parse import quote
@@ -11,15 +13,16 @@ import environ
 from attrs import field, frozen
 from dotenv import dotenv_values
 
+from incidentkit.cache.base import check_redis_url
 from incidentkit.errors import InvalidSettings
-from incidentkit.store.base import StoreOptions
+from incidentkit.store.base import DEFAULT_DATABASE_URL, StoreOptions, database_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
-
 RequestLog = Literal["log", "database"]
+
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -49,6 +52,42 @@ def _request_log(value: str) -> RequestLog:
     return cast("RequestLog", value)
 
 
+def _database_url(value: str) -> str:
+    database_kind(value)
+    return value
+
+
+def _cache_url(value: str) -> str:
+    check_redis_url(value)
+    return value
+
+
+def _host(value: str) -> str:
+    """Return the host as it stands in a URL."""
+    if _HOST.fullmatch(value):
+        return value
+    bracketed = value.startswith("[") and value.endswith("]")
+    address, percent, zone = (value[1:-1] if bracketed else value).partition("%")
+    try:
+        IPv6Address(address)
+    except ValueError:
+        raise ValueError("must be a host name or an IP address") from None
+    if percent and not _HOST.fullmatch(zone):
+        raise ValueError("must be a host name or an IP address")
+    return f"[{address}{percent and '%25'}{zone}]"
+
+
+def _host_or_socket(value: str) -> str:
+    """Return the host as it stands in a URL, or the folder of a Unix socket as it is."""
+    # asyncpg takes a comma for the end of the first of several hosts.
+    if value.startswith("/") and "," not in value and value.isprintable():
+        return value
+    try:
+        return _host(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or the absolute path of a socket's folder") from None
+
+
 def _variable(name: str, default: object, parse: Callable[[str], Any], help_: str) -> Any:
     """Declare a variable whose fault is told by its name and never by its value."""
 
@@ -57,6 +96,8 @@ def _variable(name: str, default: object, parse: Callable[[str], Any], help_: st
             return value
         try:
             return parse(value.strip())
+        except InvalidSettings as error:
+            raise InvalidSettings(name, error.reason) from None
         except ValueError as error:
             raise InvalidSettings(name, str(error)) from None
 
@@ -73,14 +114,14 @@ class Environment:
     database_url: str | None = _variable(
         "INCIDENTKIT_DATABASE_URL",
         None,
-        str,
+        _database_url,
         "postgresql://user:password@host:port/database or sqlite+aiosqlite:///file; "
         "wins over POSTGRES_*",
     )
     redis_url: str | None = _variable(
         "INCIDENTKIT_REDIS_URL",
         None,
-        str,
+        _cache_url,
         "redis://host:port/db; wins over REDIS_*",
     )
     redis_required: bool = _variable(
@@ -93,14 +134,19 @@ class Environment:
         "where the REST service records requests: log (the logger incidentkit.http), or database "
         "(the table request_log as well)",
     )
-    postgres_host: str | None = _variable("POSTGRES_HOST", None, str, "PostgreSQL's host")
+    postgres_host: str | None = _variable(
+        "POSTGRES_HOST",
+        None,
+        _host_or_socket,
+        "PostgreSQL's host, or the absolute path of its socket's folder",
+    )
     postgres_port: int | None = _variable("POSTGRES_PORT", None, _PORT, "PostgreSQL's port")
     postgres_db: str | None = _variable("POSTGRES_DB", None, str, "the database")
     postgres_user: str | None = _variable("POSTGRES_USER", None, str, "the user")
     postgres_password: str | None = environ.var(
         default=None, name="POSTGRES_PASSWORD", help="the password"
     )
-    redis_host: str | None = _variable("REDIS_HOST", None, str, "Redis' host")
+    redis_host: str | None = _variable("REDIS_HOST", None, _host, "Redis' host")
     redis_port: int = _variable("REDIS_PORT", 6379, _PORT, "Redis' port")
     redis_db: int = _variable("REDIS_DB", 0, _integer(0, 1_000_000), "Redis' database number")
     pool_size: int = _variable(
@@ -131,19 +177,26 @@ class Settings:
     store: StoreOptions = field(factory=StoreOptions)
 
     @classmethod
-    def from_env(cls, env_file: str | os.PathLike[str] | None = ".env") -> Settings:
+    def from_env(
+        cls,
+        env_file: str | os.PathLike[str] | None = ".env",
+        *,
+        overrides: Mapping[str, str] | None = None,
+    ) -> Settings:
         """Read the process's environment, and under it the file if there is one.
 
         The process's environment is only read, never changed.
 
         Args:
-            env_file: A file of ``NAME=value`` lines; None means none.
+            env_file: A file of ``NAME=value`` lines in UTF-8; None means none.
+            overrides: Variables that win over both.
 
         Raises:
             InvalidSettings: With the variable and the rule that it breaks.
         """
-        in_file = dotenv_values(env_file) if env_file and Path(env_file).is_file() else {}
-        return cls.from_mapping({**in_file, **os.environ})
+        in_file = _read_file(env_file) if env_file else {}
+        in_process = {name: value for name, value in os.environ.items() if value.strip()}
+        return cls.from_mapping({**in_file, **in_process, **(overrides or {})})
 
     @classmethod
     def from_mapping(cls, variables: Mapping[str, str | None]) -> Settings:
@@ -154,11 +207,15 @@ class Settings:
         """
         given = {name: value for name, value in variables.items() if value and value.strip()}
         environment = environ.to_config(Environment, given)
+        redis_url = environment.redis_url or _redis_url(environment)
+        if environment.redis_required and redis_url is None:
+            reason = "needs a Redis: set INCIDENTKIT_REDIS_URL or REDIS_HOST"
+            raise InvalidSettings("INCIDENTKIT_REDIS_REQUIRED", reason)
         return cls(
             database_url=environment.database_url
             or _postgres_url(environment)
             or DEFAULT_DATABASE_URL,
-            redis_url=environment.redis_url or _redis_url(environment),
+            redis_url=redis_url,
             redis_required=environment.redis_required,
             request_log=environment.request_log,
             store=StoreOptions(
@@ -167,6 +224,17 @@ class Settings:
                 echo=environment.echo,
             ),
         )
+
+
+def _read_file(env_file: str | os.PathLike[str]) -> dict[str, str | None]:
+    """Return the variables of the file; none if it is not there, or is no file."""
+    try:
+        return dotenv_values(env_file) if Path(env_file).is_file() else {}
+    except UnicodeError:
+        reason = "it is not UTF-8"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    raise InvalidSettings(os.fspath(env_file), f"cannot be read: {reason}")
 
 
 def _postgres_url(environment: Environment) -> str | None:
@@ -178,16 +246,13 @@ def _postgres_url(environment: Environment) -> str | None:
         return None
     user = user or "postgres"
     account = quote(user, safe="") + (f":{quote(password, safe='')}" if password else "")
-    host = host or "localhost"
-    if ":" in host:
-        host = f"[{host}]"
-    return f"postgresql://{account}@{host}:{port or 5432}/{quote(database or user, safe='')}"
+    host, port, database = host or "localhost", port or 5432, quote(database or user, safe="")
+    if host.startswith("/"):
+        return f"postgresql://{account}@/{database}?host={quote(host)}&port={port}"
+    return f"postgresql://{account}@{host}:{port}/{database}"
 
 
 def _redis_url(environment: Environment) -> str | None:
     if not environment.redis_host:
         return None
-    host = environment.redis_host
-    if ":" in host:
-        host = f"[{host}]"
-    return f"redis://{host}:{environment.redis_port}/{environment.redis_db}"
+    return f"redis://{environment.redis_host}:{environment.redis_port}/{environment.redis_db}"

@@ -35,6 +35,10 @@ from tests.programs import DEADLINE, outcome, service, start
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+REDIS_AWAY = (
+    "Error: The cache is unavailable: it failed, and INCIDENTKIT_REDIS_REQUIRED forbids going on "
+    "without it"
+)
 DISK_FULL = ("create", "Disk is full on db-1", "--source", "monitoring")
 
 texts = st.text(st.characters(exclude_categories=()))
@@ -302,7 +306,27 @@ def test_settings_come_from_a_file_too(tmp_path: Path) -> None:
     (line,) = errors("list", exit_code=2)
     assert line.startswith("Error: DB_POOL_SIZE")
     file.write_bytes(b"\xff\xfe")
-    assert errors("list", exit_code=2) == ["Error: .env cannot be read"]
+    assert errors("list", exit_code=2) == ["Error: .env cannot be read: it is not UTF-8"]
+
+
+def test_an_option_replaces_what_the_environment_names(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Redis that is required may be the option's, and a variable that it replaces be faulty."""
+    monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
+    monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", "mysql://db")
+    database = ("--database-url", "sqlite+aiosqlite:///option.db")
+    (line,) = errors("list", *database, exit_code=2)
+    assert line.startswith("Error: INCIDENTKIT_REDIS_REQUIRED needs a Redis")
+    assert output("list", "--json", *database, "--redis-url", redis_url) == "[]\n"
+
+
+@pytest.mark.parametrize("option", ["--database-url", "--redis-url"])
+def test_an_empty_option_is_refused(option: str) -> None:
+    """An option whose value a shell lost does not mean another database."""
+    (line,) = errors("list", option, " ", exit_code=2)
+    assert line.startswith(f"Error: {option}")
+    assert line.endswith(" is empty")
 
 
 @pytest.mark.parametrize("command", [("list",), ("db", "current"), ("serve", "--port", "0")])
@@ -320,7 +344,7 @@ def test_a_redis_that_is_required_and_away_is_one_line(
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
     url = f"redis://:secret@127.0.0.1:{unused_port}/0"
     (line,) = errors("list", "--redis-url", url, exit_code=1)
-    assert line == "Error: The cache is unavailable: it failed"
+    assert line == REDIS_AWAY
 
 
 # Schema
@@ -352,7 +376,54 @@ def test_db_works_on_sqlite(sqlite_url: str) -> None:
     """The same commands serve SQLite."""
     database = ("--database-url", sqlite_url)
     assert output("db", "upgrade", *database) == f"{SCHEMA_REVISION} (head)\n"
+    assert "Nothing" in output("db", "downgrade", "base", "--yes", *database)
     assert "Nothing" in output("db", "downgrade", "base", *database)
+
+
+@pytest.mark.parametrize(
+    ("at", "revision"),
+    [
+        (SCHEMA_REVISION, "base"),
+        (SCHEMA_REVISION, "heads@base"),
+        (SCHEMA_REVISION, f"-{len(REVISIONS)}"),
+        (SCHEMA_REVISION, f"head-{len(REVISIONS)}"),
+        (SCHEMA_REVISION, f"{REVISIONS[0][:4]}-1"),
+        (REVISIONS[1], "-2"),
+        (REVISIONS[0], "-1"),
+    ],
+)
+def test_db_does_not_remove_incidents_unasked(sqlite_url: str, at: str, revision: str) -> None:
+    """A downgrade below the origin's revision is refused without `--yes`, and keeps the rows."""
+    database = ("--database-url", sqlite_url)
+    output(*DISK_FULL, *database)
+    if at != SCHEMA_REVISION:
+        output("db", "downgrade", at, *database)
+    (line,) = errors("db", "downgrade", revision, *database, exit_code=2)
+    assert line == (
+        f"Error: {revision} removes the table of incidents with all its rows: "
+        "add --yes if that is meant"
+    )
+    output("db", "upgrade", *database)
+    assert len(json.loads(output("list", "--json", *database))) == 1
+
+
+@pytest.mark.parametrize("answer", [b"y", b"n"])
+def test_db_asks_on_a_terminal_before_it_removes_incidents(answer: bytes, sqlite_url: str) -> None:
+    """Who sits before a terminal is asked, and only a yes removes the table."""
+    database = ("--database-url", sqlite_url)
+    output(*DISK_FULL, *database)
+    keyboard, terminal = pty.openpty()
+    command = [sys.executable, "-m", "incidentkit", "db", "downgrade", "base", *database]
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        os.write(keyboard, answer + b"\n")
+        _, err = program.communicate(timeout=DEADLINE)
+    os.close(terminal)
+    os.close(keyboard)
+    assert b"removes the table of incidents with all its rows. Go on?" in err
+    removed = "Nothing" in output("db", "current", *database)
+    assert (program.returncode == 0) is removed is (answer == b"y")
 
 
 def test_an_unknown_revision_is_bad_usage(sqlite_url: str) -> None:
@@ -552,7 +623,7 @@ def test_serve_does_not_start_without_a_redis_that_is_required(
     monkeypatch.setenv("INCIDENTKIT_REDIS_URL", f"redis://127.0.0.1:{unused_port}/0")
     exit_code, _, err = outcome(start("serve", "--port", "0"))
     assert exit_code == 1
-    assert err.splitlines()[-1] == "Error: The cache is unavailable: it failed"
+    assert err.splitlines()[-1] == REDIS_AWAY
     assert "Traceback" not in err
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+import asyncpg
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.settings import Settings
 from incidentkit.store.base import StoreOptions
+from incidentkit.store.postgresql import asyncpg_dsn
 from tests.strategies import characters
 
 if TYPE_CHECKING:
@@ -112,12 +114,48 @@ def test_other_variables_mean_nothing() -> None:
         ),
         ({"POSTGRES_HOST": "::1"}, "postgresql://postgres@[::1]:5432/postgres"),
         ({"POSTGRES_HOST": "2001:db8::7"}, "postgresql://postgres@[2001:db8::7]:5432/postgres"),
+        ({"POSTGRES_HOST": "[::1]"}, "postgresql://postgres@[::1]:5432/postgres"),
+        ({"POSTGRES_HOST": "fe80::1%eth0"}, "postgresql://postgres@[fe80::1%25eth0]:5432/postgres"),
         ({"POSTGRES_HOST": " db "}, "postgresql://postgres@db:5432/postgres"),
+        ({"POSTGRES_HOST": "my_db.a-b.C9"}, "postgresql://postgres@my_db.a-b.C9:5432/postgres"),
+        (
+            {"POSTGRES_HOST": "/var/run/postgresql", "POSTGRES_PASSWORD": "p/w"},
+            "postgresql://postgres:p%2Fw@/postgres?host=/var/run/postgresql&port=5432",
+        ),
+        (
+            {"POSTGRES_HOST": "/run/a&ssl=b c", "POSTGRES_PORT": "6432", "POSTGRES_DB": "x"},
+            "postgresql://postgres@/x?host=/run/a%26ssl%3Db%20c&port=6432",
+        ),
     ],
 )
 def test_any_of_the_origins_variables_means_postgresql(variables: dict[str, str], url: str) -> None:
     """One POSTGRES_* variable is enough, and the others have the values that libpq gives them."""
     assert database_url(**variables) == url
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [
+        ("db", ("db", 6432)),
+        ("fe80::1%eth0", ("fe80::1%eth0", 6432)),
+        ("/run/a&ssl=b c", "/run/a&ssl=b c/.s.PGSQL.6432"),
+    ],
+)
+async def test_driver_reaches_the_host(
+    host: str, reached: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host name, an address and a socket's folder reach asyncpg as they were given."""
+    tried: list[object] = []
+
+    async def connect(*, addr: object, **_: object) -> None:
+        tried.append(addr)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr("asyncpg.connect_utils._connect_addr", connect)
+    url = database_url(POSTGRES_HOST=host, POSTGRES_PORT="6432", POSTGRES_DB="x")
+    with pytest.raises(ConnectionRefusedError):
+        await asyncpg.connect(asyncpg_dsn(url))
+    assert tried[0] == reached
 
 
 @given(user=names, password=values, database=names)
@@ -182,6 +220,7 @@ def test_pool_and_echo_are_the_origins(variables: dict[str, str], options: Store
         ({"REDIS_HOST": "cache", "REDIS_PORT": "6380"}, "redis://cache:6380/0"),
         ({"REDIS_HOST": "cache", "REDIS_PORT": "6380", "REDIS_DB": "3"}, "redis://cache:6380/3"),
         ({"REDIS_HOST": "::1", "REDIS_DB": "15"}, "redis://[::1]:6379/15"),
+        ({"REDIS_HOST": "[fe80::1%eth0]"}, "redis://[fe80::1%25eth0]:6379/0"),
         ({"REDIS_PORT": "6380"}, None),
         ({"REDIS_DB": "3"}, None),
         ({"REDIS_PORT": "6380", "REDIS_DB": "3"}, None),
@@ -199,11 +238,65 @@ def test_own_redis_variable_wins_over_the_origins() -> None:
     assert redis_url(INCIDENTKIT_REDIS_URL=url, REDIS_HOST="other", REDIS_DB="1") == url
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://cache:6379/abc",
+        "redis://cache/1/2",
+        "redis://:hunter2/x@127.0.0.1/0",
+        "redis://:2/hunter2@127.0.0.1/0",
+        "redis://:hunter#2@cache/0",
+        "redis://cache/0?hunter2=x",
+        "redis://cache/0?hunter2=",
+        "redis://cache/0?db=hunter2",
+        "redis://cache/0?protocol=9",
+        "rediss://cache/0?ssl_cert_reqs=hunter2",
+        "redis://cache:99999/0",
+        "redis://[::1/0",
+        "unix://",
+    ],
+)
+def test_redis_url_of_which_a_part_means_nothing_is_refused(url: str) -> None:
+    """What redis-py would pass over, or only find on the first call, is refused unseen at once."""
+    with pytest.raises(InvalidSettings) as caught:
+        IncidentClient.open(SQLITE, url)
+    assert caught.value.name == "redis_url"
+    assert "hunter" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://cache",
+        "redis://cache/",
+        "redis://ann:p%2F%23@cache:6390/15?socket_timeout=1",
+        "rediss://cache/0?ssl_cert_reqs=none&ssl_ca_certs=/etc/ca.pem",
+        "redis://cache?db=3&client_name=x",
+        "unix:///run/redis.sock?db=1",
+    ],
+)
+def test_redis_url_may_have_any_part_of_redis_pys(url: str) -> None:
+    """Users, passwords, databases, TLS, sockets and redis-py's own parameters are taken."""
+    assert IncidentClient.open(SQLITE, url)._cache is not None
+
+
 @pytest.mark.parametrize(("text", "required"), [("1", True), ("true", True), ("0", False)])
 def test_redis_may_be_required(text: str, *, required: bool) -> None:
     """INCIDENTKIT_REDIS_REQUIRED tells whether a client opens without Redis."""
-    settings = Settings.from_mapping({"INCIDENTKIT_REDIS_REQUIRED": text})
-    assert settings.redis_required is required
+    variables = {"INCIDENTKIT_REDIS_REQUIRED": text, "REDIS_HOST": "cache"}
+    assert Settings.from_mapping(variables).redis_required is required
+
+
+def test_redis_that_is_required_has_to_be_named() -> None:
+    """A Redis that must answer and is none is refused, by the environment but not by the rest."""
+    variables = {"INCIDENTKIT_REDIS_REQUIRED": "1", "REDIS_PORT": "6379"}
+    error = fault(variables)
+    assert error.name == "INCIDENTKIT_REDIS_REQUIRED"
+    assert error.reason == "needs a Redis: set INCIDENTKIT_REDIS_URL or REDIS_HOST"
+    assert redis_url(**variables, INCIDENTKIT_REDIS_URL="redis://x/0") == "redis://x/0"
+    assert redis_url(REDIS_PORT="6379", INCIDENTKIT_REDIS_REQUIRED="0") is None
 
 
 @pytest.mark.parametrize("place", ["log", "database"])
@@ -216,6 +309,9 @@ def test_request_log_has_two_places(place: str) -> None:
 # Faults
 
 PORT = "must be an integer from 1 to 65535"
+HOST = "must be a host name or an IP address"
+URL = "must start with postgresql:// or sqlite+aiosqlite:///"
+REDIS_URL = "must start with redis://, rediss:// or unix://"
 FLAG = "must be true or false"
 
 
@@ -227,6 +323,22 @@ FLAG = "must be true or false"
             for name in ("POSTGRES_PORT", "REDIS_PORT")
             for value in ("0", "65536", "-5432", "+5432", "5432.0", "5_432", "٥٤٣٢", "9" * 5000)
         ),
+        *(
+            (name, value, HOST + also)
+            for name, also in (
+                ("POSTGRES_HOST", ", or the absolute path of a socket's folder"),
+                ("REDIS_HOST", ""),
+            )
+            for value in (
+                *("db/x", "user@db", "db:5432", "db?x", "db#x", "a b", "db,other", "d\u00e4", "%"),
+                *("[db]", "[::1", "::1]", "::1%", "::1%a/b", "[::1]:5432", "1::2::3", "./run"),
+            )
+        ),
+        ("POSTGRES_HOST", "/a,/b", f"{HOST}, or the absolute path of a socket's folder"),
+        ("POSTGRES_HOST", "/a\nb", f"{HOST}, or the absolute path of a socket's folder"),
+        ("REDIS_HOST", "/run/redis.sock", HOST),
+        *(("INCIDENTKIT_DATABASE_URL", value, URL) for value in ("mysql://x", "x", "sqlite:x")),
+        *(("INCIDENTKIT_REDIS_URL", value, REDIS_URL) for value in ("http://x", "redis", "//x")),
         ("REDIS_DB", "-1", "must be an integer from 0 to 1000000"),
         ("REDIS_DB", "main", "must be an integer from 0 to 1000000"),
         ("DB_POOL_SIZE", "0", "must be an integer from 1 to 10000"),
@@ -255,6 +367,10 @@ SECRET = "hunter2-Zürich"
 @pytest.mark.parametrize(
     "name",
     [
+        "INCIDENTKIT_DATABASE_URL",
+        "INCIDENTKIT_REDIS_URL",
+        "POSTGRES_HOST",
+        "REDIS_HOST",
         "POSTGRES_PORT",
         "REDIS_PORT",
         "REDIS_DB",
@@ -279,7 +395,7 @@ def test_url_of_another_kind_is_refused_without_showing_it(
 ) -> None:
     """A URL of a server that is not supported is told without its credentials."""
     monkeypatch.setenv(name, f"mysql://ann:{SECRET}@db/incidents")
-    with pytest.raises(InvalidSettings, match=r"_url must start with .*://") as caught:
+    with pytest.raises(InvalidSettings, match=rf"^{name} must start with .*://") as caught:
         IncidentClient.from_env()
     shown = f"{caught.value!r}{''.join(traceback.format_exception(caught.value))}"
     assert "hunter2" not in shown
@@ -334,13 +450,24 @@ def test_process_wins_over_the_file_variable_by_variable(monkeypatch: pytest.Mon
     )
 
 
-def test_empty_variable_of_the_process_takes_back_the_files(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("empty", ["", " \t"])
+def test_empty_variable_of_the_process_leaves_the_files(
+    empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A variable that the process empties is not set, whatever the file says of it."""
+    """A variable that is empty in the process is not set there, so that the file's holds."""
     Path(".env").write_text("POSTGRES_HOST=file\n", "utf-8")
-    monkeypatch.setenv("POSTGRES_HOST", "")
-    assert Settings.from_env() == Settings()
+    monkeypatch.setenv("POSTGRES_HOST", empty)
+    assert Settings.from_env().database_url == "postgresql://postgres@file:5432/postgres"
+
+
+def test_overrides_win_over_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a caller gives replaces a variable of the process and of the file before it is read."""
+    Path(".env").write_text("INCIDENTKIT_DATABASE_URL=mysql://file\nREDIS_HOST=file\n", "utf-8")
+    monkeypatch.setenv("INCIDENTKIT_REDIS_URL", "http://process")
+    monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
+    urls = {"INCIDENTKIT_DATABASE_URL": "sqlite:///x", "INCIDENTKIT_REDIS_URL": "redis://x"}
+    settings = Settings.from_env(overrides=urls)
+    assert (settings.database_url, settings.redis_url) == ("sqlite:///x", "redis://x")
 
 
 def test_own_variable_in_the_file_wins_over_the_origins_in_the_process(
@@ -378,6 +505,33 @@ def test_missing_file_is_no_fault(tmp_path: Path) -> None:
     Path(".env").mkdir()
     assert Settings.from_env() == Settings()
     assert Settings.from_env(tmp_path) == Settings()
+
+
+def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """A file that is no text is named, and nothing of it is shown."""
+    Path(".env").write_bytes(b"POSTGRES_PASSWORD=hunter2\xff\n")
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_env()
+    assert str(caught.value) == ".env cannot be read: it is not UTF-8"
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None
+    other = tmp_path / "other.env"
+    other.write_bytes(b"\xff")
+    with pytest.raises(InvalidSettings, match=r"other\.env cannot be read"):
+        Settings.from_env(other)
+
+
+def test_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the system keeps back is named with the system's reason."""
+
+    def refuse(_: object) -> None:
+        raise PermissionError(13, "Permission denied", "secret/.env")
+
+    Path(".env").touch()
+    monkeypatch.setattr("incidentkit.settings.dotenv_values", refuse)
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_env()
+    assert str(caught.value) == ".env cannot be read: Permission denied"
 
 
 def test_fault_in_the_file_is_told_like_any_other() -> None:

@@ -40,15 +40,25 @@ class IncidentCache(Protocol):
         """Give back every connection; calling it again does nothing."""
 
 
+def check_redis_url(redis_url: str) -> None:
+    """Return if the URL is one for a Redis, whatever else it holds.
+
+    Raises:
+        InvalidSettings: If it is for something else.
+    """
+    scheme, separator, _ = redis_url.partition("://")
+    if not separator or scheme not in ("redis", "rediss", "unix"):
+        raise InvalidSettings("redis_url", "must start with redis://, rediss:// or unix://")
+
+
 def cache_from_url(redis_url: str) -> RedisCache:
     """Return the cache, not yet connected, for a ``redis://`` or ``rediss://`` URL.
 
     Raises:
-        InvalidSettings: If the URL is none.
+        InvalidSettings: If the URL cannot be used.
         MissingDependency: If the package ``redis`` is not installed.
     """
-    if redis_url.partition("://")[0] not in ("redis", "rediss", "unix"):
-        raise InvalidSettings("redis_url", "must start with redis://, rediss:// or unix://")
+    check_redis_url(redis_url)
     try:
         from incidentkit.cache.redis import RedisCache  # noqa: PLC0415
     except ModuleNotFoundError as error:

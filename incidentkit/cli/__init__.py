@@ -11,11 +11,15 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
-from attrs import evolve
 
 from incidentkit.cli.text import details, harmless, table
 from incidentkit.client import IncidentClient
-from incidentkit.errors import IncidentKitError, InvalidIncident, InvalidSettings
+from incidentkit.errors import (
+    CacheUnavailable,
+    IncidentKitError,
+    InvalidIncident,
+    InvalidSettings,
+)
 from incidentkit.models import DEFAULT_LIMIT, MAX_LIMIT, IncidentSource, IncidentStatus
 from incidentkit.settings import Settings
 from incidentkit.version import __version__
@@ -35,9 +39,11 @@ _T = TypeVar("_T")
 
 _STATUSES: Final = f"[{'|'.join(IncidentStatus)}]"
 _SOURCES: Final = f"[{'|'.join(IncidentSource)}]"
+_DATABASE_URL: Final = "INCIDENTKIT_DATABASE_URL"
+_REDIS_URL: Final = "INCIDENTKIT_REDIS_URL"
 _OPTIONS: Final = {
-    "database_url": "--database-url or INCIDENTKIT_DATABASE_URL",
-    "redis_url": "--redis-url or INCIDENTKIT_REDIS_URL",
+    **dict.fromkeys(("database_url", _DATABASE_URL), f"--database-url or {_DATABASE_URL}"),
+    **dict.fromkeys(("redis_url", _REDIS_URL), f"--redis-url or {_REDIS_URL}"),
 }
 
 
@@ -61,6 +67,9 @@ class _Commands(click.Group):
         except InvalidSettings as error:
             name = _OPTIONS.get(error.name, error.name)
             raise _Refused([f"{name} {error.reason}"]) from error
+        except CacheUnavailable as error:
+            reason = f"{error}, and INCIDENTKIT_REDIS_REQUIRED forbids going on without it"
+            raise click.ClickException(harmless(reason)) from error
         except IncidentKitError as error:
             raise click.ClickException(harmless(str(error))) from error
         except KeyboardInterrupt:
@@ -107,9 +116,12 @@ def _takes_database(command: Callable[..., None]) -> Callable[..., None]:
     )
     @wraps(command)
     def with_settings(database_url: str | None, **arguments: Any) -> None:
-        given = {"database_url": database_url, "redis_url": arguments.pop("redis_url", None)}
-        changes = {name: url for name, url in given.items() if url is not None}
-        command(evolve(_settings(), **changes), **arguments)
+        given = {_DATABASE_URL: database_url, _REDIS_URL: arguments.pop("redis_url", None)}
+        overrides = {name: url for name, url in given.items() if url is not None}
+        for name, url in overrides.items():
+            if not url.strip():
+                raise InvalidSettings(name, "is empty")
+        command(Settings.from_env(overrides=overrides), **arguments)
 
     return with_settings
 
@@ -122,13 +134,6 @@ def _takes_servers(command: Callable[..., None]) -> Callable[..., None]:
         help="redis://host:port/db, instead of what the environment names.",
     )
     return with_redis(_takes_database(command))
-
-
-def _settings() -> Settings:
-    try:
-        return Settings.from_env()
-    except (OSError, UnicodeError) as error:
-        raise InvalidSettings(".env", "cannot be read") from error
 
 
 _takes_json: Final = click.option(
@@ -341,17 +346,38 @@ def upgrade(settings: Settings, revision: str) -> None:
 
 @db.command(context_settings={"ignore_unknown_options": True})
 @click.argument("revision", default="-1")
+@click.option("--yes", is_flag=True, help="Do not ask before the table of incidents is removed.")
 @_takes_database
-def downgrade(settings: Settings, revision: str) -> None:
+def downgrade(settings: Settings, revision: str, *, yes: bool) -> None:
     """Bring the schema down to REVISION, by default by one step.
 
     Down to the origin's revision, dadc1db062ae, incidents are kept; below it, `base` removes the
-    table of incidents with all its rows.
+    table of incidents with all its rows, if that is confirmed.
     """
     from incidentkit.store import migrate  # noqa: PLC0415
 
+    at = None if yes else asyncio.run(migrate.current(settings.database_url))
+    if _removes_incidents(revision, at):
+        warning = f"{revision} removes the table of incidents with all its rows"
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise _Refused([f"{warning}: add --yes if that is meant"])
+        click.confirm(f"{warning}. Go on?", abort=True, err=True)
     asyncio.run(migrate.downgrade(settings.database_url, revision))
     _write_revision(settings)
+
+
+def _removes_incidents(revision: str, at: str | None) -> bool:
+    """Return whether a downgrade to the revision, absolute or relative, ends below the origin's."""
+    from incidentkit.store.tables import REVISIONS  # noqa: PLC0415
+
+    if at is None:
+        return False
+    start, dash, steps = revision.rpartition("-")
+    if not (dash and steps.isdecimal()):
+        return revision.rpartition("@")[2] == "base"
+    known = [number for number, name in enumerate(REVISIONS) if name.startswith(start or at)]
+    # What is not known is for Alembic to refuse, or counts from the newest, like `head-1`.
+    return int(steps) > (known[0] if known else len(REVISIONS) - 1)
 
 
 @db.command()

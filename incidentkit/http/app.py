@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 
 from incidentkit.errors import InvalidSettings
 from incidentkit.http.docs import assets_folder
-from incidentkit.http.log import RequestLog
+from incidentkit.http.log import NO_ROUTE, RequestLog, log_route
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_id import RequestIdMiddleware
 from incidentkit.http.routes import DOCS, OPERATIONS
@@ -63,7 +63,7 @@ def create_app(
     app = Starlette(
         routes=[operation.route() for operation in (*OPERATIONS, *(DOCS if docs else ()))],
         middleware=[Middleware(RequestIdMiddleware)],
-        exception_handlers={HTTPException: _answer_problem, Exception: _answer_problem},
+        exception_handlers={HTTPException: _answer_unrouted, Exception: _answer_problem},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
@@ -97,6 +97,16 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             await request_log.close()
         if connects:
             await client.close()
+
+
+async def _answer_unrouted(request: Request, error: Exception) -> Response:
+    """Answer for the router, which found no route; errors of a route never get here."""
+
+    @log_route(NO_ROUTE)
+    async def endpoint(_: Request) -> Response:
+        raise error
+
+    return await endpoint(request)
 
 
 async def _answer_problem(request: Request, error: Exception) -> Response:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Final
 
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from incidentkit.errors import MissingDependency
 
@@ -23,14 +24,15 @@ HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
 }
 
+START_SCRIPT: Final = "start.js"
+
 MEDIA_TYPES: Final = {
     "swagger-ui.css": "text/css",
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
+    START_SCRIPT: "text/javascript",
 }
-"""The files of the package that the page needs."""
-
-START_SCRIPT: Final = "start.js"
+"""The files that the page needs, all but the script from the package."""
 
 # Every link is relative to the page, wherever it is mounted.
 _PAGE: Final = f"""\
@@ -82,14 +84,27 @@ def page() -> Response:
     return Response(_PAGE, headers=HEADERS, media_type="text/html")
 
 
-def asset(name: str) -> Response:
-    """Return a file of the page.
+def asset(name: str, known: str = "") -> Response:
+    """Return a file of the page, or 304 without it.
+
+    Args:
+        name: The file's name.
+        known: The tags of the files that the browser has, as ``If-None-Match`` names them.
 
     Raises:
         HTTPException: 404 if the page has no such file.
     """
-    if name == START_SCRIPT:
-        return Response(_START, headers=HEADERS, media_type="text/javascript")
     if name not in MEDIA_TYPES:
         raise HTTPException(404)
-    return FileResponse(assets_folder() / name, headers=HEADERS, media_type=MEDIA_TYPES[name])
+    content, tag = _file(name)
+    headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": tag}
+    if tag in (given.strip().removeprefix("W/") for given in known.split(",")):
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=MEDIA_TYPES[name])
+
+
+@cache
+def _file(name: str) -> tuple[bytes, str]:
+    """Return what a file holds, and the tag that tells it from other versions."""
+    content = _START.encode() if name == START_SCRIPT else (assets_folder() / name).read_bytes()
+    return content, f'"{sha256(content).hexdigest()[:32]}"'

@@ -9,6 +9,7 @@ from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import wraps
+from http import HTTPMethod
 from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -45,6 +46,18 @@ CLOSE_TIMEOUT: Final = 5.0
 """Seconds in which what still waits has to be written when the app shuts down."""
 
 
+CANCEL_TIMEOUT: Final = 0.1
+"""Seconds that a write which is given up may take to end."""
+
+NO_ROUTE: Final = "(none)"
+"""What a record has for the path's template if no route took the request."""
+
+OTHER_METHOD: Final = "(other)"
+"""What a record has for a method that HTTP does not know."""
+
+_METHODS: Final = frozenset(HTTPMethod)
+
+
 def log_route(route: str) -> Callable[[Endpoint], Endpoint]:
     """Decorate the endpoint of a route: one record for each request, whatever becomes of it.
 
@@ -67,7 +80,7 @@ def log_route(route: str) -> Callable[[Endpoint], Endpoint]:
                 response = problem_response(request, error)
             record = RequestRecord(
                 logged_at=datetime.now(UTC),
-                method=request.method,
+                method=request.method if request.method in _METHODS else OTHER_METHOD,
                 route=route,
                 status=response.status_code,
                 duration_ms=round((time.perf_counter() - started) * 1000, 3),
@@ -150,34 +163,45 @@ class RequestLog:
         self._waiting.append(record)
         if self._task is None or self._task.done():
             self._closing = asyncio.Event()
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            work = self._run(self._waiting, self._closing)
+            self._task = asyncio.get_running_loop().create_task(work)
 
     async def close(self) -> None:
         """Write what waits, and drop what cannot be written now.
 
-        A record that is added later starts the log anew.
+        A write that does not end when it is cancelled is left behind. A record that is added
+        later starts the log anew.
         """
         self._closing.set()
-        if self._task is not None and not self._task.done():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._task, self._close_timeout)
-        if self._waiting:
-            self._drop(len(self._waiting), "the app shuts down")
-            self._waiting.clear()
+        task, waiting = self._task, self._waiting
+        try:
+            if task is not None and not task.done():
+                await asyncio.wait({task}, timeout=self._close_timeout)
+                if not task.done():
+                    task.cancel()
+                    await asyncio.wait({task}, timeout=CANCEL_TIMEOUT)
+        finally:
+            # Nothing that is left behind may touch what is added later.
+            self._task, self._waiting = None, deque()
+            if waiting:
+                self._drop(len(waiting), "the app shuts down")
+                waiting.clear()
+            if task is not None:
+                task.cancel()
 
-    async def _run(self) -> None:
-        while self._waiting:
+    async def _run(self, waiting: deque[RequestRecord], closing: asyncio.Event) -> None:
+        while waiting:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._interval):
-                    await self._closing.wait()
-            while self._waiting and await self._write():
+                    await closing.wait()
+            while waiting and await self._write(waiting):
                 pass
-            if self._closing.is_set():
+            if closing.is_set():
                 return
 
-    async def _write(self) -> bool:
+    async def _write(self, waiting: deque[RequestRecord]) -> bool:
         """Write a batch, and tell whether to go on with the next one at once."""
-        batch = list(islice(self._waiting, BATCH))
+        batch = list(islice(waiting, BATCH))
         try:
             async with asyncio.timeout(self._write_timeout):
                 await self._store.log_requests(batch)
@@ -186,18 +210,14 @@ class RequestLog:
             return False
         except Exception as error:  # noqa: BLE001
             # It would fail again, and hold up those behind it.
-            self._forget(len(batch))
-            self._drop(len(batch), f"records were refused: {type(error).__name__}")
+            dropped = _forget(waiting, len(batch))
+            self._drop(dropped, f"records were refused: {type(error).__name__}")
             return True
-        self._forget(len(batch))
+        _forget(waiting, len(batch))
         if self.failing:
             self.failing = False
             logger.warning("The request log is written again, dropped so far: %d", self.dropped)
         return True
-
-    def _forget(self, count: int) -> None:
-        for _ in range(count):
-            self._waiting.popleft()
 
     def _drop(self, count: int, reason: str) -> None:
         self.dropped += count
@@ -208,3 +228,11 @@ class RequestLog:
         if not self.failing:
             self.failing = True
             logger.warning("The request log cannot be written (%s)", reason)
+
+
+def _forget(waiting: deque[RequestRecord], count: int) -> int:
+    """Remove so many records, unless closing the log has done so, and return their number."""
+    count = min(count, len(waiting))
+    for _ in range(count):
+        waiting.popleft()
+    return count

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from incidentkit.errors import (
+    ClientClosed,
     FieldError,
     IncidentNotFound,
     InvalidIncident,
@@ -92,7 +93,7 @@ def problem_response(request: Request, error: Exception) -> Response:
     id_ = request_id(request.scope)
     refusal = refusal_for(error)
     match error:
-        case SchemaOutOfDate() | StoreUnavailable():
+        case SchemaOutOfDate() | StoreUnavailable() | ClientClosed():
             logger.warning("%s", error, extra={"request_id": id_})
         case _ if refusal.status == HTTPStatus.INTERNAL_SERVER_ERROR:
             logger.error("A request failed", exc_info=error, extra={"request_id": id_})
@@ -126,6 +127,9 @@ def refusal_for(error: Exception) -> Refusal:
             refusal = Refusal(400, "The connection was closed before the request was complete")
         case SchemaOutOfDate() | StoreUnavailable():
             detail = "The database is unavailable, or its schema is not the one that is needed"
+            refusal = Refusal(503, detail, headers=RETRY_HEADERS)
+        case ClientClosed():
+            detail = "The service is not open: it has not started, or is shutting down"
             refusal = Refusal(503, detail, headers=RETRY_HEADERS)
         case HTTPException(status_code=404):
             refusal = Refusal(404, "There is nothing at this path")

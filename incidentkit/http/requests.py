@@ -40,6 +40,8 @@ async def read_arguments(request: Request, operation: Operation) -> dict[str, An
         InvalidIncident: With every faulty parameter and every faulty field of the body.
         ClientDisconnect: If the connection ends before the body does.
     """
+    if operation.body is None:
+        _refuse_body(request)
     query = read_query(request.scope["query_string"])
     values, faults = _read_parameters(request, query, operation.parameters)
     if operation.check is not None:
@@ -177,6 +179,13 @@ class _Object(dict[str, Any]):
             names: set[str] = set()
             for name, _ in pairs:
                 (self.repeated if name in names else names).add(name)
+
+
+def _refuse_body(request: Request) -> None:
+    """Refuse a body where there has to be none, by what is announced of it."""
+    lengths = request.headers.getlist("content-length")
+    if "transfer-encoding" in request.headers or any(value.strip(" \t0") for value in lengths):
+        raise Refusal(400, "This operation takes no body")
 
 
 def _check_headers(request: Request) -> None:

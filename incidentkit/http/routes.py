@@ -174,8 +174,9 @@ async def _docs(_: Request, __: dict[str, Any]) -> Response:
     return docs.page()
 
 
-async def _docs_asset(_: Request, arguments: dict[str, Any]) -> Response:
-    return docs.asset(arguments["asset"])
+async def _docs_asset(request: Request, arguments: dict[str, Any]) -> Response:
+    known = ",".join(request.headers.getlist("if-none-match"))
+    return docs.asset(arguments["asset"], known)
 
 
 _INCIDENT_ID: Final = Parameter(

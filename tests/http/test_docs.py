@@ -61,6 +61,27 @@ def test_the_policy(api: httpx.Client, path: str) -> None:
     assert "<style" not in api.get("/docs").text
 
 
+@pytest.mark.parametrize("given", ["bytes=abc", "bytes=99999999-", "bytes=0-3", "lines=1"])
+def test_a_range_is_not_taken(api: httpx.Client, given: str) -> None:
+    """A file always comes whole, whatever part of it is asked for."""
+    answer = api.get("/docs/swagger-ui.css", headers={"Range": given})
+    assert answer.status_code == 200
+    assert answer.content == api.get("/docs/swagger-ui.css").content
+
+
+@pytest.mark.parametrize("path", MEDIA_TYPES)
+def test_a_file_that_the_browser_has(api: httpx.Client, path: str) -> None:
+    """A browser asks each time, and gets a file that it has not got a second time."""
+    whole = api.get(path)
+    tag = whole.headers["ETag"]
+    assert whole.headers["Cache-Control"] == "no-cache"
+    for given in (tag, f"W/{tag}", f'"other", {tag}'):
+        answer = api.get(path, headers={"If-None-Match": given})
+        assert (answer.status_code, answer.content) == (304, b"")
+        assert answer.headers["ETag"] == tag
+    assert api.get(path, headers={"If-None-Match": '"other"'}).content == whole.content
+
+
 @pytest.mark.parametrize(
     "name", ["index.html", "swagger-ui-bundle.js.map", "..%2f..%2f__init__.py", "%2e%2e", "%00"]
 )

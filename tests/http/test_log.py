@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ REQUESTS = [
     ("GET", "/health/live", "/health/live", 200),
     ("GET", "/docs/start.js", "/docs/{asset}", 200),
     ("GET", "/openapi.json", "/openapi.json", 200),
+    ("GET", "/nowhere/secret", "(none)", 404),
+    ("GET", "/docs/nowhere", "/docs/{asset}", 404),
+    ("PUT", "/incident/get", "(none)", 405),
 ]
 """Requests, with the route and the status of their records."""
 
@@ -254,6 +257,52 @@ async def test_closing_drops_what_cannot_be_written(outcome: Exception | None) -
     assert store.calls == 1
     assert log.dropped == 2
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_closing_does_not_wait_for_a_store_that_ignores_cancellation() -> None:
+    """A write that goes on after its cancellation is left behind, and its end changes nothing."""
+    released = asyncio.Event()
+
+    class Stubborn(LogStore):
+        async def log_requests(self, records: Sequence[RequestRecord]) -> None:
+            while not released.is_set():
+                with suppress(asyncio.CancelledError):
+                    await released.wait()
+            await super().log_requests(records)
+
+    store = Stubborn()
+    log = RequestLog(store, interval=0, close_timeout=0.01)
+    log.add(record(1))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(5):
+        await log.close()
+    assert log.dropped == 1
+    (left_behind,) = asyncio.all_tasks() - {asyncio.current_task()}
+    log.add(record(2))
+    released.set()
+    await asyncio.wait({left_behind})
+    await until_idle(log)
+    assert store.stored == [1, 2]
+    assert log.dropped == 1
+
+
+@pytest.mark.parametrize("method", ["BREW", "GET\r\nX", "x" * 1000])
+async def test_a_method_that_is_none(method: str, records: Records) -> None:
+    """What a client invents as a method is not in the record."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    app = create_app(IncidentClient.open(MEMORY))
+    scope = {"type": "http", "method": method, "path": "/incident/get", "headers": []}
+    await app({**scope, "query_string": b"", "root_path": ""}, receive, send)
+    assert sent[0]["status"] == 405
+    (logged,) = records.seen
+    assert logged.getMessage().startswith("(other) (none) 405 ")
 
 
 async def test_a_closed_log_starts_anew() -> None:

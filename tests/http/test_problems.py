@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import httpx
 import pytest
 
 from incidentkit import ClientClosed, IncidentClient, SchemaOutOfDate, StoreError, StoreUnavailable
 from incidentkit.http import create_app
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve
-
-if TYPE_CHECKING:
-    import httpx
 
 SECRET = "postgresql://user:password@db/SELECT"  # the text of an error that must stay inside
 
@@ -54,8 +50,28 @@ def test_a_database_that_is_away(serve: Serve, records: Records, error: Exceptio
     assert [record.getMessage() for record in warnings] == [str(error)] * 4
 
 
+async def test_a_client_that_is_not_open(records: Records) -> None:
+    """Before it is opened, as when it is closed, each route is a 503 and no error of the server."""
+    app = create_app(IncidentClient.open(MEMORY))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as api:
+        answers = [
+            await api.post("/incident/create", json=INCIDENT),
+            await api.get("/incident/get"),
+            await api.get("/incident/get/1"),
+            await api.patch("/incident/update-status?incident_id=1&status=new"),
+        ]
+    for answer in answers:
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) > 0
+        assert answer.json()["detail"].startswith("The service is not open")
+    levels = {record.levelname for record in records.seen}
+    assert levels == {"WARNING", "INFO"}
+    assert str(ClientClosed()) in {record.getMessage() for record in records.seen}
+
+
 @pytest.mark.parametrize(
-    "error", [StoreError(SECRET), RuntimeError(SECRET), ClientClosed(), RecursionError(SECRET)]
+    "error", [StoreError(SECRET), RuntimeError(SECRET), RecursionError(SECRET)]
 )
 def test_an_error_of_the_server(serve: Serve, records: Records, error: Exception) -> None:
     """An unexpected error is a 500 without its text, which stands in the log once."""

@@ -219,6 +219,39 @@ def test_harmless_parameters_of_the_content_type(
     assert answer.json()["errors"][0]["reason"] == "is required"
 
 
+BODYLESS = [
+    ("GET", "/incident/get"),
+    ("HEAD", "/incident/get"),
+    ("GET", "/incident/get/1"),
+    ("PATCH", "/incident/update-status?incident_id=1&status=new"),
+    ("GET", "/health/live"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs/start.js"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), BODYLESS)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_where_there_is_none(
+    api: httpx.Client, method: str, path: str, *, chunked: bool
+) -> None:
+    """A body that an operation does not take is refused by its announcement, not ignored."""
+    answer = api.request(method, path, content=iter([BODY]) if chunked else BODY)
+    assert answer.status_code == 400
+    if method != "HEAD":
+        assert answer.json()["detail"] == "This operation takes no body"
+
+
+@pytest.mark.parametrize(("method", "path"), BODYLESS)
+@pytest.mark.parametrize("length", ["0", "00"])
+def test_an_empty_body_where_there_is_none(
+    api: httpx.Client, method: str, path: str, length: str
+) -> None:
+    """A body that is announced to be empty is none."""
+    answer = api.request(method, path, headers={"Content-Length": length})
+    assert answer.status_code in {200, 404}
+
+
 def test_a_body_of_the_limit_is_read(api: httpx.Client) -> None:
     """A body of exactly the limit is read, one byte more is a 413."""
     padded = b"{}" + b" " * (MAX_BODY - 2)
