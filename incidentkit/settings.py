@@ -125,7 +125,10 @@ class Environment:
         "redis://host:port/db; wins over REDIS_*",
     )
     redis_required: bool = _variable(
-        "INCIDENTKIT_REDIS_REQUIRED", "false", _flag, "refuse to start without Redis"
+        "INCIDENTKIT_REDIS_REQUIRED",
+        "false",
+        _flag,
+        "refuse to start without Redis, which has to be named then",
     )
     request_log: RequestLog = _variable(
         "INCIDENTKIT_REQUEST_LOG",
