@@ -25,6 +25,9 @@ RequestLog = Literal["log", "database"]
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+")
 
 
+PREFIXES: Final = ("INCIDENTKIT_", "POSTGRES_", "REDIS_", "DB_")
+
+
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(value: str) -> int:
         if not (value.isascii() and value.isdigit() and len(value) <= len(str(high))):
@@ -209,6 +212,14 @@ class Settings:
             InvalidSettings: With the variable and the rule that it breaks.
         """
         given = {name: value for name, value in variables.items() if value and value.strip()}
+        # What is overruled is not judged: Kubernetes sets POSTGRES_PORT and REDIS_PORT to URLs of
+        # its own in every pod beside services of these names.
+        overruled = ("POSTGRES_",) * ("INCIDENTKIT_DATABASE_URL" in given)
+        overruled += ("REDIS_",) * ("INCIDENTKIT_REDIS_URL" in given or "REDIS_HOST" not in given)
+        given = {name: value for name, value in given.items() if not name.startswith(overruled)}
+        for name, value in given.items():
+            if name.startswith(PREFIXES) and not value.isascii():
+                _check_text(name, value)
         environment = environ.to_config(Environment, given)
         redis_url = environment.redis_url or _redis_url(environment)
         if environment.redis_required and redis_url is None:
@@ -238,6 +249,14 @@ def _read_file(env_file: str | os.PathLike[str]) -> dict[str, str | None]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
     raise InvalidSettings(os.fspath(env_file), f"cannot be read: {reason}")
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # Without its cause, which shows the value.
+        raise InvalidSettings(name, "is not UTF-8") from None
 
 
 def _postgres_url(environment: Environment) -> str | None:

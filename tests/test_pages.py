@@ -12,7 +12,7 @@ from incidentkit.cache import MemoryCache
 from incidentkit.cache.pages import CALL_TIMEOUT, RETRY_AFTER, PageCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
 KEY = "incidents:1:10:any:any"
 
@@ -298,7 +298,7 @@ class RaisingCache(MemoryCache):
         super().__init__()
         self.error = error
 
-    def get(self, _: str) -> Coroutine[Any, Any, bytes | None]:
+    def get(self, key: str) -> Any:  # noqa: ARG002
         """Raise at once."""
         raise self.error
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.settings import Settings
-from incidentkit.store.base import StoreOptions
+from incidentkit.store.base import DEFAULT_DATABASE_URL, StoreOptions
 from incidentkit.store.postgresql import asyncpg_dsn
 from tests.strategies import characters
 
@@ -355,7 +355,7 @@ FLAG = "must be true or false"
 )
 def test_fault_names_the_variable_and_its_rule(name: str, value: str, reason: str) -> None:
     """A value that cannot be used is told by its variable and the rule that it breaks."""
-    error = fault({name: value})
+    error = fault({"REDIS_HOST": "cache", name: value})
     assert (error.name, error.reason) == (name, reason)
     assert str(error) == f"{name} {reason}"
 
@@ -383,7 +383,7 @@ SECRET = "hunter2-Zürich"
 )
 def test_fault_never_repeats_the_value(name: str) -> None:
     """Neither the error nor the traceback that is logged for it shows what stood there."""
-    error = fault({name: SECRET, "POSTGRES_PASSWORD": SECRET})
+    error = fault({"REDIS_HOST": "cache", "POSTGRES_PASSWORD": SECRET, name: SECRET})
     assert error.name == name
     shown = f"{error}{error!r}{''.join(traceback.format_exception(error))}"
     assert "hunter2" not in shown.lower()
@@ -536,7 +536,7 @@ def test_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_fault_in_the_file_is_told_like_any_other() -> None:
     """A faulty variable of the file is named, too."""
-    Path(".env").write_text("REDIS_PORT=cache:6379\n", "utf-8")
+    Path(".env").write_text("REDIS_HOST=cache\nREDIS_PORT=cache:6379\n", "utf-8")
     with pytest.raises(InvalidSettings, match=f"^REDIS_PORT {PORT}$"):
         Settings.from_env()
 
@@ -560,3 +560,26 @@ async def test_client_uses_what_the_environment_names(
     monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", sqlite_url)
     async with IncidentClient.from_env() as incidents:
         assert await incidents.list() == []
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"INCIDENTKIT_DATABASE_URL": "postgresql://h/x", "POSTGRES_PORT": "tcp://10.0.0.1:5432"},
+        {"INCIDENTKIT_REDIS_URL": "redis://h/0", "REDIS_PORT": "tcp://10.0.0.1:6379"},
+        {"REDIS_PORT": "tcp://10.0.0.1:6379", "REDIS_DB": "x"},
+    ],
+)
+def test_a_variable_that_is_overruled_is_not_judged(variables: dict[str, str]) -> None:
+    """What Kubernetes sets beside a service of that name is ignored where a URL is given."""
+    settings = Settings.from_mapping(variables)
+    assert settings.database_url == variables.get("INCIDENTKIT_DATABASE_URL", DEFAULT_DATABASE_URL)
+    assert settings.redis_url == variables.get("INCIDENTKIT_REDIS_URL")
+
+
+@pytest.mark.parametrize("name", ["POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"])
+def test_a_value_that_is_no_text_is_refused_by_name(name: str) -> None:
+    """Bytes of the environment that are not UTF-8 are an error that names the variable."""
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_mapping({name: "x\udcff"})
+    assert caught.value.name == name
