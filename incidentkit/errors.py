@@ -125,7 +125,7 @@ class CacheUnavailable(IncidentKitError):
 
 
 class StoreError(IncidentKitError):
-    """The database refused a statement in a way that trying again will not mend.
+    """The database cannot be used as it is; trying again will not mend it.
 
     Attributes:
         reason: What failed, without addresses, credentials or values.
@@ -136,7 +136,7 @@ class StoreError(IncidentKitError):
         super().__init__(reason)
 
     def __str__(self) -> str:
-        return f"The database refused a statement: {self.reason}"
+        return f"The database cannot be used: {self.reason}"
 
 
 class StoreUnavailable(StoreError):

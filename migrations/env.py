@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from alembic import context
 
 from incidentkit.settings import Settings
+from incidentkit.store import migrate
 from incidentkit.store.migrate import adopt, migration_engine
 from incidentkit.store.tables import VERSION_TABLE, metadata
 
@@ -37,11 +38,18 @@ def run_migrations(connection: Connection) -> None:
     )
     with context.begin_transaction():
         if connection.dialect.name == "postgresql":
+            wait_for_locks(connection, migrate.MIGRATION_LOCK_TIMEOUT)
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
+            wait_for_locks(connection, migrate.TABLE_LOCK_TIMEOUT)
         revision = adopt(connection)
         if revision is not None:
             context.get_context().stamp(context.script, revision)
         context.run_migrations()
+
+
+def wait_for_locks(connection: Connection, seconds: float) -> None:
+    """Bound the wait for a lock: readers queue behind a migration that waits for the table."""
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
 
 
 async def connect_and_run() -> None:

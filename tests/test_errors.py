@@ -61,7 +61,7 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
     ),
     (
         StoreError("SQLSTATE 23514"),
-        "The database refused a statement: SQLSTATE 23514",
+        "The database cannot be used: SQLSTATE 23514",
         {"reason": "SQLSTATE 23514"},
     ),
     (

@@ -20,7 +20,7 @@ from sqlalchemy import NullPool, String, column, event, inspect, select, table
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from incidentkit.errors import InvalidSettings, StoreError
+from incidentkit.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store import postgresql, sqlite
 from incidentkit.store.base import database_kind
 from incidentkit.store.tables import REVISIONS, VERSION_TABLE, check_revision, incident_table
@@ -37,6 +37,15 @@ ORIGIN_VERSION_TABLE: Final = "alembic_version"
 CONNECT_TIMEOUT: Final = 10.0
 LOCK_TIMEOUT: Final = 60.0
 """Seconds to wait for another process that is migrating the same SQLite file."""
+
+MIGRATION_LOCK_TIMEOUT: Final = 60.0
+"""Seconds to wait for another migration of the same PostgreSQL database."""
+
+TABLE_LOCK_TIMEOUT: Final = 10.0
+"""Seconds to wait for whoever uses the table, while others queue behind."""
+
+OPERATORS_ERRORS: Final = ("0A", "22", "23", "2B", "42")
+"""Classes of SQLSTATE that only a change by the operator mends, who has to know the reason."""
 
 _T = TypeVar("_T")
 _migrating = threading.Lock()
@@ -73,8 +82,9 @@ def migration_engine(database_url: str) -> AsyncEngine:
 async def _connect(dsn: str) -> asyncpg.Connection[asyncpg.Record]:
     try:
         return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT)
-    except postgresql.UNREADABLE_URL as error:
-        raise postgresql.unreadable_url() from error
+    except postgresql.UNREADABLE_URL:
+        # Without its cause, which shows parts of the URL.
+        raise postgresql.unreadable_url() from None
 
 
 def _leave_transactions_to_us(connection: Any, _: object) -> None:
@@ -98,7 +108,9 @@ async def upgrade(database_url: str, revision: str = "head") -> None:
 
 
 async def downgrade(database_url: str, revision: str = "-1") -> None:
-    """Bring the schema down to the revision, by default one step; the rows are kept.
+    """Bring the schema down to the revision, by default one step.
+
+    Down to the origin's revision incidents are kept; below it their table is dropped.
 
     Raises:
         StoreUnavailable: If the database cannot be reached.
@@ -170,6 +182,8 @@ def adopt(connection: Connection) -> str | None:
 
 
 def _run(run: Callable[[Config, str], None], revision: str, connection: Connection) -> None:
+    if not revision:
+        raise InvalidSettings("revision", "must not be empty")
     config = Config()
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -209,4 +223,11 @@ def _translate(engine: AsyncEngine, error: Exception) -> StoreError:
         return sqlite.translate_error(error)
     original = error.orig if isinstance(error, DBAPIError) else error
     cause = original.__cause__ if original is not None else None
-    return postgresql.translate_error(cause if isinstance(cause, Exception) else error)
+    if not isinstance(cause, Exception):
+        cause = error
+    if isinstance(cause, asyncpg.LockNotAvailableError):
+        return StoreUnavailable("another session uses the table, or migrates it: try again")
+    if isinstance(cause, asyncpg.PostgresError) and cause.sqlstate[:2] in OPERATORS_ERRORS:
+        # The first argument is the server's message alone, without details, which hold values.
+        return StoreError(str(cause.args[0]))
+    return postgresql.translate_error(cause)

@@ -116,6 +116,10 @@ incident_table: Final = Table(
     Column("created_at", UtcDateTime, nullable=False, server_default=current_second()),
     PrimaryKeyConstraint("incident_id", name="pk_Incident"),
     CheckConstraint("incident_id > 0", name="incident_id"),
+    CheckConstraint(
+        "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00'",
+        name="created_at",
+    ).ddl_if(dialect="postgresql"),
     # One for each combination of filters, in the order of the list.
     Index("ix_Incident_created_at", "created_at", "incident_id"),
     Index("ix_Incident_incident_type", "incident_type", "created_at", "incident_id"),

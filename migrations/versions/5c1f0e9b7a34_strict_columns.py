@@ -2,7 +2,8 @@
 
 No row is lost. A null that the origin may have left is filled: the status with ``new``, the source
 with ``operator``, the message with ``(no message)``, and the time with the latest one known of the
-incidents before it, or the epoch.
+incidents before it, or the epoch. A time that no calendar has counts as null, and an id below 1 is
+replaced by one past the largest.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from incidentkit.errors import StoreError
+
 revision = "5c1f0e9b7a34"
 down_revision = "dadc1db062ae"
 branch_labels = None
 depends_on = None
+
+MAX_INTEGER = 2**31 - 1
+# Python's datetime has no others, in any time zone.
+POSSIBLE_TIMES = "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00'"
 
 STATUSES = ("new", "completed", "failed")
 SOURCES = ("operator", "monitoring", "partner")
@@ -40,6 +47,7 @@ def upgrade() -> None:
         lower_enum_labels("incidentstatus", STATUSES)
         lower_enum_labels("incidentsource", SOURCES)
         read_naive_times_as_utc()
+        op.execute(f'UPDATE "Incident" SET created_at = NULL WHERE NOT ({POSSIBLE_TIMES})')
     fill_nulls()
     if on_sqlite():
         upgrade_sqlite()
@@ -67,6 +75,8 @@ def lower_enum_labels(type_name: str, labels: tuple[str, ...]) -> None:
     for label in set(found.all()) - set(labels):
         if label.lower() in labels:
             op.execute(f"ALTER TYPE {type_name} RENAME VALUE '{label}' TO '{label.lower()}'")
+        else:
+            raise StoreError(f"the type {type_name} has a label that is not known: {label}")
 
 
 def read_naive_times_as_utc() -> None:
@@ -103,9 +113,17 @@ def fill_nulls() -> None:
 
 def upgrade_postgresql() -> None:
     op.alter_column("Incident", "incident_id", type_=sa.BigInteger())
+    sequence = id_sequence()
+    op.execute(f"ALTER SEQUENCE {sequence} AS bigint")
     op.execute(
-        "DO $$ BEGIN EXECUTE format('ALTER SEQUENCE %s AS bigint', "
-        """pg_get_serial_sequence('"Incident"', 'incident_id')); END $$"""
+        'UPDATE "Incident" SET incident_id = past.id FROM ('
+        'SELECT incident_id AS old, (SELECT greatest(max(incident_id), 0) FROM "Incident") '
+        '+ row_number() OVER (ORDER BY incident_id) AS id FROM "Incident" WHERE incident_id < 1'
+        ') AS past WHERE "Incident".incident_id = past.old'
+    )
+    op.execute(
+        f"SELECT setval('{sequence}', largest.id) FROM {sequence} AS sequence, "
+        '(SELECT max(incident_id) AS id FROM "Incident") AS largest WHERE largest.id >= last_value'
     )
     for column in COLUMNS:
         op.alter_column("Incident", column, nullable=False)
@@ -115,17 +133,45 @@ def upgrade_postgresql() -> None:
         server_default=sa.text("date_trunc('second', clock_timestamp())"),
     )
     op.create_check_constraint(op.f("ck_Incident_incident_id"), "Incident", "incident_id > 0")
+    op.create_check_constraint(op.f("ck_Incident_created_at"), "Incident", POSSIBLE_TIMES)
+
+
+def id_sequence() -> str:
+    """Return the sequence that gives the ids; a dump may have parted it from its column."""
+    connection = op.get_bind()
+    owned = "SELECT pg_get_serial_sequence('\"Incident\"', 'incident_id')"
+    sequence = connection.scalar(sa.text(owned))
+    if sequence is not None:
+        return str(sequence)
+    sequence = connection.scalar(
+        sa.text(
+            "SELECT CAST(sequence.oid AS regclass)::text FROM pg_attrdef AS made "
+            "JOIN pg_depend AS depend ON depend.objid = made.oid "
+            "AND depend.classid = 'pg_attrdef'::regclass "
+            "JOIN pg_class AS sequence ON sequence.oid = depend.refobjid "
+            "AND sequence.relkind = 'S' WHERE made.adrelid = '\"Incident\"'::regclass"
+        )
+    )
+    if sequence is None:
+        sequence = '"Incident_incident_id_seq"'
+        op.execute(f"CREATE SEQUENCE {sequence}")
+        op.execute(
+            f"""ALTER TABLE "Incident" ALTER incident_id SET DEFAULT nextval('{sequence}')"""
+        )
+    op.execute(f'ALTER SEQUENCE {sequence} OWNED BY "Incident".incident_id')
+    return str(connection.scalar(sa.text(owned)))
 
 
 def downgrade_postgresql() -> None:
+    largest = op.get_bind().scalar(sa.text('SELECT max(incident_id) FROM "Incident"'))
+    if largest is not None and largest > MAX_INTEGER:
+        raise StoreError(f"ids past {MAX_INTEGER} do not fit into the origin's table")
+    op.drop_constraint(op.f("ck_Incident_created_at"), "Incident", type_="check")
     op.drop_constraint(op.f("ck_Incident_incident_id"), "Incident", type_="check")
     op.alter_column("Incident", "created_at", server_default=None)
     for column in COLUMNS:
         op.alter_column("Incident", column, nullable=True)
-    op.execute(
-        "DO $$ BEGIN EXECUTE format('ALTER SEQUENCE %s AS integer', "
-        """pg_get_serial_sequence('"Incident"', 'incident_id')); END $$"""
-    )
+    op.execute(f"ALTER SEQUENCE {id_sequence()} AS integer")
     op.alter_column("Incident", "incident_id", type_=sa.Integer())
 
 

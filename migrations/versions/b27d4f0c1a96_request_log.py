@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from incidentkit.errors import StoreError
+
 revision = "b27d4f0c1a96"
 down_revision = "5c1f0e9b7a34"
 branch_labels = None
@@ -12,6 +14,8 @@ depends_on = None
 
 
 def upgrade() -> None:
+    if sa.inspect(op.get_bind()).has_table("request_log"):
+        raise StoreError('a table "request_log" that incidentkit did not make is in the way')
     op.create_table(
         "request_log",
         sa.Column(
