@@ -39,8 +39,9 @@ class RequestRecord:
 
     Attributes:
         logged_at: When it was answered, aware.
-        method: The HTTP method.
-        route: The path's template, such as ``/incident/get/{incident_id}``.
+        method: The HTTP method; ``(other)`` for one that HTTP does not define.
+        route: The path's template, such as ``/incident/get/{incident_id}``; ``(none)`` where no
+            route answered.
         status: The HTTP status of the answer.
         duration_ms: From the route's start to its answer, in milliseconds.
         request_id: The id that the answer carries in ``X-Request-ID``.
