@@ -44,7 +44,7 @@ MIGRATION_LOCK_TIMEOUT: Final = 60.0
 TABLE_LOCK_TIMEOUT: Final = 10.0
 """Seconds to wait for whoever uses the table, while others queue behind."""
 
-OPERATORS_ERRORS: Final = ("0A", "22", "23", "2B", "42")
+OPERATORS_ERRORS: Final = ("0A", "22", "23", "2B", "3F", "42", "55")
 """Classes of SQLSTATE that only a change by the operator mends, who has to know the reason."""
 
 _T = TypeVar("_T")
@@ -101,7 +101,8 @@ async def upgrade(database_url: str, revision: str = "head") -> None:
     A database that the origin made is recognised by its ``alembic_version`` and taken over.
 
     Raises:
-        StoreUnavailable: If the database cannot be reached.
+        StoreUnavailable: If the database cannot be reached, or others keep it locked for too long.
+        StoreError: With what is in the way; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
     await _migrate(migration_engine(database_url), partial(_run, command.upgrade, revision))
@@ -110,10 +111,12 @@ async def upgrade(database_url: str, revision: str = "head") -> None:
 async def downgrade(database_url: str, revision: str = "-1") -> None:
     """Bring the schema down to the revision, by default one step.
 
-    Down to the origin's revision incidents are kept; below it their table is dropped.
+    Down to the origin's revision every incident is kept; below it, at ``base``, their table is
+    dropped with all of them. ``request_log`` is dropped with its rows by the first step down.
 
     Raises:
-        StoreUnavailable: If the database cannot be reached.
+        StoreUnavailable: If the database cannot be reached, or others keep it locked for too long.
+        StoreError: With what is in the way; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
     await _migrate(migration_engine(database_url), partial(_run, command.downgrade, revision))
@@ -174,11 +177,15 @@ def adopt(connection: Connection) -> str | None:
         return None
     revision = current_revision(connection)
     if revision is None and incident_table.name in tables:
-        raise StoreError(
-            f'a table "{incident_table.name}" that neither incidentkit nor the origin\'s '
-            "migrations made is in the way"
-        )
+        raise in_the_way(incident_table.name)
     return revision
+
+
+def in_the_way(name: str) -> StoreError:
+    """Return what a caller sees if somebody else's table has the name of one of ours."""
+    return StoreError(
+        f'a table "{name}" that neither incidentkit nor the origin\'s migrations made is in the way'
+    )
 
 
 def _run(run: Callable[[Config, str], None], revision: str, connection: Connection) -> None:
@@ -197,6 +204,9 @@ def _run(run: Callable[[Config, str], None], revision: str, connection: Connecti
         run(config, revision)
     except CommandError as error:
         raise InvalidSettings("revision", f"cannot be reached: {error}") from error
+    except AssertionError as error:
+        # Alembic's own, for a revision such as "@" or "head+1".
+        raise InvalidSettings("revision", "cannot be reached") from error
 
 
 async def _migrate(
@@ -226,7 +236,9 @@ def _translate(engine: AsyncEngine, error: Exception) -> StoreError:
     if not isinstance(cause, Exception):
         cause = error
     if isinstance(cause, asyncpg.LockNotAvailableError):
-        return StoreUnavailable("another session uses the table, or migrates it: try again")
+        return StoreUnavailable(
+            "another session holds the table, or another migration runs: try again"
+        )
     if isinstance(cause, asyncpg.PostgresError) and cause.sqlstate[:2] in OPERATORS_ERRORS:
         # The first argument is the server's message alone, without details, which hold values.
         return StoreError(str(cause.args[0]))

@@ -44,9 +44,11 @@ def on_sqlite() -> bool:
 
 def upgrade() -> None:
     if not on_sqlite():
+        hold_table()
         lower_enum_labels("incidentstatus", STATUSES)
         lower_enum_labels("incidentsource", SOURCES)
         read_naive_times_as_utc()
+        op.alter_column("Incident", "created_at", nullable=True)
         op.execute(f'UPDATE "Incident" SET created_at = NULL WHERE NOT ({POSSIBLE_TIMES})')
     fill_nulls()
     if on_sqlite():
@@ -58,6 +60,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    if not on_sqlite():
+        hold_table()
     for name in INDEXES:
         op.drop_index(name, "Incident")
     if on_sqlite():
@@ -66,13 +70,34 @@ def downgrade() -> None:
         downgrade_postgresql()
 
 
+def hold_table() -> None:
+    """Keep others out before anything is read, and tell of a view that holds the key's type."""
+    op.execute('LOCK TABLE "Incident" IN ACCESS EXCLUSIVE MODE')
+    view = op.get_bind().scalar(
+        sa.text(
+            "SELECT CAST(CAST(r.ev_class AS regclass) AS text) FROM pg_depend d "
+            "JOIN pg_rewrite r ON r.oid = d.objid "
+            "JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid "
+            "WHERE d.classid = CAST('pg_rewrite' AS regclass) "
+            "AND d.refclassid = CAST('pg_class' AS regclass) "
+            """AND d.refobjid = CAST('"Incident"' AS regclass) AND a.attname = 'incident_id' """
+            "ORDER BY 1 LIMIT 1"
+        )
+    )
+    if view is not None:
+        raise StoreError(
+            f"the view {view} is in the way, since it reads incident_id, whose type is to change: "
+            "drop it, and make it again afterwards"
+        )
+
+
 def lower_enum_labels(type_name: str, labels: tuple[str, ...]) -> None:
     """Rename labels such as NEW: SQLAlchemy stores an enum's names unless told otherwise."""
     found = op.get_bind().scalars(
         sa.text("SELECT enumlabel FROM pg_enum WHERE enumtypid = CAST(:name AS regtype)"),
         {"name": type_name},
     )
-    for label in set(found.all()) - set(labels):
+    for label in sorted(set(found.all()) - set(labels)):
         if label.lower() in labels:
             op.execute(f"ALTER TYPE {type_name} RENAME VALUE '{label}' TO '{label.lower()}'")
         else:
@@ -115,16 +140,8 @@ def upgrade_postgresql() -> None:
     op.alter_column("Incident", "incident_id", type_=sa.BigInteger())
     sequence = id_sequence()
     op.execute(f"ALTER SEQUENCE {sequence} AS bigint")
-    op.execute(
-        'UPDATE "Incident" SET incident_id = past.id FROM ('
-        'SELECT incident_id AS old, (SELECT greatest(max(incident_id), 0) FROM "Incident") '
-        '+ row_number() OVER (ORDER BY incident_id) AS id FROM "Incident" WHERE incident_id < 1'
-        ') AS past WHERE "Incident".incident_id = past.old'
-    )
-    op.execute(
-        f"SELECT setval('{sequence}', largest.id) FROM {sequence} AS sequence, "
-        '(SELECT max(incident_id) AS id FROM "Incident") AS largest WHERE largest.id >= last_value'
-    )
+    pass_known_ids(sequence)
+    op.execute('UPDATE "Incident" SET incident_id = DEFAULT WHERE incident_id < 1')
     for column in COLUMNS:
         op.alter_column("Incident", column, nullable=False)
     op.alter_column(
@@ -137,41 +154,79 @@ def upgrade_postgresql() -> None:
 
 
 def id_sequence() -> str:
-    """Return the sequence that gives the ids; a dump may have parted it from its column."""
-    connection = op.get_bind()
-    owned = "SELECT pg_get_serial_sequence('\"Incident\"', 'incident_id')"
-    sequence = connection.scalar(sa.text(owned))
-    if sequence is not None:
-        return str(sequence)
-    sequence = connection.scalar(
+    """Return the sequence that gives the ids; a dump or a copy may have parted it from its column.
+
+    One that no column owns becomes the column's own, and a column without any gets one.
+    """
+    bind = op.get_bind()
+    in_default = bind.scalar(
         sa.text(
-            "SELECT CAST(sequence.oid AS regclass)::text FROM pg_attrdef AS made "
-            "JOIN pg_depend AS depend ON depend.objid = made.oid "
-            "AND depend.classid = 'pg_attrdef'::regclass "
-            "JOIN pg_class AS sequence ON sequence.oid = depend.refobjid "
-            "AND sequence.relkind = 'S' WHERE made.adrelid = '\"Incident\"'::regclass"
+            "SELECT CAST(CAST(s.oid AS regclass) AS text) FROM pg_attribute a "
+            "JOIN pg_attrdef e ON e.adrelid = a.attrelid AND e.adnum = a.attnum "
+            "JOIN pg_depend d ON d.classid = CAST('pg_attrdef' AS regclass) AND d.objid = e.oid "
+            "AND d.refclassid = CAST('pg_class' AS regclass) "
+            "JOIN pg_class s ON s.oid = d.refobjid AND s.relkind = 'S' "
+            """WHERE a.attrelid = CAST('"Incident"' AS regclass) AND a.attname = 'incident_id'"""
         )
     )
-    if sequence is None:
-        sequence = '"Incident_incident_id_seq"'
-        op.execute(f"CREATE SEQUENCE {sequence}")
-        op.execute(
-            f"""ALTER TABLE "Incident" ALTER incident_id SET DEFAULT nextval('{sequence}')"""
+    owned = bind.scalar(sa.text("""SELECT pg_get_serial_sequence('"Incident"', 'incident_id')"""))
+    sequence = str(in_default or owned or '"Incident_incident_id_seq"')
+    if in_default is None:
+        op.execute(f"CREATE SEQUENCE IF NOT EXISTS {sequence}")
+    parameters = {"sequence": sequence}
+    # What owns it: nothing, a column's default, or an identity column that is ever its own.
+    owner = bind.scalar(
+        sa.text(
+            "SELECT CAST(deptype AS text) FROM pg_depend "
+            "WHERE classid = CAST('pg_class' AS regclass) "
+            "AND objid = CAST(:sequence AS regclass) AND deptype IN ('a', 'i')"
+        ),
+        parameters,
+    )
+    if owner is None:
+        op.execute(f'ALTER SEQUENCE {sequence} OWNED BY "Incident".incident_id')
+    if owner != "i" and in_default is None:
+        default = sequence.replace("'", "''")
+        op.execute(f"""ALTER TABLE "Incident" ALTER incident_id SET DEFAULT nextval('{default}')""")
+    return sequence
+
+
+def next_id(sequence: str) -> int:
+    """Return what the sequence gives next."""
+    found = op.get_bind().scalar(
+        sa.text(
+            "SELECT s.last_value + CASE WHEN s.is_called THEN p.seqincrement ELSE 0 END "
+            f"FROM {sequence} s, pg_sequence p WHERE p.seqrelid = CAST(:sequence AS regclass)"
+        ),
+        {"sequence": sequence},
+    )
+    return int(found or 0)
+
+
+def pass_known_ids(sequence: str) -> None:
+    """Set the sequence past 0 and past ids that were given by hand, as those of a dump are."""
+    bind = op.get_bind()
+    known = bind.scalar(sa.text('SELECT greatest(max(incident_id), 0) FROM "Incident"')) or 0
+    if next_id(sequence) <= known:
+        bind.execute(
+            sa.text("SELECT setval(CAST(:sequence AS regclass), :id, false)"),
+            {"sequence": sequence, "id": known + 1},
         )
-    op.execute(f'ALTER SEQUENCE {sequence} OWNED BY "Incident".incident_id')
-    return str(connection.scalar(sa.text(owned)))
 
 
 def downgrade_postgresql() -> None:
-    largest = op.get_bind().scalar(sa.text('SELECT max(incident_id) FROM "Incident"'))
-    if largest is not None and largest > MAX_INTEGER:
-        raise StoreError(f"ids past {MAX_INTEGER} do not fit into the origin's table")
+    sequence = id_sequence()
+    largest = op.get_bind().scalar(sa.text('SELECT max(incident_id) FROM "Incident"')) or 0
+    if max(largest, next_id(sequence) - 1) > MAX_INTEGER:
+        raise StoreError(
+            f"an id past {MAX_INTEGER} was given, which does not fit into the origin's table"
+        )
     op.drop_constraint(op.f("ck_Incident_created_at"), "Incident", type_="check")
     op.drop_constraint(op.f("ck_Incident_incident_id"), "Incident", type_="check")
     op.alter_column("Incident", "created_at", server_default=None)
     for column in COLUMNS:
         op.alter_column("Incident", column, nullable=True)
-    op.execute(f"ALTER SEQUENCE {id_sequence()} AS integer")
+    op.execute(f"ALTER SEQUENCE {sequence} AS integer")
     op.alter_column("Incident", "incident_id", type_=sa.Integer())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from incidentkit.errors import StoreError
+from incidentkit.store.migrate import in_the_way
 
 revision = "b27d4f0c1a96"
 down_revision = "5c1f0e9b7a34"
@@ -14,8 +14,9 @@ depends_on = None
 
 
 def upgrade() -> None:
-    if sa.inspect(op.get_bind()).has_table("request_log"):
-        raise StoreError('a table "request_log" that incidentkit did not make is in the way')
+    found = sa.inspect(op.get_bind())
+    if found.has_table("request_log", schema=found.default_schema_name):
+        raise in_the_way("request_log")
     op.create_table(
         "request_log",
         sa.Column(
