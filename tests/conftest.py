@@ -127,8 +127,13 @@ def sqlite_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def redis_url(pytestconfig: pytest.Config) -> str:
-    """The URL of an empty Redis database, this worker's own."""
+def redis_url(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty Redis database, this worker's own, for which clients have patience.
+
+    A busy machine would otherwise make a Redis that works look like one that does not.
+    """
+    monkeypatch.setattr("incidentkit.cache.redis.SOCKET_TIMEOUT", 30.0)
+    monkeypatch.setattr("incidentkit.cache.pages.CALL_TIMEOUT", 30.0)
     first = urlsplit(pytestconfig.stash[_backends].redis_url)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     url = first._replace(path=f"/{int(first.path.strip('/') or 0) + int(worker)}").geturl()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
@@ -93,6 +93,29 @@ async def test_a_connection_that_the_server_ends_is_replaced(
     )
     await admin.close()
     assert await store.get(kept.incident_id) == kept
+
+
+async def test_a_connection_that_is_out_of_step_is_replaced(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection whose driver lost track of it is closed, and a read goes on with another."""
+    kept = await store.create(DISK_FULL)
+    used: list[asyncpg.Connection[asyncpg.Record]] = []
+    fetch = asyncpg.Connection.fetch
+
+    async def fail_once(
+        connection: asyncpg.Connection[asyncpg.Record], *arguments: Any, **options: Any
+    ) -> Any:
+        used.append(connection)
+        if len(used) == 1:
+            raise asyncpg.InternalClientError("another operation is in progress")
+        return await fetch(connection, *arguments, **options)
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", fail_once)
+    assert await store.get(kept.incident_id) == kept
+    assert len(used) == 2
+    assert used[0].is_closed()
+    assert not used[1].is_closed()
 
 
 async def test_a_hung_server_is_unavailable_within_the_timeouts(

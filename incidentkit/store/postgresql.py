@@ -48,6 +48,7 @@ _LOST: Final = (
     ConnectionError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
 )
@@ -253,6 +254,10 @@ class PostgresStore:
         try:
             yield connection
         except BaseException as error:
+            if isinstance(error, _LOST):
+                # It may have read the server's farewell and not yet the end of the connection.
+                with suppress(asyncpg.InterfaceError):  # Or it is closed, and given back.
+                    connection.terminate()
             # Giving back waits for the server to cancel the statement, for which the caller,
             # cancelled or out of time, should not wait.
             task = asyncio.ensure_future(self._give_back(pool, connection))
