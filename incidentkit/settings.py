@@ -125,7 +125,8 @@ class Environment:
         "INCIDENTKIT_REDIS_URL",
         None,
         _cache_url,
-        "redis://host:port/db; wins over REDIS_*",
+        "redis://host:port/db, redis+cluster://host:port,host:port or "
+        "redis+sentinel://host:port,host:port/service/db; wins over REDIS_*",
     )
     redis_required: bool = _variable(
         "INCIDENTKIT_REDIS_REQUIRED",

@@ -16,7 +16,7 @@ import pytest_asyncio
 from hypothesis import settings
 from redis import Redis
 
-from tests.servers import PostgresServer, RedisServer
+from tests.servers import PostgresServer, RedisCluster, RedisSentinel, RedisServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,7 +28,7 @@ settings.load_profile("ci" if "CI" in os.environ else "default")
 
 
 class Backends:
-    """The two servers that the tests share: the caller's own, or ones started when first needed."""
+    """The servers that the tests share: the caller's own, or ones started when first needed."""
 
     def __init__(self) -> None:
         self._started = ExitStack()
@@ -48,6 +48,16 @@ class Backends:
             os.environ.get("INCIDENTKIT_TEST_REDIS_URL")
             or self._started.enter_context(RedisServer()).url
         )
+
+    @cached_property
+    def redis_cluster(self) -> RedisCluster:
+        """A Redis Cluster of this process."""
+        return self._started.enter_context(RedisCluster())
+
+    @cached_property
+    def redis_sentinel(self) -> RedisSentinel:
+        """A Redis behind Sentinel of this process."""
+        return self._started.enter_context(RedisSentinel())
 
     def stop(self) -> None:
         """Stop what was started."""
@@ -127,19 +137,40 @@ def sqlite_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def redis_url(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty Redis database, this worker's own, for which clients have patience.
-
-    A busy machine would otherwise make a Redis that works look like one that does not.
-    """
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a Redis that works all the time that a busy machine takes."""
     monkeypatch.setattr("incidentkit.cache.redis.SOCKET_TIMEOUT", 30.0)
     monkeypatch.setattr("incidentkit.cache.pages.CALL_TIMEOUT", 30.0)
+
+
+@pytest.fixture
+def redis_url(pytestconfig: pytest.Config, _patience: None) -> str:
+    """The URL of an empty Redis database, this worker's own, for which clients have patience."""
     first = urlsplit(pytestconfig.stash[_backends].redis_url)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     url = first._replace(path=f"/{int(first.path.strip('/') or 0) + int(worker)}").geturl()
     with Redis.from_url(url) as client:
         client.flushdb()
     return url
+
+
+@pytest.fixture
+def redis_cluster_url(pytestconfig: pytest.Config, _patience: None) -> str:
+    """The URL of an empty Redis Cluster, for which clients have patience."""
+    cluster = pytestconfig.stash[_backends].redis_cluster
+    for node in cluster.servers:
+        with node.client() as client:
+            client.flushall()
+    return cluster.url
+
+
+@pytest.fixture
+def redis_sentinel_url(pytestconfig: pytest.Config, _patience: None) -> str:
+    """The URL of an empty Redis behind Sentinel, for which clients have patience."""
+    sentinel = pytestconfig.stash[_backends].redis_sentinel
+    with sentinel.servers[0].client() as client:
+        client.flushall()
+    return sentinel.url
 
 
 def _database_url(server_url: str, database: str) -> str:

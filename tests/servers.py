@@ -1,4 +1,4 @@
-"""A real PostgreSQL and a real Redis for the tests, from the programs that wheels carry.
+"""A real PostgreSQL and real Redis servers for the tests, from the programs that wheels carry.
 
 Each server has a guard: a small process that waits for the death of the one that started it, and
 then kills the server and removes its folder. Unlike a parent-death signal it also serves when that
@@ -23,17 +23,23 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
     from typing import Self
 
+    from redis import Redis
+
 HOST = "127.0.0.1"
+
+SERVICE = "incidents"
+"""The name under which a Sentinel knows its master."""
 
 # Orphans stay zombies for good where nothing reaps them, as in many a container.
 _DEAD = {None, psutil.STATUS_ZOMBIE}
@@ -253,10 +259,24 @@ class RedisServer(Server):
     _hello = b"PING\r\n"
     _welcome = b"+"
 
+    def __init__(
+        self, *options: str, durable: bool = False, start_timeout: float = 60, bus: bool = False
+    ) -> None:
+        super().__init__(durable=durable, start_timeout=start_timeout)
+        self._options = options
+        if bus:
+            self.port = _free_port(bus=True)
+
     @property
     def url(self) -> str:
         """The URL of the server's first database, of 64."""
         return f"redis://{HOST}:{self.port}/0"
+
+    def client(self) -> Redis:
+        """Return a client that blocks, to be closed by a `with` block."""
+        from redis import Redis  # a guard does without, and starts the sooner
+
+        return Redis(port=self.port)
 
     def _command(self, guard: _Guard) -> list[str]:
         return [
@@ -268,7 +288,124 @@ class RedisServer(Server):
             *("--save", ""),
             *("--appendonly", "yes"),
             *("--appendfsync", "always" if self._durable else "no"),
+            *self._options,
         ]
+
+
+class SentinelServer(RedisServer):
+    """A Sentinel that watches a master, and decides by itself that another takes its place."""
+
+    def __init__(self, master: RedisServer, *, down_after: float) -> None:
+        super().__init__()
+        self._settings = {
+            "monitor": f"{HOST} {master.port} 1",
+            "down-after-milliseconds": round(down_after * 1000),
+            "failover-timeout": 2000,
+        }
+
+    def _command(self, guard: _Guard) -> list[str]:
+        file = guard.folder / "sentinel.conf"
+        if not file.exists():  # later it has what the Sentinel found out
+            lines = [f"sentinel {name} {SERVICE} {value}" for name, value in self._settings.items()]
+            file.write_text("\n".join(lines))
+        return [
+            *(str(_redis_program()), str(file), "--sentinel"),
+            *("--bind", HOST),
+            *("--port", str(self.port)),
+            *("--dir", str(guard.folder)),
+        ]
+
+
+class _Group(ABC):
+    """Servers that work together, each of which can be killed or paused by itself."""
+
+    servers: list[RedisServer]
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The URL under which incidentkit reaches them."""
+
+    def __enter__(self) -> Self:
+        self.servers = []
+        with ExitStack() as started:
+            self._start(started)
+            self._started = started.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._started.close()
+
+    @abstractmethod
+    def _start(self, started: ExitStack) -> None:
+        """Start the servers, and return once they work together."""
+
+    def _add(self, started: ExitStack, server: RedisServer) -> Redis:
+        self.servers.append(started.enter_context(server))
+        client = server.client()
+        started.callback(client.close)
+        return client
+
+
+class RedisCluster(_Group):
+    """Three masters of a cluster, with a third of the slots each and without replicas.
+
+    While one is away the others serve their slots, rather than none: what a test sees does not
+    depend on whether they have noticed yet.
+    """
+
+    @property
+    def url(self) -> str:
+        """The URL that names every node."""
+        return "redis+cluster://" + ",".join(f"{HOST}:{node.port}" for node in self.servers)
+
+    def _start(self, started: ExitStack) -> None:
+        options = ("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+        ends = (0, 5461, 10923, 16384)
+        for number in range(3):
+            client = self._add(started, RedisServer(*options, bus=True))
+            client.cluster("ADDSLOTS", *range(*ends[number : number + 2]))
+            client.cluster("SET-CONFIG-EPOCH", number + 1)
+            for other in self.servers[:number]:
+                client.cluster("MEET", HOST, other.port)
+        self.mend()
+
+    def mend(self) -> None:
+        """Start the nodes that do not run, resume the paused ones, and wait until all are one."""
+        for node in self.servers:
+            node.start()
+            node.resume()
+        _wait_until(lambda: all(map(_knows_its_cluster, self.servers)))
+
+
+class RedisSentinel(_Group):
+    """A master, its replica, and a Sentinel that watches them.
+
+    Args:
+        down_after: Seconds of silence after which the master is replaced. A short time would
+            let a busy machine do so, too.
+    """
+
+    def __init__(self, *, down_after: float = 60) -> None:
+        self._down_after = down_after
+
+    @property
+    def url(self) -> str:
+        """The URL of whichever server is the master."""
+        return f"redis+sentinel://{HOST}:{self.servers[2].port}/{SERVICE}"
+
+    def _start(self, started: ExitStack) -> None:
+        master = RedisServer("--repl-diskless-sync-delay", "0")
+        self._add(started, master)
+        replica = self._add(started, RedisServer("--replicaof", HOST, str(master.port)))
+        _wait_until(lambda: replica.info("replication")["master_link_status"] == "up")
+        sentinel = self._add(started, SentinelServer(master, down_after=self._down_after))
+        _wait_until(lambda: sentinel.sentinel_slaves(SERVICE))
 
 
 class _Guard:
@@ -354,17 +491,33 @@ def _status(process: psutil.Process) -> str | None:
         return None
 
 
-def _free_port() -> int:
+def _free_port(*, bus: bool = False) -> int:
     """Return a free port from below the range that the system hands out to clients.
 
     A client that tries again and again to reach a dead server on a port of that range can end up
-    connected to itself, and keep the port from the server.
+    connected to itself, and keep the port from the server. The nodes of a cluster talk over a bus,
+    whose port is higher by 10,000 and has to be free as well.
     """
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((HOST, port))
+        port = 20_000 + secrets.randbelow(2_700 if bus else 12_000)
+        with ExitStack() as probes, contextlib.suppress(OSError):
+            for each in (port, port + 10_000) if bus else (port,):
+                probes.enter_context(socket.socket()).bind((HOST, each))
             return port
+
+
+def _wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ServerError("servers that run do not work together")
+        time.sleep(0.01)
+
+
+def _knows_its_cluster(node: RedisServer) -> bool:
+    with node.client() as client:
+        state = client.cluster("INFO")
+    return (state["cluster_state"], state["cluster_slots_ok"]) == ("ok", "16384")
 
 
 def _unprivileged_user() -> pwd.struct_passwd:

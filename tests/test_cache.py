@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
+from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.crc import key_slot
+from redis.exceptions import MovedError, RedisClusterException, RedisError, ResponseError
 
 from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.cache import INDEX_KEY, TTL, MemoryCache, cache_from_url
-from incidentkit.cache.redis import RedisCache
+from incidentkit.cache.redis import BATCH, MAX_PAGES, SOCKET_TIMEOUT, RedisCache
+from tests import servers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 
     from incidentkit import Incident
     from incidentkit.cache import IncidentCache
@@ -21,16 +29,45 @@ if TYPE_CHECKING:
 KEY = "incidents:1:10:any:any"
 OTHER = "incidents:2:10:new:partner"
 
+SHARED = ("redis_url", "redis_cluster_url", "redis_sentinel_url")
 
-@pytest.fixture(params=["memory", "redis"])
+FAILURES = (RedisError, RedisClusterException)
+
+SOON = 2
+"""Seconds: far above what a call may take, and far below what redis-py takes by itself."""
+
+
+@asynccontextmanager
+async def opened(redis_url: str) -> AsyncIterator[RedisCache]:
+    """A cache that is closed at the end."""
+    cache = cache_from_url(redis_url)
+    try:
+        yield cache
+    finally:
+        await cache.close()
+
+
+@pytest.fixture(params=["memory", *SHARED])
 async def cache(request: pytest.FixtureRequest) -> AsyncIterator[IncidentCache]:
-    """An empty cache."""
+    """An empty cache of each kind."""
     if request.param == "memory":
-        cache: IncidentCache = MemoryCache()
+        yield MemoryCache()
     else:
-        cache = cache_from_url(request.getfixturevalue("redis_url"))
-    yield cache
-    await cache.close()
+        async with opened(request.getfixturevalue(request.param)) as cache:
+            yield cache
+
+
+@pytest.fixture(params=SHARED)
+def shared_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty Redis of each kind."""
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+async def shared(shared_url: str) -> AsyncIterator[RedisCache]:
+    """An empty cache in a Redis of each kind."""
+    async with opened(shared_url) as cache:
+        yield cache
 
 
 @pytest.fixture
@@ -41,11 +78,101 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 
 
 @pytest.fixture
-async def redis_cache(redis_url: str) -> AsyncIterator[RedisCache]:
-    """An empty cache in Redis."""
-    cache = cache_from_url(redis_url)
-    yield cache
-    await cache.close()
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[bytes, ...]]]:
+    """Every write to a Redis from now on, as the commands in it."""
+    writes: list[list[tuple[bytes, ...]]] = []
+    send = AbstractConnection.send_packed_command
+
+    async def record(self: AbstractConnection, packed: Iterable[bytes], **options: bool) -> None:
+        packed = list(packed)
+        lines = iter(b"".join(packed).split(b"\r\n"))
+        writes.append(
+            [
+                tuple((next(lines), next(lines))[1] for _ in range(int(line[1:])))
+                for line in lines
+                if line
+            ]
+        )
+        await send(self, packed, **options)
+
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", record)
+    return writes
+
+
+@pytest.fixture(scope="module")
+def _own_cluster() -> Iterator[servers.RedisCluster]:
+    with servers.RedisCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def own_cluster(_own_cluster: servers.RedisCluster) -> servers.RedisCluster:
+    """A cluster for the tests that harm one."""
+    _own_cluster.mend()
+    return _own_cluster
+
+
+def key_on(node: servers.RedisServer) -> str:
+    """Return the name of a page that the node of a cluster holds, or would hold."""
+    with node.client() as client:
+        for page in range(1000):
+            key = f"incidents:{page}:10:any:any"
+            with suppress(MovedError):
+                client.get(key)
+                return key
+    raise AssertionError("the node has no slots")
+
+
+def move(key: str, nodes: list[servers.RedisServer], target: servers.RedisServer) -> None:
+    """Let another node of a cluster hold the pages of the key's slot, of which there are none."""
+    with target.client() as client:
+        target_id = client.execute_command("CLUSTER MYID")
+    for node in nodes:
+        with node.client() as client:
+            client.execute_command("CLUSTER SETSLOT", key_slot(key.encode()), "NODE", target_id)
+
+
+def text(names: Iterable[bytes | str]) -> set[str]:
+    """Return names as they were given."""
+    return {name if isinstance(name, str) else name.decode() for name in names}
+
+
+async def keys(redis: Redis | RedisCluster) -> set[str]:
+    """Return the names of all keys."""
+    if isinstance(redis, RedisCluster):
+        return text(await redis.keys("*", target_nodes=RedisCluster.ALL_NODES))
+    return text(await redis.keys("*"))
+
+
+async def connections(redis: Redis | RedisCluster, name: str) -> list[int]:
+    """Return how many connections of a name each server has."""
+    if isinstance(redis, RedisCluster):
+        lists = [await redis.client_list(target_nodes=node) for node in redis.get_nodes()]
+    else:
+        lists = [await redis.client_list()]
+    return [sum(client["name"] == name for client in clients) for clients in lists]
+
+
+async def works(cache: IncidentCache, key: str, value: bytes) -> None:
+    """Raise unless the cache keeps a value."""
+    await cache.set(key, value, TTL)
+    assert await cache.get(key) == value
+
+
+async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
+    """Wait until what is awaited neither fails nor takes long, or raise what it last raised."""
+    deadline = time.monotonic() + 30
+    while True:
+        started = time.monotonic()
+        try:
+            await condition()
+        except FAILURES:
+            assert time.monotonic() < started + SOON
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.01)
+        else:
+            return
 
 
 async def test_a_value_is_kept_as_it_is(cache: IncidentCache) -> None:
@@ -56,12 +183,18 @@ async def test_a_value_is_kept_as_it_is(cache: IncidentCache) -> None:
     assert await cache.get(OTHER) is None
 
 
-async def test_a_clear_forgets_everything(cache: IncidentCache) -> None:
+async def test_a_clear_forgets_everything(
+    cache: IncidentCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a clear nothing that was set comes back, and new values are kept again."""
-    for page in range(2500):
-        await cache.set(f"incidents:{page}:10:any:any", b"[]", TTL)
-    await cache.clear()
-    assert [await cache.get(f"incidents:{page}:10:any:any") for page in (0, 1, 2499)] == [None] * 3
+    monkeypatch.setattr("incidentkit.cache.redis.BATCH", 10)
+    for number in (9, 10, 11, 25):
+        pages = [f"incidents:{page}:10:any:any" for page in range(number)]
+        for page in pages:
+            await cache.set(page, b"[]", TTL)
+        assert [await cache.get(page) for page in pages] == [b"[]"] * number
+        await cache.clear()
+        assert [await cache.get(page) for page in pages] == [None] * number
     await cache.set(KEY, b"[1]", TTL)
     assert await cache.get(KEY) == b"[1]"
 
@@ -157,89 +290,378 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
             ]
 
 
-async def test_a_clear_costs_the_same_whatever_else_redis_holds(
-    redis_cache: RedisCache, redis: Redis
+async def test_a_call_is_a_few_commands_of_one_key_at_once(
+    shared: RedisCache,
+    sent: list[list[tuple[bytes, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither KEYS nor SCAN is sent, and the commands of a clear do not grow with foreign keys."""
+    """A read is one write to Redis, a fill is one to each node, and what is removed costs two."""
+    key, other, index = KEY.encode(), OTHER.encode(), INDEX_KEY.encode()
+    nodes = 3 if isinstance(shared._redis, RedisCluster) else 1
 
-    async def commands_of_a_clear() -> dict[str, int]:
-        await redis_cache.set(KEY, b"[]", TTL)
-        await redis.config_resetstat()
-        await redis_cache.clear()
-        statistics = await redis.info("commandstats")
-        return {name: entry["calls"] for name, entry in statistics.items()}
+    async def commands(call: Awaitable[object], writes: int) -> list[tuple[bytes, ...]]:
+        sent.clear()
+        await call
+        assert len(sent) <= writes
+        return sorted(command for write in sent for command in write)
 
-    await redis_cache.clear()
-    before = await commands_of_a_clear()
-    await redis.mset({f"incidents:foreign:{number}": b"" for number in range(10_000)})
-    after = await commands_of_a_clear()
-    for command in ("cmdstat_keys", "cmdstat_scan"):
-        assert command not in after
-    assert before["cmdstat_unlink"] == after["cmdstat_unlink"]
-    assert before["cmdstat_smembers"] == after["cmdstat_smembers"] == 1
+    await shared.set(KEY, b"[]", TTL)
+    await shared.set(OTHER, b"[]", TTL)
+    await shared.ping()
+    assert await commands(shared.ping(), 1) == [(b"PING",)]
+    assert await commands(shared.get(KEY), 1) == [(b"GET", key)]
+    kept = [
+        (b"EXPIRE", index, b"3600"),
+        (b"SADD", index, key),
+        (b"SCARD", index),
+        (b"SET", key, b"[]", b"EX", b"3600"),
+    ]
+    monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 2)
+    assert await commands(shared.set(KEY, b"[]", 3599.6), min(nodes, 2)) == kept
+    assert await commands(shared.clear(), 1 + nodes) == [
+        (b"SPOP", index, str(BATCH).encode()),
+        (b"UNLINK", key),
+        (b"UNLINK", other),
+    ]
+    assert await commands(shared.clear(), 1) == [(b"SPOP", index, str(BATCH).encode())]
+    await shared.set(OTHER, b"[]", TTL)
+    monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 1)
+    *others, pop, unlink = await commands(shared.set(KEY, b"[]", 3600), min(nodes, 2) + 2)
+    assert others == kept
+    assert pop == (b"SPOP", index, b"1")
+    assert unlink in ((b"UNLINK", key), (b"UNLINK", other))
 
 
-async def test_a_page_that_somebody_else_stored_is_not_served(
-    redis_cache: RedisCache, redis: Redis
+async def test_what_others_keep_costs_nothing_and_stays(
+    shared: RedisCache, sent: list[list[tuple[bytes, ...]]]
 ) -> None:
-    """A value whose name is not in our index, such as one of the origin's, is a miss."""
-    await redis.set(KEY, b"[]")
-    assert await redis_cache.get(KEY) is None
-    await redis_cache.set(KEY, b"[1]", TTL)
-    await redis.delete(INDEX_KEY)
-    assert await redis_cache.get(KEY) is None
+    """The commands of a clear do not grow with foreign keys, which it leaves alone."""
+    foreign = {f"incidents:foreign:{number}" for number in range(100)}
+    sizes = []
+    for _ in range(2):
+        await shared.set(KEY, b"[]", TTL)
+        sent.clear()
+        await shared.clear()
+        sizes.append(sum(map(len, sent)))
+        for key in foreign:
+            await shared._redis.set(key, b"")
+    assert sizes[0] == sizes[1] == 2
+    assert await keys(shared._redis) == foreign
 
 
-async def test_the_index_does_not_outlive_its_pages(redis_cache: RedisCache, redis: Redis) -> None:
+async def test_whatever_stands_under_a_name_of_ours_makes_way(shared: RedisCache) -> None:
+    """A value of another type is a miss where a page is, and an error only once where names are."""
+    await shared._redis.lpush(KEY, "not a string")
+    assert await shared.get(KEY) is None
+    await works(shared, KEY, b"[]")
+    await shared.clear()
+    for call in (partial(shared.set, KEY, b"[]", TTL), shared.clear):
+        await shared._redis.set(INDEX_KEY, b"not a set")
+        with pytest.raises(ResponseError):
+            await call()
+        await call()
+        await shared.clear()
+        assert await keys(shared._redis) <= {KEY}
+
+
+async def test_the_index_does_not_outlive_its_pages(shared: RedisCache) -> None:
     """The index expires with the last page, so that an idle Redis is left empty."""
-    await redis_cache.set(KEY, b"[]", 100)
-    assert 90 <= await redis.ttl(INDEX_KEY) <= 100
-
-
-async def test_calls_are_one_round_trip_each(redis_cache: RedisCache, redis: Redis) -> None:
-    """A hit is two commands, a fill is one script, and each is sent at once."""
-    await redis_cache.set(KEY, b"[]", TTL)
-    await redis.config_resetstat()
-    await redis_cache.set(KEY, b"[]", TTL)
-    await redis_cache.get(KEY)
-    statistics = await redis.info("commandstats")
-    calls = {name.removeprefix("cmdstat_"): entry["calls"] for name, entry in statistics.items()}
-    del calls["config|resetstat" if "config|resetstat" in calls else "config"]
-    assert calls == {"evalsha": 1, "expire": 1, "set": 1, "sismember": 2, "get": 1}
+    await shared.set(KEY, b"[]", 100)
+    assert 90 <= await shared._redis.ttl(INDEX_KEY) <= 100
+    assert 90 <= await shared._redis.ttl(KEY) <= 100
 
 
 async def test_redis_holds_a_bounded_number_of_pages(
-    redis_cache: RedisCache, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    shared: RedisCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once enough pages are kept no further one is, and those that are kept can be replaced."""
+    """Of too many pages any one goes, also the newest, and those that stay can be replaced."""
     monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 3)
-    for page in range(5):
-        await redis_cache.set(f"incidents:{page}:10:any:any", b"[]", TTL)
-    await redis_cache.set("incidents:0:10:any:any", b"[1]", TTL)
-    assert len(await redis.keys("incidents:*")) == 3
-    assert await redis_cache.get("incidents:0:10:any:any") == b"[1]"
-    assert await redis_cache.get("incidents:4:10:any:any") is None
+    pages = {f"incidents:{page}:10:any:any" for page in range(5)}
+    kept = set()
+    for _ in range(50):
+        for page in pages:
+            await shared.set(page, b"[]", TTL)
+        stay = await keys(shared._redis) & pages
+        assert len(stay) == 3
+        assert text(await shared._redis.smembers(INDEX_KEY)) == stay
+        kept |= stay
+        await works(shared, stay.pop(), b"[1]")
+    assert kept == pages
+    assert MAX_PAGES == 1000
 
 
-async def test_a_client_of_ones_own_stays_open(redis: Redis) -> None:
+async def test_a_set_removes_a_bounded_number_of_pages(
+    shared: RedisCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many names stand in the index, a call removes no more than so many at a time."""
+    for page in range(10):
+        await shared.set(f"incidents:{page}:10:any:any", b"[]", TTL)
+    monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 3)
+    monkeypatch.setattr("incidentkit.cache.redis.BATCH", 2)
+    await shared.set(KEY, b"[]", TTL)
+    assert len(await keys(shared._redis) - {INDEX_KEY}) == 8
+
+
+@pytest.mark.parametrize("kind", [Redis, RedisCluster])
+async def test_a_client_of_ones_own_stays_open(
+    kind: type[Redis | RedisCluster], request: pytest.FixtureRequest
+) -> None:
     """A Redis client that was handed over is used, and not closed with the cache."""
-    cache = RedisCache(redis)
-    await cache.set(KEY, b"[]", TTL)
-    await cache.close()
-    assert await redis.get(KEY) == b"[]"
+    url = request.getfixturevalue("redis_url" if kind is Redis else "redis_cluster_url")
+    async with kind.from_url(url.replace("redis+cluster", "redis").partition(",")[0]) as redis:
+        cache = RedisCache(redis)
+        await works(cache, KEY, b"[]")
+        connection = await redis.client_id()
+        await cache.close()
+        assert await redis.client_id() == connection
 
 
-async def test_more_calls_than_connections_are_served(redis_cache: RedisCache) -> None:
+async def test_more_calls_than_connections_are_served(
+    shared_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many concurrent calls share a bounded number of connections, and all succeed."""
-    await redis_cache.set(KEY, b"[]", TTL)
-    values = await asyncio.gather(*(redis_cache.get(KEY) for _ in range(200)))
-    assert values == [b"[]"] * 200
+    monkeypatch.setattr("incidentkit.cache.redis.MAX_CONNECTIONS", 3)
+    async with opened(f"{shared_url}?client_name=many") as cache:
+        await cache.set(KEY, b"[]", TTL)
+        values = await asyncio.gather(*(cache.get(KEY) for _ in range(200)))
+        assert values == [b"[]"] * 200
+        await asyncio.gather(*(cache.set(f"incidents:{n}:10:any:any", b"", 9) for n in range(50)))
+        # One node of a cluster has one more, on which it was asked for the others.
+        assert 3 <= max(await connections(cache._redis, "many")) <= 4
 
 
 @pytest.mark.parametrize(
-    "url", ["http://localhost", "nonsense", "", "redis://localhost:port/0", "redis://h/0?db=x"]
+    "url",
+    [
+        "redis://127.0.0.1:1",
+        "redis+cluster://127.0.0.1:1,127.0.0.1:2",
+        "redis+sentinel://127.0.0.1:1,127.0.0.1:2/incidents",
+    ],
 )
-def test_other_urls_are_refused(url: str) -> None:
-    """A URL that is none of Redis' is a typed error that does not repeat it."""
-    with pytest.raises(InvalidSettings, match="redis_url"):
-        cache_from_url(url)
+async def test_a_redis_that_is_away_is_an_error_at_once(url: str) -> None:
+    """Every call on a Redis that nobody reaches raises, and does not wait for it."""
+    started = time.monotonic()
+    async with opened(url) as cache:
+        for call in (cache.ping(), cache.get(KEY), cache.set(KEY, b"[]", TTL), cache.clear()):
+            with pytest.raises(FAILURES):
+                await call
+    assert time.monotonic() < started + SOON
+
+
+@pytest.mark.parametrize("harm", ["kill", "pause"])
+async def test_a_node_of_a_cluster_that_is_away_costs_its_own_pages_only(
+    own_cluster: servers.RedisCluster, harm: str
+) -> None:
+    """A dead or hanging node makes calls on it fail in time, others go on, and it may come back."""
+    away, *others = own_cluster.servers
+    lost, *kept = map(key_on, (away, *others))
+    async with opened(own_cluster.url) as cache, opened(own_cluster.url) as new:
+        for key in (lost, *kept):
+            await works(cache, key, b"[1]")
+        getattr(away, harm)()
+        for call in (cache.get(lost), cache.get(lost), cache.set(lost, b"[2]", TTL)):
+            started = time.monotonic()
+            with pytest.raises(RedisError):
+                await call
+            assert time.monotonic() < started + SOON
+        for each in (cache, new):
+            await eventually(each.ping)
+            for key in kept:
+                await eventually(partial(works, each, key, b"[2]"))
+        own_cluster.mend()
+        for each in (cache, new):
+            await eventually(partial(works, each, lost, b"[3]"))
+
+
+async def test_slots_of_a_cluster_may_move(own_cluster: servers.RedisCluster) -> None:
+    """Pages of slots that another node has taken over are kept and read there."""
+    origin, _, target = own_cluster.servers
+    async with opened(own_cluster.url) as cache:
+        for _ in range(8):
+            key = key_on(origin)
+            await works(cache, key, b"[1]")
+            await cache.clear()
+            move(key, own_cluster.servers, target)
+            assert await cache.get(key) is None
+            await works(cache, key, b"[2]")
+            await cache.clear()
+
+
+async def test_slots_of_a_dead_node_may_be_taken_over(own_cluster: servers.RedisCluster) -> None:
+    """Once another node has the slots of one that died, their pages are kept and read there."""
+    dead, *others = own_cluster.servers
+    key = key_on(dead)
+    async with opened(own_cluster.url) as cache:
+        await works(cache, key, b"[1]")
+        dead.kill()
+        move(key, others, others[1])
+        with pytest.raises(RedisError):
+            await cache.set(key, b"[2]", TTL)
+        await eventually(partial(works, cache, key, b"[2]"))
+
+
+async def test_a_cluster_may_move_to_other_addresses(
+    own_cluster: servers.RedisCluster, redis_cluster_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When no node is left where it was, the hosts of the URL are asked again."""
+    monkeypatch.setattr("incidentkit.cache.redis.SOCKET_TIMEOUT", 0.25)
+    ports = [own_cluster.servers[0].port, int(redis_cluster_url.rpartition(":")[2])]
+    arguments = Connection._connection_arguments
+
+    def resolve(connection: Connection) -> Mapping[str, str | int]:
+        if connection.host == "cluster":
+            return {"host": servers.HOST, "port": ports[0]}
+        return arguments(connection)
+
+    monkeypatch.setattr(Connection, "_connection_arguments", resolve)
+    async with opened("redis+cluster://cluster") as cache:
+        await works(cache, KEY, b"[1]")
+        del ports[0]
+        for node in own_cluster.servers:
+            node.pause()
+        await eventually(partial(works, cache, KEY, b"[2]"))
+
+
+async def test_no_connection_is_left_after_a_failure(own_cluster: servers.RedisCluster) -> None:
+    """A cache that is closed after a call was sent on to a node that hangs leaves nothing open."""
+    origin, hung, other = own_cluster.servers
+    key = key_on(origin)
+    async with RedisCluster(servers.HOST, other.port) as redis:
+        async with opened(f"{own_cluster.url}?client_name=failed") as cache:
+            await cache.get(key)
+            assert sum(await connections(redis, "failed"))
+            move(key, own_cluster.servers, hung)
+            hung.pause()
+            with pytest.raises(RedisError):
+                await cache.get(key)
+            hung.resume()
+        deadline = time.monotonic() + 30
+        while sum(await connections(redis, "failed")):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+
+async def test_the_successor_of_a_dead_master_is_found() -> None:
+    """Once Sentinel has replaced a master that died, pages are kept by its successor."""
+    with servers.RedisSentinel(down_after=0.3) as behind:
+        url = behind.url.replace("://", "://127.0.0.1:1,")
+        async with opened(url) as cache, opened(url) as new:
+            await works(cache, KEY, b"[1]")
+            behind.servers[0].kill()
+            with pytest.raises(RedisError):
+                await cache.get(KEY)
+            for each in (cache, new):
+                await eventually(partial(works, each, KEY, b"[2]"))
+        with behind.servers[1].client() as successor:
+            assert successor.get(KEY) == b"[2]"
+
+
+def unopened(redis: Redis | RedisCluster) -> tuple[Connection, list[Connection]]:
+    """Return a connection for pages, and those on which it is asked where pages are kept."""
+    if isinstance(redis, RedisCluster):
+        asked = [node.acquire_connection() for node in redis.startup_nodes]
+        return asked[0], asked
+    pool = redis.connection_pool
+    assert isinstance(pool, SentinelConnectionPool)
+    pools = [pool, *(sentinel.connection_pool for sentinel in pool.sentinel_manager.sentinels)]
+    made = [each.connection_class(**each.connection_kwargs) for each in pools]
+    first, *others = (each for each in made if isinstance(each, Connection))
+    return first, others
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts"),
+    [
+        ("redis+cluster://cache", [("cache", 6379)]),
+        ("redis+cluster://cache:1,[::1]:2,[::2]/0", [("cache", 1), ("::1", 2), ("::2", 6379)]),
+        ("redis+sentinel://cache/incidents", [("cache", 26379)]),
+        (
+            "redis+sentinel://cache:1,[::1]:2,[::2]/incidents/",
+            [("cache", 1), ("::1", 2), ("::2", 26379)],
+        ),
+    ],
+)
+def test_every_host_of_a_url_is_asked(url: str, hosts: list[tuple[str, int]]) -> None:
+    """The servers are looked for on each host, at the usual port where the URL has none."""
+    _, asked = unopened(cache_from_url(url)._redis)
+    assert [(each.host, each.port) for each in asked] == hosts
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize(
+    ("url", "database", "account"),
+    [
+        ("+cluster://ann:p%2F@cache?max_connections=3", 0, ("ann", "p/")),
+        ("+sentinel://ann:p%2F@cache/a%2Fb?timeout=4&db=3", 3, (None, None)),
+        (
+            "+sentinel://ann:p%2F@cache/a%2Fb/3?sentinel_username=bob&sentinel_password=q%26",
+            3,
+            ("bob", "q&"),
+        ),
+    ],
+)
+def test_urls_have_accounts_databases_and_parameters(
+    tls: bool, url: str, database: int, account: tuple[str | None, str | None]
+) -> None:
+    """Account and database are the servers', Sentinels may have an account, the rest is for all."""
+    url = ("rediss" if tls else "redis") + url + "&client_name=x" + "&ssl_cert_reqs=none" * tls
+    redis = cache_from_url(url)._redis
+    connection, (asked,) = unopened(redis)
+    assert (connection.username, connection.password, connection.db) == ("ann", "p/", database)
+    assert (asked.username, asked.password, asked.db) == (*account, 0)
+    for each in (connection, asked):
+        assert isinstance(each, SSLConnection) is tls
+        assert each.client_name == "x"
+        assert each.retry.get_retries() == 0
+        assert each.socket_timeout == each.socket_connect_timeout == SOCKET_TIMEOUT
+    if isinstance(redis, Redis):
+        assert isinstance(redis.connection_pool, SentinelConnectionPool)
+        assert redis.connection_pool.service_name == "a/b"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://hunter2", "hunter2", "", "redis://hunter2:port/0", "redis://h/0?db=hunter2"),
+        *("redis+unix://hunter2", "redis+://hunter2", "unix+cluster://hunter2", "+cluster://h"),
+        *("redis+cluster://", "redis+cluster://,cache", "redis+cluster://cache,,cache2"),
+        *("redis+cluster://cache:hunter2,cache2", "redis+cluster://cache,cache2:hunter2"),
+        *("redis+cluster://cache:99999", "redis+cluster://[::1:7000", "redis+cluster://::1:7000"),
+        *("redis+cluster://cache/1", "redis+cluster://cache?db=1", "redis+cluster://cache/hunter2"),
+        *("redis+cluster://cache/0/0", "redis+cluster://cache/0#hunter2"),
+        *("redis+cluster://ann:hunter#2@cache", "redis+cluster://ann:hunter/2@cache"),
+        *("redis+cluster://ann:2/hunter2@cache", "redis+cluster://ann:2?hunter2@cache"),
+        *("redis+cluster://cache?hunter2=x", "redis+cluster://cache?password="),
+        *("redis+cluster://cache?timeout=1", "redis+cluster://cache?protocol=9"),
+        *("redis+cluster://cache?read_from_replicas=1", "redis+cluster://cache?max_connections=0"),
+        *(
+            "rediss+cluster://cache?ssl_cert_reqs=hunter2",
+            "redis+cluster://cache?ssl_cert_reqs=none",
+        ),
+        "redis+cluster://cache?sentinel_password=hunter2",
+        *("redis+sentinel://cache", "redis+sentinel://cache/", "redis+sentinel://cache//0"),
+        *("redis+sentinel:///incidents", "redis+sentinel://cache,/incidents"),
+        *("redis+sentinel://cache/incidents/hunter2", "redis+sentinel://cache/incidents/0/0"),
+        *("redis+sentinel://cache:hunter2/incidents", "redis+sentinel://ann:2/hunter2@cache/0"),
+        *(
+            "redis+sentinel://cache/incidents#hunter2",
+            "redis+sentinel://cache/incidents?db=hunter2",
+        ),
+        *(
+            "redis+sentinel://cache/incidents?hunter2=x",
+            "redis+sentinel://cache/incidents?is_master=",
+        ),
+        "redis+sentinel://cache/incidents?sentinel_password=",
+        "redis+sentinel://cache/incidents?is_master=hunter2",
+        "rediss+sentinel://cache/incidents?ssl_cert_reqs=hunter2",
+    ],
+)
+@pytest.mark.parametrize("build", [cache_from_url, RedisCache.from_url])
+def test_other_urls_are_refused(build: Callable[[str], RedisCache], url: str) -> None:
+    """A URL of which a part means nothing is a typed error that does not repeat it."""
+    with pytest.raises(InvalidSettings) as caught:
+        build(url)
+    assert caught.value.name == "redis_url"
+    assert "hunter" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None or caught.value.__suppress_context__

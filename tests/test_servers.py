@@ -15,7 +15,15 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from tests.servers import HOST, PostgresServer, RedisServer, Server, ServerError
+from tests.servers import (
+    HOST,
+    PostgresServer,
+    RedisCluster,
+    RedisSentinel,
+    RedisServer,
+    Server,
+    ServerError,
+)
 
 both = pytest.mark.parametrize("kind", [PostgresServer, RedisServer])
 
@@ -38,6 +46,10 @@ async def _read(server: Server) -> str:
         return str(value)
     async with Redis.from_url(server.url, socket_timeout=1, decode_responses=True) as client:
         return str(await client.get("kept"))
+
+
+def _children() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 def _runs(pid: int) -> bool:
@@ -76,12 +88,45 @@ async def test_a_paused_server_is_silent_until_it_is_resumed(kind: type[Server])
 @both
 def test_nothing_is_left_after_a_server_was_closed(kind: type[Server]) -> None:
     """Leaving the `with` block ends every process of the server, a paused one's too."""
+    others = _children()
     with kind() as server:
-        pids = [process.pid for process in psutil.Process().children(recursive=True)]
-        assert {process.pid for process in server.processes()} & set(pids)
+        pids = _children() - others
+        assert {process.pid for process in server.processes()} & pids
         server.pause()
     assert not [pid for pid in pids if _runs(pid)]
     assert not server.processes()
+
+
+@pytest.mark.parametrize("kind", [RedisCluster, RedisSentinel])
+def test_nothing_is_left_of_servers_that_work_together(
+    kind: type[RedisCluster | RedisSentinel],
+) -> None:
+    """Leaving the `with` block ends every server and removes its folder, a paused one's too."""
+    others = _children()
+    with kind() as group:
+        pids = _children() - others
+        folders = [server.folder for server in group.servers]
+        assert len(folders) == 3
+        assert all(folder and folder.exists() for folder in folders)
+        group.servers[0].kill()
+        group.servers[1].pause()
+    assert not [pid for pid in pids if _runs(pid)]
+    assert not [folder for folder in folders if folder and folder.exists()]
+
+
+def test_nothing_is_left_of_servers_that_do_not_work_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Servers that run but do not find each other are ended."""
+
+    def give_up(_condition: object) -> None:
+        raise ServerError
+
+    others = _children()
+    monkeypatch.setattr("tests.servers._wait_until", give_up)
+    with pytest.raises(ServerError), RedisCluster():
+        pass
+    assert _children() == others
 
 
 @both

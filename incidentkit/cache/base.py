@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final, Protocol
 
 from incidentkit.errors import InvalidSettings, MissingDependency
@@ -40,6 +41,9 @@ class IncidentCache(Protocol):
         """Give back every connection; calling it again does nothing."""
 
 
+_SCHEME: Final = re.compile(r"rediss?(\+cluster|\+sentinel)?|unix")
+
+
 def check_redis_url(redis_url: str) -> None:
     """Return if the URL is one for a Redis, whatever else it holds.
 
@@ -47,12 +51,16 @@ def check_redis_url(redis_url: str) -> None:
         InvalidSettings: If it is for something else.
     """
     scheme, separator, _ = redis_url.partition("://")
-    if not separator or scheme not in ("redis", "rediss", "unix"):
-        raise InvalidSettings("redis_url", "must start with redis://, rediss:// or unix://")
+    if not separator or not _SCHEME.fullmatch(scheme):
+        raise InvalidSettings(
+            "redis_url",
+            "must start with redis://, redis+cluster:// or redis+sentinel://, with rediss for TLS, "
+            "or unix://",
+        )
 
 
 def cache_from_url(redis_url: str) -> RedisCache:
-    """Return the cache, not yet connected, for a ``redis://`` or ``rediss://`` URL.
+    """Return the cache, not yet connected, for the URL of a Redis.
 
     Raises:
         InvalidSettings: If the URL cannot be used.
