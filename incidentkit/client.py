@@ -6,8 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, overload
 
-from incidentkit.cache.memory import MemoryCache
-from incidentkit.cache.pages import PageCache
+from incidentkit.cache.pages import PageCache, check_max_staleness
 from incidentkit.errors import CacheUnavailable, ClientClosed, IncidentNotFound
 from incidentkit.models import (
     DEFAULT_LIMIT,
@@ -19,7 +18,6 @@ from incidentkit.models import (
     check_status_change,
 )
 from incidentkit.store.base import DEFAULT_DATABASE_URL
-from incidentkit.wire import decode_incidents, encode_incidents
 
 if TYPE_CHECKING:
     import os
@@ -44,9 +42,15 @@ class IncidentClient:
 
     Args:
         store: Where incidents are kept.
-        cache: Where pages of the list are kept for a while; None means that each list is read
-            from the database.
+        cache: Where pages of the list are kept for all processes; None means that each process
+            keeps only its own.
         cache_required: Whether :meth:`connect` fails if the cache does not answer.
+        max_staleness: Seconds by which a list may be behind a change that another client has
+            committed. 0, the default, means that it never is, at the price of one small read of
+            the database for each list, which concurrent ones share.
+
+    Raises:
+        InvalidSettings: If ``max_staleness`` is not a number from 0 to 3600.
 
     Every method raises :class:`~incidentkit.StoreUnavailable` if the database cannot be reached
     or does not answer in time; a cache that fails is never an error. A write whose caller is
@@ -59,10 +63,13 @@ class IncidentClient:
         *,
         cache: IncidentCache | None = None,
         cache_required: bool = False,
+        max_staleness: float = 0.0,
     ) -> None:
+        check_max_staleness(max_staleness)
         self.store = store
         self._cache = cache
         self._cache_required = cache_required
+        self._max_staleness = max_staleness
         self._pages: PageCache | None = None
         self._connected = False
         self._connecting = asyncio.Lock()
@@ -75,6 +82,7 @@ class IncidentClient:
         redis_url: str | None = None,
         *,
         redis_required: bool = False,
+        max_staleness: float = 0.0,
         options: StoreOptions | None = None,
     ) -> Self:
         """Return a client for these servers; it connects when it is entered.
@@ -82,26 +90,27 @@ class IncidentClient:
         Args:
             database_url: ``postgresql://user:password@host:port/database``,
                 ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``.
-            redis_url: ``redis://host:port/db``, where lists are cached for all processes. None
-                means that lists are cached in the process on SQLite, where a change by another
-                process is noticed, and not at all on PostgreSQL, where it would not be.
+            redis_url: ``redis://host:port/db``, ``redis+cluster://host:port,host:port`` or
+                ``redis+sentinel://host:port,host:port/service``, where lists are cached for all
+                processes. None means that each process caches its own.
             redis_required: Whether connecting fails if Redis does not answer.
+            max_staleness: Seconds, 0 to 3600, by which a list may be behind a change that another
+                client has committed; 0 means never.
             options: Sizes and timeouts of the database; None means the defaults.
 
         Raises:
-            InvalidSettings: If a URL cannot be used.
+            InvalidSettings: If a URL or ``max_staleness`` cannot be used.
             MissingDependency: If Redis is wanted and its package is not installed.
         """
         from incidentkit.cache import cache_from_url  # noqa: PLC0415
-        from incidentkit.store.base import database_kind, store_from_url  # noqa: PLC0415
+        from incidentkit.store.base import store_from_url  # noqa: PLC0415
 
-        store = store_from_url(database_url, options)
-        cache: IncidentCache | None = None
-        if redis_url is not None:
-            cache = cache_from_url(redis_url)
-        elif database_kind(database_url) == "sqlite":
-            cache = MemoryCache()
-        return cls(store, cache=cache, cache_required=redis_required)
+        return cls(
+            store_from_url(database_url, options),
+            cache=None if redis_url is None else cache_from_url(redis_url),
+            cache_required=redis_required,
+            max_staleness=max_staleness,
+        )
 
     @classmethod
     def from_env(cls, env_file: str | os.PathLike[str] | None = ".env") -> Self:
@@ -130,6 +139,7 @@ class IncidentClient:
             settings.database_url,
             settings.redis_url,
             redis_required=settings.redis_required,
+            max_staleness=settings.max_staleness,
             options=settings.store,
         )
 
@@ -152,7 +162,7 @@ class IncidentClient:
 
     @property
     def cache_available(self) -> bool | None:
-        """Whether the cache is in use; None if there is none, or the client is not open."""
+        """Whether the shared cache is in use; None if there is none, or the client is not open."""
         return None if self._pages is None else self._pages.available
 
     async def connect(self) -> None:
@@ -165,20 +175,18 @@ class IncidentClient:
         async with self._connecting:
             if self._connected:
                 return
-            self._pages = None if self._cache is None else PageCache(self._cache)
+            self._pages = PageCache(self.store, self._cache, max_staleness=self._max_staleness)
             try:
                 await self.store.open()
-                await self._ping_cache()
+                await self._ping_cache(self._pages)
             except BaseException:
                 await self.close()
                 raise
             self._connected = True
 
-    async def _ping_cache(self) -> None:
-        if self._pages is None:
-            return
+    async def _ping_cache(self, pages: PageCache) -> None:
         try:
-            await self._pages.ping()
+            await pages.ping()
         except CacheUnavailable:
             if self._cache_required:
                 raise
@@ -232,8 +240,8 @@ class IncidentClient:
             incident = incident_message
         else:
             incident = NewIncident(incident_message, source, incident_type)  # type: ignore[arg-type]
-        self._check_connected()
-        return await self._write(self.store.create(incident))
+        pages = self._open_pages()
+        return await self._write(pages, self.store.create(incident))
 
     async def list(
         self,
@@ -243,6 +251,10 @@ class IncidentClient:
         source: IncidentSource | str | None = None,
     ) -> Incidents:
         """Return one page of incidents: newest first, those of one second by id, newest first.
+
+        It is the page as the database has it at some instant during this call, so it shows every
+        change that was committed before, by whomever, whatever the caches do; with
+        ``max_staleness``, every change that was committed that many seconds before.
 
         Args:
             page: 1 is the newest page.
@@ -257,20 +269,7 @@ class IncidentClient:
             InvalidIncident: With every faulty argument.
         """
         query = ListQuery(page, limit, status, source)
-        self._check_connected()
-        if self._pages is None:
-            return await self.store.list(query)
-        await self._pages.notice(await self.store.data_version())
-        cached = await self._pages.get(query.cache_key)
-        if cached is not None:
-            try:
-                return decode_incidents(cached)
-            except ValueError:
-                logger.warning("The cache holds something else under %s", query.cache_key)
-        generation = self._pages.generation
-        incidents = await self.store.list(query)
-        await self._pages.set(query.cache_key, encode_incidents(incidents), generation)
-        return incidents
+        return await self._open_pages().list(query)
 
     async def get(self, incident_id: int) -> Incident:
         """Return the incident, as the database has it.
@@ -283,7 +282,7 @@ class IncidentClient:
             InvalidIncident: If it is not an id.
         """
         incident_id = check_incident_id(incident_id)
-        self._check_connected()
+        self._open_pages()
         incident = await self.store.get(incident_id)
         if incident is None:
             raise IncidentNotFound(incident_id)
@@ -301,8 +300,8 @@ class IncidentClient:
             InvalidIncident: With every faulty argument.
         """
         incident_id, status = check_status_change(incident_id, status)
-        self._check_connected()
-        incident = await self._write(self.store.update_status(incident_id, status))
+        pages = self._open_pages()
+        incident = await self._write(pages, self.store.update_status(incident_id, status))
         if incident is None:
             raise IncidentNotFound(incident_id)
         return incident
@@ -310,19 +309,23 @@ class IncidentClient:
     async def check(self) -> None:
         """Return if the database answers and has the schema that this version works on.
 
+        The shared cache is asked, too, so that :attr:`cache_available` tells how it is.
+
         Raises:
             SchemaOutOfDate: With the command that mends it.
         """
-        self._check_connected()
+        pages = self._open_pages()
         await self.store.check()
+        await pages.probe()
 
-    def _check_connected(self) -> None:
-        if not self._connected:
+    def _open_pages(self) -> PageCache:
+        if not self._connected or self._pages is None:
             raise ClientClosed
+        return self._pages
 
-    async def _write(self, write: Coroutine[Any, Any, _T]) -> _T:
+    async def _write(self, pages: PageCache, write: Coroutine[Any, Any, _T]) -> _T:
         """Run a write and forget the cached pages, in one piece that no cancellation parts."""
-        task = asyncio.ensure_future(self._write_and_clear(write))
+        task = asyncio.ensure_future(_write_and_forget(pages, write))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
         try:
@@ -331,13 +334,13 @@ class IncidentClient:
             task.add_done_callback(_log_failure)
             raise
 
-    async def _write_and_clear(self, write: Coroutine[Any, Any, _T]) -> _T:
-        try:
-            return await write
-        finally:
-            # Also after an error: it may hide a commit.
-            if self._pages is not None:
-                await self._pages.clear()
+
+async def _write_and_forget(pages: PageCache, write: Coroutine[Any, Any, _T]) -> _T:
+    try:
+        return await write
+    finally:
+        # Also after an error: it may hide a commit.
+        await pages.forget()
 
 
 def _log_failure(write: asyncio.Task[Any]) -> None:

@@ -13,7 +13,7 @@ import environ
 from attrs import field, frozen
 from dotenv import dotenv_values
 
-from incidentkit.cache.base import check_redis_url
+from incidentkit.cache.base import TTL, check_redis_url
 from incidentkit.errors import InvalidSettings
 from incidentkit.store.base import DEFAULT_DATABASE_URL, StoreOptions, database_kind
 
@@ -38,6 +38,12 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def _seconds(value: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) or float(value) > TTL:
+        raise ValueError(f"must be a number of seconds from 0 to {TTL}")
+    return float(value)
 
 
 def _flag(value: str) -> bool:
@@ -134,6 +140,12 @@ class Environment:
         _flag,
         "refuse to start without Redis, which has to be named then",
     )
+    max_staleness: float = _variable(
+        "INCIDENTKIT_MAX_STALENESS",
+        "0",
+        _seconds,
+        "seconds, 0 to 3600, by which a list may be behind a change by another process",
+    )
     request_log: RequestLog = _variable(
         "INCIDENTKIT_REQUEST_LOG",
         "log",
@@ -173,6 +185,7 @@ class Settings:
         database_url: Where incidents are kept.
         redis_url: The Redis that caches lists; None means none.
         redis_required: Whether a client refuses to open while Redis does not answer.
+        max_staleness: Seconds by which a list may be behind a change by another process.
         request_log: Where the REST service records requests.
         store: Sizes and timeouts of the database.
     """
@@ -180,6 +193,7 @@ class Settings:
     database_url: str = field(default=DEFAULT_DATABASE_URL, repr=False)
     redis_url: str | None = field(default=None, repr=False)
     redis_required: bool = False
+    max_staleness: float = 0.0
     request_log: RequestLog = "log"
     store: StoreOptions = field(factory=StoreOptions)
 
@@ -232,6 +246,7 @@ class Settings:
             or DEFAULT_DATABASE_URL,
             redis_url=redis_url,
             redis_required=environment.redis_required,
+            max_staleness=environment.max_staleness,
             request_log=environment.request_log,
             store=StoreOptions(
                 pool_size=environment.pool_size,

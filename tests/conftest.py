@@ -140,7 +140,7 @@ def sqlite_url(tmp_path: Path) -> str:
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a Redis that works all the time that a busy machine takes."""
     monkeypatch.setattr("incidentkit.cache.redis.SOCKET_TIMEOUT", 30.0)
-    monkeypatch.setattr("incidentkit.cache.pages.CALL_TIMEOUT", 30.0)
+    monkeypatch.setattr("incidentkit.cache.breaker.CALL_TIMEOUT", 30.0)
 
 
 @pytest.fixture

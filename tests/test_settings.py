@@ -311,7 +311,10 @@ def test_request_log_has_two_places(place: str) -> None:
 PORT = "must be an integer from 1 to 65535"
 HOST = "must be a host name or an IP address"
 URL = "must start with postgresql:// or sqlite+aiosqlite:///"
-REDIS_URL = "must start with redis://, redis+cluster:// or redis+sentinel://, with rediss for TLS, or unix://"
+REDIS_URL = (
+    "must start with redis://, redis+cluster:// or redis+sentinel://, with rediss for TLS, "
+    "or unix://"
+)
 FLAG = "must be true or false"
 
 

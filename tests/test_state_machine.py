@@ -32,7 +32,7 @@ from hypothesis.stateful import (
 )
 from redis import Redis
 
-import incidentkit.cache.pages
+import incidentkit.cache.breaker
 import incidentkit.cache.redis
 from incidentkit import (
     Incident,
@@ -513,7 +513,7 @@ def world(
     request: pytest.FixtureRequest, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[World]:
     """A database with each cache; the cache is never given up, which other tests are about."""
-    monkeypatch.setattr(incidentkit.cache.pages, "CALL_TIMEOUT", 30.0)
+    monkeypatch.setattr(incidentkit.cache.breaker, "CALL_TIMEOUT", 30.0)
     monkeypatch.setattr(incidentkit.cache.redis, "SOCKET_TIMEOUT", 30.0)
     redis = request.param == "redis"
     with closing(World(database, request.getfixturevalue("redis_url") if redis else None)) as world:

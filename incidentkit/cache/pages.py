@@ -1,6 +1,8 @@
-"""What keeps a cache from ever being in the way: of an answer's truth, or of its time.
+"""What makes every list true: when a cached page may be served.
 
-This is the one place that decides when a cached page may be served and when it may be stored.
+This is the one place that decides it. A page carries the token that the incidents had when it was
+read, in one snapshot with it; it is served only if they have that token during the call. So a page
+in a cache can be late, lost, old or another's, and is then not served.
 """
 
 from __future__ import annotations
@@ -8,158 +10,195 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from incidentkit.cache.base import TTL
-from incidentkit.errors import CacheUnavailable
+from incidentkit.cache.breaker import CircuitBreaker
+from incidentkit.cache.memory import MemoryCache
+from incidentkit.coalescing import Coalescer
+from incidentkit.errors import InvalidSettings
+from incidentkit.wire import decode_incidents, dump_json, encode_incidents
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from incidentkit.cache.base import IncidentCache
+    from incidentkit.models import Incident, ListQuery
+    from incidentkit.store.base import Page
+
+Incidents: TypeAlias = "list[Incident]"
+"""An alias because inside the class ``list`` is the verb."""
 
 logger = logging.getLogger("incidentkit.cache")
 
-CALL_TIMEOUT: Final = 0.5
-"""Seconds that a call on the cache may take."""
 
-RETRY_AFTER: Final = 1.0
-"""Seconds for which a cache that failed is left alone."""
+class PageStore(Protocol):
+    """The part of a store that pages are read from."""
 
-_T = TypeVar("_T")
+    async def list(self, query: ListQuery) -> Page:
+        """Return a page and the token of the incidents, from one snapshot."""
+        ...
+
+    async def token(self) -> str | None:
+        """Return the token of the incidents; None means that it cannot be told."""
+        ...
+
+
+def check_max_staleness(max_staleness: float) -> None:
+    """Return if a client may be that many seconds behind.
+
+    Raises:
+        InvalidSettings: If it is not a number from 0 to 3600, for which a page is kept.
+    """
+    number = isinstance(max_staleness, (int, float)) and not isinstance(max_staleness, bool)
+    if not number or not 0 <= max_staleness <= TTL:
+        raise InvalidSettings("max_staleness", f"must be a number of seconds from 0 to {TTL}")
+
+
+def seal(key: str, token: str | None, page: bytes) -> bytes:
+    """Return what a cache holds under the key, a JSON object that says whose page it is."""
+    return _head(key, token) + page + b"}"
+
+
+def unseal(value: bytes, key: str, token: str | None) -> bytes | None:
+    """Return the page if it is the one of this key and token, or None.
+
+    None for the token matches nothing.
+    """
+    head = _head(key, token)
+    if token is None or not value.startswith(head) or not value.endswith(b"}"):
+        return None
+    return value[len(head) : -1]
+
+
+def _head(key: str, token: str | None) -> bytes:
+    return dump_json({"key": key, "token": token})[:-1] + b',"incidents":'
 
 
 class PageCache:
-    """Pages of the list in a cache that may fail, be slow, or hang.
-
-    - A page is served, and stored, only while every clear that was asked for has succeeded: after
-      a failure the cache is left alone for a second, then cleared before it is trusted again.
-    - A page is stored only if no clear was asked for since before it was read from the database.
-    - A failure is logged once, and once more when the cache is back.
+    """Pages of the list in the process, and in a cache that several processes share.
 
     Args:
-        cache: Where the pages are kept.
+        store: Where pages and tokens are read.
+        shared: A cache that may fail, be slow or hang; None means that there is none.
+        max_staleness: Seconds for which a token is trusted once it was read. 0 means that each
+            call reads one, or shares a reading that has not started.
         clock: Returns the time in seconds, never going back.
     """
 
     def __init__(
-        self, cache: IncidentCache, *, clock: Callable[[], float] = time.monotonic
+        self,
+        store: PageStore,
+        shared: IncidentCache | None = None,
+        *,
+        max_staleness: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._cache = cache
+        self._store = store
+        self._memory = MemoryCache(clock=clock)
+        self._shared = None if shared is None else CircuitBreaker(shared, clock=clock)
+        self._max_staleness = max_staleness
         self._clock = clock
-        self._asked = 0
-        self._cleared = 0
-        self._away = False
-        self._retry_at = 0.0
-        self._storing = 0
-        self._nothing_stored = asyncio.Event()
-        self._nothing_stored.set()
-        self._data_version: int | None = None
+        self._reads = Coalescer(self._read)
+        self._tokens = Coalescer(self._read_token)
+        self._clears = Coalescer(self._clear)
+        self._trusted: tuple[str | None, float] | None = None
+        self._changes = 0
 
     @property
-    def available(self) -> bool:
-        """Whether the cache is in use, rather than left alone after a failure."""
-        return not self._away
+    def available(self) -> bool | None:
+        """Whether the shared cache is in use; None if there is none."""
+        return None if self._shared is None else self._shared.available
 
-    @property
-    def generation(self) -> int:
-        """A number that every clear changes; take it before a page is read from the database."""
-        return self._asked
+    async def list(self, query: ListQuery) -> Incidents:
+        """Return the page as the database has it at some instant during this call."""
+        return (await self._reads(query)).copy()
+
+    async def forget(self) -> None:
+        """Remove every page, since this process has changed an incident.
+
+        Nothing hangs on it but memory, and the time for which a token is trusted.
+        """
+        self._changes += 1
+        self._trusted = None
+        await self._memory.clear()
+        await self._clears(None)
 
     async def ping(self) -> None:
-        """Ask the cache whether it answers.
+        """Ask the shared cache, if there is one, whether it answers.
 
         Raises:
             CacheUnavailable: If it does not.
         """
-        await self._call(self._cache.ping)
+        if self._shared is not None:
+            await self._shared.ping()
 
-    async def get(self, key: str) -> bytes | None:
-        """Return the page, or None if there is none that may be served."""
-        if not await self._trusted():
-            return None
-        try:
-            return await self._call(self._cache.get, key)
-        except CacheUnavailable:
-            return None
-
-    async def set(self, key: str, page: bytes, generation: int) -> None:
-        """Store the page, unless a clear was asked for since the generation was taken."""
-        if generation != self._asked or self._away:
-            return
-        self._storing += 1
-        self._nothing_stored.clear()
-        try:
-            await self._call(self._cache.set, key, page, TTL)
-        except CacheUnavailable:
-            pass
-        finally:
-            self._storing -= 1
-            if not self._storing:
-                self._nothing_stored.set()
-
-    async def clear(self) -> None:
-        """Let no page be served that was stored before now."""
-        self._asked += 1
-        if not self._away or self._may_retry():
-            await self._clear()
-
-    async def notice(self, data_version: int | None) -> None:
-        """Clear if the version says that another process has changed the database."""
-        if data_version is not None and data_version != self._data_version:
-            self._data_version = data_version
-            await self.clear()
+    async def probe(self) -> None:
+        """Learn whether the shared cache answers, unless it has just failed."""
+        if self._shared is not None:
+            await self._shared.probe()
 
     async def close(self) -> None:
-        """Close the cache; a failure to do so is of no consequence."""
-        with suppress(CacheUnavailable):
-            await self._call(self._cache.close)
+        """Forget every page of the process, and close the shared cache."""
+        await self._memory.close()
+        if self._shared is not None:
+            await self._shared.close()
 
-    async def _trusted(self) -> bool:
-        if self._away and self._may_retry():
-            await self._clear()
-        return self._asked == self._cleared and not self._away
-
-    def _may_retry(self) -> bool:
-        """Tell whether it is time to try a cache that failed, and if so let nobody else do it."""
-        if self._clock() < self._retry_at:
-            return False
-        self._retry_at = self._clock() + RETRY_AFTER
-        return True
-
-    async def _clear(self) -> None:
-        while True:
-            asked = self._asked
-            # A page on its way would be stored after the clear.
-            await self._nothing_stored.wait()
-            try:
-                await self._call(self._cache.clear)
-            except CacheUnavailable:
-                return
-            self._cleared = max(self._cleared, asked)
-            if not self._away:
-                return
-            if asked == self._asked:
-                break
-            # Nobody else makes up for what was asked for while the cache was away.
-        self._away = False
-        logger.info("The cache is back")
-
-    async def _call(self, call: Callable[..., Awaitable[_T]], *arguments: object) -> _T:
+    async def _read(self, query: ListQuery) -> Incidents:
+        key = query.cache_key
+        # Asked for at the same time as the shared cache, and given up where neither has the page.
+        token = asyncio.ensure_future(self._token())
+        token.add_done_callback(_take_note)
         try:
-            async with asyncio.timeout(CALL_TIMEOUT):
-                return await call(*arguments)
-        except (Exception, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
-                raise
-            reason = "it did not answer in time" if isinstance(error, TimeoutError) else "it failed"
-            self._retry_at = self._clock() + RETRY_AFTER
-            if not self._away:
-                self._away = True
-                logger.warning(
-                    "The cache is unavailable (%s), lists are read from the database",
-                    type(error).__name__,
-                )
-            raise CacheUnavailable(reason) from error
+            for cache in (self._memory, self._shared):
+                value = None if cache is None else await cache.get(key)
+                page = None if value is None else unseal(value, key, await token)
+                if value is None or page is None:
+                    continue
+                try:
+                    incidents = decode_incidents(page)
+                except ValueError:
+                    logger.warning("The cache holds something else under %s", key)
+                    continue
+                if cache is not self._memory:
+                    await self._memory.set(key, value, TTL)
+                return incidents
+        finally:
+            token.cancel()
+        return await self._fill(query)
+
+    async def _fill(self, query: ListQuery) -> Incidents:
+        now, changes = self._clock(), self._changes
+        page = await self._store.list(query)
+        self._trust(page.token, now, changes)
+        value = seal(query.cache_key, page.token, encode_incidents(page.incidents))
+        await self._memory.set(query.cache_key, value, TTL)
+        if self._shared is not None:
+            await self._shared.set(query.cache_key, value, TTL)
+        return page.incidents
+
+    async def _token(self) -> str | None:
+        now, changes = self._clock(), self._changes
+        if self._trusted is not None and now - self._trusted[1] < self._max_staleness:
+            return self._trusted[0]
+        token = await self._tokens(None)
+        self._trust(token, now, changes)
+        return token
+
+    def _trust(self, token: str | None, since: float, changes: int) -> None:
+        """Keep the newest token, unless this process has changed an incident meanwhile."""
+        if changes == self._changes and (self._trusted is None or since > self._trusted[1]):
+            self._trusted = token, since
+
+    async def _read_token(self, _: None) -> str | None:
+        return await self._store.token()
+
+    async def _clear(self, _: None) -> None:
+        if self._shared is not None:
+            await self._shared.clear()
+
+
+def _take_note(token: asyncio.Task[str | None]) -> None:
+    """Take note of a failure that nobody may wait for."""
+    if not token.cancelled():
+        token.exception()

@@ -103,9 +103,6 @@ async def readiness(
     try:
         async with asyncio.timeout(TIMEOUT):
             await client.check()
-            if client.cache_available is not None:
-                # Only use tells how the cache is, and brings back one that was away.
-                await client.list(limit=1)
     except SchemaOutOfDate as error:
         schema = SchemaHealth(State.OUT_OF_DATE, error.current, error.expected)
     except (StoreError, ClientClosed, TimeoutError):

@@ -20,7 +20,7 @@ DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
 """Where incidents are kept if nothing else is said: a file in the current folder."""
 
 Incidents: TypeAlias = "list[Incident]"
-"""A page; an alias because inside a store ``list`` is the verb."""
+"""An alias because inside a store ``list`` is the verb."""
 
 DatabaseKind: TypeAlias = Literal["postgresql", "sqlite"]
 
@@ -53,6 +53,19 @@ class RequestRecord:
     status: int
     duration_ms: float
     request_id: str
+
+
+@frozen
+class Page:
+    """One page of the list.
+
+    Attributes:
+        incidents: Newest first.
+        token: What :meth:`IncidentStore.token` says of the same snapshot of the database.
+    """
+
+    incidents: Incidents
+    token: str | None
 
 
 def _at_least(low: int) -> Callable[[object, Attribute[int], object], None]:
@@ -118,8 +131,16 @@ class IncidentStore(Protocol):
         """Store the incident and return it, committed."""
         ...
 
-    async def list(self, query: ListQuery) -> Incidents:
+    async def list(self, query: ListQuery) -> Page:
         """Return one page: newest first by ``created_at``, ties broken by id, newest first."""
+        ...
+
+    async def token(self) -> str | None:
+        """Return the token of the incidents, which every change of any incident replaces.
+
+        Equal tokens mean equal incidents: a token that was replaced never comes back, unless the
+        incidents of its time do, as with a restored backup. None means that this cannot be told.
+        """
         ...
 
     async def get(self, incident_id: int) -> Incident | None:
@@ -132,13 +153,6 @@ class IncidentStore(Protocol):
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append records to the table ``request_log``."""
-
-    async def data_version(self) -> int | None:
-        """Return a number that changes when another connection has changed the database.
-
-        None means that the store cannot tell.
-        """
-        ...
 
 
 def database_kind(database_url: str) -> DatabaseKind:

@@ -24,7 +24,7 @@ from incidentkit.errors import (
 )
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
-from incidentkit.store.statements import read_incident
+from incidentkit.store.statements import read_incident, read_page
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import ClauseElement
 
     from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
-    from incidentkit.store.base import Incidents, RequestRecord
+    from incidentkit.store.base import Page, RequestRecord
 
 Rows: TypeAlias = list["asyncpg.Record"]
 
@@ -99,6 +99,7 @@ _UPDATE_STATUS: Final = compile_statement(statements.UPDATE_STATUS)
 _SELECT_PAGE: Final = {
     filters: compile_statement(statement) for filters, statement in statements.SELECT_PAGE.items()
 }
+_SELECT_TOKEN: Final = compile_statement(statements.SELECT_TOKEN)
 _INSERT_REQUEST_LOG: Final = compile_statement(statements.INSERT_REQUEST_LOG)
 _SELECT_REVISION: Final = compile_statement(statements.SELECT_REVISION)
 
@@ -205,8 +206,8 @@ class PostgresStore:
         )
         return read_incident(rows[0])
 
-    async def list(self, query: ListQuery) -> Incidents:
-        """Read one page in one statement."""
+    async def list(self, query: ListQuery) -> Page:
+        """Read one page and its token in one statement."""
         rows = await self._read(
             _SELECT_PAGE[query.status is not None, query.source is not None],
             {
@@ -216,7 +217,12 @@ class PostgresStore:
                 "offset": query.offset,
             },
         )
-        return [read_incident(row) for row in rows]
+        return read_page(rows)
+
+    async def token(self) -> str | None:
+        """Read the token in one statement."""
+        ((token,),) = await self._read(_SELECT_TOKEN, {})
+        return token if token is None else str(token)
 
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident in one statement."""
@@ -235,9 +241,6 @@ class PostgresStore:
         ]
         async with self._connection() as connection:
             await connection.executemany(_INSERT_REQUEST_LOG.text, rows)
-
-    async def data_version(self) -> None:
-        """Return None: another server process may have changed the table at any time."""
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[PoolConnectionProxy[asyncpg.Record]]:

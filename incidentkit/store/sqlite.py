@@ -24,7 +24,7 @@ from incidentkit.errors import (
 )
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
-from incidentkit.store.statements import read_incident
+from incidentkit.store.statements import read_incident, read_page
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
-    from incidentkit.store.base import Incidents, RequestRecord
+    from incidentkit.store.base import Page, RequestRecord
 
 _T = TypeVar("_T")
 Rows: TypeAlias = "Sequence[Row[*tuple[Any, ...]]]"
@@ -126,10 +126,8 @@ class SqliteStore:
         self._url = sqlite_url(database_url)
         self._options = options or StoreOptions()
         self._engine: AsyncEngine | None = None
-        self._watcher: AsyncConnection | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._writing = asyncio.Lock()
-        self._watching = asyncio.Lock()
 
     async def open(self) -> None:
         """Open the file, creating it if need be, and bring its schema up to date."""
@@ -137,7 +135,7 @@ class SqliteStore:
 
         # Writers of one process queue here, which is fairer and faster than SQLite's polling. New
         # at each opening, which may be on another event loop.
-        self._writing, self._watching = asyncio.Lock(), asyncio.Lock()
+        self._writing = asyncio.Lock()
         self._engine = self._create_engine()
         try:
             if self._url.database in MEMORY:
@@ -160,8 +158,7 @@ class SqliteStore:
             {}
             if memory
             else {
-                # One more, which watches for changes by other processes.
-                "pool_size": options.pool_size + 1,
+                "pool_size": options.pool_size,
                 "max_overflow": options.max_overflow,
                 "pool_timeout": options.pool_timeout,
             }
@@ -182,11 +179,8 @@ class SqliteStore:
     async def close(self) -> None:
         """Wait for running calls, then close every connection."""
         engine, self._engine = self._engine, None
-        watcher, self._watcher = self._watcher, None
         if self._running:
             await asyncio.wait(self._running)
-        if watcher is not None:
-            await watcher.close()
         if engine is not None:
             await engine.dispose()
 
@@ -207,8 +201,8 @@ class SqliteStore:
         )
         return read_incident(rows[0])
 
-    async def list(self, query: ListQuery) -> Incidents:
-        """Read one page in one statement."""
+    async def list(self, query: ListQuery) -> Page:
+        """Read one page and its token in one statement."""
         values: dict[str, Any] = {"limit": query.limit, "offset": query.offset}
         if query.status is not None:
             values["status"] = query.status.value
@@ -217,7 +211,12 @@ class SqliteStore:
         rows = await self._read(
             statements.SELECT_PAGE[query.status is not None, query.source is not None], values
         )
-        return [read_incident(row) for row in rows]
+        return read_page(rows)
+
+    async def token(self) -> str | None:
+        """Read the token in one statement."""
+        ((token,),) = await self._read(statements.SELECT_TOKEN, {})
+        return token if token is None else str(token)
 
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident in one statement."""
@@ -245,18 +244,6 @@ class SqliteStore:
                 await connection.exec_driver_sql("ROLLBACK")
                 raise
             await connection.exec_driver_sql("COMMIT")
-
-    async def data_version(self) -> int:
-        """Return SQLite's own counter of what other connections have committed."""
-        async with self._watching:
-            return await self._run(self._watch())
-
-    async def _watch(self) -> int:
-        watcher = self._watcher
-        if watcher is None:
-            watcher = self._watcher = await self._connection()
-        result = await watcher.exec_driver_sql("PRAGMA data_version")
-        return int(result.scalar_one())
 
     def _connection(self) -> AsyncConnection:
         if self._engine is None:

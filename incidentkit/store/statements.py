@@ -17,16 +17,23 @@ from sqlalchemy import (
     insert,
     select,
     table,
+    true,
     update,
 )
 from sqlalchemy import String as _String
 
 from incidentkit.errors import StoreError
 from incidentkit.models import Incident, IncidentSource, IncidentStatus
-from incidentkit.store.tables import VERSION_TABLE, incident_table, request_log_table
+from incidentkit.store.base import Page
+from incidentkit.store.tables import (
+    VERSION_TABLE,
+    current_token,
+    incident_table,
+    request_log_table,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from sqlalchemy import ColumnElement, Insert, Select
 
@@ -61,6 +68,16 @@ def read_incident(row: Iterable[Any]) -> Incident:
         raise StoreError("a row holds what no incident can have") from error
 
 
+def read_page(rows: Sequence[Sequence[Any]]) -> Page:
+    """Return the page that the rows of a statement in ``SELECT_PAGE`` are.
+
+    Raises:
+        StoreError: If an incident cannot be like that.
+    """
+    # An empty page is one row, with the token alone.
+    return Page([read_incident(row[1:]) for row in rows if row[1] is not None], rows[0][0])
+
+
 INSERT_INCIDENT: Final = (
     insert(incident_table)
     .values(
@@ -91,10 +108,18 @@ def _select_page(*, by_status: bool, by_source: bool) -> Select[*tuple[Any, ...]
         )
     if by_source:
         statement = statement.where(_columns.source == _text_parameter("source", _columns.source))
-    return (
+    page = (
         statement.order_by(_columns.created_at.desc(), _columns.incident_id.desc())
         .limit(bindparam("limit", type_=BigInteger()))
         .offset(bindparam("offset", type_=BigInteger()))
+        .subquery("page")
+    )
+    token = select(current_token().label("token")).subquery("current")
+    # One statement has one snapshot, whatever the level of isolation.
+    return (
+        select(token.c.token, *page.c)
+        .select_from(token.outerjoin(page, true()))
+        .order_by(page.c.created_at.desc(), page.c.incident_id.desc())
     )
 
 
@@ -102,7 +127,9 @@ SELECT_PAGE: Final = {
     (by_status, by_source): _select_page(by_status=by_status, by_source=by_source)
     for by_status, by_source in product((False, True), repeat=2)
 }
-"""The statement for a page, by whether it filters by status and by source."""
+"""The statement for a page and its token, by whether it filters by status and by source."""
+
+SELECT_TOKEN: Final = select(current_token().label("token"))
 
 INSERT_REQUEST_LOG: Final[Insert] = (
     insert(request_log_table)

@@ -20,6 +20,8 @@ from sqlalchemy import (
     SmallInteger,
     String,
     Table,
+    Text,
+    Uuid,
 )
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.compiler import compiles
@@ -29,7 +31,7 @@ from sqlalchemy.types import TypeDecorator
 from incidentkit.errors import SchemaOutOfDate
 from incidentkit.models import IncidentSource, IncidentStatus
 
-REVISIONS: Final = ("dadc1db062ae", "5c1f0e9b7a34", "b27d4f0c1a96")
+REVISIONS: Final = ("dadc1db062ae", "5c1f0e9b7a34", "b27d4f0c1a96", "e4a81c3f5d27")
 """Every revision in ``migrations``, oldest first; the first is the origin's."""
 
 SCHEMA_REVISION: Final = REVISIONS[-1]
@@ -144,6 +146,39 @@ request_log_table: Final = Table(
     Index("ix_request_log_logged_at", "logged_at"),
     sqlite_autoincrement=True,
 )
+
+
+token_table: Final = Table(
+    "incident_token",
+    metadata,
+    Column("slot", BigInteger, autoincrement=False),
+    Column("token", Uuid, nullable=False),
+    PrimaryKeyConstraint("slot", name="pk_incident_token"),
+)
+"""Random tokens, of which every transaction that changes an incident replaces one, by triggers that
+the migration ``e4a81c3f5d27`` makes."""
+
+
+class current_token(FunctionElement[str | None]):  # noqa: N801
+    """The token of the incidents in the statement's snapshot; null if it cannot be told."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(current_token)
+def _current_token(*_: Any, **__: Any) -> str:
+    # Of fewer rows, as after a hand emptied the table, the same token could come back.
+    return (
+        "(SELECT CASE WHEN count(*) FILTER (WHERE slot < 16) = 16 THEN "
+        "encode(sha256(string_agg(uuid_send(token), ''::bytea ORDER BY slot)), 'hex') END "
+        "FROM incident_token)"
+    )
+
+
+@compiles(current_token, "sqlite")
+def _current_token_sqlite(*_: Any, **__: Any) -> str:
+    return "(SELECT token FROM incident_token WHERE slot = 0)"
 
 
 def check_revision(current: str | None) -> None:

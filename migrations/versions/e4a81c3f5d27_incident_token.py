@@ -1,0 +1,128 @@
+"""Random tokens that every change of the incidents replaces, by triggers, whoever makes it.
+
+On PostgreSQL there are sixteen, and a transaction replaces the one of its backend when it commits,
+so that writers rarely wait for each other, and never for a transaction that goes on. Where its
+isolation does not let it, since another transaction has replaced the same token since its snapshot,
+it adds one, which a later transaction removes. On SQLite, which has one writer at a time, one token
+serves.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+from incidentkit.store.migrate import in_the_way
+
+revision = "e4a81c3f5d27"
+down_revision = "b27d4f0c1a96"
+branch_labels = None
+depends_on = None
+
+SQLITE_TRIGGERS = {
+    "incident_token_insert": "INSERT",
+    "incident_token_update": "UPDATE",
+    "incident_token_delete": "DELETE",
+}
+
+
+def upgrade() -> None:
+    found = sa.inspect(op.get_bind())
+    if found.has_table("incident_token", schema=found.default_schema_name):
+        raise in_the_way("incident_token")
+    op.create_table(
+        "incident_token",
+        sa.Column("slot", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("token", sa.Uuid(), nullable=False),
+        sa.PrimaryKeyConstraint("slot", name="pk_incident_token"),
+    )
+    if op.get_bind().dialect.name == "sqlite":
+        upgrade_sqlite()
+    else:
+        upgrade_postgresql()
+
+
+def upgrade_sqlite() -> None:
+    replacement = "INSERT INTO incident_token VALUES (0, lower(hex(randomblob(16))))"
+    op.execute(replacement)
+    for name, event in SQLITE_TRIGGERS.items():
+        # Not UPDATE or INSERT OR REPLACE: an INSERT OR IGNORE of the incident would overrule it.
+        op.execute(
+            f'CREATE TRIGGER {name} AFTER {event} ON "Incident" '
+            f"BEGIN DELETE FROM incident_token; {replacement}; END"
+        )
+
+
+def upgrade_postgresql() -> None:
+    schema = schema_name()
+    op.execute(
+        "INSERT INTO incident_token SELECT slot, gen_random_uuid() FROM generate_series(0, 15) slot"
+    )
+    # The writer may have another search path, and no rights to the table of the tokens.
+    op.execute(
+        f"""
+        CREATE FUNCTION incident_token_change() RETURNS trigger
+        LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+        BEGIN
+            INSERT INTO {schema}.incident_token
+            VALUES (pg_backend_pid() % 16, gen_random_uuid())
+            ON CONFLICT (slot) DO UPDATE SET token = EXCLUDED.token;
+            DELETE FROM {schema}.incident_token WHERE slot IN (
+                SELECT slot FROM {schema}.incident_token WHERE slot > 15 FOR UPDATE SKIP LOCKED
+            );
+            RETURN NULL;
+        EXCEPTION WHEN serialization_failure THEN
+            INSERT INTO {schema}.incident_token
+            VALUES (15 + CAST(CAST(pg_current_xact_id() AS text) AS bigint), gen_random_uuid());
+            RETURN NULL;
+        END $$
+        """
+    )
+    # The condition is looked at with each row, and true for the first one of a transaction, or of
+    # a part of it that was rolled back: the setting goes back with it.
+    setting = "'incidentkit.token_change'"
+    here = f"CAST(pg_current_xact_id() AS text) || {literal(schema)}"
+    op.execute(
+        f"""
+        CREATE CONSTRAINT TRIGGER incident_token_change
+        AFTER INSERT OR UPDATE OR DELETE ON "Incident"
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+        WHEN (CASE WHEN current_setting({setting}, true) IS NOT DISTINCT FROM {here} THEN false
+            ELSE set_config({setting}, {here}, true) IS NOT NULL END)
+        EXECUTE FUNCTION incident_token_change()
+        """
+    )
+    op.execute(
+        'CREATE TRIGGER incident_token_truncate AFTER TRUNCATE ON "Incident" '
+        "FOR EACH STATEMENT EXECUTE FUNCTION incident_token_change()"
+    )
+    # Also for what logical replication applies.
+    for name in ("incident_token_change", "incident_token_truncate"):
+        op.execute(f'ALTER TABLE "Incident" ENABLE ALWAYS TRIGGER {name}')
+
+
+def schema_name() -> str:
+    """Return the schema of the table, as it stands in a statement."""
+    return str(
+        op.get_bind().scalar(
+            sa.text(
+                "SELECT CAST(CAST(relnamespace AS regnamespace) AS text) FROM pg_class "
+                """WHERE oid = CAST('"Incident"' AS regclass)"""
+            )
+        )
+    )
+
+
+def literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def downgrade() -> None:
+    if op.get_bind().dialect.name == "sqlite":
+        for name in SQLITE_TRIGGERS:
+            op.execute(f"DROP TRIGGER {name}")
+    else:
+        op.execute('DROP TRIGGER incident_token_truncate ON "Incident"')
+        op.execute('DROP TRIGGER incident_token_change ON "Incident"')
+        op.execute("DROP FUNCTION incident_token_change()")
+    op.drop_table("incident_token")
