@@ -95,3 +95,10 @@ def docs(session: nox.Session) -> None:
     session.run(
         "sphinx-build", "-W", "-n", "--keep-going", "docs", "docs/_build/html", *session.posargs
     )
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what the size of a shared Redis costs, and print a table."""
+    session.install("--editable", ".[all]", *groups("tests"))
+    session.run("python", "-m", "benchmarks.shared_redis", *session.posargs)

@@ -49,15 +49,16 @@ class CountingCache:
 
 
 async def main() -> None:
-    """List incidents again and again, with a change in between."""
+    """Let two clients list incidents again and again, with a change in between."""
     cache = CountingCache(MemoryCache())
-    store = store_from_url("sqlite+aiosqlite:///:memory:")
-    async with IncidentClient(store, cache=cache) as incidents:
+    one, other = (IncidentClient(store_from_url(), cache=cache) for _ in range(2))
+    async with one, other:
         for _ in range(2):
-            await incidents.create("Queue is growing", source="monitoring")
+            await one.create("Queue is growing", source="monitoring")
             for _ in range(5):
-                await incidents.list(status="new")
-    print(f"{cache.found} of {cache.asked} lists came from the cache")
+                await one.list(status="new")
+                await other.list(status="new")
+    print(f"The cache was asked for a page {cache.asked} times and had it {cache.found} times")
 
 
 asyncio.run(main())

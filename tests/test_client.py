@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -21,19 +22,25 @@ from incidentkit import (
     IncidentSource,
     IncidentStatus,
     InvalidIncident,
+    InvalidSettings,
+    ListQuery,
     NewIncident,
     StoreUnavailable,
 )
 from incidentkit.cache import MemoryCache
 from incidentkit.store import store_from_url
+from incidentkit.store.postgresql import PostgresStore
 from incidentkit.store.sqlite import SqliteStore
 from tests.servers import RedisServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+    from incidentkit.store.base import Page
+
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = "sqlite+aiosqlite:///:memory:"
+KEY = "incidents:1:10:any:any"
 
 
 @pytest.fixture(params=["memory", "sqlite", "sqlite-redis", "postgresql", "postgresql-redis"])
@@ -214,7 +221,7 @@ async def test_from_env_without_settings_is_sqlite_and_a_cache_in_the_process(
     """With nothing configured the incidents are in a file in the working directory."""
     async with IncidentClient.from_env() as incidents:
         await incidents.create("Disk is full", source="operator")
-        assert incidents.cache_available is True
+        assert incidents.cache_available is None
     assert "incidentkit.db" in {path.name for path in tmp_path.iterdir()}  # noqa: ASYNC240
 
 
@@ -363,27 +370,91 @@ async def test_redis_away_at_the_start_is_no_error_unless_it_is_required(
 async def test_a_page_that_redis_garbled_is_read_again(redis_url: str, sqlite_url: str) -> None:
     """Whatever stands under our key, the list is the database's."""
     async with (
-        IncidentClient.open(sqlite_url, redis_url) as incidents,
+        IncidentClient.open(sqlite_url, redis_url) as writer,
         Redis.from_url(redis_url) as redis,
     ):
-        incident = await incidents.create("Disk is full", source="operator")
-        for garbage in (b"", b"{}", b"[1]", b"\xff", b"[" * 100_000, b'[{"incident_id": 1}]'):
-            await incidents.list()
-            await redis.set("incidents:1:10:any:any", garbage)
-            assert await incidents.list() == [incident]
-        await redis.delete("incidents:1:10:any:any")
-        await redis.lpush("incidents:1:10:any:any", b"not a string")
-        assert await incidents.list() == [incident]
+        incident = await writer.create("Disk is full", source="monitoring")
+        await writer.list()
+        sealed = await redis.get(KEY)
+        assert isinstance(sealed, bytes)
+        plain = sealed[sealed.index(b"[") : -1]
+        for garbage in (
+            *(b"", b"{}", b"[1]", b"\xff", b"[" * 100_000, b'[{"incident_id": 1}]', plain),
+            *(sealed[:-1], sealed[:-2] + b"}", sealed.replace(b"incident_id", b"id")),
+            sealed.replace(b'"key":"incidents:1', b'"key":"incidents:2').replace(b"Disk", b"Dusk"),
+        ):
+            await redis.set(KEY, garbage)
+            async with IncidentClient.open(sqlite_url, redis_url) as reader:
+                assert await reader.list() == [incident]
+        await redis.delete(KEY)
+        await redis.lpush(KEY, b"not a string")
+        async with IncidentClient.open(sqlite_url, redis_url) as reader:
+            assert await reader.list() == [incident]
 
 
-async def test_parts_of_ones_own() -> None:
-    """A client takes a store and a cache that it is given."""
+async def test_parts_of_ones_own(sqlite_url: str) -> None:
+    """A client takes a store and a cache that it is given, which another one may share."""
     cache = MemoryCache()
-    store = store_from_url(MEMORY)
+    store = store_from_url(sqlite_url)
     async with IncidentClient(store, cache=cache) as incidents:
         assert await incidents.list() == []
-        assert await cache.get("incidents:1:10:any:any") == b"[]"
+        assert json.loads(await cache.get(KEY) or b"") == {
+            "key": KEY,
+            "token": await store.token(),
+            "incidents": [],
+        }
         assert incidents.store is store
+
+
+async def test_a_page_in_redis_serves_every_process(
+    redis_url: str, migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one client has read another one takes from Redis, and keeps for the next time."""
+    pages_read = 0
+    read = PostgresStore.list
+
+    async def counted(store: PostgresStore, query: ListQuery) -> Page:
+        nonlocal pages_read
+        pages_read += 1
+        return await read(store, query)
+
+    monkeypatch.setattr(PostgresStore, "list", counted)
+    async with (
+        IncidentClient.open(migrated_postgres_url, redis_url) as one,
+        IncidentClient.open(migrated_postgres_url, redis_url) as two,
+        Redis.from_url(redis_url) as redis,
+    ):
+        incident = await one.create("Disk is full", source="operator")
+        assert await one.list() == await two.list() == [incident]
+        assert pages_read == 1
+        await redis.flushdb()
+        assert await one.list() == await two.list() == [incident]
+        assert pages_read == 1
+        done = await two.update_status(incident.incident_id, "completed")
+        assert await one.list() == await two.list() == [done]
+        assert pages_read == 2
+
+
+async def test_max_staleness_trusts_a_token_for_that_long(sqlite_url: str) -> None:
+    """With `max_staleness` a list may be behind others' changes, and never behind one's own."""
+    async with (
+        IncidentClient.open(sqlite_url, max_staleness=3600) as late,
+        IncidentClient.open(sqlite_url) as other,
+    ):
+        assert await late.list() == []
+        theirs = await other.create("Disk is full", source="operator")
+        assert await other.list() == [theirs]
+        assert await late.list() == []
+        own = await late.create("Disk is full", source="operator")
+        assert await late.list() == [own, theirs]
+
+
+@pytest.mark.parametrize("seconds", [-1, -0.001, 3600.1, float("nan"), float("inf"), True, "1"])
+def test_a_max_staleness_that_cannot_be_used_is_refused(seconds: Any) -> None:
+    """Only a number of seconds up to the hour that a page is kept is taken."""
+    with pytest.raises(InvalidSettings, match="max_staleness") as caught:
+        IncidentClient.open(MEMORY, max_staleness=seconds)
+    assert caught.value.name == "max_staleness"
 
 
 async def test_a_database_that_is_away_is_a_typed_error() -> None:

@@ -42,7 +42,7 @@ from click.testing import CliRunner
 
 import incidentkit
 from incidentkit import IncidentKitError
-from incidentkit.cache import INDEX_KEY, TTL, memory, pages, redis
+from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
 from incidentkit.http import health, log, problems, requests
 from incidentkit.http.routes import DOCS, OPERATIONS
@@ -614,8 +614,8 @@ def test_the_limits_are_those_of_the_code() -> None:
         options.pool_timeout,
         options.statement_timeout,
         options.statement_timeout,
-        pages.CALL_TIMEOUT,
-        pages.RETRY_AFTER,
+        breaker.CALL_TIMEOUT,
+        breaker.RETRY_AFTER,
         health.TIMEOUT,
     ]
     deploy, rest, cache = (

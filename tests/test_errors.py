@@ -70,20 +70,20 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         {"reason": "it did not answer in time"},
     ),
     (
-        SchemaOutOfDate(None, "b27d4f0c1a96"),
+        SchemaOutOfDate(None, "e4a81c3f5d27"),
         (
-            "The database's schema is not there, this version of incidentkit needs b27d4f0c1a96: "
+            "The database's schema is not there, this version of incidentkit needs e4a81c3f5d27: "
             "run `incidentkit db upgrade`"
         ),
-        {"current": None, "expected": "b27d4f0c1a96", "command": "incidentkit db upgrade"},
+        {"current": None, "expected": "e4a81c3f5d27", "command": "incidentkit db upgrade"},
     ),
     (
-        SchemaOutOfDate("dadc1db062ae", "b27d4f0c1a96", command="make schema"),
+        SchemaOutOfDate("dadc1db062ae", "e4a81c3f5d27", command="make schema"),
         (
             "The database's schema is at revision dadc1db062ae, this version of incidentkit needs "
-            "b27d4f0c1a96: run `make schema`"
+            "e4a81c3f5d27: run `make schema`"
         ),
-        {"current": "dadc1db062ae", "expected": "b27d4f0c1a96", "command": "make schema"},
+        {"current": "dadc1db062ae", "expected": "e4a81c3f5d27", "command": "make schema"},
     ),
 ]
 

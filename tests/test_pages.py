@@ -1,318 +1,287 @@
-"""When a cached page may be served and stored, whatever the cache does."""
+"""When a cached page is served: only while the database has its token."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
 
 import pytest
 
-from incidentkit import CacheUnavailable
+from incidentkit import Incident, IncidentSource, IncidentStatus, ListQuery, StoreUnavailable
 from incidentkit.cache import MemoryCache
-from incidentkit.cache.pages import CALL_TIMEOUT, RETRY_AFTER, PageCache
+from incidentkit.cache.pages import PageCache, seal, unseal
+from incidentkit.store.base import Page
+from tests.test_breaker import Clock, FaultyCache
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+QUERY = ListQuery()
+OTHER = ListQuery(page=2)
+KEY = QUERY.cache_key
 
-KEY = "incidents:1:10:any:any"
 
-
-class FaultyCache(MemoryCache):
-    """A cache that fails or hangs when it is told to, and records what it is asked."""
+class Source:
+    """A store with one incident, whose status shows how often it was changed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.changes = 0
+        self.null = False
         self.fails = False
-        self.hangs: set[str] = set()
-        self.answers_late: set[str] = set()
-        self.changed = asyncio.Event()
-        self.calls: list[str] = []
+        self.asked: list[str] = []
 
-    def works(self) -> None:
-        """Let every call go on."""
-        self.fails = False
-        self.hangs.clear()
-        self.answers_late.clear()
-        self.changed.set()
+    def page(self) -> list[Incident]:
+        """Return what a list has to be now."""
+        message = f"Changed {self.changes} times"
+        status, source = IncidentStatus.NEW, IncidentSource.PARTNER
+        return [Incident(1, message, status, source, datetime(2026, 1, 1, tzinfo=UTC))]
 
-    async def _reached(self, call: str) -> None:
-        self.calls.append(call)
-        while call in self.hangs:
-            await self.changed.wait()
+    async def token(self) -> str | None:
+        """Return a token that was never there before."""
+        self.asked.append("token")
         if self.fails:
-            raise ConnectionError("redis://:secret@somewhere refused")
+            raise StoreUnavailable("it is away")
+        return None if self.null else f"token-{self.changes}"
 
-    async def get(self, key: str) -> bytes | None:
-        """Fail, hang, or return the value."""
-        await self._reached("get")
-        return await super().get(key)
-
-    async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Fail, hang, or keep the value."""
-        await self._reached("set")
-        await super().set(key, value, ttl)
-
-    async def clear(self) -> None:
-        """Fail, hang, or forget every value."""
-        await self._reached("clear")
-        await super().clear()
-        while "clear" in self.answers_late:
-            await self.changed.wait()
-
-    async def ping(self) -> None:
-        """Fail or hang."""
-        await self._reached("ping")
-
-
-class Clock:
-    """A clock that is set by hand, in seconds."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now
+    async def list(self, query: ListQuery) -> Page:  # noqa: ARG002
+        """Return the page with its token."""
+        self.asked.append("list")
+        if self.fails:
+            raise StoreUnavailable("it is away")
+        return Page(self.page(), None if self.null else f"token-{self.changes}")
 
 
 @pytest.fixture
-def cache() -> FaultyCache:
-    """A cache that works until told otherwise."""
+def source() -> Source:
+    """Where pages are read."""
+    return Source()
+
+
+@pytest.fixture
+def shared() -> FaultyCache:
+    """A cache that several processes share."""
     return FaultyCache()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    """The clock of the pages."""
-    return Clock()
+def pages(source: Source, shared: FaultyCache) -> PageCache:
+    """The pages of one process."""
+    return PageCache(source, shared)
 
 
-@pytest.fixture
-def pages(cache: FaultyCache, clock: Clock) -> PageCache:
-    """Pages in that cache."""
-    return PageCache(cache, clock=clock)
-
-
-async def test_a_page_is_served_until_a_clear(pages: PageCache) -> None:
-    """What was stored is served, and no more once a clear was asked for."""
-    await pages.set(KEY, b"[]", pages.generation)
-    assert await pages.get(KEY) == b"[]"
-    await pages.clear()
-    assert await pages.get(KEY) is None
-
-
-async def test_a_page_read_before_a_clear_is_not_stored(pages: PageCache) -> None:
-    """A page that was read from the database before a write cleared the cache stays out of it."""
-    generation = pages.generation
-    await pages.clear()
-    await pages.set(KEY, b"stale", generation)
-    assert await pages.get(KEY) is None
-
-
-async def test_a_page_on_its_way_does_not_outlive_a_clear(
-    pages: PageCache, cache: FaultyCache
+async def test_a_page_of_the_process_costs_one_token(
+    pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """A clear waits for a page that is just being stored, so that it is removed with the others."""
-    cache.hangs = {"set"}
-    storing = asyncio.ensure_future(pages.set(KEY, b"stale", pages.generation))
-    await asyncio.sleep(0)
-    clearing = asyncio.ensure_future(pages.clear())
-    await asyncio.sleep(0)
-    assert cache.calls == ["set"]
-    cache.works()
-    await asyncio.gather(storing, clearing)
-    assert cache.calls == ["set", "clear"]
-    assert await pages.get(KEY) is None
+    """A page that is current is read once, and then served for a token and nothing else."""
+    assert await pages.list(QUERY) == source.page()
+    source.asked.clear()
+    shared.calls.clear()
+    for _ in range(3):
+        assert await pages.list(QUERY) == source.page()
+    assert source.asked == ["token"] * 3
+    assert shared.calls == []
 
 
-async def test_nothing_is_served_while_a_clear_is_under_way(
-    pages: PageCache, cache: FaultyCache
+async def test_a_page_of_another_process_costs_one_token(
+    pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """From the moment that a clear is asked for until it has succeeded, every page is a miss."""
-    await pages.set(KEY, b"stale", pages.generation)
-    cache.hangs = {"clear"}
-    clearing = asyncio.ensure_future(pages.clear())
+    """A page that another process has stored is served for a token, and kept."""
+    await PageCache(source, shared).list(QUERY)
+    source.asked.clear()
+    assert await pages.list(QUERY) == source.page()
+    await shared.clear()
+    assert await pages.list(QUERY) == source.page()
+    assert source.asked == ["token", "token"]
+
+
+async def test_a_page_that_nobody_has_costs_one_read(source: Source) -> None:
+    """Without a page in any cache no token is asked for but the page's own."""
+    pages = PageCache(source)
+    await pages.list(QUERY)
+    assert source.asked == ["list"]
+
+
+async def test_a_change_by_anybody_shows_in_the_next_list(pages: PageCache, source: Source) -> None:
+    """A token that has changed makes every page of before a miss, without a clear."""
+    for _ in range(3):
+        assert await pages.list(QUERY) == source.page()
+        assert await pages.list(OTHER) == source.page()
+        source.changes += 1
+
+
+async def test_a_late_page_is_never_served(
+    pages: PageCache, source: Source, shared: FaultyCache
+) -> None:
+    """A page of before a change that is stored after it, in either cache, is a miss."""
+    await pages.list(QUERY)
+    late = await shared.get(KEY)
+    assert late is not None
+    source.changes += 1
+    await shared.set(KEY, late, 10)
+    assert await pages.list(QUERY) == source.page()
+    assert await PageCache(source, shared).list(QUERY) == source.page()
+
+
+async def test_a_page_under_another_key_is_never_served(
+    pages: PageCache, source: Source, shared: FaultyCache
+) -> None:
+    """A value whose own key is another one is a miss, although its token is current."""
+    wrong = seal(OTHER.cache_key, await source.token(), b"[]")
+    await shared.set(KEY, wrong, 10)
+    assert await pages.list(QUERY) == source.page()
+
+
+async def test_a_null_token_matches_nothing(
+    pages: PageCache, source: Source, shared: FaultyCache
+) -> None:
+    """While the database cannot tell its token, each list is read from it."""
+    source.null = True
+    for _ in range(3):
+        assert await pages.list(QUERY) == source.page()
+        source.changes += 1
+    assert source.asked.count("list") == 3
+    sealed = seal(KEY, None, b"[]")
+    await shared.set(KEY, sealed, 10)
+    assert await pages.list(QUERY) == source.page()
+    assert unseal(sealed, KEY, None) is None
+
+
+async def test_concurrent_lists_share_a_token_and_a_page(pages: PageCache, source: Source) -> None:
+    """Lists of one moment read a page once, then a token once for all pages, each its own copy."""
+    first, *others = await asyncio.gather(*(pages.list(QUERY) for _ in range(50)))
+    assert source.asked.count("list") == 1
+    first.clear()
+    assert others == [source.page()] * 49
+    await pages.list(OTHER)
+    source.asked.clear()
+    await asyncio.gather(*(pages.list(query) for query in (QUERY, OTHER) * 20))
+    assert source.asked == ["token"]
+
+
+async def test_a_list_does_not_join_one_under_way() -> None:
+    """A list that begins after a change shows it, although one of before is still being read."""
+    goes_on = asyncio.Event()
+
+    class SlowSource(Source):
+        async def list(self, query: ListQuery) -> Page:
+            page = await super().list(query)
+            await goes_on.wait()
+            return page
+
+    source = SlowSource()
+    pages = PageCache(source)
+    before = source.page()
+    early = asyncio.ensure_future(pages.list(QUERY))
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert source.asked == ["list"]
+    source.changes += 1
+    late = asyncio.ensure_future(pages.list(QUERY))
     await asyncio.sleep(0)
-    assert await pages.get(KEY) is None
-    cache.works()
-    await clearing
+    goes_on.set()
+    assert await early == before
+    assert await late == source.page()
 
 
-async def test_each_of_two_clears_has_to_succeed() -> None:
-    """With two clears under way, the end of the first does not yet let pages be served."""
-    gates = [asyncio.Event(), asyncio.Event()]
+async def test_max_staleness_is_the_age_of_a_token(source: Source) -> None:
+    """A token is trusted for that many seconds since it was asked for, and no longer."""
+    clock = Clock()
+    pages = PageCache(source, max_staleness=10, clock=clock)
+    before = await pages.list(QUERY)
+    source.changes += 1
+    clock.now = 9
+    assert await pages.list(QUERY) == before
+    assert source.asked == ["list"]
+    # A page that is read tells a newer token, by which the older page is a miss.
+    assert await pages.list(OTHER) == source.page()
+    assert await pages.list(QUERY) == source.page()
+    assert source.asked == ["list"] * 3
+    source.changes += 1
+    clock.now = 18
+    assert await pages.list(QUERY) != source.page()
+    clock.now = 19
+    assert await pages.list(QUERY) == source.page()
 
-    class GatedCache(MemoryCache):
-        started = 0
 
-        async def clear(self) -> None:
-            gate = gates[self.started]
-            self.started += 1
-            await gate.wait()
+async def test_max_staleness_does_not_hide_ones_own_changes(source: Source) -> None:
+    """After a change by this process no token of before is trusted, also one still being read."""
+    goes_on = asyncio.Event()
 
-    cache = GatedCache()
-    pages = PageCache(cache)
-    first = asyncio.ensure_future(pages.clear())
-    second = asyncio.ensure_future(pages.clear())
-    await asyncio.sleep(0)
-    await cache.set(KEY, b"stale", 10)
-    gates[0].set()
-    await first
-    assert await pages.get(KEY) is None
-    gates[1].set()
-    await second
-    assert await pages.get(KEY) == b"stale"
+    class SlowSource(Source):
+        async def token(self) -> str | None:
+            token = await source.token()
+            await goes_on.wait()
+            return token
+
+        async def list(self, query: ListQuery) -> Page:
+            return await source.list(query)
+
+    clock = Clock()
+    pages = PageCache(SlowSource(), max_staleness=10, clock=clock)
+    await pages.list(QUERY)
+    clock.now = 20
+    reading = asyncio.ensure_future(pages.list(QUERY))
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert source.asked == ["list", "token"]
+    source.changes += 1
+    await pages.forget()
+    goes_on.set()
+    await reading
+    assert await pages.list(QUERY) == source.page()
+
+
+async def test_a_write_removes_the_pages(pages: PageCache, shared: FaultyCache) -> None:
+    """After a change by this process no page is left in the shared cache."""
+    await pages.list(QUERY)
+    await pages.list(OTHER)
+    await pages.forget()
+    assert await shared.get(KEY) is None
+    assert await shared.get(OTHER.cache_key) is None
+
+
+async def test_concurrent_writes_share_a_clear(pages: PageCache, shared: FaultyCache) -> None:
+    """Writes that end at the same time clear once."""
+    await asyncio.gather(*(pages.forget() for _ in range(50)))
+    assert shared.calls == ["clear"]
 
 
 @pytest.mark.parametrize("fault", ["fails", "hangs"])
-@pytest.mark.parametrize("call", ["get", "set", "clear"])
-async def test_a_fault_is_never_the_callers(
-    pages: PageCache, cache: FaultyCache, call: str, fault: str
+async def test_a_faulty_shared_cache_changes_no_answer(
+    pages: PageCache, source: Source, shared: FaultyCache, fault: str
 ) -> None:
-    """A cache that fails or hangs makes no call fail, and none last longer than its timeout."""
-    cache.fails = fault == "fails"
-    if fault == "hangs":
-        cache.hangs = {call}
-    calls: dict[str, Callable[[], object]] = {
-        "get": lambda: pages.get(KEY),
-        "set": lambda: pages.set(KEY, b"[]", pages.generation),
-        "clear": pages.clear,
-    }
-    async with asyncio.timeout(CALL_TIMEOUT * 20):
-        outcome = await calls[call]()  # type: ignore[misc]
-    assert outcome is None
-    assert not pages.available
+    """While the shared cache fails or hangs, lists are right and pages of the process serve."""
+    setattr(shared, fault, True)
+    for _ in range(3):
+        assert await pages.list(QUERY) == source.page()
+        await pages.forget()
+        source.changes += 1
+    assert pages.available is False
+    await pages.list(QUERY)
+    source.asked.clear()
+    await pages.list(QUERY)
+    assert source.asked == ["token"]
 
 
-async def test_a_faulty_cache_is_left_alone_for_a_while(
-    pages: PageCache, cache: FaultyCache, clock: Clock
-) -> None:
-    """After a failure no call reaches the cache until it is time to try again, then just one."""
-    cache.fails = True
-    await pages.get(KEY)
-    cache.calls.clear()
-    for _ in range(100):
-        await pages.get(KEY)
-        await pages.set(KEY, b"[]", pages.generation)
-        await pages.clear()
-    assert cache.calls == []
-    clock.now += RETRY_AFTER
-    await asyncio.gather(*(pages.get(KEY) for _ in range(100)))
-    assert cache.calls == ["clear"]
+async def test_a_database_that_is_away_is_told(pages: PageCache, source: Source) -> None:
+    """A page is never served on trust: without a token from the database the call fails."""
+    await pages.list(QUERY)
+    source.fails = True
+    with pytest.raises(StoreUnavailable):
+        await pages.list(QUERY)
+    with pytest.raises(StoreUnavailable):
+        await pages.list(OTHER)
 
 
-async def test_a_cache_that_comes_back_is_cleared_before_it_is_trusted(
-    pages: PageCache, cache: FaultyCache, clock: Clock
-) -> None:
-    """A page that could not be removed while the cache was away is never served afterwards."""
-    await pages.set(KEY, b"stale", pages.generation)
-    cache.fails = True
-    await pages.clear()
-    cache.fails = False
-    assert await pages.get(KEY) is None
-    clock.now += RETRY_AFTER
-    assert await pages.get(KEY) is None
-    assert pages.available
-    await pages.set(KEY, b"fresh", pages.generation)
-    assert await pages.get(KEY) == b"fresh"
-
-
-async def test_a_clear_missed_during_the_recovery_is_made_up(
-    pages: PageCache, cache: FaultyCache, clock: Clock
-) -> None:
-    """A write while the recovery's clear is answered makes the recovery clear once more."""
-    cache.fails = True
-    await pages.clear()
-    cache.fails = False
-    clock.now += RETRY_AFTER
-    cache.answers_late = {"clear"}
-    recovering = asyncio.ensure_future(pages.get(KEY))
+async def test_a_cancelled_list_leaves_the_others(pages: PageCache, source: Source) -> None:
+    """Of several callers of one page, one that gives up takes nothing from the others."""
+    calls = [asyncio.ensure_future(pages.list(QUERY)) for _ in range(3)]
     await asyncio.sleep(0)
-    await MemoryCache.set(cache, KEY, b"stale, from another process", 10)
-    await pages.clear()
-    cache.works()
-    assert await recovering is None
-    assert cache.calls[-2:] == ["clear", "get"]
-    await pages.set(KEY, b"fresh", pages.generation)
-    assert await pages.get(KEY) == b"fresh"
+    calls[0].cancel()
+    assert await asyncio.gather(*calls[1:]) == [source.page()] * 2
 
 
-async def test_an_outage_is_logged_once(
-    pages: PageCache, cache: FaultyCache, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
-    """However many calls an outage meets, the log has one line for it and one for its end."""
-    caplog.set_level("INFO", logger="incidentkit.cache")
-    cache.fails = True
-    for _ in range(5):
-        await asyncio.gather(*(pages.get(KEY) for _ in range(20)))
-        clock.now += RETRY_AFTER
-    cache.fails = False
-    await pages.get(KEY)
-    await pages.get(KEY)
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        (
-            "WARNING",
-            "The cache is unavailable (ConnectionError), lists are read from the database",
-        ),
-        ("INFO", "The cache is back"),
-    ]
-    assert "secret" not in caplog.text
-
-
-async def test_a_change_by_another_process_clears(pages: PageCache, cache: FaultyCache) -> None:
-    """A database version that was not seen before clears; the same one, or none, does not."""
-    await pages.notice(1)
-    await pages.set(KEY, b"[]", pages.generation)
-    cache.calls.clear()
-    await pages.notice(1)
-    await pages.notice(None)
-    assert cache.calls == []
-    assert await pages.get(KEY) == b"[]"
-    await pages.notice(2)
-    assert await pages.get(KEY) is None
-
-
-async def test_ping_tells_whether_the_cache_answers(pages: PageCache, cache: FaultyCache) -> None:
-    """`ping` is the one call that raises: CacheUnavailable, without the driver's words."""
+async def test_without_a_shared_cache_there_is_none_to_tell_of(source: Source) -> None:
+    """Pages in the process alone need no ping, and have no availability."""
+    pages = PageCache(source)
     await pages.ping()
-    cache.fails = True
-    with pytest.raises(CacheUnavailable) as caught:
-        await pages.ping()
-    assert "secret" not in str(caught.value)
-
-
-async def test_a_cancelled_call_is_no_fault(pages: PageCache, cache: FaultyCache) -> None:
-    """A caller that gives up does not make the cache count as away."""
-    cache.hangs = {"get"}
-    reading = asyncio.ensure_future(pages.get(KEY))
-    await asyncio.sleep(0)
-    reading.cancel()
-    await asyncio.gather(reading, return_exceptions=True)
-    assert pages.available
-
-
-class RaisingCache(MemoryCache):
-    """A cache that raises when it is called, rather than when it is awaited, or cancels itself."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
-
-    def get(self, key: str) -> Any:  # noqa: ARG002
-        """Raise at once."""
-        raise self.error
-
-    async def clear(self) -> None:
-        """Raise when awaited."""
-        raise self.error
-
-
-@pytest.mark.parametrize("error", [RuntimeError(), asyncio.CancelledError()])
-async def test_no_error_of_a_cache_is_the_callers(error: BaseException) -> None:
-    """Whatever a cache raises, also when it is only called, is a failure of the cache."""
-    pages = PageCache(RaisingCache(error))
-    assert await pages.get(KEY) is None
-    assert not pages.available
-    pages = PageCache(RaisingCache(error))
-    await pages.clear()
-    assert not pages.available
+    await pages.probe()
+    assert pages.available is None
+    assert PageCache(source, MemoryCache()).available is True

@@ -32,8 +32,6 @@ from hypothesis.stateful import (
 )
 from redis import Redis
 
-import incidentkit.cache.breaker
-import incidentkit.cache.redis
 from incidentkit import (
     Incident,
     IncidentClient,
@@ -43,15 +41,15 @@ from incidentkit import (
     InvalidIncident,
     NewIncident,
 )
-from incidentkit.cache import INDEX_KEY, MemoryCache, cache_from_url
+from incidentkit.cache import INDEX_KEY
+from incidentkit.cache.pages import PageCache
 from incidentkit.models import MAX_ID
-from incidentkit.store.base import store_from_url
+from incidentkit.store.postgresql import PostgresStore
+from incidentkit.store.sqlite import SqliteStore
 from tests.strategies import padding, sources, statuses, stripped_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
-
-    from incidentkit.cache import IncidentCache
+    from collections.abc import Callable, Coroutine, Iterator
 
 settings.register_profile(
     "state_machine",
@@ -81,7 +79,6 @@ class Database(ABC):
     """A database of the test's, which also writes to it without incidentkit."""
 
     url: str
-    notices_others: bool
 
     @abstractmethod
     async def empty(self) -> None:
@@ -94,8 +91,6 @@ class Database(ABC):
 
 class SqliteFile(Database):
     """A file that replaces itself with a migrated, empty one."""
-
-    notices_others = True
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -118,8 +113,6 @@ class SqliteFile(Database):
 class PostgresDatabase(Database):
     """A database of a PostgreSQL server."""
 
-    notices_others = False
-
     def __init__(self, url: str) -> None:
         self.url = url
 
@@ -134,44 +127,17 @@ class PostgresDatabase(Database):
             await connection.close()
 
 
-class Counted:
-    """A cache that counts how often it had what was asked for."""
-
-    def __init__(self, cache: IncidentCache) -> None:
-        self.cache = cache
-        self.hits = 0
-
-    async def get(self, key: str) -> bytes | None:
-        value = await self.cache.get(key)
-        self.hits += value is not None
-        return value
-
-    async def set(self, key: str, value: bytes, ttl: float) -> None:
-        await self.cache.set(key, value, ttl)
-
-    async def clear(self) -> None:
-        await self.cache.clear()
-
-    async def ping(self) -> None:
-        await self.cache.ping()
-
-    async def close(self) -> None:
-        await self.cache.close()
-
-
 class World:
-    """A database and a cache, and how many clients they keep in step with each other."""
+    """A database, a Redis or none, and how often the clients asked each."""
+
+    clients = 2
 
     def __init__(self, database: Database, redis_url: str | None) -> None:
         self.database = database
         self.redis_url = redis_url
         self.redis = None if redis_url is None else Redis.from_url(redis_url)
-        self.clients = 2 if self.redis or database.notices_others else 1
-        self.hits = 0
-
-    def new_cache(self) -> Counted:
-        """Return a cache for a client of its own."""
-        return Counted(MemoryCache() if self.redis_url is None else cache_from_url(self.redis_url))
+        self.lists = 0
+        self.pages_read = 0
 
     def close(self) -> None:
         """Give back the connection."""
@@ -195,7 +161,6 @@ class IncidentMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.model: dict[int, Incident] = {}
         self.last_id = 0
-        self.caches: list[Counted] = []
         self.clients: list[IncidentClient] = []
 
     def run(self, call: Coroutine[Any, Any, _T]) -> _T:
@@ -231,32 +196,26 @@ class IncidentMachine(RuleBasedStateMachine):
 
     def connect(self, which: int) -> None:
         """Put a new client in this place."""
-        self.caches[which:which] = [self.world.new_cache()]
-        store = store_from_url(self.world.database.url)
-        client = IncidentClient(store, cache=self.caches[which])
+        client = IncidentClient.open(self.world.database.url, self.world.redis_url)
         self.clients[which:which] = [client]
         self.run(client.connect())
 
     def disconnect(self, which: int) -> None:
         """Close the client in this place and throw it away."""
         self.run(self.clients.pop(which).close())
-        self.world.hits += self.caches.pop(which).hits
 
     def flush(self, *keys: str) -> None:
-        """Remove keys from the cache, by default all, as an operator would."""
+        """Remove keys from Redis, by default all, as an operator would."""
         if self.world.redis is None:
-            for cache in self.caches:
-                self.run(cache.cache.clear())
-        elif keys:
+            return
+        if keys:
             self.world.redis.delete(*keys)
         else:
             self.world.redis.flushdb()
 
     def write_elsewhere(self, statement: str) -> None:
-        """Change the database without incidentkit; where it cannot notice, flush its cache."""
+        """Change the database without incidentkit."""
         self.run(self.world.database.execute(statement))
-        if not self.world.database.notices_others:
-            self.flush()
 
     @initialize()
     def begin(self) -> None:
@@ -427,6 +386,7 @@ class IncidentMachine(RuleBasedStateMachine):
 
     # What others do
 
+    @precondition(lambda self: self.world.redis)
     @rule()
     def flush_the_cache(self) -> None:
         self.flush()
@@ -435,12 +395,6 @@ class IncidentMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from([INDEX_KEY, "incidents:1:10:any:any"]))
     def evict_a_key(self, key: str) -> None:
         self.flush(key)
-
-    @precondition(lambda self: self.world.redis)
-    @rule()
-    def forget_the_scripts(self) -> None:
-        if self.world.redis:
-            self.world.redis.script_flush()
 
     @rule(incident_id=known, seconds=st.integers(0, 2))
     def move_in_time(self, incident_id: int, seconds: int) -> None:
@@ -512,12 +466,23 @@ def database(request: pytest.FixtureRequest) -> Database:
 def world(
     request: pytest.FixtureRequest, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[World]:
-    """A database with each cache; the cache is never given up, which other tests are about."""
-    monkeypatch.setattr(incidentkit.cache.breaker, "CALL_TIMEOUT", 30.0)
-    monkeypatch.setattr(incidentkit.cache.redis, "SOCKET_TIMEOUT", 30.0)
+    """Each database, with pages in the process alone and with a Redis that has all its time."""
     redis = request.param == "redis"
     with closing(World(database, request.getfixturevalue("redis_url") if redis else None)) as world:
+        for store in (SqliteStore, PostgresStore):
+            monkeypatch.setattr(store, "list", counted(store.list, world, "pages_read"))
+        monkeypatch.setattr(PageCache, "list", counted(PageCache.list, world, "lists"))
         yield world
+
+
+def counted(call: Callable[..., Any], world: World, name: str) -> Callable[..., Any]:
+    """Return a call that counts itself in the world."""
+
+    def count(*arguments: Any) -> Any:
+        setattr(world, name, getattr(world, name) + 1)
+        return call(*arguments)
+
+    return count
 
 
 def test_client_behaves_as_a_plain_list_of_incidents(world: World) -> None:
@@ -528,4 +493,4 @@ def test_client_behaves_as_a_plain_list_of_incidents(world: World) -> None:
 
     Machine.world = world
     run_state_machine_as_test(Machine, settings=settings.get_profile(PROFILE))
-    assert world.hits > 0
+    assert 0 < world.pages_read < world.lists

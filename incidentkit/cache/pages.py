@@ -44,14 +44,14 @@ class PageStore(Protocol):
         ...
 
 
-def check_max_staleness(max_staleness: float) -> None:
+def check_max_staleness(max_staleness: object) -> None:
     """Return if a client may be that many seconds behind.
 
     Raises:
         InvalidSettings: If it is not a number from 0 to 3600, for which a page is kept.
     """
-    number = isinstance(max_staleness, (int, float)) and not isinstance(max_staleness, bool)
-    if not number or not 0 <= max_staleness <= TTL:
+    number = max_staleness if isinstance(max_staleness, (int, float)) else -1
+    if isinstance(max_staleness, bool) or not 0 <= number <= TTL:
         raise InvalidSettings("max_staleness", f"must be a number of seconds from 0 to {TTL}")
 
 

@@ -68,7 +68,7 @@ def read_incident(row: Iterable[Any]) -> Incident:
         raise StoreError("a row holds what no incident can have") from error
 
 
-def read_page(rows: Sequence[Sequence[Any]]) -> Page:
+def read_page(rows: Sequence[Any]) -> Page:
     """Return the page that the rows of a statement in ``SELECT_PAGE`` are.
 
     Raises:

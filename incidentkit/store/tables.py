@@ -159,7 +159,7 @@ token_table: Final = Table(
 the migration ``e4a81c3f5d27`` makes."""
 
 
-class current_token(FunctionElement[str | None]):  # noqa: N801
+class current_token(FunctionElement[str]):  # noqa: N801
     """The token of the incidents in the statement's snapshot; null if it cannot be told."""
 
     type = Text()

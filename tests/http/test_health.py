@@ -60,7 +60,9 @@ def test_ready(serve: Serve, urls: tuple[str, str | None]) -> None:
     api = serve(create_app(IncidentClient.open(*urls), request_log="database"))
     answer = api.get("/health/ready")
     assert answer.status_code == 200
-    assert answer.json() == OK | {"request_log": {"state": "ok", "dropped": 0}}
+    cache = {"state": "ok" if urls[1] else "off"}
+    request_log = {"state": "ok", "dropped": 0}
+    assert answer.json() == OK | {"cache": cache, "request_log": request_log}
 
 
 def test_ready_without_a_cache(serve: Serve) -> None:
@@ -124,17 +126,10 @@ class FlakyCache(MemoryCache):
 
     fails = False
 
-    async def get(self, key: str) -> bytes | None:
-        """Return what is cached, or fail."""
-        if self.fails:
-            raise ConnectionError(key)
-        return await super().get(key)
-
-    async def clear(self) -> None:
-        """Forget what is cached, or fail."""
+    async def ping(self) -> None:
+        """Answer, or fail."""
         if self.fails:
             raise ConnectionError
-        await super().clear()
 
 
 @pytest.mark.parametrize(("required", "status"), [(False, 200), (True, 503)])
@@ -142,7 +137,7 @@ def test_a_cache_that_is_away(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, required: bool, status: int
 ) -> None:
     """A cache that fails is noticed at once; it makes the service unready only if required."""
-    monkeypatch.setattr("incidentkit.cache.pages.RETRY_AFTER", 0.0)
+    monkeypatch.setattr("incidentkit.cache.breaker.RETRY_AFTER", 0.0)
     cache = FlakyCache()
     client = IncidentClient(store_from_url(MEMORY), cache=cache)
     api = serve(create_app(client, cache_required=required))

@@ -35,7 +35,7 @@ def every_operation(api: httpx.Client) -> list[httpx.Response]:
 
 
 @pytest.mark.parametrize(
-    "error", [StoreUnavailable(SECRET), SchemaOutOfDate("dadc1db062ae", "b27d4f0c1a96", SECRET)]
+    "error", [StoreUnavailable(SECRET), SchemaOutOfDate("dadc1db062ae", "e4a81c3f5d27", SECRET)]
 )
 def test_a_database_that_is_away(serve: Serve, records: Records, error: Exception) -> None:
     """While the database cannot be used each route is a 503 that says when to try again."""

@@ -19,6 +19,7 @@ from incidentkit import Incident, IncidentClient, IncidentSource, IncidentStatus
 from incidentkit.http import create_app
 from incidentkit.http.requests import MAX_BODY
 from incidentkit.models import MAX_ID, MAX_LIMIT
+from incidentkit.store.base import Page
 from incidentkit.store.sqlite import SqliteStore
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, validate
 from tests.strategies import padding, stripped_messages
@@ -299,10 +300,14 @@ class AlwaysStore(SqliteStore):
         now = datetime.now(UTC)
         return Incident(1, incident.incident_message, incident.incident_type, incident.source, now)
 
-    async def list(self, query: ListQuery) -> list[Incident]:
+    async def list(self, query: ListQuery) -> Page:
         """Return one incident."""
         status, source = query.status or IncidentStatus.NEW, query.source or IncidentSource.PARTNER
-        return [Incident(1, "An incident", status, source, datetime.now(UTC))]
+        return Page([Incident(1, "An incident", status, source, datetime.now(UTC))], None)
+
+    async def token(self) -> str | None:
+        """Return that it cannot be told."""
+        return None
 
     async def get(self, incident_id: int) -> Incident | None:
         """Return an incident, or None for a large id."""

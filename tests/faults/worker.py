@@ -1,0 +1,419 @@
+"""A process that writes and reads incidents, and notes each call before and after it.
+
+It runs until its standard input ends. Its arguments are those of :class:`Settings`, as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import sys
+import time
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Protocol
+from unittest import mock
+
+import asyncpg
+from attrs import define, field, frozen
+
+from incidentkit import IncidentClient, IncidentSource, IncidentStatus, StoreUnavailable
+from tests.faults.history import Query, Row, Write, note_end, note_read, note_write
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from incidentkit import Incident, ListQuery
+    from incidentkit.store.base import Page
+
+STATUSES = [status.value for status in IncidentStatus]
+SOURCES = [source.value for source in IncidentSource]
+
+QUERIES = [
+    Query(1, 3),
+    Query(1, 10),
+    Query(2, 3),
+    Query(2, 10),
+    Query(3, 10),
+    Query(1, 10, status="new"),
+    Query(2, 5, status="completed"),
+    Query(1, 10, source="partner"),
+    Query(1, 5, status="failed", source="operator"),
+    Query(1, 100),
+]
+"""Few, so that most are in a cache if nothing was written."""
+
+WRITES = 0.12
+"""The part of a writing task's calls that write."""
+
+HELD = 0.01
+"""Seconds for which a transaction by plain SQL is open at most after its statement."""
+
+BETWEEN = 0.05
+"""Seconds between transactions by plain SQL, at most."""
+
+
+@frozen
+class Settings:
+    """What a worker does.
+
+    Attributes:
+        name: Begins the messages of its incidents.
+        log: The file that it notes its calls in.
+        database_url: Where incidents are kept.
+        redis_url: Where lists are cached; None means in the process alone.
+        sql: Whether it writes by plain SQL, and does not know of incidentkit.
+        mutant: Whether it takes every page that is in a cache to be current.
+    """
+
+    name: str
+    log: str
+    database_url: str
+    redis_url: str | None = None
+    sql: bool = False
+    mutant: bool = False
+
+
+@define
+class Notes:
+    """The log of one process; a line is with the operating system once it is written."""
+
+    file: int
+    calls: int = 0
+    filled: int = 0
+
+    def begin(self, make: Callable[[int, int], bytes]) -> int:
+        """Note that a call begins, and return its number."""
+        self.calls += 1
+        os.write(self.file, make(self.calls, time.monotonic_ns()))
+        return self.calls
+
+    def end(self, call: int, rows: list[Row]) -> None:
+        """Note that a call has succeeded."""
+        os.write(self.file, note_end(call, time.monotonic_ns(), "done", rows))
+
+    def fail(self, call: int, error: Exception) -> None:
+        """Note that it is not known whether a call did anything."""
+        end = time.monotonic_ns()
+        os.write(self.file, note_end(call, end, "unknown", error=type(error).__name__))
+
+    def undo(self, call: int) -> None:
+        """Note that a write was rolled back."""
+        os.write(self.file, note_end(call, time.monotonic_ns(), "undone"))
+
+
+@define
+class Owned:
+    """An incident whose status this process alone changes."""
+
+    incident_id: int
+    message: str
+    source: str
+    statuses: list[str]
+
+
+class RolledBack(Exception):
+    """The write was rolled back on purpose."""
+
+
+class Target(Protocol):
+    """Where a task writes; a failure may hide a commit."""
+
+    async def create(self, message: str, status: str, source: str) -> Row:
+        """Store an incident."""
+        ...
+
+    async def change(self, incident_id: int, status: str) -> Row:
+        """Change a status."""
+        ...
+
+
+@define
+class Writer:
+    """Makes incidents, and takes each through all statuses."""
+
+    name: str
+    notes: Notes
+    target: Target
+    random: Random
+    owned: list[Owned] = field(factory=list)
+    made: int = 0
+
+    async def write(self) -> None:
+        """Create an incident or change one."""
+        if self.owned and self.random.random() < 2 / 3:
+            await self._change(self.random.randrange(len(self.owned)))
+        else:
+            await self._create()
+
+    async def _create(self) -> None:
+        self.made += 1
+        message = f"{self.name} {self.made:06}"
+        source = self.random.choice(SOURCES)
+        first, *later = self.random.sample(STATUSES, len(STATUSES))
+        row = await self._noted(message, first, source, self.target.create(message, first, source))
+        if row is not None:
+            self.owned.append(Owned(row.incident_id, message, source, later))
+
+    async def _change(self, number: int) -> None:
+        incident = self.owned[number]
+        status = incident.statuses[0]
+        change = self.target.change(incident.incident_id, status)
+        try:
+            row = await self._noted(incident.message, status, incident.source, change)
+        except RolledBack:
+            return
+        if row is not None:
+            del incident.statuses[0]
+        if row is None or not incident.statuses:
+            del self.owned[number]
+
+    async def _noted(
+        self, message: str, status: str, source: str, write: Awaitable[Row]
+    ) -> Row | None:
+        call = self.notes.begin(
+            lambda call, start: note_write(call, Write(message, status, source, start))
+        )
+        try:
+            row = await write
+        except RolledBack:
+            self.notes.undo(call)
+            raise
+        except (StoreUnavailable, *LOST) as error:
+            self.notes.fail(call, error)
+            return None
+        self.notes.end(call, [row])
+        return row
+
+
+LOST = (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError, sqlite3.OperationalError)
+"""What plain SQL meets when a connection ends or a file stays locked."""
+
+
+def row_of(incident: Incident) -> Row:
+    """Return an incident as the log has it."""
+    return Row(
+        incident.incident_id,
+        incident.incident_message,
+        incident.incident_type.value,
+        incident.source.value,
+        f"{incident.created_at:%Y-%m-%d %H:%M:%S}",
+    )
+
+
+@define
+class ClientTarget:
+    """Incidents through incidentkit."""
+
+    client: IncidentClient
+
+    async def create(self, message: str, status: str, source: str) -> Row:
+        """Store an incident."""
+        return row_of(await self.client.create(message, source=source, incident_type=status))
+
+    async def change(self, incident_id: int, status: str) -> Row:
+        """Change a status."""
+        return row_of(await self.client.update_status(incident_id, status))
+
+
+COLUMNS = "incident_id, incident_message, incident_type, source, created_at"
+INSERT = (
+    'INSERT INTO "Incident" (incident_message, incident_type, source) '
+    f"VALUES ($1, $2, $3) RETURNING {COLUMNS}"
+)
+UPDATE = f'UPDATE "Incident" SET incident_type = $2 WHERE incident_id = $1 RETURNING {COLUMNS}'
+
+
+@define
+class SqlTarget:
+    """Incidents by plain SQL, each in a transaction that stays open for a moment."""
+
+    transact: Callable[[str, tuple[object, ...], Moment], Awaitable[Row]]
+    random: Random
+
+    async def create(self, message: str, status: str, source: str) -> Row:
+        """Store an incident."""
+        return await self._transact(INSERT, message, status, source)
+
+    async def change(self, incident_id: int, status: str) -> Row:
+        """Change a status."""
+        return await self._transact(UPDATE, incident_id, status)
+
+    async def _transact(self, statement: str, *arguments: object) -> Row:
+        moment = Moment(self.random.uniform(0, HELD), undo=self.random.random() < 1 / 8)
+        return await self.transact(statement, arguments, moment)
+
+
+@frozen
+class Moment:
+    """How a transaction ends: after some seconds, and whether with a rollback."""
+
+    seconds: float
+    undo: bool
+
+
+@define
+class PostgresSql:
+    """Transactions on PostgreSQL, on a connection that is made anew when it was lost."""
+
+    url: str
+    connection: asyncpg.Connection[asyncpg.Record] | None = None
+
+    async def __call__(self, statement: str, arguments: tuple[object, ...], moment: Moment) -> Row:
+        """Run a statement in a transaction."""
+        if self.connection is None or self.connection.is_closed():
+            self.connection = await asyncpg.connect(self.url)
+        transaction = self.connection.transaction()
+        await transaction.start()
+        try:
+            values = await self.connection.fetchrow(statement, *arguments)
+        except asyncpg.PostgresConnectionError:
+            self.connection.terminate()
+            raise
+        await asyncio.sleep(moment.seconds)
+        if moment.undo:
+            await transaction.rollback()
+            raise RolledBack
+        await transaction.commit()
+        assert values is not None
+        incident_id, message, status, source, created_at = values
+        return Row(incident_id, message, status, source, f"{created_at:%Y-%m-%d %H:%M:%S}")
+
+    async def close(self) -> None:
+        """Give the connection back."""
+        if self.connection is not None:
+            self.connection.terminate()
+
+
+def sqlite_file(database_url: str) -> str:
+    """Return the file of a database."""
+    return database_url.removeprefix("sqlite+aiosqlite:///")
+
+
+@define
+class SqliteSql:
+    """Transactions on an SQLite file, each on a connection of its own."""
+
+    url: str
+
+    async def __call__(self, statement: str, arguments: tuple[object, ...], moment: Moment) -> Row:
+        """Run a statement in a transaction."""
+        return await asyncio.to_thread(self._run, statement, arguments, moment)
+
+    def _run(self, statement: str, arguments: tuple[object, ...], moment: Moment) -> Row:
+        numbered = {str(number): value for number, value in enumerate(arguments, 1)}
+        connection = sqlite3.connect(sqlite_file(self.url), timeout=30, isolation_level=None)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            values = connection.execute(statement, numbered).fetchone()
+            time.sleep(moment.seconds)
+            if moment.undo:
+                connection.execute("ROLLBACK")
+                raise RolledBack
+            connection.execute("COMMIT")
+            return Row(*values)
+        finally:
+            connection.close()
+
+    async def close(self) -> None:
+        """Do nothing, since no connection is kept."""
+
+
+async def read(client: IncidentClient, notes: Notes, query: Query) -> None:
+    """Read a list."""
+    call = notes.begin(lambda call, start: note_read(call, query, start))
+    try:
+        incidents = await client.list(query.page, query.limit, query.status, query.source)
+    except StoreUnavailable as error:
+        notes.fail(call, error)
+    else:
+        notes.end(call, [row_of(incident) for incident in incidents])
+
+
+def trust_everything(value: bytes, _: str, __: str | None) -> bytes:
+    """Return the page that a cache holds, whosesoever it is."""
+    return value[value.index(b'"incidents":') + len(b'"incidents":') : -1]
+
+
+@asynccontextmanager
+async def opened(settings: Settings, notes: Notes) -> AsyncIterator[IncidentClient]:
+    """Open a client whose pages from the database are counted."""
+    client = IncidentClient.open(settings.database_url, settings.redis_url)
+    list_page = client.store.list
+
+    async def counted(query: ListQuery) -> Page:
+        notes.filled += 1
+        return await list_page(query)
+
+    async with AsyncExitStack() as stack:
+        stack.enter_context(mock.patch.object(client.store, "list", counted))
+        if settings.mutant:
+            stack.enter_context(mock.patch("incidentkit.cache.pages.unseal", trust_everything))
+        yield await stack.enter_async_context(client)
+
+
+async def use_client(settings: Settings, notes: Notes, stopping: asyncio.Event) -> None:
+    """Run tasks that only read beside others that also write, on one client."""
+
+    async def only_read(random: Random) -> None:
+        while not stopping.is_set():
+            await read(client, notes, random.choice(QUERIES))
+
+    async def read_and_write(name: str, random: Random) -> None:
+        writer = Writer(name, notes, ClientTarget(client), random)
+        while not stopping.is_set():
+            if random.random() < WRITES:
+                await writer.write()
+            await read(client, notes, random.choice(QUERIES))
+
+    async with opened(settings, notes) as client, asyncio.TaskGroup() as tasks:
+        for number in range(2):
+            tasks.create_task(only_read(Random(f"{settings.name} r{number}")))
+            name = f"{settings.name}{'ab'[number]}"
+            tasks.create_task(read_and_write(name, Random(name)))
+
+
+async def use_sql(settings: Settings, notes: Notes, stopping: asyncio.Event) -> None:
+    """Write by plain SQL, with a pause after each transaction."""
+    postgresql = settings.database_url.startswith("postgresql")
+    transact = (PostgresSql if postgresql else SqliteSql)(settings.database_url)
+    random = Random(settings.name)
+    writer = Writer(settings.name, notes, SqlTarget(transact, random), random)
+    while not stopping.is_set():
+        with suppress(RolledBack):
+            await writer.write()
+        await asyncio.sleep(random.uniform(0, BETWEEN))
+    await transact.close()
+
+
+async def work(settings: Settings) -> None:
+    """Do what the settings say until standard input ends."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    class Input(asyncio.Protocol):
+        def connection_lost(self, _: Exception | None) -> None:
+            stopping.set()
+
+    transport, _ = await loop.connect_read_pipe(Input, sys.stdin)
+    file = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    notes = Notes(file)
+    try:
+        await (use_sql if settings.sql else use_client)(settings, notes, stopping)
+    finally:
+        transport.close()
+        os.close(file)
+    Path(f"{settings.log}.filled").write_text(str(notes.filled))
+
+
+def main() -> None:
+    """Be the process."""
+    arguments: dict[str, Any] = json.loads(sys.argv[1])
+    asyncio.run(work(Settings(**arguments)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Concurrent calls share a run, and never one that began before them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from incidentkit import coalescing
+from incidentkit.coalescing import Coalescer
+
+
+class Source:
+    """Answers with how often it was asked for a key, once it is let."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.ended: list[str] = []
+        self.gates: dict[int, asyncio.Event] = {}
+        self.error: Exception | None = None
+
+    async def __call__(self, key: str) -> int:
+        """Wait for the gate of this run, if there is one."""
+        self.started.append(key)
+        number = len(self.started)
+        try:
+            if number in self.gates:
+                await self.gates[number].wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.ended.append(key)
+        return number
+
+    def gate(self, *numbers: int) -> None:
+        """Let these runs wait until their gate is opened."""
+        for number in numbers:
+            self.gates[number] = asyncio.Event()
+
+
+@pytest.fixture
+def source() -> Source:
+    """What is asked."""
+    return Source()
+
+
+@pytest.fixture
+def ask(source: Source, monkeypatch: pytest.MonkeyPatch) -> Coalescer[str, int]:
+    """The source, with runs that wait for each other as long as it takes."""
+    monkeypatch.setattr(coalescing, "PATIENCE", 60.0)
+    return Coalescer(source)
+
+
+async def turns() -> None:
+    """Let everything go on that can."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_calls_of_one_moment_share_a_run(ask: Coalescer[str, int]) -> None:
+    """Many calls at once are one run, whose answer they all get."""
+    assert await asyncio.gather(*(ask("a") for _ in range(100))) == [1] * 100
+    assert await ask("a") == 2
+
+
+async def test_a_run_under_way_is_not_joined(ask: Coalescer[str, int], source: Source) -> None:
+    """Calls during a run gather for the next one, which starts when the first has ended."""
+    source.gate(1)
+    first = asyncio.ensure_future(ask("a"))
+    await turns()
+    later = [asyncio.ensure_future(ask("a")) for _ in range(3)]
+    await turns()
+    assert source.started == ["a"]
+    source.gates[1].set()
+    assert await asyncio.gather(first, *later) == [1, 2, 2, 2]
+
+
+async def test_keys_do_not_wait_for_each_other(ask: Coalescer[str, int], source: Source) -> None:
+    """A run for one key neither serves nor delays another key."""
+    source.gate(1)
+    first = asyncio.ensure_future(ask("a"))
+    await turns()
+    assert await ask("b") == 2
+    source.gates[1].set()
+    assert await first == 1
+
+
+async def test_a_run_that_hangs_does_not_hold_up_the_next(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patience of a run with the one before it ends."""
+    monkeypatch.setattr(coalescing, "PATIENCE", 0.01)
+    ask = Coalescer(source)
+    source.gate(1)
+    hanging = asyncio.ensure_future(ask("a"))
+    await turns()
+    assert await ask("a") == 2
+    source.gates[1].set()
+    assert await hanging == 1
+
+
+async def test_a_cancelled_call_leaves_the_others(ask: Coalescer[str, int], source: Source) -> None:
+    """Whoever of several callers is cancelled, first or last, the others get their answer."""
+    for gone in (0, 2):
+        source.gate(len(source.started) + 1)
+        calls = [asyncio.ensure_future(ask("a")) for _ in range(3)]
+        await turns()
+        calls[gone].cancel()
+        await turns()
+        assert calls[gone].cancelled()
+        source.gates[len(source.started)].set()
+        rest = [call for call in calls if call is not calls[gone]]
+        assert await asyncio.gather(*rest) == [len(source.started)] * 2
+
+
+async def test_a_run_that_nobody_waits_for_ends(ask: Coalescer[str, int], source: Source) -> None:
+    """Once its last caller is gone a run is cancelled, started or not, and nobody joins it."""
+    source.gate(1)
+    first = asyncio.ensure_future(ask("a"))
+    await turns()
+    second = asyncio.ensure_future(ask("a"))
+    await turns()
+    second.cancel()
+    await turns()
+    assert source.started == ["a"]
+    first.cancel()
+    assert await ask("a") == 2
+    assert source.ended == ["a", "a"]
+
+
+async def test_an_error_is_that_of_everybody_who_shares_it(
+    ask: Coalescer[str, int], source: Source
+) -> None:
+    """Callers of a run that fails get its error, and the next run is a new one."""
+    source.error = LookupError("not there")
+    outcomes = await asyncio.gather(*(ask("a") for _ in range(3)), return_exceptions=True)
+    assert outcomes == [source.error] * 3
+    source.error = None
+    assert await ask("a") == 2
+
+
+async def test_nothing_is_kept_of_runs_that_have_ended(ask: Coalescer[str, int]) -> None:
+    """However many keys were asked for, none is remembered."""
+    await asyncio.gather(*(ask(str(number)) for number in range(100)))
+    await turns()
+    assert ask._latest == {}
