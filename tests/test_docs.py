@@ -385,6 +385,8 @@ def test_a_command_exists(words: list[str]) -> None:
     """Each command that a page shows is one, with its options and arguments."""
     name, *arguments = words
     current: click.Command = main if name == "incidentkit" else uvicorn.main
+    # What the group says of its commands, such as their options for help, they keep.
+    parent = click.Context(current, **current.context_settings)
     while isinstance(current, click.Group):
         first, *arguments = arguments
         found = current.commands.get(first)
@@ -392,7 +394,7 @@ def test_a_command_exists(words: list[str]) -> None:
         current = found
     with (
         CliRunner().isolation("read from stdin"),
-        current.make_context(name, arguments) as context,
+        current.make_context(name, arguments, parent=parent) as context,
     ):
         assert context.command is current
 
@@ -637,7 +639,7 @@ def test_the_loggers_are_those_of_the_code() -> None:
     sources = "\n".join(
         path.read_text(encoding="utf-8") for path in ROOT.glob("incidentkit/**/*.py")
     )
-    found = set(re.findall(r'getLogger\("([\w.]+)"\)', sources))
+    found = set(re.findall(r'getLogger\("(incidentkit[\w.]*)"\)', sources))
     assert {code(cells[0])[0] for cells in rows("docs/how-to/embed.md", "logger")} == found
 
 

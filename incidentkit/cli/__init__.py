@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -103,6 +104,9 @@ def main() -> None:
       2    what was asked for is not valid, or a setting is not
       130  interrupted
     """  # noqa: D301
+    # asyncio would write to stderr what an interrupted connection leaves behind; what the service
+    # logs has a handler of its own.
+    logging.getLogger("asyncio").addHandler(logging.NullHandler())
 
 
 def _takes_database(command: Callable[..., None]) -> Callable[..., None]:
