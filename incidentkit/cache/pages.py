@@ -146,26 +146,24 @@ class PageCache:
 
     async def _read(self, query: ListQuery) -> Incidents:
         key = query.cache_key
-        # Asked for at the same time as the shared cache, and given up where neither has the page.
+        value = await self._memory.get(key)
+        if value is None and self._shared is None:
+            return await self._fill(query)
+        # Asked for at the same time as the shared cache. Where no cache has the page nobody waits
+        # for it; to cancel it would cost the database more than to answer.
         token = asyncio.ensure_future(self._token())
         token.add_done_callback(_take_note)
         try:
-            for cache in (self._memory, self._shared):
-                value = None if cache is None else await cache.get(key)
-                page = None if value is None else unseal(value, key, await token)
-                if value is None or page is None:
-                    continue
-                try:
-                    incidents = decode_incidents(page)
-                except ValueError:
-                    logger.warning("The cache holds something else under %s", key)
-                    continue
-                if cache is not self._memory:
+            incidents = None if value is None else _decode(value, key, await token)
+            if incidents is None and self._shared is not None:
+                value = await self._shared.get(key)
+                incidents = None if value is None else _decode(value, key, await token)
+                if value is not None and incidents is not None:
                     await self._memory.set(key, value, TTL)
-                return incidents
-        finally:
+        except BaseException:
             token.cancel()
-        return await self._fill(query)
+            raise
+        return await self._fill(query) if incidents is None else incidents
 
     async def _fill(self, query: ListQuery) -> Incidents:
         now, changes = self._clock(), self._changes
@@ -196,6 +194,17 @@ class PageCache:
     async def _clear(self, _: None) -> None:
         if self._shared is not None:
             await self._shared.clear()
+
+
+def _decode(value: bytes, key: str, token: str | None) -> Incidents | None:
+    page = unseal(value, key, token)
+    if page is None:
+        return None
+    try:
+        return decode_incidents(page)
+    except ValueError:
+        logger.warning("The cache holds something else under %s", key)
+        return None
 
 
 def _take_note(token: asyncio.Task[str | None]) -> None:

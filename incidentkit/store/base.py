@@ -169,7 +169,8 @@ def database_kind(database_url: str) -> DatabaseKind:
 
 
 def store_from_url(
-    database_url: str = DEFAULT_DATABASE_URL, options: StoreOptions | None = None) -> IncidentStore:
+    database_url: str = DEFAULT_DATABASE_URL, options: StoreOptions | None = None
+) -> IncidentStore:
     """Return the store, not yet open, for a ``postgresql://`` or ``sqlite+aiosqlite:///`` URL.
 
     Raises:
