@@ -249,20 +249,25 @@ async def test_memory_forgets_what_is_too_old() -> None:
 async def test_redis_holds_the_documented_keys(
     redis_url: str, redis: Redis, sqlite_url: str
 ) -> None:
-    """A list is cached under the contract's key, as the array that REST returns, for an hour."""
+    """A list is cached for an hour, with its key and token and the array that REST returns."""
     async with IncidentClient.open(sqlite_url, redis_url) as incidents:
         incident = await incidents.create("Disk is full", source="monitoring")
         await incidents.list()
         await incidents.list(page=2, limit=5, status="failed", source="partner")
         time = incident.created_at.strftime("%Y-%m-%d %H:%M:%S")
+        token = await incidents.store.token()
         assert (
             await redis.get("incidents:1:10:any:any")
             == (
+                f'{{"key":"incidents:1:10:any:any","token":"{token}","incidents":'
                 '[{"incident_id":1,"incident_message":"Disk is full","incident_type":"new",'
-                f'"source":"monitoring","created_at":"{time}"}}]'
+                f'"source":"monitoring","created_at":"{time}"}}]}}'
             ).encode()
         )
-        assert await redis.get("incidents:2:5:failed:partner") == b"[]"
+        assert (
+            await redis.get("incidents:2:5:failed:partner")
+            == f'{{"key":"incidents:2:5:failed:partner","token":"{token}","incidents":[]}}'.encode()
+        )
         assert 3590 <= await redis.ttl("incidents:1:10:any:any") <= TTL
         assert TTL == 3600
 

@@ -67,13 +67,17 @@ def upgrade_postgresql() -> None:
             INSERT INTO {schema}.incident_token
             VALUES (pg_backend_pid() % 16, gen_random_uuid())
             ON CONFLICT (slot) DO UPDATE SET token = EXCLUDED.token;
-            DELETE FROM {schema}.incident_token WHERE slot IN (
-                SELECT slot FROM {schema}.incident_token WHERE slot > 15 FOR UPDATE SKIP LOCKED
-            );
+            -- What a serializable transaction reads here would tie it to every other one.
+            IF current_setting('transaction_isolation') <> 'serializable' THEN
+                DELETE FROM {schema}.incident_token WHERE slot IN (
+                    SELECT slot FROM {schema}.incident_token WHERE slot > 15 FOR UPDATE SKIP LOCKED
+                );
+            END IF;
             RETURN NULL;
         EXCEPTION WHEN serialization_failure THEN
             INSERT INTO {schema}.incident_token
-            VALUES (15 + CAST(CAST(pg_current_xact_id() AS text) AS bigint), gen_random_uuid());
+            VALUES (15 + CAST(CAST(pg_current_xact_id() AS text) AS bigint), gen_random_uuid())
+            ON CONFLICT (slot) DO UPDATE SET token = EXCLUDED.token;
             RETURN NULL;
         END $$
         """
