@@ -1,5 +1,5 @@
 """Where incidents are kept: SQLite or PostgreSQL, chosen by URL."""
 
-from incidentkit.store.base import IncidentStore, RequestRecord, StoreOptions, store_from_url
+from incidentkit.store.base import IncidentStore, Page, RequestRecord, StoreOptions, store_from_url
 
-__all__ = ["IncidentStore", "RequestRecord", "StoreOptions", "store_from_url"]
+__all__ = ["IncidentStore", "Page", "RequestRecord", "StoreOptions", "store_from_url"]
