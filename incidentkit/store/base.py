@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
 """Where incidents are kept if nothing else is said: a file in the current folder."""
 
-Incidents: TypeAlias = "list[Incident]"
-"""An alias because inside a store ``list`` is the verb."""
-
 DatabaseKind: TypeAlias = Literal["postgresql", "sqlite"]
 
 _KINDS: Final[dict[str, DatabaseKind]] = {
@@ -64,7 +61,7 @@ class Page:
         token: What :meth:`IncidentStore.token` says of the same snapshot of the database.
     """
 
-    incidents: Incidents
+    incidents: list[Incident]
     token: str | None
 
 
