@@ -14,7 +14,7 @@ from collections import Counter
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from attrs import Factory, asdict, define, field, frozen
+from attrs import Factory, asdict, astuple, define, field, frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,11 +77,19 @@ class Read:
 
 @define
 class History:
-    """Everything that the processes noted."""
+    """Everything that the processes noted.
+
+    Attributes:
+        writes: Begun, whatever became of them.
+        reads: Answered.
+        errors: What writes and reads raised, by name.
+        filled: Pages that were read from the database rather than from a cache.
+    """
 
     writes: list[Write] = Factory(list)
     reads: list[Read] = Factory(list)
     errors: Counter[str] = Factory(Counter)
+    filled: int = 0
 
 
 def note_write(call: int, write: Write) -> bytes:
@@ -95,11 +103,26 @@ def note_read(call: int, query: Query, start: int) -> bytes:
 
 
 def note_end(
-    call: int, end: int, outcome: Outcome, rows: Sequence[Row] = (), error: str | None = None
+    call: int,
+    end: int,
+    outcome: Outcome,
+    rows: Sequence[Row] = (),
+    *,
+    error: str | None = None,
+    filled: int = 0,
 ) -> bytes:
-    """Return the line that says how a call ended."""
-    rows_noted = [list(asdict(row).values()) for row in rows]
-    return _line(call=call, end=end, outcome=outcome, rows=rows_noted, error=error)
+    """Return the line that says how a call ended.
+
+    Args:
+        call: Its number.
+        end: When it ended.
+        outcome: What became of it.
+        rows: What it returned.
+        error: The name of what it raised.
+        filled: How many pages the process has read from the database so far.
+    """
+    noted = [astuple(row) for row in rows]
+    return _line(call=call, end=end, outcome=outcome, rows=noted, error=error, filled=filled)
 
 
 _INTENT = ("message", "status", "source", "start")
@@ -115,6 +138,7 @@ def read_log(lines: Iterable[bytes], history: History) -> None:
     A write that nobody saw the end of may have been stored, or be stored yet.
     """
     begun: dict[int, Mapping[str, Any]] = {}
+    filled = 0
     for line in lines:
         if not line.endswith(b"\n"):
             break
@@ -124,8 +148,10 @@ def read_log(lines: Iterable[bytes], history: History) -> None:
             begun[note["call"]] = note
             continue
         rows = tuple(Row(*row) for row in note["rows"])
+        filled = max(filled, note["filled"])
         if note["error"] is not None:
-            history.errors[note["error"]] += 1
+            verb = "write" if "write" in intent else "read"
+            history.errors[f"{verb}: {note['error']}"] += 1
         if "write" in intent:
             done = note["outcome"] == "done"
             history.writes.append(
@@ -139,6 +165,7 @@ def read_log(lines: Iterable[bytes], history: History) -> None:
         elif note["outcome"] == "done":
             query = Query(**intent["query"])
             history.reads.append(Read(query, intent["start"], note["end"], rows))
+    history.filled += filled
     history.writes.extend(Write(**note["write"]) for note in begun.values() if "write" in note)
 
 
@@ -209,9 +236,7 @@ def _short(read: Read) -> str:
     return f"{read.query} from {read.start} to {read.end} showed {shown}"
 
 
-def _incidents(
-    history: History, stored: Sequence[Row], verdict: Verdict
-) -> dict[str, _Incident]:
+def _incidents(history: History, stored: Sequence[Row], verdict: Verdict) -> dict[str, _Incident]:
     """Return what is known of each incident, and judge what is stored of it."""
     rows = {row.message: row for row in stored}
     writes: dict[str, list[Write]] = {row.message: [] for row in stored}
@@ -264,7 +289,9 @@ def _fault(
         incident = incidents.get(row.message)
         if incident is None or _lasting(incident.row) != _lasting(row):
             return f"{row.message} was never stored so"
-        found = [number for number, each in enumerate(incident.versions) if each.status == row.status]
+        found = [
+            number for number, each in enumerate(incident.versions) if each.status == row.status
+        ]
         if not found:
             return f"{row.message} never was {row.status}"
         version, *later = incident.versions[found[0] :]
@@ -289,9 +316,7 @@ def _fault_of_form(read: Read) -> str | None:
     return None
 
 
-def _fault_of_page(
-    read: Read, begun: Sequence[_Incident], windows: list[Window]
-) -> str | None:
+def _fault_of_page(read: Read, begun: Sequence[_Incident], windows: list[Window]) -> str | None:
     """Return what is wrong with where the page begins and ends, or None."""
     query, rows = read.query, read.rows
     messages = {row.message for row in rows}

@@ -12,7 +12,6 @@ import sqlite3
 import sys
 import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 from unittest import mock
@@ -21,6 +20,9 @@ import asyncpg
 from attrs import define, field, frozen
 
 from incidentkit import IncidentClient, IncidentSource, IncidentStatus, StoreUnavailable
+from incidentkit.cache.base import TTL
+from incidentkit.cache.pages import PageCache, seal
+from incidentkit.wire import encode_incidents
 from tests.faults.history import Query, Row, Write, note_end, note_read, note_write
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Settings:
         database_url: Where incidents are kept.
         redis_url: Where lists are cached; None means in the process alone.
         sql: Whether it writes by plain SQL, and does not know of incidentkit.
-        mutant: Whether it takes every page that is in a cache to be current.
+        mutant: A name in ``MUTANTS`` for incidentkit with a fault of its own, or None.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Settings:
     database_url: str
     redis_url: str | None = None
     sql: bool = False
-    mutant: bool = False
+    mutant: str | None = None
 
 
 @define
@@ -93,7 +95,8 @@ class Notes:
 
     def end(self, call: int, rows: list[Row]) -> None:
         """Note that a call has succeeded."""
-        os.write(self.file, note_end(call, time.monotonic_ns(), "done", rows))
+        end = time.monotonic_ns()
+        os.write(self.file, note_end(call, end, "done", rows, filled=self.filled))
 
     def fail(self, call: int, error: Exception) -> None:
         """Note that it is not known whether a call did anything."""
@@ -154,7 +157,8 @@ class Writer:
         message = f"{self.name} {self.made:06}"
         source = self.random.choice(SOURCES)
         first, *later = self.random.sample(STATUSES, len(STATUSES))
-        row = await self._noted(message, first, source, self.target.create(message, first, source))
+        create = self.target.create(message, first, source)
+        row = await self._noted(message, first, source, create)
         if row is not None:
             self.owned.append(Owned(row.incident_id, message, source, later))
 
@@ -189,7 +193,14 @@ class Writer:
         return row
 
 
-LOST = (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError, sqlite3.OperationalError)
+LOST = (
+    OSError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.PostgresConnectionError,
+    sqlite3.OperationalError,
+)
 """What plain SQL meets when a connection ends or a file stays locked."""
 
 
@@ -264,20 +275,19 @@ class PostgresSql:
 
     async def __call__(self, statement: str, arguments: tuple[object, ...], moment: Moment) -> Row:
         """Run a statement in a transaction."""
-        if self.connection is None or self.connection.is_closed():
-            self.connection = await asyncpg.connect(self.url)
-        transaction = self.connection.transaction()
-        await transaction.start()
+        connection = self.connection
+        if connection is None or connection.is_closed():
+            connection = self.connection = await asyncpg.connect(self.url)
         try:
-            values = await self.connection.fetchrow(statement, *arguments)
-        except asyncpg.PostgresConnectionError:
-            self.connection.terminate()
+            await connection.execute("BEGIN")
+            values = await connection.fetchrow(statement, *arguments)
+            await asyncio.sleep(moment.seconds)
+            await connection.execute("ROLLBACK" if moment.undo else "COMMIT")
+        except LOST:
+            connection.terminate()
             raise
-        await asyncio.sleep(moment.seconds)
         if moment.undo:
-            await transaction.rollback()
             raise RolledBack
-        await transaction.commit()
         assert values is not None
         incident_id, message, status, source, created_at = values
         return Row(incident_id, message, status, source, f"{created_at:%Y-%m-%d %H:%M:%S}")
@@ -338,6 +348,21 @@ def trust_everything(value: bytes, _: str, __: str | None) -> bytes:
     return value[value.index(b'"incidents":') + len(b'"incidents":') : -1]
 
 
+async def fill_late(self: PageCache, query: ListQuery) -> list[Incident]:
+    """Read a page, and then, in another snapshot, the token that it is kept with."""
+    page = await self._store.list(query)
+    token = await self._store.token()
+    value = seal(query.cache_key, token, encode_incidents(page.incidents))
+    await self._memory.set(query.cache_key, value, TTL)
+    return page.incidents
+
+
+MUTANTS = {
+    "any token": ("incidentkit.cache.pages.unseal", trust_everything),
+    "late token": ("incidentkit.cache.pages.PageCache._fill", fill_late),
+}
+
+
 @asynccontextmanager
 async def opened(settings: Settings, notes: Notes) -> AsyncIterator[IncidentClient]:
     """Open a client whose pages from the database are counted."""
@@ -350,8 +375,8 @@ async def opened(settings: Settings, notes: Notes) -> AsyncIterator[IncidentClie
 
     async with AsyncExitStack() as stack:
         stack.enter_context(mock.patch.object(client.store, "list", counted))
-        if settings.mutant:
-            stack.enter_context(mock.patch("incidentkit.cache.pages.unseal", trust_everything))
+        if settings.mutant is not None:
+            stack.enter_context(mock.patch(*MUTANTS[settings.mutant]))
         yield await stack.enter_async_context(client)
 
 
@@ -395,7 +420,8 @@ async def work(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
 
     class Input(asyncio.Protocol):
-        def connection_lost(self, _: Exception | None) -> None:
+        def connection_lost(self, exc: Exception | None) -> None:
+            del exc
             stopping.set()
 
     transport, _ = await loop.connect_read_pipe(Input, sys.stdin)
@@ -406,7 +432,6 @@ async def work(settings: Settings) -> None:
     finally:
         transport.close()
         os.close(file)
-    Path(f"{settings.log}.filled").write_text(str(notes.filled))
 
 
 def main() -> None:

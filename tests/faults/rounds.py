@@ -1,0 +1,344 @@
+"""Rounds of faults: processes under load, what is done to them and to their servers, and a verdict.
+
+A round has a database of its own, so that its history stays short enough to be checked as a whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import asyncpg
+from attrs import Factory, asdict, define, field, frozen
+
+from tests.faults.history import History, Row, Verdict, check, read_log
+from tests.faults.worker import COLUMNS, Settings, sqlite_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from random import Random
+
+    from tests.servers import RedisServer
+
+ROOT = Path(__file__).parents[2]
+
+DEADLINE = 120.0
+"""Seconds after which a condition that has not come true is taken never to do so."""
+
+Fault: TypeAlias = "Callable[[], None]"
+
+
+@define
+class Worker:
+    """A running process of the load."""
+
+    settings: Settings
+    process: subprocess.Popen[bytes]
+    offset: int = 0
+    answers: int = 0
+
+    def count(self) -> int:
+        """Return how many calls of the process have succeeded so far."""
+        with Path(self.settings.log).open("rb") as file:
+            file.seek(self.offset)
+            new = file.read()
+        new = new[: new.rfind(b"\n") + 1]
+        self.offset += len(new)
+        self.answers += new.count(b'"outcome": "done"')
+        return self.answers
+
+
+@frozen
+class Figures:
+    """What happened in some rounds, in numbers."""
+
+    rounds: int = 0
+    reads: int = 0
+    cached: int = 0
+    redis_hits: int = 0
+    writes: int = 0
+    unknown: int = 0
+    undone: int = 0
+    faults: Counter[str] = Factory(Counter)
+    errors: Counter[str] = Factory(Counter)
+    stale: int = 0
+    lost: int = 0
+
+    def __add__(self, other: Figures) -> Figures:
+        mine, others = asdict(self, recurse=False), asdict(other, recurse=False)
+        return Figures(**{name: value + others[name] for name, value in mine.items()})
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {dict(value) if isinstance(value, Counter) else value}"
+            for name, value in asdict(self, recurse=False).items()
+        )
+
+
+@define
+class Round:
+    """A load on one database, with what is done to it.
+
+    Args:
+        folder: Where the logs are.
+        database_url: An empty database with the schema.
+        redis: A server of the round's own, or None.
+        random: Chooses the worker that a fault meets.
+        expected: How many calls are to succeed during a fault, and again after it.
+        mutant: The fault that the processes themselves have, or None.
+    """
+
+    folder: Path
+    database_url: str
+    redis: RedisServer | None
+    random: Random
+    expected: int
+    mutant: str | None = None
+    workers: list[Worker] = field(factory=list, init=False)
+    faults: Counter[str] = field(factory=Counter, init=False)
+    started: list[Settings] = field(factory=list, init=False)
+    redis_hits: int = field(default=0, init=False)
+    dump: dict[bytes, tuple[bytes, int]] = field(factory=dict, init=False)
+
+    @contextmanager
+    def running(self, clients: int) -> Iterator[None]:
+        """Run that many clients and a writer by plain SQL, and end them in good order.
+
+        If the block fails they are killed.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._kill_all)
+            for _ in range(clients):
+                self._start()
+            self._start(sql=True)
+            self.await_answers()
+            yield
+            for worker in self.workers:
+                assert worker.process.stdin is not None
+                worker.process.stdin.close()
+            for worker in self.workers:
+                assert worker.process.wait(DEADLINE) == 0, self._failed(worker)
+            self._count_hits()
+
+    def _start(self, *, sql: bool = False) -> None:
+        name = f"w{len(self.started):02}"
+        settings = Settings(
+            name,
+            str(self.folder / f"{name}.log"),
+            self.database_url,
+            None if self.redis is None else self.redis.url,
+            sql,
+            self.mutant,
+        )
+        Path(settings.log).touch()
+        with (self.folder / f"{name}.err").open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.worker", json.dumps(asdict(settings))],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stderr=stderr,
+                # If this process dies, the system wakes the group that it leaves behind, even one
+                # that is stopped.
+                process_group=0,
+            )
+        self.started.append(settings)
+        self.workers.append(Worker(settings, process))
+
+    def _kill_all(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.communicate()
+
+    def _failed(self, worker: Worker) -> str:
+        return (self.folder / f"{worker.settings.name}.err").read_text(errors="replace")
+
+    @property
+    def _clients(self) -> list[Worker]:
+        return [worker for worker in self.workers if not worker.settings.sql]
+
+    def await_answers(self, *, without: Worker | None = None) -> None:
+        """Wait until there are so many more answers, and some for each process.
+
+        Of the writer by plain SQL one is enough, at any time.
+        """
+        workers = [worker for worker in self._clients if worker is not without]
+        others = [each for each in self.workers if each.settings.sql and each is not without]
+        before = {worker.settings.name: worker.count() for worker in workers}
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            more = [worker.count() - before[worker.settings.name] for worker in workers]
+            if (
+                sum(more) >= self.expected
+                and min(more) >= self.expected // (4 * len(workers))
+                and all(worker.count() for worker in others)
+            ):
+                return
+            for worker in self.workers:
+                assert worker.process.poll() is None, self._failed(worker)
+            assert time.monotonic() < deadline, (more, self.faults)
+            time.sleep(0.005)
+
+    def inject(self, fault: Fault) -> None:
+        """Do something to the servers or processes, and wait until the load has gone on."""
+        self.faults[fault.__name__] += 1
+        fault()
+        self.await_answers()
+
+    def kill_worker(self) -> None:
+        """Kill a process, and start another in its place once the others have gone on."""
+        worker = self.random.choice(self._clients)
+        worker.process.kill()
+        worker.process.communicate()
+        self.workers.remove(worker)
+        self.await_answers()
+        self._start()
+
+    def kill_sql(self) -> None:
+        """Kill the writer by plain SQL, and start another."""
+        (worker,) = (worker for worker in self.workers if worker.settings.sql)
+        worker.process.kill()
+        worker.process.communicate()
+        self.workers.remove(worker)
+        self._start(sql=True)
+
+    def pause_worker(self) -> None:
+        """Stop a process while the others go on, and Redis forgets; then let it go on, too."""
+        worker = self.random.choice(self.workers)
+        worker.process.send_signal(signal.SIGSTOP)
+        try:
+            self.await_answers(without=worker)
+            if self.redis is not None:
+                self.restore_redis()
+                self.await_answers(without=worker)
+        finally:
+            worker.process.send_signal(signal.SIGCONT)
+
+    def check(self) -> tuple[Verdict, Figures]:
+        """Return what is wrong with what was noted so far and what the database holds."""
+        history = History()
+        for settings in self.started:
+            with Path(settings.log).open("rb") as lines:
+                read_log(lines, history)
+        stored = asyncio.run(stored_rows(self.database_url))
+        verdict = check(history, stored)
+        outcomes = Counter(write.outcome for write in history.writes)
+        figures = Figures(
+            rounds=1,
+            reads=len(history.reads),
+            cached=len(history.reads) - history.filled,
+            redis_hits=self.redis_hits,
+            writes=outcomes["done"],
+            unknown=outcomes["unknown"],
+            undone=outcomes["undone"],
+            faults=self.faults,
+            errors=history.errors,
+            stale=len(verdict.stale),
+            lost=len(verdict.lost),
+        )
+        return verdict, figures
+
+    @property
+    def _redis(self) -> RedisServer:
+        assert self.redis is not None
+        return self.redis
+
+    def _count_hits(self) -> None:
+        """Add the hits since Redis was started, since it forgets them with its end."""
+        if self.redis is not None:
+            with self.redis.client() as client:
+                self.redis_hits += client.info("stats")["keyspace_hits"]
+                client.config_resetstat()
+
+    def keep_redis(self) -> None:
+        """Keep what Redis holds, for :meth:`restore_redis`."""
+        with self._redis.client() as client:
+            self.dump = {
+                key: (value, max(client.pttl(key), 0))
+                for key in client.scan_iter()
+                if (value := client.dump(key)) is not None
+            }
+
+    def restore_redis(self) -> None:
+        """Put back what Redis held long ago, and keep what it holds now for the next time."""
+        old = self.dump
+        self.keep_redis()
+        with self._redis.client() as client:
+            client.flushall()
+            for key, (value, ttl) in old.items():
+                client.restore(key, ttl, value, replace=True)
+
+    def kill_redis(self) -> None:
+        """Kill Redis, and start it once the load has gone on without."""
+        self._count_hits()
+        self._redis.kill()
+        try:
+            self.await_answers()
+        finally:
+            self._redis.start()
+
+    def pause_redis(self) -> None:
+        """Stop Redis while the load goes on, and let it go on."""
+        self._redis.pause()
+        try:
+            self.await_answers()
+        finally:
+            self._redis.resume()
+
+    def flush_redis(self) -> None:
+        """Empty Redis."""
+        with self._redis.client() as client:
+            client.flushall()
+
+    def drop_redis_connections(self) -> None:
+        """End every connection to Redis."""
+        with self._redis.client() as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+
+    def end_postgres_connections(self) -> None:
+        """End every connection to the database, again and again."""
+        for _ in range(4):
+            asyncio.run(execute(self.database_url, TERMINATE))
+            self.await_answers()
+
+
+TERMINATE = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
+
+
+async def execute(database_url: str, statement: str) -> None:
+    """Run a statement on PostgreSQL."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def stored_rows(database_url: str) -> list[Row]:
+    """Return what a database holds, without the help of incidentkit."""
+    statement = f'SELECT {COLUMNS} FROM "Incident"'
+    if not database_url.startswith("postgresql"):
+        connection = sqlite3.connect(sqlite_file(database_url))
+        try:
+            return [Row(*values) for values in connection.execute(statement)]
+        finally:
+            connection.close()
+    postgres = await asyncpg.connect(database_url)
+    try:
+        return [
+            Row(incident_id, message, status, source, f"{created_at:%Y-%m-%d %H:%M:%S}")
+            for incident_id, message, status, source, created_at in await postgres.fetch(statement)
+        ]
+    finally:
+        await postgres.close()

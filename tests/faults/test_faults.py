@@ -1,0 +1,161 @@
+"""Processes under load while they and their servers are killed, paused and made to forget.
+
+``INCIDENTKIT_TEST_FAULTS`` is the number of seconds for which rounds are run, in equal parts by the
+tests that run them; without it each runs a short one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from incidentkit.store.migrate import upgrade
+from tests.faults.history import Verdict
+from tests.faults.rounds import DEADLINE, Figures, Round, execute
+from tests.faults.worker import MUTANTS
+from tests.servers import RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+SECONDS = float(os.environ.get("INCIDENTKIT_TEST_FAULTS", "0"))
+TESTS = 3
+ANSWERS = 400 if SECONDS else 50
+CLIENTS = 3 if SECONDS else 2
+
+logger = logging.getLogger(__name__)
+random = Random()
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    """A Redis of these tests' own."""
+    with RedisServer() as server:
+        yield server
+
+
+def folders(parent: Path, seconds: float = SECONDS / TESTS) -> Iterator[Path]:
+    """Yield a new folder for each round, for as long as rounds are to be run, at least one."""
+    end = time.monotonic() + seconds
+    number = 0
+    while not number or time.monotonic() < end:
+        folder = parent / f"round{number}"
+        folder.mkdir()
+        yield folder
+        number += 1
+
+
+def run_rounds(
+    rounds: Iterator[Round], faults_of: Callable[[Round], list[Callable[[], None]]]
+) -> Figures:
+    """Run rounds with these faults in any order, and return the figures if nothing was wrong."""
+    total = Figures()
+    for each in rounds:
+        faults = faults_of(each)
+        random.shuffle(faults)
+        with each.running(CLIENTS):
+            if each.redis is not None:
+                each.keep_redis()
+            for fault in faults:
+                each.inject(fault)
+        verdict, figures = each.check()
+        logger.info("Round: %s", figures)
+        assert verdict == Verdict(), figures
+        total += figures
+    logger.info("Total: %s", total)
+    assert total.cached
+    return total
+
+
+def on_postgresql(
+    database_url: str, redis: RedisServer, folders: Iterator[Path], mutant: str | None = None
+) -> Iterator[Round]:
+    """Yield rounds on a database that is emptied for each, and on a Redis that is not."""
+    for folder in folders:
+        asyncio.run(execute(database_url, 'TRUNCATE "Incident"'))
+        yield Round(folder, database_url, redis, random, ANSWERS, mutant)
+
+
+def on_sqlite(folders: Iterator[Path], mutant: str | None = None) -> Iterator[Round]:
+    """Yield rounds on a new file each."""
+    for folder in folders:
+        database_url = f"sqlite+aiosqlite:///{folder / 'incidents.db'}"
+        asyncio.run(upgrade(database_url))
+        yield Round(folder, database_url, None, random, ANSWERS, mutant)
+
+
+def of_workers(each: Round) -> list[Callable[[], None]]:
+    """Return what is done to the processes of a round."""
+    return [each.kill_worker, each.kill_sql, each.pause_worker]
+
+
+def of_redis(each: Round) -> list[Callable[[], None]]:
+    """Return what is done to the processes of a round and to Redis."""
+    return [
+        *of_workers(each),
+        each.kill_redis,
+        each.pause_redis,
+        each.restore_redis,
+        each.flush_redis,
+        each.drop_redis_connections,
+    ]
+
+
+def of_all(each: Round) -> list[Callable[[], None]]:
+    """Return what is done to the processes of a round and to both servers."""
+    return [*of_workers(each), each.kill_redis, each.end_postgres_connections]
+
+
+def test_faults_of_redis_and_of_processes(
+    migrated_postgres_url: str, redis: RedisServer, tmp_path: Path
+) -> None:
+    """While Redis and processes fail no call does, no list is stale and no write is lost."""
+    total = run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_redis)
+    assert not total.errors
+    assert total.redis_hits
+
+
+def test_ended_connections_to_postgresql(
+    migrated_postgres_url: str, redis: RedisServer, tmp_path: Path
+) -> None:
+    """While PostgreSQL ends connections, too, calls may fail, but what they say holds."""
+    run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_all)
+
+
+def test_faults_of_processes_on_an_sqlite_file(tmp_path: Path) -> None:
+    """While processes on one file are killed and paused no list is stale and no write is lost."""
+    run_rounds(on_sqlite(folders(tmp_path)), of_workers)
+
+
+def stale_lists(rounds: Iterator[Round]) -> list[str]:
+    """Run rounds without a fault from outside until a list is stale, and return all that are."""
+    for each in rounds:
+        with each.running(CLIENTS):
+            each.await_answers()
+        verdict, _ = each.check()
+        assert not verdict.lost
+        if verdict.stale:
+            return verdict.stale
+    return []
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_fault_of_incidentkit_is_found_on_postgresql(
+    migrated_postgres_url: str, redis: RedisServer, tmp_path: Path, mutant: str
+) -> None:
+    """Processes that take a page in a cache to be newer than it is are seen to show stale lists."""
+    paths = folders(tmp_path, DEADLINE)
+    assert stale_lists(on_postgresql(migrated_postgres_url, redis, paths, mutant))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_fault_of_incidentkit_is_found_on_sqlite(tmp_path: Path, mutant: str) -> None:
+    """Processes that take a page in a cache to be newer than it is are seen to show stale lists."""
+    assert stale_lists(on_sqlite(folders(tmp_path, DEADLINE), mutant))
