@@ -360,6 +360,11 @@ class RedisCluster(_Group):
     """
 
     @property
+    def holders(self) -> list[RedisServer]:
+        """The servers that hold data."""
+        return self.servers
+
+    @property
     def url(self) -> str:
         """The URL that names every node."""
         return "redis+cluster://" + ",".join(f"{HOST}:{node.port}" for node in self.servers)
@@ -393,6 +398,11 @@ class RedisSentinel(_Group):
 
     def __init__(self, *, down_after: float = 60) -> None:
         self._down_after = down_after
+
+    @property
+    def holders(self) -> list[RedisServer]:
+        """The servers that hold data."""
+        return self.servers[:2]
 
     @property
     def url(self) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from random import Random
 
-    from tests.servers import RedisServer
+    from tests.servers import RedisCluster, RedisSentinel, RedisServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +95,7 @@ class Round:
         random: Chooses the worker that a fault meets.
         expected: How many calls are to succeed during a fault, and again after it.
         mutant: The fault that the processes themselves have, or None.
+        group: Servers that are used in place of the one, or None.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ class Round:
     random: Random
     expected: int
     mutant: str | None = None
+    group: RedisCluster | RedisSentinel | None = None
     workers: list[Worker] = field(factory=list, init=False)
     faults: Counter[str] = field(factory=Counter, init=False)
     started: list[Settings] = field(factory=list, init=False)
@@ -135,7 +137,7 @@ class Round:
             name,
             str(self.folder / f"{name}.log"),
             self.database_url,
-            None if self.redis is None else self.redis.url,
+            self._redis_url,
             sql,
             self.mutant,
         )
@@ -247,6 +249,11 @@ class Round:
         return verdict, figures
 
     @property
+    def _redis_url(self) -> str | None:
+        server = self.redis or self.group
+        return None if server is None else server.url
+
+    @property
     def _redis(self) -> RedisServer:
         assert self.redis is not None
         return self.redis
@@ -302,6 +309,30 @@ class Round:
         """End every connection to Redis."""
         with self._redis.client() as client:
             client.client_kill_filter(_type="normal", skipme=True)
+
+    @property
+    def _node(self) -> RedisServer:
+        """One of the servers that hold pages, any of them."""
+        assert self.group is not None
+        return self.random.choice(self.group.holders)
+
+    def kill_node(self) -> None:
+        """Kill one of several servers, and start it once the load has gone on without."""
+        node = self._node
+        node.kill()
+        try:
+            self.await_answers()
+        finally:
+            node.start()
+
+    def pause_node(self) -> None:
+        """Stop one of several servers while the load goes on, and let it go on."""
+        node = self._node
+        node.pause()
+        try:
+            self.await_answers()
+        finally:
+            node.resume()
 
     def end_postgres_connections(self) -> None:
         """End every connection to the database, again and again."""

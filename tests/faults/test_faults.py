@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,14 @@ from incidentkit.store.migrate import upgrade
 from tests.faults.history import Verdict
 from tests.faults.rounds import DEADLINE, Figures, Round, execute
 from tests.faults.worker import MUTANTS
-from tests.servers import RedisServer
+from tests.servers import RedisCluster, RedisSentinel, RedisServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SECONDS = float(os.environ.get("INCIDENTKIT_TEST_FAULTS", "0"))
-TESTS = 3
+TESTS = 5
 ANSWERS = 400 if SECONDS else 50
 CLIENTS = 3 if SECONDS else 2
 
@@ -75,12 +76,16 @@ def run_rounds(
 
 
 def on_postgresql(
-    database_url: str, redis: RedisServer, folders: Iterator[Path], mutant: str | None = None
+    database_url: str,
+    redis: RedisServer | None,
+    folders: Iterator[Path],
+    mutant: str | None = None,
+    group: RedisCluster | RedisSentinel | None = None,
 ) -> Iterator[Round]:
     """Yield rounds on a database that is emptied for each, and on a Redis that is not."""
     for folder in folders:
         asyncio.run(execute(database_url, 'TRUNCATE "Incident"'))
-        yield Round(folder, database_url, redis, random, ANSWERS, mutant)
+        yield Round(folder, database_url, redis, random, ANSWERS, mutant, group)
 
 
 def on_sqlite(folders: Iterator[Path], mutant: str | None = None) -> Iterator[Round]:
@@ -108,6 +113,11 @@ def of_redis(each: Round) -> list[Callable[[], None]]:
     ]
 
 
+def of_nodes(each: Round) -> list[Callable[[], None]]:
+    """Return what is done to the processes of a round and to one of several servers."""
+    return [*of_workers(each), each.kill_node, each.pause_node, each.kill_node, each.pause_node]
+
+
 def of_all(each: Round) -> list[Callable[[], None]]:
     """Return what is done to the processes of a round and to both servers."""
     return [*of_workers(each), each.kill_redis, each.end_postgres_connections]
@@ -127,6 +137,19 @@ def test_ended_connections_to_postgresql(
 ) -> None:
     """While PostgreSQL ends connections, too, calls may fail, but what they say holds."""
     run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_all)
+
+
+@pytest.mark.parametrize(
+    "kind", [RedisCluster, partial(RedisSentinel, down_after=1)], ids=["cluster", "sentinel"]
+)
+def test_faults_of_several_redis_servers(
+    migrated_postgres_url: str, tmp_path: Path, kind: Callable[[], RedisCluster | RedisSentinel]
+) -> None:
+    """While nodes of a cluster, or a master and its replica, fail no call does, and all holds."""
+    with kind() as group:
+        rounds = on_postgresql(migrated_postgres_url, None, folders(tmp_path), group=group)
+        total = run_rounds(rounds, of_nodes)
+    assert not total.errors
 
 
 def test_faults_of_processes_on_an_sqlite_file(tmp_path: Path) -> None:
