@@ -98,7 +98,23 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def simulate(session: nox.Session) -> None:
+    """Run thousands of simulations of the caches; `-- --seeds 100` runs fewer."""
+    session.install("--editable", ".[all]", *groups("tests"))
+    session.run("python", "-m", "tests.simulation", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure what the size of a shared Redis costs, and print a table."""
     session.install("--editable", ".[all]", *groups("tests"))
     session.run("python", "-m", "benchmarks.shared_redis", *session.posargs)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Kill and pause processes and servers under load, for 300 seconds or as many as are given."""
+    session.install("--editable", ".[all]", *groups("tests"))
+    name = "INCIDENTKIT_TEST_FAULTS"
+    seconds = session.posargs[0] if session.posargs else os.environ.get(name, "300")
+    session.run("pytest", "tests/faults", "--log-cli-level=INFO", env={name: seconds})

@@ -1,0 +1,194 @@
+"""Every list is true, whatever happens to processes, to Redis and to the database.
+
+A list that is read is the list as the database had it at some instant between the start of the
+call and its end; with ``max_staleness``, at some instant in the call or so many seconds before it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from incidentkit.cache import pages
+from incidentkit.coalescing import _Run
+from incidentkit.store.base import Page
+from incidentkit.wire import dump_json
+from tests.simulation.schedule import KINDS, STALENESS, Figures, replay, simulate
+from tests.simulation.world import Database, SimulatedStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from incidentkit import ListQuery
+    from tests.simulation.world import Operation
+
+SEEDS = int(os.environ.get("INCIDENTKIT_TEST_SEEDS", "15"))
+"""How many seeds run for each of the values of ``max_staleness``."""
+
+BOUND = 20
+"""In how many seeds a simulation of broken code has to find a stale list."""
+
+REGRESSIONS: tuple[int, ...] = ()
+"""Seeds that failed once."""
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("max_staleness", STALENESS)
+def test_every_list_is_true(max_staleness: float) -> None:
+    """Every list is true, whatever happens, and many of them come from a cache."""
+    total = Figures()
+    for seed in (*REGRESSIONS, *range(SEEDS)):
+        verdict = simulate(seed, max_staleness)
+        wrong = [*verdict.stale, *verdict.failed]
+        assert not wrong, "\n".join([replay(seed, max_staleness), *wrong])
+        total += verdict.figures
+    assert total.hits > 0.3 * total.reads, total
+    assert total.redis_hits > 0.1 * total.reads, total
+    assert total.writes > 0.02 * total.reads, total
+    assert set(total.faults) == {*KINDS, "crash"}, total
+
+
+@pytest.mark.parametrize("max_staleness", STALENESS)
+def test_a_seed_decides_everything(max_staleness: float) -> None:
+    """The same seed makes the same calls end with the same answers at the same time, anywhere."""
+    here = simulate(5, max_staleness)
+    assert simulate(5, max_staleness) == here
+    assert simulate(6, max_staleness).trace != here.trace
+    program = (
+        f"from tests.simulation.schedule import simulate\nprint(simulate(5, {max_staleness}).trace)"
+    )
+    for hash_seed in ("1", "2"):
+        there = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert there.stdout.strip() == here.trace
+
+
+def _joins_a_run_under_way(patch: pytest.MonkeyPatch) -> None:
+    never = property(lambda _: False, lambda _run, _started: None)
+    patch.setattr(_Run, "started", never, raising=False)
+
+
+def _reads_the_token_after_the_page(patch: pytest.MonkeyPatch) -> None:
+    read = SimulatedStore.list
+
+    async def torn(store: SimulatedStore, query: ListQuery) -> Page:
+        page = await read(store, query)
+        return Page(page.incidents, await store.token())
+
+    patch.setattr(SimulatedStore, "list", torn)
+
+
+def _lets_no_token_match(patch: pytest.MonkeyPatch) -> None:
+    def unseal(value: bytes, key: str, token: str | None) -> bytes | None:
+        head = pages._head(key, token)
+        return value[len(head) : -1] if value.startswith(head) else None
+
+    patch.setattr(pages, "unseal", unseal)
+
+
+def _ignores_the_key(patch: pytest.MonkeyPatch) -> None:
+    def head(_: str, token: str | None) -> bytes:
+        return dump_json({"token": token})[:-1] + b',"incidents":'
+
+    patch.setattr(pages, "_head", head)
+
+
+def _ignores_the_token(patch: pytest.MonkeyPatch) -> None:
+    def head(key: str, _: str | None) -> bytes:
+        return dump_json({"key": key})[:-1] + b',"incidents":'
+
+    patch.setattr(pages, "_head", head)
+
+
+def _has_no_trigger(patch: pytest.MonkeyPatch, missing: Callable[[Operation, bool], bool]) -> None:
+    trigger = Database.trigger
+
+    def broken(database: Database, operation: Operation, *, by_client: bool) -> str | None:
+        if missing(operation, by_client):
+            return database.current.token
+        return trigger(database, operation, by_client=by_client)
+
+    patch.setattr(Database, "trigger", broken)
+
+
+def _trusts_a_token_from_before_a_write(patch: pytest.MonkeyPatch) -> None:
+    trust = pages.PageCache._trust
+
+    def careless(cache: pages.PageCache, token: str | None, since: float, _: int) -> None:
+        trust(cache, token, since, cache._changes)
+
+    patch.setattr(pages.PageCache, "_trust", careless)
+
+
+def _keeps_its_trust_after_a_write(patch: pytest.MonkeyPatch) -> None:
+    forget = pages.PageCache.forget
+
+    async def careless(cache: pages.PageCache) -> None:
+        trusted = cache._trusted
+        await forget(cache)
+        cache._trusted = trusted
+
+    patch.setattr(pages.PageCache, "forget", careless)
+
+
+def _trusts_for_too_long(patch: pytest.MonkeyPatch) -> None:
+    begin: Any = pages.PageCache.__init__
+
+    def careless(*arguments: Any, max_staleness: float, **options: Any) -> None:
+        begin(*arguments, max_staleness=max_staleness + 0.1, **options)
+
+    patch.setattr(pages.PageCache, "__init__", careless)
+
+
+MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], float]] = {
+    "a call joins a run under way": (_joins_a_run_under_way, 0.0),
+    "the token is read after the page": (_reads_the_token_after_the_page, 0.0),
+    "no token matches no token": (_lets_no_token_match, 0.0),
+    "the key is ignored": (_ignores_the_key, 0.0),
+    "the token is ignored": (_ignores_the_token, 0.0),
+    "no trigger on insert": (
+        partial(_has_no_trigger, missing=lambda operation, _: operation == "insert"),
+        0.0,
+    ),
+    "no trigger on update": (
+        partial(_has_no_trigger, missing=lambda operation, _: operation == "update"),
+        0.0,
+    ),
+    "no trigger on delete": (
+        partial(_has_no_trigger, missing=lambda operation, _: operation == "delete"),
+        0.0,
+    ),
+    "no trigger for others": (
+        partial(_has_no_trigger, missing=lambda _, by_client: not by_client),
+        0.0,
+    ),
+    "no trigger for clients": (
+        partial(_has_no_trigger, missing=lambda _, by_client: by_client),
+        0.0,
+    ),
+    "a token from before a write is trusted": (_trusts_a_token_from_before_a_write, 0.3),
+    "a trusted token outlives a write": (_keeps_its_trust_after_a_write, 0.3),
+    "a token is trusted for too long": (_trusts_for_too_long, 0.3),
+    "max_staleness that was not asked for": (_trusts_for_too_long, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_broken_code_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would make a list stale makes one stale within a few seeds."""
+    mutate, max_staleness = MUTANTS[name]
+    mutate(monkeypatch)
+    assert any(simulate(seed, max_staleness).stale for seed in range(BOUND))

@@ -1,0 +1,450 @@
+"""A database and a Redis that are simulated: what is in them, and what can happen to them."""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+from attrs import define, evolve, field, frozen
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from incidentkit import Incident, StoreUnavailable
+from incidentkit.store.base import Page
+from tests.simulation.loop import PROCESS, SERVERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from random import Random
+
+    from incidentkit import IncidentStatus, ListQuery, NewIncident
+    from incidentkit.store.base import RequestRecord
+
+_T = TypeVar("_T")
+
+Operation: TypeAlias = Literal["insert", "update", "delete"]
+Command: TypeAlias = "tuple[str | bytes | int, ...]"
+
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+
+_WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
+
+COMMITS: ContextVar[list[int] | None] = ContextVar("COMMITS", default=None)
+"""Where a write leaves the number of the version that it made."""
+
+
+@frozen
+class Version:
+    """What the database holds from one commit to the next.
+
+    Attributes:
+        incidents: Newest first.
+        token: None while it was emptied by hand.
+        since: The simulated time of the commit.
+        next_id: The id that the next incident gets.
+    """
+
+    incidents: tuple[Incident, ...]
+    token: str | None
+    since: float
+    next_id: int
+
+    def page(self, query: ListQuery) -> list[Incident]:
+        """Return what a list has to be."""
+        found = [
+            one
+            for one in self.incidents
+            if query.status in (None, one.incident_type) and query.source in (None, one.source)
+        ]
+        return found[query.offset : query.offset + query.limit]
+
+
+@define
+class Database:
+    """The database, and all that it ever held.
+
+    Attributes:
+        history: Its versions, in the order of their commits; the last is what it holds.
+        pages: How many pages were read.
+        tokens: How many tokens were read alone.
+        failures: How many requests it failed to answer.
+        failing: How many of the requests it fails to answer, 0 to 1.
+        slow: How many of the requests take long, 0 to 1.
+        on_commit: Told the process of each write by a client.
+    """
+
+    random: Random
+    history: list[Version] = field(init=False)
+    pages: int = field(default=0, init=False)
+    tokens: int = field(default=0, init=False)
+    failures: int = field(default=0, init=False)
+    failing: float = field(default=0.0, init=False)
+    slow: float = field(default=0.0, init=False)
+    on_commit: Callable[[str], None] = field(default=lambda _: None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.history = [Version((), self.new_token(), 0.0, 1)]
+
+    @property
+    def current(self) -> Version:
+        """What it holds."""
+        return self.history[-1]
+
+    @property
+    def number(self) -> int:
+        """The number of the version that it holds."""
+        return len(self.history) - 1
+
+    def new_token(self) -> str:
+        """Return a token that was never there before."""
+        return f"{self.random.getrandbits(64):016x}"
+
+    def trigger(self, operation: Operation, *, by_client: bool) -> str | None:  # noqa: ARG002
+        """Return the token that the incidents have after a change."""
+        return self.new_token()
+
+    def insert(self, incident: NewIncident, *, by_client: bool = True) -> Incident:
+        """Commit a new incident and return it."""
+        now, new_id = asyncio.get_running_loop().time(), self.current.next_id
+        created_at = EPOCH + timedelta(seconds=now)
+        stored = Incident(
+            new_id, incident.incident_message, incident.incident_type, incident.source, created_at
+        )
+        incidents = (stored, *self.current.incidents)
+        token = self.trigger("insert", by_client=by_client)
+        self._commit(Version(incidents, token, now, new_id + 1))
+        return stored
+
+    def update(self, changed: Incident, *, by_client: bool = True) -> None:
+        """Commit a change of an incident that is there."""
+        incidents = tuple(
+            changed if one.incident_id == changed.incident_id else one
+            for one in self.current.incidents
+        )
+        token = self.trigger("update", by_client=by_client)
+        self._commit(evolve(self.current, incidents=incidents, token=token))
+
+    def delete(self, incident: Incident, *, by_client: bool = False) -> None:
+        """Commit the removal of an incident."""
+        incidents = tuple(one for one in self.current.incidents if one != incident)
+        token = self.trigger("delete", by_client=by_client)
+        self._commit(evolve(self.current, incidents=incidents, token=token))
+
+    def empty_token(self) -> None:
+        """Remove the token by hand."""
+        self._commit(evolve(self.current, token=None))
+
+    def go_back(self, number: int) -> None:
+        """Hold an earlier version again, the token included."""
+        self._commit(self.history[number])
+
+    def _commit(self, version: Version) -> None:
+        self.history.append(evolve(version, since=asyncio.get_running_loop().time()))
+
+    def delay(self) -> float:
+        """Return the seconds that a way to or from the database takes."""
+        if self.random.random() < self.slow:
+            return self.random.uniform(0.02, 1.5)
+        if self.random.random() < 0.08:
+            return self.random.uniform(0.006, 0.08)
+        return self.random.uniform(0.0005, 0.006)
+
+    async def request(self, effect: Callable[[], _T]) -> _T:
+        """Return what an effect returns, which it has whether or not anybody still waits."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_T] = loop.create_future()
+
+        def land() -> None:
+            if self.random.random() < self.failing:
+                self.failures += 1
+                # A write may have been committed all the same.
+                if self.random.random() < 0.5:
+                    effect()
+                error = StoreUnavailable("it is away")
+                loop.call_later(self.delay(), _fail, answer, error, context=SERVERS)
+                return
+            loop.call_later(self.delay(), _settle, answer, effect(), context=SERVERS)
+
+        loop.call_later(self.delay(), land, context=SERVERS)
+        return await answer
+
+
+@define
+class SimulatedStore:
+    """An :class:`~incidentkit.IncidentStore` on the simulated database."""
+
+    database: Database
+
+    async def open(self) -> None:
+        """Do nothing."""
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+    async def check(self) -> None:
+        """Ask the database for nothing."""
+        await self.database.request(lambda: None)
+
+    async def create(self, incident: NewIncident) -> Incident:
+        """Store the incident and return it, committed."""
+        return await self._write(lambda: self.database.insert(incident))
+
+    async def list(self, query: ListQuery) -> Page:
+        """Return the page with its token."""
+
+        def effect() -> Page:
+            self.database.pages += 1
+            version = self.database.current
+            return Page(version.page(query), version.token)
+
+        return await self.database.request(effect)
+
+    async def token(self) -> str | None:
+        """Return the token."""
+
+        def effect() -> str | None:
+            self.database.tokens += 1
+            return self.database.current.token
+
+        return await self.database.request(effect)
+
+    async def get(self, incident_id: int) -> Incident | None:
+        """Return the incident, if it is there."""
+        return await self.database.request(lambda: self._find(incident_id))
+
+    async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
+        """Change the status and return the incident, if it is there."""
+
+        def effect() -> Incident | None:
+            incident = self._find(incident_id)
+            if incident is None:
+                return None
+            changed = evolve(incident, incident_type=status)
+            self.database.update(changed)
+            return changed
+
+        return await self._write(effect)
+
+    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
+        """Do nothing."""
+
+    def _find(self, incident_id: int) -> Incident | None:
+        found = (one for one in self.database.current.incidents if one.incident_id == incident_id)
+        return next(found, None)
+
+    async def _write(self, effect: Callable[[], _T]) -> _T:
+        process, commits = PROCESS.get(), COMMITS.get()
+
+        def write() -> _T:
+            before = self.database.number
+            answer = effect()
+            if self.database.number > before:
+                if commits is not None:
+                    commits.append(self.database.number)
+                if process is not None:
+                    self.database.on_commit(process)
+            return answer
+
+        return await self.database.request(write)
+
+
+@define
+class RedisServer:
+    """A Redis, and the network between it and the processes.
+
+    Attributes:
+        values: What it holds and until when: a string, or the names in a set.
+        cut: Processes that do not reach it; they get an error, or wait.
+        late: How many of the requests take effect long after they were sent, 0 to 1.
+        out_of_step: How many of the answers to a GET are those to the one before, 0 to 1.
+        hits: How many GETs found a value.
+    """
+
+    random: Random
+    values: dict[str, tuple[bytes | dict[bytes, None], float]] = field(factory=dict, init=False)
+    cut: dict[str, Literal["error", "hang"]] = field(factory=dict, init=False)
+    late: float = field(default=0.0, init=False)
+    out_of_step: float = field(default=0.0, init=False)
+    hits: int = field(default=0, init=False)
+
+    def execute(self, command: Command) -> Any:
+        """Let a command take effect and return its answer."""
+        now = asyncio.get_running_loop().time()
+        self.values = {key: held for key, held in self.values.items() if held[1] > now}
+        match command:
+            case ["PING"]:
+                return True
+            case ["GET", str(key)]:
+                return self._get(key)
+            case ["SET", str(key), bytes(value), "EX", int(seconds)]:
+                self.values[key] = value, now + seconds
+                return True
+            case ["UNLINK", str() | bytes() as key]:
+                name = key if isinstance(key, str) else key.decode()
+                return int(self.values.pop(name, None) is not None)
+            case ["EXPIRE", str(key), int(seconds)] if key in self.values:
+                self.values[key] = self.values[key][0], now + seconds
+                return 1
+            case _:
+                return self._execute_on_set(command)
+
+    def _get(self, key: str) -> bytes | None:
+        value, _ = self.values.get(key, (None, 0.0))
+        if isinstance(value, dict):
+            raise ResponseError(_WRONG_TYPE)
+        self.hits += value is not None
+        return value
+
+    def _execute_on_set(self, command: Command) -> Any:
+        match command:
+            case ["SADD", str(key), str(name)]:
+                names = self._names(key)
+                self.values.setdefault(key, (names, float("inf")))
+                added = name.encode() not in names
+                names[name.encode()] = None
+                return int(added)
+            case ["SCARD", str(key)]:
+                return len(self._names(key))
+            case ["SPOP", str(key), int(number)]:
+                names = self._names(key)
+                chosen = self.random.sample(list(names), min(number, len(names)))
+                for one in chosen:
+                    del names[one]
+                if not names:
+                    self.values.pop(key, None)
+                return chosen
+            case ["EXPIRE", *_]:
+                return 0
+            case _:
+                raise ResponseError(f"ERR unknown command {command[0]!r}")
+
+    def _names(self, key: str) -> dict[bytes, None]:
+        names, _ = self.values.get(key, ({}, 0.0))
+        if isinstance(names, bytes):
+            raise ResponseError(_WRONG_TYPE)
+        return names
+
+    def flush(self) -> None:
+        """Lose everything."""
+        self.values.clear()
+
+    def copy(self) -> dict[str, tuple[bytes | dict[bytes, None], float]]:
+        """Return a snapshot of all that it holds."""
+        return {
+            key: (value if isinstance(value, bytes) else value.copy(), until)
+            for key, (value, until) in self.values.items()
+        }
+
+    def pages(self) -> list[str]:
+        """Return the keys of the strings that it holds."""
+        return [key for key, (value, _) in self.values.items() if isinstance(value, bytes)]
+
+    def send(self, client: RedisClient, commands: list[Command], answer: _Answer) -> None:
+        """Let the commands take effect one after another, and answer them."""
+        loop = asyncio.get_running_loop()
+        delay = self.random.uniform(0.0002, 0.004)
+        cut = self.cut.get(client.process)
+        if cut == "error":
+            error = RedisConnectionError("Connection reset by peer")
+            loop.call_later(delay, _fail, answer, error, context=SERVERS)
+            return
+        if cut == "hang":
+            # What was sent before the cut still arrives.
+            if self.random.random() < 0.5:
+                delay = self.random.uniform(0.0, 4.0)
+                lost: _Answer = loop.create_future()
+                loop.call_later(delay, self._land, client, commands, [], lost, context=SERVERS)
+            return
+        if self.random.random() < self.late:
+            delay = self.random.uniform(0.05, 3.0)
+        loop.call_later(delay, self._land, client, commands, [], answer, context=SERVERS)
+
+    def _land(
+        self, client: RedisClient, commands: list[Command], answers: list[Any], answer: _Answer
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            answers.append(self.execute(commands[len(answers)]))
+        except ResponseError as error:
+            answers.append(error)
+        if len(answers) < len(commands):
+            # Others come between the commands of a pipeline.
+            delay = self.random.choice((0.0, self.random.uniform(0.0, 0.003)))
+            loop.call_later(delay, self._land, client, commands, answers, answer, context=SERVERS)
+            return
+        if commands[0][0] == "GET":
+            if self.random.random() < self.out_of_step:
+                answers, client.previous = client.previous, answers
+            else:
+                client.previous = answers
+        delay = self.random.uniform(0.0002, 0.004)
+        errors = [one for one in answers if isinstance(one, ResponseError)]
+        if errors:
+            loop.call_later(delay, _fail, answer, errors[0], context=SERVERS)
+        else:
+            loop.call_later(delay, _settle, answer, answers, context=SERVERS)
+
+
+_Answer: TypeAlias = "asyncio.Future[list[Any]]"
+
+
+@define
+class RedisClient:
+    """What a :class:`~incidentkit.cache.redis.RedisCache` uses of a client of redis-py.
+
+    Args:
+        server: The Redis.
+        process: The process that it is in.
+        timeout: Seconds to wait for an answer; None means for ever.
+    """
+
+    server: RedisServer
+    process: str
+    timeout: float | None
+    previous: list[Any] = field(factory=lambda: [None], init=False)
+
+    def pipeline(self, *, transaction: bool) -> Pipeline:
+        """Return a batch of commands to be filled."""
+        assert not transaction
+        return Pipeline(self)
+
+
+@define
+class Pipeline:
+    """Commands that are sent at once."""
+
+    client: RedisClient
+    commands: list[Command] = field(factory=list, init=False)
+
+    def execute_command(self, *command: str | bytes | int) -> None:
+        """Add a command."""
+        self.commands.append(command)
+
+    async def execute(self) -> list[Any]:
+        """Send the commands and return their answers, or raise the first error of them."""
+        loop = asyncio.get_running_loop()
+        answer: _Answer = loop.create_future()
+        if not self.commands:
+            return []
+        self.client.server.send(self.client, self.commands, answer)
+        if self.client.timeout is None:
+            return await answer
+        error = RedisTimeoutError("Timeout reading from socket")
+        timer = loop.call_later(self.client.timeout, _fail, answer, error)
+        try:
+            return await answer
+        finally:
+            timer.cancel()
+
+
+def _settle(answer: asyncio.Future[_T], value: _T) -> None:
+    if not answer.done():
+        answer.set_result(value)
+
+
+def _fail(answer: asyncio.Future[Any], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
