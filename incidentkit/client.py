@@ -180,7 +180,7 @@ class IncidentClient:
                 await self.store.open()
                 await self._ping_cache(self._pages)
             except BaseException:
-                await self.close()
+                await self._close()
                 raise
             self._connected = True
 
@@ -192,16 +192,24 @@ class IncidentClient:
                 raise
 
     async def close(self) -> None:
-        """Wait for running writes, then give back every connection; once closed, do nothing."""
+        """Wait for running writes, then give back every connection; once closed, do nothing.
+
+        A read that is under way ends as it can, or with :class:`~incidentkit.ClientClosed`.
+        """
+        async with self._connecting:
+            await self._close()
+        # The next opening may be on another event loop.
+        self._connecting = asyncio.Lock()
+
+    async def _close(self) -> None:
         self._connected = False
         if self._writes:
             await asyncio.wait(self._writes)
+        await self.store.close()
+        # Last, since a list that the store still answered is handed to the cache.
         pages, self._pages = self._pages, None
         if pages is not None:
             await pages.close()
-        await self.store.close()
-        # The next opening may be on another event loop.
-        self._connecting = asyncio.Lock()
 
     @overload
     async def create(self, incident_message: NewIncident, /) -> Incident: ...

@@ -29,6 +29,7 @@ class Coalescer(Generic[_K, _T]):
     def __init__(self, run: Callable[[_K], Awaitable[_T]]) -> None:
         self._run = run
         self._latest: dict[_K, _Run[_T]] = {}
+        self._running: set[asyncio.Task[_T]] = set()
 
     async def __call__(self, key: _K) -> _T:
         """Return what a run returns that starts during this call."""
@@ -37,6 +38,11 @@ class Coalescer(Generic[_K, _T]):
             latest = self._latest[key] = self._begin(key, latest)
         return await latest.result()
 
+    async def finish(self) -> None:
+        """Wait until every run has ended."""
+        while self._running:
+            await asyncio.wait(self._running)
+
     def _begin(self, key: _K, previous: _Run[_T] | None) -> _Run[_T]:
         async def start() -> _T:
             if previous is not None and not previous.task.done():
@@ -44,11 +50,13 @@ class Coalescer(Generic[_K, _T]):
             run.started = True
             return await self._run(key)
 
-        def forget(_: object) -> None:
+        def forget(task: asyncio.Task[_T]) -> None:
+            self._running.discard(task)
             if self._latest.get(key) is run:
                 del self._latest[key]
 
         run = _Run(asyncio.ensure_future(start()))
+        self._running.add(run.task)
         run.task.add_done_callback(forget)
         return run
 

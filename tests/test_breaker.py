@@ -205,6 +205,17 @@ class RaisingCache(MemoryCache):
         raise self.error
 
 
+@pytest.mark.parametrize("value", ["[]", 1, {}])
+async def test_what_is_no_bytes_is_a_miss(value: Any) -> None:
+    """A cache of one's own that returns something else has nothing."""
+
+    class OddCache(MemoryCache):
+        async def get(self, key: str) -> Any:  # noqa: ARG002
+            return value
+
+    assert await CircuitBreaker(OddCache()).get(KEY) is None
+
+
 @pytest.mark.parametrize("error", [RuntimeError(), asyncio.CancelledError()])
 async def test_no_error_of_a_cache_is_the_callers(error: BaseException) -> None:
     """Whatever a cache raises, also when it is only called, is a failure of the cache."""

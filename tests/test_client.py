@@ -28,6 +28,7 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.cache import MemoryCache
+from incidentkit.cache.redis import RedisCache
 from incidentkit.store import store_from_url
 from incidentkit.store.postgresql import PostgresStore
 from incidentkit.store.sqlite import SqliteStore
@@ -433,6 +434,56 @@ async def test_a_page_in_redis_serves_every_process(
         done = await two.update_status(incident.incident_id, "completed")
         assert await one.list() == await two.list() == [done]
         assert pages_read == 2
+
+
+def test_a_client_closed_while_lists_run_opens_on_another_loop(
+    redis_url: str, migrated_postgres_url: str
+) -> None:
+    """Lists under way when the client is closed end, and the next opening has a working Redis."""
+    incidents = IncidentClient.open(migrated_postgres_url, redis_url, redis_required=True)
+
+    async def list_and_close(turns: int) -> None:
+        await incidents.connect()
+        calls = [asyncio.ensure_future(incidents.list(page)) for page in range(1, 60)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await incidents.close()
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            assert outcome == [] or isinstance(outcome, (ClientClosed, StoreUnavailable))
+
+    for turns in (0, 1, 5, 20, 100):
+        asyncio.run(list_and_close(turns))
+
+    async def list_all() -> None:
+        async with incidents:
+            assert await asyncio.gather(*(incidents.list(page) for page in range(1, 60)))
+            assert incidents.cache_available is True
+
+    for _ in range(2):
+        asyncio.run(list_all())
+
+
+async def test_a_client_that_is_closed_while_it_connects_is_closed(sqlite_url: str) -> None:
+    """However far a connect has come, a close that comes meanwhile waits for it and wins."""
+    for turns in (1, 2, 5, 10):
+        incidents = IncidentClient.open(sqlite_url)
+        connecting = asyncio.ensure_future(incidents.connect())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await incidents.close()
+        await connecting
+        assert not incidents.connected
+
+
+async def test_a_redis_client_that_decodes_serves(redis_url: str, sqlite_url: str) -> None:
+    """A client of one's own that returns texts is as good as one that returns bytes."""
+    async with Redis.from_url(redis_url, decode_responses=True) as redis:
+        one, other = (
+            IncidentClient(store_from_url(sqlite_url), cache=RedisCache(redis)) for _ in range(2)
+        )
+        async with one, other:
+            incident = await one.create("Disk is full", source="operator")
+            assert await one.list() == await other.list() == [incident]
 
 
 async def test_max_staleness_trusts_a_token_for_that_long(sqlite_url: str) -> None:

@@ -144,3 +144,19 @@ async def test_nothing_is_kept_of_runs_that_have_ended(ask: Coalescer[str, int])
     await asyncio.gather(*(ask(str(number)) for number in range(100)))
     await turns()
     assert ask._latest == {}
+
+
+async def test_runs_can_be_waited_for(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`finish` returns once every run has ended, a slow one that was overtaken included."""
+    monkeypatch.setattr(coalescing, "PATIENCE", 0.01)
+    ask = Coalescer(source)
+    source.gate(1)
+    hanging = asyncio.ensure_future(ask("a"))
+    await turns()
+    assert await ask("a") == 2
+    finishing = asyncio.ensure_future(ask.finish())
+    await turns()
+    assert not finishing.done()
+    source.gates[1].set()
+    await finishing
+    assert hanging.done() or await hanging == 1

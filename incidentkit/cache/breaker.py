@@ -54,7 +54,9 @@ class CircuitBreaker:
 
     async def get(self, key: str) -> bytes | None:
         """Return the value, or None if there is none, or no cache to ask."""
-        return await self._try(self._cache.get, key)
+        value: object = await self._try(self._cache.get, key)
+        # A cache of one's own may return anything.
+        return value if isinstance(value, bytes) else None
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         """Keep the value for at most ``ttl`` seconds, if the cache works."""

@@ -139,7 +139,10 @@ class PageCache:
             await self._shared.probe()
 
     async def close(self) -> None:
-        """Forget every page of the process, and close the shared cache."""
+        """Wait for lists that are under way, then forget every page and close the shared cache."""
+        await self._reads.finish()
+        await self._tokens.finish()
+        await self._clears.finish()
         await self._memory.close()
         if self._shared is not None:
             await self._shared.close()

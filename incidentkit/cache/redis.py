@@ -61,8 +61,14 @@ class RedisCache:
     """
 
     def __init__(self, redis: Redis | RedisCluster) -> None:
+        self._open: Callable[[], _Opened] = lambda: (redis, ())
+        self._use(redis, ())
+
+    def _use(
+        self, redis: Redis | RedisCluster, closers: tuple[Callable[[], Awaitable[None]], ...]
+    ) -> None:
         self._redis = redis
-        self._closers: tuple[Callable[[], Awaitable[None]], ...] = ()
+        self._closers = closers
         # Where a pool lets its callers wait, a cluster's node refuses them a connection.
         self._turn = (
             Semaphore(redis.connection_kwargs["max_connections"])
@@ -87,26 +93,28 @@ class RedisCache:
         kind = redis_url.partition("://")[0].partition("+")[2]
         open_by = {"": _open_server, "cluster": _open_cluster, "sentinel": _open_sentinel}
         try:
-            redis, closers = open_by[kind](redis_url)
+            opened = open_by[kind](redis_url)
         except (
             *(ValueError, TypeError, AttributeError, KeyError),
             *(RedisError, RedisClusterException),
         ):
             # The exception may have the password in its text.
             raise InvalidSettings("redis_url", "is not a URL that redis-py can use") from None
-        cache = cls(redis)
-        cache._closers = closers
+        cache = cls(opened[0])
+        cache._open = partial(open_by[kind], redis_url)
+        cache._use(*opened)
         return cache
 
     async def get(self, key: str) -> bytes | None:
         """Return the value, or None if there is none, or one that is no string."""
-        value: bytes | None = None
+        value: bytes | str | None = None
         try:
             (value,) = await self._send(("GET", key))
         except ResponseError as error:
             if not _has_another_type(error):
                 raise
-        return value
+        # A client of one's own may decode its answers.
+        return value.encode() if isinstance(value, str) else value
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         """Keep the value and its name, and if there are too many, remove some at random."""
@@ -130,10 +138,13 @@ class RedisCache:
         await self._send(("PING",))
 
     async def close(self) -> None:
-        """Close the connections that are the cache's own."""
-        async with AsyncExitStack() as closing:
-            for closer in self._closers:
-                closing.push_async_callback(closer)
+        """Close the connections that are the cache's own; the next ones may be on another loop."""
+        try:
+            async with AsyncExitStack() as closing:
+                for closer in self._closers:
+                    closing.push_async_callback(closer)
+        finally:
+            self._use(*self._open())
 
     async def _remove(self, count: int) -> int:
         """Remove so many pages, or all if there are less, and return how many there were."""

@@ -240,10 +240,10 @@ class SqliteStore:
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
                 await connection.execute(statements.INSERT_REQUEST_LOG, rows)
+                await connection.exec_driver_sql("COMMIT")
             except BaseException:
                 await connection.exec_driver_sql("ROLLBACK")
                 raise
-            await connection.exec_driver_sql("COMMIT")
 
     def _connection(self) -> AsyncConnection:
         if self._engine is None:
@@ -285,7 +285,7 @@ class SqliteStore:
         try:
             async with asyncio.timeout(self._options.pool_timeout):
                 await self._writing.acquire()
-        except TimeoutError:
+        except BaseException:
             work.close()
             raise
         try:

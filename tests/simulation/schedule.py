@@ -161,7 +161,6 @@ class Simulation:
     _expected: dict[tuple[int, str], list[Incident]] = field(factory=dict, init=False)
     _numbers: count[int] = field(factory=count, init=False)
     _snapshots: list[Any] = field(factory=list, init=False)
-    _tasks: list[asyncio.Task[None]] = field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.random = Random(f"{self.seed} world")
@@ -220,7 +219,7 @@ class Simulation:
         context = copy_context()
         context.run(PROCESS.set, process)
         start = self._run_process(process)
-        self._tasks.append(self.loop.create_task(start, context=context))
+        self.callers[process].append(self.loop.create_task(start, context=context))
 
     async def _run_process(self, process: str) -> None:
         for number in range(CLIENTS):
@@ -232,7 +231,6 @@ class Simulation:
                 max_staleness=self.max_staleness,
             )
             await client.connect()
-            # A process that starts now may not see what another was told before, but the database.
             user = User(f"client {number} of {process}", client)
             self.users[process].append(user)
             for _ in range(CALLERS):
@@ -294,7 +292,7 @@ class Simulation:
             self._judge(user, limit, failures, error)
         else:
             self.counts["writes"] += 1
-            user.floor = max(user.floor, *commits)
+            user.floor = max([user.floor, *commits])
 
     async def _list(self, user: User, query: ListQuery) -> None:
         first, floor, start = self.database.number, user.floor, self.loop.time()

@@ -191,4 +191,4 @@ def test_broken_code_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """What would make a list stale makes one stale within a few seeds."""
     mutate, max_staleness = MUTANTS[name]
     mutate(monkeypatch)
-    assert any(simulate(seed, max_staleness).stale for seed in range(BOUND))
+    assert any(simulate(seed, max_staleness).stale for seed in range(BOUND)), name
