@@ -670,3 +670,19 @@ def test_other_urls_are_refused(build: Callable[[str], RedisCache], url: str) ->
     assert "hunter" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("name", ["redis_url", "redis_cluster_url", "redis_sentinel_url"])
+def test_a_closed_cache_serves_on_another_loop(request: pytest.FixtureRequest, name: str) -> None:
+    """A cache that many have waited for can be closed, and used on one loop after another."""
+    cache = cache_from_url(request.getfixturevalue(name))
+
+    async def use() -> None:
+        try:
+            await cache.set(KEY, b"[]", TTL)
+            assert await asyncio.gather(*(cache.get(KEY) for _ in range(100))) == [b"[]"] * 100
+        finally:
+            await cache.close()
+
+    for _ in range(3):
+        asyncio.run(use())
