@@ -686,3 +686,13 @@ def test_a_closed_cache_serves_on_another_loop(request: pytest.FixtureRequest, n
 
     for _ in range(3):
         asyncio.run(use())
+
+
+async def test_a_client_that_decodes_its_answers_serves(redis_url: str) -> None:
+    """A Redis client of one's own that returns texts keeps values as one that returns bytes."""
+    async with Redis.from_url(redis_url, decode_responses=True) as redis:
+        cache = RedisCache(redis)
+        await cache.set(KEY, '["é"]'.encode(), TTL)
+        assert await cache.get(KEY) == '["é"]'.encode()
+        await cache.clear()
+        assert await cache.get(KEY) is None

@@ -28,7 +28,6 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.cache import MemoryCache
-from incidentkit.cache.redis import RedisCache
 from incidentkit.store import store_from_url
 from incidentkit.store.postgresql import PostgresStore
 from incidentkit.store.sqlite import SqliteStore
@@ -473,17 +472,6 @@ async def test_a_client_that_is_closed_while_it_connects_is_closed(sqlite_url: s
         await incidents.close()
         await connecting
         assert not incidents.connected
-
-
-async def test_a_redis_client_that_decodes_serves(redis_url: str, sqlite_url: str) -> None:
-    """A client of one's own that returns texts is as good as one that returns bytes."""
-    async with Redis.from_url(redis_url, decode_responses=True) as redis:
-        one, other = (
-            IncidentClient(store_from_url(sqlite_url), cache=RedisCache(redis)) for _ in range(2)
-        )
-        async with one, other:
-            incident = await one.create("Disk is full", source="operator")
-            assert await one.list() == await other.list() == [incident]
 
 
 async def test_max_staleness_trusts_a_token_for_that_long(sqlite_url: str) -> None:
