@@ -1,39 +1,67 @@
 """Record and follow incidents in the database that your application already runs."""
 
+from incidentkit.actor import acting_as
 from incidentkit.client import IncidentClient
 from incidentkit.errors import (
     CacheUnavailable,
     ClientClosed,
+    DuplicateOpenIncident,
     FieldError,
+    IdempotencyKeyReused,
+    IllegalTransition,
+    IncidentConflict,
     IncidentKitError,
     IncidentNotFound,
     InvalidIncident,
     InvalidSettings,
     MissingDependency,
+    NotInTransaction,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
+    UnknownCursor,
+    VersionConflict,
 )
-from incidentkit.models import Incident, IncidentSource, IncidentStatus, ListQuery, NewIncident
+from incidentkit.joined import JoinedIncidents
+from incidentkit.models import (
+    EventKind,
+    Incident,
+    IncidentEvent,
+    IncidentSource,
+    IncidentStatus,
+    ListQuery,
+    NewIncident,
+)
 from incidentkit.version import __version__
 
 __all__ = [
     "CacheUnavailable",
     "ClientClosed",
+    "DuplicateOpenIncident",
+    "EventKind",
     "FieldError",
+    "IdempotencyKeyReused",
+    "IllegalTransition",
     "Incident",
     "IncidentClient",
+    "IncidentConflict",
+    "IncidentEvent",
     "IncidentKitError",
     "IncidentNotFound",
     "IncidentSource",
     "IncidentStatus",
     "InvalidIncident",
     "InvalidSettings",
+    "JoinedIncidents",
     "ListQuery",
     "MissingDependency",
     "NewIncident",
+    "NotInTransaction",
     "SchemaOutOfDate",
     "StoreError",
     "StoreUnavailable",
+    "UnknownCursor",
+    "VersionConflict",
     "__version__",
+    "acting_as",
 ]

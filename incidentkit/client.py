@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 from incidentkit.cache.pages import PageCache, check_max_staleness
-from incidentkit.errors import CacheUnavailable, ClientClosed, IncidentNotFound
-from incidentkit.models import (
-    DEFAULT_LIMIT,
-    Incident,
-    IncidentStatus,
-    ListQuery,
-    NewIncident,
-    check_incident_id,
-    check_status_change,
-)
+from incidentkit.errors import CacheUnavailable, ClientClosed
+from incidentkit.joined import JoinedIncidents
+from incidentkit.models import DEFAULT_LIMIT, Incident, ListQuery
+from incidentkit.operations import IncidentOperations
 from incidentkit.store.base import DEFAULT_DATABASE_URL
+from incidentkit.transitions import Transitions
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Coroutine
     from types import TracebackType
 
+    from asyncpg import Pool, Record
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
     from incidentkit.cache import IncidentCache
-    from incidentkit.models import IncidentSource
+    from incidentkit.models import IncidentSource, IncidentStatus
     from incidentkit.settings import Settings
     from incidentkit.store.base import IncidentStore, StoreOptions
+    from incidentkit.transitions import Graph
 
 logger = logging.getLogger("incidentkit")
 
@@ -37,7 +36,7 @@ Incidents: TypeAlias = list[Incident]
 _T = TypeVar("_T")
 
 
-class IncidentClient:
+class IncidentClient(IncidentOperations):
     """Records and follows incidents. Open it with ``async with``, use it from one event loop.
 
     Args:
@@ -48,9 +47,12 @@ class IncidentClient:
         max_staleness: Seconds by which a list may be behind a change that another client has
             committed. 0, the default, means that it never is, at the price of one small read of
             the database for each list, which concurrent ones share.
+        transitions: For each status those that may follow it; a status that is missing is a last
+            one. None allows every change.
 
     Raises:
-        InvalidSettings: If ``max_staleness`` is not a number from 0 to 3600.
+        InvalidSettings: If ``max_staleness`` is not a number from 0 to 3600, or ``transitions``
+            name something that is no status.
 
     Every method raises :class:`~incidentkit.StoreUnavailable` if the database cannot be reached
     or does not answer in time; a cache that fails is never an error. A write whose caller is
@@ -64,8 +66,10 @@ class IncidentClient:
         cache: IncidentCache | None = None,
         cache_required: bool = False,
         max_staleness: float = 0.0,
+        transitions: Graph | None = None,
     ) -> None:
         check_max_staleness(max_staleness)
+        self._transitions = Transitions(transitions)
         self.store = store
         self._cache = cache
         self._cache_required = cache_required
@@ -76,40 +80,47 @@ class IncidentClient:
         self._writes: set[asyncio.Task[Any]] = set()
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913
         cls,
-        database_url: str = DEFAULT_DATABASE_URL,
+        database: str | AsyncEngine | Pool[Record] = DEFAULT_DATABASE_URL,
         redis_url: str | None = None,
         *,
         redis_required: bool = False,
         max_staleness: float = 0.0,
+        transitions: Graph | None = None,
         options: StoreOptions | None = None,
     ) -> Self:
         """Return a client for these servers; it connects when it is entered.
 
         Args:
-            database_url: ``postgresql://user:password@host:port/database``,
-                ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``.
+            database: ``postgresql://user:password@host:port/database``,
+                ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``; or SQLAlchemy's
+                ``AsyncEngine`` or asyncpg's pool that the application has opened, which the client
+                uses and never closes.
             redis_url: ``redis://host:port/db``, ``redis+cluster://host:port,host:port`` or
                 ``redis+sentinel://host:port,host:port/service``, where lists are cached for all
                 processes. None means that each process caches its own.
             redis_required: Whether connecting fails if Redis does not answer.
             max_staleness: Seconds, 0 to 3600, by which a list may be behind a change that another
                 client has committed; 0 means never.
-            options: Sizes and timeouts of the database; None means the defaults.
+            transitions: For each status those that may follow it; a status that is missing is a
+                last one. None allows every change.
+            options: Sizes and timeouts of a database that is given as a URL; None means the
+                defaults.
 
         Raises:
-            InvalidSettings: If a URL or ``max_staleness`` cannot be used.
+            InvalidSettings: If a URL, ``max_staleness`` or ``transitions`` cannot be used.
             MissingDependency: If Redis is wanted and its package is not installed.
         """
         from incidentkit.cache import cache_from_url  # noqa: PLC0415
-        from incidentkit.store.base import store_from_url  # noqa: PLC0415
+        from incidentkit.store.base import store_on  # noqa: PLC0415
 
         return cls(
-            store_from_url(database_url, options),
+            store_on(database, options),
             cache=None if redis_url is None else cache_from_url(redis_url),
             cache_required=redis_required,
             max_staleness=max_staleness,
+            transitions=transitions,
         )
 
     @classmethod
@@ -211,46 +222,6 @@ class IncidentClient:
         if pages is not None:
             await pages.close()
 
-    @overload
-    async def create(self, incident_message: NewIncident, /) -> Incident: ...
-
-    @overload
-    async def create(
-        self,
-        incident_message: str,
-        *,
-        source: IncidentSource | str,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
-    ) -> Incident: ...
-
-    async def create(
-        self,
-        incident_message: NewIncident | str,
-        *,
-        source: IncidentSource | str | None = None,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
-    ) -> Incident:
-        """Store an incident and return it, committed.
-
-        Args:
-            incident_message: What happened, by the rules of :class:`~incidentkit.NewIncident`;
-                or a ready :class:`~incidentkit.NewIncident`, alone.
-            source: Who reports it.
-            incident_type: The status that it starts with.
-
-        Raises:
-            InvalidIncident: With every faulty field; nothing is stored.
-            TypeError: If a NewIncident comes with fields beside it.
-        """
-        if isinstance(incident_message, NewIncident):
-            if source is not None or incident_type is not IncidentStatus.NEW:
-                raise TypeError("A NewIncident is created as it is, without further fields")
-            incident = incident_message
-        else:
-            incident = NewIncident(incident_message, source, incident_type)  # type: ignore[arg-type]
-        pages = self._open_pages()
-        return await self._write(pages, self.store.create(incident))
-
     async def list(
         self,
         page: int = 1,
@@ -279,40 +250,23 @@ class IncidentClient:
         query = ListQuery(page, limit, status, source)
         return await self._open_pages().list(query)
 
-    async def get(self, incident_id: int) -> Incident:
-        """Return the incident, as the database has it.
+    def join(self, connection: object) -> JoinedIncidents:
+        """Return the verbs inside the transaction of the application's own connection.
+
+        What they write is committed or rolled back with all else in that transaction; until then
+        nobody else sees it. What they read is read there, never from a cache.
 
         Args:
-            incident_id: 1 to 2^63-1.
+            connection: SQLAlchemy's ``AsyncConnection`` or ``AsyncSession``, or a connection of
+                asyncpg that is in a transaction; to the client's database.
 
         Raises:
-            IncidentNotFound: If there is none with this id.
-            InvalidIncident: If it is not an id.
+            ClientClosed: If the client is not open.
+            NotInTransaction: If the connection commits each statement by itself.
+            TypeError: If it is no connection that can be joined.
         """
-        incident_id = check_incident_id(incident_id)
         self._open_pages()
-        incident = await self.store.get(incident_id)
-        if incident is None:
-            raise IncidentNotFound(incident_id)
-        return incident
-
-    async def update_status(self, incident_id: int, status: IncidentStatus | str) -> Incident:
-        """Change the status and return the incident, committed.
-
-        Args:
-            incident_id: 1 to 2^63-1.
-            status: The status that it gets; it may be the one that it has.
-
-        Raises:
-            IncidentNotFound: If there is none with this id.
-            InvalidIncident: With every faulty argument.
-        """
-        incident_id, status = check_status_change(incident_id, status)
-        pages = self._open_pages()
-        incident = await self._write(pages, self.store.update_status(incident_id, status))
-        if incident is None:
-            raise IncidentNotFound(incident_id)
-        return incident
+        return JoinedIncidents(self.store.join(connection), self._transitions)
 
     async def check(self) -> None:
         """Return if the database answers and has the schema that this version works on.
@@ -326,13 +280,18 @@ class IncidentClient:
         await self.store.check()
         await pages.probe()
 
+    def _store(self) -> IncidentStore:
+        self._open_pages()
+        return self.store
+
     def _open_pages(self) -> PageCache:
         if not self._connected or self._pages is None:
             raise ClientClosed
         return self._pages
 
-    async def _write(self, pages: PageCache, write: Coroutine[Any, Any, _T]) -> _T:
+    async def _write(self, write: Coroutine[Any, Any, _T]) -> _T:
         """Run a write and forget the cached pages, in one piece that no cancellation parts."""
+        pages = self._open_pages()
         task = asyncio.ensure_future(_write_and_forget(pages, write))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)

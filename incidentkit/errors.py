@@ -5,6 +5,13 @@
     IncidentKitError
     ├── InvalidIncident      (also a ValueError)
     ├── IncidentNotFound     (also a LookupError)
+    ├── IncidentConflict
+    │   ├── VersionConflict
+    │   ├── IllegalTransition
+    │   └── DuplicateOpenIncident
+    ├── IdempotencyKeyReused
+    ├── UnknownCursor        (also a LookupError)
+    ├── NotInTransaction
     ├── ClientClosed
     ├── InvalidSettings      (also a ValueError)
     ├── MissingDependency    (also an ImportError)
@@ -24,6 +31,8 @@ from attrs import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from incidentkit.models import Incident, IncidentStatus
 
 
 class IncidentKitError(Exception):
@@ -66,6 +75,102 @@ class IncidentNotFound(IncidentKitError, LookupError):
 
     def __str__(self) -> str:
         return f"Incident {self.incident_id} not found"
+
+
+class IncidentConflict(IncidentKitError):
+    """The incident as it is does not let the change happen; nothing was changed.
+
+    Attributes:
+        incident: The incident as it is.
+    """
+
+    def __init__(self, incident: Incident) -> None:
+        self.incident = incident
+        super().__init__(incident)
+
+    def __str__(self) -> str:
+        return f"Incident {self.incident.incident_id} does not allow this change"
+
+
+class VersionConflict(IncidentConflict):
+    """The incident is not of the expected version: somebody else has changed it.
+
+    Attributes:
+        incident: The incident as it is, with its version.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"Incident {self.incident.incident_id} has moved on: "
+            f"it is at version {self.incident.version}"
+        )
+
+
+class IllegalTransition(IncidentConflict):
+    """The client's transitions do not allow this change of the status.
+
+    Attributes:
+        incident: The incident as it is, with its status.
+        to_status: The status that it was to get.
+    """
+
+    def __init__(self, incident: Incident, to_status: IncidentStatus) -> None:
+        self.to_status = to_status
+        super().__init__(incident)
+        self.args = (incident, to_status)
+
+    def __str__(self) -> str:
+        return (
+            f"Incident {self.incident.incident_id} cannot go "
+            f"from {self.incident.incident_type} to {self.to_status}"
+        )
+
+
+class DuplicateOpenIncident(IncidentConflict):
+    """The incident cannot be opened again: another one with its deduplication key is open.
+
+    Attributes:
+        incident: The incident that was to be opened, as it is.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"Incident {self.incident.incident_id} cannot be opened again: "
+            "another one with its dedup_key is open"
+        )
+
+
+class IdempotencyKeyReused(IncidentKitError):
+    """The idempotency key was used for something else in the last 24 hours; nothing was changed.
+
+    Attributes:
+        idempotency_key: The key.
+    """
+
+    def __init__(self, idempotency_key: str) -> None:
+        self.idempotency_key = idempotency_key
+        super().__init__(idempotency_key)
+
+    def __str__(self) -> str:
+        return "The idempotency key was used with other parameters"
+
+
+class UnknownCursor(IncidentKitError, LookupError):
+    """The change that the cursor stands for never happened in this database.
+
+    The database is another one, a copy that went its own way, or was restored to a time before
+    the change. What comes after it cannot be told.
+    """
+
+    def __str__(self) -> str:
+        return "The cursor is not one of this database"
+
+
+class NotInTransaction(IncidentKitError):
+    """What was to be joined is not a transaction, or has ended."""
+
+    def __str__(self) -> str:
+        return "The connection is not in a transaction that can be joined"
 
 
 class ClientClosed(IncidentKitError):

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from attrs import NOTHING, field, fields_dict, frozen
+from attrs import NOTHING, Factory, field, fields_dict, frozen
 
+from incidentkit.cursor import decode_cursor
 from incidentkit.errors import FieldError, InvalidIncident
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 MESSAGE_MIN_LENGTH: Final = 5
 MESSAGE_MAX_LENGTH: Final = 1000
 FORBIDDEN_MESSAGES: Final = frozenset({"test", "none", "null"})
+
+NAME_MAX_LENGTH: Final = 255
+"""Characters of an actor, a deduplication key or an idempotency key."""
+
+NOTE_MAX_LENGTH: Final = 1000
 
 MAX_ID: Final = 2**63 - 1
 DEFAULT_LIMIT: Final = 10
@@ -38,6 +44,10 @@ class IncidentStatus(StrEnum):
     FAILED = "failed"
 
 
+OPEN: Final = IncidentStatus.NEW
+"""The status of an incident that is open; one with any other has ended."""
+
+
 class IncidentSource(StrEnum):
     """Who reported an incident."""
 
@@ -46,15 +56,30 @@ class IncidentSource(StrEnum):
     PARTNER = "partner"
 
 
-def _message(value: object) -> str:
-    """Strip the message, then hold it against the rules of the origin's contract."""
+class EventKind(StrEnum):
+    """What happened to an incident."""
+
+    CREATED = "created"
+    RECURRED = "recurred"
+    STATUS_CHANGED = "status_changed"
+    NOTED = "noted"
+    PURGED = "purged"
+
+
+def _storable(value: object) -> str:
+    """Return the value if it is a text that both databases can hold."""
     if not isinstance(value, str):
         raise ValueError("must be a string")  # noqa: TRY004
     if "\x00" in value:
         raise ValueError("must not contain a NUL character")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError("must not contain a lone surrogate")
-    message = value.strip()
+    return value
+
+
+def _message(value: object) -> str:
+    """Strip the message, then hold it against the rules of the origin's contract."""
+    message = _storable(value).strip()
     # Normalising takes quadratic time, and what is too long is none of these words.
     if (
         len(message) <= MESSAGE_MAX_LENGTH
@@ -67,6 +92,33 @@ def _message(value: object) -> str:
             "after surrounding white space is removed"
         )
     return message
+
+
+def _text(low: int, high: int) -> Callable[[object], str]:
+    """Return the rule that a value is a text of so many characters, taken as it is."""
+
+    def rule(value: object) -> str:
+        text = _storable(value)
+        if not low <= len(text) <= high:
+            raise ValueError(f"must have {low} to {high} characters")
+        return text
+
+    return rule
+
+
+def _optional(rule: Callable[[object], _T]) -> Callable[[object], _T | None]:
+    """Return the rule that a value is None, or keeps the rule."""
+    return lambda value: None if value is None else rule(value)
+
+
+def _note(value: object) -> str:
+    """Strip the note, then hold it against the rules."""
+    note = _storable(value).strip()
+    if not 1 <= len(note) <= NOTE_MAX_LENGTH:
+        raise ValueError(
+            f"must have 1 to {NOTE_MAX_LENGTH} characters after surrounding white space is removed"
+        )
+    return note
 
 
 def _member(enum: type[_E]) -> Callable[[object], _E]:
@@ -99,6 +151,8 @@ _source: Final = _member(IncidentSource)
 _incident_id: Final = _integer(1, MAX_ID)
 _page: Final = _integer(1, MAX_OFFSET)
 _limit: Final = _integer(1, MAX_LIMIT)
+_version: Final = _integer(1, MAX_ID)
+_name: Final = _text(1, NAME_MAX_LENGTH)
 
 
 class _Check:
@@ -131,6 +185,9 @@ class NewIncident:
         source: Who reports it: an :class:`IncidentSource` or its string value.
         incident_type: The status that it starts with: an :class:`IncidentStatus` or its string
             value.
+        dedup_key: What it is about, in 1 to 255 characters: while an incident with this key is
+            open, no second one is made, and that one counts a further occurrence. Only for an
+            incident that starts as ``new``. None means that it is always a new one.
 
     Raises:
         InvalidIncident: With every faulty field.
@@ -139,20 +196,25 @@ class NewIncident:
     incident_message: str
     source: IncidentSource
     incident_type: IncidentStatus = IncidentStatus.NEW
+    dedup_key: str | None = None
 
     def __init__(
         self,
         incident_message: str,
         source: IncidentSource | str,
         incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        dedup_key: str | None = None,
     ) -> None:
         check = _Check()
         checked_message = check("incident_message", _message, incident_message)
         checked_source = check("source", _source, source)
         checked_type = check("incident_type", _status, incident_type)
+        checked_key = check("dedup_key", _optional(_name), dedup_key)
+        if checked_key is not None and checked_type not in (None, OPEN):
+            check.errors.append(FieldError("dedup_key", f"needs the incident_type {OPEN}"))
         check.done()
         self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
-            checked_message, checked_source, checked_type
+            checked_message, checked_source, checked_type, checked_key
         )
 
     @classmethod
@@ -179,13 +241,18 @@ _NEW_INCIDENT_RULES: Final[Mapping[str, Callable[[object], object]]] = {
     "incident_message": _message,
     "source": _source,
     "incident_type": _status,
+    "dedup_key": _optional(_name),
 }
 
 
 def _whole_utc_second(value: datetime) -> datetime:
     if value.tzinfo is None:
-        raise ValueError("created_at must be an aware datetime")
+        raise ValueError("a time must be an aware datetime")
     return value.astimezone(UTC).replace(microsecond=0)
+
+
+def _whole_utc_second_or_none(value: datetime | None) -> datetime | None:
+    return None if value is None else _whole_utc_second(value)
 
 
 @frozen
@@ -198,7 +265,13 @@ class Incident:
         incident_type: The status.
         source: Who reported it.
         created_at: When the database stored it: aware, in UTC, in whole seconds, which is the
-            resolution of the wire format.
+            resolution of the wire format; so are the other times.
+        version: 1 when it is created, and one more with each change of its fields.
+        dedup_key: What it is about; None means that nothing is counted as a repetition of it.
+        occurrences: How often it was reported, at least 1.
+        last_seen_at: When it was last reported.
+        ended_at: When its status left ``new``; None while it is open, and if its end was not
+            recorded because somebody else's program changed the status.
     """
 
     incident_id: int
@@ -206,6 +279,39 @@ class Incident:
     incident_type: IncidentStatus
     source: IncidentSource
     created_at: datetime = field(converter=_whole_utc_second)
+    version: int = 1
+    dedup_key: str | None = None
+    occurrences: int = 1
+    last_seen_at: datetime = field(
+        default=Factory(lambda self: self.created_at, takes_self=True), converter=_whole_utc_second
+    )
+    ended_at: datetime | None = field(default=None, converter=_whole_utc_second_or_none)
+
+
+@frozen
+class IncidentEvent:
+    """One change of an incident, as it was recorded with it; a row of ``incident_event``.
+
+    Attributes:
+        cursor: Its place in the order of all events, for ``after=``.
+        incident_id: The incident that changed.
+        kind: What happened.
+        from_status: The status before; None where the status did not change.
+        to_status: The status after; None where the status did not change.
+        actor: Who did it; None if nobody was named.
+        note: What was said about it; None if nothing was. Of a recurrence, the message that it
+            came with, if that differs from the incident's.
+        at: When the database recorded it: aware, in UTC, in whole seconds.
+    """
+
+    cursor: str
+    incident_id: int
+    kind: EventKind
+    from_status: IncidentStatus | None
+    to_status: IncidentStatus | None
+    actor: str | None
+    note: str | None
+    at: datetime = field(converter=_whole_utc_second)
 
 
 @frozen(init=False)
@@ -269,16 +375,114 @@ def check_incident_id(incident_id: int) -> int:
     return checked
 
 
-def check_status_change(
-    incident_id: int, status: IncidentStatus | str
-) -> tuple[int, IncidentStatus]:
-    """Return the id and the status if both are valid.
+def check_history(incident_id: int, limit: int, after: str | None) -> tuple[int, int, int]:
+    """Return the id, the limit, and the id of the event that the cursor stands for, or 0.
+
+    Raises:
+        InvalidIncident: With every faulty argument.
+    """
+    check = _Check()
+    checked_id = check("incident_id", _incident_id, incident_id)
+    checked_limit = check("limit", _limit, limit)
+    _, event_id, _, of_incident = check("after", _optional(event_cursor), after) or (0, 0, 0, None)
+    if of_incident not in (None, checked_id):
+        check.errors.append(FieldError("after", "is not a cursor of this incident"))
+    check.done()
+    return checked_id, checked_limit, event_id
+
+
+def event_cursor(value: object) -> tuple[int, ...]:
+    """Return the numbers in the cursor of an event: its place, its nonce and its incident.
+
+    Raises:
+        ValueError: With the rule that it breaks.
+    """
+    if not isinstance(value, str):
+        raise ValueError("must be a string")  # noqa: TRY004
+    return decode_cursor(value, 4)
+
+
+def check_actor(actor: str) -> str:
+    """Return the actor's name if it can be stored.
+
+    Raises:
+        InvalidIncident: If it has not 1 to 255 characters.
+    """
+    check = _Check()
+    checked = check("actor", _name, actor)
+    check.done()
+    return checked
+
+
+def check_idempotency_key(idempotency_key: str) -> str:
+    """Return the key if it is one.
+
+    Raises:
+        InvalidIncident: If it has not 1 to 255 characters.
+    """
+    check = _Check()
+    checked = check("idempotency_key", _name, idempotency_key)
+    check.done()
+    return checked
+
+
+@frozen(init=False)
+class NewNote:
+    """A note to be added to the history of an incident.
+
+    Args:
+        incident_id: 1 to 2^63-1.
+        note: Surrounding white space is removed; the rest has 1 to 1000 characters.
 
     Raises:
         InvalidIncident: With every faulty field.
     """
-    check = _Check()
-    checked_id = check("incident_id", _incident_id, incident_id)
-    checked_status = check("status", _status, status)
-    check.done()
-    return checked_id, checked_status
+
+    incident_id: int
+    note: str
+
+    def __init__(self, incident_id: int, note: str) -> None:
+        check = _Check()
+        checked_id = check("incident_id", _incident_id, incident_id)
+        checked_note = check("note", _note, note)
+        check.done()
+        self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
+            checked_id, checked_note
+        )
+
+
+@frozen(init=False)
+class StatusChange:
+    """A change of an incident's status.
+
+    Args:
+        incident_id: 1 to 2^63-1.
+        status: The status that it gets.
+        note: What is said about it, in 1 to 1000 characters; None means nothing.
+        expected_version: The version that the incident has to have; None means any.
+
+    Raises:
+        InvalidIncident: With every faulty field.
+    """
+
+    incident_id: int
+    status: IncidentStatus
+    note: str | None
+    expected_version: int | None
+
+    def __init__(
+        self,
+        incident_id: int,
+        status: IncidentStatus | str,
+        note: str | None = None,
+        expected_version: int | None = None,
+    ) -> None:
+        check = _Check()
+        checked_id = check("incident_id", _incident_id, incident_id)
+        checked_status = check("status", _status, status)
+        checked_note = check("note", _optional(_note), note)
+        checked_version = check("expected_version", _optional(_version), expected_version)
+        check.done()
+        self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
+            checked_id, checked_status, checked_note, checked_version
+        )

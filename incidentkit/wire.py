@@ -8,11 +8,20 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
+from attrs import fields_dict
+
 from incidentkit.errors import FieldError, InvalidIncident
-from incidentkit.models import Incident, IncidentSource, IncidentStatus, NewIncident
+from incidentkit.models import (
+    EventKind,
+    Incident,
+    IncidentEvent,
+    IncidentSource,
+    IncidentStatus,
+    NewIncident,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from enum import StrEnum
 
     from cattrs import Converter
@@ -59,8 +68,9 @@ def wire_converter() -> Converter:
     The rules of the wire:
 
     - a field has the name that it has in Python and in the table;
-    - ``created_at`` is ``YYYY-MM-DD HH:MM:SS`` in UTC;
-    - a status and a source are their plain values;
+    - a time is ``YYYY-MM-DD HH:MM:SS`` in UTC;
+    - a status, a source and a kind are their plain values;
+    - None is ``null``, and no field of an answer is ever missing;
     - numbers and strings are taken only as what they are: ``"7"`` is no id;
     - a :class:`NewIncident` is read strictly: an unknown field is refused, a missing one named.
     """
@@ -71,11 +81,28 @@ def wire_converter() -> Converter:
     converter.register_structure_hook(datetime, _time_from_wire)
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
-    for enum in (IncidentStatus, IncidentSource):
+    for enum in (IncidentStatus, IncidentSource, EventKind):
         # Or the hook for str would be theirs, too.
         converter.register_structure_hook(enum, _member_from_wire)
     converter.register_structure_hook(NewIncident, _new_incident_from_wire)
+    for model in (Incident, IncidentEvent):
+        converter.register_structure_hook(model, _complete(model, converter))
     return converter
+
+
+def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
+    """Return what reads a model without filling in what is missing."""
+    from cattrs.gen import make_dict_structure_fn  # noqa: PLC0415
+
+    structure = make_dict_structure_fn(model, converter)
+    names = fields_dict(model)
+
+    def complete(value: Any, type_: Any) -> Any:
+        for name in names:
+            value[name]
+        return structure(value, type_)
+
+    return complete
 
 
 def dump_json(value: Any) -> bytes:
@@ -91,6 +118,28 @@ def encode_incident(incident: Incident) -> bytes:
 def encode_incidents(incidents: Sequence[Incident]) -> bytes:
     """Return the incidents as a JSON array."""
     return dump_json(wire_converter().unstructure(incidents))
+
+
+def encode_events(events: Sequence[IncidentEvent]) -> bytes:
+    """Return the events as a JSON array."""
+    return dump_json(wire_converter().unstructure(events))
+
+
+def encode_event(event: IncidentEvent) -> bytes:
+    """Return the event as a JSON object."""
+    return dump_json(wire_converter().unstructure(event))
+
+
+def decode_incident(data: bytes | str) -> Incident:
+    """Read what :func:`encode_incident` wrote; fields that are unknown are left out.
+
+    Raises:
+        ValueError: If it is no incident.
+    """
+    try:
+        return wire_converter().structure(json.loads(data), Incident)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError("not a JSON object of an incident") from error
 
 
 def decode_incidents(data: bytes) -> list[Incident]:

@@ -29,8 +29,8 @@ from incidentkit.models import (
     IncidentStatus,
     ListQuery,
     NewIncident,
+    StatusChange,
     check_incident_id,
-    check_status_change,
 )
 from incidentkit.wire import dump_json, encode_incident, encode_incidents, wire_converter
 
@@ -257,7 +257,7 @@ OPERATIONS: Final = (
             _INCIDENT_ID,
             Parameter("status", "The status that it gets.", IncidentStatus, required=True),
         ),
-        check=check_status_change,
+        check=StatusChange,
         problems=(400, 404, 422, 500, 503),
     ),
     Operation(

@@ -14,10 +14,27 @@ if TYPE_CHECKING:
 
     from attrs import Attribute
 
-    from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
+    from incidentkit.models import (
+        Incident,
+        IncidentEvent,
+        ListQuery,
+        NewIncident,
+        NewNote,
+        StatusChange,
+    )
+    from incidentkit.transitions import Transitions
 
 DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
 """Where incidents are kept if nothing else is said: a file in the current folder."""
+
+Place: TypeAlias = tuple[int, int]
+"""Where an event stands in the order of all: the number of a transaction, and the event's id."""
+
+BEGINNING: Final[Place] = (-(2**63), 0)
+"""The place before the first event."""
+
+Events: TypeAlias = "list[IncidentEvent]"
+"""An alias because inside the protocol ``list`` is the verb."""
 
 DatabaseKind: TypeAlias = Literal["postgresql", "sqlite"]
 
@@ -65,6 +82,19 @@ class Page:
     token: str | None
 
 
+@frozen
+class Idempotency:
+    """What makes a write happen once.
+
+    Attributes:
+        key: What the caller repeats.
+        fingerprint: The same for the same parameters, and for no others.
+    """
+
+    key: str
+    fingerprint: str
+
+
 def _at_least(low: int) -> Callable[[object, Attribute[int], object], None]:
     def check(_: object, option: Attribute[int], value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -104,28 +134,24 @@ class StoreOptions:
     echo: bool = False
 
 
-class IncidentStore(Protocol):
-    """Where incidents are kept.
+class StoreOperations(Protocol):
+    """What is done with incidents, in transactions of its own or in a host's.
 
     Every method raises :class:`~incidentkit.StoreUnavailable` if the database cannot be reached
     and :class:`~incidentkit.StoreError` if it refuses a statement; arguments are valid already.
     """
 
-    async def open(self) -> None:
-        """Connect, and make sure of the schema.
+    async def create(
+        self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
+    ) -> Incident:
+        """Store the incident with its event and return it.
+
+        If one with its deduplication key is open, that one counts an occurrence instead. If the
+        key of ``once`` was used within a day, return what was returned then.
 
         Raises:
-            SchemaOutOfDate: If it is not the one that this version works on.
+            IdempotencyKeyReused: If it was used for something else.
         """
-
-    async def close(self) -> None:
-        """Give back every connection; calling it again does nothing."""
-
-    async def check(self) -> None:
-        """Raise unless the database answers and has the schema that this version works on."""
-
-    async def create(self, incident: NewIncident) -> Incident:
-        """Store the incident and return it, committed."""
         ...
 
     async def list(self, query: ListQuery) -> Page:
@@ -144,8 +170,89 @@ class IncidentStore(Protocol):
         """Return the incident, or None if there is none with this id."""
         ...
 
-    async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
-        """Change the status and return the incident, committed, or None if there is none."""
+    async def update_status(
+        self,
+        change: StatusChange,
+        *,
+        transitions: Transitions = ...,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident:
+        """Change the status, with its event, and return the incident.
+
+        A status that it has already is no change: only a note is recorded.
+
+        Raises:
+            IncidentNotFound: If there is none with this id.
+            IncidentConflict: If the incident as it is does not allow it.
+            IdempotencyKeyReused: If the key of ``once`` was used for something else.
+        """
+        ...
+
+    async def note(self, note: NewNote, *, actor: str | None = None) -> IncidentEvent:
+        """Add a note to the history and return its event.
+
+        Raises:
+            IncidentNotFound: If there is none with this id.
+        """
+        ...
+
+    async def history(self, incident_id: int, *, after: int = ..., limit: int = ...) -> Events:
+        """Return events of an incident, oldest first, from past the one with this event id."""
+        ...
+
+    async def changes(self, after: Place, limit: int) -> Events:
+        """Return events of all incidents, from past a place, in the order of their commits.
+
+        Events of one incident are in the order of its changes. No event is ever added before one
+        that was returned.
+        """
+        ...
+
+    async def latest_change(self) -> IncidentEvent | None:
+        """Return the last of all events that :meth:`changes` has, or None if it has none."""
+        ...
+
+    async def place(self, cursor: tuple[int, ...]) -> Place:
+        """Return the place of the event that a cursor stands for.
+
+        Raises:
+            UnknownCursor: If there never was this event here.
+        """
+        ...
+
+
+class IncidentStore(StoreOperations, Protocol):
+    """Where incidents are kept: each of its writes is committed when it returns."""
+
+    async def open(self) -> None:
+        """Connect, and make sure of the schema.
+
+        Raises:
+            SchemaOutOfDate: If it is not the one that this version works on.
+        """
+
+    async def close(self) -> None:
+        """Give back every connection; calling it again does nothing."""
+
+    async def check(self) -> None:
+        """Raise unless the database answers and has the schema that this version works on."""
+
+    async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
+        """Remove at most so many incidents that ended before then, and return their number.
+
+        Their events go with them; one that tells of it stays. Those that others are changing are
+        left out.
+        """
+        ...
+
+    def join(self, connection: object) -> StoreOperations:
+        """Return what is done with incidents in the transaction of a host's connection.
+
+        Raises:
+            NotInTransaction: If the connection commits each statement by itself.
+            TypeError: If it is no connection that can be joined.
+        """
         ...
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
@@ -181,3 +288,37 @@ def store_from_url(
     from incidentkit.store.sqlite import SqliteStore  # noqa: PLC0415
 
     return SqliteStore(database_url, options)
+
+
+def store_on(database: object, options: StoreOptions | None = None) -> IncidentStore:
+    """Return the store, not yet open, on a URL, or on what a host has opened itself.
+
+    Args:
+        database: A URL, SQLAlchemy's ``AsyncEngine``, or a pool of asyncpg.
+        options: Only for a URL; what a host has opened has sizes and timeouts already.
+
+    Raises:
+        InvalidSettings: If it is none of these, or to another kind of database, or has options.
+    """
+    if isinstance(database, str):
+        return store_from_url(database, options)
+    if options is not None:
+        raise InvalidSettings("options", "are only for a URL: an engine or a pool has its own")
+    import asyncpg  # noqa: PLC0415
+    from sqlalchemy.ext.asyncio import AsyncEngine  # noqa: PLC0415
+
+    if isinstance(database, asyncpg.Pool):
+        from incidentkit.store.postgresql import PostgresStore  # noqa: PLC0415
+
+        return PostgresStore(database)
+    if isinstance(database, AsyncEngine) and database.dialect.name == "postgresql":
+        from incidentkit.store.engine import EngineStore  # noqa: PLC0415
+
+        return EngineStore(database)
+    if isinstance(database, AsyncEngine) and database.dialect.name == "sqlite":
+        from incidentkit.store.sqlite import SqliteStore  # noqa: PLC0415
+
+        return SqliteStore(database)
+    raise InvalidSettings(
+        "database", "must be a URL, an AsyncEngine on PostgreSQL or SQLite, or a pool of asyncpg"
+    )

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import re
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import asyncpg
 from attrs import frozen
@@ -17,27 +18,37 @@ from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 
 from incidentkit.errors import (
     ClientClosed,
+    DuplicateOpenIncident,
+    IncidentKitError,
     InvalidSettings,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
 )
+from incidentkit.models import OPEN, NewNote
+from incidentkit.store import postgresql_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
-from incidentkit.store.statements import read_incident, read_page
+from incidentkit.store.operations import Operations, found
+from incidentkit.store.statements import read_event, read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from datetime import datetime
 
     from asyncpg.pool import PoolConnectionProxy
-    from sqlalchemy import Dialect
-    from sqlalchemy.sql.expression import ClauseElement
+    from sqlalchemy import Dialect, Executable
 
-    from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
-    from incidentkit.store.base import Page, RequestRecord
+    from incidentkit.models import Incident, IncidentEvent, NewIncident, StatusChange
+    from incidentkit.store.base import RequestRecord, StoreOperations
+    from incidentkit.store.operations import Fetch, Rows
+    from incidentkit.transitions import Transitions
 
-Rows: TypeAlias = list["asyncpg.Record"]
+_T = TypeVar("_T")
+
+ATTEMPTS: Final = 10
+"""How often a change is tried that others are faster than."""
 
 logger = logging.getLogger("incidentkit.store")
 
@@ -87,21 +98,25 @@ class _Compiled:
     parameters: tuple[str, ...]
 
 
-def compile_statement(statement: ClauseElement) -> _Compiled:
+def compile_statement(statement: Executable) -> _Compiled:
     """Return the statement as text for asyncpg."""
-    compiled: Any = statement.compile(dialect=_DIALECT)
+    clause: Any = statement
+    compiled = clause.compile(dialect=_DIALECT)
     return _Compiled(compiled.string, tuple(compiled.positiontup or ()))
 
 
-_INSERT_INCIDENT: Final = compile_statement(statements.INSERT_INCIDENT)
-_SELECT_INCIDENT: Final = compile_statement(statements.SELECT_INCIDENT)
-_UPDATE_STATUS: Final = compile_statement(statements.UPDATE_STATUS)
-_SELECT_PAGE: Final = {
-    filters: compile_statement(statement) for filters, statement in statements.SELECT_PAGE.items()
-}
-_SELECT_TOKEN: Final = compile_statement(statements.SELECT_TOKEN)
-_INSERT_REQUEST_LOG: Final = compile_statement(statements.INSERT_REQUEST_LOG)
-_SELECT_REVISION: Final = compile_statement(statements.SELECT_REVISION)
+_compile: Final = cache(compile_statement)
+"""Each statement is compiled when it is first run."""
+
+
+async def fetch_rows(
+    connection: asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record],
+    statement: Executable,
+    values: Mapping[str, Any],
+) -> Rows:
+    """Run a statement on a connection of asyncpg."""
+    compiled = _compile(statement)
+    return await connection.fetch(compiled.text, *[values[name] for name in compiled.parameters])
 
 
 def asyncpg_dsn(database_url: str) -> str:
@@ -136,20 +151,87 @@ async def _keep_state(_: Any) -> None:
     """Skip asyncpg's reset query, a round trip for each call: our statements leave no state."""
 
 
-class PostgresStore:
+class PostgresOperations(Operations):
+    """What is done with incidents in PostgreSQL: each write in one statement."""
+
+    _claim_key = writes.CLAIM_KEY
+    _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
+
+    async def _create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
+        rows = await fetch(
+            writes.INSERT_INCIDENT[incident.dedup_key is not None],
+            {
+                "incident_message": incident.incident_message,
+                "incident_type": incident.incident_type.value,
+                "source": incident.source.value,
+                "dedup_key": incident.dedup_key,
+                "actor": actor,
+            },
+        )
+        return read_incident(rows[0])
+
+    async def _update_status(
+        self, fetch: Fetch, change: StatusChange, transitions: Transitions, actor: str | None
+    ) -> Incident:
+        values = {
+            "incident_id": change.incident_id,
+            "status": change.status.value,
+            "from_statuses": [status.value for status in transitions.sources(change.status)],
+            "expected_version": change.expected_version,
+            "note": change.note,
+            "actor": actor,
+        }
+        key = {"incident_id": change.incident_id}
+        for _ in range(ATTEMPTS):
+            rows = await fetch(writes.UPDATE_STATUS, values)
+            if rows:
+                return read_incident(rows[0])
+            incident = read_incident(
+                found(change.incident_id, await fetch(statements.SELECT_INCIDENT, key))
+            )
+            if not transitions.check(incident, change):
+                if change.note is not None:
+                    await self._note(fetch, NewNote(change.incident_id, change.note), actor)
+                return incident
+            # Either another one with its key is open, or it has just been changed once more.
+            if change.status is OPEN and await fetch(
+                writes.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
+            ):
+                raise DuplicateOpenIncident(incident)
+        raise StoreUnavailable("others change the incident all the time")
+
+    async def _note(self, fetch: Fetch, note: NewNote, actor: str | None) -> IncidentEvent:
+        values = {"incident_id": note.incident_id, "note": note.note, "actor": actor}
+        return read_event(found(note.incident_id, await fetch(writes.INSERT_NOTE, values)))
+
+    async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
+        """Remove incidents, and leave the event that tells of it, in one statement."""
+        values = {"ended_before": ended_before, "limit": limit, "actor": actor}
+
+        async def work(fetch: Fetch) -> int:
+            ((count,),) = await fetch(writes.PURGE, values)
+            return int(count)
+
+        return await self._write(work)
+
+
+class PostgresStore(PostgresOperations):
     """Incidents in PostgreSQL.
 
     Args:
-        database_url: ``postgresql://user:password@host:port/database``; further parameters as
-            asyncpg takes them, such as ``?sslmode=require``.
-        options: Sizes and timeouts.
+        database: ``postgresql://user:password@host:port/database``; further parameters as asyncpg
+            takes them, such as ``?sslmode=require``. Or a pool that is open, and stays the host's.
+        options: Sizes and timeouts; of a pool that is open, how long its connections are waited
+            for.
 
     The schema is checked when the store opens, never changed: ``incidentkit db upgrade`` does
     that.
     """
 
-    def __init__(self, database_url: str, options: StoreOptions | None = None) -> None:
-        self._dsn = asyncpg_dsn(database_url)
+    def __init__(
+        self, database: str | asyncpg.Pool[asyncpg.Record], options: StoreOptions | None = None
+    ) -> None:
+        self._database = asyncpg_dsn(database) if isinstance(database, str) else database
         self._options = options or StoreOptions()
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._giving_back: set[asyncio.Task[None]] = set()
@@ -157,14 +239,18 @@ class PostgresStore:
     async def open(self) -> None:
         """Connect and check the schema."""
         options = self._options
-        self._pool = await asyncpg.create_pool(
-            self._dsn,
-            min_size=0,
-            max_size=options.pool_size + options.max_overflow,
-            timeout=options.connect_timeout,
-            command_timeout=options.statement_timeout,
-            reset=_keep_state,
-            init=_log_statements if options.echo else None,
+        self._pool = (
+            await asyncpg.create_pool(
+                self._database,
+                min_size=0,
+                max_size=options.pool_size + options.max_overflow,
+                timeout=options.connect_timeout,
+                command_timeout=options.statement_timeout,
+                reset=_keep_state,
+                init=_log_statements if options.echo else None,
+            )
+            if isinstance(self._database, str)
+            else self._database
         )
         try:
             await self.check()
@@ -181,66 +267,32 @@ class PostgresStore:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        try:
-            async with asyncio.timeout(self._options.pool_timeout):
-                await pool.close()
-        except (TimeoutError, *_LOST):
-            pool.terminate()
+        if pool is not self._database:
+            try:
+                async with asyncio.timeout(self._options.pool_timeout):
+                    await pool.close()
+            except (TimeoutError, *_LOST):
+                pool.terminate()
         if self._giving_back:
             await asyncio.wait(self._giving_back)
 
     async def check(self) -> None:
         """Raise unless the database answers and has our schema."""
-        rows = await self._read(_SELECT_REVISION, {})
+        rows = await self._read(statements.SELECT_REVISION, {})
         check_revision(rows[0][0] if rows else None)
 
-    async def create(self, incident: NewIncident) -> Incident:
-        """Store the incident in one statement."""
-        rows = await self._run(
-            _INSERT_INCIDENT,
-            {
-                "incident_message": incident.incident_message,
-                "incident_type": incident.incident_type,
-                "source": incident.source,
-            },
-        )
-        return read_incident(rows[0])
+    def join(self, connection: object) -> StoreOperations:
+        """Return what is done in the transaction of a host's connection."""
+        from incidentkit.store.joined import join  # noqa: PLC0415
 
-    async def list(self, query: ListQuery) -> Page:
-        """Read one page and its token in one statement."""
-        rows = await self._read(
-            _SELECT_PAGE[query.status is not None, query.source is not None],
-            {
-                "status": query.status,
-                "source": query.source,
-                "limit": query.limit,
-                "offset": query.offset,
-            },
-        )
-        return read_page(rows)
-
-    async def token(self) -> str | None:
-        """Read the token in one statement."""
-        ((token,),) = await self._read(_SELECT_TOKEN, {})
-        return token if token is None else str(token)
-
-    async def get(self, incident_id: int) -> Incident | None:
-        """Read one incident in one statement."""
-        rows = await self._read(_SELECT_INCIDENT, {"incident_id": incident_id})
-        return read_incident(rows[0]) if rows else None
-
-    async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
-        """Change the status in one statement."""
-        rows = await self._run(_UPDATE_STATUS, {"id": incident_id, "status": status})
-        return read_incident(rows[0]) if rows else None
+        return join(connection, "postgresql")
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append the records in one batch."""
-        rows = [
-            [getattr(record, name) for name in _INSERT_REQUEST_LOG.parameters] for record in records
-        ]
+        compiled = _compile(statements.INSERT_REQUEST_LOG)
+        rows = [[getattr(record, name) for name in compiled.parameters] for record in records]
         async with self._connection() as connection:
-            await connection.executemany(_INSERT_REQUEST_LOG.text, rows)
+            await connection.executemany(compiled.text, rows)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[PoolConnectionProxy[asyncpg.Record]]:
@@ -266,7 +318,7 @@ class PostgresStore:
             task = asyncio.ensure_future(self._give_back(pool, connection))
             self._giving_back.add(task)
             task.add_done_callback(self._giving_back.discard)
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, IncidentKitError):
                 raise translate_error(error) from error
             raise
         await pool.release(connection, timeout=seconds)
@@ -280,20 +332,27 @@ class PostgresStore:
         with suppress(Exception):
             await pool.release(connection, timeout=self._options.pool_timeout)
 
-    async def _read(self, statement: _Compiled, values: Mapping[str, Any]) -> Rows:
+    async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads, once more if its connection turns out to be dead."""
+
+        async def work(fetch: Fetch) -> Rows:
+            return await fetch(statement, values)
+
         try:
-            return await self._run(statement, values)
+            return await self._write(work)
         except StoreUnavailable as error:
             if not isinstance(error.__cause__, _LOST):
                 raise
-        return await self._run(statement, values)
+        return await self._write(work)
 
-    async def _run(self, statement: _Compiled, values: Mapping[str, Any]) -> Rows:
-        """Run a statement once: a write must not be sent again, a lost answer may hide a commit."""
-        arguments = [values[name] for name in statement.parameters]
+    async def _write(self, work: Callable[[Fetch], Awaitable[_T]], *, atomic: bool = False) -> _T:
+        """Run work once: a write must not be sent again, a lost answer may hide a commit."""
         async with self._connection() as connection:
-            return await connection.fetch(statement.text, *arguments)
+            fetch = partial(fetch_rows, connection)
+            if not atomic:
+                return await work(fetch)
+            async with connection.transaction():
+                return await work(fetch)
 
 
 async def _log_statements(connection: asyncpg.Connection[asyncpg.Record]) -> None:

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 import sqlite3
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import asdict
 from sqlalchemy import NullPool, create_engine, event, make_url
@@ -16,29 +18,35 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from incidentkit.errors import (
     ClientClosed,
+    DuplicateOpenIncident,
     IncidentKitError,
     InvalidSettings,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
 )
+from incidentkit.models import OPEN, EventKind, IncidentStatus, NewNote
+from incidentkit.store import sqlite_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
-from incidentkit.store.statements import read_incident, read_page
+from incidentkit.store.operations import Operations, found
+from incidentkit.store.statements import read_event, read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+    from datetime import datetime
 
-    from sqlalchemy import Executable, Row
+    from sqlalchemy import Executable
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from incidentkit.models import Incident, IncidentStatus, ListQuery, NewIncident
-    from incidentkit.store.base import Page, RequestRecord
+    from incidentkit.models import Incident, IncidentEvent, NewIncident, StatusChange
+    from incidentkit.store.base import RequestRecord, StoreOperations
+    from incidentkit.store.operations import Fetch, Rows
+    from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
-Rows: TypeAlias = "Sequence[Row[*tuple[Any, ...]]]"
 
 logger = logging.getLogger("incidentkit.store")
 
@@ -109,21 +117,146 @@ def translate_error(error: Exception) -> StoreError:
     return StoreError(name or "unexpected failure of the driver")
 
 
-class SqliteStore:
+async def fetch_rows(
+    connection: AsyncConnection, statement: Executable, values: Mapping[str, Any]
+) -> Rows:
+    """Run a statement on a connection of SQLAlchemy."""
+    result = await connection.execute(statement, values)
+    return result.all() if result.returns_rows else ()
+
+
+class SqliteOperations(Operations):
+    """What is done with incidents in SQLite, in a transaction that nobody writes beside."""
+
+    _claim_key = writes.CLAIM_KEY
+    _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
+
+    async def _create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
+        rows = await fetch(
+            writes.INSERT_INCIDENT[incident.dedup_key is not None],
+            {
+                "incident_message": incident.incident_message,
+                "incident_type": incident.incident_type.value,
+                "source": incident.source.value,
+                "dedup_key": incident.dedup_key,
+            },
+        )
+        stored = read_incident(rows[0])
+        repeated = stored.occurrences > 1
+        differs = repeated and incident.incident_message != stored.incident_message
+        await _insert_event(
+            fetch,
+            incident_id=stored.incident_id,
+            kind=EventKind.RECURRED if repeated else EventKind.CREATED,
+            to_status=None if repeated else stored.incident_type,
+            actor=actor,
+            note=incident.incident_message if differs else None,
+        )
+        return stored
+
+    async def _update_status(
+        self, fetch: Fetch, change: StatusChange, transitions: Transitions, actor: str | None
+    ) -> Incident:
+        key = {"incident_id": change.incident_id}
+        incident = read_incident(
+            found(change.incident_id, await fetch(statements.SELECT_INCIDENT, key))
+        )
+        if not transitions.check(incident, change):
+            if change.note is not None:
+                await self._note(fetch, NewNote(change.incident_id, change.note), actor)
+            return incident
+        if change.status is OPEN and await fetch(
+            writes.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
+        ):
+            raise DuplicateOpenIncident(incident)
+        rows = await fetch(
+            writes.UPDATE_STATUS, {"id": change.incident_id, "status": change.status.value}
+        )
+        await _insert_event(
+            fetch,
+            incident_id=change.incident_id,
+            kind=EventKind.STATUS_CHANGED,
+            from_status=incident.incident_type,
+            to_status=change.status,
+            actor=actor,
+            note=change.note,
+        )
+        return read_incident(rows[0])
+
+    async def _note(self, fetch: Fetch, note: NewNote, actor: str | None) -> IncidentEvent:
+        key = {"incident_id": note.incident_id}
+        found(note.incident_id, await fetch(statements.SELECT_INCIDENT, key))
+        return await _insert_event(
+            fetch,
+            incident_id=note.incident_id,
+            kind=EventKind.NOTED,
+            actor=actor,
+            note=note.note,
+        )
+
+    async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
+        """Remove incidents, and leave the event that tells of it, in one transaction."""
+        values = {"ended_before": ended_before, "limit": limit}
+
+        async def work(fetch: Fetch) -> int:
+            purged = await fetch(writes.SELECT_PURGEABLE, values)
+            if purged:
+                ids = {"incident_ids": [row.incident_id for row in purged]}
+                await fetch(writes.DELETE_EVENTS, ids)
+                await fetch(writes.DELETE_INCIDENTS, ids)
+            for incident_id, status in purged:
+                await _insert_event(
+                    fetch,
+                    incident_id=incident_id,
+                    kind=EventKind.PURGED,
+                    from_status=IncidentStatus(status),
+                    actor=actor,
+                )
+            return len(purged)
+
+        return await self._write(work, atomic=True)
+
+
+async def _insert_event(  # noqa: PLR0913
+    fetch: Fetch,
+    *,
+    incident_id: int,
+    kind: EventKind,
+    from_status: IncidentStatus | None = None,
+    to_status: IncidentStatus | None = None,
+    actor: str | None = None,
+    note: str | None = None,
+) -> IncidentEvent:
+    rows = await fetch(
+        writes.INSERT_EVENT,
+        {
+            "incident_id": incident_id,
+            "kind": kind.value,
+            "from_status": from_status and from_status.value,
+            "to_status": to_status and to_status.value,
+            "actor": actor,
+            "note": note,
+        },
+    )
+    return read_event(rows[0])
+
+
+class SqliteStore(SqliteOperations):
     """Incidents in SQLite.
 
     Args:
-        database_url: ``sqlite+aiosqlite:///file``, with a fourth slash for an absolute path, or
+        database: ``sqlite+aiosqlite:///file``, with a fourth slash for an absolute path, or
             ``sqlite+aiosqlite:///:memory:`` for a database that lives as long as the store is
-            open.
+            open. Or an engine, which stays the host's.
         options: Sizes and timeouts.
 
     The schema is brought up to date when the store opens. A call that its caller cancels still
     runs to its end, so that no connection is left in the middle of a statement.
     """
 
-    def __init__(self, database_url: str, options: StoreOptions | None = None) -> None:
-        self._url = sqlite_url(database_url)
+    def __init__(self, database: str | AsyncEngine, options: StoreOptions | None = None) -> None:
+        self._url = sqlite_url(database) if isinstance(database, str) else database.url
+        self._host_engine = None if isinstance(database, str) else database
         self._options = options or StoreOptions()
         self._engine: AsyncEngine | None = None
         self._running: set[asyncio.Task[Any]] = set()
@@ -136,10 +269,14 @@ class SqliteStore:
         # Writers of one process queue here, which is fairer and faster than SQLite's polling. New
         # at each opening, which may be on another event loop.
         self._writing = asyncio.Lock()
-        self._engine = self._create_engine()
+        self._engine = (
+            self._create_engine()
+            if self._host_engine is None
+            else self._host_engine.execution_options(isolation_level="AUTOCOMMIT")
+        )
         try:
             if self._url.database in MEMORY:
-                await migrate.upgrade_memory(self._engine)
+                await migrate.upgrade_memory(self._host_engine or self._engine)
             else:
                 await self._run(probe(self._url))
                 try:
@@ -181,7 +318,7 @@ class SqliteStore:
         engine, self._engine = self._engine, None
         if self._running:
             await asyncio.wait(self._running)
-        if engine is not None:
+        if engine is not None and self._host_engine is None:
             await engine.dispose()
 
     async def check(self) -> None:
@@ -189,61 +326,20 @@ class SqliteStore:
         rows = await self._read(statements.SELECT_REVISION, {})
         check_revision(rows[0][0] if rows else None)
 
-    async def create(self, incident: NewIncident) -> Incident:
-        """Store the incident in one statement."""
-        rows = await self._write(
-            statements.INSERT_INCIDENT,
-            {
-                "incident_message": incident.incident_message,
-                "incident_type": incident.incident_type.value,
-                "source": incident.source.value,
-            },
-        )
-        return read_incident(rows[0])
+    def join(self, connection: object) -> StoreOperations:
+        """Return what is done in the transaction of a host's connection."""
+        from incidentkit.store.joined import join  # noqa: PLC0415
 
-    async def list(self, query: ListQuery) -> Page:
-        """Read one page and its token in one statement."""
-        values: dict[str, Any] = {"limit": query.limit, "offset": query.offset}
-        if query.status is not None:
-            values["status"] = query.status.value
-        if query.source is not None:
-            values["source"] = query.source.value
-        rows = await self._read(
-            statements.SELECT_PAGE[query.status is not None, query.source is not None], values
-        )
-        return read_page(rows)
-
-    async def token(self) -> str | None:
-        """Read the token in one statement."""
-        ((token,),) = await self._read(statements.SELECT_TOKEN, {})
-        return token if token is None else str(token)
-
-    async def get(self, incident_id: int) -> Incident | None:
-        """Read one incident in one statement."""
-        rows = await self._read(statements.SELECT_INCIDENT, {"incident_id": incident_id})
-        return read_incident(rows[0]) if rows else None
-
-    async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
-        """Change the status in one statement."""
-        rows = await self._write(
-            statements.UPDATE_STATUS, {"id": incident_id, "status": status.value}
-        )
-        return read_incident(rows[0]) if rows else None
+        return join(connection, "sqlite")
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append the records in one transaction."""
-        await self._run(self._append([asdict(record) for record in records]), writes=True)
+        rows = [asdict(record) for record in records]
+        await self._run(self._append(rows), writes=True)
 
     async def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        async with self._connection() as connection:
-            # The connection commits by itself after each statement, unless told to begin.
-            await connection.exec_driver_sql("BEGIN IMMEDIATE")
-            try:
-                await connection.execute(statements.INSERT_REQUEST_LOG, rows)
-                await connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                await connection.exec_driver_sql("ROLLBACK")
-                raise
+        async with self._connection() as connection, _transaction(connection):
+            await connection.execute(statements.INSERT_REQUEST_LOG, rows)
 
     def _connection(self) -> AsyncConnection:
         if self._engine is None:
@@ -253,12 +349,17 @@ class SqliteStore:
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         return await self._run(self._execute(statement, values))
 
-    async def _write(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        return await self._run(self._execute(statement, values), writes=True)
-
     async def _execute(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         async with self._connection() as connection:
-            return (await connection.execute(statement, values)).all()
+            return await fetch_rows(connection, statement, values)
+
+    async def _write(self, work: Callable[[Fetch], Awaitable[_T]], *, atomic: bool = False) -> _T:  # noqa: ARG002
+        """Run work in a transaction that has the database to itself from its start."""
+        return await self._run(self._transact(work), writes=True)
+
+    async def _transact(self, work: Callable[[Fetch], Awaitable[_T]]) -> _T:
+        async with self._connection() as connection, _transaction(connection):
+            return await work(partial(fetch_rows, connection))
 
     async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
         """Run the work to its end, whatever becomes of the caller.
@@ -292,6 +393,18 @@ class SqliteStore:
             return await work
         finally:
             self._writing.release()
+
+
+@asynccontextmanager
+async def _transaction(connection: AsyncConnection) -> AsyncIterator[None]:
+    # The connection commits by itself after each statement, unless told to begin.
+    await connection.exec_driver_sql("BEGIN IMMEDIATE")
+    try:
+        yield
+        await connection.exec_driver_sql("COMMIT")
+    except BaseException:
+        await connection.exec_driver_sql("ROLLBACK")
+        raise
 
 
 def _prepare_connection(connection: Any, _: object) -> None:

@@ -1,10 +1,11 @@
-"""Every statement that incidentkit runs on its tables, built once and without a database.
+"""The statements that both databases take, built once and without a database.
 
 A status and a source travel as text, so that asyncpg has no need to look up the enum types.
 """
 
 from __future__ import annotations
 
+import struct
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,20 +15,34 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    func,
     insert,
+    literal_column,
     select,
     table,
     true,
+    tuple_,
     update,
 )
 from sqlalchemy import String as _String
 
+from incidentkit.cursor import encode_cursor
 from incidentkit.errors import StoreError
-from incidentkit.models import Incident, IncidentSource, IncidentStatus
+from incidentkit.models import (
+    EventKind,
+    Incident,
+    IncidentEvent,
+    IncidentSource,
+    IncidentStatus,
+)
 from incidentkit.store.base import Page
 from incidentkit.store.tables import (
     VERSION_TABLE,
+    UtcDateTime,
     current_token,
+    feed_horizon,
+    idempotency_table,
+    incident_event_table,
     incident_table,
     request_log_table,
 )
@@ -40,16 +55,40 @@ if TYPE_CHECKING:
 _columns = incident_table.c
 
 
-def _text_parameter(name: str, target: ColumnElement[Any]) -> ColumnElement[Any]:
+def text_parameter(name: str, target: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return a parameter for a column of an enum, which travels as text."""
     return cast(bindparam(name, type_=_String()), target.type)
 
 
-_INCIDENT: Final = (
+INCIDENT: Final = (
     _columns.incident_id,
     _columns.incident_message,
     cast(_columns.incident_type, Text).label("incident_type"),
     cast(_columns.source, Text).label("source"),
     _columns.created_at,
+    _columns.version,
+    _columns.dedup_key,
+    _columns.occurrences,
+    func.coalesce(_columns.last_seen_at, _columns.created_at, type_=UtcDateTime()).label(
+        "last_seen_at"
+    ),
+    _columns.ended_at,
+)
+
+EVENT: Final = tuple(
+    incident_event_table.c[name]
+    for name in (
+        "transaction_id",
+        "event_id",
+        "nonce",
+        "incident_id",
+        "kind",
+        "from_status",
+        "to_status",
+        "actor",
+        "note",
+        "at",
+    )
 )
 
 
@@ -60,12 +99,32 @@ def read_incident(row: Iterable[Any]) -> Incident:
         StoreError: If no incident can be like that: the schema is not the one that we work on.
     """
     try:
-        incident_id, message, incident_type, source, created_at = row
+        incident_id, message, incident_type, source, *others = row
         return Incident(
-            incident_id, message, IncidentStatus(incident_type), IncidentSource(source), created_at
+            incident_id, message, IncidentStatus(incident_type), IncidentSource(source), *others
         )
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise StoreError("a row holds what no incident can have") from error
+
+
+def read_event(row: Iterable[Any]) -> IncidentEvent:
+    """Return the event that a row of any of these statements is.
+
+    Raises:
+        StoreError: If no event can be like that: the schema is not the one that we work on.
+    """
+    try:
+        transaction_id, event_id, nonce, incident_id, kind, from_status, to_status, *others = row
+        return IncidentEvent(
+            encode_cursor(transaction_id, event_id, nonce, incident_id),
+            incident_id,
+            EventKind(kind),
+            None if from_status is None else IncidentStatus(from_status),
+            None if to_status is None else IncidentStatus(to_status),
+            *others,
+        )
+    except (AttributeError, TypeError, ValueError, struct.error) as error:
+        raise StoreError("a row holds what no event can have") from error
 
 
 def read_page(rows: Sequence[Any]) -> Page:
@@ -78,36 +137,67 @@ def read_page(rows: Sequence[Any]) -> Page:
     return Page([read_incident(row[1:]) for row in rows if row[1] is not None], rows[0][0])
 
 
-INSERT_INCIDENT: Final = (
-    insert(incident_table)
-    .values(
-        incident_message=bindparam("incident_message", type_=_String()),
-        incident_type=_text_parameter("incident_type", _columns.incident_type),
-        source=_text_parameter("source", _columns.source),
-    )
-    .returning(*_INCIDENT)
-)
-
-SELECT_INCIDENT: Final = select(*_INCIDENT).where(
+SELECT_INCIDENT: Final = select(*INCIDENT).where(
     _columns.incident_id == bindparam("incident_id", type_=BigInteger())
 )
 
-UPDATE_STATUS: Final = (
-    update(incident_table)
-    .where(_columns.incident_id == bindparam("id", type_=BigInteger()))
-    .values(incident_type=_text_parameter("status", _columns.incident_type))
-    .returning(*_INCIDENT)
+SELECT_HISTORY: Final = (
+    select(*EVENT)
+    .where(
+        incident_event_table.c.incident_id == bindparam("incident_id", type_=BigInteger()),
+        incident_event_table.c.event_id > bindparam("event_id", type_=BigInteger()),
+    )
+    .order_by(incident_event_table.c.event_id)
+    .limit(bindparam("limit", type_=BigInteger()))
+)
+
+SELECT_CHANGES: Final = (
+    select(*EVENT)
+    .where(
+        tuple_(incident_event_table.c.transaction_id, incident_event_table.c.event_id)
+        > tuple_(
+            bindparam("transaction_id", type_=BigInteger()),
+            bindparam("event_id", type_=BigInteger()),
+        ),
+        incident_event_table.c.transaction_id < feed_horizon(),
+    )
+    .order_by(incident_event_table.c.transaction_id, incident_event_table.c.event_id)
+    .limit(bindparam("limit", type_=BigInteger()))
+)
+"""What comes after a place in the order of events, as far as that is final."""
+
+SELECT_LATEST_CHANGE: Final = (
+    select(*EVENT)
+    .where(incident_event_table.c.transaction_id < feed_horizon())
+    .order_by(incident_event_table.c.transaction_id.desc(), incident_event_table.c.event_id.desc())
+    .limit(1)
+)
+
+SELECT_PLACE: Final = select(
+    incident_event_table.c.transaction_id, incident_event_table.c.event_id
+).where(
+    incident_event_table.c.event_id == bindparam("event_id", type_=BigInteger()),
+    incident_event_table.c.nonce == bindparam("nonce", type_=BigInteger()),
+)
+
+SELECT_PURGED: Final = (
+    select(incident_event_table.c.event_id)
+    .where(
+        incident_event_table.c.incident_id == bindparam("incident_id", type_=BigInteger()),
+        incident_event_table.c.kind == literal_column("'purged'"),
+    )
+    .limit(1)
 )
 
 
 def _select_page(*, by_status: bool, by_source: bool) -> Select[*tuple[Any, ...]]:
-    statement: Select[*tuple[Any, ...]] = select(*_INCIDENT)
+    statement: Select[*tuple[Any, ...]] = select(*INCIDENT)
     if by_status:
         statement = statement.where(
-            _columns.incident_type == _text_parameter("status", _columns.incident_type)
+            _columns.incident_type == text_parameter("status", _columns.incident_type)
         )
     if by_source:
-        statement = statement.where(_columns.source == _text_parameter("source", _columns.source))
+        statement = statement.where(_columns.source == text_parameter("source", _columns.source))
     page = (
         statement.order_by(_columns.created_at.desc(), _columns.incident_id.desc())
         .limit(bindparam("limit", type_=BigInteger()))
@@ -140,6 +230,16 @@ INSERT_REQUEST_LOG: Final[Insert] = (
             for name in ("logged_at", "method", "route", "status", "duration_ms", "request_id")
         }
     )
+)
+
+SELECT_ANSWER: Final = select(idempotency_table.c.fingerprint, idempotency_table.c.answer).where(
+    idempotency_table.c.idempotency_key == bindparam("idempotency_key", type_=_String())
+)
+
+UPDATE_ANSWER: Final = (
+    update(idempotency_table)
+    .where(idempotency_table.c.idempotency_key == bindparam("key", type_=_String()))
+    .values(answer=bindparam("answer", type_=_String()))
 )
 
 SELECT_REVISION: Final = select(column("version_num", _String())).select_from(

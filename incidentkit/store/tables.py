@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -22,6 +22,7 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
+    text,
 )
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.compiler import compiles
@@ -29,9 +30,18 @@ from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from incidentkit.errors import SchemaOutOfDate
-from incidentkit.models import IncidentSource, IncidentStatus
+from incidentkit.models import EventKind, IncidentSource, IncidentStatus
 
-REVISIONS: Final = ("dadc1db062ae", "5c1f0e9b7a34", "b27d4f0c1a96", "e4a81c3f5d27")
+if TYPE_CHECKING:
+    from enum import StrEnum
+
+REVISIONS: Final = (
+    "dadc1db062ae",
+    "5c1f0e9b7a34",
+    "b27d4f0c1a96",
+    "e4a81c3f5d27",
+    "9b3f6d20c7e8",
+)
 """Every revision in ``migrations``, oldest first; the first is the origin's."""
 
 SCHEMA_REVISION: Final = REVISIONS[-1]
@@ -92,6 +102,11 @@ metadata: Final = MetaData(
     naming_convention={"ck": "ck_%(table_name)s_%(constraint_name)s", "pk": "pk_%(table_name)s"}
 )
 
+
+def _one_of(name: str, enum: type[StrEnum]) -> str:
+    return f"{name} IN ({', '.join(repr(member.value) for member in enum)})"
+
+
 incident_table: Final = Table(
     "Incident",
     metadata,
@@ -116,6 +131,14 @@ incident_table: Final = Table(
         nullable=False,
     ),
     Column("created_at", UtcDateTime, nullable=False, server_default=current_second()),
+    Column("version", BigInteger, nullable=False, server_default=text("1")),
+    Column("dedup_key", String),
+    Column("occurrences", BigInteger, nullable=False, server_default=text("1")),
+    # Null until it was seen again.
+    Column("last_seen_at", UtcDateTime),
+    Column("ended_at", UtcDateTime),
+    # The place of its last event.
+    Column("transaction_id", BigInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("incident_id", name="pk_Incident"),
     CheckConstraint("incident_id > 0", name="incident_id"),
     CheckConstraint(
@@ -129,7 +152,57 @@ incident_table: Final = Table(
     Index(
         "ix_Incident_incident_type_source", "incident_type", "source", "created_at", "incident_id"
     ),
+    Index(
+        "ux_Incident_dedup_key",
+        "dedup_key",
+        unique=True,
+        postgresql_where=text("incident_type = 'new' AND dedup_key IS NOT NULL"),
+        sqlite_where=text("incident_type = 'new' AND dedup_key IS NOT NULL"),
+    ),
+    Index(
+        "ix_Incident_ended_at",
+        "ended_at",
+        "incident_id",
+        postgresql_where=text("ended_at IS NOT NULL"),
+        sqlite_where=text("ended_at IS NOT NULL"),
+    ),
     sqlite_autoincrement=True,
+)
+
+incident_event_table: Final = Table(
+    "incident_event",
+    metadata,
+    Column("event_id", _Id, autoincrement=True),
+    Column("transaction_id", BigInteger, nullable=False),
+    Column("nonce", BigInteger, nullable=False),
+    Column("incident_id", BigInteger, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("from_status", String),
+    Column("to_status", String),
+    Column("actor", String),
+    Column("note", String),
+    Column("at", UtcDateTime, nullable=False),
+    PrimaryKeyConstraint("event_id", name="pk_incident_event"),
+    CheckConstraint(_one_of("kind", EventKind), name="kind"),
+    CheckConstraint(_one_of("from_status", IncidentStatus), name="from_status"),
+    CheckConstraint(_one_of("to_status", IncidentStatus), name="to_status"),
+    Index("ix_incident_event_transaction_id", "transaction_id", "event_id"),
+    Index("ix_incident_event_incident_id", "incident_id", "event_id"),
+    sqlite_autoincrement=True,
+)
+"""What happened to each incident. It has no foreign key: what tells that an incident was purged
+outlives it."""
+
+idempotency_table: Final = Table(
+    "incident_idempotency_key",
+    metadata,
+    Column("idempotency_key", String),
+    Column("fingerprint", String, nullable=False),
+    # Null only inside the transaction that makes it.
+    Column("answer", String),
+    Column("created_at", UtcDateTime, nullable=False, server_default=current_second()),
+    PrimaryKeyConstraint("idempotency_key", name="pk_incident_idempotency_key"),
+    Index("ix_incident_idempotency_key_created_at", "created_at"),
 )
 
 request_log_table: Final = Table(
@@ -179,6 +252,41 @@ def _current_token(*_: Any, **__: Any) -> str:
 @compiles(current_token, "sqlite")
 def _current_token_sqlite(*_: Any, **__: Any) -> str:
     return "(SELECT token FROM incident_token WHERE slot = 0)"
+
+
+class a_day_ago(FunctionElement[datetime]):  # noqa: N801
+    """The time 24 hours ago by the database's clock."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+@compiles(a_day_ago)
+def _a_day_ago(*_: Any, **__: Any) -> str:
+    return "(clock_timestamp() - interval '24 hours')"
+
+
+@compiles(a_day_ago, "sqlite")
+def _a_day_ago_sqlite(*_: Any, **__: Any) -> str:
+    return "datetime('now', '-24 hours')"
+
+
+class feed_horizon(FunctionElement[int]):  # noqa: N801
+    """The place in the order of events below which none can be added any more."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(feed_horizon)
+def _feed_horizon(*_: Any, **__: Any) -> str:
+    return "CAST(CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text) AS bigint)"
+
+
+@compiles(feed_horizon, "sqlite")
+def _feed_horizon_sqlite(*_: Any, **__: Any) -> str:
+    # There is one writer at a time, so that ids are in the order of the commits.
+    return "1"
 
 
 def check_revision(current: str | None) -> None:

@@ -1,0 +1,199 @@
+"""What is done with incidents, on whatever connection: a store's own, or a host's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+from incidentkit.errors import IdempotencyKeyReused, IncidentNotFound, UnknownCursor
+from incidentkit.models import MAX_ID
+from incidentkit.store import statements
+from incidentkit.store.statements import read_event, read_incident, read_page
+from incidentkit.transitions import ANY_TRANSITION
+from incidentkit.wire import decode_incident, encode_incident
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy import Executable
+
+    from incidentkit.models import (
+        Incident,
+        IncidentEvent,
+        ListQuery,
+        NewIncident,
+        NewNote,
+        StatusChange,
+    )
+    from incidentkit.store.base import Idempotency, Page, Place
+    from incidentkit.transitions import Transitions
+
+_T = TypeVar("_T")
+Rows: TypeAlias = Sequence[Any]
+Fetch: TypeAlias = Callable[["Executable", Mapping[str, Any]], Awaitable[Rows]]
+"""Runs a statement with its values, and returns its rows."""
+
+Events: TypeAlias = "list[IncidentEvent]"
+"""An alias because inside the class ``list`` is the verb."""
+
+EXPIRED_KEYS: Final = 10
+"""Idempotency keys older than a day that a write with one removes."""
+
+
+class Operations(ABC):
+    """The reads that both databases take alike, and what a write that is repeated returns."""
+
+    _claim_key: Executable
+    _delete_expired_keys: Executable
+
+    @abstractmethod
+    async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run one statement that only reads."""
+
+    @abstractmethod
+    async def _write(self, work: Callable[[Fetch], Awaitable[_T]], *, atomic: bool = False) -> _T:
+        """Run work that writes, and commit it unless the transaction is a host's.
+
+        Args:
+            work: Given what runs a statement.
+            atomic: Whether it may take more than one statement.
+        """
+
+    @abstractmethod
+    async def _create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident: ...
+
+    @abstractmethod
+    async def _update_status(
+        self, fetch: Fetch, change: StatusChange, transitions: Transitions, actor: str | None
+    ) -> Incident: ...
+
+    @abstractmethod
+    async def _note(self, fetch: Fetch, note: NewNote, actor: str | None) -> IncidentEvent: ...
+
+    @abstractmethod
+    async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
+        """Remove some incidents that ended before then, and return how many."""
+
+    async def create(
+        self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
+    ) -> Incident:
+        """Store the incident with its event, or count an occurrence of the one that is open."""
+
+        async def work(fetch: Fetch) -> Incident:
+            return await self._create(fetch, incident, actor)
+
+        return await self._write_once(work, once)
+
+    async def update_status(
+        self,
+        change: StatusChange,
+        *,
+        transitions: Transitions = ANY_TRANSITION,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident:
+        """Change the status, with an event, and return the incident."""
+
+        async def work(fetch: Fetch) -> Incident:
+            return await self._update_status(fetch, change, transitions, actor)
+
+        return await self._write_once(work, once)
+
+    async def note(self, note: NewNote, *, actor: str | None = None) -> IncidentEvent:
+        """Add a note to the history, and return its event."""
+
+        async def work(fetch: Fetch) -> IncidentEvent:
+            return await self._note(fetch, note, actor)
+
+        return await self._write(work)
+
+    async def _write_once(
+        self, write: Callable[[Fetch], Awaitable[Incident]], once: Idempotency | None
+    ) -> Incident:
+        """Write, or return what the first write with the same key returned."""
+        if once is None:
+            return await self._write(write)
+
+        async def work(fetch: Fetch) -> Incident:
+            key, fingerprint = once.key, once.fingerprint
+            await fetch(self._delete_expired_keys, {"limit": EXPIRED_KEYS})
+            # Waits for another transaction that has the key.
+            if not await fetch(
+                self._claim_key, {"idempotency_key": key, "fingerprint": fingerprint}
+            ):
+                rows = await fetch(statements.SELECT_ANSWER, {"idempotency_key": key})
+                if rows[0][0] != fingerprint:
+                    raise IdempotencyKeyReused(key)
+                return decode_incident(rows[0][1])
+            incident = await write(fetch)
+            answer = encode_incident(incident).decode()
+            await fetch(statements.UPDATE_ANSWER, {"key": key, "answer": answer})
+            return incident
+
+        return await self._write(work, atomic=True)
+
+    async def get(self, incident_id: int) -> Incident | None:
+        """Read one incident in one statement."""
+        rows = await self._read(statements.SELECT_INCIDENT, {"incident_id": incident_id})
+        return read_incident(rows[0]) if rows else None
+
+    async def list(self, query: ListQuery) -> Page:
+        """Read one page and its token in one statement."""
+        return read_page(
+            await self._read(
+                statements.SELECT_PAGE[query.status is not None, query.source is not None],
+                {
+                    "status": query.status and query.status.value,
+                    "source": query.source and query.source.value,
+                    "limit": query.limit,
+                    "offset": query.offset,
+                },
+            )
+        )
+
+    async def token(self) -> str | None:
+        """Read the token in one statement."""
+        ((token,),) = await self._read(statements.SELECT_TOKEN, {})
+        return token if token is None else str(token)
+
+    async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> Events:
+        """Read events of an incident, oldest first, from past the one with this event id."""
+        values = {"incident_id": incident_id, "event_id": after, "limit": limit}
+        return [read_event(row) for row in await self._read(statements.SELECT_HISTORY, values)]
+
+    async def changes(self, after: Place, limit: int) -> Events:
+        """Read events of all incidents in the order of their commits, from past a place."""
+        transaction_id, event_id = after
+        values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
+        return [read_event(row) for row in await self._read(statements.SELECT_CHANGES, values)]
+
+    async def latest_change(self) -> IncidentEvent | None:
+        """Read the last event of all that :meth:`changes` has."""
+        rows = await self._read(statements.SELECT_LATEST_CHANGE, {})
+        return read_event(rows[0]) if rows else None
+
+    async def place(self, cursor: tuple[int, ...]) -> Place:
+        """Return where an event stands.
+
+        Raises:
+            UnknownCursor: If there never was this event here.
+        """
+        transaction_id, event_id, nonce, incident_id = cursor
+        rows = await self._read(statements.SELECT_PLACE, {"event_id": event_id, "nonce": nonce})
+        if rows:
+            return rows[0][0], rows[0][1]
+        if await self._read(statements.SELECT_PURGED, {"incident_id": incident_id}):
+            return transaction_id, event_id
+        raise UnknownCursor
+
+
+def found(incident_id: int, rows: Rows) -> Any:
+    """Return the only row, if there is one.
+
+    Raises:
+        IncidentNotFound: If there is none.
+    """
+    if not rows:
+        raise IncidentNotFound(incident_id)
+    return rows[0]

@@ -1,0 +1,140 @@
+"""What PostgreSQL is told to write: an incident and its event in one statement.
+
+The place of an event in the order of all is the number of its transaction, or that of the event
+before it of the same incident, if that is larger: transactions that change one incident do not
+always begin to write in the order in which they change it.
+
+A status and a source travel as text, so that a driver has no need to look up the enum types.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import TextClause, text
+
+_TRANSACTION: Final = "CAST(CAST(pg_current_xact_id() AS text) AS bigint)"
+_NOW: Final = "date_trunc('second', clock_timestamp())"
+# As many bits as a number of JSON has.
+_NONCE: Final = "CAST(floor(random() * 9007199254740992) AS bigint)"
+
+_INCIDENT: Final = (
+    "incident_id, incident_message, CAST(incident_type AS text) AS incident_type, "
+    "CAST(source AS text) AS source, created_at, version, dedup_key, occurrences, "
+    "coalesce(last_seen_at, created_at) AS last_seen_at, ended_at"
+)
+_EVENT: Final = (
+    "transaction_id, event_id, nonce, incident_id, kind, from_status, to_status, actor, note, at"
+)
+
+
+def _event(kind: str, from_status: str, to_status: str, note: str, at: str) -> str:
+    """Return what inserts the events of the rows in `changed`."""
+    return (
+        "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, from_status, "
+        "to_status, actor, note, at) "
+        f"SELECT transaction_id, {_NONCE}, incident_id, {kind}, {from_status}, {to_status}, "
+        f"CAST(:actor AS text), {note}, {at} FROM changed"
+    )
+
+
+def _insert_incident(*, or_count: bool) -> TextClause:
+    on_conflict = (
+        "ON CONFLICT (dedup_key) WHERE incident_type = 'new' AND dedup_key IS NOT NULL "
+        "DO UPDATE SET version = old.version + 1, occurrences = old.occurrences + 1, "
+        f"last_seen_at = {_NOW}, "
+        "transaction_id = greatest(old.transaction_id, EXCLUDED.transaction_id) "
+    )
+    event = _event(
+        "CASE WHEN occurrences = 1 THEN 'created' ELSE 'recurred' END",
+        "NULL",
+        "CASE WHEN occurrences = 1 THEN CAST(incident_type AS text) END",
+        "CASE WHEN occurrences > 1 THEN "
+        "nullif(CAST(:incident_message AS text), incident_message) END",
+        "coalesce(last_seen_at, created_at)",
+    )
+    return text(
+        'WITH changed AS (INSERT INTO "Incident" AS old '
+        "(incident_message, incident_type, source, dedup_key, ended_at, transaction_id) "
+        "VALUES (CAST(:incident_message AS text), "
+        "CAST(CAST(:incident_type AS text) AS incidentstatus), "
+        "CAST(CAST(:source AS text) AS incidentsource), CAST(:dedup_key AS text), "
+        f"CASE WHEN CAST(:incident_type AS text) <> 'new' THEN {_NOW} END, {_TRANSACTION}) "
+        f"{on_conflict if or_count else ''}RETURNING *), "
+        f"event AS ({event}) SELECT {_INCIDENT} FROM changed"
+    )
+
+
+INSERT_INCIDENT: Final = {
+    with_key: _insert_incident(or_count=with_key) for with_key in (False, True)
+}
+"""By whether it has a deduplication key: it then counts an occurrence if that one is open."""
+
+_STATUS: Final = "CAST(:status AS text)"
+_NOTE: Final = "CAST(:note AS text)"
+_CHANGED: Final = _event("'status_changed'", "from_status", _STATUS, _NOTE, "now")
+_NOTED: Final = _event("'noted'", "NULL", "NULL", _NOTE, _NOW)
+_PURGED: Final = _event("'purged'", "status", "NULL", "NULL", _NOW)
+
+UPDATE_STATUS: Final = text(
+    "WITH found AS (SELECT incident_id AS id, CAST(incident_type AS text) AS from_status, "
+    f'version AS at_version, dedup_key AS key, {_NOW} AS now FROM "Incident" '
+    "WHERE incident_id = CAST(:incident_id AS bigint) FOR NO KEY UPDATE), "
+    'changed AS (UPDATE "Incident" '
+    f"SET incident_type = CAST({_STATUS} AS incidentstatus), version = version + 1, "
+    f"ended_at = CASE WHEN {_STATUS} <> 'new' THEN coalesce(ended_at, now) END, "
+    f"transaction_id = greatest(transaction_id, {_TRANSACTION}) "
+    f"FROM found WHERE incident_id = id AND from_status <> {_STATUS} "
+    "AND from_status = ANY(CAST(:from_statuses AS text[])) "
+    "AND at_version = coalesce(CAST(:expected_version AS bigint), at_version) "
+    f"AND ({_STATUS} <> 'new' OR key IS NULL OR NOT EXISTS (SELECT FROM \"Incident\" AS other "
+    "WHERE other.dedup_key = key AND other.incident_type = 'new')) RETURNING *), "
+    f"event AS ({_CHANGED}) SELECT {_INCIDENT} FROM changed"
+)
+"""Returns no row if anything is in the way: the caller asks what."""
+
+SELECT_OPEN_DUPLICATE: Final = text(
+    "SELECT incident_id FROM \"Incident\" WHERE incident_type = 'new' "
+    "AND dedup_key = CAST(:dedup_key AS text) LIMIT 1"
+)
+
+INSERT_NOTE: Final = text(
+    'WITH changed AS (UPDATE "Incident" '
+    f"SET transaction_id = greatest(transaction_id, {_TRANSACTION}) "
+    "WHERE incident_id = CAST(:incident_id AS bigint) RETURNING incident_id, transaction_id) "
+    f"{_NOTED} RETURNING {_EVENT}"
+)
+
+_EXPIRED: Final = "created_at < clock_timestamp() - interval '24 hours'"
+
+CLAIM_KEY: Final = text(
+    "INSERT INTO incident_idempotency_key AS old (idempotency_key, fingerprint) "
+    "VALUES (CAST(:idempotency_key AS text), CAST(:fingerprint AS text)) "
+    "ON CONFLICT (idempotency_key) DO UPDATE SET fingerprint = EXCLUDED.fingerprint, "
+    f"answer = NULL, created_at = {_NOW} WHERE old.{_EXPIRED} RETURNING idempotency_key"
+)
+"""Takes the key for this transaction, and returns a row, unless it was used in the last day."""
+
+DELETE_EXPIRED_KEYS: Final = text(
+    "DELETE FROM incident_idempotency_key WHERE idempotency_key IN ("
+    f"SELECT idempotency_key FROM incident_idempotency_key WHERE {_EXPIRED} "
+    "ORDER BY created_at LIMIT CAST(:limit AS bigint) FOR UPDATE SKIP LOCKED)"
+)
+
+PURGE: Final = text(
+    'WITH doomed AS (SELECT incident_id AS id FROM "Incident" '
+    "WHERE ended_at < CAST(:ended_before AS timestamptz) ORDER BY ended_at, incident_id "
+    "LIMIT CAST(:limit AS bigint) FOR UPDATE SKIP LOCKED), "
+    'changed AS (DELETE FROM "Incident" USING doomed WHERE incident_id = id '
+    "RETURNING incident_id, CAST(incident_type AS text) AS status, "
+    f"greatest(transaction_id, {_TRANSACTION}) AS transaction_id), "
+    "events AS (DELETE FROM incident_event USING changed "
+    "WHERE incident_event.incident_id = changed.incident_id), "
+    f"event AS ({_PURGED}) SELECT count(*) FROM changed"
+)
+
+SELECT_STRANDED: Final = text(
+    "SELECT max(transaction_id) FROM incident_event HAVING max(transaction_id) >= "
+    "CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)"
+)
+"""Returns a row if events have numbers of transactions that this server has yet to give."""

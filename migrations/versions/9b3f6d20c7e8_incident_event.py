@@ -1,0 +1,168 @@
+"""Histories, repeatable writes, and what a search needs.
+
+``incident_event`` begins empty: what happened before was not recorded. An incident that has ended
+already counts as ended now, since nobody knows when it did. The columns that are added to
+``"Incident"`` have defaults, so that whoever else writes there can go on.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+from incidentkit.store.migrate import in_the_way
+
+revision = "9b3f6d20c7e8"
+down_revision = "e4a81c3f5d27"
+branch_labels = None
+depends_on = None
+
+STATUSES = "('new', 'completed', 'failed')"
+KINDS = "('created', 'recurred', 'status_changed', 'noted', 'purged')"
+OPEN_WITH_KEY = sa.text("incident_type = 'new' AND dedup_key IS NOT NULL")
+ENDED = sa.text("ended_at IS NOT NULL")
+
+COLUMNS = ("version", "dedup_key", "occurrences", "last_seen_at", "ended_at", "transaction_id")
+TABLES = ("incident_event", "incident_idempotency_key")
+TEXT_TRIGGERS = ("incident_text_insert", "incident_text_update", "incident_text_delete")
+
+
+def on_sqlite() -> bool:
+    return op.get_bind().dialect.name == "sqlite"
+
+
+def upgrade() -> None:
+    found = sa.inspect(op.get_bind())
+    for name in (*TABLES, *(("incident_text",) if on_sqlite() else ())):
+        if found.has_table(name, schema=found.default_schema_name):
+            raise in_the_way(name)
+    time = sa.DateTime(timezone=True)
+    now = sa.text("CURRENT_TIMESTAMP" if on_sqlite() else "date_trunc('second', clock_timestamp())")
+    key = sa.Integer() if on_sqlite() else sa.BigInteger()
+    op.create_table(
+        "incident_event",
+        sa.Column("event_id", key, autoincrement=True, nullable=False),
+        sa.Column("transaction_id", sa.BigInteger(), nullable=False),
+        sa.Column("nonce", sa.BigInteger(), nullable=False),
+        sa.Column("incident_id", sa.BigInteger(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("from_status", sa.String()),
+        sa.Column("to_status", sa.String()),
+        sa.Column("actor", sa.String()),
+        sa.Column("note", sa.String()),
+        sa.Column("at", time, nullable=False),
+        sa.PrimaryKeyConstraint("event_id", name="pk_incident_event"),
+        sa.CheckConstraint(f"kind IN {KINDS}", name="ck_incident_event_kind"),
+        sa.CheckConstraint(f"from_status IN {STATUSES}", name="ck_incident_event_from_status"),
+        sa.CheckConstraint(f"to_status IN {STATUSES}", name="ck_incident_event_to_status"),
+        sqlite_autoincrement=True,
+    )
+    op.create_index(
+        "ix_incident_event_transaction_id", "incident_event", ["transaction_id", "event_id"]
+    )
+    op.create_index("ix_incident_event_incident_id", "incident_event", ["incident_id", "event_id"])
+    op.create_table(
+        "incident_idempotency_key",
+        sa.Column("idempotency_key", sa.String(), nullable=False),
+        sa.Column("fingerprint", sa.String(), nullable=False),
+        sa.Column("answer", sa.String()),
+        sa.Column("created_at", time, nullable=False, server_default=now),
+        sa.PrimaryKeyConstraint("idempotency_key", name="pk_incident_idempotency_key"),
+    )
+    op.create_index(
+        "ix_incident_idempotency_key_created_at", "incident_idempotency_key", ["created_at"]
+    )
+    for column in (
+        sa.Column("version", sa.BigInteger(), nullable=False, server_default=sa.text("1")),
+        sa.Column("dedup_key", sa.String()),
+        sa.Column("occurrences", sa.BigInteger(), nullable=False, server_default=sa.text("1")),
+        sa.Column("last_seen_at", time),
+        sa.Column("ended_at", time),
+        sa.Column("transaction_id", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
+    ):
+        op.add_column("Incident", column)
+    op.create_index(
+        "ux_Incident_dedup_key",
+        "Incident",
+        ["dedup_key"],
+        unique=True,
+        postgresql_where=OPEN_WITH_KEY,
+        sqlite_where=OPEN_WITH_KEY,
+    )
+    op.create_index(
+        "ix_Incident_ended_at",
+        "Incident",
+        ["ended_at", "incident_id"],
+        postgresql_where=ENDED,
+        sqlite_where=ENDED,
+    )
+    if on_sqlite():
+        upgrade_sqlite_text()
+    else:
+        upgrade_postgresql_text()
+    op.execute(f"UPDATE \"Incident\" SET ended_at = {now.text} WHERE incident_type <> 'new'")
+    if not on_sqlite():
+        # Or a later migration could not change the table in the same transaction.
+        op.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        op.execute("SET CONSTRAINTS ALL DEFERRED")
+
+
+def upgrade_sqlite_text() -> None:
+    """Index the words of the messages beside the table, which keeps the only copy of them."""
+    op.execute(
+        "CREATE VIRTUAL TABLE incident_text USING fts5(incident_message, content='Incident', "
+        "content_rowid='incident_id', tokenize='unicode61 remove_diacritics 0')"
+    )
+    add = (
+        "INSERT INTO incident_text (rowid, incident_message) "
+        "VALUES (new.incident_id, new.incident_message)"
+    )
+    remove = (
+        "INSERT INTO incident_text (incident_text, rowid, incident_message) "
+        "VALUES ('delete', old.incident_id, old.incident_message)"
+    )
+    insert, update, delete = TEXT_TRIGGERS
+    op.execute(f'CREATE TRIGGER {insert} AFTER INSERT ON "Incident" BEGIN {add}; END')
+    op.execute(
+        f'CREATE TRIGGER {update} AFTER UPDATE OF incident_id, incident_message ON "Incident" '
+        f"BEGIN {remove}; {add}; END"
+    )
+    op.execute(f'CREATE TRIGGER {delete} AFTER DELETE ON "Incident" BEGIN {remove}; END')
+    op.execute("INSERT INTO incident_text (incident_text) VALUES ('rebuild')")
+
+
+def upgrade_postgresql_text() -> None:
+    """Index the words of the messages, by a function that queries have to name."""
+    # In a database of the locale C, lower() and [:alnum:] know only ASCII.
+    collation = "SELECT 1 FROM pg_collation WHERE collname = 'pg_c_utf8'"
+    collate = "COLLATE pg_c_utf8" if op.get_bind().scalar(sa.text(collation)) else ""
+    op.execute(
+        f"""
+        CREATE FUNCTION incident_words(message text) RETURNS tsvector
+        LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
+        BEGIN
+            RETURN pg_catalog.to_tsvector('pg_catalog.simple', pg_catalog.lower(
+                pg_catalog.regexp_replace(message {collate}, '[^[:alnum:]]+', ' ', 'g') {collate}));
+        END $$
+        """
+    )
+    op.execute(
+        'CREATE INDEX "ix_Incident_incident_message" ON "Incident" '
+        "USING gin (incident_words(incident_message))"
+    )
+
+
+def downgrade() -> None:
+    if on_sqlite():
+        for name in TEXT_TRIGGERS:
+            op.execute(f"DROP TRIGGER {name}")
+        op.execute("DROP TABLE incident_text")
+    else:
+        op.drop_index("ix_Incident_incident_message", "Incident")
+        op.execute("DROP FUNCTION incident_words(text)")
+    op.drop_index("ix_Incident_ended_at", "Incident")
+    op.drop_index("ux_Incident_dedup_key", "Incident")
+    for name in reversed(COLUMNS):
+        op.drop_column("Incident", name)
+    for name in TABLES:
+        op.drop_table(name)
