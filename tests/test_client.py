@@ -527,7 +527,7 @@ async def test_a_failed_write_without_a_caller_is_logged(
     goes_on = asyncio.Event()
 
     class FailingStore(SqliteStore):
-        async def create(self, incident: NewIncident) -> Incident:  # noqa: ARG002
+        async def create(self, incident: NewIncident, **_: object) -> Incident:  # noqa: ARG002
             await goes_on.wait()
             raise StoreUnavailable("it is gone")
 

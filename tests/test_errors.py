@@ -27,7 +27,7 @@ from incidentkit import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import check_status_change
+from incidentkit.models import StatusChange
 
 TWO_FAULTS = (FieldError("page", "is wrong"), FieldError("limit", "is wrong, too"))
 
@@ -199,7 +199,7 @@ def test_error_repeats_nothing_of_the_message(secret: str, form: str) -> None:
         lambda: NewIncident(value, value, value),
         lambda: NewIncident(not_text, not_text, not_text),
         lambda: ListQuery(value, value, value, value),
-        lambda: check_status_change(value, value),
+        lambda: StatusChange(value, value, value, value),
     ):
         with pytest.raises(InvalidIncident) as caught:
             make()

@@ -23,7 +23,7 @@ from incidentkit import (
     ListQuery,
     NewIncident,
 )
-from incidentkit.models import check_incident_id, check_status_change
+from incidentkit.models import StatusChange, check_incident_id
 from tests.strategies import (
     WHITE_SPACE,
     characters,
@@ -529,15 +529,15 @@ def test_id_in_its_bounds_is_returned(value: int) -> None:
 def test_status_change_accepts_member_and_value(value: int, status: IncidentStatus) -> None:
     """A change of status takes the member or its string, and goes on with the member."""
     for given_status in (status, str(status.value)):
-        incident_id, checked = check_status_change(value, given_status)
-        assert incident_id == value
-        assert checked is status
+        change = StatusChange(value, given_status)
+        assert change.incident_id == value
+        assert change.status is status
 
 
 @given(strangers)
 def test_status_change_tells_both_faults(value: Any) -> None:
     """A wrong id and a wrong status come in one error, the id first."""
-    assert list(faults(lambda: check_status_change(0, value)).items()) == [
+    assert list(faults(lambda: StatusChange(0, value)).items()) == [
         ("incident_id", ID),
         ("status", STATUS),
     ]

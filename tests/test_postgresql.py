@@ -11,13 +11,13 @@ import pytest
 
 from incidentkit import (
     IncidentClient,
-    IncidentStatus,
     ListQuery,
     NewIncident,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
 )
+from incidentkit.models import StatusChange
 from incidentkit.store import RequestRecord, StoreOptions
 from incidentkit.store.migrate import upgrade
 from incidentkit.store.postgresql import PostgresStore
@@ -61,7 +61,7 @@ async def test_a_killed_server_is_unavailable_and_comes_back(
         store.get(1),
         store.list(ListQuery()),
         store.create(DISK_FULL),
-        store.update_status(1, IncidentStatus.FAILED),
+        store.update_status(StatusChange(1, "failed")),
         store.check(),
     ):
         with pytest.raises(StoreUnavailable):

@@ -15,6 +15,7 @@ from sqlalchemy.dialects.sqlite import dialect
 
 from incidentkit import (
     ClientClosed,
+    IncidentNotFound,
     IncidentSource,
     IncidentStatus,
     InvalidSettings,
@@ -24,6 +25,7 @@ from incidentkit import (
     StoreError,
     StoreUnavailable,
 )
+from incidentkit.models import NewNote, StatusChange
 from incidentkit.store import RequestRecord, StoreOptions, store_from_url
 from incidentkit.store.migrate import downgrade, migration_engine, upgrade
 from incidentkit.store.postgresql import PostgresStore, compile_statement
@@ -90,16 +92,18 @@ async def test_any_valid_message_is_stored_as_it_is(store: IncidentStore, messag
 
 
 async def test_an_unknown_id_is_none(store: IncidentStore) -> None:
-    """Reading or changing what is not there gives None, up to the largest id."""
+    """Reading what is not there gives None, changing it an error, up to the largest id."""
     assert await store.get(2**63 - 1) is None
-    assert await store.update_status(2**63 - 1, IncidentStatus.FAILED) is None
+    with pytest.raises(IncidentNotFound):
+        await store.update_status(StatusChange(2**63 - 1, IncidentStatus.FAILED))
+    with pytest.raises(IncidentNotFound):
+        await store.note(NewNote(2**63 - 1, "Nobody knows it"))
 
 
 async def test_update_status_changes_only_the_status(store: IncidentStore) -> None:
     """A status change returns the incident with its new status and all else as it was."""
     incident = await store.create(DISK_FULL)
-    changed = await store.update_status(incident.incident_id, IncidentStatus.COMPLETED)
-    assert changed is not None
+    changed = await store.update_status(StatusChange(incident.incident_id, "completed"))
     assert changed.incident_type is IncidentStatus.COMPLETED
     assert changed.incident_message == incident.incident_message
     assert changed.created_at == incident.created_at

@@ -13,7 +13,8 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from incidentkit import IncidentClient, IncidentStatus, ListQuery, NewIncident
+from incidentkit import IncidentClient, IncidentNotFound, ListQuery, NewIncident
+from incidentkit.models import StatusChange
 from incidentkit.store import StoreOptions, store_from_url
 from incidentkit.store.migrate import migration_engine, upgrade
 
@@ -142,7 +143,7 @@ async def test_every_write_of_a_store_replaces_the_token(store: IncidentStore) -
     for _ in range(25):
         created = await store.create(DISK_FULL)
         tokens.append(await store.token())
-        await store.update_status(created.incident_id, IncidentStatus.FAILED)
+        await store.update_status(StatusChange(created.incident_id, "failed"))
         tokens.append(await store.token())
     assert None not in tokens
     assert len(set(tokens)) == 51
@@ -218,7 +219,8 @@ async def test_what_changes_nothing_keeps_the_token(store: IncidentStore, url: s
     await store.get(1)
     page = await store.list(ListQuery())
     assert page.token == before
-    assert await store.update_status(99, IncidentStatus.FAILED) is None
+    with pytest.raises(IncidentNotFound):
+        await store.update_status(StatusChange(99, "failed"))
     for statement in (INSERT, UPDATE, DELETE):
         await _run_sql(url, statement, commit=False)
     await _run_sql(url, f"{DELETE} WHERE incident_id = 99")

@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from attrs import evolve
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from incidentkit import Incident, IncidentClient, IncidentSource, IncidentStatus
+from incidentkit import (
+    Incident,
+    IncidentClient,
+    IncidentNotFound,
+    IncidentSource,
+    IncidentStatus,
+)
 from incidentkit.http import create_app
 from incidentkit.http.requests import MAX_BODY
 from incidentkit.models import MAX_ID, MAX_LIMIT
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from incidentkit import ListQuery, NewIncident
+    from incidentkit.models import StatusChange
 
 JSON = {"Content-Type": "application/json"}
 BODY = json.dumps(INCIDENT).encode()
@@ -295,7 +303,7 @@ class AlwaysStore(SqliteStore):
     async def open(self) -> None:
         """Do nothing."""
 
-    async def create(self, incident: NewIncident) -> Incident:
+    async def create(self, incident: NewIncident, **_: object) -> Incident:
         """Return the incident as the first."""
         now = datetime.now(UTC)
         return Incident(1, incident.incident_message, incident.incident_type, incident.source, now)
@@ -311,14 +319,17 @@ class AlwaysStore(SqliteStore):
 
     async def get(self, incident_id: int) -> Incident | None:
         """Return an incident, or None for a large id."""
-        return await self.update_status(incident_id, IncidentStatus.NEW)
-
-    async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
-        """Return an incident, or None for a large id."""
         if incident_id > 100:
             return None
-        now = datetime.now(UTC)
-        return Incident(incident_id, "An incident", status, IncidentSource.OPERATOR, now)
+        now, new = datetime.now(UTC), IncidentStatus.NEW
+        return Incident(incident_id, "An incident", new, IncidentSource.OPERATOR, now)
+
+    async def update_status(self, change: StatusChange, **_: object) -> Incident:
+        """Return an incident, or raise for a large id."""
+        incident = await self.get(change.incident_id)
+        if incident is None:
+            raise IncidentNotFound(change.incident_id)
+        return evolve(incident, incident_type=change.status)
 
 
 @pytest.fixture(scope="module")

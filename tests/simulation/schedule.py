@@ -226,7 +226,7 @@ class Simulation:
             timeout = self.random.choice((0.25, 0.25, None))
             redis = cast("Any", RedisClient(self.redis, process, timeout))
             client = IncidentClient(
-                SimulatedStore(self.database),
+                cast("Any", SimulatedStore(self.database)),
                 cache=RedisCache(redis),
                 max_staleness=self.max_staleness,
             )

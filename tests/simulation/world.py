@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from incidentkit import Incident, StoreUnavailable
+from incidentkit import Incident, IncidentNotFound, StoreUnavailable
 from incidentkit.store.base import Page
 from tests.simulation.loop import PROCESS, SERVERS
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from random import Random
 
-    from incidentkit import IncidentStatus, ListQuery, NewIncident
+    from incidentkit import ListQuery, NewIncident
+    from incidentkit.models import StatusChange
     from incidentkit.store.base import RequestRecord
 
 _T = TypeVar("_T")
@@ -174,7 +175,7 @@ class Database:
 
 @define
 class SimulatedStore:
-    """An :class:`~incidentkit.IncidentStore` on the simulated database."""
+    """As much of an :class:`~incidentkit.store.IncidentStore` as lists and what changes them need."""
 
     database: Database
 
@@ -188,7 +189,7 @@ class SimulatedStore:
         """Ask the database for nothing."""
         await self.database.request(lambda: None)
 
-    async def create(self, incident: NewIncident) -> Incident:
+    async def create(self, incident: NewIncident, **_: object) -> Incident:
         """Store the incident and return it, committed."""
         return await self._write(lambda: self.database.insert(incident))
 
@@ -215,18 +216,21 @@ class SimulatedStore:
         """Return the incident, if it is there."""
         return await self.database.request(lambda: self._find(incident_id))
 
-    async def update_status(self, incident_id: int, status: IncidentStatus) -> Incident | None:
+    async def update_status(self, change: StatusChange, **_: object) -> Incident:
         """Change the status and return the incident, if it is there."""
 
         def effect() -> Incident | None:
-            incident = self._find(incident_id)
+            incident = self._find(change.incident_id)
             if incident is None:
                 return None
-            changed = evolve(incident, incident_type=status)
+            changed = evolve(incident, incident_type=change.status)
             self.database.update(changed)
             return changed
 
-        return await self._write(effect)
+        changed = await self._write(effect)
+        if changed is None:
+            raise IncidentNotFound(change.incident_id)
+        return changed
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Do nothing."""
