@@ -4,12 +4,12 @@
 
     IncidentKitError
     ├── InvalidIncident      (also a ValueError)
+    │   └── IdempotencyKeyReused
     ├── IncidentNotFound     (also a LookupError)
     ├── IncidentConflict
     │   ├── VersionConflict
     │   ├── IllegalTransition
     │   └── DuplicateOpenIncident
-    ├── IdempotencyKeyReused
     ├── UnknownCursor        (also a LookupError)
     ├── NotInTransaction
     ├── ClientClosed
@@ -60,6 +60,20 @@ class InvalidIncident(IncidentKitError, ValueError):
 
     def __str__(self) -> str:
         return "; ".join(f"{error.field} {error.reason}" for error in self.errors)
+
+
+class IdempotencyKeyReused(InvalidIncident):
+    """The idempotency key was used with other parameters in the last 24 hours.
+
+    Attributes:
+        errors: What is wrong with the field ``idempotency_key``.
+        idempotency_key: The key.
+    """
+
+    def __init__(self, idempotency_key: str) -> None:
+        super().__init__([FieldError("idempotency_key", "was used with other parameters")])
+        self.idempotency_key = idempotency_key
+        self.args = (idempotency_key,)
 
 
 class IncidentNotFound(IncidentKitError, LookupError):
@@ -138,21 +152,6 @@ class DuplicateOpenIncident(IncidentConflict):
             f"Incident {self.incident.incident_id} cannot be opened again: "
             "another one with its dedup_key is open"
         )
-
-
-class IdempotencyKeyReused(IncidentKitError):
-    """The idempotency key was used for something else in the last 24 hours; nothing was changed.
-
-    Attributes:
-        idempotency_key: The key.
-    """
-
-    def __init__(self, idempotency_key: str) -> None:
-        self.idempotency_key = idempotency_key
-        super().__init__(idempotency_key)
-
-    def __str__(self) -> str:
-        return "The idempotency key was used with other parameters"
 
 
 class UnknownCursor(IncidentKitError, LookupError):

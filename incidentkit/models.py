@@ -224,17 +224,30 @@ class NewIncident:
         Raises:
             InvalidIncident: With every faulty, unknown or missing field.
         """
-        check = _Check()
-        for name in values:
-            if name not in _NEW_INCIDENT_RULES:
-                check.errors.append(FieldError(str(name), "is not a known field"))
-        for name, rule in _NEW_INCIDENT_RULES.items():
-            if name in values:
-                check(name, rule, values[name])
-            elif fields_dict(cls)[name].default is NOTHING:
-                check.errors.append(FieldError(name, "is required"))
-        check.done()
+        _check_mapping(cls, _NEW_INCIDENT_RULES, values)
         return cls(**values)
+
+
+def _check_mapping(
+    model: type[Any],
+    rules: Mapping[str, Callable[[object], object]],
+    values: Mapping[Any, Any],
+) -> None:
+    """Hold named values against the rules of a model's fields.
+
+    Raises:
+        InvalidIncident: With every faulty, unknown or missing field.
+    """
+    check = _Check()
+    for name in values:
+        if name not in rules:
+            check.errors.append(FieldError(str(name), "is not a known field"))
+    for name, rule in rules.items():
+        if name in values:
+            check(name, rule, values[name])
+        elif fields_dict(model)[name].default is NOTHING:
+            check.errors.append(FieldError(name, "is required"))
+    check.done()
 
 
 _NEW_INCIDENT_RULES: Final[Mapping[str, Callable[[object], object]]] = {
@@ -431,24 +444,42 @@ class NewNote:
     """A note to be added to the history of an incident.
 
     Args:
-        incident_id: 1 to 2^63-1.
         note: Surrounding white space is removed; the rest has 1 to 1000 characters.
 
     Raises:
-        InvalidIncident: With every faulty field.
+        InvalidIncident: If it has not.
     """
 
-    incident_id: int
     note: str
 
-    def __init__(self, incident_id: int, note: str) -> None:
+    def __init__(self, note: str) -> None:
         check = _Check()
-        checked_id = check("incident_id", _incident_id, incident_id)
         checked_note = check("note", _note, note)
         check.done()
-        self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
-            checked_id, checked_note
-        )
+        self.__attrs_init__(checked_note)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> NewNote:
+        """Make one from named values, refusing what is unknown and naming what is missing.
+
+        Raises:
+            InvalidIncident: With every faulty, unknown or missing field.
+        """
+        _check_mapping(cls, {"note": _note}, values)
+        return cls(**values)
+
+
+def check_note(incident_id: int, note: str) -> tuple[int, str]:
+    """Return the id and the note if both are valid.
+
+    Raises:
+        InvalidIncident: With every faulty argument.
+    """
+    check = _Check()
+    checked_id = check("incident_id", _incident_id, incident_id)
+    checked_note = check("note", _note, note)
+    check.done()
+    return checked_id, checked_note
 
 
 @frozen(init=False)

@@ -15,11 +15,11 @@ from incidentkit.models import (
     IncidentEvent,
     IncidentStatus,
     NewIncident,
-    NewNote,
     StatusChange,
     check_history,
     check_idempotency_key,
     check_incident_id,
+    check_note,
 )
 from incidentkit.store.base import Idempotency
 from incidentkit.wire import dump_json, wire_converter
@@ -164,9 +164,9 @@ class IncidentOperations(ABC):
             IncidentNotFound: If there is none with this id.
             InvalidIncident: With every faulty argument.
         """
-        new = NewNote(incident_id, note)
+        incident_id, note = check_note(incident_id, note)
         store = self._store()
-        return await self._write(store.note(new, actor=current_actor()))
+        return await self._write(store.note(incident_id, note, actor=current_actor()))
 
     @abstractmethod
     async def list(

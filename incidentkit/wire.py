@@ -18,6 +18,7 @@ from incidentkit.models import (
     IncidentSource,
     IncidentStatus,
     NewIncident,
+    NewNote,
 )
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ def _exactly(expected: type) -> Any:
     return structure
 
 
-def _new_incident_from_wire(value: object, _: type[NewIncident]) -> NewIncident:
+def _from_wire(value: object, model: type[NewIncident | NewNote]) -> NewIncident | NewNote:
     if not isinstance(value, Mapping):
         raise InvalidIncident([FieldError("body", "must be a JSON object")])
-    return NewIncident.from_mapping(value)
+    return model.from_mapping(value)
 
 
 @cache
@@ -72,7 +73,8 @@ def wire_converter() -> Converter:
     - a status, a source and a kind are their plain values;
     - None is ``null``, and no field of an answer is ever missing;
     - numbers and strings are taken only as what they are: ``"7"`` is no id;
-    - a :class:`NewIncident` is read strictly: an unknown field is refused, a missing one named.
+    - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown field is refused,
+      a missing one named.
     """
     from cattrs import Converter  # noqa: PLC0415
 
@@ -84,7 +86,8 @@ def wire_converter() -> Converter:
     for enum in (IncidentStatus, IncidentSource, EventKind):
         # Or the hook for str would be theirs, too.
         converter.register_structure_hook(enum, _member_from_wire)
-    converter.register_structure_hook(NewIncident, _new_incident_from_wire)
+    converter.register_structure_hook(NewIncident, _from_wire)
+    converter.register_structure_hook(NewNote, _from_wire)
     for model in (Incident, IncidentEvent):
         converter.register_structure_hook(model, _complete(model, converter))
     return converter

@@ -11,7 +11,7 @@ from alembic import context
 from incidentkit.settings import Settings
 from incidentkit.store import migrate
 from incidentkit.store.migrate import adopt, migration_engine
-from incidentkit.store.tables import VERSION_TABLE, metadata
+from incidentkit.store.tables import TEXT_INDEX, VERSION_TABLE, metadata
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -22,6 +22,8 @@ LOCK_KEY = 0x696E636964656E74
 
 def is_ours(name: str | None, type_: str, _: Any) -> bool:
     """Keep autogenerate to our own tables: the database may be a host's."""
+    if type_ == "index":
+        return name != TEXT_INDEX
     return type_ != "table" or name in metadata.tables
 
 

@@ -261,7 +261,8 @@ async def test_redis_holds_the_documented_keys(
             == (
                 f'{{"key":"incidents:1:10:any:any","token":"{token}","incidents":'
                 '[{"incident_id":1,"incident_message":"Disk is full","incident_type":"new",'
-                f'"source":"monitoring","created_at":"{time}"}}]}}'
+                f'"source":"monitoring","created_at":"{time}","version":1,"dedup_key":null,'
+                f'"occurrences":1,"last_seen_at":"{time}","ended_at":null}}]}}'
             ).encode()
         )
         assert (

@@ -146,13 +146,19 @@ def test_json_is_the_wire_format_on_one_line() -> None:
     assert "日本" in created
     incident = json.loads(created)
     assert incident.keys() == {
-        *("incident_id", "incident_message", "incident_type", "source", "created_at")
+        *("incident_id", "incident_message", "incident_type", "source", "created_at"),
+        *("version", "dedup_key", "occurrences", "last_seen_at", "ended_at"),
     }
     assert incident["incident_message"] == "Ärger\n日本"
     assert json.loads(output("get", "1", "--json")) == incident
     assert json.loads(output("list", "--json")) == [incident]
-    completed = incident | {"incident_type": "completed"}
-    assert json.loads(output("update-status", "1", "completed", "--json")) == completed
+    completed = json.loads(output("update-status", "1", "completed", "--json"))
+    assert completed["ended_at"] >= incident["created_at"]
+    assert completed == incident | {
+        "incident_type": "completed",
+        "version": 2,
+        "ended_at": completed["ended_at"],
+    }
     assert json.loads(output("list", "--page", "2", "--json")) == []
 
 
@@ -368,7 +374,7 @@ def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> No
     (line,) = errors("db", "check", *database, exit_code=1)
     assert REVISIONS[-3] in line
     assert output("db", "upgrade", REVISIONS[2], *database) == f"{REVISIONS[2]}\n"
-    assert output("db", "upgrade", "+1", *database) == f"{SCHEMA_REVISION} (head)\n"
+    assert output("db", "upgrade", "+2", *database) == f"{SCHEMA_REVISION} (head)\n"
     assert json.loads(output("get", "1", "--json", *database))["source"] == "monitoring"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -15,21 +16,40 @@ import incidentkit.errors
 from incidentkit import (
     CacheUnavailable,
     ClientClosed,
+    DuplicateOpenIncident,
     FieldError,
+    IdempotencyKeyReused,
+    IllegalTransition,
+    Incident,
+    IncidentConflict,
     IncidentKitError,
     IncidentNotFound,
+    IncidentSource,
+    IncidentStatus,
     InvalidIncident,
     InvalidSettings,
     ListQuery,
     MissingDependency,
     NewIncident,
+    NotInTransaction,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
+    UnknownCursor,
+    VersionConflict,
 )
 from incidentkit.models import StatusChange
 
 TWO_FAULTS = (FieldError("page", "is wrong"), FieldError("limit", "is wrong, too"))
+
+DISK = Incident(
+    7,
+    "Disk is full",
+    IncidentStatus.COMPLETED,
+    IncidentSource.MONITORING,
+    datetime(2026, 3, 1, 9, 30, tzinfo=UTC),
+    version=3,
+)
 
 ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
     (IncidentKitError("why"), "why", {}),
@@ -38,6 +58,36 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         "page is wrong; limit is wrong, too",
         {"errors": TWO_FAULTS},
     ),
+    (
+        IdempotencyKeyReused("deploy-7"),
+        "idempotency_key was used with other parameters",
+        {
+            "idempotency_key": "deploy-7",
+            "errors": (FieldError("idempotency_key", "was used with other parameters"),),
+        },
+    ),
+    (
+        IncidentConflict(DISK),
+        "Incident 7 does not allow this change",
+        {"incident": DISK},
+    ),
+    (
+        VersionConflict(DISK),
+        "Incident 7 has moved on: it is at version 3",
+        {"incident": DISK},
+    ),
+    (
+        IllegalTransition(DISK, IncidentStatus.NEW),
+        "Incident 7 cannot go from completed to new",
+        {"incident": DISK, "to_status": IncidentStatus.NEW},
+    ),
+    (
+        DuplicateOpenIncident(DISK),
+        "Incident 7 cannot be opened again: another one with its dedup_key is open",
+        {"incident": DISK},
+    ),
+    (UnknownCursor(), "The cursor is not one of this database", {}),
+    (NotInTransaction(), "The connection is not in a transaction that can be joined", {}),
     (IncidentNotFound(7), "Incident 7 not found", {"incident_id": 7}),
     (
         ClientClosed(),
@@ -70,20 +120,20 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         {"reason": "it did not answer in time"},
     ),
     (
-        SchemaOutOfDate(None, "e4a81c3f5d27"),
+        SchemaOutOfDate(None, "9b3f6d20c7e8"),
         (
-            "The database's schema is not there, this version of incidentkit needs e4a81c3f5d27: "
+            "The database's schema is not there, this version of incidentkit needs 9b3f6d20c7e8: "
             "run `incidentkit db upgrade`"
         ),
-        {"current": None, "expected": "e4a81c3f5d27", "command": "incidentkit db upgrade"},
+        {"current": None, "expected": "9b3f6d20c7e8", "command": "incidentkit db upgrade"},
     ),
     (
-        SchemaOutOfDate("dadc1db062ae", "e4a81c3f5d27", command="make schema"),
+        SchemaOutOfDate("dadc1db062ae", "9b3f6d20c7e8", command="make schema"),
         (
             "The database's schema is at revision dadc1db062ae, this version of incidentkit needs "
-            "e4a81c3f5d27: run `make schema`"
+            "9b3f6d20c7e8: run `make schema`"
         ),
-        {"current": "dadc1db062ae", "expected": "e4a81c3f5d27", "command": "make schema"},
+        {"current": "dadc1db062ae", "expected": "9b3f6d20c7e8", "command": "make schema"},
     ),
 ]
 
@@ -109,8 +159,15 @@ def names(branches: dict[str, Any]) -> list[str]:
 def test_one_small_tree() -> None:
     """Whoever catches a class of errors catches just those below it."""
     assert tree(IncidentKitError) == {
-        "InvalidIncident": {},
+        "InvalidIncident": {"IdempotencyKeyReused": {}},
         "IncidentNotFound": {},
+        "IncidentConflict": {
+            "VersionConflict": {},
+            "IllegalTransition": {},
+            "DuplicateOpenIncident": {},
+        },
+        "UnknownCursor": {},
+        "NotInTransaction": {},
         "ClientClosed": {},
         "InvalidSettings": {},
         "MissingDependency": {},
@@ -140,6 +197,7 @@ def test_tree_in_the_documentation_is_the_tree() -> None:
         (InvalidIncident, ValueError),
         (InvalidSettings, ValueError),
         (IncidentNotFound, LookupError),
+        (UnknownCursor, LookupError),
         (MissingDependency, ImportError),
     ],
 )

@@ -393,7 +393,7 @@ def test_created_at_is_the_whole_second_in_utc(given_time: datetime) -> None:
 def test_created_at_without_a_zone_is_refused() -> None:
     """A naive time is not guessed at."""
     naive = datetime(2025, 1, 1, 12)  # noqa: DTZ001
-    with pytest.raises(ValueError, match="created_at must be an aware datetime"):
+    with pytest.raises(ValueError, match="must be an aware datetime"):
         Incident(1, "Disk", IncidentStatus.NEW, IncidentSource.PARTNER, naive)
 
 

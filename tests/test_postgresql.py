@@ -227,5 +227,7 @@ async def test_each_call_is_one_round_trip(migrated_postgres_url: str) -> None:
         await incidents.get(1)
         await incidents.list(status="new")
         await incidents.update_status(1, "failed")
+        await incidents.note(1, "It came back")
+        await incidents.history(1)
     verbs = [statement.split()[0] for statement in sent]
-    assert verbs == ["INSERT", "SELECT", "SELECT", "UPDATE"]
+    assert verbs == ["WITH", "SELECT", "SELECT", "WITH", "WITH", "SELECT"]

@@ -85,7 +85,7 @@ def test_everything_public_is_documented(name: str) -> None:
         and (inspect.isroutine(value) or isinstance(value, property))
         and not inspect.getdoc(value)
     ]
-    assert vars(thing)["__doc__"]
+    assert thing.__doc__
     assert undocumented == []
 
 

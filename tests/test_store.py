@@ -25,7 +25,7 @@ from incidentkit import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import NewNote, StatusChange
+from incidentkit.models import StatusChange
 from incidentkit.store import RequestRecord, StoreOptions, store_from_url
 from incidentkit.store.migrate import downgrade, migration_engine, upgrade
 from incidentkit.store.postgresql import PostgresStore, compile_statement
@@ -97,7 +97,7 @@ async def test_an_unknown_id_is_none(store: IncidentStore) -> None:
     with pytest.raises(IncidentNotFound):
         await store.update_status(StatusChange(2**63 - 1, IncidentStatus.FAILED))
     with pytest.raises(IncidentNotFound):
-        await store.note(NewNote(2**63 - 1, "Nobody knows it"))
+        await store.note(2**63 - 1, "Nobody knows it")
 
 
 async def test_update_status_changes_only_the_status(store: IncidentStore) -> None:
@@ -407,13 +407,18 @@ async def test_a_row_that_breaks_the_schema_is_a_typed_error(url: str) -> None:
     """A row that no incident can be, in a schema changed under an open store, is a StoreError."""
     store = store_from_url(url)
     await store.open()
-    await downgrade(url, "dadc1db062ae")
-    uuid = "UUID" if isinstance(store, PostgresStore) else "TEXT"
-    await _run_sql(url, f"CREATE TABLE incident_token (slot INTEGER, token {uuid})")
-    await _run_sql(url, 'INSERT INTO "Incident" (incident_message) VALUES (NULL)')
-    for call in (store.get(1), store.list(ListQuery())):
+    await store.create(DISK_FULL)
+    if isinstance(store, PostgresStore):
+        await _run_sql(url, 'ALTER TABLE "Incident" ALTER source DROP NOT NULL')
+        await _run_sql(url, 'UPDATE "Incident" SET source = NULL')
+    else:
+        with sqlite3.connect(url.removeprefix("sqlite+aiosqlite:///")) as connection:
+            connection.execute("PRAGMA ignore_check_constraints = ON")
+            connection.execute("UPDATE \"Incident\" SET source = 'nobody'")
+        connection.close()
+    for read in (lambda: store.get(1), lambda: store.list(ListQuery())):
         with pytest.raises(StoreError, match="a row holds what no incident can have"):
-            await call
+            await read()
     await store.close()
 
 

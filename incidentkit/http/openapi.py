@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args, get_origin, g
 
 from attrs import NOTHING, fields
 
+from incidentkit.cursor import encode_cursor
 from incidentkit.errors import FieldError
 from incidentkit.http.health import (
     Health,
@@ -17,7 +18,7 @@ from incidentkit.http.health import (
     SchemaHealth,
     State,
 )
-from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Problem
+from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Conflict, Problem
 from incidentkit.http.request_id import HEADER, PATTERN
 from incidentkit.http.requests import MAX_BODY
 from incidentkit.models import (
@@ -25,10 +26,15 @@ from incidentkit.models import (
     MAX_ID,
     MESSAGE_MAX_LENGTH,
     MESSAGE_MIN_LENGTH,
+    NAME_MAX_LENGTH,
+    NOTE_MAX_LENGTH,
+    EventKind,
     Incident,
+    IncidentEvent,
     IncidentSource,
     IncidentStatus,
     NewIncident,
+    NewNote,
 )
 from incidentkit.store.tables import SCHEMA_REVISION
 from incidentkit.version import __version__
@@ -51,27 +57,71 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
             "nor contain a NUL character."
         ),
     },
+    (NewIncident, "dedup_key"): {
+        "minLength": 1,
+        "maxLength": NAME_MAX_LENGTH,
+        "description": (
+            "What it is about. While an incident with this key is open no second one is made: that "
+            "one counts a further occurrence. Only for an incident that starts as new."
+        ),
+    },
+    (NewNote, "note"): {
+        "minLength": 1,
+        "maxLength": NOTE_MAX_LENGTH,
+        "description": "Surrounding white space is removed first and does not count.",
+    },
     (Incident, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
     (Incident, "created_at"): {"description": "When it was stored, in UTC."},
+    (Incident, "version"): {
+        "minimum": 1,
+        "description": "One more with each change; also the ETag, in quotes.",
+    },
+    (Incident, "occurrences"): {"minimum": 1, "description": "How often it was reported."},
+    (Incident, "last_seen_at"): {"description": "When it was last reported, in UTC."},
+    (Incident, "ended_at"): {
+        "description": "When its status left new, in UTC; null while it is open, or if that is "
+        "not known."
+    },
+    (IncidentEvent, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
+    (IncidentEvent, "cursor"): {"description": "Its place among all events, for after=."},
+    (IncidentEvent, "actor"): {"description": "Who did it; null if nobody was named."},
+    (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
     (Problem, "status"): {"minimum": 400, "maximum": 599},
     (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},
     (RequestLogHealth, "dropped"): {"minimum": 0},
 }
 """What the type of a field does not say of its values."""
 
-CLOSED: Final = (NewIncident,)
+CLOSED: Final = (NewIncident, NewNote)
 """Models that are refused if they have unknown fields."""
 
 _REQUEST_ID: Final = "0b5c2f6e4d7a4c1f9e3a8d6b7c5f4e21"
 
+_INCIDENT: Final = Incident(
+    7,
+    "Disk is full on db-1",
+    IncidentStatus.NEW,
+    IncidentSource.MONITORING,
+    datetime(2026, 3, 1, 9, 30, tzinfo=UTC),
+    dedup_key="disk-full:db-1",
+)
+
 _MODELS: Final = {
-    NewIncident: NewIncident("Disk is full on db-1", IncidentSource.MONITORING),
-    Incident: Incident(
+    NewIncident: NewIncident(
+        "Disk is full on db-1", IncidentSource.MONITORING, dedup_key="disk-full:db-1"
+    ),
+    NewNote: NewNote("The old logs were removed"),
+    Incident: _INCIDENT,
+    Conflict: Conflict(_INCIDENT),
+    IncidentEvent: IncidentEvent(
+        encode_cursor(4711, 12, 2600, 7),
         7,
-        "Disk is full on db-1",
+        EventKind.STATUS_CHANGED,
         IncidentStatus.NEW,
-        IncidentSource.MONITORING,
-        datetime(2026, 3, 1, 9, 30, tzinfo=UTC),
+        IncidentStatus.COMPLETED,
+        "alice",
+        "The old logs were removed",
+        datetime(2026, 3, 1, 9, 45, tzinfo=UTC),
     ),
     Health: Health(State.OK),
     Readiness: Readiness(
@@ -87,6 +137,8 @@ _MODELS: Final = {
 _DETAILS: Final = {
     400: "The body is not well-formed JSON (line 1, column 2)",
     404: "Incident not found",
+    409: "Incident 7 cannot go from completed to new",
+    412: "Incident 7 has moved on: it is at version 1",
     413: f"The body must have at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",
     422: f"incident_id must be an integer from 1 to {MAX_ID}",
@@ -97,7 +149,7 @@ _DETAILS: Final = {
 
 _ERRORS: Final = {422: (FieldError("incident_id", f"must be an integer from 1 to {MAX_ID}"),)}
 
-_PROBLEM_HEADERS: Final = {503: ("Retry-After",)}
+_PROBLEM_HEADERS: Final = {409: ("ETag",), 412: ("ETag",), 503: ("Retry-After",)}
 
 
 def document(operations: Iterable[Operation], root_path: str = "") -> Json:
@@ -142,6 +194,12 @@ _HEADERS: Final[Json] = {
         "schema": {"type": "string", "pattern": f"^{PATTERN}$"},
         "example": _REQUEST_ID,
     },
+    "ETag": {
+        "description": "The version of the incident, in quotes.",
+        "required": True,
+        "schema": {"type": "string", "pattern": r'^"\d+"$'},
+        "example": '"1"',
+    },
     "Location": {
         "description": "Where the incident is.",
         "required": True,
@@ -173,11 +231,12 @@ def _operation(operation: Operation, schemas: Json) -> Json:
             "content": {"application/json": _content(operation.body, schemas)},
         }
     described["responses"] = {
-        str(operation.status): {
-            "description": operation.answers,
+        str(status): {
+            "description": means,
             "headers": _headers(HEADER, *operation.headers),
             "content": {"application/json": _content(operation.returns, schemas)},
         }
+        for status, means in {operation.status: operation.answers, **operation.also}.items()
     }
     for status in operation.problems:
         described["responses"][str(status)] = (
@@ -190,12 +249,13 @@ def _operation(operation: Operation, schemas: Json) -> Json:
 
 def _parameter(parameter: Parameter, schemas: Json) -> Json:
     schema = _schema(parameter.type, schemas)
-    for keyword in ("minimum", "maximum", "default"):
-        value = getattr(parameter, keyword)
+    bounds = ("minLength", "maxLength") if parameter.type is str else ("minimum", "maximum")
+    values = (parameter.minimum, parameter.maximum, parameter.default)
+    for keyword, value in zip((*bounds, "default"), values, strict=True):
         if value is not None:
             schema[keyword] = value
     described: Json = {
-        "name": parameter.name,
+        "name": parameter.header or parameter.name,
         "in": parameter.where,
         "description": parameter.description,
         "required": parameter.required,
@@ -284,7 +344,7 @@ def _model(type_: type[Any], schemas: Json) -> Json:
     for attribute in fields(type_):
         name = attribute.name
         properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), {})
-        if attribute.default is NOTHING:
+        if attribute.default is NOTHING or type_ not in CLOSED:
             required.append(name)
         else:
             properties[name]["default"] = attribute.default

@@ -15,12 +15,15 @@ from starlette.responses import Response
 from incidentkit.errors import (
     ClientClosed,
     FieldError,
+    IncidentConflict,
     IncidentNotFound,
     InvalidIncident,
     SchemaOutOfDate,
     StoreUnavailable,
+    VersionConflict,
 )
 from incidentkit.http.request_id import HEADER, request_id
+from incidentkit.models import Incident  # noqa: TC001
 from incidentkit.wire import dump_json, wire_converter
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ TITLES: Final[Mapping[int, str]] = {
     400: "Bad Request",
     404: "Not Found",
     405: "Method Not Allowed",
+    409: "Conflict",
+    412: "Precondition Failed",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     422: "Unprocessable Content",
@@ -67,6 +72,17 @@ class Problem:
     detail: str
     request_id: str
     errors: tuple[FieldError, ...]
+
+
+@frozen
+class Conflict:
+    """What stands in the way of a change.
+
+    Attributes:
+        incident: The incident as it is.
+    """
+
+    incident: Incident
 
 
 @define
@@ -123,6 +139,8 @@ def refusal_for(error: Exception) -> Refusal:
             refusal = Refusal(422, detail, error.errors)
         case IncidentNotFound():
             refusal = Refusal(404, "Incident not found")
+        case IncidentConflict():
+            refusal = _refusal_for_conflict(error)
         case ClientDisconnect():
             refusal = Refusal(400, "The connection was closed before the request was complete")
         case SchemaOutOfDate() | StoreUnavailable():
@@ -139,3 +157,17 @@ def refusal_for(error: Exception) -> Refusal:
         case _:
             refusal = Refusal(500, "The server failed to answer the request")
     return refusal
+
+
+def etag(incident: Incident) -> str:
+    """Return the entity tag of an incident: its version."""
+    return f'"{incident.version}"'
+
+
+def _refusal_for_conflict(error: IncidentConflict) -> Refusal:
+    return Refusal(
+        412 if isinstance(error, VersionConflict) else 409,
+        str(error),
+        headers={"ETag": etag(error.incident)},
+        members=wire_converter().unstructure(Conflict(error.incident)),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import parse_qsl
 
@@ -27,6 +28,8 @@ MAX_DIGITS: Final = 19
 
 MAX_UNKNOWN: Final = 10
 """How many unknown names an answer repeats."""
+
+_ENTITY_TAG: Final = re.compile(r'"(\d+)"', re.ASCII)
 
 MAX_NAME: Final = 64
 """How many characters of an unknown name an answer repeats."""
@@ -69,7 +72,13 @@ def _read_parameters(
     faults: list[FieldError] = []
     for parameter in parameters:
         name = parameter.name
-        given = [request.path_params[name]] if parameter.where == "path" else query.get(name, [])
+        match parameter.where:
+            case "path":
+                given = [request.path_params[name]]
+            case "query":
+                given = query.get(name, [])
+            case "header":
+                given = request.headers.getlist(parameter.header)
         values[name] = parameter.default
         if len(given) > 1:
             faults.append(FieldError(name, "must be given only once"))
@@ -104,6 +113,17 @@ def read_integer(text: str) -> int | str:
     if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS:
         return int(text)
     return text
+
+
+def read_version(text: str) -> int | str | None:
+    """Return the version that an ``If-Match`` expects, None for ``*``, or the text.
+
+    The text is then refused by the rule that asks for an integer.
+    """
+    if text == "*":
+        return None
+    tag = _ENTITY_TAG.fullmatch(text)
+    return read_integer(tag[1]) if tag else text
 
 
 async def read_json(request: Request) -> object:

@@ -6,6 +6,8 @@ The routes, the strict reading of parameters and the OpenAPI document are all ma
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from urllib.parse import quote
 
@@ -14,25 +16,39 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from incidentkit.actor import acting_as
 from incidentkit.http import docs, openapi
 from incidentkit.http.health import Health, Readiness, State, readiness
 from incidentkit.http.log import log_route
-from incidentkit.http.problems import RETRY_HEADERS, Refusal
-from incidentkit.http.requests import read_arguments, read_integer
+from incidentkit.http.problems import RETRY_HEADERS, Conflict, Refusal, etag
+from incidentkit.http.requests import read_arguments, read_integer, read_version
 from incidentkit.models import (
     DEFAULT_LIMIT,
     MAX_ID,
     MAX_LIMIT,
     MAX_OFFSET,
+    NAME_MAX_LENGTH,
+    NOTE_MAX_LENGTH,
     Incident,
+    IncidentEvent,
     IncidentSource,
     IncidentStatus,
     ListQuery,
     NewIncident,
+    NewNote,
     StatusChange,
+    check_history,
+    check_idempotency_key,
     check_incident_id,
 )
-from incidentkit.wire import dump_json, encode_incident, encode_incidents, wire_converter
+from incidentkit.wire import (
+    dump_json,
+    encode_event,
+    encode_events,
+    encode_incident,
+    encode_incidents,
+    wire_converter,
+)
 
 if TYPE_CHECKING:
     from incidentkit.client import IncidentClient
@@ -48,9 +64,10 @@ class Parameter:
         name: The name that it also has as an argument of the client.
         description: What it means.
         type: ``int``, written in ASCII digits, or an enum of strings.
-        where: Whether the path or the query holds it.
-        minimum: The smallest value of an integer.
-        maximum: The largest value of an integer.
+        where: Whether the path, the query or a header holds it.
+        header: The name of that header.
+        minimum: The smallest value of an integer, or the least characters of a text.
+        maximum: The largest value of an integer, or the most characters of a text.
         default: Its value where it is missing; None means none.
         required: Whether it may not be missing.
         may_be_empty: Whether an empty value counts as missing.
@@ -59,7 +76,8 @@ class Parameter:
     name: str
     description: str
     type: type[Any]
-    where: Literal["path", "query"] = "query"
+    where: Literal["path", "query", "header"] = "query"
+    header: str = ""
     minimum: int | None = None
     maximum: int | None = None
     default: Any = None
@@ -68,6 +86,8 @@ class Parameter:
 
     def read(self, text: str) -> Any:
         """Return the value as the client's rules take it, or the text for them to refuse."""
+        if self.header == "If-Match":
+            return read_version(text)
         return read_integer(text) if self.type is int else text
 
 
@@ -85,6 +105,7 @@ class Operation:
         returns: The model, or list of models, that this answer holds.
         answers: The same in words.
         headers: What the head of this answer has besides.
+        also: Further statuses of such an answer, and what each of them means.
         parameters: What the path and the query may hold.
         check: Takes the parameters and raises :class:`~incidentkit.InvalidIncident` with each one
             that breaks a rule; None means that there are no rules.
@@ -103,6 +124,7 @@ class Operation:
     returns: Any = None
     answers: str = ""
     headers: tuple[str, ...] = ()
+    also: Mapping[int, str] = field(factory=dict)
     parameters: tuple[Parameter, ...] = ()
     check: Callable[..., object] | None = None
     body: type[Any] | None = None
@@ -115,9 +137,17 @@ class Operation:
 
         @log_route(self.path)
         async def endpoint(request: Request) -> Response:
-            return await self.answer(request, await read_arguments(request, self))
+            arguments = await read_arguments(request, self)
+            with _as_user(request):
+                return await self.answer(request, arguments)
 
         return Route(self.path, endpoint, methods=[self.method], name=self.name)
+
+
+def _as_user(request: Request) -> AbstractContextManager[None]:
+    """Return what names the user that a host's middleware has authenticated as the actor."""
+    user = request.scope.get("user")
+    return acting_as(user.display_name) if user and user.is_authenticated else nullcontext()
 
 
 def _client(request: Request) -> IncidentClient:
@@ -134,10 +164,17 @@ def _root_path(request: Request) -> str:
     return quote(request.scope.get("root_path", "").rstrip("/"))
 
 
+def _incident(
+    incident: Incident, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return _json(encode_incident(incident), status, {"ETag": etag(incident), **(headers or {})})
+
+
 async def _create(request: Request, arguments: dict[str, Any]) -> Response:
-    incident = await _client(request).create(arguments["body"])
+    incident = await _client(request).create(arguments.pop("body"), **arguments)
     location = f"{_root_path(request)}/incident/get/{incident.incident_id}"
-    return _json(encode_incident(incident), 201, {"Location": location})
+    status = HTTPStatus.CREATED if incident.occurrences == 1 else HTTPStatus.OK
+    return _incident(incident, status, {"Location": location})
 
 
 async def _list(request: Request, arguments: dict[str, Any]) -> Response:
@@ -145,11 +182,22 @@ async def _list(request: Request, arguments: dict[str, Any]) -> Response:
 
 
 async def _get(request: Request, arguments: dict[str, Any]) -> Response:
-    return _json(encode_incident(await _client(request).get(**arguments)))
+    return _incident(await _client(request).get(**arguments))
 
 
 async def _update_status(request: Request, arguments: dict[str, Any]) -> Response:
-    return _json(encode_incident(await _client(request).update_status(**arguments)))
+    return _incident(await _client(request).update_status(**arguments))
+
+
+async def _history(request: Request, arguments: dict[str, Any]) -> Response:
+    return _json(encode_events(await _client(request).history(**arguments)))
+
+
+async def _note(request: Request, arguments: dict[str, Any]) -> Response:
+    note: NewNote = arguments["body"]
+    return _json(
+        encode_event(await _client(request).note(arguments["incident_id"], note.note)), 201
+    )
 
 
 async def _live(_: Request, __: dict[str, Any]) -> Response:
@@ -179,8 +227,29 @@ async def _docs_asset(request: Request, arguments: dict[str, Any]) -> Response:
     return docs.asset(arguments["asset"], known)
 
 
+def _check_idempotency_key(idempotency_key: str | None) -> None:
+    if idempotency_key is not None:
+        check_idempotency_key(idempotency_key)
+
+
+def _check_status_change(idempotency_key: str | None, **arguments: Any) -> None:
+    StatusChange(**arguments)
+    _check_idempotency_key(idempotency_key)
+
+
 _INCIDENT_ID: Final = Parameter(
     "incident_id", "The incident's id.", int, minimum=1, maximum=MAX_ID, required=True
+)
+
+_IDEMPOTENCY_KEY: Final = Parameter(
+    "idempotency_key",
+    "What a repeated request gives again: for 24 hours it changes nothing then, and gets the "
+    "first answer.",
+    str,
+    where="header",
+    header="Idempotency-Key",
+    minimum=1,
+    maximum=NAME_MAX_LENGTH,
 )
 
 OPERATIONS: Final = (
@@ -193,7 +262,10 @@ OPERATIONS: Final = (
         status=201,
         returns=Incident,
         answers="The incident as it is stored",
-        headers=("Location",),
+        headers=("Location", "ETag"),
+        also={200: "The incident with this dedup_key that is open, which has occurred again"},
+        parameters=(_IDEMPOTENCY_KEY,),
+        check=_check_idempotency_key,
         body=NewIncident,
         problems=(400, 413, 415, 422, 500, 503),
     ),
@@ -241,6 +313,7 @@ OPERATIONS: Final = (
         _get,
         returns=Incident,
         answers="The incident",
+        headers=("ETag",),
         parameters=(evolve(_INCIDENT_ID, where="path"),),
         check=check_incident_id,
         problems=(400, 404, 422, 500, 503),
@@ -253,12 +326,55 @@ OPERATIONS: Final = (
         _update_status,
         returns=Incident,
         answers="The incident with its new status",
+        headers=("ETag",),
         parameters=(
             _INCIDENT_ID,
             Parameter("status", "The status that it gets.", IncidentStatus, required=True),
+            Parameter(
+                "note", "What the history says of it.", str, minimum=1, maximum=NOTE_MAX_LENGTH
+            ),
+            Parameter(
+                "expected_version",
+                "The ETag that the incident has to have; `*` means any.",
+                str,
+                where="header",
+                header="If-Match",
+            ),
+            _IDEMPOTENCY_KEY,
         ),
-        check=StatusChange,
+        check=_check_status_change,
+        problems=(400, 404, 409, 412, 422, 500, 503),
+        members={409: Conflict, 412: Conflict},
+    ),
+    Operation(
+        "GET",
+        "/incident/history/{incident_id}",
+        "incident_history",
+        "Return what happened to an incident, oldest first",
+        _history,
+        returns=list[IncidentEvent],
+        answers="Its events; an empty list past the last one",
+        parameters=(
+            evolve(_INCIDENT_ID, where="path"),
+            Parameter("limit", "Events.", int, minimum=1, maximum=MAX_LIMIT, default=MAX_LIMIT),
+            Parameter("after", "The cursor of the event to go on behind.", str),
+        ),
+        check=check_history,
         problems=(400, 404, 422, 500, 503),
+    ),
+    Operation(
+        "POST",
+        "/incident/note/{incident_id}",
+        "note_incident",
+        "Add a note to the history of an incident",
+        _note,
+        status=201,
+        returns=IncidentEvent,
+        answers="The event in the history",
+        parameters=(evolve(_INCIDENT_ID, where="path"),),
+        check=check_incident_id,
+        body=NewNote,
+        problems=(400, 404, 413, 415, 422, 500, 503),
     ),
     Operation(
         "GET",

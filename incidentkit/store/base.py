@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         IncidentEvent,
         ListQuery,
         NewIncident,
-        NewNote,
         StatusChange,
     )
     from incidentkit.transitions import Transitions
@@ -189,7 +188,7 @@ class StoreOperations(Protocol):
         """
         ...
 
-    async def note(self, note: NewNote, *, actor: str | None = None) -> IncidentEvent:
+    async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
         """Add a note to the history and return its event.
 
         Raises:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         IncidentEvent,
         ListQuery,
         NewIncident,
-        NewNote,
         StatusChange,
     )
     from incidentkit.store.base import Idempotency, Page, Place
@@ -69,7 +68,9 @@ class Operations(ABC):
     ) -> Incident: ...
 
     @abstractmethod
-    async def _note(self, fetch: Fetch, note: NewNote, actor: str | None) -> IncidentEvent: ...
+    async def _note(
+        self, fetch: Fetch, incident_id: int, note: str, actor: str | None
+    ) -> IncidentEvent: ...
 
     @abstractmethod
     async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
@@ -100,11 +101,11 @@ class Operations(ABC):
 
         return await self._write_once(work, once)
 
-    async def note(self, note: NewNote, *, actor: str | None = None) -> IncidentEvent:
+    async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
         """Add a note to the history, and return its event."""
 
         async def work(fetch: Fetch) -> IncidentEvent:
-            return await self._note(fetch, note, actor)
+            return await self._note(fetch, incident_id, note, actor)
 
         return await self._write(work)
 

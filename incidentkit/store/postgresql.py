@@ -25,7 +25,7 @@ from incidentkit.errors import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import OPEN, NewNote
+from incidentkit.models import OPEN
 from incidentkit.store import postgresql_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
@@ -191,7 +191,7 @@ class PostgresOperations(Operations):
             )
             if not transitions.check(incident, change):
                 if change.note is not None:
-                    await self._note(fetch, NewNote(change.incident_id, change.note), actor)
+                    await self._note(fetch, change.incident_id, change.note, actor)
                 return incident
             # Either another one with its key is open, or it has just been changed once more.
             if change.status is OPEN and await fetch(
@@ -200,9 +200,11 @@ class PostgresOperations(Operations):
                 raise DuplicateOpenIncident(incident)
         raise StoreUnavailable("others change the incident all the time")
 
-    async def _note(self, fetch: Fetch, note: NewNote, actor: str | None) -> IncidentEvent:
-        values = {"incident_id": note.incident_id, "note": note.note, "actor": actor}
-        return read_event(found(note.incident_id, await fetch(writes.INSERT_NOTE, values)))
+    async def _note(
+        self, fetch: Fetch, incident_id: int, note: str, actor: str | None
+    ) -> IncidentEvent:
+        values = {"incident_id": incident_id, "note": note, "actor": actor}
+        return read_event(found(incident_id, await fetch(writes.INSERT_NOTE, values)))
 
     async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
         """Remove incidents, and leave the event that tells of it, in one statement."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import sqlite3
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,7 +25,7 @@ from incidentkit.errors import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import OPEN, EventKind, IncidentStatus, NewNote
+from incidentkit.models import OPEN, EventKind, IncidentStatus
 from incidentkit.store import sqlite_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
@@ -163,7 +163,7 @@ class SqliteOperations(Operations):
         )
         if not transitions.check(incident, change):
             if change.note is not None:
-                await self._note(fetch, NewNote(change.incident_id, change.note), actor)
+                await self._note(fetch, change.incident_id, change.note, actor)
             return incident
         if change.status is OPEN and await fetch(
             writes.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
@@ -183,15 +183,17 @@ class SqliteOperations(Operations):
         )
         return read_incident(rows[0])
 
-    async def _note(self, fetch: Fetch, note: NewNote, actor: str | None) -> IncidentEvent:
-        key = {"incident_id": note.incident_id}
-        found(note.incident_id, await fetch(statements.SELECT_INCIDENT, key))
+    async def _note(
+        self, fetch: Fetch, incident_id: int, note: str, actor: str | None
+    ) -> IncidentEvent:
+        key = {"incident_id": incident_id}
+        found(incident_id, await fetch(statements.SELECT_INCIDENT, key))
         return await _insert_event(
             fetch,
-            incident_id=note.incident_id,
+            incident_id=incident_id,
             kind=EventKind.NOTED,
             actor=actor,
-            note=note.note,
+            note=note,
         )
 
     async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
@@ -403,7 +405,9 @@ async def _transaction(connection: AsyncConnection) -> AsyncIterator[None]:
         yield
         await connection.exec_driver_sql("COMMIT")
     except BaseException:
-        await connection.exec_driver_sql("ROLLBACK")
+        # After some errors, such as a full disk, SQLite has done it already.
+        with suppress(DBAPIError):
+            await connection.exec_driver_sql("ROLLBACK")
         raise
 
 

@@ -289,6 +289,16 @@ def _feed_horizon_sqlite(*_: Any, **__: Any) -> str:
     return "1"
 
 
+TEXT_TABLES: Final = (
+    "incident_text",
+    *(f"incident_text_{part}" for part in ("config", "data", "docsize", "idx")),
+)
+"""The index of the words of the messages on SQLite, which the migration ``9b3f6d20c7e8`` makes."""
+
+TEXT_INDEX: Final = "ix_Incident_incident_message"
+"""The one on PostgreSQL; it is on a function that this migration makes."""
+
+
 def check_revision(current: str | None) -> None:
     """Raise :class:`SchemaOutOfDate` unless the revision is the one that we work on."""
     if current == SCHEMA_REVISION:
@@ -303,4 +313,5 @@ def keep_out_of_autogenerate(name: str | None, type_: str, _: Any) -> bool:
 
     Pass it as ``include_name`` to ``context.configure`` in the host's own ``env.py``.
     """
-    return not (type_ == "table" and (name in metadata.tables or name == VERSION_TABLE))
+    ours = (*metadata.tables, *TEXT_TABLES, VERSION_TABLE)
+    return not (type_ == "table" and name in ours)

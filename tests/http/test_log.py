@@ -186,7 +186,7 @@ async def test_records_wait_for_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [StoreUnavailable("it is away"), SchemaOutOfDate(None, "e4a81c3f5d27"), TimeoutError()]
+    "error", [StoreUnavailable("it is away"), SchemaOutOfDate(None, "9b3f6d20c7e8"), TimeoutError()]
 )
 async def test_records_outlast_an_outage(error: Exception, records: Records) -> None:
     """While the database is away records wait, and the log tells of it twice: away, and back."""

@@ -12,12 +12,13 @@ from jsonschema import ValidationError  # type: ignore[import-untyped]
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from incidentkit import IncidentClient, InvalidIncident, NewIncident
+from incidentkit.cursor import encode_cursor
 from incidentkit.http import create_app
 from incidentkit.http.openapi import FIELDS, document
 from incidentkit.http.problems import TITLES
 from incidentkit.http.routes import DOCS, OPERATIONS, Parameter
 from incidentkit.models import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
-from tests.http.conftest import DOCUMENT, MEMORY, validate
+from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, validate
 
 if TYPE_CHECKING:
     from enum import StrEnum
@@ -143,13 +144,26 @@ def _member(parameter: Parameter) -> list[tuple[str, bool]]:
     ]
 
 
+def _text(parameter: Parameter) -> list[tuple[str, bool]]:
+    if parameter.name == "expected_version":
+        return [("*", True), ('"1"', True), ("1", False), ('W/"1"', False), ('"0"', False)]
+    if parameter.name == "after":
+        return [("AAAA", False), (encode_cursor(1, 1, 1, 1), True)]
+    assert parameter.minimum == 1
+    assert parameter.maximum
+    return [("x", True), ("x" * parameter.maximum, True), ("x" * (parameter.maximum + 1), False)]
+
+
+_VALUES = {int: _number, str: _text}
+
+
 @pytest.mark.parametrize(
     ("path", "parameter", "text", "allowed"),
     [
         pytest.param(operation.path, parameter, text, allowed, id=f"{operation.name}-{text}")
         for operation in OPERATIONS
         for parameter in operation.parameters
-        for text, allowed in (_number if parameter.type is int else _member)(parameter)
+        for text, allowed in _VALUES.get(parameter.type, _member)(parameter)
         if text or parameter.where == "query"
     ],
 )
@@ -159,15 +173,26 @@ def test_the_bounds_of_a_parameter_are_the_rule(
     """A value is refused exactly if the document says that it is none."""
     (item,) = DOCUMENT["paths"][path].items()
     method, operation = item
-    (described,) = (each for each in operation["parameters"] if each["name"] == parameter.name)
+    name = parameter.header or parameter.name
+    (described,) = (each for each in operation["parameters"] if each["name"] == name)
     assert described["in"] == parameter.where
     if parameter.where == "path":
         answer = api.request(method, path.replace("{incident_id}", text))
     else:
         # With one incident a page, every page is within bounds.
-        others = "incident_id=1&status=new" if method == "patch" else "limit=1"
-        query = httpx.QueryParams(others).set(parameter.name, text)
-        answer = api.request(method, path, params=query)
+        others = {"patch": "incident_id=1&status=new", "get": "limit=1", "post": ""}[method]
+        query, headers = httpx.QueryParams(others), {}
+        if parameter.where == "query":
+            query = query.set(parameter.name, text)
+        else:
+            headers[name] = text
+        answer = api.request(
+            method,
+            path.replace("{incident_id}", "1"),
+            params=query,
+            headers=headers,
+            json=INCIDENT if method == "post" else None,
+        )
     assert (answer.status_code != 422) is allowed
     value: Any = int(text) if parameter.type is int and text else text
     if text:

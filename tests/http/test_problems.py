@@ -16,7 +16,7 @@ def failing_client(error: Exception) -> IncidentClient:
     """Return a client that can be opened, and on which everything else raises the error."""
     client = IncidentClient.open(MEMORY)
 
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise error
 
     for name in ("check", "create", "list", "get", "update_status"):
@@ -35,7 +35,7 @@ def every_operation(api: httpx.Client) -> list[httpx.Response]:
 
 
 @pytest.mark.parametrize(
-    "error", [StoreUnavailable(SECRET), SchemaOutOfDate("dadc1db062ae", "e4a81c3f5d27", SECRET)]
+    "error", [StoreUnavailable(SECRET), SchemaOutOfDate("dadc1db062ae", "9b3f6d20c7e8", SECRET)]
 )
 def test_a_database_that_is_away(serve: Serve, records: Records, error: Exception) -> None:
     """While the database cannot be used each route is a 503 that says when to try again."""

@@ -28,6 +28,11 @@ def test_an_incident_from_its_creation_to_its_end(
         "incident_id": incident["incident_id"],
         "incident_type": "new",
         "created_at": incident["created_at"],
+        "version": 1,
+        "dedup_key": None,
+        "occurrences": 1,
+        "last_seen_at": incident["created_at"],
+        "ended_at": None,
     }
     assert created.headers["Location"] == f"/incident/get/{incident['incident_id']}"
     assert api.get(created.headers["Location"]).json() == incident
@@ -38,7 +43,12 @@ def test_an_incident_from_its_creation_to_its_end(
         params={"incident_id": incident["incident_id"], "status": "completed"},
     )
     assert changed.status_code == 200
-    assert changed.json() == incident | {"incident_type": "completed"}
+    assert changed.json() == incident | {
+        "incident_type": "completed",
+        "version": 2,
+        "ended_at": changed.json()["ended_at"],
+    }
+    assert changed.json()["ended_at"] >= incident["created_at"]
     assert api.get("/incident/get").json() == [changed.json()]
 
 

@@ -175,7 +175,7 @@ class Database:
 
 @define
 class SimulatedStore:
-    """As much of an :class:`~incidentkit.store.IncidentStore` as lists and what changes them need."""
+    """As much of an :class:`~incidentkit.store.IncidentStore` as lists and their changes need."""
 
     database: Database
 
