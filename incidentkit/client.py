@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
+from incidentkit.actor import current_actor
 from incidentkit.cache.pages import PageCache, check_max_staleness
 from incidentkit.errors import CacheUnavailable, ClientClosed
 from incidentkit.joined import JoinedIncidents
-from incidentkit.models import DEFAULT_LIMIT, Incident, ListQuery
+from incidentkit.models import DEFAULT_LIMIT, Incident, ListQuery, check_ended_before
 from incidentkit.operations import IncidentOperations
 from incidentkit.store.base import DEFAULT_DATABASE_URL
 from incidentkit.transitions import Transitions
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
+    from datetime import datetime
     from types import TracebackType
 
     from asyncpg import Pool, Record
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from incidentkit.settings import Settings
     from incidentkit.store.base import IncidentStore, StoreOptions
     from incidentkit.transitions import Graph
+
+PURGE_BATCH: Final = 500
+"""Incidents that are purged in one transaction."""
 
 logger = logging.getLogger("incidentkit")
 
@@ -151,6 +156,7 @@ class IncidentClient(IncidentOperations):
             settings.redis_url,
             redis_required=settings.redis_required,
             max_staleness=settings.max_staleness,
+            transitions=settings.transitions,
             options=settings.store,
         )
 
@@ -267,6 +273,36 @@ class IncidentClient(IncidentOperations):
         """
         self._open_pages()
         return JoinedIncidents(self.store.join(connection), self._transitions)
+
+    async def purge(
+        self, ended_before: datetime, *, progress: Callable[[int, int], object] | None = None
+    ) -> int:
+        """Remove incidents that have ended, with their histories, and return how many.
+
+        Of each an event remains that tells of it. It is done in batches, each a transaction of its
+        own, beside whatever else goes on; one that somebody is changing is left out. What is
+        removed already stays removed if the caller is cancelled.
+
+        Args:
+            ended_before: Aware; those that ended before are removed. One whose end was not recorded
+                (``ended_at`` is None) stays.
+            progress: Called after each batch with the number of incidents that were removed, and
+                with that of all that there were to remove. None means that nobody wants to know.
+
+        Raises:
+            InvalidIncident: If it is not an aware time.
+        """
+        ended_before = check_ended_before(ended_before)
+        store = self._store()
+        total = await store.purgeable(ended_before) if progress is not None else 0
+        purged = 0
+        while True:
+            batch = await self._write(store.purge(ended_before, PURGE_BATCH, actor=current_actor()))
+            purged += batch
+            if progress is not None:
+                progress(purged, max(purged, total))
+            if batch < PURGE_BATCH:
+                return purged
 
     async def check(self) -> None:
         """Return if the database answers and has the schema that this version works on.

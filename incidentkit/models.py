@@ -415,6 +415,24 @@ def event_cursor(value: object) -> tuple[int, ...]:
     return decode_cursor(value, 4)
 
 
+def check_ended_before(ended_before: datetime) -> datetime:
+    """Return the time if it is an aware one.
+
+    Raises:
+        InvalidIncident: If it is not.
+    """
+    check = _Check()
+    checked = check("ended_before", _aware, ended_before)
+    check.done()
+    return checked
+
+
+def _aware(value: object) -> datetime:
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise ValueError("must be an aware datetime")
+    return value
+
+
 def check_actor(actor: str) -> str:
     """Return the actor's name if it can be stored.
 

@@ -15,10 +15,13 @@ from dotenv import dotenv_values
 
 from incidentkit.cache.base import TTL, check_redis_url
 from incidentkit.errors import InvalidSettings
+from incidentkit.models import IncidentStatus
 from incidentkit.store.base import DEFAULT_DATABASE_URL, StoreOptions, database_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from incidentkit.transitions import Graph
 
 RequestLog = Literal["log", "database"]
 
@@ -53,6 +56,17 @@ def _flag(value: str) -> bool:
         return flags[value.lower()]
     except KeyError:
         raise ValueError("must be true or false") from None
+
+
+def _transitions(value: str) -> Graph:
+    graph: dict[str, list[str]] = {}
+    for pair in value.split(","):
+        before, colon, after = pair.strip().partition(":")
+        if not colon or not {before, after} <= {*IncidentStatus}:
+            statuses = ", ".join(IncidentStatus)
+            raise ValueError(f"must be pairs such as new:completed, with commas, of: {statuses}")
+        graph.setdefault(before, []).append(after)
+    return graph
 
 
 def _request_log(value: str) -> RequestLog:
@@ -146,6 +160,13 @@ class Environment:
         _seconds,
         "seconds, 0 to 3600, by which a list may be behind a change by another process",
     )
+    transitions: Graph | None = _variable(
+        "INCIDENTKIT_TRANSITIONS",
+        None,
+        _transitions,
+        "the changes of a status that are allowed, such as new:completed,new:failed; all if not "
+        "set",
+    )
     request_log: RequestLog = _variable(
         "INCIDENTKIT_REQUEST_LOG",
         "log",
@@ -186,6 +207,7 @@ class Settings:
         redis_url: The Redis that caches lists; None means none.
         redis_required: Whether a client refuses to open while Redis does not answer.
         max_staleness: Seconds by which a list may be behind a change by another process.
+        transitions: For each status those that may follow it; None allows every change.
         request_log: Where the REST service records requests.
         store: Sizes and timeouts of the database.
     """
@@ -194,6 +216,7 @@ class Settings:
     redis_url: str | None = field(default=None, repr=False)
     redis_required: bool = False
     max_staleness: float = 0.0
+    transitions: Graph | None = None
     request_log: RequestLog = "log"
     store: StoreOptions = field(factory=StoreOptions)
 
@@ -247,6 +270,7 @@ class Settings:
             redis_url=redis_url,
             redis_required=environment.redis_required,
             max_staleness=environment.max_staleness,
+            transitions=environment.transitions,
             request_log=environment.request_log,
             store=StoreOptions(
                 pool_size=environment.pool_size,

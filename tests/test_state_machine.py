@@ -8,7 +8,8 @@ import os
 import shutil
 import sqlite3
 from abc import ABC, abstractmethod
-from contextlib import closing
+from contextlib import closing, nullcontext
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +34,9 @@ from hypothesis.stateful import (
 from redis import Redis
 
 from incidentkit import (
+    DuplicateOpenIncident,
+    EventKind,
+    IdempotencyKeyReused,
     Incident,
     IncidentClient,
     IncidentNotFound,
@@ -40,6 +44,8 @@ from incidentkit import (
     IncidentStatus,
     InvalidIncident,
     NewIncident,
+    VersionConflict,
+    acting_as,
 )
 from incidentkit.cache import INDEX_KEY
 from incidentkit.cache.pages import PageCache
@@ -117,7 +123,9 @@ class PostgresDatabase(Database):
         self.url = url
 
     async def empty(self) -> None:
-        await self.execute('TRUNCATE "Incident" RESTART IDENTITY')
+        await self.execute(
+            'TRUNCATE "Incident", incident_event, incident_idempotency_key RESTART IDENTITY'
+        )
 
     async def execute(self, statement: str) -> None:
         connection = await asyncpg.connect(self.url)
@@ -160,11 +168,13 @@ class IncidentMachine(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.model: dict[int, Incident] = {}
+        self.answers: dict[str, Incident] = {}
+        self.happened: dict[int, list[tuple[Any, ...]]] = {}
         self.last_id = 0
         self.clients: list[IncidentClient] = []
 
     def run(self, call: Coroutine[Any, Any, _T]) -> _T:
-        return self.runner.run(call)
+        return self.runner.run(call, context=copy_context())
 
     def client(self, which: int) -> IncidentClient:
         return self.clients[which % len(self.clients)]
@@ -192,7 +202,22 @@ class IncidentMachine(RuleBasedStateMachine):
         check_types(incident)
         self.last_id = incident.incident_id
         self.model[incident.incident_id] = incident
+        self.record(incident, EventKind.CREATED, to_status=incident.incident_type)
         return incident.incident_id
+
+    def record(
+        self,
+        incident: Incident,
+        kind: EventKind,
+        *,
+        from_status: IncidentStatus | None = None,
+        to_status: IncidentStatus | None = None,
+        actor: str | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Take what happened into the model."""
+        events = self.happened.setdefault(incident.incident_id, [])
+        events.append((kind, from_status, to_status, actor, note))
 
     def connect(self, which: int) -> None:
         """Put a new client in this place."""
@@ -345,19 +370,165 @@ class IncidentMachine(RuleBasedStateMachine):
 
     @rule(which=which, incident_id=known)
     def get(self, which: int, incident_id: int) -> None:
+        if incident_id not in self.model:
+            return
         incident = self.run(self.client(which).get(incident_id))
         assert incident == self.model[incident_id]
         check_types(incident)
 
-    @rule(which=which, incident_id=known, status=statuses, by_value=st.booleans())
+    @rule(
+        which=which,
+        incident_id=known,
+        status=statuses,
+        by_value=st.booleans(),
+        note=st.none() | messages,
+        actor=st.none() | st.just("alice"),
+        behind=st.none() | st.integers(0, 1),
+    )
     def update_status(
-        self, *, which: int, incident_id: int, status: IncidentStatus, by_value: bool
+        self,
+        *,
+        which: int,
+        incident_id: int,
+        status: IncidentStatus,
+        by_value: bool,
+        note: str | None,
+        actor: str | None,
+        behind: int | None,
     ) -> None:
-        self.model[incident_id] = evolve(self.model[incident_id], incident_type=status)
+        if incident_id not in self.model:
+            return
+        before = self.model[incident_id]
+        version = None if behind is None else before.version - behind
         given = str(status.value) if by_value else status
-        incident = self.run(self.client(which).update_status(incident_id, given))
-        assert incident == self.model[incident_id]
+        with nullcontext() if actor is None else acting_as(actor):
+            call = self.client(which).update_status(
+                incident_id, given, note=note, expected_version=version or None
+            )
+        others = {
+            one.dedup_key
+            for one in self.model.values()
+            if one.incident_id != incident_id and one.incident_type is IncidentStatus.NEW
+        }
+        with nullcontext() if actor is None else acting_as(actor):
+            if version is not None and 0 < version < before.version:
+                with pytest.raises(VersionConflict) as moved_on:
+                    self.run(call)
+                assert moved_on.value.incident == before
+                return
+            if (
+                status is IncidentStatus.NEW is not before.incident_type
+                and before.dedup_key is not None
+                and before.dedup_key in others
+            ):
+                with pytest.raises(DuplicateOpenIncident) as duplicate:
+                    self.run(call)
+                assert duplicate.value.incident == before
+                return
+            incident = self.run(call)
         check_types(incident)
+        if status is before.incident_type:
+            assert incident == before
+            if note is not None:
+                self.record(before, EventKind.NOTED, actor=actor, note=note)
+            return
+        assert (incident.ended_at is None) == (status is IncidentStatus.NEW)
+        self.model[incident_id] = evolve(
+            before,
+            incident_type=status,
+            version=before.version + 1,
+            ended_at=before.ended_at or incident.ended_at,
+        )
+        if status is IncidentStatus.NEW:
+            self.model[incident_id] = evolve(self.model[incident_id], ended_at=None)
+        assert incident == self.model[incident_id]
+        self.record(
+            before,
+            EventKind.STATUS_CHANGED,
+            from_status=before.incident_type,
+            to_status=status,
+            actor=actor,
+            note=note,
+        )
+
+    @rule(target=known, which=which, key=st.sampled_from("ab"), message=messages, source=sources)
+    def create_or_count(
+        self, which: int, key: str, message: str, source: IncidentSource
+    ) -> MultipleResults[int]:
+        incident = self.run(self.client(which).create(message, source=source, dedup_key=key))
+        check_types(incident)
+        open_one = [
+            one
+            for one in self.model.values()
+            if one.dedup_key == key and one.incident_type is IncidentStatus.NEW
+        ]
+        if not open_one:
+            assert incident.occurrences == 1
+            assert incident.incident_message == message
+            return multiple(self.remember(incident))
+        (before,) = open_one
+        self.model[before.incident_id] = evolve(
+            before,
+            version=before.version + 1,
+            occurrences=before.occurrences + 1,
+            last_seen_at=incident.last_seen_at,
+        )
+        assert incident == self.model[before.incident_id]
+        differs = message != before.incident_message
+        self.record(before, EventKind.RECURRED, note=message if differs else None)
+        return multiple()
+
+    @rule(which=which, incident_id=known, note=messages)
+    def note(self, which: int, incident_id: int, note: str) -> None:
+        if incident_id not in self.model:
+            return
+        event = self.run(self.client(which).note(incident_id, f" {note}\n"))
+        assert event.incident_id == incident_id
+        self.record(self.model[incident_id], EventKind.NOTED, note=note)
+
+    @rule(
+        which=which,
+        key=st.sampled_from("xy"),
+        message=st.sampled_from(["Disk is full", "Line is down"]),
+        source=sources,
+    )
+    def create_once(self, which: int, key: str, message: str, source: IncidentSource) -> None:
+        call = self.client(which).create(message, source=source, idempotency_key=key)
+        first = self.answers.get(key)
+        if first is None:
+            self.answers[key] = incident = self.run(call)
+            self.remember(incident)
+        elif (first.incident_message, first.source) == (message, source):
+            assert self.run(call) == first
+        else:
+            with pytest.raises(IdempotencyKeyReused):
+                self.run(call)
+
+    @rule(which=which, incident_id=known)
+    def read_history(self, which: int, incident_id: int) -> None:
+        if incident_id not in self.model:
+            return
+        events = self.run(self.client(which).history(incident_id))
+        assert self.happened[incident_id] == [
+            (event.kind, event.from_status, event.to_status, event.actor, event.note)
+            for event in events
+        ]
+
+    @rule(which=which)
+    def purge(self, which: int) -> None:
+        count = self.run(self.client(which).purge(datetime.now(UTC) + timedelta(hours=1)))
+        ended = [
+            incident
+            for incident in self.model.values()
+            if incident.incident_type is not IncidentStatus.NEW
+        ]
+        assert count == len(ended)
+        for incident in ended:
+            del self.model[incident.incident_id]
+            del self.happened[incident.incident_id]
+            (event,) = self.run(self.client(which).history(incident.incident_id))
+            assert event.kind is EventKind.PURGED
+            assert event.from_status is incident.incident_type
 
     @rule(which=which, above=st.integers(1, 3) | st.integers(MAX_ID - 2, MAX_ID), status=statuses)
     def miss(self, which: int, above: int, status: IncidentStatus) -> None:
@@ -398,8 +569,15 @@ class IncidentMachine(RuleBasedStateMachine):
 
     @rule(incident_id=known, seconds=st.integers(0, 2))
     def move_in_time(self, incident_id: int, seconds: int) -> None:
+        if incident_id not in self.model:
+            return
         moment = LONG_AGO + timedelta(seconds=seconds)
-        self.model[incident_id] = evolve(self.model[incident_id], created_at=moment)
+        before = self.model[incident_id]
+        self.model[incident_id] = evolve(
+            before,
+            created_at=moment,
+            last_seen_at=moment if before.occurrences == 1 else before.last_seen_at,
+        )
         zone = "" if isinstance(self.world.database, SqliteFile) else "+00"
         self.write_elsewhere(
             f"UPDATE \"Incident\" SET created_at = '{moment:%Y-%m-%d %H:%M:%S}{zone}' "
@@ -408,6 +586,8 @@ class IncidentMachine(RuleBasedStateMachine):
 
     @rule(incident_id=consumes(known))
     def delete(self, incident_id: int) -> None:
+        if incident_id not in self.model:
+            return
         del self.model[incident_id]
         self.write_elsewhere(f'DELETE FROM "Incident" WHERE incident_id = {incident_id}')
 
@@ -427,6 +607,8 @@ class IncidentMachine(RuleBasedStateMachine):
 
     @rule(which=which, incident_id=known, seconds=st.integers(0, 2))
     def change_while_closed(self, which: int, incident_id: int, seconds: int) -> None:
+        if incident_id not in self.model:
+            return
         client = self.client(which)
         self.run(client.close())
         self.move_in_time(incident_id, seconds)

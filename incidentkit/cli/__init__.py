@@ -6,14 +6,18 @@ import asyncio
 import errno
 import logging
 import os
+import re
 import shutil
 import sys
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from incidentkit.cli.text import details, harmless, table
+from incidentkit.actor import acting_as
+from incidentkit.cli.text import details, events, harmless, table
 from incidentkit.client import IncidentClient
 from incidentkit.errors import (
     CacheUnavailable,
@@ -24,7 +28,7 @@ from incidentkit.errors import (
 from incidentkit.models import DEFAULT_LIMIT, MAX_LIMIT, IncidentSource, IncidentStatus
 from incidentkit.settings import Settings
 from incidentkit.version import __version__
-from incidentkit.wire import encode_incident, encode_incidents
+from incidentkit.wire import encode_event, encode_events, encode_incident, encode_incidents
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -94,7 +98,9 @@ def main() -> None:
       incidentkit create "Disk is full on db-1" --source monitoring
       dmesg | tail -n 1 | incidentkit create - --source operator --json
       incidentkit list --status new --limit 50
-      incidentkit update-status 7 completed
+      incidentkit update-status 7 completed --note "The old logs were removed"
+      incidentkit history 7
+      incidentkit purge --older-than 90d
       incidentkit db upgrade
 
     \b
@@ -139,6 +145,24 @@ def _takes_servers(command: Callable[..., None]) -> Callable[..., None]:
     )
     return with_redis(_takes_database(command))
 
+
+def _takes_actor(command: Callable[..., None]) -> Callable[..., None]:
+    """Run the command as the actor that the option names."""
+
+    @click.option("--actor", metavar="NAME", help="Who does it, for the history.")
+    @wraps(command)
+    def as_actor(actor: str | None, **arguments: Any) -> None:
+        with nullcontext() if actor is None else acting_as(actor):
+            command(**arguments)
+
+    return as_actor
+
+
+_takes_idempotency_key: Final = click.option(
+    "--idempotency-key",
+    metavar="KEY",
+    help="Given again, it changes nothing for 24 hours, and shows what was shown first.",
+)
 
 _takes_json: Final = click.option(
     "--json", "as_json", is_flag=True, help="Write JSON on one line, for programs."
@@ -198,11 +222,16 @@ def _message(_: click.Context, __: click.Parameter, value: str) -> str:
     show_default=True,
     help="The status that it starts with.",
 )
+@click.option(
+    "--dedup-key",
+    metavar="KEY",
+    help="What it is about: while an incident with this key is open, that one occurs again.",
+)
+@_takes_idempotency_key
+@_takes_actor
 @_takes_json
 @_takes_servers
-def create(
-    settings: Settings, incident_message: str, source: str, incident_type: str, *, as_json: bool
-) -> None:
+def create(settings: Settings, incident_message: str, *, as_json: bool, **fields: Any) -> None:
     """Record an incident, and show it with its id.
 
     INCIDENT_MESSAGE says what happened, in 5 to 1000 characters; a dash reads it from stdin.
@@ -211,13 +240,9 @@ def create(
     Examples:
       incidentkit create "Disk is full on db-1" --source monitoring
       dmesg | tail -n 1 | incidentkit create - --source operator
+      incidentkit create "Disk is full on db-1" --source monitoring --dedup-key disk:db-1
     """  # noqa: D301
-    incident = _run(
-        settings,
-        lambda incidents: incidents.create(
-            incident_message, source=source, incident_type=incident_type
-        ),
-    )
+    incident = _run(settings, lambda incidents: incidents.create(incident_message, **fields))
     _write_incident(incident, as_json=as_json)
 
 
@@ -267,12 +292,112 @@ def get(settings: Settings, incident_id: int, *, as_json: bool) -> None:
 @main.command()
 @click.argument("incident_id", type=int)
 @click.argument("status", metavar=_STATUSES)
+@click.option("--note", metavar="TEXT", help="What the history says of it.")
+@click.option(
+    "--expected-version",
+    type=int,
+    help="The version that it has to have, or nothing is changed.",
+)
+@_takes_idempotency_key
+@_takes_actor
 @_takes_json
 @_takes_servers
-def update_status(settings: Settings, incident_id: int, status: str, *, as_json: bool) -> None:
-    """Change an incident's status, and show the incident."""
-    incident = _run(settings, lambda incidents: incidents.update_status(incident_id, status))
+def update_status(
+    settings: Settings, incident_id: int, status: str, *, as_json: bool, **options: Any
+) -> None:
+    """Change an incident's status, and show the incident.
+
+    \b
+    Example:
+      incidentkit update-status 7 completed --note "The old logs were removed" --actor alice
+    """  # noqa: D301
+    incident = _run(
+        settings, lambda incidents: incidents.update_status(incident_id, status, **options)
+    )
     _write_incident(incident, as_json=as_json)
+
+
+@main.command()
+@click.argument("incident_id", type=int)
+@click.argument("text", metavar="NOTE")
+@_takes_actor
+@_takes_json
+@_takes_servers
+def note(settings: Settings, incident_id: int, text: str, *, as_json: bool) -> None:
+    """Add a note to an incident's history, and show it."""
+    event = _run(settings, lambda incidents: incidents.note(incident_id, text))
+    _write(encode_event(event) if as_json else events([event]))
+
+
+@main.command()
+@click.argument("incident_id", type=int)
+@click.option(
+    "--limit",
+    type=int,
+    default=MAX_LIMIT,
+    show_default=True,
+    help=f"Events, 1 to {MAX_LIMIT}.",
+)
+@click.option("--after", metavar="CURSOR", help="Go on behind the event with this cursor.")
+@_takes_json
+@_takes_servers
+def history(settings: Settings, incident_id: int, *, as_json: bool, **query: Any) -> None:
+    """Show what happened to an incident, oldest first.
+
+    The cursor of an event is in the output of --json.
+    """
+    found = _run(settings, lambda incidents: incidents.history(incident_id, **query))
+    _write(encode_events(found) if as_json else events(found))
+
+
+class _Age(click.ParamType[timedelta]):
+    """A time so many minutes, hours, days or weeks ago."""
+
+    name = "age"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
+        match = re.fullmatch(r"([0-9]{1,5})([mhdw])", str(value))
+        if match is None:
+            self.fail("must be a number with m, h, d or w, such as 90d", param, ctx)
+        unit = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}[match[2]]
+        return timedelta(**{unit: int(match[1])})
+
+
+@main.command()
+@click.option(
+    "--older-than",
+    type=_Age(),
+    required=True,
+    metavar="AGE",
+    help="How long ago they ended, at least: a number with m, h, d or w.",
+)
+@_takes_actor
+@_takes_servers
+def purge(settings: Settings, older_than: timedelta) -> None:
+    """Remove incidents that ended long ago, with their histories.
+
+    It is done in batches, beside a service that runs. Of each incident an event remains that tells
+    of it.
+
+    \b
+    Example:
+      incidentkit purge --older-than 90d
+    """  # noqa: D301
+    ended_before = datetime.now(UTC) - older_than
+
+    async def work(incidents: IncidentClient) -> int:
+        with click.progressbar(length=0, label="Purging", file=sys.stderr) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.length = total
+                bar.update(done - bar.pos)
+
+            return await incidents.purge(ended_before, progress=progress)
+
+    count = _run(settings, work)
+    _write(f"{count} incident{'' if count == 1 else 's'} removed.")
 
 
 @main.command()

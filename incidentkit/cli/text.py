@@ -10,9 +10,12 @@ from incidentkit.wire import wire_converter
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from incidentkit.models import Incident
+    from incidentkit.models import Incident, IncidentEvent
 
 COLUMNS: Final = ("incident_id", "created_at", "incident_type", "source", "incident_message")
+MORE: Final = ("version", "occurrences", "last_seen_at", "ended_at", "dedup_key")
+TIMES: Final = ("created_at", "last_seen_at", "ended_at", "at")
+EVENT_COLUMNS: Final = ("at", "kind", "from_status", "to_status", "actor", "note")
 GAP: Final = "  "
 ELLIPSIS: Final = "..."
 MIN_MESSAGE_WIDTH: Final = 20
@@ -63,7 +66,7 @@ def table(incidents: Sequence[Incident], columns: int | None = None) -> str:
         columns: How wide the terminal is: messages are shortened to fit. None means that they
             are not.
     """
-    rows = [COLUMNS, *(_cells(incident) for incident in incidents)]
+    rows = [COLUMNS, *(_cells(incident, COLUMNS) for incident in incidents)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)]
     room = None if columns is None else columns - sum(widths) - len(GAP) * len(widths)
     lines = []
@@ -74,13 +77,24 @@ def table(incidents: Sequence[Incident], columns: int | None = None) -> str:
 
 
 def details(incident: Incident) -> str:
-    """Return one line for each field of the incident, the message in full."""
-    longest = max(map(len, COLUMNS))
-    cells = zip(COLUMNS, _cells(incident), strict=True)
-    return "\n".join(f"{name:{longest}}{GAP}{value}" for name, value in cells)
+    """Return one line for each field of the incident that has a value, the message in full."""
+    names = (*COLUMNS[:-1], *MORE, COLUMNS[-1])
+    longest = max(map(len, names))
+    cells = zip(names, _cells(incident, names), strict=True)
+    return "\n".join(f"{name:{longest}}{GAP}{value}" for name, value in cells if value)
 
 
-def _cells(incident: Incident) -> tuple[str, ...]:
-    fields = wire_converter().unstructure(incident)
-    fields["created_at"] += " UTC"
-    return tuple(harmless(str(fields[column])) for column in COLUMNS)
+def events(history: Sequence[IncidentEvent]) -> str:
+    """Return one line for each event, under a line of headings."""
+    rows = [EVENT_COLUMNS, *(_cells(event, EVENT_COLUMNS) for event in history)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(EVENT_COLUMNS))]
+    return "\n".join(GAP.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _cells(model: Incident | IncidentEvent, names: Sequence[str]) -> tuple[str, ...]:
+    """Return what a terminal shows of the fields; of one that is None nothing."""
+    fields = wire_converter().unstructure(model)
+    return tuple(
+        "" if fields[name] is None else harmless(f"{fields[name]}{' UTC' if name in TIMES else ''}")
+        for name in names
+    )

@@ -250,8 +250,8 @@ def _operation(operation: Operation, schemas: Json) -> Json:
 def _parameter(parameter: Parameter, schemas: Json) -> Json:
     schema = _schema(parameter.type, schemas)
     bounds = ("minLength", "maxLength") if parameter.type is str else ("minimum", "maximum")
-    values = (parameter.minimum, parameter.maximum, parameter.default)
-    for keyword, value in zip((*bounds, "default"), values, strict=True):
+    values = (parameter.minimum, parameter.maximum, parameter.pattern, parameter.default)
+    for keyword, value in zip((*bounds, "pattern", "default"), values, strict=True):
         if value is not None:
             schema[keyword] = value
     described: Json = {

@@ -68,6 +68,7 @@ class Parameter:
         header: The name of that header.
         minimum: The smallest value of an integer, or the least characters of a text.
         maximum: The largest value of an integer, or the most characters of a text.
+        pattern: What all of a text has to match.
         default: Its value where it is missing; None means none.
         required: Whether it may not be missing.
         may_be_empty: Whether an empty value counts as missing.
@@ -80,6 +81,7 @@ class Parameter:
     header: str = ""
     minimum: int | None = None
     maximum: int | None = None
+    pattern: str | None = None
     default: Any = None
     required: bool = False
     may_be_empty: bool = False
@@ -339,6 +341,7 @@ OPERATIONS: Final = (
                 str,
                 where="header",
                 header="If-Match",
+                pattern=r'^(\*|"[1-9]\d{0,18}")$',
             ),
             _IDEMPOTENCY_KEY,
         ),
@@ -357,7 +360,12 @@ OPERATIONS: Final = (
         parameters=(
             evolve(_INCIDENT_ID, where="path"),
             Parameter("limit", "Events.", int, minimum=1, maximum=MAX_LIMIT, default=MAX_LIMIT),
-            Parameter("after", "The cursor of the event to go on behind.", str),
+            Parameter(
+                "after",
+                "The cursor of the event to go on behind.",
+                str,
+                pattern=r"^[A-Za-z0-9_-]{43}$",
+            ),
         ),
         check=check_history,
         problems=(400, 404, 422, 500, 503),

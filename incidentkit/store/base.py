@@ -237,6 +237,10 @@ class IncidentStore(StoreOperations, Protocol):
     async def check(self) -> None:
         """Raise unless the database answers and has the schema that this version works on."""
 
+    async def purgeable(self, ended_before: datetime) -> int:
+        """Return how many incidents ended before then."""
+        ...
+
     async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
         """Remove at most so many incidents that ended before then, and return their number.
 
@@ -304,6 +308,7 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
     if options is not None:
         raise InvalidSettings("options", "are only for a URL: an engine or a pool has its own")
     import asyncpg  # noqa: PLC0415
+    from sqlalchemy import StaticPool  # noqa: PLC0415
     from sqlalchemy.ext.asyncio import AsyncEngine  # noqa: PLC0415
 
     if isinstance(database, asyncpg.Pool):
@@ -315,6 +320,9 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
 
         return EngineStore(database)
     if isinstance(database, AsyncEngine) and database.dialect.name == "sqlite":
+        if isinstance(database.pool, StaticPool):
+            reason = "has one connection, in memory, which cannot be shared: use a file, or a URL"
+            raise InvalidSettings("database", reason)
         from incidentkit.store.sqlite import SqliteStore  # noqa: PLC0415
 
         return SqliteStore(database)

@@ -76,6 +76,12 @@ class Operations(ABC):
     async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
         """Remove some incidents that ended before then, and return how many."""
 
+    async def purgeable(self, ended_before: datetime) -> int:
+        """Count the incidents that ended before then."""
+        values = {"ended_before": ended_before}
+        ((count,),) = await self._read(statements.COUNT_PURGEABLE, values)
+        return int(count)
+
     async def create(
         self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
     ) -> Incident:

@@ -305,6 +305,8 @@ class SqliteStore(SqliteOperations):
         engine = create_async_engine(
             self._url,
             isolation_level="AUTOCOMMIT",
+            # In memory there is one connection, and what ends with it rolled back ends for all.
+            skip_autocommit_rollback=True,
             pool_reset_on_return=None,
             connect_args={"timeout": options.statement_timeout},
             hide_parameters=True,
@@ -369,7 +371,9 @@ class SqliteStore(SqliteOperations):
         SQLAlchemy throws a connection away if a call on it is cancelled, and with it a database
         in memory.
         """
-        task = asyncio.ensure_future(self._in_turn(work) if writes else work)
+        # In memory there is one connection, on which a read would see what is not committed.
+        alone = writes or self._url.database in MEMORY
+        task = asyncio.ensure_future(self._in_turn(work) if alone else work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         seconds = self._options.pool_timeout + self._options.statement_timeout

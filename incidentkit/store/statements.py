@@ -232,6 +232,10 @@ INSERT_REQUEST_LOG: Final[Insert] = (
     )
 )
 
+COUNT_PURGEABLE: Final = select(func.count()).where(
+    _columns.ended_at < bindparam("ended_before", type_=UtcDateTime())
+)
+
 SELECT_ANSWER: Final = select(idempotency_table.c.fingerprint, idempotency_table.c.answer).where(
     idempotency_table.c.idempotency_key == bindparam("idempotency_key", type_=_String())
 )

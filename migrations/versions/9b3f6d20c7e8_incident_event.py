@@ -52,9 +52,11 @@ def upgrade() -> None:
         sa.Column("note", sa.String()),
         sa.Column("at", time, nullable=False),
         sa.PrimaryKeyConstraint("event_id", name="pk_incident_event"),
-        sa.CheckConstraint(f"kind IN {KINDS}", name="ck_incident_event_kind"),
-        sa.CheckConstraint(f"from_status IN {STATUSES}", name="ck_incident_event_from_status"),
-        sa.CheckConstraint(f"to_status IN {STATUSES}", name="ck_incident_event_to_status"),
+        sa.CheckConstraint(f"kind IN {KINDS}", name=op.f("ck_incident_event_kind")),
+        sa.CheckConstraint(
+            f"from_status IN {STATUSES}", name=op.f("ck_incident_event_from_status")
+        ),
+        sa.CheckConstraint(f"to_status IN {STATUSES}", name=op.f("ck_incident_event_to_status")),
         sqlite_autoincrement=True,
     )
     op.create_index(

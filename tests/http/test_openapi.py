@@ -18,7 +18,7 @@ from incidentkit.http.openapi import FIELDS, document
 from incidentkit.http.problems import TITLES
 from incidentkit.http.routes import DOCS, OPERATIONS, Parameter
 from incidentkit.models import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
-from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, validate
+from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
 if TYPE_CHECKING:
     from enum import StrEnum
@@ -50,6 +50,8 @@ def test_every_documented_route_is_there() -> None:
         ("GET", "/incident/get"),
         ("GET", "/incident/get/{incident_id}"),
         ("PATCH", "/incident/update-status"),
+        ("GET", "/incident/history/{incident_id}"),
+        ("POST", "/incident/note/{incident_id}"),
         ("GET", "/health/live"),
         ("GET", "/health/ready"),
     }
@@ -75,7 +77,8 @@ def test_every_answer_is_described_with_an_example() -> None:
                 described = DOCUMENT["components"]["responses"][answer["$ref"].split("/")[-1]]
             assert "X-Request-ID" in described["headers"]
             assert ("Retry-After" in described["headers"]) == (status == "503")
-            assert ("Location" in described["headers"]) == (status == "201")
+            created = operation["operationId"] == "create_incident" and status in ("200", "201")
+            assert ("Location" in described["headers"]) == created
             ((media_type, content),) = described["content"].items()
             problem = int(status) >= 400
             assert media_type == ("application/problem+json" if problem else "application/json")
@@ -174,10 +177,14 @@ def test_the_bounds_of_a_parameter_are_the_rule(
     (item,) = DOCUMENT["paths"][path].items()
     method, operation = item
     name = parameter.header or parameter.name
+    if name == "Idempotency-Key":
+        # One key is for one operation.
+        text = text.replace("x", method[1])
     (described,) = (each for each in operation["parameters"] if each["name"] == name)
     assert described["in"] == parameter.where
+    body = {"post": {"note": "It is hot"} if "note" in path else INCIDENT}.get(method)
     if parameter.where == "path":
-        answer = api.request(method, path.replace("{incident_id}", text))
+        answer = api.request(method, path.replace("{incident_id}", text), json=body)
     else:
         # With one incident a page, every page is within bounds.
         others = {"patch": "incident_id=1&status=new", "get": "limit=1", "post": ""}[method]
@@ -191,7 +198,7 @@ def test_the_bounds_of_a_parameter_are_the_rule(
             path.replace("{incident_id}", "1"),
             params=query,
             headers=headers,
-            json=INCIDENT if method == "post" else None,
+            json=body,
         )
     assert (answer.status_code != 422) is allowed
     value: Any = int(text) if parameter.type is int and text else text
@@ -206,14 +213,18 @@ def test_the_bounds_of_a_parameter_are_the_rule(
         assert described.get("allowEmptyValue", False) is allowed
 
 
-def test_the_default_of_a_parameter_is_what_happens(api: httpx.Client) -> None:
+def test_the_default_of_a_parameter_is_what_happens(serve: Serve) -> None:
     """Parameters that are missing have the values of the contract."""
     defaults = {
         parameter["name"]: parameter["schema"].get("default")
         for parameter in DOCUMENT["paths"]["/incident/get"]["get"]["parameters"]
     }
     assert defaults == {"page": 1, "limit": 10, "status": None, "source": None}
-    assert api.get("/incident/get").json() == []
+    api = serve(create_app(IncidentClient.open(MEMORY)))
+    for _ in range(11):
+        api.post("/incident/create", json=INCIDENT)
+    listed = api.get("/incident/get").json()
+    assert [incident["incident_id"] for incident in listed] == [*range(11, 1, -1)]
 
 
 def test_what_is_said_of_a_field_is_said_of_one_that_exists() -> None:
