@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from incidentkit.errors import IllegalTransition, InvalidSettings, VersionConflict
 from incidentkit.models import IncidentStatus
@@ -11,8 +11,8 @@ from incidentkit.models import IncidentStatus
 if TYPE_CHECKING:
     from incidentkit.models import Incident, StatusChange
 
-Graph: TypeAlias = Mapping[str, Collection[str]]
-"""For each status those that may follow it; a status that is missing is a last one."""
+Graph: TypeAlias = Mapping[Any, Collection[str]]
+"""For each status, member or value, those that may follow it; one that is missing is a last one."""
 
 
 class Transitions:

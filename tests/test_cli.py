@@ -10,6 +10,7 @@ import pty
 import re
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -354,6 +355,76 @@ def test_a_redis_that_is_required_and_away_is_one_line(
 
 
 # Schema
+
+
+def test_what_happened_is_shown_with_who_did_it() -> None:
+    """`history` has a line for each change, with its actor and note, and `note` adds one."""
+    output(*DISK_FULL, "--dedup-key", "disk", "--actor", "bob")
+    output("create", "Disk is at 100 %", "--source", "operator", "--dedup-key", "disk")
+    output("update-status", "1", "completed", "--note", "Mended", "--actor", "alice")
+    added = output("note", "1", "Order\x1b[2J a disk")
+    assert "noted" in added
+    assert "\\x1b[2J" in added
+    lines = output("history", "1").splitlines()
+    assert lines[0].split() == ["at", "kind", "from_status", "to_status", "actor", "note"]
+    told = [re.sub(r"^[0-9: -]{19} UTC +", "", line).split(maxsplit=4) for line in lines[1:]]
+    assert told == [
+        ["created", "new", "bob"],
+        ["recurred", "Disk", "is", "at", "100 %"],
+        ["status_changed", "new", "completed", "alice", "Mended"],
+        ["noted", "Order\\x1b[2J", "a", "disk"],
+    ]
+    events = json.loads(output("history", "1", "--json", "--limit", "2"))
+    assert [event["kind"] for event in events] == ["created", "recurred"]
+    (third, _) = json.loads(output("history", "1", "--json", "--after", events[1]["cursor"]))
+    assert third["actor"] == "alice"
+
+
+def test_a_command_can_be_repeated() -> None:
+    """With an idempotency key a repeated command shows the first answer and changes nothing."""
+    first = output(*DISK_FULL, "--idempotency-key", "k", "--json")
+    assert output(*DISK_FULL, "--idempotency-key", "k", "--json") == first
+    change = ("update-status", "1", "failed", "--idempotency-key", "c", "--json")
+    assert output(*change) == output(*change)
+    (line,) = errors("create", "Line is down", *DISK_FULL[2:], "--idempotency-key", "k")
+    assert line == "Error: idempotency_key was used with other parameters"
+    assert len(json.loads(output("list", "--json"))) == 1
+
+
+def test_a_change_that_is_not_allowed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version, and a change that the transitions lack, are told in one line."""
+    output(*DISK_FULL)
+    expected = ("update-status", "1", "failed", "--expected-version", "2")
+    assert errors(*expected, exit_code=1) == ["Error: Incident 1 has moved on: it is at version 1"]
+    monkeypatch.setenv("INCIDENTKIT_TRANSITIONS", "new:completed")
+    assert errors("update-status", "1", "failed", exit_code=1) == [
+        "Error: Incident 1 cannot go from new to failed"
+    ]
+    assert "completed" in output("update-status", "1", "completed", "--expected-version", "1")
+
+
+def test_purge_removes_what_ended_long_ago() -> None:
+    """`purge` tells how many it removed, and takes an age with its unit."""
+    output(*DISK_FULL)
+    output("update-status", "1", "failed")
+    result = run("purge", "--older-than", "90d")
+    assert (result.exit_code, result.stdout) == (0, "0 incidents removed.\n")
+    with sqlite3.connect("incidentkit.db") as connection:
+        connection.execute("UPDATE \"Incident\" SET ended_at = '2020-01-01 00:00:00'")
+    connection.close()
+    result = run("purge", "--older-than", "13w", "--actor", "janitor")
+    assert (result.exit_code, result.stdout) == (0, "1 incident removed.\n")
+    (event,) = json.loads(output("history", "1", "--json"))
+    assert (event["kind"], event["actor"]) == ("purged", "janitor")
+    assert errors("get", "1", exit_code=1) == ["Error: Incident 1 not found"]
+
+
+@pytest.mark.parametrize("age", ["90", "d", "-1d", "1.5h", "90 d", "1y", "999999d", ""])
+def test_an_age_without_a_unit_is_refused(age: str) -> None:
+    """An age is a whole number with m, h, d or w."""
+    result = run("purge", "--older-than", age)
+    assert result.exit_code == 2
+    assert "must be a number with m, h, d or w, such as 90d" in result.stderr
 
 
 def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> None:

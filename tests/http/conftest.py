@@ -74,8 +74,9 @@ def validate(value: Any, schema: dict[str, Any]) -> None:
 
 def _operation(request: httpx.Request) -> dict[str, Any] | None:
     path = request.url.path
-    if path.startswith("/incident/get/"):
-        path = "/incident/get/{incident_id}"
+    for prefix in ("/incident/get/", "/incident/history/", "/incident/note/"):
+        if path.startswith(prefix):
+            path = f"{prefix}{{incident_id}}"
     method = request.method.lower().replace("head", "get")
     found: dict[str, Any] | None = DOCUMENT["paths"].get(path, {}).get(method)
     return found

@@ -1,0 +1,190 @@
+"""What makes writes repeatable over HTTP: keys, entity tags, conflicts; and histories."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from starlette.authentication import AuthCredentials, AuthenticationBackend, SimpleUser
+from starlette.middleware.authentication import AuthenticationMiddleware
+
+from incidentkit import IncidentClient
+from incidentkit.http import create_app
+from tests.http.conftest import INCIDENT, MEMORY, Serve
+
+if TYPE_CHECKING:
+    from starlette.requests import HTTPConnection
+
+
+def update(api: httpx.Client, status: str, **headers: str) -> httpx.Response:
+    """Change the status of the first incident."""
+    params = {"incident_id": 1, "status": status}
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return api.patch("/incident/update-status", params=params, headers=names)
+
+
+def test_a_repeated_create_has_the_first_answer(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """With an Idempotency-Key a retry gets the same status, body and address, and makes nothing."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    headers = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
+    first = api.post("/incident/create", json=INCIDENT, headers=headers)
+    update(api, "failed")
+    second = api.post("/incident/create", json=INCIDENT, headers=headers)
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert first.content == second.content
+    for name in ("Location", "ETag"):
+        assert first.headers[name] == second.headers[name]
+    assert len(api.get("/incident/get").json()) == 1
+    other = api.post("/incident/create", json=INCIDENT | {"source": "partner"}, headers=headers)
+    assert other.status_code == 422
+    assert other.json()["errors"] == [
+        {"field": "idempotency_key", "reason": "was used with other parameters"}
+    ]
+
+
+def test_a_repeated_change_has_the_first_answer(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """With an Idempotency-Key a status is changed once, whatever its If-Match says by then."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    api.post("/incident/create", json=INCIDENT)
+    headers = {"Idempotency_Key": "k", "If_Match": '"1"'}
+    first = update(api, "completed", **headers)
+    assert (first.status_code, first.headers["ETag"]) == (200, '"2"')
+    update(api, "new")
+    assert update(api, "completed", **headers).content == first.content
+    assert api.get("/incident/get/1").json()["incident_type"] == "new"
+
+
+def test_a_further_occurrence_is_200(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """The first report of a dedup_key is 201, each further one 200 with the count."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    body = INCIDENT | {"dedup_key": "disk-full:db-1"}
+    answers = [api.post("/incident/create", json=body) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [201, 200, 200]
+    assert [answer.json()["occurrences"] for answer in answers] == [1, 2, 3]
+    assert {answer.headers["Location"] for answer in answers} == {"/incident/get/1"}
+    update(api, "completed")
+    assert api.post("/incident/create", json=body).status_code == 201
+    reopened = update(api, "new")
+    assert reopened.status_code == 409
+    assert reopened.json()["incident"]["incident_id"] == 1
+    assert "dedup_key" in reopened.json()["detail"]
+
+
+def test_an_entity_tag_guards_a_change(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """If-Match lets a change happen only to the version it names; 412 shows the current one."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    created = api.post("/incident/create", json=INCIDENT)
+    assert created.headers["ETag"] == '"1"'
+    assert api.get("/incident/get/1").headers["ETag"] == '"1"'
+    changed = update(api, "failed", If_Match='"1"')
+    assert changed.headers["ETag"] == '"2"'
+    refused = update(api, "completed", If_Match='"1"')
+    assert refused.status_code == 412
+    assert refused.headers["ETag"] == '"2"'
+    assert refused.json()["incident"] == changed.json()
+    assert api.get("/incident/get/1").json() == changed.json()
+    assert update(api, "completed", If_Match="*").status_code == 200
+
+
+@pytest.mark.parametrize("tag", ["1", '"a"', 'W/"1"', '"1", "2"', '""', '"0"', '"-1"', "**"])
+def test_an_entity_tag_that_is_none_of_ours_is_refused(api: httpx.Client, tag: str) -> None:
+    """If-Match takes a tag as an answer had it, or a star."""
+    answer = update(api, "failed", If_Match=tag)
+    assert answer.status_code == 422
+    assert [error["field"] for error in answer.json()["errors"]] == ["expected_version"]
+
+
+def test_a_header_that_is_given_twice_is_refused(api: httpx.Client) -> None:
+    """Two keys are no key."""
+    headers = httpx.Headers([("Idempotency-Key", "a"), ("Idempotency-Key", "b")])
+    answer = api.post("/incident/create", json=INCIDENT, headers=headers)
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [
+        {"field": "idempotency_key", "reason": "must be given only once"}
+    ]
+
+
+def test_a_change_that_the_graph_lacks_is_409(serve: Serve) -> None:
+    """An illegal change of the status is told with the incident as it is."""
+    api = serve(create_app(IncidentClient.open(MEMORY, transitions={"new": ["completed"]})))
+    created = api.post("/incident/create", json=INCIDENT).json()
+    refused = update(api, "failed")
+    assert refused.status_code == 409
+    assert refused.json()["incident"] == created
+    assert refused.json()["detail"] == "Incident 1 cannot go from new to failed"
+    assert update(api, "completed").status_code == 200
+
+
+def test_histories_and_notes(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """What happened is read oldest first, in parts if so wished; a note is added to it."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    api.post("/incident/create", json=INCIDENT)
+    api.patch(
+        "/incident/update-status",
+        params={"incident_id": 1, "status": "failed", "note": "Не удалось"},
+    )
+    noted = api.post("/incident/note/1", json={"note": " A new disk is ordered "})
+    assert noted.status_code == 201
+    assert noted.json()["note"] == "A new disk is ordered"
+    events = api.get("/incident/history/1").json()
+    assert [event["kind"] for event in events] == ["created", "status_changed", "noted"]
+    assert events[1]["note"] == "Не удалось"
+    assert events[2] == noted.json()
+    rest = api.get("/incident/history/1", params={"after": events[0]["cursor"], "limit": 1})
+    assert rest.json() == events[1:2]
+    assert api.get("/incident/history/1", params={"after": events[2]["cursor"]}).json() == []
+    assert api.get("/incident/history/2").status_code == 404
+    assert api.post("/incident/note/2", json={"note": "nobody"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [({}, "note"), ({"note": " "}, "note"), ({"note": "x", "by": "me"}, "by"), ([], "body")],
+)
+def test_a_faulty_note_is_refused(api: httpx.Client, body: Any, field: str) -> None:
+    """A note is an object with one text."""
+    answer = api.post("/incident/note/1", json=body)
+    assert answer.status_code == 422
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+
+
+class ByHeader(AuthenticationBackend):
+    """A host's way of knowing its users."""
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser] | None:
+        """Believe what a header says."""
+        name = conn.headers.get("X-User")
+        return (AuthCredentials(), SimpleUser(name)) if name else None
+
+
+def test_who_is_authenticated_is_the_actor(serve: Serve) -> None:
+    """The user of the host's middleware stands in the history, each request's own."""
+    app = create_app(IncidentClient.open(MEMORY))
+    api = serve(AuthenticationMiddleware(app, backend=ByHeader()))
+    api.post("/incident/create", json=INCIDENT, headers={"X-User": "alice"})
+    update(api, "failed", X_User="bob")
+    api.post("/incident/note/1", json={"note": "by nobody"})
+    events = api.get("/incident/history/1").json()
+    assert [event["actor"] for event in events] == ["alice", "bob", None]
+
+
+async def test_concurrent_requests_keep_their_actors() -> None:
+    """Requests that are answered at the same time never borrow each other's user."""
+    client = IncidentClient.open(MEMORY)
+    app = AuthenticationMiddleware(create_app(client), backend=ByHeader())
+    async with (
+        client,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as api,
+    ):
+        users = [f"user {number}" for number in range(20)]
+        answers = await asyncio.gather(
+            *(
+                api.post("/incident/create", json=INCIDENT, headers={"X-User": user})
+                for user in users
+            )
+        )
+        for user, answer in zip(users, answers, strict=True):
+            (event,) = await client.history(answer.json()["incident_id"])
+            assert event.actor == user
