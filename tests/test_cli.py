@@ -131,10 +131,13 @@ def test_create_shows_the_incident() -> None:
     """A new incident is shown with the id and the time that the database gave it."""
     lines = dict(re.split(r" {2,}", line) for line in output(*DISK_FULL).splitlines())
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", lines.pop("created_at"))
+    assert lines.pop("last_seen_at").endswith(" UTC")
     assert lines == {
         "incident_id": "1",
         "incident_type": "new",
         "source": "monitoring",
+        "version": "1",
+        "occurrences": "1",
         "incident_message": "Disk is full on db-1",
     }
 
@@ -386,7 +389,8 @@ def test_a_command_can_be_repeated() -> None:
     assert output(*DISK_FULL, "--idempotency-key", "k", "--json") == first
     change = ("update-status", "1", "failed", "--idempotency-key", "c", "--json")
     assert output(*change) == output(*change)
-    (line,) = errors("create", "Line is down", *DISK_FULL[2:], "--idempotency-key", "k")
+    other = ("create", "Line is down", *DISK_FULL[2:], "--idempotency-key", "k")
+    (line,) = errors(*other, exit_code=2)
     assert line == "Error: idempotency_key was used with other parameters"
     assert len(json.loads(output("list", "--json"))) == 1
 

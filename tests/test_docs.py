@@ -24,7 +24,7 @@ import textwrap
 import time
 import tomllib
 from contextlib import ExitStack, redirect_stdout
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -470,6 +470,12 @@ async def test_the_privileges_of_the_service_are_enough(migrated_postgres_url: s
             incident = await incidents.create("Disk is full on db-1", source="monitoring")
             await incidents.update_status(incident.incident_id, "failed")
             assert len(await incidents.list()) == 1
+            again = await incidents.create(
+                "Line is down", source="operator", dedup_key="line", idempotency_key="k"
+            )
+            await incidents.note(again.incident_id, "It came back")
+            assert len(await incidents.history(again.incident_id)) == 2
+            assert await incidents.purge(datetime.now(UTC) + timedelta(days=1)) == 1
             record = RequestRecord(
                 datetime(2025, 1, 1, tzinfo=UTC), "GET", "/incident/get", 200, 1.5, "some-id"
             )

@@ -1,5 +1,23 @@
 """Where incidents are kept: SQLite or PostgreSQL, chosen by URL."""
 
-from incidentkit.store.base import IncidentStore, Page, RequestRecord, StoreOptions, store_from_url
+from incidentkit.store.base import (
+    Idempotency,
+    IncidentStore,
+    Page,
+    RequestRecord,
+    StoreOperations,
+    StoreOptions,
+    store_from_url,
+    store_on,
+)
 
-__all__ = ["IncidentStore", "Page", "RequestRecord", "StoreOptions", "store_from_url"]
+__all__ = [
+    "Idempotency",
+    "IncidentStore",
+    "Page",
+    "RequestRecord",
+    "StoreOperations",
+    "StoreOptions",
+    "store_from_url",
+    "store_on",
+]

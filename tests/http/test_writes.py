@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def update(api: httpx.Client, status: str, **headers: str) -> httpx.Response:
     """Change the status of the first incident."""
-    params = {"incident_id": 1, "status": status}
+    params: dict[str, str | int] = {"incident_id": 1, "status": status}
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     return api.patch("/incident/update-status", params=params, headers=names)
 
@@ -123,14 +123,14 @@ def test_histories_and_notes(serve: Serve, urls: tuple[str, str | None]) -> None
     api.post("/incident/create", json=INCIDENT)
     api.patch(
         "/incident/update-status",
-        params={"incident_id": 1, "status": "failed", "note": "Не удалось"},
+        params={"incident_id": 1, "status": "failed", "note": "Диск"},
     )
     noted = api.post("/incident/note/1", json={"note": " A new disk is ordered "})
     assert noted.status_code == 201
     assert noted.json()["note"] == "A new disk is ordered"
     events = api.get("/incident/history/1").json()
     assert [event["kind"] for event in events] == ["created", "status_changed", "noted"]
-    assert events[1]["note"] == "Не удалось"
+    assert events[1]["note"] == "Диск"
     assert events[2] == noted.json()
     rest = api.get("/incident/history/1", params={"after": events[0]["cursor"], "limit": 1})
     assert rest.json() == events[1:2]
