@@ -48,7 +48,7 @@ from incidentkit.http import health, log, problems, requests
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.settings import Environment
 from incidentkit.store import RequestRecord, StoreOptions, migrate
-from incidentkit.store.tables import REVISIONS, VERSION_TABLE, metadata
+from incidentkit.store.tables import REVISIONS, TEXT_TABLES, VERSION_TABLE, metadata
 from tests.programs import outcome, service, start
 from tests.test_migrations import ORIGIN_SCHEMA
 
@@ -201,7 +201,7 @@ def test_the_hosts_env_py_keeps_our_tables_out(tmp_path: Path, sqlite_url: str) 
     """With the `env.py` of the page a host's autogenerate does not see our tables."""
     (env,) = [fence for fence in FENCES if fence.file == "env.py"]
     asyncio.run(migrate.upgrade(sqlite_url))
-    ours = {*metadata.tables, VERSION_TABLE}
+    ours = {*metadata.tables, *TEXT_TABLES, VERSION_TABLE}
 
     def generated(text: str, folder: Path) -> str:
         (folder / "versions").mkdir(parents=True)
@@ -317,6 +317,17 @@ def test_the_session_of_the_tutorial(empty_postgres_url: str, redis_url: str) ->
         terminals.run("docs/tutorial.md")
 
 
+SESSIONS: Final = ("docs/how-to/history.md", "docs/how-to/purge.md")
+"""Pages whose commands need no server."""
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_the_session_of_a_guide(name: str) -> None:
+    """The commands of the guide do what it shows, with nothing configured."""
+    with Session() as terminals:
+        terminals.run(name)
+
+
 def test_the_session_of_the_deployment(
     migrated_postgres_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +370,7 @@ def test_every_session_is_run() -> None:
     assert {name for name in NAMES if has_session(name)} == {
         "README.md",
         "docs/tutorial.md",
+        *SESSIONS,
         "docs/how-to/deploy.md",
         "docs/how-to/migrate-from-the-origin.md",
     }
@@ -683,7 +695,7 @@ def test_the_incident_of_the_reference_is_one() -> None:
     assert [*json.loads(incident.text)] == [*_fields(incidentkit.Incident)]
     assert [*json.loads(problem.text)] == [*_fields(problems.Problem)]
     table = [code(cells[0])[0] for cells in rows("docs/reference/rest.md", "field")]
-    assert table == [*_fields(incidentkit.Incident), "incident_message", "source", "incident_type"]
+    assert table == [*_fields(incidentkit.Incident), *_fields(incidentkit.NewIncident)]
 
 
 def _fields(model: type[Any]) -> list[str]:

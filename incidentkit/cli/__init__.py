@@ -388,7 +388,8 @@ def purge(settings: Settings, older_than: timedelta) -> None:
     ended_before = datetime.now(UTC) - older_than
 
     async def work(incidents: IncidentClient) -> int:
-        with click.progressbar(length=0, label="Purging", file=sys.stderr) as bar:
+        hidden = sys.stderr is None or not sys.stderr.isatty()
+        with click.progressbar(length=0, label="Purging", file=sys.stderr, hidden=hidden) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.length = total
