@@ -22,6 +22,7 @@ from incidentkit.errors import (
     UnknownCursor,
     VersionConflict,
 )
+from incidentkit.feed import ChangePage
 from incidentkit.joined import JoinedIncidents
 from incidentkit.models import (
     EventKind,
@@ -36,6 +37,7 @@ from incidentkit.version import __version__
 
 __all__ = [
     "CacheUnavailable",
+    "ChangePage",
     "ClientClosed",
     "DuplicateOpenIncident",
     "EventKind",

@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 from incidentkit.actor import current_actor
 from incidentkit.cache.pages import PageCache, check_max_staleness
-from incidentkit.errors import CacheUnavailable, ClientClosed
+from incidentkit.errors import CacheUnavailable, ClientClosed, StoreUnavailable
+from incidentkit.feed import POLL_INTERVAL, ChangeFeed
 from incidentkit.joined import JoinedIncidents
-from incidentkit.models import DEFAULT_LIMIT, Incident, ListQuery, check_ended_before
+from incidentkit.models import (
+    DEFAULT_LIMIT,
+    MAX_WAIT,
+    Incident,
+    ListQuery,
+    check_changes,
+    check_ended_before,
+)
 from incidentkit.operations import IncidentOperations
 from incidentkit.store.base import DEFAULT_DATABASE_URL
 from incidentkit.transitions import Transitions
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from datetime import datetime
     from types import TracebackType
 
@@ -25,10 +33,20 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from incidentkit.cache import IncidentCache
-    from incidentkit.models import IncidentSource, IncidentStatus
+    from incidentkit.feed import ChangePage
+    from incidentkit.models import IncidentEvent, IncidentSource, IncidentStatus
     from incidentkit.settings import Settings
     from incidentkit.store.base import IncidentStore, StoreOptions
     from incidentkit.transitions import Graph
+
+CHANGES_BATCH: Final = 500
+"""Changes that a feed reads at a time."""
+
+CHANGES_LIMIT: Final = 100
+"""Changes that are returned unless told otherwise."""
+
+MAX_PAUSE: Final = 5.0
+"""Seconds that a feed waits at most before it asks a database again that is away."""
 
 PURGE_BATCH: Final = 500
 """Incidents that are purged in one transaction."""
@@ -80,6 +98,7 @@ class IncidentClient(IncidentOperations):
         self._cache_required = cache_required
         self._max_staleness = max_staleness
         self._pages: PageCache | None = None
+        self._feed: ChangeFeed | None = None
         self._connected = False
         self._connecting = asyncio.Lock()
         self._writes: set[asyncio.Task[Any]] = set()
@@ -193,6 +212,7 @@ class IncidentClient(IncidentOperations):
             if self._connected:
                 return
             self._pages = PageCache(self.store, self._cache, max_staleness=self._max_staleness)
+            self._feed = ChangeFeed(self.store)
             try:
                 await self.store.open()
                 await self._ping_cache(self._pages)
@@ -222,6 +242,8 @@ class IncidentClient(IncidentOperations):
         self._connected = False
         if self._writes:
             await asyncio.wait(self._writes)
+        if self._feed is not None:
+            await self._feed.close()
         await self.store.close()
         # Last, since a list that the store still answered is handed to the cache.
         pages, self._pages = self._pages, None
@@ -273,6 +295,58 @@ class IncidentClient(IncidentOperations):
         """
         self._open_pages()
         return JoinedIncidents(self.store.join(connection), self._transitions)
+
+    async def changes(self, after: str | None = None) -> AsyncIterator[IncidentEvent]:
+        """Follow every change of every incident, for ever, each once.
+
+        They come in the order in which their transactions began to write, which is that of their
+        commits unless transactions overlap; those of one incident always in the order of its
+        changes. What comes is final: nothing is ever added before it. While the database is away
+        the feed waits for it.
+
+        Args:
+            after: The cursor of the change to go on behind, from whatever process or time; None
+                means from the first one on, and ``latest`` only what comes from now on.
+
+        Raises:
+            InvalidIncident: If it is not a cursor.
+            UnknownCursor: If it is not one of this database.
+            ClientClosed: If the client is closed meanwhile.
+        """
+        check_changes(after, CHANGES_BATCH, MAX_WAIT)
+        pause = 0.0
+        while True:
+            try:
+                page = await self.read_changes(after, limit=CHANGES_BATCH, wait=MAX_WAIT)
+            except StoreUnavailable:
+                pause = min(2 * pause + POLL_INTERVAL, MAX_PAUSE)
+                await asyncio.sleep(pause)
+                self._open_pages()
+                continue
+            pause = 0.0
+            for event in page.changes:
+                yield event
+            after = page.next
+
+    async def read_changes(
+        self, after: str | None = None, *, limit: int = CHANGES_LIMIT, wait: float = 0.0
+    ) -> ChangePage:
+        """Return some changes, and the cursor to go on with.
+
+        Args:
+            after: As for :meth:`changes`.
+            limit: Changes, 1 to 1000.
+            wait: Seconds, 0 to 30, to wait for a change if there is none yet.
+
+        Raises:
+            InvalidIncident: With every faulty argument.
+            UnknownCursor: If the cursor is not one of this database.
+            ClientClosed: If the client is closed meanwhile.
+        """
+        check_changes(after, limit, wait)
+        if not self._connected or self._feed is None:
+            raise ClientClosed
+        return await self._feed.read(after, limit, wait)
 
     async def purge(
         self, ended_before: datetime, *, progress: Callable[[int, int], object] | None = None
@@ -328,7 +402,7 @@ class IncidentClient(IncidentOperations):
     async def _write(self, write: Coroutine[Any, Any, _T]) -> _T:
         """Run a write and forget the cached pages, in one piece that no cancellation parts."""
         pages = self._open_pages()
-        task = asyncio.ensure_future(_write_and_forget(pages, write))
+        task = asyncio.ensure_future(_write_and_forget(pages, self._feed, write))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
         try:
@@ -338,11 +412,15 @@ class IncidentClient(IncidentOperations):
             raise
 
 
-async def _write_and_forget(pages: PageCache, write: Coroutine[Any, Any, _T]) -> _T:
+async def _write_and_forget(
+    pages: PageCache, feed: ChangeFeed | None, write: Coroutine[Any, Any, _T]
+) -> _T:
     try:
         return await write
     finally:
         # Also after an error: it may hide a commit.
+        if feed is not None:
+            feed.wake()
         await pages.forget()
 
 

@@ -29,6 +29,12 @@ DEFAULT_LIMIT: Final = 10
 MAX_LIMIT: Final = 1000
 MAX_OFFSET: Final = 2**63 - 1
 
+MAX_WAIT: Final = 30
+"""Seconds that a call may wait for changes."""
+
+LATEST: Final = "latest"
+"""Stands for the cursor of the newest change."""
+
 ANY: Final = "any"
 """Stands for an absent filter in a page's cache key."""
 
@@ -413,6 +419,26 @@ def event_cursor(value: object) -> tuple[int, ...]:
     if not isinstance(value, str):
         raise ValueError("must be a string")  # noqa: TRY004
     return decode_cursor(value, 4)
+
+
+def check_changes(after: str | None, limit: int, wait: float) -> None:
+    """Return if these say which changes to read.
+
+    Raises:
+        InvalidIncident: With every faulty argument.
+    """
+    check = _Check()
+    if after != LATEST:
+        check("after", _optional(event_cursor), after)
+    check("limit", _limit, limit)
+    check("wait", _wait, wait)
+    check.done()
+
+
+def _wait(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_WAIT:
+        raise ValueError(f"must be a number of seconds from 0 to {MAX_WAIT}")
+    return value
 
 
 def check_ended_before(ended_before: datetime) -> datetime:

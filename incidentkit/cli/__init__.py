@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from incidentkit.actor import acting_as
-from incidentkit.cli.text import details, events, harmless, table
+from incidentkit.cli.text import change_line, details, events, harmless, table
 from incidentkit.client import IncidentClient
 from incidentkit.errors import (
     CacheUnavailable,
@@ -25,7 +25,7 @@ from incidentkit.errors import (
     InvalidIncident,
     InvalidSettings,
 )
-from incidentkit.models import DEFAULT_LIMIT, MAX_LIMIT, IncidentSource, IncidentStatus
+from incidentkit.models import DEFAULT_LIMIT, LATEST, MAX_LIMIT, IncidentSource, IncidentStatus
 from incidentkit.settings import Settings
 from incidentkit.version import __version__
 from incidentkit.wire import encode_event, encode_events, encode_incident, encode_incidents
@@ -100,6 +100,7 @@ def main() -> None:
       incidentkit list --status new --limit 50
       incidentkit update-status 7 completed --note "The old logs were removed"
       incidentkit history 7
+      incidentkit watch
       incidentkit purge --older-than 90d
       incidentkit db upgrade
 
@@ -348,6 +349,31 @@ def history(settings: Settings, incident_id: int, *, as_json: bool, **query: Any
     """
     found = _run(settings, lambda incidents: incidents.history(incident_id, **query))
     _write(encode_events(found) if as_json else events(found))
+
+
+@main.command()
+@click.option("--after", metavar="CURSOR", help="Go on behind the change with this cursor.")
+@click.option("--from-start", is_flag=True, help="Begin with the first change of all.")
+@_takes_json
+@_takes_servers
+def watch(settings: Settings, *, after: str | None, from_start: bool, as_json: bool) -> None:
+    """Show every change of every incident as it happens, until interrupted.
+
+    Without options it shows what comes from now on. The cursor of a change is in the output of
+    --json, which has one change on each line.
+
+    \b
+    Example:
+      incidentkit watch --json | jq 'select(.to_status == "failed")'
+    """  # noqa: D301
+    if from_start and after is not None:
+        raise click.UsageError("--after and --from-start exclude each other")
+
+    async def work(incidents: IncidentClient) -> None:
+        async for change in incidents.changes(None if from_start else after or LATEST):
+            _write(encode_event(change) if as_json else change_line(change))
+
+    _run(settings, work)
 
 
 class _Age(click.ParamType[timedelta]):

@@ -91,6 +91,14 @@ def events(history: Sequence[IncidentEvent]) -> str:
     return "\n".join(GAP.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def change_line(change: IncidentEvent) -> str:
+    """Return one line for a change of any incident."""
+    at, kind, before, after, actor, note = _cells(change, EVENT_COLUMNS)
+    status = " -> ".join(filter(None, (before, after)))
+    words = (at, str(change.incident_id), kind, status, actor and f"by {actor}", note)
+    return GAP.join(filter(None, words))
+
+
 def _cells(model: Incident | IncidentEvent, names: Sequence[str]) -> tuple[str, ...]:
     """Return what a terminal shows of the fields; of one that is None nothing."""
     fields = wire_converter().unstructure(model)

@@ -15,6 +15,7 @@ from incidentkit.http.log import NO_ROUTE, RequestLog, log_route
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_id import RequestIdMiddleware
 from incidentkit.http.routes import DOCS, OPERATIONS
+from incidentkit.http.streams import Readers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -68,6 +69,7 @@ def create_app(
     )
     app.router.redirect_slashes = False
     app.state.client = client
+    app.state.readers = Readers()
     app.state.request_log = RequestLog(client.store) if request_log == "database" else None
     app.state.cache_required = cache_required
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import NoneType, UnionType
@@ -11,6 +12,7 @@ from attrs import NOTHING, fields
 
 from incidentkit.cursor import encode_cursor
 from incidentkit.errors import FieldError
+from incidentkit.feed import ChangePage
 from incidentkit.http.health import (
     Health,
     Readiness,
@@ -21,6 +23,7 @@ from incidentkit.http.health import (
 from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Conflict, Problem
 from incidentkit.http.request_id import HEADER, PATTERN
 from incidentkit.http.requests import MAX_BODY
+from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.models import (
     FORBIDDEN_MESSAGES,
     MAX_ID,
@@ -85,6 +88,9 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (IncidentEvent, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
     (IncidentEvent, "cursor"): {"description": "Its place among all events, for after=."},
     (IncidentEvent, "actor"): {"description": "Who did it; null if nobody was named."},
+    (ChangePage, "next"): {
+        "description": "For after=, to go on; null if nothing has ever happened."
+    },
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
     (Problem, "status"): {"minimum": 400, "maximum": 599},
     (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},
@@ -106,6 +112,17 @@ _INCIDENT: Final = Incident(
     dedup_key="disk-full:db-1",
 )
 
+_EVENT: Final = IncidentEvent(
+    encode_cursor(4711, 12, 2600, 7),
+    7,
+    EventKind.STATUS_CHANGED,
+    IncidentStatus.NEW,
+    IncidentStatus.COMPLETED,
+    "alice",
+    "The old logs were removed",
+    datetime(2026, 3, 1, 9, 45, tzinfo=UTC),
+)
+
 _MODELS: Final = {
     NewIncident: NewIncident(
         "Disk is full on db-1", IncidentSource.MONITORING, dedup_key="disk-full:db-1"
@@ -113,16 +130,8 @@ _MODELS: Final = {
     NewNote: NewNote("The old logs were removed"),
     Incident: _INCIDENT,
     Conflict: Conflict(_INCIDENT),
-    IncidentEvent: IncidentEvent(
-        encode_cursor(4711, 12, 2600, 7),
-        7,
-        EventKind.STATUS_CHANGED,
-        IncidentStatus.NEW,
-        IncidentStatus.COMPLETED,
-        "alice",
-        "The old logs were removed",
-        datetime(2026, 3, 1, 9, 45, tzinfo=UTC),
-    ),
+    IncidentEvent: _EVENT,
+    ChangePage: ChangePage([_EVENT], _EVENT.cursor),
     Health: Health(State.OK),
     Readiness: Readiness(
         ready=True,
@@ -138,6 +147,7 @@ _DETAILS: Final = {
     400: "The body is not well-formed JSON (line 1, column 2)",
     404: "Incident not found",
     409: "Incident 7 cannot go from completed to new",
+    410: "The cursor is not one of this database",
     412: "Incident 7 has moved on: it is at version 1",
     413: f"The body must have at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",
@@ -234,7 +244,10 @@ def _operation(operation: Operation, schemas: Json) -> Json:
         str(status): {
             "description": means,
             "headers": _headers(HEADER, *operation.headers),
-            "content": {"application/json": _content(operation.returns, schemas)},
+            "content": {
+                "application/json": _content(operation.returns, schemas),
+                **({} if operation.streams is None else _stream(operation.streams, schemas)),
+            },
         }
         for status, means in {operation.status: operation.answers, **operation.also}.items()
     }
@@ -264,6 +277,24 @@ def _parameter(parameter: Parameter, schemas: Json) -> Json:
     if parameter.may_be_empty:
         described["allowEmptyValue"] = True
     return described
+
+
+def _stream(model: type[Any], schemas: Json) -> Json:
+    """Return the content of a stream: OpenAPI 3.1 has no word for the data of its events."""
+    example = wire_converter().unstructure(_MODELS[model])
+    _schema(model, schemas)
+    lines = (
+        f"id: {example['cursor']}",
+        f"event: {example['kind']}",
+        f"data: {json.dumps(example)}",
+    )
+    described = f"Server-sent events; the data of each is a {model.__name__} in JSON."
+    return {
+        MEDIA_TYPE_OF_STREAMS: {
+            "schema": {"type": "string", "description": described},
+            "example": "\n".join(lines) + "\n\n",
+        }
+    }
 
 
 def _problem_name(status: int) -> str:

@@ -20,6 +20,7 @@ from incidentkit.errors import (
     InvalidIncident,
     SchemaOutOfDate,
     StoreUnavailable,
+    UnknownCursor,
     VersionConflict,
 )
 from incidentkit.http.request_id import HEADER, request_id
@@ -43,6 +44,7 @@ TITLES: Final[Mapping[int, str]] = {
     404: "Not Found",
     405: "Method Not Allowed",
     409: "Conflict",
+    410: "Gone",
     412: "Precondition Failed",
     413: "Content Too Large",
     415: "Unsupported Media Type",
@@ -137,8 +139,9 @@ def refusal_for(error: Exception) -> Refusal:
         case InvalidIncident():
             detail = "; ".join(f"{fault.field} {fault.reason}" for fault in error.errors)
             refusal = Refusal(422, detail, error.errors)
-        case IncidentNotFound():
-            refusal = Refusal(404, "Incident not found")
+        case IncidentNotFound() | UnknownCursor():
+            gone = isinstance(error, UnknownCursor)
+            refusal = Refusal(410, str(error)) if gone else Refusal(404, "Incident not found")
         case IncidentConflict():
             refusal = _refusal_for_conflict(error)
         case ClientDisconnect():

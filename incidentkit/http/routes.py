@@ -17,16 +17,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from incidentkit.actor import acting_as
+from incidentkit.client import CHANGES_LIMIT
+from incidentkit.feed import ChangePage
 from incidentkit.http import docs, openapi
 from incidentkit.http.health import Health, Readiness, State, readiness
 from incidentkit.http.log import log_route
 from incidentkit.http.problems import RETRY_HEADERS, Conflict, Refusal, etag
 from incidentkit.http.requests import read_arguments, read_integer, read_version
+from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream
 from incidentkit.models import (
     DEFAULT_LIMIT,
     MAX_ID,
     MAX_LIMIT,
     MAX_OFFSET,
+    MAX_WAIT,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
     Incident,
@@ -37,6 +41,7 @@ from incidentkit.models import (
     NewIncident,
     NewNote,
     StatusChange,
+    check_changes,
     check_history,
     check_idempotency_key,
     check_incident_id,
@@ -111,6 +116,7 @@ class Operation:
         parameters: What the path and the query may hold.
         check: Takes the parameters and raises :class:`~incidentkit.InvalidIncident` with each one
             that breaks a rule; None means that there are no rules.
+        streams: The model of each event, if the answer can be a stream of server-sent events.
         body: The model that the body has to hold; None means that there is no body.
         problems: The statuses of its errors.
         members: By status, the model whose fields such a problem has besides its own.
@@ -129,6 +135,7 @@ class Operation:
     also: Mapping[int, str] = field(factory=dict)
     parameters: tuple[Parameter, ...] = ()
     check: Callable[..., object] | None = None
+    streams: type[Any] | None = None
     body: type[Any] | None = None
     problems: tuple[int, ...] = (400, 422, 500)
     members: Mapping[int, type[Any]] = field(factory=dict)
@@ -195,6 +202,22 @@ async def _history(request: Request, arguments: dict[str, Any]) -> Response:
     return _json(encode_events(await _client(request).history(**arguments)))
 
 
+async def _changes(request: Request, arguments: dict[str, Any]) -> Response:
+    client, readers = _client(request), request.app.state.readers
+    last = arguments.pop("last_event_id")
+    if last is not None:
+        arguments["after"] = last
+    if MEDIA_TYPE in ",".join(request.headers.getlist("accept")):
+        readers.check()
+        page = await client.read_changes(arguments["after"], limit=BATCH)
+        return ChangeStream(client, readers, page)
+    async with readers.place() if arguments["wait"] else nullcontext():
+        page = await client.read_changes(**arguments)
+    return _json(
+        dump_json(wire_converter().unstructure(page)), headers={"Cache-Control": "no-store"}
+    )
+
+
 async def _note(request: Request, arguments: dict[str, Any]) -> Response:
     note: NewNote = arguments["body"]
     return _json(
@@ -232,6 +255,12 @@ async def _docs_asset(request: Request, arguments: dict[str, Any]) -> Response:
 def _check_idempotency_key(idempotency_key: str | None) -> None:
     if idempotency_key is not None:
         check_idempotency_key(idempotency_key)
+
+
+def _check_changes(last_event_id: str | None, **arguments: Any) -> None:
+    check_changes(**arguments)
+    if last_event_id is not None:
+        check_changes(last_event_id, CHANGES_LIMIT, 0)
 
 
 def _check_status_change(idempotency_key: str | None, **arguments: Any) -> None:
@@ -369,6 +398,51 @@ OPERATIONS: Final = (
         ),
         check=check_history,
         problems=(400, 404, 422, 500, 503),
+    ),
+    Operation(
+        "GET",
+        "/incident/changes",
+        "changes",
+        "Follow every change of every incident",
+        _changes,
+        returns=ChangePage,
+        answers="Changes in the order of their commits; a stream of them if that is accepted",
+        streams=IncidentEvent,
+        parameters=(
+            Parameter(
+                "after",
+                "The cursor of the change to go on behind; `latest` is the newest one. From the "
+                "first change on if it is missing.",
+                str,
+                pattern=r"^([A-Za-z0-9_-]{43}|latest)$",
+            ),
+            Parameter(
+                "limit",
+                "Changes of an answer; a stream has no limit.",
+                int,
+                minimum=1,
+                maximum=MAX_LIMIT,
+                default=CHANGES_LIMIT,
+            ),
+            Parameter(
+                "wait",
+                "Seconds to wait for a change if there is none yet.",
+                int,
+                minimum=0,
+                maximum=MAX_WAIT,
+                default=0,
+            ),
+            Parameter(
+                "last_event_id",
+                "The same as `after`, and goes before it: what a browser sends to resume a stream.",
+                str,
+                where="header",
+                header="Last-Event-ID",
+                pattern=r"^([A-Za-z0-9_-]{43}|latest)$",
+            ),
+        ),
+        check=_check_changes,
+        problems=(400, 410, 422, 500, 503),
     ),
     Operation(
         "POST",

@@ -212,6 +212,13 @@ class StoreOperations(Protocol):
         """Return the last of all events that :meth:`changes` has, or None if it has none."""
         ...
 
+    async def check_order(self) -> None:
+        """Raise unless new events come after those that are there.
+
+        Raises:
+            StoreError: With the command that mends it: the database was copied from another server.
+        """
+
     async def place(self, cursor: tuple[int, ...]) -> Place:
         """Return the place of the event that a cursor stands for.
 

@@ -83,6 +83,7 @@ class EngineStore(postgresql.PostgresOperations):
         self._engine = self._host_engine.execution_options(isolation_level="AUTOCOMMIT")
         try:
             await self.check()
+            await self.check_order()
         except BaseException:
             await self.close()
             raise

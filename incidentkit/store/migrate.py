@@ -21,9 +21,15 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from incidentkit.errors import InvalidSettings, StoreError, StoreUnavailable
-from incidentkit.store import postgresql, sqlite
+from incidentkit.store import postgresql, postgresql_statements, sqlite
 from incidentkit.store.base import database_kind
-from incidentkit.store.tables import REVISIONS, VERSION_TABLE, check_revision, incident_table
+from incidentkit.store.tables import (
+    REVISIONS,
+    SCHEMA_REVISION,
+    VERSION_TABLE,
+    check_revision,
+    incident_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,14 +104,15 @@ def _begin_immediate(connection: Connection) -> None:
 async def upgrade(database_url: str, revision: str = "head") -> None:
     """Bring the schema up to the revision; safe to run from several places at once.
 
-    A database that the origin made is recognised by its ``alembic_version`` and taken over.
+    A database that the origin made is recognised by its ``alembic_version`` and taken over. One
+    that was copied from another PostgreSQL server gets its events in order.
 
     Raises:
         StoreUnavailable: If the database cannot be reached, or others keep it locked for too long.
         StoreError: With what is in the way; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _migrate(migration_engine(database_url), partial(_run, command.upgrade, revision))
+    await _migrate(migration_engine(database_url), partial(_upgrade, revision))
 
 
 async def downgrade(database_url: str, revision: str = "-1") -> None:
@@ -186,6 +193,31 @@ def in_the_way(name: str) -> StoreError:
     return StoreError(
         f'a table "{name}" that neither incidentkit nor the origin\'s migrations made is in the way'
     )
+
+
+def _upgrade(revision: str, connection: Connection) -> None:
+    _run(command.upgrade, revision, connection)
+    at = current_revision(connection)
+    connection.rollback()
+    if connection.dialect.name == "postgresql" and at == SCHEMA_REVISION:
+        with connection.begin():
+            put_in_order(connection)
+
+
+def put_in_order(connection: Connection) -> None:
+    """Mend the order of events in a database that was copied from another server.
+
+    The numbers of that server's transactions may be larger than this one's, so that what happens
+    here would come before what happened there.
+    """
+    latest = connection.scalar(postgresql_statements.SELECT_STRANDED)
+    if latest is None:
+        return
+    connection.exec_driver_sql('LOCK TABLE "Incident", incident_event IN SHARE ROW EXCLUSIVE MODE')
+    latest = connection.scalar(postgresql_statements.SELECT_STRANDED)
+    if latest is not None:
+        for statement in postgresql_statements.SHIFT.values():
+            connection.execute(statement, {"latest": latest})
 
 
 def _run(run: Callable[[Config, str], None], revision: str, connection: Connection) -> None:

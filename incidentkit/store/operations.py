@@ -180,6 +180,10 @@ class Operations(ABC):
         rows = await self._read(statements.SELECT_LATEST_CHANGE, {})
         return read_event(rows[0]) if rows else None
 
+    @abstractmethod
+    async def check_order(self) -> None:
+        """Raise unless new events come after those that are there."""
+
     async def place(self, cursor: tuple[int, ...]) -> Place:
         """Return where an event stands.
 

@@ -206,6 +206,14 @@ class PostgresOperations(Operations):
         values = {"incident_id": incident_id, "note": note, "actor": actor}
         return read_event(found(incident_id, await fetch(writes.INSERT_NOTE, values)))
 
+    async def check_order(self) -> None:
+        """Raise if events have numbers of transactions that this server has yet to give."""
+        if await self._read(writes.SELECT_STRANDED, {}):
+            raise StoreError(
+                "it was copied from another server, whose transactions had larger numbers: "
+                "run `incidentkit db upgrade`"
+            )
+
     async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
         """Remove incidents, and leave the event that tells of it, in one statement."""
         values = {"ended_before": ended_before, "limit": limit, "actor": actor}
@@ -256,6 +264,7 @@ class PostgresStore(PostgresOperations):
         )
         try:
             await self.check()
+            await self.check_order()
         except BaseException as error:
             await self.close()
             # The pool reads the URL when it first connects.

@@ -134,7 +134,13 @@ PURGE: Final = text(
 )
 
 SELECT_STRANDED: Final = text(
-    "SELECT max(transaction_id) FROM incident_event HAVING max(transaction_id) >= "
-    "CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)"
+    "SELECT latest FROM (SELECT max(transaction_id) AS latest FROM incident_event) AS events "
+    "WHERE latest >= CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)"
 )
 """Returns a row if events have numbers of transactions that this server has yet to give."""
+
+SHIFT: Final = {
+    name: text(f'UPDATE "{name}" SET transaction_id = transaction_id - :latest - 1')
+    for name in ("incident_event", "Incident")
+}
+"""Puts all that is there before all that is to come, in the order that it has."""

@@ -1,0 +1,125 @@
+"""Following every change of every incident, in the order of their commits."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Protocol
+
+from attrs import frozen
+
+from incidentkit.coalescing import Coalescer
+from incidentkit.errors import ClientClosed
+from incidentkit.models import LATEST, IncidentEvent, event_cursor
+from incidentkit.store.base import BEGINNING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from incidentkit.store.base import Events, Place
+
+POLL_INTERVAL: Final = 0.25
+"""Seconds between two looks for changes by other processes, while somebody waits for one."""
+
+
+class EventStore(Protocol):
+    """The part of a store that changes are read from."""
+
+    async def changes(self, after: Place, limit: int) -> Events:
+        """Return events from past a place, in the order of their commits."""
+        ...
+
+    async def latest_change(self) -> IncidentEvent | None:
+        """Return the last event of all, or None if there is none."""
+        ...
+
+    async def place(self, cursor: tuple[int, ...]) -> Place:
+        """Return the place of the event that a cursor stands for."""
+        ...
+
+    async def check_order(self) -> None:
+        """Raise unless events are in the order of their places."""
+        ...
+
+
+@frozen
+class ChangePage:
+    """Some changes, and where to go on.
+
+    Attributes:
+        changes: In the order of their commits; empty if there are none yet.
+        next: The cursor to go on behind them. None means that nothing has ever happened, and to
+            begin at the beginning once more.
+    """
+
+    changes: list[IncidentEvent]
+    next: str | None
+
+
+class ChangeFeed:
+    """Reads changes, and waits for them.
+
+    Readers at the same place share a read, and a change that is made here wakes them at once. Those
+    of other processes are found by looking every :data:`POLL_INTERVAL`.
+
+    Args:
+        store: Where events are read.
+        clock: Returns the time in seconds, never going back.
+    """
+
+    def __init__(self, store: EventStore, *, clock: Callable[[], float] | None = None) -> None:
+        self._store = store
+        self._clock = clock or asyncio.get_running_loop().time
+        self._reads = Coalescer(self._read)
+        self._change = asyncio.Event()
+        self._closed = False
+
+    def wake(self) -> None:
+        """Let those who wait look again: something has changed here."""
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def close(self) -> None:
+        """End those who wait with :class:`~incidentkit.ClientClosed`."""
+        self._closed = True
+        self.wake()
+        await self._reads.finish()
+
+    async def read(self, after: str | None, limit: int, wait: float) -> ChangePage:
+        """Return changes from past a cursor.
+
+        Args:
+            after: A cursor; None is the beginning, and ``latest`` the end.
+            limit: Changes, at least 1.
+            wait: Seconds to wait for one, if there is none.
+
+        Raises:
+            UnknownCursor: If the cursor is not one of this database.
+            ClientClosed: If the feed is closed meanwhile.
+        """
+        await self._store.check_order()
+        place, cursor = await self._find(after)
+        ends_at = self._clock() + wait
+        while True:
+            change = self._change
+            if self._closed:
+                raise ClientClosed
+            events = await self._reads((place, limit))
+            if events:
+                return ChangePage(events.copy(), events[-1].cursor)
+            left = ends_at - self._clock()
+            if left <= 0:
+                return ChangePage([], cursor)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, POLL_INTERVAL)):
+                    await change.wait()
+
+    async def _find(self, after: str | None) -> tuple[Place, str | None]:
+        """Return the place of a cursor, and the cursor to give back if nothing comes."""
+        if after == LATEST:
+            latest = await self._store.latest_change()
+            after = None if latest is None else latest.cursor
+        return (BEGINNING if after is None else await self._store.place(event_cursor(after))), after
+
+    async def _read(self, key: tuple[Place, int]) -> Events:
+        return await self._store.changes(*key)

@@ -1,0 +1,160 @@
+"""Server-sent events: changes, as they happen, to readers that may be slow or gone."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Final, cast
+
+from starlette.responses import Response
+
+from incidentkit.errors import IncidentKitError
+from incidentkit.http.problems import RETRY_HEADERS, Refusal
+from incidentkit.wire import encode_event
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import Receive, Scope, Send
+
+    from incidentkit.client import IncidentClient
+    from incidentkit.feed import ChangePage
+
+MEDIA_TYPE: Final = "text/event-stream"
+
+MAX_READERS: Final = 100
+"""Streams, and polls that wait, that an app serves at a time."""
+
+BATCH: Final = 100
+"""Changes that are in memory for one reader."""
+
+HEARTBEAT: Final = 15.0
+"""Seconds without a change after which a stream says that it is still there."""
+
+SEND_TIMEOUT: Final = 30.0
+"""Seconds after which a reader that takes nothing is given up."""
+
+RETRY: Final = 2
+"""Seconds after which a browser is told to connect again."""
+
+LOOK: Final = 0.25
+"""Seconds between two looks whether the server is about to stop."""
+
+
+class Readers:
+    """Those who wait for changes: how many there are, and that they have to go.
+
+    A server waits for its connections before it stops, and streams never end by themselves. While
+    there are any, this looks whether uvicorn, which handles the process's signals, has been told to
+    stop.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._watch: asyncio.Task[None] | None = None
+
+    def check(self) -> None:
+        """Return if there is a place for one more.
+
+        Raises:
+            Refusal: If there are too many.
+        """
+        if len(self._tasks) >= MAX_READERS:
+            detail = f"{MAX_READERS} readers wait for changes already"
+            raise Refusal(503, detail, headers=RETRY_HEADERS)
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Count a reader, who is cancelled when the server is about to stop.
+
+        Raises:
+            Refusal: If there are too many.
+        """
+        self.check()
+        task = cast("asyncio.Task[object]", asyncio.current_task())
+        self._tasks.add(task)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.ensure_future(self._end_with_the_server())
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
+
+    async def _end_with_the_server(self) -> None:
+        while self._tasks:
+            if _server_stops():
+                for task in self._tasks:
+                    task.cancel()
+                return
+            await asyncio.sleep(LOOK)
+
+
+def _server_stops() -> bool:
+    """Return whether uvicorn runs this process and was told to stop."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return bool(getattr(server, "should_exit", False))
+
+
+class ChangeStream(Response):
+    """Changes as server-sent events, for as long as the reader takes them.
+
+    Args:
+        client: Whose changes.
+        readers: Where it counts.
+        page: The first of them.
+    """
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, client: IncidentClient, readers: Readers, page: ChangePage) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._client = client
+        self._readers = readers
+        self._page = page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Send until the reader is gone, too slow, or the server or the client stops."""
+        stream = asyncio.ensure_future(self._run(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({stream, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (stream, gone):
+                task.cancel()
+            await asyncio.wait({stream, gone})
+        if not stream.cancelled() and (error := stream.exception()) is not None:
+            raise error
+
+    async def _run(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        with suppress(asyncio.CancelledError, TimeoutError, IncidentKitError, OSError, Refusal):
+            async with self._readers.place():
+                await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
+                await self._send_changes(send)
+        with suppress(TimeoutError, OSError):
+            await self._send(send, b"", more=False)
+
+    async def _send_changes(self, send: Send) -> None:
+        page = self._page
+        while True:
+            await self._send(send, _frames(page) or b": nothing new\n\n")
+            page = await self._client.read_changes(page.next, limit=BATCH, wait=HEARTBEAT)
+
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        async with asyncio.timeout(SEND_TIMEOUT):
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _frames(page: ChangePage) -> bytes:
+    return b"".join(
+        b"id: %b\nevent: %b\ndata: %b\n\n"
+        % (event.cursor.encode(), event.kind.value.encode(), encode_event(event))
+        for event in page.changes
+    )
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
