@@ -17,7 +17,6 @@ from incidentkit import (
     InvalidIncident,
     acting_as,
 )
-from incidentkit.store.base import BEGINNING
 from incidentkit.store.migrate import migration_engine
 
 if TYPE_CHECKING:
@@ -120,8 +119,8 @@ async def test_it_is_seen_by_caches_and_feed(
         assert len(await other.list()) == 2
         await incidents.purge(datetime.now(UTC) - timedelta(days=90))
         assert await other.list() == []
-    events = await incidents.store.changes(BEGINNING, 100)
-    assert [(event.kind, event.incident_id) for event in events] == [
+    page = await incidents.read_changes(wait=30)
+    assert [(event.kind, event.incident_id) for event in page.changes] == [
         (EventKind.PURGED, incident_id) for incident_id in ids
     ]
 

@@ -89,7 +89,7 @@ SELECT_OPEN_DUPLICATE: Final = (
         _columns.dedup_key == bindparam("dedup_key", type_=String()),
         _columns.incident_type == literal_column("'new'"),
     )
-    .limit(1)
+    .limit(literal_column("1"))
 )
 
 INSERT_EVENT: Final = (

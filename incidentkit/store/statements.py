@@ -170,7 +170,7 @@ SELECT_LATEST_CHANGE: Final = (
     select(*EVENT)
     .where(incident_event_table.c.transaction_id < feed_horizon())
     .order_by(incident_event_table.c.transaction_id.desc(), incident_event_table.c.event_id.desc())
-    .limit(1)
+    .limit(literal_column("1"))
 )
 
 SELECT_PLACE: Final = select(
@@ -186,7 +186,7 @@ SELECT_PURGED: Final = (
         incident_event_table.c.incident_id == bindparam("incident_id", type_=BigInteger()),
         incident_event_table.c.kind == literal_column("'purged'"),
     )
-    .limit(1)
+    .limit(literal_column("1"))
 )
 
 

@@ -1,0 +1,570 @@
+"""The change feed: every change, each once, in the order of the commits, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from incidentkit import (
+    ChangePage,
+    ClientClosed,
+    EventKind,
+    IncidentClient,
+    IncidentEvent,
+    InvalidIncident,
+    SchemaOutOfDate,
+    StoreError,
+    StoreUnavailable,
+    UnknownCursor,
+    acting_as,
+)
+from incidentkit.cursor import encode_cursor
+from incidentkit.feed import ChangeFeed
+from incidentkit.store import migrate
+from tests.servers import PostgresServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+
+ROUNDS = int(os.environ.get("INCIDENTKIT_TEST_FEED_ROUNDS", "4"))
+"""Restarts and cuts; set it to some hundreds for a run of many minutes."""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of each database, migrated or about to be."""
+    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def incidents(url: str) -> AsyncIterator[IncidentClient]:
+    """An open client on an empty database."""
+    async with IncidentClient.open(url) as client:
+        yield client
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+    """A connection of another program."""
+    connection = await asyncpg.connect(url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def take(
+    incidents: IncidentClient, count: int, after: str | None = None
+) -> list[IncidentEvent]:
+    """Return the first so many changes of a feed."""
+    taken: list[IncidentEvent] = []
+    async with aclosing(incidents.changes(after)) as changes:  # type: ignore[type-var]
+        async for change in changes:
+            taken.append(change)
+            if len(taken) == count:
+                break
+    return taken
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what happens in other tasks."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def some_changes(incidents: IncidentClient) -> None:
+    """Make seven changes of two incidents."""
+    with acting_as("alice"):
+        first = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
+        second = await incidents.create("Line is down", source="partner")
+        await incidents.note(first.incident_id, "It is db-1")
+        await incidents.update_status(second.incident_id, "failed", note="No line")
+        await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
+        await incidents.update_status(first.incident_id, "completed")
+        await incidents.update_status(second.incident_id, "new")
+
+
+async def test_every_change_comes_once_in_order(incidents: IncidentClient) -> None:
+    """The feed has what the histories have, all of it, in the order in which it happened."""
+    await some_changes(incidents)
+    changes = await take(incidents, 7)
+    assert [(change.incident_id, change.kind) for change in changes] == [
+        (1, EventKind.CREATED),
+        (2, EventKind.CREATED),
+        (1, EventKind.NOTED),
+        (2, EventKind.STATUS_CHANGED),
+        (1, EventKind.RECURRED),
+        (1, EventKind.STATUS_CHANGED),
+        (2, EventKind.STATUS_CHANGED),
+    ]
+    assert {change.actor for change in changes} == {"alice"}
+    for incident_id in (1, 2):
+        own = [change for change in changes if change.incident_id == incident_id]
+        assert own == await incidents.history(incident_id)
+
+
+async def test_it_goes_on_behind_any_cursor(incidents: IncidentClient, url: str) -> None:
+    """From each cursor another client, at another time, gets just what came later."""
+    await some_changes(incidents)
+    changes = await take(incidents, 7)
+    async with IncidentClient.open(url) as other:
+        for number, change in enumerate(changes[:-1], 1):
+            assert await take(other, 7 - number, change.cursor) == changes[number:]
+        assert await other.read_changes(changes[-1].cursor) == ChangePage([], changes[-1].cursor)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 1000])
+async def test_polling_gives_the_same(incidents: IncidentClient, limit: int) -> None:
+    """Page after page, of any size, the cursors lead through all changes, each once."""
+    await some_changes(incidents)
+    changes, after = [], None
+    while True:
+        page = await incidents.read_changes(after, limit=limit)
+        if not page.changes:
+            break
+        assert len(page.changes) <= limit
+        changes += page.changes
+        after = page.next
+    assert after == changes[-1].cursor
+    assert changes == await take(incidents, 7)
+
+
+async def test_latest_is_what_comes_later(incidents: IncidentClient) -> None:
+    """Whoever starts with the latest does not get what was there, even where nothing was."""
+    assert await incidents.read_changes("latest") == ChangePage([], None)
+    await some_changes(incidents)
+    page = await incidents.read_changes("latest")
+    assert page.changes == []
+    await incidents.note(1, "later")
+    (change,) = await take(incidents, 1, page.next)
+    assert change.note == "later"
+
+
+async def test_a_change_wakes_who_waits(
+    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change by the same client ends the waiting of all its readers, without looking again."""
+    monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 3600)
+    waiting = [asyncio.ensure_future(incidents.read_changes(wait=30)) for _ in range(5)]
+    await until(lambda: _is_pausing(incidents, 5))
+    created = await incidents.create("Disk is full", source="monitoring")
+    for page in await asyncio.gather(*waiting):
+        assert [change.incident_id for change in page.changes] == [created.incident_id]
+
+
+def _is_pausing(incidents: IncidentClient, readers: int) -> bool:
+    feed: Any = incidents._feed
+    return len(feed._change._waiters) == readers
+
+
+async def test_changes_of_others_are_found(incidents: IncidentClient, url: str) -> None:
+    """A reader gets what another client writes while it waits."""
+    taking = asyncio.ensure_future(take(incidents, 3))
+    async with IncidentClient.open(url) as other:
+        for number in range(3):
+            await other.create(f"Disk {number} is full", source="monitoring")
+    assert [change.incident_id for change in await taking] == [1, 2, 3]
+
+
+async def test_readers_at_one_place_share_a_read(
+    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many wait for the next change, each look at the database is one."""
+    reads = 0
+    store: Any = incidents.store
+    read = store.changes
+
+    async def counted(*arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await read(*arguments)
+
+    monkeypatch.setattr(store, "changes", counted)
+    monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 3600)
+    waiting = [asyncio.ensure_future(incidents.read_changes(wait=30)) for _ in range(20)]
+    await until(lambda: _is_pausing(incidents, 20))
+    before = reads
+    await incidents.create("Disk is full", source="monitoring")
+    await asyncio.gather(*waiting)
+    assert reads - before <= 2
+
+
+async def test_closing_ends_who_waits(url: str) -> None:
+    """A client that closes lets no reader hang; a feed that goes on later starts anew."""
+    client = IncidentClient.open(url)
+    await client.connect()
+    reading = [asyncio.ensure_future(client.read_changes(wait=30)) for _ in range(3)]
+    following = asyncio.ensure_future(take(client, 1))
+    await until(lambda: _is_pausing(client, 4))
+    await client.close()
+    for task in (*reading, following):
+        with pytest.raises(ClientClosed):
+            await task
+    with pytest.raises(ClientClosed):
+        await client.read_changes()
+    async with client:
+        await client.create("Disk is full", source="monitoring")
+        assert len(await take(client, 1)) == 1
+
+
+async def test_a_reader_that_is_cancelled_leaves_the_others(incidents: IncidentClient) -> None:
+    """Who gives up waiting takes nobody with it."""
+    gone, stays = (asyncio.ensure_future(take(incidents, 1)) for _ in range(2))
+    await until(lambda: _is_pausing(incidents, 2))
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    await incidents.create("Disk is full", source="monitoring")
+    assert len(await stays) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ({"after": ""}, ["after"]),
+        ({"after": "Latest"}, ["after"]),
+        ({"after": encode_cursor(1, 1, 1)}, ["after"]),
+        ({"after": 7, "limit": 0, "wait": 31}, ["after", "limit", "wait"]),
+        ({"limit": 1001}, ["limit"]),
+        ({"wait": -1}, ["wait"]),
+        ({"wait": float("nan")}, ["wait"]),
+        ({"wait": True}, ["wait"]),
+    ],
+)
+async def test_faulty_arguments_are_refused(
+    incidents: IncidentClient, arguments: dict[str, Any], fields: list[str]
+) -> None:
+    """Each faulty argument is named, by polling and by following alike."""
+    with pytest.raises(InvalidIncident) as caught:
+        await incidents.read_changes(**arguments)
+    assert [error.field for error in caught.value.errors] == fields
+    if "after" in arguments:
+        with pytest.raises(InvalidIncident):
+            await take(incidents, 1, arguments["after"])
+
+
+async def test_a_purged_incident_leaves_no_gap(incidents: IncidentClient) -> None:
+    """Who stood at an event that was purged goes on, and learns of the purge."""
+    await some_changes(incidents)
+    changes = await take(incidents, 7)
+    await incidents.purge(datetime.now(UTC) + timedelta(hours=1))
+    rest = await take(incidents, 3, changes[2].cursor)
+    assert [(change.incident_id, change.kind) for change in rest] == [
+        (2, EventKind.STATUS_CHANGED),
+        (2, EventKind.STATUS_CHANGED),
+        (1, EventKind.PURGED),
+    ]
+
+
+async def test_errors_that_stay_end_the_feed(incidents: IncidentClient) -> None:
+    """What trying again cannot mend is raised to the follower."""
+
+    class Broken:
+        async def check_order(self) -> None:
+            raise SchemaOutOfDate(None, "x")
+
+    store: Any = Broken()
+    incidents._feed = ChangeFeed(store)
+    with pytest.raises(SchemaOutOfDate):
+        await take(incidents, 1)
+
+
+async def test_an_outage_is_waited_for(
+    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the database is away a follower waits, and then goes on where it was."""
+    monkeypatch.setattr("incidentkit.client.POLL_INTERVAL", 0.001)
+    store: Any = incidents.store
+    read, failures = store.changes, 3
+
+    async def failing(*arguments: Any) -> Any:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise StoreUnavailable("it is away")
+        return await read(*arguments)
+
+    await some_changes(incidents)
+    monkeypatch.setattr(store, "changes", failing)
+    assert len(await take(incidents, 7)) == 7
+    assert failures == 0
+
+
+# Another history of the database
+
+
+async def test_a_copy_of_a_file_that_went_its_own_way_refuses(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """A cursor is good in each file that has its change, and refused by one that has not."""
+    async with IncidentClient.open(sqlite_url) as incidents:
+        await some_changes(incidents)
+    copy = tmp_path / "copy.db"
+    shutil.copyfile(tmp_path / "incidents.db", copy)
+    async with (
+        IncidentClient.open(sqlite_url) as original,
+        IncidentClient.open(f"sqlite+aiosqlite:///{copy}") as restored,
+    ):
+        shared = (await take(original, 7))[3].cursor
+        for client in (original, restored):
+            await client.note(1, "not the same")
+            assert len((await client.read_changes(shared)).changes) == 4
+        (later,) = (await original.read_changes(shared)).changes[-1:]
+        assert (await original.read_changes(later.cursor)).changes == []
+        with pytest.raises(UnknownCursor):
+            await restored.read_changes(later.cursor)
+        with pytest.raises(UnknownCursor):
+            await take(restored, 1, later.cursor)
+
+
+async def test_a_copy_of_a_database_that_went_its_own_way_refuses(
+    migrated_postgres_url: str,
+) -> None:
+    """The same holds on PostgreSQL, within one server."""
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        await some_changes(incidents)
+    url = urlsplit(migrated_postgres_url)
+    name = f"incidentkit_test_{uuid4().hex}"
+    async with connected(url._replace(path="/postgres").geturl()) as admin:
+        await admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{url.path.strip("/")}"')
+        try:
+            async with (
+                IncidentClient.open(migrated_postgres_url) as original,
+                IncidentClient.open(url._replace(path=f"/{name}").geturl()) as copy,
+            ):
+                shared = (await take(original, 7))[3].cursor
+                for client in (original, copy):
+                    await client.note(1, "not the same")
+                (later,) = await take(original, 1, (await take(original, 7))[-1].cursor)
+                assert len(await take(copy, 4, shared)) == 4
+                with pytest.raises(UnknownCursor):
+                    await copy.read_changes(later.cursor)
+        finally:
+            await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+async def test_a_dump_from_a_server_with_larger_numbers_is_put_in_order(
+    migrated_postgres_url: str,
+) -> None:
+    """Until `db upgrade` has mended it it is refused; then cursors are good and order is kept."""
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        await some_changes(incidents)
+        changes = await take(incidents, 7)
+        async with connected(migrated_postgres_url) as connection:
+            for table in ("incident_event", '"Incident"'):
+                await connection.execute(
+                    f"UPDATE {table} SET transaction_id = transaction_id + 1000000000000"
+                )
+        with pytest.raises(StoreError, match="incidentkit db upgrade"):
+            await incidents.read_changes()
+    with pytest.raises(StoreError, match="incidentkit db upgrade"):
+        await IncidentClient.open(migrated_postgres_url).connect()
+    await migrate.upgrade(migrated_postgres_url)
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        await incidents.update_status(2, "completed")
+        after = await take(incidents, 8)
+        assert [_of(change) for change in after[:7]] == [_of(change) for change in changes]
+        assert after[7].to_status == "completed"
+        rest = await take(incidents, 5, changes[2].cursor)
+        assert [_of(change) for change in rest] == [_of(change) for change in after[3:]]
+        await migrate.upgrade(migrated_postgres_url)
+        assert await take(incidents, 8) == after
+
+
+def _of(change: IncidentEvent) -> tuple[Any, ...]:
+    return change.incident_id, change.kind, change.from_status, change.to_status, change.note
+
+
+# Transactions that overlap, on PostgreSQL
+
+
+async def test_what_an_old_transaction_commits_late_is_not_missed(
+    migrated_postgres_url: str,
+) -> None:
+    """Changes of younger transactions wait for an older one, whose changes then come first."""
+    async with AsyncExitStack() as stack:
+        incidents = await stack.enter_async_context(IncidentClient.open(migrated_postgres_url))
+        connection = await stack.enter_async_context(connected(migrated_postgres_url))
+        async with connection.transaction():
+            await incidents.join(connection).create("Disk is full", source="monitoring")
+            await incidents.create("Line is down", source="partner")
+            assert (await incidents.read_changes()).changes == []
+        changes = await take(incidents, 2)
+        assert [change.incident_id for change in changes] == [1, 2]
+
+
+async def test_an_incidents_changes_are_in_order_whoever_began_first(
+    migrated_postgres_url: str,
+) -> None:
+    """An older transaction that changes an incident after a younger one comes after it."""
+    async with AsyncExitStack() as stack:
+        incidents = await stack.enter_async_context(IncidentClient.open(migrated_postgres_url))
+        connection = await stack.enter_async_context(connected(migrated_postgres_url))
+        incident = await incidents.create("Disk is full", source="monitoring")
+        async with connection.transaction():
+            # It gets its number here.
+            await connection.fetchval("SELECT pg_current_xact_id()")
+            await incidents.update_status(incident.incident_id, "failed")
+            await incidents.note(incident.incident_id, "by a younger one")
+            joined = incidents.join(connection)
+            await joined.update_status(incident.incident_id, "completed")
+            await joined.note(incident.incident_id, "by the older one")
+        await incidents.update_status(incident.incident_id, "new")
+        changes = await take(incidents, 6)
+        assert changes == await incidents.history(incident.incident_id)
+        assert [change.to_status for change in changes] == [
+            "new",
+            "failed",
+            None,
+            "completed",
+            None,
+            "new",
+        ]
+
+
+async def test_a_rollback_leaves_nothing(migrated_postgres_url: str) -> None:
+    """What was rolled back never comes, and holds nothing up."""
+    async with AsyncExitStack() as stack:
+        incidents = await stack.enter_async_context(IncidentClient.open(migrated_postgres_url))
+        connection = await stack.enter_async_context(connected(migrated_postgres_url))
+        transaction = connection.transaction()
+        await transaction.start()
+        await incidents.join(connection).create("Disk is full", source="monitoring")
+        await transaction.rollback()
+        await incidents.create("Line is down", source="partner")
+        (change,) = await take(incidents, 1)
+        assert change.incident_id == 2
+
+
+async def test_many_writers_with_restarts_and_cut_connections() -> None:
+    """No change is missed, none comes twice, none out of order, for readers that resume, too."""
+    with PostgresServer() as server:
+        await migrate.upgrade(server.url)
+        await _write_and_follow(server, ROUNDS)
+
+
+async def _write_and_follow(server: PostgresServer, rounds: int) -> None:  # noqa: C901, PLR0915
+    """Write from several clients while the server is restarted and connections are cut."""
+    async with AsyncExitStack() as stack:
+        writers = [
+            await stack.enter_async_context(IncidentClient.open(server.url)) for _ in range(3)
+        ]
+        reader = await stack.enter_async_context(IncidentClient.open(server.url))
+        ids = [
+            (await writers[0].create("Disk is full", source="monitoring")).incident_id
+            for _ in range(4)
+        ]
+        acknowledged: list[str] = []
+        followed: list[IncidentEvent] = []
+        resumed: list[IncidentEvent] = []
+        stop = asyncio.Event()
+
+        async def write(client: IncidentClient, number: int) -> None:
+            count = 0
+            while not stop.is_set():
+                count += 1
+                note = f"{number}-{count}"
+                status = ("new", "completed", "failed")[count % 3]
+                try:
+                    await client.note(ids[count % 4], note)
+                    acknowledged.append(note)
+                    await client.update_status(ids[(count + number) % 4], status)
+                except StoreUnavailable:
+                    await asyncio.sleep(0.02)
+
+        async def join_late(client: IncidentClient) -> None:
+            while not stop.is_set():
+                try:
+                    async with connected(server.url) as connection, connection.transaction():
+                        await connection.fetchval("SELECT pg_current_xact_id()")
+                        for incident_id in ids:
+                            await client.note(incident_id, f"beside {uuid4()}")
+                        joined = client.join(connection)
+                        await joined.note(ids[0], "late")
+                except (
+                    StoreUnavailable,
+                    OSError,
+                    asyncpg.PostgresError,
+                    asyncpg.InterfaceError,
+                    asyncpg.InternalClientError,
+                ):
+                    await asyncio.sleep(0.02)
+
+        async def follow() -> None:
+            async for change in reader.changes():
+                followed.append(change)  # noqa: PERF401
+
+        async def resume() -> None:
+            while True:
+                after = resumed[-1].cursor if resumed else None
+                try:
+                    resumed.extend((await reader.read_changes(after, limit=7, wait=1)).changes)
+                except StoreUnavailable:
+                    await asyncio.sleep(0.02)
+
+        following = [asyncio.ensure_future(follow()), asyncio.ensure_future(resume())]
+        writing = [
+            asyncio.ensure_future(write(client, number))
+            for number, client in enumerate(writers * 4)
+        ]
+        writing += [asyncio.ensure_future(join_late(writers[0])) for _ in range(2)]
+        for number in range(rounds):
+            goal = len(acknowledged) + 60
+            await until(lambda goal=goal: len(acknowledged) >= goal)  # type: ignore[misc]
+            if number % 2:
+                server.stop()
+                server.start()
+                continue
+            async with connected(server.url) as connection:
+                await connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+                )
+        stop.set()
+        await asyncio.gather(*writing)
+        async with connected(server.url) as connection:
+            stored = await connection.fetchval("SELECT count(*) FROM incident_event")
+        await until(
+            lambda: (
+                min(len(followed), len(resumed)) >= stored or any(task.done() for task in following)
+            )
+        )
+        for task in following:
+            task.cancel()
+        await asyncio.gather(*following, return_exceptions=True)
+        assert followed == resumed
+        assert len(followed) == stored
+        assert len({change.cursor for change in followed}) == stored
+        notes = [change.note for change in followed]
+        assert set(acknowledged) <= set(notes)
+        for incident_id in ids:
+            own = [change for change in followed if change.incident_id == incident_id]
+            history = [change async for change in _whole_history(reader, incident_id)]
+            assert own == history
+            statuses = [change for change in own if change.to_status is not None]
+            for earlier, later in pairwise(statuses):
+                assert later.from_status == earlier.to_status
+
+
+async def _whole_history(
+    incidents: IncidentClient, incident_id: int
+) -> AsyncIterator[IncidentEvent]:
+    after = None
+    while events := await incidents.history(incident_id, after=after):
+        for event in events:
+            yield event
+        after = events[-1].cursor
