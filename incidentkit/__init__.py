@@ -33,6 +33,7 @@ from incidentkit.models import (
     ListQuery,
     NewIncident,
 )
+from incidentkit.search import IncidentOrder, SearchPage
 from incidentkit.version import __version__
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "IncidentEvent",
     "IncidentKitError",
     "IncidentNotFound",
+    "IncidentOrder",
     "IncidentSource",
     "IncidentStatus",
     "InvalidIncident",
@@ -60,6 +62,7 @@ __all__ = [
     "NewIncident",
     "NotInTransaction",
     "SchemaOutOfDate",
+    "SearchPage",
     "StoreError",
     "StoreUnavailable",
     "UnknownCursor",

@@ -72,7 +72,7 @@ class EventKind(StrEnum):
     PURGED = "purged"
 
 
-def _storable(value: object) -> str:
+def storable(value: object) -> str:
     """Return the value if it is a text that both databases can hold."""
     if not isinstance(value, str):
         raise ValueError("must be a string")  # noqa: TRY004
@@ -85,7 +85,7 @@ def _storable(value: object) -> str:
 
 def _message(value: object) -> str:
     """Strip the message, then hold it against the rules of the origin's contract."""
-    message = _storable(value).strip()
+    message = storable(value).strip()
     # Normalising takes quadratic time, and what is too long is none of these words.
     if (
         len(message) <= MESSAGE_MAX_LENGTH
@@ -104,7 +104,7 @@ def _text(low: int, high: int) -> Callable[[object], str]:
     """Return the rule that a value is a text of so many characters, taken as it is."""
 
     def rule(value: object) -> str:
-        text = _storable(value)
+        text = storable(value)
         if not low <= len(text) <= high:
             raise ValueError(f"must have {low} to {high} characters")
         return text
@@ -112,14 +112,14 @@ def _text(low: int, high: int) -> Callable[[object], str]:
     return rule
 
 
-def _optional(rule: Callable[[object], _T]) -> Callable[[object], _T | None]:
+def optional(rule: Callable[[object], _T]) -> Callable[[object], _T | None]:
     """Return the rule that a value is None, or keeps the rule."""
     return lambda value: None if value is None else rule(value)
 
 
 def _note(value: object) -> str:
     """Strip the note, then hold it against the rules."""
-    note = _storable(value).strip()
+    note = storable(value).strip()
     if not 1 <= len(note) <= NOTE_MAX_LENGTH:
         raise ValueError(
             f"must have 1 to {NOTE_MAX_LENGTH} characters after surrounding white space is removed"
@@ -152,16 +152,16 @@ def _integer(low: int, high: int) -> Callable[[object], int]:
     return rule
 
 
-_status: Final = _member(IncidentStatus)
-_source: Final = _member(IncidentSource)
+status_rule: Final = _member(IncidentStatus)
+source_rule: Final = _member(IncidentSource)
 _incident_id: Final = _integer(1, MAX_ID)
 _page: Final = _integer(1, MAX_OFFSET)
-_limit: Final = _integer(1, MAX_LIMIT)
+limit_rule: Final = _integer(1, MAX_LIMIT)
 _version: Final = _integer(1, MAX_ID)
 _name: Final = _text(1, NAME_MAX_LENGTH)
 
 
-class _Check:
+class Check:
     """Collects the faults of several fields, so that all of them can be told at once."""
 
     def __init__(self) -> None:
@@ -176,6 +176,11 @@ class _Check:
             return cast("_T", None)
 
     def done(self) -> None:
+        """Raise if there were faults.
+
+        Raises:
+            InvalidIncident: With all of them.
+        """
         if self.errors:
             raise InvalidIncident(self.errors)
 
@@ -211,11 +216,11 @@ class NewIncident:
         incident_type: IncidentStatus | str = IncidentStatus.NEW,
         dedup_key: str | None = None,
     ) -> None:
-        check = _Check()
+        check = Check()
         checked_message = check("incident_message", _message, incident_message)
-        checked_source = check("source", _source, source)
-        checked_type = check("incident_type", _status, incident_type)
-        checked_key = check("dedup_key", _optional(_name), dedup_key)
+        checked_source = check("source", source_rule, source)
+        checked_type = check("incident_type", status_rule, incident_type)
+        checked_key = check("dedup_key", optional(_name), dedup_key)
         if checked_key is not None and checked_type not in (None, OPEN):
             check.errors.append(FieldError("dedup_key", f"needs the incident_type {OPEN}"))
         check.done()
@@ -244,7 +249,7 @@ def _check_mapping(
     Raises:
         InvalidIncident: With every faulty, unknown or missing field.
     """
-    check = _Check()
+    check = Check()
     for name in values:
         if name not in rules:
             check.errors.append(FieldError(str(name), "is not a known field"))
@@ -258,9 +263,9 @@ def _check_mapping(
 
 _NEW_INCIDENT_RULES: Final[Mapping[str, Callable[[object], object]]] = {
     "incident_message": _message,
-    "source": _source,
-    "incident_type": _status,
-    "dedup_key": _optional(_name),
+    "source": source_rule,
+    "incident_type": status_rule,
+    "dedup_key": optional(_name),
 }
 
 
@@ -359,11 +364,11 @@ class ListQuery:
         status: IncidentStatus | str | None = None,
         source: IncidentSource | str | None = None,
     ) -> None:
-        check = _Check()
+        check = Check()
         checked_page = check("page", _page, page)
-        checked_limit = check("limit", _limit, limit)
-        checked_status = None if status is None else check("status", _status, status)
-        checked_source = None if source is None else check("source", _source, source)
+        checked_limit = check("limit", limit_rule, limit)
+        checked_status = None if status is None else check("status", status_rule, status)
+        checked_source = None if source is None else check("source", source_rule, source)
         check.done()
         if checked_page * checked_limit > MAX_OFFSET:
             raise InvalidIncident([FieldError("page", f"times limit must be at most {MAX_OFFSET}")])
@@ -388,7 +393,7 @@ def check_incident_id(incident_id: int) -> int:
     Raises:
         InvalidIncident: If it is not an integer from 1 to 2^63-1.
     """
-    check = _Check()
+    check = Check()
     checked = check("incident_id", _incident_id, incident_id)
     check.done()
     return checked
@@ -400,10 +405,10 @@ def check_history(incident_id: int, limit: int, after: str | None) -> tuple[int,
     Raises:
         InvalidIncident: With every faulty argument.
     """
-    check = _Check()
+    check = Check()
     checked_id = check("incident_id", _incident_id, incident_id)
-    checked_limit = check("limit", _limit, limit)
-    _, event_id, _, of_incident = check("after", _optional(event_cursor), after) or (0, 0, 0, None)
+    checked_limit = check("limit", limit_rule, limit)
+    _, event_id, _, of_incident = check("after", optional(event_cursor), after) or (0, 0, 0, None)
     if of_incident not in (None, checked_id):
         check.errors.append(FieldError("after", "is not a cursor of this incident"))
     check.done()
@@ -427,10 +432,10 @@ def check_changes(after: str | None, limit: int, wait: float) -> None:
     Raises:
         InvalidIncident: With every faulty argument.
     """
-    check = _Check()
+    check = Check()
     if after != LATEST:
-        check("after", _optional(event_cursor), after)
-    check("limit", _limit, limit)
+        check("after", optional(event_cursor), after)
+    check("limit", limit_rule, limit)
     check("wait", _wait, wait)
     check.done()
 
@@ -447,13 +452,18 @@ def check_ended_before(ended_before: datetime) -> datetime:
     Raises:
         InvalidIncident: If it is not.
     """
-    check = _Check()
-    checked = check("ended_before", _aware, ended_before)
+    check = Check()
+    checked = check("ended_before", aware, ended_before)
     check.done()
     return checked
 
 
-def _aware(value: object) -> datetime:
+def aware(value: object) -> datetime:
+    """Return the value if it is an aware time.
+
+    Raises:
+        ValueError: With the rule that it breaks.
+    """
     if not isinstance(value, datetime) or value.tzinfo is None:
         raise ValueError("must be an aware datetime")
     return value
@@ -465,7 +475,7 @@ def check_actor(actor: str) -> str:
     Raises:
         InvalidIncident: If it has not 1 to 255 characters.
     """
-    check = _Check()
+    check = Check()
     checked = check("actor", _name, actor)
     check.done()
     return checked
@@ -477,7 +487,7 @@ def check_idempotency_key(idempotency_key: str) -> str:
     Raises:
         InvalidIncident: If it has not 1 to 255 characters.
     """
-    check = _Check()
+    check = Check()
     checked = check("idempotency_key", _name, idempotency_key)
     check.done()
     return checked
@@ -497,7 +507,7 @@ class NewNote:
     note: str
 
     def __init__(self, note: str) -> None:
-        check = _Check()
+        check = Check()
         checked_note = check("note", _note, note)
         check.done()
         self.__attrs_init__(checked_note)  # pyright: ignore[reportAttributeAccessIssue]
@@ -519,7 +529,7 @@ def check_note(incident_id: int, note: str) -> tuple[int, str]:
     Raises:
         InvalidIncident: With every faulty argument.
     """
-    check = _Check()
+    check = Check()
     checked_id = check("incident_id", _incident_id, incident_id)
     checked_note = check("note", _note, note)
     check.done()
@@ -552,11 +562,11 @@ class StatusChange:
         note: str | None = None,
         expected_version: int | None = None,
     ) -> None:
-        check = _Check()
+        check = Check()
         checked_id = check("incident_id", _incident_id, incident_id)
-        checked_status = check("status", _status, status)
-        checked_note = check("note", _optional(_note), note)
-        checked_version = check("expected_version", _optional(_version), expected_version)
+        checked_status = check("status", status_rule, status)
+        checked_note = check("note", optional(_note), note)
+        checked_version = check("expected_version", optional(_version), expected_version)
         check.done()
         self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
             checked_id, checked_status, checked_note, checked_version

@@ -21,11 +21,13 @@ from incidentkit.models import (
     check_incident_id,
     check_note,
 )
+from incidentkit.search import IncidentOrder, SearchPage, SearchQuery
 from incidentkit.store.base import Idempotency
 from incidentkit.wire import dump_json, wire_converter
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import AsyncIterator, Coroutine, Iterable
+    from datetime import datetime
 
     from incidentkit.models import IncidentSource
     from incidentkit.store.base import StoreOperations
@@ -194,6 +196,98 @@ class IncidentOperations(ABC):
             raise IncidentNotFound(incident_id)
         return incident
 
+    async def search(  # noqa: PLR0913
+        self,
+        *,
+        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
+        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        text: str | None = None,
+        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        limit: int = DEFAULT_LIMIT,
+        after: str | None = None,
+        total: bool = False,
+    ) -> SearchPage:
+        """Return one page of the incidents that match, as the database has them.
+
+        A page begins behind the last incident of the page before it, by its time and id, so that
+        incidents which are created or purged in between are no reason to miss or repeat another.
+
+        Args:
+            status: A status, or several, of which an incident has one; None means any.
+            source: A source, or several, of which an incident has one; None means any.
+            created_after: Aware; only incidents that were created then or later.
+            created_before: Aware; only incidents that were created earlier.
+            text: Words of which the message has each, as a word or as the beginning of one, in any
+                letter case: 1 to 200 characters with at least one letter or digit.
+            order: ``newest`` or ``oldest`` first, by ``created_at`` and then by id.
+            limit: Incidents a page, 1 to 1000.
+            after: The ``next`` of the page before; None means the first page. The filters may be
+                others than then, the order may not.
+            total: Whether to count the incidents of all pages, which takes time if there are many.
+
+        Raises:
+            InvalidIncident: With every faulty argument.
+        """
+        query = SearchQuery(
+            status=status,
+            source=source,
+            created_after=created_after,
+            created_before=created_before,
+            text=text,
+            order=order,
+            limit=limit,
+            after=after,
+            total=total,
+        )
+        return await self._store().search(query)
+
+    async def iterate(  # noqa: PLR0913
+        self,
+        *,
+        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
+        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        text: str | None = None,
+        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        batch: int = 100,
+    ) -> AsyncIterator[Incident]:
+        """Yield all incidents that match, page by page; see :meth:`search`.
+
+        Args:
+            status: A status, or several.
+            source: A source, or several.
+            created_after: Aware; only incidents that were created then or later.
+            created_before: Aware; only incidents that were created earlier.
+            text: Words of which the message has each.
+            order: ``newest`` or ``oldest`` first.
+            batch: Incidents that are read at a time, 1 to 1000.
+
+        Raises:
+            InvalidIncident: With every faulty argument.
+        """
+        after = None
+        # An iterator could be read only once.
+        status, source = _again(status), _again(source)
+        while True:
+            page = await self.search(
+                status=status,
+                source=source,
+                created_after=created_after,
+                created_before=created_before,
+                text=text,
+                order=order,
+                limit=batch,
+                after=after,
+            )
+            for incident in page.incidents:
+                yield incident
+            if page.next is None:
+                return
+            after = page.next
+
     async def history(
         self, incident_id: int, *, limit: int = MAX_LIMIT, after: str | None = None
     ) -> Events:
@@ -218,6 +312,10 @@ class IncidentOperations(ABC):
         if not events and await store.get(incident_id) is None:
             raise IncidentNotFound(incident_id)
         return events
+
+
+def _again(values: Iterable[_T] | str | None) -> Iterable[_T] | str | None:
+    return values if values is None or isinstance(values, str) else list(values)
 
 
 def _once(

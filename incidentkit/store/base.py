@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         NewIncident,
         StatusChange,
     )
+    from incidentkit.search import SearchPage, SearchQuery
     from incidentkit.transitions import Transitions
 
 DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
@@ -155,6 +156,10 @@ class StoreOperations(Protocol):
 
     async def list(self, query: ListQuery) -> Page:
         """Return one page: newest first by ``created_at``, ties broken by id, newest first."""
+        ...
+
+    async def search(self, query: SearchQuery) -> SearchPage:
+        """Return one page of a search, with the total if the query asks for it."""
         ...
 
     async def token(self) -> str | None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from incidentkit.errors import IdempotencyKeyReused, IncidentNotFound, UnknownCursor
 from incidentkit.models import MAX_ID
+from incidentkit.search import IncidentOrder, SearchPage
 from incidentkit.store import statements
+from incidentkit.store.search_statements import Shape, count_found, select_found
 from incidentkit.store.statements import read_event, read_incident, read_page
 from incidentkit.transitions import ANY_TRANSITION
 from incidentkit.wire import decode_incident, encode_incident
@@ -16,7 +18,7 @@ from incidentkit.wire import decode_incident, encode_incident
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from sqlalchemy import Executable
+    from sqlalchemy import Executable, TextClause
 
     from incidentkit.models import (
         Incident,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         NewIncident,
         StatusChange,
     )
+    from incidentkit.search import SearchQuery
     from incidentkit.store.base import Idempotency, Page, Place
     from incidentkit.transitions import Transitions
 
@@ -45,6 +48,7 @@ class Operations(ABC):
 
     _claim_key: Executable
     _delete_expired_keys: Executable
+    _text_match: TextClause
 
     @abstractmethod
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
@@ -163,6 +167,44 @@ class Operations(ABC):
         """Read the token in one statement."""
         ((token,),) = await self._read(statements.SELECT_TOKEN, {})
         return token if token is None else str(token)
+
+    async def search(self, query: SearchQuery) -> SearchPage:
+        """Read one page, and the total if it is asked for, each in one statement."""
+        shape = Shape(
+            statuses=len(query.status),
+            sources=len(query.source),
+            oldest_first=query.order is IncidentOrder.OLDEST,
+            text_match=None if query.text is None else self._text_match,
+        )
+        values: dict[str, Any] = {
+            # Ids are above 0, so that these are the bounds of the times alone.
+            "low_at": query.created_after,
+            "low_id": 0,
+            "high_at": query.created_before,
+            "high_id": 0,
+            "words": query.text and self._words(query.text),
+            # One more tells whether there is another page.
+            "limit": query.limit + 1,
+            **{f"status_{n}": status.value for n, status in enumerate(query.status)},
+            **{f"source_{n}": source.value for n, source in enumerate(query.source)},
+        }
+        total = None
+        if query.total:
+            ((total,),) = await self._read(count_found(shape), values)
+        if query.after is not None:
+            edge, beyond = ("low", max) if shape.oldest_first else ("high", min)
+            bound = (values[f"{edge}_at"], values[f"{edge}_id"])
+            values[f"{edge}_at"], values[f"{edge}_id"] = beyond(bound, query.after)
+        rows = await self._read(select_found(shape), values)
+        incidents = [read_incident(row[:-1]) for row in rows[: query.limit]]
+        following = None
+        if len(rows) > query.limit:
+            following = query.cursor(rows[query.limit - 1][-1], incidents[-1].incident_id)
+        return SearchPage(incidents, following, total)
+
+    @abstractmethod
+    def _words(self, text: str) -> str:
+        """Return a text as the index of words takes it."""
 
     async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> Events:
         """Read events of an incident, oldest first, from past the one with this event id."""

@@ -144,3 +144,10 @@ SHIFT: Final = {
     for name in ("incident_event", "Incident")
 }
 """Puts all that is there before all that is to come, in the order that it has."""
+
+TEXT_MATCH: Final = text(
+    'incident_words("Incident".incident_message) @@ CAST(('
+    "SELECT string_agg(quote_literal(lexeme) || '\\:*', ' & ') "
+    "FROM unnest(incident_words(CAST(:words AS text)))) AS tsquery)"
+)
+"""True of a message that has each word of the text, or one that begins with it."""

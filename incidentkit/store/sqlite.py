@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sqlite3
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -130,6 +131,7 @@ class SqliteOperations(Operations):
 
     _claim_key = writes.CLAIM_KEY
     _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
+    _text_match = writes.TEXT_MATCH
 
     async def _create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         rows = await fetch(
@@ -195,6 +197,10 @@ class SqliteOperations(Operations):
             actor=actor,
             note=note,
         )
+
+    def _words(self, text: str) -> str:
+        """Return the words of the text for FTS5, each the beginning of a word."""
+        return " ".join(f'"{word}"*' for word in re.findall(r"[^\W_]+", text))
 
     async def check_order(self) -> None:
         """Do nothing: where there is one writer, events are in the order of their ids."""

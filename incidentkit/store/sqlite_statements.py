@@ -153,3 +153,8 @@ DELETE_EVENTS: Final = delete(incident_event_table).where(
 )
 
 DELETE_INCIDENTS: Final = delete(incident_table).where(_columns.incident_id.in_(_purged))
+
+TEXT_MATCH: Final = text(
+    '"Incident".incident_id IN (SELECT rowid FROM incident_text WHERE incident_text MATCH :words)'
+)
+"""True of a message that has each word, or one that begins with it."""
