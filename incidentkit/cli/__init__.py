@@ -26,9 +26,17 @@ from incidentkit.errors import (
     InvalidSettings,
 )
 from incidentkit.models import DEFAULT_LIMIT, LATEST, MAX_LIMIT, IncidentSource, IncidentStatus
+from incidentkit.search import IncidentOrder
 from incidentkit.settings import Settings
 from incidentkit.version import __version__
-from incidentkit.wire import encode_event, encode_events, encode_incident, encode_incidents
+from incidentkit.wire import (
+    dump_json,
+    encode_event,
+    encode_events,
+    encode_incident,
+    encode_incidents,
+    wire_converter,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -98,6 +106,7 @@ def main() -> None:
       incidentkit create "Disk is full on db-1" --source monitoring
       dmesg | tail -n 1 | incidentkit create - --source operator --json
       incidentkit list --status new --limit 50
+      incidentkit search --text "disk db-1" --order oldest
       incidentkit update-status 7 completed --note "The old logs were removed"
       incidentkit history 7
       incidentkit watch
@@ -164,6 +173,24 @@ _takes_idempotency_key: Final = click.option(
     metavar="KEY",
     help="Given again, it changes nothing for 24 hours, and shows what was shown first.",
 )
+
+
+class _Time(click.ParamType[datetime]):
+    """A time of ISO 8601, in UTC unless it says otherwise."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        try:
+            time = datetime.fromisoformat(str(value))
+        except ValueError:
+            self.fail("must be a time such as 2026-11-23 or 2026-11-23T09:30:00Z", param, ctx)
+        return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
+_TIME: Final = _Time()
 
 _takes_json: Final = click.option(
     "--json", "as_json", is_flag=True, help="Write JSON on one line, for programs."
@@ -273,11 +300,63 @@ def list_incidents(settings: Settings, *, as_json: bool, **query: Any) -> None:
     page = _run(settings, lambda incidents: incidents.list(**query))
     if as_json:
         _write(encode_incidents(page))
-    elif page:
-        on_terminal = sys.stdout is not None and sys.stdout.isatty()
-        _write(table(page, shutil.get_terminal_size().columns if on_terminal else None))
     else:
+        _write_table(page)
+
+
+def _write_table(incidents: Sequence[Incident]) -> None:
+    if not incidents:
         click.echo("No incidents.", err=True)
+        return
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    _write(table(incidents, shutil.get_terminal_size().columns if on_terminal else None))
+
+
+@main.command()
+@click.option("--status", multiple=True, metavar=_STATUSES, help="With one of these statuses.")
+@click.option("--source", multiple=True, metavar=_SOURCES, help="From one of these sources.")
+@click.option("--created-after", type=_TIME, help="Created then or later, in UTC.")
+@click.option("--created-before", type=_TIME, help="Created earlier, in UTC.")
+@click.option("--text", help="Words, or beginnings of words, that the message has.")
+@click.option(
+    "--order",
+    metavar=f"[{'|'.join(IncidentOrder)}]",
+    default=IncidentOrder.NEWEST.value,
+    show_default=True,
+    help="By which end to begin.",
+)
+@click.option(
+    "--limit",
+    type=int,
+    default=DEFAULT_LIMIT,
+    show_default=True,
+    help=f"Incidents a page, 1 to {MAX_LIMIT}.",
+)
+@click.option("--after", metavar="CURSOR", help="Go on with the next page.")
+@click.option("--total", is_flag=True, help="Count the incidents of all pages.")
+@_takes_json
+@_takes_servers
+def search(settings: Settings, *, as_json: bool, **query: Any) -> None:
+    """Find incidents, and show one page of them.
+
+    How to go on, and the total, stand on stderr; with --json they are part of the object.
+
+    \b
+    Examples:
+      incidentkit search --status new --status failed --text "disk db-1"
+      incidentkit search --created-after 2026-11-01 --order oldest --total
+    """  # noqa: D301
+    for name in ("status", "source"):
+        query[name] = query[name] or None
+    page = _run(settings, lambda incidents: incidents.search(**query))
+    if as_json:
+        _write(dump_json(wire_converter().unstructure(page)))
+        return
+    _write_table(page.incidents)
+    if page.total is not None:
+        click.echo(f"{page.total} in total.", err=True)
+    if page.next is not None:
+        click.echo(f"For the next page: --after {page.next}", err=True)
 
 
 @main.command()

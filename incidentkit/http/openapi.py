@@ -39,6 +39,7 @@ from incidentkit.models import (
     NewIncident,
     NewNote,
 )
+from incidentkit.search import SearchPage
 from incidentkit.store.tables import SCHEMA_REVISION
 from incidentkit.version import __version__
 from incidentkit.wire import wire_converter
@@ -85,6 +86,8 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
         "description": "When its status left new, in UTC; null while it is open, or if that is "
         "not known."
     },
+    (SearchPage, "next"): {"description": "For after=, on the next page; null on the last one."},
+    (SearchPage, "total"): {"description": "Of all pages together; null unless it was asked for."},
     (IncidentEvent, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
     (IncidentEvent, "cursor"): {"description": "Its place among all events, for after=."},
     (IncidentEvent, "actor"): {"description": "Who did it; null if nobody was named."},
@@ -132,6 +135,7 @@ _MODELS: Final = {
     Conflict: Conflict(_INCIDENT),
     IncidentEvent: _EVENT,
     ChangePage: ChangePage([_EVENT], _EVENT.cursor),
+    SearchPage: SearchPage([_INCIDENT], None, 1),
     Health: Health(State.OK),
     Readiness: Readiness(
         ready=True,
@@ -261,12 +265,15 @@ def _operation(operation: Operation, schemas: Json) -> Json:
 
 
 def _parameter(parameter: Parameter, schemas: Json) -> Json:
-    schema = _schema(parameter.type, schemas)
+    # A query takes more forms of a time than an answer has.
+    schema = _schema(str if parameter.type is datetime else parameter.type, schemas)
     bounds = ("minLength", "maxLength") if parameter.type is str else ("minimum", "maximum")
     values = (parameter.minimum, parameter.maximum, parameter.pattern, parameter.default)
     for keyword, value in zip((*bounds, "pattern", "default"), values, strict=True):
         if value is not None:
             schema[keyword] = value
+    if parameter.many:
+        schema = {"type": "array", "items": schema, "minItems": 1}
     described: Json = {
         "name": parameter.header or parameter.name,
         "in": parameter.where,

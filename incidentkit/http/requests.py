@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import parse_qsl
 
@@ -14,7 +15,7 @@ from incidentkit.http.problems import Refusal
 from incidentkit.wire import wire_converter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from starlette.requests import Request
 
@@ -80,7 +81,9 @@ def _read_parameters(
             case "header":
                 given = request.headers.getlist(parameter.header)
         values[name] = parameter.default
-        if len(given) > 1:
+        if parameter.many:
+            values[name] = [parameter.read(text) for text in given] or None
+        elif len(given) > 1:
             faults.append(FieldError(name, "must be given only once"))
         elif given and (given[0] or not parameter.may_be_empty):
             values[name] = parameter.read(given[0])
@@ -124,6 +127,31 @@ def read_version(text: str) -> int | str | None:
         return None
     tag = _ENTITY_TAG.fullmatch(text)
     return read_integer(tag[1]) if tag else text
+
+
+def read_flag(text: str) -> bool | str:
+    """Return what ``true`` or ``false`` says, or the text, for the rule to refuse."""
+    return {"true": True, "false": False}.get(text, text)
+
+
+def read_time(text: str) -> datetime | str:
+    """Return the time of ISO 8601, in UTC if it names no zone, or the text.
+
+    The text is then refused by the rule that asks for a time.
+    """
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
+READERS: Final[Mapping[type[Any], Callable[[str], Any]]] = {
+    int: read_integer,
+    bool: read_flag,
+    datetime: read_time,
+}
+"""What reads the text of a parameter by its type."""
 
 
 async def read_json(request: Request) -> object:

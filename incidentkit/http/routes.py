@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlencode
 
 from attrs import evolve, field, frozen
 from starlette.requests import Request
@@ -23,7 +24,7 @@ from incidentkit.http import docs, openapi
 from incidentkit.http.health import Health, Readiness, State, readiness
 from incidentkit.http.log import log_route
 from incidentkit.http.problems import RETRY_HEADERS, Conflict, Refusal, etag
-from incidentkit.http.requests import read_arguments, read_integer, read_version
+from incidentkit.http.requests import READERS, read_arguments, read_version
 from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream
 from incidentkit.models import (
     DEFAULT_LIMIT,
@@ -46,6 +47,7 @@ from incidentkit.models import (
     check_idempotency_key,
     check_incident_id,
 )
+from incidentkit.search import TEXT_MAX_LENGTH, IncidentOrder, SearchPage, SearchQuery
 from incidentkit.wire import (
     dump_json,
     encode_event,
@@ -68,13 +70,14 @@ class Parameter:
     Attributes:
         name: The name that it also has as an argument of the client.
         description: What it means.
-        type: ``int``, written in ASCII digits, or an enum of strings.
+        type: ``int``, ``bool``, ``datetime``, ``str``, or an enum of strings.
         where: Whether the path, the query or a header holds it.
         header: The name of that header.
         minimum: The smallest value of an integer, or the least characters of a text.
         maximum: The largest value of an integer, or the most characters of a text.
         pattern: What all of a text has to match.
         default: Its value where it is missing; None means none.
+        many: Whether it may be given several times; its value is then a list.
         required: Whether it may not be missing.
         may_be_empty: Whether an empty value counts as missing.
     """
@@ -88,6 +91,7 @@ class Parameter:
     maximum: int | None = None
     pattern: str | None = None
     default: Any = None
+    many: bool = False
     required: bool = False
     may_be_empty: bool = False
 
@@ -95,7 +99,8 @@ class Parameter:
         """Return the value as the client's rules take it, or the text for them to refuse."""
         if self.header == "If-Match":
             return read_version(text)
-        return read_integer(text) if self.type is int else text
+        read = READERS.get(self.type)
+        return text if read is None else read(text)
 
 
 @frozen
@@ -198,8 +203,26 @@ async def _update_status(request: Request, arguments: dict[str, Any]) -> Respons
     return _incident(await _client(request).update_status(**arguments))
 
 
+def _next(request: Request, path: str, cursor: str | None) -> dict[str, str]:
+    """Return the header that leads to the next page, by the same query with another cursor."""
+    if cursor is None:
+        return {}
+    query = parse_qsl(request.scope["query_string"].decode("ascii"), keep_blank_values=True)
+    pairs = [*((name, value) for name, value in query if name != "after"), ("after", cursor)]
+    return {"Link": f'<{_root_path(request)}{path}?{urlencode(pairs)}>; rel="next"'}
+
+
+async def _search(request: Request, arguments: dict[str, Any]) -> Response:
+    page = await _client(request).search(**arguments)
+    content = dump_json(wire_converter().unstructure(page))
+    return _json(content, headers=_next(request, "/incident/search", page.next))
+
+
 async def _history(request: Request, arguments: dict[str, Any]) -> Response:
-    return _json(encode_events(await _client(request).history(**arguments)))
+    events = await _client(request).history(**arguments)
+    cursor = events[-1].cursor if len(events) == arguments["limit"] else None
+    path = f"/incident/history/{arguments['incident_id']}"
+    return _json(encode_events(events), headers=_next(request, path, cursor))
 
 
 async def _changes(request: Request, arguments: dict[str, Any]) -> Response:
@@ -377,6 +400,71 @@ OPERATIONS: Final = (
         check=_check_status_change,
         problems=(400, 404, 409, 412, 422, 500, 503),
         members={409: Conflict, 412: Conflict},
+    ),
+    Operation(
+        "GET",
+        "/incident/search",
+        "search_incidents",
+        "Find incidents",
+        _search,
+        returns=SearchPage,
+        answers="One page of the incidents that match; `Link` leads to the next one, if there is",
+        parameters=(
+            Parameter(
+                "status",
+                "Only incidents with one of these statuses; missing means any.",
+                IncidentStatus,
+                many=True,
+            ),
+            Parameter(
+                "source",
+                "Only incidents from one of these sources; missing means any.",
+                IncidentSource,
+                many=True,
+            ),
+            Parameter(
+                "created_after",
+                "Only incidents that were created then or later: `YYYY-MM-DD HH:MM:SS` in UTC, or "
+                "ISO 8601 with an offset.",
+                datetime,
+            ),
+            Parameter(
+                "created_before",
+                "Only incidents that were created earlier, in the same form.",
+                datetime,
+            ),
+            Parameter(
+                "text",
+                "Words of which the message has each, as a word or as the beginning of one, in any "
+                "letter case. Among them is a letter or a digit.",
+                str,
+                minimum=1,
+                maximum=TEXT_MAX_LENGTH,
+            ),
+            Parameter("order", "By which end to begin.", IncidentOrder, default="newest"),
+            Parameter(
+                "limit",
+                "Incidents a page.",
+                int,
+                minimum=1,
+                maximum=MAX_LIMIT,
+                default=DEFAULT_LIMIT,
+            ),
+            Parameter(
+                "after",
+                "The `next` of the page before; the order has to be the same.",
+                str,
+                pattern=r"^[A-Za-z0-9_-]{32}$",
+            ),
+            Parameter(
+                "total",
+                "Whether to count the incidents of all pages, which takes time if there are many.",
+                bool,
+                default=False,
+            ),
+        ),
+        check=SearchQuery,
+        problems=(400, 422, 500, 503),
     ),
     Operation(
         "GET",
