@@ -445,8 +445,8 @@ def filled_sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(
             FILL.format(
-                type="CASE i % 3 WHEN 0 THEN 'new' WHEN 1 THEN 'failed' ELSE 'completed' END",
-                source="CASE i % 2 WHEN 0 THEN 'operator' ELSE 'partner' END",
+                type="CASE WHEN i % 1000 = 0 THEN 'failed' ELSE 'new' END",
+                source="CASE WHEN i % 100 = 0 THEN 'partner' ELSE 'operator' END",
                 at="datetime('2026-01-01', '+' || i || ' seconds')",
             )
         )

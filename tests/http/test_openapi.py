@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
@@ -21,6 +22,7 @@ from incidentkit.models import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
 from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from enum import StrEnum
 
 SCHEMAS = DOCUMENT["components"]["schemas"]
@@ -50,6 +52,8 @@ def test_every_documented_route_is_there() -> None:
         ("GET", "/incident/get"),
         ("GET", "/incident/get/{incident_id}"),
         ("PATCH", "/incident/update-status"),
+        ("GET", "/incident/search"),
+        ("GET", "/incident/changes"),
         ("GET", "/incident/history/{incident_id}"),
         ("POST", "/incident/note/{incident_id}"),
         ("GET", "/health/live"),
@@ -79,10 +83,14 @@ def test_every_answer_is_described_with_an_example() -> None:
             assert ("Retry-After" in described["headers"]) == (status == "503")
             created = operation["operationId"] == "create_incident" and status in ("200", "201")
             assert ("Location" in described["headers"]) == created
-            ((media_type, content),) = described["content"].items()
             problem = int(status) >= 400
+            (media_type, *others) = described["content"]
             assert media_type == ("application/problem+json" if problem else "application/json")
-            validate(content["example"], content["schema"])
+            streams = operation["operationId"] == "changes" and not problem
+            assert others == (["text/event-stream"] if streams else [])
+            for content in described["content"].values():
+                validate(content["example"], content["schema"])
+            content = described["content"][media_type]
             if problem:
                 assert content["example"]["title"] == TITLES[int(status)]
 
@@ -150,14 +158,30 @@ def _member(parameter: Parameter) -> list[tuple[str, bool]]:
 def _text(parameter: Parameter) -> list[tuple[str, bool]]:
     if parameter.name == "expected_version":
         return [("*", True), ('"1"', True), ("1", False), ('W/"1"', False), ('"0"', False)]
-    if parameter.name == "after":
-        return [("AAAA", False), (encode_cursor(1, 1, 1, 1), True)]
+    if parameter.name in ("after", "last_event_id"):
+        # As long as the document says.
+        long = parameter.pattern is not None and "43" in parameter.pattern
+        return [("AAAA", False), (encode_cursor(1, 1, *([1, 1] if long else [0])), True)]
     assert parameter.minimum == 1
     assert parameter.maximum
     return [("x", True), ("x" * parameter.maximum, True), ("x" * (parameter.maximum + 1), False)]
 
 
-_VALUES = {int: _number, str: _text}
+def _flag(_: Parameter) -> list[tuple[str, bool]]:
+    return [("true", True), ("false", True), ("1", False), ("True", False), ("", False)]
+
+
+def _moment(_: Parameter) -> list[tuple[str, bool]]:
+    return [
+        ("2026-01-01 00:00:00", True),
+        ("2026-01-01T00:00:00Z", True),
+        ("2026-01-01T00:00:00.5+03:00", True),
+        ("2026-01-32 00:00:00", False),
+        ("", False),
+    ]
+
+
+_VALUES = {int: _number, str: _text, bool: _flag, datetime: _moment}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +206,8 @@ def test_the_bounds_of_a_parameter_are_the_rule(
         text = text.replace("x", method[1])
     (described,) = (each for each in operation["parameters"] if each["name"] == name)
     assert described["in"] == parameter.where
+    # Where there is a change already, nobody has to wait for one.
+    api.post("/incident/create", json=INCIDENT)
     body = {"post": {"note": "It is hot"} if "note" in path else INCIDENT}.get(method)
     if parameter.where == "path":
         answer = api.request(method, path.replace("{incident_id}", text), json=body)
@@ -201,16 +227,30 @@ def test_the_bounds_of_a_parameter_are_the_rule(
             json=body,
         )
     assert (answer.status_code != 422) is allowed
-    value: Any = int(text) if parameter.type is int and text else text
-    if text:
-        try:
-            validate(value, described["schema"])
-        except ValidationError:
-            assert not allowed
-        else:
-            assert allowed
-    else:
+    if not text:
         assert described.get("allowEmptyValue", False) is allowed
+    elif parameter.type is not datetime:
+        # Of a time the document does not say which days there are.
+        assert is_valid(as_json(parameter, text), described["schema"]) is allowed
+
+
+def as_json(parameter: Parameter, text: str) -> object:
+    """Return what the text of a parameter stands for."""
+    values: dict[Any, Callable[[str], object]] = {
+        int: int,
+        bool: lambda value: {"true": True, "false": False}.get(value, value),
+    }
+    value = values.get(parameter.type, str)(text)
+    return [value] if parameter.many else value
+
+
+def is_valid(value: object, schema: dict[str, Any]) -> bool:
+    """Tell whether the value is what the schema says."""
+    try:
+        validate(value, schema)
+    except ValidationError:
+        return False
+    return True
 
 
 def test_the_default_of_a_parameter_is_what_happens(serve: Serve) -> None:

@@ -1,0 +1,109 @@
+"""Searching over HTTP: the filters, the pages, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from incidentkit import IncidentClient
+from incidentkit.cursor import encode_cursor
+from incidentkit.http import create_app
+from tests.http.conftest import MEMORY, Serve
+
+if TYPE_CHECKING:
+    import httpx
+
+
+def fill(api: httpx.Client) -> None:
+    """Create six incidents."""
+    kinds = product(("operator", "partner"), ("new", "failed", "new"))
+    for number, (source, status) in enumerate(kinds):
+        body = {
+            "incident_message": f"{'Disk' if number % 2 else 'Line'} {number} is full",
+            "source": source,
+            "incident_type": status,
+        }
+        assert api.post("/incident/create", json=body).status_code == 201
+
+
+def ids(answer: httpx.Response) -> list[int]:
+    """Return which incidents a page has."""
+    assert answer.status_code == 200, answer.text
+    return [incident["incident_id"] for incident in answer.json()["incidents"]]
+
+
+def test_filters_and_words(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """Each filter holds, alone and together, and several values of one are any of them."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    fill(api)
+    search = "/incident/search"
+    assert ids(api.get(search)) == [6, 5, 4, 3, 2, 1]
+    assert ids(api.get(f"{search}?order=oldest&limit=2")) == [1, 2]
+    assert ids(api.get(f"{search}?status=failed")) == [5, 2]
+    assert ids(api.get(f"{search}?status=failed&status=new&source=partner")) == [6, 5, 4]
+    assert ids(api.get(search, params={"text": "disk FU"})) == [6, 4, 2]
+    assert len(ids(api.get(search, params={"created_after": "2020-01-01 00:00:00"}))) == 6
+    assert ids(api.get(search, params={"created_before": "2020-01-01T00:00:00+03:00"})) == []
+    counted = api.get(search, params={"total": "true", "limit": 1, "status": "new"})
+    assert counted.json()["total"] == 4
+    assert api.get(search).json()["total"] is None
+
+
+def test_link_leads_through_all_pages(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """`Link` and `next` lead to the next page of the same search, and are not on the last."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    fill(api)
+    params: dict[str, Any] = {"limit": 2, "text": "is", "source": ["operator", "partner"]}
+    answer = api.get("/incident/search", params=params)
+    found = ids(answer)
+    while "Link" in answer.headers:
+        target, relation = answer.headers["Link"].split("; ")
+        assert relation == 'rel="next"'
+        following = api.get(target.strip("<>"))
+        assert following.url.params["after"] == answer.json()["next"]
+        answer = following
+        found += ids(answer)
+    assert answer.json()["next"] is None
+    assert found == [6, 5, 4, 3, 2, 1]
+
+
+def test_link_knows_where_the_app_is(serve: Serve) -> None:
+    """Behind a proxy under a prefix, the link has the prefix."""
+    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False, root_path="/prefix")
+    fill(api)
+    link = api.get("/incident/search?limit=1").headers["Link"]
+    assert link.startswith("</prefix/incident/search?limit=1&after=")
+    api.post("/incident/note/1", json={"note": "x"})
+    link = api.get("/incident/history/1?limit=1").headers["Link"]
+    assert link.startswith("</prefix/incident/history/1?limit=1&after=")
+
+
+@pytest.mark.parametrize(
+    ("query", "fields"),
+    [
+        ("status=open", ["status"]),
+        ("status=", ["status"]),
+        ("status=new&status=open&source=me", ["status", "source"]),
+        ("created_after=yesterday", ["created_after"]),
+        ("created_before=", ["created_before"]),
+        ("text=", ["text"]),
+        ("text=%2D", ["text"]),
+        ("order=best", ["order"]),
+        ("limit=0", ["limit"]),
+        ("after=AAAA", ["after"]),
+        (f"after={encode_cursor(1, 1, 1)}", ["after"]),
+        ("total=yes", ["total"]),
+        ("order=newest&order=oldest", ["order"]),
+        ("page=2", ["page"]),
+        ("colour=red&limit=x", ["limit", "colour"]),
+    ],
+)
+def test_what_is_not_understood_is_refused(
+    api: httpx.Client, query: str, fields: list[Any]
+) -> None:
+    """A filter is never accepted and ignored."""
+    answer = api.get(f"/incident/search?{query}")
+    assert answer.status_code == 422
+    assert [error["field"] for error in answer.json()["errors"]] == fields
