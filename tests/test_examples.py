@@ -34,7 +34,13 @@ def test_every_example_is_run_here() -> None:
     """No example is left out."""
     source = Path(__file__).read_text()
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert names == ["embedded.py", "fastapi_host.py", "own_cache.py", "servers.py"]
+    assert names == [
+        "embedded.py",
+        "fastapi_host.py",
+        "order_and_incident.py",
+        "own_cache.py",
+        "servers.py",
+    ]
     assert all(f'"{name}"' in source or f'"{name[:-3]}:app"' in source for name in names)
 
 
@@ -112,6 +118,17 @@ def test_fastapi_host(tmp_path: Path) -> None:
         host.end(signal.SIGINT)
     assert "Traceback" not in host.log.read_text()
     assert rows('SELECT count(*) FROM "Incident"') == [(2,)]
+
+
+def test_order_and_incident() -> None:
+    """The order that is committed has its incident, the one that is rolled back has none."""
+    exit_code, out, err = run("order_and_incident.py")
+    assert (exit_code, err) == (0, "")
+    assert out.splitlines() == [
+        "1 orders, 1 incidents, 1 changes",
+        "Rolled back: the warehouse has changed its mind",
+        "1 orders, 1 incidents, 1 changes",
+    ]
 
 
 def test_own_cache() -> None:
