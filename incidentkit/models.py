@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -34,6 +34,10 @@ MAX_WAIT: Final = 30
 
 LATEST: Final = "latest"
 """Stands for the cursor of the newest change."""
+
+EARLIEST_TIME: Final = datetime(1, 1, 2, tzinfo=UTC)
+LATEST_TIME: Final = datetime(9999, 12, 31, tzinfo=UTC)
+"""Bounds of every time that an incident can have."""
 
 ANY: Final = "any"
 """Stands for an absent filter in a page's cache key."""
@@ -453,20 +457,21 @@ def check_ended_before(ended_before: datetime) -> datetime:
         InvalidIncident: If it is not.
     """
     check = Check()
-    checked = check("ended_before", aware, ended_before)
+    checked = check("ended_before", time_bound, ended_before)
     check.done()
     return checked
 
 
-def aware(value: object) -> datetime:
-    """Return the value if it is an aware time.
+def time_bound(value: object) -> datetime:
+    """Return an aware time in UTC, rounded up to a whole second: incidents show no others.
 
     Raises:
         ValueError: With the rule that it breaks.
     """
     if not isinstance(value, datetime) or value.tzinfo is None:
         raise ValueError("must be an aware datetime")
-    return value
+    time = min(max(value, EARLIEST_TIME), LATEST_TIME).astimezone(UTC)
+    return time.replace(microsecond=0) + timedelta(seconds=time.microsecond > 0)
 
 
 def check_actor(actor: str) -> str:

@@ -12,27 +12,25 @@ from attrs import frozen
 from incidentkit.cursor import decode_cursor, encode_cursor
 from incidentkit.models import (
     DEFAULT_LIMIT,
+    EARLIEST_TIME,
+    LATEST_TIME,
     MAX_ID,
     Check,
     Incident,
     IncidentSource,
     IncidentStatus,
-    aware,
     limit_rule,
     optional,
     source_rule,
     status_rule,
     storable,
+    time_bound,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 TEXT_MAX_LENGTH: Final = 200
-
-EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
-LATEST: Final = datetime(9999, 12, 31, tzinfo=UTC)
-"""Bounds of every time that an incident can have."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -112,8 +110,8 @@ class SearchQuery:
         check = Check()
         statuses = check("status", _some(status_rule, IncidentStatus), status)
         sources = check("source", _some(source_rule, IncidentSource), source)
-        start = check("created_after", optional(_second), created_after)
-        end = check("created_before", optional(_second), created_before)
+        start = check("created_after", optional(time_bound), created_after)
+        end = check("created_before", optional(time_bound), created_before)
         words = check("text", optional(_words), text)
         checked_order = check("order", _order, order)
         checked_limit = check("limit", limit_rule, limit)
@@ -123,8 +121,8 @@ class SearchQuery:
         self.__attrs_init__(  # pyright: ignore[reportAttributeAccessIssue]
             statuses,
             sources,
-            start or EARLIEST,
-            end or LATEST,
+            start or EARLIEST_TIME,
+            end or LATEST_TIME,
             words,
             checked_order,
             checked_limit,
@@ -158,14 +156,6 @@ def _some(rule: Callable[[object], _E], enum: type[_E]) -> Callable[[object], fr
         return frozenset() if len(found) == len(enum) else found
 
     return members
-
-
-def _second(value: object) -> datetime:
-    """Return the time, or the next whole second: incidents have no others."""
-    time = aware(value).astimezone(UTC)
-    if time.microsecond:
-        time = time.replace(microsecond=0) + timedelta(seconds=1)
-    return min(max(time, EARLIEST), LATEST)
 
 
 def _words(value: object) -> str:

@@ -126,7 +126,7 @@ def test_order_and_incident() -> None:
     assert (exit_code, err) == (0, "")
     assert out.splitlines() == [
         "1 orders, 1 incidents, 1 changes",
-        "Rolled back: the warehouse has changed its mind",
+        "Rolled back: the warehouse has found it",
         "1 orders, 1 incidents, 1 changes",
     ]
 
