@@ -106,9 +106,10 @@ def simulate(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what the size of a shared Redis costs, and print a table."""
+    """Measure what the sizes of a shared Redis and of the table cost, and print two tables."""
     session.install("--editable", ".[all]", *groups("tests"))
     session.run("python", "-m", "benchmarks.shared_redis", *session.posargs)
+    session.run("python", "-m", "benchmarks.search", *session.posargs)
 
 
 @nox.session
