@@ -2,7 +2,7 @@
 
 Databases with a thousand, a hundred thousand and a million incidents take turns, call by call, so
 that whatever else the machine does falls on all alike. The ratio is that of the medians to the
-smallest. One incident in a thousand has failed, and a rare word; all have a common one.
+smallest. In each a hundred incidents have failed and have a rare word; all have a common one.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ if TYPE_CHECKING:
 WARM_UP: Final = 10
 """Rounds that come first and are not counted."""
 
+RARE: Final = 100
+"""Incidents of a table that are of a rare kind."""
+
 START: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
 FILL: Final = (
     'INSERT INTO "Incident" (incident_message, incident_type, source, created_at) '
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {size}) "
-    "SELECT CASE WHEN i % 1000 = 0 THEN 'Disk needle is full' ELSE 'Disk is full on db ' || i END, "
-    "{type}, {source}, {at} FROM n"
+    "SELECT CASE WHEN i % {step} = 0 THEN 'Disk needle is full' "
+    "ELSE 'Disk is full on db ' || i END, {type}, {source}, {at} FROM n"
 )
 
 
@@ -53,7 +56,8 @@ async def fill_postgresql(url: str, size: int) -> None:
     await connection.execute(
         FILL.format(
             size=size,
-            type="CAST(CASE WHEN i % 1000 = 0 THEN 'failed' ELSE 'completed' END "
+            step=size // RARE,
+            type=f"CAST(CASE WHEN i % {size // RARE} = 0 THEN 'failed' ELSE 'completed' END "
             "AS incidentstatus)",
             source="CAST(CASE WHEN i % 2 = 0 THEN 'partner' ELSE 'operator' END AS incidentsource)",
             at="CAST('2026-01-01 00:00:00+00' AS timestamptz) + i * interval '1 second'",
@@ -71,7 +75,8 @@ def fill_sqlite(path: Path, size: int) -> None:
         connection.execute(
             FILL.format(
                 size=size,
-                type="CASE WHEN i % 1000 = 0 THEN 'failed' ELSE 'completed' END",
+                step=size // RARE,
+                type=f"CASE WHEN i % {size // RARE} = 0 THEN 'failed' ELSE 'completed' END",
                 source="CASE WHEN i % 2 = 0 THEN 'partner' ELSE 'operator' END",
                 at="datetime('2026-01-01', '+' || i || ' seconds')",
             )

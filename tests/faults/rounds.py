@@ -15,11 +15,13 @@ import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import asyncpg
 from attrs import Factory, asdict, define, field, frozen
 
+from incidentkit import EventKind, IncidentClient, IncidentEvent
+from incidentkit.models import MAX_WAIT
 from tests.faults.history import History, Row, Verdict, check, read_log
 from tests.faults.worker import COLUMNS, Settings, sqlite_file
 
@@ -232,6 +234,7 @@ class Round:
                 read_log(lines, history)
         stored = asyncio.run(stored_rows(self.database_url))
         verdict = check(history, stored)
+        verdict.lost += asyncio.run(broken_histories(self.database_url, history))
         outcomes = Counter(write.outcome for write in history.writes)
         figures = Figures(
             rounds=1,
@@ -358,18 +361,69 @@ async def execute(database_url: str, statement: str) -> None:
 
 async def stored_rows(database_url: str) -> list[Row]:
     """Return what a database holds, without the help of incidentkit."""
-    statement = f'SELECT {COLUMNS} FROM "Incident"'
+    return [
+        Row(incident_id, message, status, source, str(created_at)[:19])
+        for incident_id, message, status, source, created_at in await select(
+            database_url, f'SELECT {COLUMNS} FROM "Incident"'
+        )
+    ]
+
+
+async def select(database_url: str, statement: str) -> list[tuple[Any, ...]]:
+    """Return the rows of a statement, without the help of incidentkit."""
     if not database_url.startswith("postgresql"):
         connection = sqlite3.connect(sqlite_file(database_url))
         try:
-            return [Row(*values) for values in connection.execute(statement)]
+            return connection.execute(statement).fetchall()
         finally:
             connection.close()
     postgres = await asyncpg.connect(database_url)
     try:
-        return [
-            Row(incident_id, message, status, source, f"{created_at:%Y-%m-%d %H:%M:%S}")
-            for incident_id, message, status, source, created_at in await postgres.fetch(statement)
-        ]
+        return [tuple(record) for record in await postgres.fetch(statement)]
     finally:
         await postgres.close()
+
+
+async def broken_histories(database_url: str, history: History) -> list[str]:
+    """Return what is wrong with the events of the incidents that clients made, and with the feed.
+
+    An incident has been created once, each of its changes begins where the one before it ended, its
+    version counts them, and what was acknowledged is among them. The feed has all of them once.
+    """
+    async with IncidentClient.open(database_url) as incidents:
+        changes: list[IncidentEvent] = []
+        after = None
+        # Nobody writes any more, but others on the server may hold the feed up for a moment.
+        ((count,),) = await select(database_url, "SELECT count(*) FROM incident_event")
+        while len(changes) < count:
+            page = await incidents.read_changes(after, limit=1000, wait=MAX_WAIT)
+            changes += page.changes
+            after = page.next
+        stored = [incident async for incident in incidents.iterate(order="oldest", batch=1000)]
+    faults = []
+    if len({change.cursor for change in changes}) != len(changes):
+        faults.append("a change came twice")
+    by_incident: dict[int, list[IncidentEvent]] = {}
+    for change in changes:
+        by_incident.setdefault(change.incident_id, []).append(change)
+    acknowledged = Counter(write.message for write in history.writes if write.outcome == "done")
+    messages = Counter(incident.incident_message for incident in stored)
+    for incident in stored:
+        message, events = incident.incident_message, by_incident.get(incident.incident_id, [])
+        if messages[message] > 1:
+            faults.append(f"{message} is stored {messages[message]} times")
+        if not events:
+            # Made by plain SQL.
+            continue
+        statuses = [event.to_status for event in events]
+        befores = [event.from_status for event in events]
+        if (
+            events[0].kind is not EventKind.CREATED
+            or events[0].actor != message.partition(" ")[0]
+            or befores != [None, *statuses[:-1]]
+            or statuses[-1] is not incident.incident_type
+            or incident.version != len(events)
+            or len(events) < acknowledged[message]
+        ):
+            faults.append(f"{message} is {incident}, by {events}")
+    return faults

@@ -84,7 +84,9 @@ def on_postgresql(
 ) -> Iterator[Round]:
     """Yield rounds on a database that is emptied for each, and on a Redis that is not."""
     for folder in folders:
-        asyncio.run(execute(database_url, 'TRUNCATE "Incident"'))
+        asyncio.run(
+            execute(database_url, 'TRUNCATE "Incident", incident_event, incident_idempotency_key')
+        )
         yield Round(folder, database_url, redis, random, ANSWERS, mutant, group)
 
 

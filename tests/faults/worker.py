@@ -19,7 +19,13 @@ from unittest import mock
 import asyncpg
 from attrs import define, field, frozen
 
-from incidentkit import IncidentClient, IncidentSource, IncidentStatus, StoreUnavailable
+from incidentkit import (
+    IncidentClient,
+    IncidentSource,
+    IncidentStatus,
+    StoreUnavailable,
+    acting_as,
+)
 from incidentkit.cache.base import TTL
 from incidentkit.cache.pages import PageCache, seal
 from incidentkit.wire import encode_incidents
@@ -50,6 +56,9 @@ QUERIES = [
 
 WRITES = 0.12
 """The part of a writing task's calls that write."""
+
+RETRIES = 5
+"""How often a create is repeated, with its idempotency key."""
 
 HELD = 0.01
 """Seconds for which a transaction by plain SQL is open at most after its statement."""
@@ -222,8 +231,19 @@ class ClientTarget:
     client: IncidentClient
 
     async def create(self, message: str, status: str, source: str) -> Row:
-        """Store an incident."""
-        return row_of(await self.client.create(message, source=source, incident_type=status))
+        """Store an incident, and try again if it is not known whether it was stored."""
+        for _ in range(RETRIES):
+            with suppress(StoreUnavailable):
+                return await self._create(message, status, source)
+            await asyncio.sleep(BETWEEN)
+        return await self._create(message, status, source)
+
+    async def _create(self, message: str, status: str, source: str) -> Row:
+        with acting_as(message.partition(" ")[0]):
+            incident = await self.client.create(
+                message, source=source, incident_type=status, idempotency_key=message
+            )
+        return row_of(incident)
 
     async def change(self, incident_id: int, status: str) -> Row:
         """Change a status."""
