@@ -232,10 +232,14 @@ async def _changes(request: Request, arguments: dict[str, Any]) -> Response:
         arguments["after"] = last
     if MEDIA_TYPE in ",".join(request.headers.getlist("accept")):
         readers.check()
-        page = await client.read_changes(arguments["after"], limit=BATCH)
-        return ChangeStream(client, readers, page)
-    async with readers.place() if arguments["wait"] else nullcontext():
-        page = await client.read_changes(**arguments)
+        first = await client.read_changes(arguments["after"], limit=BATCH)
+        return ChangeStream(client, readers, first)
+    page: ChangePage | None = None
+    if arguments["wait"]:
+        readers.check()
+        page = await readers.run(client.read_changes(**arguments))
+    if page is None:
+        page = await client.read_changes(**arguments | {"wait": 0})
     return _json(
         dump_json(wire_converter().unstructure(page)), headers={"Cache-Control": "no-store"}
     )

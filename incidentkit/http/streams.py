@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Final, cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette.responses import Response
 
@@ -14,12 +14,14 @@ from incidentkit.http.problems import RETRY_HEADERS, Refusal
 from incidentkit.wire import encode_event
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Coroutine
 
     from starlette.types import Receive, Scope, Send
 
     from incidentkit.client import IncidentClient
     from incidentkit.feed import ChangePage
+
+_T = TypeVar("_T")
 
 MEDIA_TYPE: Final = "text/event-stream"
 
@@ -51,7 +53,7 @@ class Readers:
     """
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._watch: asyncio.Task[None] | None = None
 
     def check(self) -> None:
@@ -64,22 +66,24 @@ class Readers:
             detail = f"{MAX_READERS} readers wait for changes already"
             raise Refusal(503, detail, headers=RETRY_HEADERS)
 
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Count a reader, who is cancelled when the server is about to stop.
+    async def run(self, work: Coroutine[Any, Any, _T]) -> _T | None:
+        """Return what a reader's work returns, or None if the server is about to stop.
 
-        Raises:
-            Refusal: If there are too many.
+        Nor is it done if others have taken the last places since :meth:`check`.
         """
-        self.check()
-        task = cast("asyncio.Task[object]", asyncio.current_task())
+        if len(self._tasks) >= MAX_READERS:
+            work.close()
+            return None
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
         if self._watch is None or self._watch.done():
             self._watch = asyncio.ensure_future(self._end_with_the_server())
         try:
-            yield
+            await asyncio.wait({task})
         finally:
             self._tasks.discard(task)
+            task.cancel()
+        return None if task.cancelled() else task.result()
 
     async def _end_with_the_server(self) -> None:
         while self._tasks:
@@ -129,15 +133,14 @@ class ChangeStream(Response):
 
     async def _run(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        with suppress(asyncio.CancelledError, TimeoutError, IncidentKitError, OSError, Refusal):
-            async with self._readers.place():
-                await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
-                await self._send_changes(send)
+        with suppress(TimeoutError, IncidentKitError, OSError):
+            await self._readers.run(self._send_changes(send))
         with suppress(TimeoutError, OSError):
             await self._send(send, b"", more=False)
 
     async def _send_changes(self, send: Send) -> None:
         page = self._page
+        await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
         while True:
             await self._send(send, _frames(page) or b": nothing new\n\n")
             page = await self._client.read_changes(page.next, limit=BATCH, wait=HEARTBEAT)

@@ -367,7 +367,7 @@ class PostgresStore(PostgresOperations):
             fetch = partial(fetch_rows, connection)
             if not atomic:
                 return await work(fetch)
-            async with connection.transaction():
+            async with connection.transaction(isolation="read_committed"):
                 return await work(fetch)
 
 
