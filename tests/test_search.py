@@ -31,7 +31,13 @@ from incidentkit.search import SearchQuery
 from incidentkit.store import postgresql_statements, sqlite_statements
 from incidentkit.store.migrate import migration_engine
 from incidentkit.store.postgresql import compile_statement
-from incidentkit.store.search_statements import Shape, count_found, select_found
+from incidentkit.store.search_statements import (
+    Shape,
+    count_found,
+    select_page,
+    select_page_among_first,
+    select_page_by_words,
+)
 from tests.strategies import sources, statuses
 
 if TYPE_CHECKING:
@@ -461,7 +467,7 @@ def test_sqlite_reads_an_index_in_order(
     """No page is sorted from the whole table: each branch is read from an index of its own."""
     shape = Shape(statuses, sources, oldest, None)
     values = bound(SearchQuery(), "")
-    statement: Any = select_found(shape)
+    statement: Any = select_page(shape)
     compiled = statement.compile(dialect=dialect())
     names = compiled.positiontup or []
     given = [
@@ -507,7 +513,7 @@ async def test_postgresql_reads_an_index_in_order(filled_postgres: str) -> None:
     connection = await asyncpg.connect(filled_postgres)
     values = bound(SearchQuery(), "")
     for statuses_, sources_, oldest in SHAPES:
-        compiled = compile_statement(select_found(Shape(statuses_, sources_, oldest, None)))
+        compiled = compile_statement(select_page(Shape(statuses_, sources_, oldest, None)))
         record = await connection.fetchval(
             f"EXPLAIN (ANALYZE, FORMAT JSON) {compiled.text}",
             *(values[name] for name in compiled.parameters),
@@ -524,11 +530,12 @@ async def test_postgresql_reads_an_index_in_order(filled_postgres: str) -> None:
 
 
 async def test_words_are_found_by_their_index(filled_postgres: str, filled_sqlite: str) -> None:
-    """A rare word is looked up in the index of words, on either database."""
+    """A word is looked up in the index of words, if it is not among the first incidents."""
     connection = await asyncpg.connect(filled_postgres)
-    values = bound(SearchQuery(), "needle") | {"high_at": datetime(9999, 12, 31, tzinfo=UTC)}
-    shape = Shape(0, 0, oldest_first=False, text_match=postgresql_statements.TEXT_MATCH)
-    for statement in (select_found(shape), count_found(shape)):
+    values = bound(SearchQuery(), "'needle':*") | {"scan": 500}
+    values["high_at"] = datetime(9999, 12, 31, tzinfo=UTC)
+    shape = Shape(2, 1, oldest_first=False, words_match=postgresql_statements.WORDS_MATCH)
+    for statement in (select_page_by_words(shape), count_found(shape)):
         compiled = compile_statement(statement)
         plan = await connection.fetch(
             f"EXPLAIN {compiled.text}", *(values[name] for name in compiled.parameters)
@@ -536,11 +543,41 @@ async def test_words_are_found_by_their_index(filled_postgres: str, filled_sqlit
         lines = "\n".join(line for (line,) in plan)
         assert "ix_Incident_incident_message" in lines
         assert "Seq Scan" not in lines
+    compiled = compile_statement(select_page_among_first(shape))
+    (plan,) = json.loads(
+        await connection.fetchval(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {compiled.text}",
+            *(values[name] for name in compiled.parameters),
+        )
+    )
+    scans = [step for step in steps_of(plan["Plan"]) if step.get("Relation Name") == "Incident"]
+    assert all(step["Actual Rows"] <= 500 for step in scans)
     await connection.close()
-    shape = Shape(0, 0, oldest_first=False, text_match=sqlite_statements.TEXT_MATCH)
-    found: Any = select_found(shape)
-    compiled_sqlite = found.compile(dialect=dialect())
+    shape = Shape(0, 0, oldest_first=False, words_match=sqlite_statements.WORDS_MATCH)
+    found: Any = select_page_by_words(shape)
+    text_ = found.compile(dialect=dialect(), compile_kwargs={"literal_binds": False}).string
     given = ["2026-01-01", 0, "2027-01-01", 0, '"needle"*', 11, 0]
     with closing(sqlite3.connect(filled_sqlite)) as file:
-        plan = file.execute(f"EXPLAIN QUERY PLAN {compiled_sqlite.string}", given).fetchall()
-    assert any("VIRTUAL TABLE INDEX" in row[3] for row in plan)
+        steps = file.execute(f"EXPLAIN QUERY PLAN {text_}", given).fetchall()
+    assert any("VIRTUAL TABLE INDEX" in row[3] for row in steps)
+
+
+@pytest.mark.parametrize("limit", [10, 600])
+async def test_words_of_many_and_of_few_are_found(url: str, limit: int) -> None:
+    """Whether all messages have the words or the oldest alone, a page is complete and in order."""
+    async with IncidentClient.open(url) as incidents:
+        engine = migration_engine(url)
+        async with engine.begin() as connection:
+            await connection.execute(
+                text(
+                    'INSERT INTO "Incident" (incident_message, incident_type, source) '
+                    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1200)"
+                    " SELECT CASE WHEN i < 31 THEN 'A needle' ELSE 'Straw' END || ' of db', "
+                    "'new', 'partner' FROM n"
+                )
+            )
+        await engine.dispose()
+        for said, expected in (("db", 1200), ("needle", 30), ("straw db", 1170)):
+            found = [one.incident_id async for one in incidents.iterate(text=said, batch=limit)]
+            assert len(found) == expected
+            assert found == sorted(found, reverse=True)

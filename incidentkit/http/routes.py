@@ -239,7 +239,8 @@ async def _changes(request: Request, arguments: dict[str, Any]) -> Response:
         readers.check()
         page = await readers.run(client.read_changes(**arguments))
     if page is None:
-        page = await client.read_changes(**arguments | {"wait": 0})
+        arguments["wait"] = 0
+        page = await client.read_changes(**arguments)
     return _json(
         dump_json(wire_converter().unstructure(page)), headers={"Cache-Control": "no-store"}
     )

@@ -10,7 +10,13 @@ from incidentkit.errors import IdempotencyKeyReused, IncidentNotFound, UnknownCu
 from incidentkit.models import MAX_ID
 from incidentkit.search import IncidentOrder, SearchPage
 from incidentkit.store import statements
-from incidentkit.store.search_statements import Shape, count_found, select_found
+from incidentkit.store.search_statements import (
+    Shape,
+    count_found,
+    select_page,
+    select_page_among_first,
+    select_page_by_words,
+)
 from incidentkit.store.statements import read_event, read_incident, read_page
 from incidentkit.transitions import ANY_TRANSITION
 from incidentkit.wire import decode_incident, encode_incident
@@ -18,7 +24,7 @@ from incidentkit.wire import decode_incident, encode_incident
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from sqlalchemy import Executable, TextClause
+    from sqlalchemy import Executable
 
     from incidentkit.models import (
         Incident,
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     )
     from incidentkit.search import SearchQuery
     from incidentkit.store.base import Idempotency, Page, Place
+    from incidentkit.store.search_statements import WordsMatch
     from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
@@ -39,6 +46,9 @@ Fetch: TypeAlias = Callable[["Executable", Mapping[str, Any]], Awaitable[Rows]]
 Events: TypeAlias = "list[IncidentEvent]"
 """An alias because inside the class ``list`` is the verb."""
 
+SCAN: Final = 500
+"""Incidents whose messages are looked at one by one, before the index of words is asked."""
+
 EXPIRED_KEYS: Final = 10
 """Idempotency keys older than a day that a write with one removes."""
 
@@ -48,7 +58,7 @@ class Operations(ABC):
 
     _claim_key: Executable
     _delete_expired_keys: Executable
-    _text_match: TextClause
+    _words_match: WordsMatch
 
     @abstractmethod
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
@@ -169,12 +179,12 @@ class Operations(ABC):
         return token if token is None else str(token)
 
     async def search(self, query: SearchQuery) -> SearchPage:
-        """Read one page, and the total if it is asked for, each in one statement."""
+        """Read one page, in one statement, or two with words, and the total in one more."""
         shape = Shape(
             statuses=len(query.status),
             sources=len(query.source),
             oldest_first=query.order is IncidentOrder.OLDEST,
-            text_match=None if query.text is None else self._text_match,
+            words_match=None if query.text is None else self._words_match,
         )
         values: dict[str, Any] = {
             # Ids are above 0, so that these are the bounds of the times alone.
@@ -185,6 +195,7 @@ class Operations(ABC):
             "words": query.text and self._words(query.text),
             # One more tells whether there is another page.
             "limit": query.limit + 1,
+            "scan": SCAN,
             **{f"status_{n}": status.value for n, status in enumerate(query.status)},
             **{f"source_{n}": source.value for n, source in enumerate(query.source)},
         }
@@ -195,7 +206,12 @@ class Operations(ABC):
             edge, beyond = ("low", max) if shape.oldest_first else ("high", min)
             bound = (values[f"{edge}_at"], values[f"{edge}_id"])
             values[f"{edge}_at"], values[f"{edge}_id"] = beyond(bound, query.after)
-        rows = await self._read(select_found(shape), values)
+        if query.text is None:
+            rows = await self._read(select_page(shape), values)
+        else:
+            rows = await self._read(select_page_among_first(shape), values)
+            if len(rows) <= query.limit:
+                rows = await self._read(select_page_by_words(shape), values)
         incidents = [read_incident(row[:-1]) for row in rows[: query.limit]]
         following = None
         if len(rows) > query.limit:

@@ -13,6 +13,8 @@ from typing import Final
 
 from sqlalchemy import TextClause, text
 
+from incidentkit.store.search_statements import WordsMatch
+
 _TRANSACTION: Final = "CAST(CAST(pg_current_xact_id() AS text) AS bigint)"
 _NOW: Final = "date_trunc('second', clock_timestamp())"
 # As many bits as a number of JSON has.
@@ -145,9 +147,9 @@ SHIFT: Final = {
 }
 """Puts all that is there before all that is to come, in the order that it has."""
 
-TEXT_MATCH: Final = text(
-    'incident_words("Incident".incident_message) @@ CAST(('
-    "SELECT string_agg(quote_literal(lexeme) || '\\:*', ' & ') "
-    "FROM unnest(incident_words(CAST(:words AS text)))) AS tsquery)"
+_WORDS_MATCH: Final = text(
+    'incident_words("Incident".incident_message) @@ CAST(CAST(:words AS text) AS tsquery)'
 )
-"""True of a message that has each word of the text, or one that begins with it."""
+
+WORDS_MATCH: Final = WordsMatch(by_index=_WORDS_MATCH, row_by_row=_WORDS_MATCH)
+"""True of a message that has each word, or one that begins with it."""

@@ -3,6 +3,10 @@
 A page is read in the order of an index, from a place on. Where several statuses or sources are
 asked for, each pair of them is a branch that reads its own index that far, and the branches are
 merged: one index that is not filtered would be read past all that does not match.
+
+Words have two ways, since a database cannot know beforehand how many messages have them. If many
+do, enough are met among the first incidents of the page's order. If few do, the index of words has
+them all, and they are sorted.
 """
 
 from __future__ import annotations
@@ -11,16 +15,8 @@ from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
-from sqlalchemy import (
-    BigInteger,
-    bindparam,
-    func,
-    literal_column,
-    select,
-    tuple_,
-    union_all,
-)
+from attrs import evolve, frozen
+from sqlalchemy import BigInteger, bindparam, func, literal_column, or_, select, tuple_, union_all
 
 from incidentkit.store.statements import INCIDENT, text_parameter
 from incidentkit.store.tables import UtcDateTime, incident_table
@@ -34,6 +30,19 @@ _columns = incident_table.c
 
 
 @frozen
+class WordsMatch:
+    """What is true of a message that has the words of the parameter ``words``.
+
+    Attributes:
+        by_index: In a form that the index of words answers.
+        row_by_row: In a form that is looked at for each row, of whatever is called ``"Incident"``.
+    """
+
+    by_index: TextClause
+    row_by_row: TextClause
+
+
+@frozen
 class Shape:
     """What makes the statement of one search differ from that of another.
 
@@ -41,13 +50,13 @@ class Shape:
         statuses: How many statuses are asked for; 0 means any.
         sources: How many sources are asked for; 0 means any.
         oldest_first: Whether the order is that.
-        text_match: What is true of a message that has the words; None means any message.
+        words_match: Set if words are asked for.
     """
 
     statuses: int
     sources: int
     oldest_first: bool
-    text_match: TextClause | None
+    words_match: WordsMatch | None
 
 
 def _time(name: str) -> ColumnElement[Any]:
@@ -58,58 +67,108 @@ def _id(name: str) -> ColumnElement[Any]:
     return bindparam(name, type_=BigInteger())
 
 
-def _branches(shape: Shape) -> Iterator[list[ColumnElement[bool] | TextClause]]:
-    """Yield, for each pair of a status and a source, what an incident of it is."""
+def _between() -> list[ColumnElement[bool]]:
+    """Return what is true of an incident between the two places."""
     place = tuple_(_columns.created_at, _columns.incident_id)
-    between: list[ColumnElement[bool] | TextClause] = [
+    return [
         place > tuple_(_time("low_at"), _id("low_id")),
         place < tuple_(_time("high_at"), _id("high_id")),
     ]
-    if shape.text_match is not None:
-        between.append(shape.text_match)
+
+
+def _has_status(number: int) -> ColumnElement[bool]:
+    parameter = text_parameter(f"status_{number}", _columns.incident_type)
+    return _columns.incident_type == parameter
+
+
+def _has_source(number: int) -> ColumnElement[bool]:
+    return _columns.source == text_parameter(f"source_{number}", _columns.source)
+
+
+def _branches(shape: Shape) -> Iterator[list[ColumnElement[bool]]]:
+    """Yield, for each pair of a status and a source, what an incident of it is."""
     for status, source in product(range(shape.statuses or 1), range(shape.sources or 1)):
-        conditions = list(between)
+        conditions = _between()
         if shape.statuses:
-            parameter = text_parameter(f"status_{status}", _columns.incident_type)
-            conditions.append(_columns.incident_type == parameter)
+            conditions.append(_has_status(status))
         if shape.sources:
-            parameter = text_parameter(f"source_{source}", _columns.source)
-            conditions.append(_columns.source == parameter)
+            conditions.append(_has_source(source))
         yield conditions
 
 
-@cache
-def select_found(shape: Shape) -> Executable:
-    """Return the statement for a page: the columns of an incident, and its time as it is stored."""
-    columns = (*INCIDENT, _columns.created_at.label("stored_at"))
+def _all_of(shape: Shape) -> list[Any]:
+    """Return the same of every pair at once, with the words."""
+    conditions: list[Any] = _between()
+    if shape.statuses:
+        conditions.append(or_(*map(_has_status, range(shape.statuses))))
+    if shape.sources:
+        conditions.append(or_(*map(_has_source, range(shape.sources))))
+    if shape.words_match is not None:
+        conditions.append(shape.words_match.by_index)
+    return conditions
 
-    def ordered(statement: Any, at: ColumnElement[Any], id_: ColumnElement[Any]) -> Any:
-        keys = (at, id_) if shape.oldest_first else (at.desc(), id_.desc())
-        return statement.order_by(*keys).limit(_id("limit"))
 
+# The last column is the time as it is stored, which an incident shows in whole seconds.
+_FOUND = (*INCIDENT, _columns.created_at.label("stored_at"))
+
+
+def _in_order(statement: Any, columns: Any, shape: Shape, limit: str) -> Any:
+    keys = (columns.created_at, columns.incident_id)
+    if not shape.oldest_first:
+        keys = tuple(key.desc() for key in keys)
+    return statement.order_by(*keys).limit(_id(limit))
+
+
+def _first(shape: Shape, limit: str) -> Any:
+    """Return the statement for the first incidents of a page's order, whatever their words."""
     branches = [
-        ordered(select(*columns).where(*conditions), _columns.created_at, _columns.incident_id)
+        _in_order(select(*_FOUND).where(*conditions), _columns, shape, limit)
         for conditions in _branches(shape)
     ]
     if len(branches) == 1:
-        statement: Executable = branches[0]
-        return statement
+        return branches[0]
     # SQLite takes an order and a limit only inside a subselect.
     merged = union_all(
         *(select(branch.subquery(f"branch_{number}")) for number, branch in enumerate(branches))
     ).subquery("found")
-    found: Executable = ordered(select(*merged.c), merged.c.created_at, merged.c.incident_id)
+    return _in_order(select(*merged.c), merged.c, shape, limit)
+
+
+@cache
+def select_page(shape: Shape) -> Executable:
+    """Return the statement for a page without words."""
+    statement: Executable = _first(shape, "limit")
+    return statement
+
+
+@cache
+def select_page_among_first(shape: Shape) -> Executable:
+    """Return the statement for what has the words among the first ``scan`` incidents."""
+    if shape.words_match is None:
+        return select_page(shape)
+    first = _first(evolve(shape, words_match=None), "scan").subquery("Incident")
+    statement = select(*first.c).where(shape.words_match.row_by_row)
+    found: Executable = _in_order(statement, first.c, shape, "limit")
     return found
+
+
+@cache
+def select_page_by_words(shape: Shape) -> Executable:
+    """Return the statement for a page of what the index of words has."""
+    found = select(*_FOUND).where(*_all_of(shape)).cte("found")
+    # Or the order would lead PostgreSQL to look for a rare word in all messages, one by one.
+    found = found.prefix_with("MATERIALIZED", dialect="postgresql")
+    statement: Executable = _in_order(select(*found.c), found.c, shape, "limit")
+    return statement
 
 
 @cache
 def count_found(shape: Shape) -> Executable:
     """Return the statement that counts the incidents of all pages."""
-    counts = [
-        select(func.count()).select_from(incident_table).where(*conditions).scalar_subquery()
-        for conditions in _branches(shape)
-    ]
+    if shape.words_match is not None:
+        return select(func.count()).select_from(incident_table).where(*_all_of(shape))
     total: ColumnElement[Any] = literal_column("0")
-    for count in counts:
-        total = total + count
+    for conditions in _branches(shape):
+        count = select(func.count()).select_from(incident_table).where(*conditions)
+        total = total + count.scalar_subquery()
     return select(total)

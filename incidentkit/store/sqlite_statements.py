@@ -19,6 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
 
+from incidentkit.store.search_statements import WordsMatch
 from incidentkit.store.statements import EVENT, INCIDENT, text_parameter
 from incidentkit.store.tables import (
     UtcDateTime,
@@ -154,7 +155,14 @@ DELETE_EVENTS: Final = delete(incident_event_table).where(
 
 DELETE_INCIDENTS: Final = delete(incident_table).where(_columns.incident_id.in_(_purged))
 
-TEXT_MATCH: Final = text(
-    '"Incident".incident_id IN (SELECT rowid FROM incident_text WHERE incident_text MATCH :words)'
+WORDS_MATCH: Final = WordsMatch(
+    by_index=text(
+        '"Incident".incident_id IN '
+        "(SELECT rowid FROM incident_text WHERE incident_text MATCH :words)"
+    ),
+    row_by_row=text(
+        "EXISTS (SELECT 1 FROM incident_text WHERE incident_text MATCH :words "
+        'AND incident_text.rowid = "Incident".incident_id)'
+    ),
 )
 """True of a message that has each word, or one that begins with it."""
