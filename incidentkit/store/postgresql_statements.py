@@ -147,9 +147,10 @@ SHIFT: Final = {
 }
 """Puts all that is there before all that is to come, in the order that it has."""
 
-_WORDS_MATCH: Final = text(
-    'incident_words("Incident".incident_message) @@ CAST(CAST(:words AS text) AS tsquery)'
-)
+_QUERY: Final = "CAST(CAST(:words AS text) AS tsquery)"
 
-WORDS_MATCH: Final = WordsMatch(by_index=_WORDS_MATCH, row_by_row=_WORDS_MATCH)
+WORDS_MATCH: Final = WordsMatch(
+    by_index=text(f'incident_words("Incident".incident_message) @@ {_QUERY}'),
+    of_first=text(f"incident_words(first.incident_message) @@ {_QUERY}"),
+)
 """True of a message that has each word, or one that begins with it."""

@@ -35,11 +35,11 @@ class WordsMatch:
 
     Attributes:
         by_index: In a form that the index of words answers.
-        row_by_row: In a form that is looked at for each row, of whatever is called ``"Incident"``.
+        of_first: In a form for the few rows of ``first``.
     """
 
     by_index: TextClause
-    row_by_row: TextClause
+    of_first: TextClause
 
 
 @frozen
@@ -146,8 +146,8 @@ def select_page_among_first(shape: Shape) -> Executable:
     """Return the statement for what has the words among the first ``scan`` incidents."""
     if shape.words_match is None:
         return select_page(shape)
-    first = _first(evolve(shape, words_match=None), "scan").subquery("Incident")
-    statement = select(*first.c).where(shape.words_match.row_by_row)
+    first = _first(evolve(shape, words_match=None), "scan").cte("first")
+    statement = select(*first.c).where(shape.words_match.of_first)
     found: Executable = _in_order(statement, first.c, shape, "limit")
     return found
 

@@ -160,9 +160,10 @@ WORDS_MATCH: Final = WordsMatch(
         '"Incident".incident_id IN '
         "(SELECT rowid FROM incident_text WHERE incident_text MATCH :words)"
     ),
-    row_by_row=text(
-        "EXISTS (SELECT 1 FROM incident_text WHERE incident_text MATCH :words "
-        'AND incident_text.rowid = "Incident".incident_id)'
+    of_first=text(
+        "first.incident_id IN (SELECT rowid FROM incident_text WHERE incident_text MATCH :words "
+        "AND rowid BETWEEN (SELECT min(incident_id) FROM first) "
+        "AND (SELECT max(incident_id) FROM first))"
     ),
 )
 """True of a message that has each word, or one that begins with it."""
