@@ -119,3 +119,6 @@ def faults(session: nox.Session) -> None:
     name = "INCIDENTKIT_TEST_FAULTS"
     seconds = session.posargs[0] if session.posargs else os.environ.get(name, "300")
     session.run("pytest", "tests/faults", "--log-cli-level=INFO", env={name: seconds})
+    # One restart or cut a second, about.
+    rounds = {"INCIDENTKIT_TEST_FEED_ROUNDS": seconds}
+    session.run("pytest", "tests/test_feed.py", "-k", "restarts", env=rounds)

@@ -226,6 +226,40 @@ async def test_rows_outlive_the_way_to_the_origins_schema_and_back(empty_url: st
         assert third.incident_id == second.incident_id + 1
 
 
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+async def test_rows_of_every_revision_are_kept(empty_url: str, revision: str) -> None:
+    """What an earlier version stored can be read, found and changed after the upgrade."""
+    await migrate.upgrade(empty_url, revision)
+    engine = migrate.migration_engine(empty_url)
+    async with engine.begin() as connection:
+        zone = "" if connection.dialect.name == "sqlite" else "+00"
+        for status in ("new", "failed"):
+            values = f"'Disk is {status}', '{status}', 'partner', '2026-01-01 10:00:00{zone}'"
+            await connection.execute(
+                text(
+                    'INSERT INTO "Incident" (incident_message, incident_type, source, created_at) '
+                    f"VALUES ({values})"
+                )
+            )
+    await engine.dispose()
+    await migrate.upgrade(empty_url)
+    async with IncidentClient.open(empty_url) as incidents:
+        failed, new = await incidents.list()
+        assert (new.incident_message, failed.incident_message) == ("Disk is new", "Disk is failed")
+        for incident in (new, failed):
+            assert incident.created_at == datetime(2026, 1, 1, 10, tzinfo=UTC)
+            assert (incident.version, incident.occurrences) == (1, 1)
+            assert incident.last_seen_at == incident.created_at
+            assert await incidents.history(incident.incident_id) == []
+        assert new.ended_at is None
+        assert failed.ended_at is not None
+        assert failed.ended_at > failed.created_at
+        assert (await incidents.search(text="disk", total=True)).total == 2
+        changed = await incidents.update_status(new.incident_id, "completed")
+        assert changed.version == 2
+        assert await incidents.purge(datetime(2026, 1, 2, tzinfo=UTC)) == 0
+
+
 async def test_a_database_of_the_origin_is_taken_over(origin_url: str) -> None:
     """Upgrading a database that the origin filled loses no row and needs no manual step."""
     with pytest.raises(SchemaOutOfDate) as caught:

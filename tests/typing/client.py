@@ -3,14 +3,29 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, assert_type
 
-from incidentkit import Incident, IncidentClient, IncidentSource, IncidentStatus, NewIncident
+from incidentkit import (
+    ChangePage,
+    Incident,
+    IncidentClient,
+    IncidentEvent,
+    IncidentOrder,
+    IncidentSource,
+    IncidentStatus,
+    JoinedIncidents,
+    NewIncident,
+    SearchPage,
+    acting_as,
+)
 from incidentkit.cache import MemoryCache
 from incidentkit.store.base import StoreOptions, store_from_url
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     from incidentkit.cache import IncidentCache
     from incidentkit.cache.redis import RedisCache
@@ -101,6 +116,45 @@ async def read_and_changed(incidents: IncidentClient) -> None:
     await incidents.get("7")  # type: ignore[arg-type]
     await incidents.update_status(7, None)  # type: ignore[arg-type]
     await incidents.update_status(7)  # type: ignore[call-arg]
+
+
+async def followed(incidents: IncidentClient) -> None:
+    """Histories, searches and changes are of their models; a cursor is a string or None."""
+    assert_type(await incidents.history(7), list[IncidentEvent])
+    assert_type(await incidents.note(7, "Mended"), IncidentEvent)
+    assert_type(await incidents.search(status={"new"}, source="partner", total=True), SearchPage)
+    page = await incidents.search(status=[IncidentStatus.NEW], order=IncidentOrder.OLDEST)
+    assert_type(page.next, str | None)
+    async for incident in incidents.iterate(text="disk"):
+        assert_type(incident, Incident)
+    async for change in incidents.changes(after="latest"):
+        assert_type(change, IncidentEvent)
+    assert_type(await incidents.read_changes(wait=1.5), ChangePage)
+    assert_type(await incidents.purge(datetime.now(UTC)), int)
+    with acting_as("alice"):
+        assert_type(
+            await incidents.create(
+                "Disk is full", source="partner", dedup_key="disk", idempotency_key="k"
+            ),
+            Incident,
+        )
+    await incidents.note(7)  # type: ignore[call-arg]
+    await incidents.search("disk")  # type: ignore[call-arg]
+    await incidents.update_status(7, "new", "a note")  # type: ignore[call-arg]
+    await incidents.purge("90d")  # type: ignore[arg-type]
+
+
+async def joined(incidents: IncidentClient, session: AsyncSession, engine: AsyncEngine) -> None:
+    """What is joined has the verbs of the client, but neither its feed nor its life."""
+    inside = incidents.join(session)
+    assert_type(inside, JoinedIncidents)
+    assert_type(await inside.create("Disk is full", source="partner"), Incident)
+    assert_type(await inside.list(), list[Incident])
+    assert_type(await inside.search(), SearchPage)
+    inside.changes()  # type: ignore[attr-defined]
+    await inside.close()  # type: ignore[attr-defined]
+    assert_type(IncidentClient.open(engine, transitions={"new": ["failed"]}), IncidentClient)
+    IncidentClient.open(session)  # type: ignore[arg-type]
 
 
 async def opened(path: Path) -> None:
