@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+import sqlite3
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from sqlalchemy.dialects.sqlite import dialect
 
 from incidentkit import (
     ChangePage,
@@ -31,6 +33,8 @@ from incidentkit import (
 from incidentkit.cursor import encode_cursor
 from incidentkit.feed import ChangeFeed
 from incidentkit.store import migrate
+from incidentkit.store.postgresql import compile_statement
+from incidentkit.store.statements import SELECT_CHANGES, SELECT_HISTORY, SELECT_LATEST_CHANGE
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
@@ -131,15 +135,15 @@ async def test_it_goes_on_behind_any_cursor(incidents: IncidentClient, url: str)
 async def test_polling_gives_the_same(incidents: IncidentClient, limit: int) -> None:
     """Page after page, of any size, the cursors lead through all changes, each once."""
     await some_changes(incidents)
-    changes, after = [], None
-    while True:
-        page = await incidents.read_changes(after, limit=limit)
-        if not page.changes:
-            break
+    changes: list[IncidentEvent] = []
+    after = None
+    while len(changes) < 7:
+        page = await incidents.read_changes(after, limit=limit, wait=10)
         assert len(page.changes) <= limit
         changes += page.changes
         after = page.next
     assert after == changes[-1].cursor
+    assert await incidents.read_changes(after, limit=limit) == ChangePage([], after)
     assert changes == await take(incidents, 7)
 
 
@@ -147,6 +151,8 @@ async def test_latest_is_what_comes_later(incidents: IncidentClient) -> None:
     """Whoever starts with the latest does not get what was there, even where nothing was."""
     assert await incidents.read_changes("latest") == ChangePage([], None)
     await some_changes(incidents)
+    # Others on the server may hold the feed up for a moment.
+    await take(incidents, 7)
     page = await incidents.read_changes("latest")
     assert page.changes == []
     await incidents.note(1, "later")
@@ -387,6 +393,42 @@ async def test_a_dump_from_a_server_with_larger_numbers_is_put_in_order(
 
 def _of(change: IncidentEvent) -> tuple[Any, ...]:
     return change.incident_id, change.kind, change.from_status, change.to_status, change.note
+
+
+async def test_a_feed_and_a_history_are_read_from_their_indexes(
+    migrated_postgres_url: str, sqlite_url: str
+) -> None:
+    """However many events there are, a page of them is found by an index, and not sorted."""
+    fill = (
+        "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, at) "
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
+        "SELECT {place}, i, i % 100, 'noted', {now} FROM n"
+    )
+    values = {"transaction_id": 0, "event_id": 0, "incident_id": 7, "limit": 10}
+    async with connected(migrated_postgres_url) as connection:
+        await connection.execute(fill.format(place="i - 100000", now="now()"))
+        await connection.execute("ANALYZE incident_event")
+        for statement in (SELECT_CHANGES, SELECT_HISTORY, SELECT_LATEST_CHANGE):
+            compiled = compile_statement(statement)
+            plan = await connection.fetch(
+                f"EXPLAIN {compiled.text}", *(values[name] for name in compiled.parameters)
+            )
+            lines = "\n".join(line for (line,) in plan)
+            assert "Index Scan" in lines
+            assert "Sort" not in lines
+            assert "Seq Scan" not in lines
+    async with IncidentClient.open(sqlite_url):
+        pass
+    with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite+aiosqlite:///"))) as file:
+        file.execute(fill.format(place="0", now="CURRENT_TIMESTAMP"))
+        for statement in (SELECT_CHANGES, SELECT_HISTORY, SELECT_LATEST_CHANGE):
+            clause: Any = statement
+            text = clause.compile(dialect=dialect()).string
+            steps = [
+                row[3] for row in file.execute(f"EXPLAIN QUERY PLAN {text}", [0] * text.count("?"))
+            ]
+            assert len(steps) == 1, steps
+            assert steps[0].startswith("SEARCH incident_event USING"), steps
 
 
 # Transactions that overlap, on PostgreSQL

@@ -230,7 +230,8 @@ async def _changes(request: Request, arguments: dict[str, Any]) -> Response:
     last = arguments.pop("last_event_id")
     if last is not None:
         arguments["after"] = last
-    if MEDIA_TYPE in ",".join(request.headers.getlist("accept")):
+    accepted = ",".join(request.headers.getlist("accept"))
+    if MEDIA_TYPE in accepted and request.method == "GET":
         readers.check()
         first = await client.read_changes(arguments["after"], limit=BATCH)
         return ChangeStream(client, readers, first)

@@ -101,6 +101,12 @@ def test_a_quiet_stream_says_that_it_is_there(
             assert next(blocks) == {"": "nothing new"}
 
 
+def test_a_head_of_a_stream_ends(api: httpx.Client) -> None:
+    """HEAD answers at once, whatever is accepted."""
+    answer = api.head("/incident/changes", headers=STREAM)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 @pytest.mark.parametrize("headers", [{}, STREAM])
 def test_a_foreign_cursor_is_gone(serve: Serve, headers: dict[str, str]) -> None:
     """A cursor of another database is refused with 410 before a stream begins."""
