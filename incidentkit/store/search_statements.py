@@ -67,45 +67,37 @@ def _id(name: str) -> ColumnElement[Any]:
     return bindparam(name, type_=BigInteger())
 
 
-def _between() -> list[ColumnElement[bool]]:
+def _between(columns: Any) -> list[ColumnElement[bool]]:
     """Return what is true of an incident between the two places."""
-    place = tuple_(_columns.created_at, _columns.incident_id)
+    place = tuple_(columns.created_at, columns.incident_id)
     return [
         place > tuple_(_time("low_at"), _id("low_id")),
         place < tuple_(_time("high_at"), _id("high_id")),
     ]
 
 
-def _has_status(number: int) -> ColumnElement[bool]:
-    parameter = text_parameter(f"status_{number}", _columns.incident_type)
-    return _columns.incident_type == parameter
+def _has_status(number: int, columns: Any = _columns) -> ColumnElement[bool]:
+    parameter = text_parameter(f"status_{number}", columns.incident_type)
+    matches: ColumnElement[bool] = columns.incident_type == parameter
+    return matches
 
 
-def _has_source(number: int) -> ColumnElement[bool]:
-    return _columns.source == text_parameter(f"source_{number}", _columns.source)
+def _has_source(number: int, columns: Any = _columns) -> ColumnElement[bool]:
+    matches: ColumnElement[bool] = columns.source == text_parameter(
+        f"source_{number}", columns.source
+    )
+    return matches
 
 
 def _branches(shape: Shape) -> Iterator[list[ColumnElement[bool]]]:
     """Yield, for each pair of a status and a source, what an incident of it is."""
     for status, source in product(range(shape.statuses or 1), range(shape.sources or 1)):
-        conditions = _between()
+        conditions = _between(_columns)
         if shape.statuses:
             conditions.append(_has_status(status))
         if shape.sources:
             conditions.append(_has_source(source))
         yield conditions
-
-
-def _all_of(shape: Shape) -> list[Any]:
-    """Return the same of every pair at once, with the words."""
-    conditions: list[Any] = _between()
-    if shape.statuses:
-        conditions.append(or_(*map(_has_status, range(shape.statuses))))
-    if shape.sources:
-        conditions.append(or_(*map(_has_source, range(shape.sources))))
-    if shape.words_match is not None:
-        conditions.append(shape.words_match.by_index)
-    return conditions
 
 
 # The last column is the time as it is stored, which an incident shows in whole seconds.
@@ -152,21 +144,39 @@ def select_page_among_first(shape: Shape) -> Executable:
     return found
 
 
+def _found_by_words(shape: Shape) -> tuple[Any, list[Any]]:
+    """Return what the index of words has, and what else has to be true of it.
+
+    On PostgreSQL the first is done before the second is looked at: or the order of a page, or an
+    index of its filters, would lead it to look for a rare word in message after message.
+    """
+    with_words = select(*_FOUND)
+    if shape.words_match is not None:
+        with_words = with_words.where(shape.words_match.by_index)
+    found = with_words.cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
+    conditions: list[Any] = _between(found.c)
+    if shape.statuses:
+        conditions.append(or_(*(_has_status(n, found.c) for n in range(shape.statuses))))
+    if shape.sources:
+        conditions.append(or_(*(_has_source(n, found.c) for n in range(shape.sources))))
+    return found, conditions
+
+
 @cache
 def select_page_by_words(shape: Shape) -> Executable:
     """Return the statement for a page of what the index of words has."""
-    found = select(*_FOUND).where(*_all_of(shape)).cte("found")
-    # Or the order would lead PostgreSQL to look for a rare word in all messages, one by one.
-    found = found.prefix_with("MATERIALIZED", dialect="postgresql")
-    statement: Executable = _in_order(select(*found.c), found.c, shape, "limit")
-    return statement
+    found, conditions = _found_by_words(shape)
+    statement = select(*found.c).where(*conditions)
+    page: Executable = _in_order(statement, found.c, shape, "limit")
+    return page
 
 
 @cache
 def count_found(shape: Shape) -> Executable:
     """Return the statement that counts the incidents of all pages."""
     if shape.words_match is not None:
-        return select(func.count()).select_from(incident_table).where(*_all_of(shape))
+        found, conditions = _found_by_words(shape)
+        return select(func.count()).select_from(found).where(*conditions)
     total: ColumnElement[Any] = literal_column("0")
     for conditions in _branches(shape):
         count = select(func.count()).select_from(incident_table).where(*conditions)
