@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from incidentkit import __version__
@@ -35,21 +36,31 @@ html_show_sphinx: Final = False
 
 # What other packages define; no inventory of theirs is fetched, so that a build needs no network.
 nitpick_ignore_regex: Final = [
-    ("py:class", r"(asyncio|datetime|enum|os|redis|starlette)\..*"),
-    ("py:class", "Callable.*|Starlette|datetime"),
+    ("py:class", r"(asyncio|asyncpg|collections|datetime|enum|os|redis|starlette)\..*"),
+    ("py:class", "AsyncEngine|Callable.*|Pool|Record|Starlette|datetime"),
+    ("py:mod", "contextvars"),
 ]
 
 # Names that a module gives to types for its own use.
-ALIASES: Final = {"Incidents": "list[Incident]", "RequestLogSetting": "Literal['log', 'database']"}
+ALIASES: Final = {
+    "Events": "list[IncidentEvent]",
+    "Graph": "Mapping[str, Collection[str]]",
+    "Incidents": "list[Incident]",
+    "Place": "tuple[int, int]",
+    "RequestLog": "Literal['log', 'database']",
+    "RequestLogSetting": "Literal['log', 'database']",
+}
 
 
 def spell_out(*event: Any) -> tuple[str | None, str | None]:
     """Write out the aliases in a signature."""
     *_, arguments, returns = event
-    for alias, type_ in ALIASES.items():
-        arguments = arguments and arguments.replace(alias, type_)
-        returns = returns and returns.replace(alias, type_)
-    return arguments, returns
+    alias = re.compile(rf"\b({'|'.join(ALIASES)})\b")
+
+    def spelled(signature: str | None) -> str | None:
+        return signature and alias.sub(lambda found: ALIASES[found[0]], signature)
+
+    return spelled(arguments), spelled(returns)
 
 
 def setup(app: Sphinx) -> None:

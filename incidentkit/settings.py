@@ -17,11 +17,10 @@ from incidentkit.cache.base import TTL, check_redis_url
 from incidentkit.errors import InvalidSettings
 from incidentkit.models import IncidentStatus
 from incidentkit.store.base import DEFAULT_DATABASE_URL, StoreOptions, database_kind
+from incidentkit.transitions import Graph  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from incidentkit.transitions import Graph
 
 RequestLog = Literal["log", "database"]
 

@@ -75,7 +75,7 @@ class Page:
 
     Attributes:
         incidents: Newest first.
-        token: What :meth:`IncidentStore.token` says of the same snapshot of the database.
+        token: What :meth:`StoreOperations.token` says of the same snapshot of the database.
     """
 
     incidents: list[Incident]
