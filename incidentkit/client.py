@@ -13,6 +13,7 @@ from incidentkit.feed import POLL_INTERVAL, ChangeFeed
 from incidentkit.joined import JoinedIncidents
 from incidentkit.models import (
     DEFAULT_LIMIT,
+    LATEST,
     MAX_WAIT,
     Incident,
     ListQuery,
@@ -240,11 +241,14 @@ class IncidentClient(IncidentOperations):
 
     async def _close(self) -> None:
         self._connected = False
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            feed.close()
         if self._writes:
             await asyncio.wait(self._writes)
-        if self._feed is not None:
-            await self._feed.close()
         await self.store.close()
+        if feed is not None:
+            await feed.finish()
         # Last, since a list that the store still answered is handed to the cache.
         pages, self._pages = self._pages, None
         if pages is not None:
@@ -316,11 +320,14 @@ class IncidentClient(IncidentOperations):
         check_changes(after, CHANGES_BATCH, MAX_WAIT)
         pause = 0.0
         while True:
+            # What is the latest must be known before an outage, which may hide changes.
+            wait = 0 if after == LATEST else MAX_WAIT
             try:
-                page = await self.read_changes(after, limit=CHANGES_BATCH, wait=MAX_WAIT)
+                page = await self.read_changes(after, limit=CHANGES_BATCH, wait=wait)
             except StoreUnavailable:
                 pause = min(2 * pause + POLL_INTERVAL, MAX_PAUSE)
-                await asyncio.sleep(pause)
+                if self._feed is not None:
+                    await self._feed.pause(pause)
                 self._open_pages()
                 continue
             pause = 0.0

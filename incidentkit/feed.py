@@ -72,18 +72,29 @@ class ChangeFeed:
         self._clock = clock or asyncio.get_running_loop().time
         self._reads = Coalescer(self._read)
         self._change = asyncio.Event()
-        self._closed = False
+        self._look: asyncio.TimerHandle | None = None
+        self._closed = asyncio.Event()
 
     def wake(self) -> None:
-        """Let those who wait look again: something has changed here."""
+        """Let those who wait look again: something has changed here, or may have elsewhere."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
         self._change.set()
         self._change = asyncio.Event()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End those who wait with :class:`~incidentkit.ClientClosed`."""
-        self._closed = True
+        self._closed.set()
         self.wake()
+
+    async def finish(self) -> None:
+        """Wait until every read has ended."""
         await self._reads.finish()
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for so many seconds, unless the feed is closed before."""
+        await _event_or_time(self._closed, seconds)
 
     async def read(self, after: str | None, limit: int, wait: float) -> ChangePage:
         """Return changes from past a cursor.
@@ -102,17 +113,22 @@ class ChangeFeed:
         ends_at = self._clock() + wait
         while True:
             change = self._change
-            if self._closed:
+            if self._closed.is_set():
                 raise ClientClosed
-            events = await self._reads((place, limit))
+            events = await self._reads((cursor, place, limit))
+            if events is None:
+                place, cursor = await self._find(cursor)
+                continue
             if events:
                 return ChangePage(events.copy(), events[-1].cursor)
             left = ends_at - self._clock()
             if left <= 0:
                 return ChangePage([], cursor)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(left, POLL_INTERVAL)):
-                    await change.wait()
+            if self._look is None and not change.is_set():
+                # One for all who wait, so that they look at the same time, and share a read.
+                loop = asyncio.get_running_loop()
+                self._look = loop.call_later(POLL_INTERVAL, self.wake)
+            await _event_or_time(change, left)
 
     async def _find(self, after: str | None) -> tuple[Place, str | None]:
         """Return the place of a cursor, and the cursor to give back if nothing comes."""
@@ -121,5 +137,18 @@ class ChangeFeed:
             after = None if latest is None else latest.cursor
         return (BEGINNING if after is None else await self._store.place(event_cursor(after))), after
 
-    async def _read(self, key: tuple[Place, int]) -> Events:
-        return await self._store.changes(*key)
+    async def _read(self, key: tuple[str | None, Place, int]) -> Events | None:
+        """Return events from past a place, or None if the cursor is not there any more."""
+        cursor, place, limit = key
+        events = await self._store.changes(place, limit)
+        if events and cursor is not None:
+            # While somebody waited another database may have been restored in place of this one,
+            # or the numbers of its events were changed.
+            return events if await self._store.place(event_cursor(cursor)) == place else None
+        return events
+
+
+async def _event_or_time(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

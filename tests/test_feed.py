@@ -209,6 +209,40 @@ async def test_readers_at_one_place_share_a_read(
     assert reads - before <= 2
 
 
+async def test_readers_that_come_one_by_one_look_together(
+    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many wait, and whenever they came, looking for others' changes is one read a time."""
+    monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 3600)
+    waiting = []
+    for number in range(1, 21):
+        waiting.append(asyncio.ensure_future(incidents.read_changes(wait=30)))
+        await until(lambda number=number: _is_pausing(incidents, number))  # type: ignore[misc]
+    monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 0.02)
+    store: Any = incidents.store
+    feed: Any = incidents._feed
+    reads, looks = 0, 0
+    read, wake = store.changes, feed.wake
+
+    async def counted(*arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await read(*arguments)
+
+    def counted_wake() -> None:
+        nonlocal looks
+        looks += 1
+        wake()
+
+    monkeypatch.setattr(store, "changes", counted)
+    monkeypatch.setattr(feed, "wake", counted_wake)
+    wake()
+    await until(lambda: looks >= 10)
+    assert reads <= 2 * (looks + 2)
+    for task in waiting:
+        task.cancel()
+
+
 async def test_closing_ends_who_waits(url: str) -> None:
     """A client that closes lets no reader hang; a feed that goes on later starts anew."""
     client = IncidentClient.open(url)
@@ -310,6 +344,54 @@ async def test_an_outage_is_waited_for(
     assert failures == 0
 
 
+async def test_an_outage_hides_nothing_from_who_began_with_the_latest(
+    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others write before the database answers a follower again is not taken for old."""
+    monkeypatch.setattr("incidentkit.client.POLL_INTERVAL", 0.001)
+    await some_changes(incidents)
+    await take(incidents, 7)
+    store: Any = incidents.store
+    read, calls = store.changes, 0
+
+    async def failing_once(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != 2:
+            return await read(*arguments)
+        await incidents.note(1, "during the outage")
+        # Until it is final, and the latest.
+        while not (found := await read(*arguments)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert len(found) == 1
+        raise StoreUnavailable("it is away")
+
+    monkeypatch.setattr(store, "changes", failing_once)
+    async with asyncio.timeout(60):
+        (change,) = await take(incidents, 1, "latest")
+    assert change.note == "during the outage"
+
+
+async def test_closing_ends_who_waits_for_the_database(
+    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A follower that pauses before it asks again does not do so once the client is closed."""
+    monkeypatch.setattr("incidentkit.client.POLL_INTERVAL", 3600)
+    monkeypatch.setattr("incidentkit.client.MAX_PAUSE", 3600)
+    store: Any = incidents.store
+
+    async def failing(*_: Any) -> Any:
+        raise StoreUnavailable("it is away")
+
+    monkeypatch.setattr(store, "changes", failing)
+    following = asyncio.ensure_future(take(incidents, 1))
+    feed: Any = incidents._feed
+    await until(lambda: len(feed._closed._waiters) == 1)
+    await incidents.close()
+    with pytest.raises(ClientClosed):
+        await asyncio.wait_for(following, 60)
+
+
 # Another history of the database
 
 
@@ -389,6 +471,51 @@ async def test_a_dump_from_a_server_with_larger_numbers_is_put_in_order(
         assert [_of(change) for change in rest] == [_of(change) for change in after[3:]]
         await migrate.upgrade(migrated_postgres_url)
         assert await take(incidents, 8) == after
+
+
+async def test_who_waits_while_numbers_are_changed_goes_on(migrated_postgres_url: str) -> None:
+    """A reader from before `db upgrade` put events in order gets what comes after it, once."""
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        await some_changes(incidents)
+        last = (await take(incidents, 7))[-1]
+        waiting = asyncio.ensure_future(incidents.read_changes(last.cursor, wait=30))
+        await until(lambda: _is_pausing(incidents, 1))
+        async with connected(migrated_postgres_url) as connection:
+            for table in ("incident_event", '"Incident"'):
+                # Less than the server's own numbers, so that the reader's place is before them.
+                await connection.execute(f"UPDATE {table} SET transaction_id = transaction_id - 9")
+        await incidents.note(1, "later")
+        page = await waiting
+        assert [change.note for change in page.changes] == ["later"]
+        assert await incidents.read_changes(page.next) == ChangePage([], page.next)
+
+
+async def test_who_waits_notices_that_the_database_was_replaced(
+    migrated_postgres_url: str,
+) -> None:
+    """If a copy from before its cursor takes the database's place, a reader does not go on."""
+    url = urlsplit(migrated_postgres_url)
+    name = url.path.strip("/")
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        await some_changes(incidents)
+    async with connected(url._replace(path="/postgres").geturl()) as admin:
+        await admin.execute(f'CREATE DATABASE "{name}_old" TEMPLATE "{name}"')
+        try:
+            async with IncidentClient.open(migrated_postgres_url) as incidents:
+                await incidents.note(1, "of this history alone")
+                last = (await take(incidents, 8))[-1]
+                waiting = asyncio.ensure_future(incidents.read_changes(last.cursor, wait=30))
+                await until(lambda: _is_pausing(incidents, 1))
+                await admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+                await admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{name}_old"')
+                async with IncidentClient.open(migrated_postgres_url) as other:
+                    await other.note(1, "of another history")
+                with pytest.raises((UnknownCursor, StoreUnavailable)):
+                    await waiting
+                with pytest.raises(UnknownCursor):
+                    await incidents.read_changes(last.cursor)
+        finally:
+            await admin.execute(f'DROP DATABASE IF EXISTS "{name}_old" WITH (FORCE)')
 
 
 def _of(change: IncidentEvent) -> tuple[Any, ...]:
