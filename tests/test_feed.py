@@ -473,6 +473,54 @@ async def test_a_dump_from_a_server_with_larger_numbers_is_put_in_order(
         assert await take(incidents, 8) == after
 
 
+async def test_a_cursor_whose_place_cannot_be_told_is_refused(migrated_postgres_url: str) -> None:
+    """After events were put in order, the cursor of a purged one from before is not misread."""
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        await some_changes(incidents)
+        await take(incidents, 7)
+        seen = []
+        for distance in (10**12, 10**13):
+            async with connected(migrated_postgres_url) as connection:
+                for table in ("incident_event", '"Incident"'):
+                    await connection.execute(
+                        f"UPDATE {table} SET transaction_id = transaction_id + {distance}"
+                    )
+                row = await connection.fetchrow(
+                    "SELECT transaction_id, event_id, nonce, incident_id FROM incident_event "
+                    "WHERE event_id = 3"
+                )
+                assert row is not None
+                seen.append(encode_cursor(*row))
+            await migrate.upgrade(migrated_postgres_url)
+            seen.append((await take(incidents, 7))[2].cursor)
+        for cursor in seen:
+            assert len(await take(incidents, 4, cursor)) == 4
+        await incidents.purge(datetime.now(UTC) + timedelta(hours=1))
+        for cursor in seen:
+            with pytest.raises(UnknownCursor):
+                await incidents.read_changes(cursor)
+        ended = await incidents.create("It is over", source="partner", incident_type="failed")
+        changes = await take(incidents, 5)
+        await incidents.purge(datetime.now(UTC) + timedelta(hours=1))
+        (told,) = await take(incidents, 1, changes[-1].cursor)
+        assert (told.kind, told.incident_id) == (EventKind.PURGED, ended.incident_id)
+
+
+async def test_whoever_holds_the_tables_does_not_hold_up_all_others(
+    migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`db upgrade` does not wait for ever for the tables, while writers would wait behind it."""
+    monkeypatch.setattr(migrate, "TABLE_LOCK_TIMEOUT", 0.05)
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        await some_changes(incidents)
+    async with connected(migrated_postgres_url) as connection:
+        await connection.execute("UPDATE incident_event SET transaction_id = 10000000000")
+        async with connection.transaction():
+            await connection.execute('UPDATE "Incident" SET version = version')
+            with pytest.raises(StoreUnavailable):
+                await asyncio.wait_for(migrate.upgrade(migrated_postgres_url), 60)
+
+
 async def test_who_waits_while_numbers_are_changed_goes_on(migrated_postgres_url: str) -> None:
     """A reader from before `db upgrade` put events in order gets what comes after it, once."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:

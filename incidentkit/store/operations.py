@@ -58,6 +58,8 @@ class Operations(ABC):
 
     _claim_key: Executable
     _delete_expired_keys: Executable
+    _select_purged: Executable
+    """Returns a row if the event went with its incident, and its cursor tells its place."""
     _words_match: WordsMatch
 
     @abstractmethod
@@ -252,7 +254,8 @@ class Operations(ABC):
         rows = await self._read(statements.SELECT_PLACE, {"event_id": event_id, "nonce": nonce})
         if rows:
             return rows[0][0], rows[0][1]
-        if await self._read(statements.SELECT_PURGED, {"incident_id": incident_id}):
+        values = {"event_id": event_id, "incident_id": incident_id}
+        if await self._read(self._select_purged, values):
             return transaction_id, event_id
         raise UnknownCursor
 

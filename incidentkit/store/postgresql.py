@@ -175,6 +175,7 @@ class PostgresOperations(Operations):
 
     _claim_key = writes.CLAIM_KEY
     _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
+    _select_purged = writes.SELECT_PURGED
     _words_match = writes.WORDS_MATCH
 
     async def update_status(

@@ -147,6 +147,24 @@ SHIFT: Final = {
 }
 """Puts all that is there before all that is to come, in the order that it has."""
 
+SELECT_LAST_EVENT: Final = text("SELECT max(event_id) FROM incident_event")
+
+_PLACES: Final = "ix_incident_event_transaction_id"
+
+
+def note_shift(event_id: int) -> TextClause:
+    """Return what notes the last event that was shifted, where a dump has it, too."""
+    return text(f"COMMENT ON INDEX {_PLACES} IS '{event_id}'")
+
+
+SELECT_PURGED: Final = text(
+    "SELECT event_id FROM incident_event "
+    "WHERE incident_id = CAST(:incident_id AS bigint) AND kind = 'purged' "
+    "AND CAST(:event_id AS bigint) > coalesce("
+    f"CAST(obj_description(to_regclass('{_PLACES}'), 'pg_class') AS bigint), 0) LIMIT 1"
+)
+"""The cursor of an event that was shifted may be from before, and not tell where it was since."""
+
 _QUERY: Final = "CAST(CAST(:words AS text) AS tsquery)"
 
 WORDS_MATCH: Final = WordsMatch(

@@ -137,6 +137,7 @@ class SqliteOperations(Operations):
 
     _claim_key = writes.CLAIM_KEY
     _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
+    _select_purged = statements.SELECT_PURGED
     _words_match = writes.WORDS_MATCH
 
     async def _create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
