@@ -238,7 +238,7 @@ async def _changes(request: Request, arguments: dict[str, Any]) -> Response:
     page: ChangePage | None = None
     if arguments["wait"]:
         readers.check()
-        page = await readers.run(client.read_changes(**arguments))
+        page = await readers.run(client.read_changes(**arguments), request.receive)
     if page is None:
         arguments["wait"] = 0
         page = await client.read_changes(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+logger = logging.getLogger("incidentkit.http")
+
 MEDIA_TYPE: Final = "text/event-stream"
 
 MAX_READERS: Final = 100
@@ -36,6 +39,9 @@ HEARTBEAT: Final = 15.0
 
 SEND_TIMEOUT: Final = 30.0
 """Seconds after which a reader that takes nothing is given up."""
+
+END_TIMEOUT: Final = 1.0
+"""Seconds in which a reader has to take the end of its stream, or loses its connection."""
 
 RETRY: Final = 2
 """Seconds after which a browser is told to connect again."""
@@ -66,10 +72,15 @@ class Readers:
             detail = f"{MAX_READERS} readers wait for changes already"
             raise Refusal(503, detail, headers=RETRY_HEADERS)
 
-    async def run(self, work: Coroutine[Any, Any, _T]) -> _T | None:
+    async def run(self, work: Coroutine[Any, Any, _T], receive: Receive | None = None) -> _T | None:
         """Return what a reader's work returns, or None if the server is about to stop.
 
-        Nor is it done if others have taken the last places since :meth:`check`.
+        Nor is it done if others have taken the last places since :meth:`check`, or once the reader
+        is gone.
+
+        Args:
+            work: What the reader waits for.
+            receive: What tells that the reader is gone; None means that the work is cancelled then.
         """
         if len(self._tasks) >= MAX_READERS:
             work.close()
@@ -78,11 +89,14 @@ class Readers:
         self._tasks.add(task)
         if self._watch is None or self._watch.done():
             self._watch = asyncio.ensure_future(self._end_with_the_server())
+        ends = {task} if receive is None else {task, asyncio.ensure_future(_gone(receive))}
         try:
-            await asyncio.wait({task})
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._tasks.discard(task)
-            task.cancel()
+            for end in ends:
+                end.cancel()
+            await asyncio.wait(ends)
         return None if task.cancelled() else task.result()
 
     async def _end_with_the_server(self) -> None:
@@ -124,6 +138,9 @@ class ChangeStream(Response):
         gone = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({stream, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not gone.done() and stream.exception() is None and not stream.result():
+                _abort(receive)
+                await asyncio.wait({gone}, timeout=END_TIMEOUT)
         finally:
             for task in (stream, gone):
                 task.cancel()
@@ -131,23 +148,31 @@ class ChangeStream(Response):
         if not stream.cancelled() and (error := stream.exception()) is not None:
             raise error
 
-    async def _run(self, send: Send) -> None:
+    async def _run(self, send: Send) -> bool:
+        """Send, and return whether the reader has taken it all."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        with suppress(TimeoutError, IncidentKitError, OSError):
-            await self._readers.run(self._send_changes(send))
-        with suppress(TimeoutError, OSError):
-            await self._send(send, b"", more=False)
+        try:
+            with suppress(IncidentKitError):
+                await self._readers.run(self._send_changes(send))
+            async with asyncio.timeout(END_TIMEOUT):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            logger.warning("A reader of changes was too slow")
+            return False
+        except OSError:
+            return False
+        return True
 
     async def _send_changes(self, send: Send) -> None:
         page = self._page
         await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
         while True:
-            await self._send(send, _frames(page) or b": nothing new\n\n")
+            await self._send(send, _frames(page) or _sign_of_life(page))
             page = await self._client.read_changes(page.next, limit=BATCH, wait=HEARTBEAT)
 
-    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+    async def _send(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(SEND_TIMEOUT):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+            await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _frames(page: ChangePage) -> bytes:
@@ -156,6 +181,23 @@ def _frames(page: ChangePage) -> bytes:
         % (event.cursor.encode(), event.kind.value.encode(), encode_event(event))
         for event in page.changes
     )
+
+
+def _sign_of_life(page: ChangePage) -> bytes:
+    # Whoever began with the latest has to know which that was, to resume behind it.
+    id_ = b"" if page.next is None else b"id: %b\n" % page.next.encode()
+    return id_ + b": nothing new\n\n"
+
+
+def _abort(receive: Receive) -> None:
+    """Let uvicorn drop a connection with what is still to be sent on it.
+
+    ASGI has no word for it, and uvicorn would wait for the reader, also before it stops. Where
+    somebody else is behind `receive`, nothing is done.
+    """
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    if isinstance(transport, asyncio.Transport):
+        transport.abort()
 
 
 async def _gone(receive: Receive) -> None:

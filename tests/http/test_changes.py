@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,20 +16,30 @@ import pytest
 from incidentkit import IncidentClient
 from incidentkit.cursor import encode_cursor
 from incidentkit.http import create_app, streams
-from tests.http.conftest import INCIDENT, MEMORY, Serve
+from tests.http.conftest import INCIDENT, MEMORY, Records, Serve
 from tests.programs import service
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 STREAM = {"Accept": "text/event-stream"}
+HUGE = 20_000_000
+"""Bytes that are more than the buffers on the way to a reader hold."""
 
 
 def update(api: httpx.Client, status: str) -> None:
     """Change the status of the first incident."""
     params: dict[str, str | int] = {"incident_id": 1, "status": status}
     assert api.patch("/incident/update-status", params=params).status_code == 200
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what happens in the thread of the server."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def messages(stream: httpx.Response) -> Iterator[dict[str, str]]:
@@ -188,28 +200,92 @@ def test_there_are_only_so_many_readers(serve: Serve, monkeypatch: pytest.Monkey
         pytest.fail("no place became free")
 
 
+def frozen_reader(api: httpx.Client) -> socket.socket:
+    """Return a connection that asked for a stream, and takes no more than its beginning."""
+    lazy = socket.create_connection((api.base_url.host, api.base_url.port or 80), timeout=60)
+    lazy.sendall(b"GET /incident/changes HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n")
+    assert lazy.recv(1)
+    return lazy
+
+
+def is_cut(lazy: socket.socket) -> bool:
+    """Read what there is, and return whether the connection was dropped before all was sent."""
+    received = 0
+    try:
+        while data := lazy.recv(1 << 20):
+            received += len(data)
+    except ConnectionResetError:
+        return True
+    return received < HUGE
+
+
+def wait_for(records: Records, message: str) -> None:
+    """Wait until it is logged."""
+    while records.next().getMessage() != message:
+        pass
+
+
 def test_a_reader_that_takes_nothing_is_given_up(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, records: Records
 ) -> None:
-    """Whoever does not read what is sent loses the place, and the others do not notice."""
+    """Whoever does not read what is sent loses the place and the connection, and nobody else."""
     monkeypatch.setattr(streams, "SEND_TIMEOUT", 0.05)
+    monkeypatch.setattr(streams, "HEARTBEAT", 0.01)
     monkeypatch.setattr(streams, "MAX_READERS", 1)
-    # More than the buffers on the way hold.
-    monkeypatch.setattr(streams, "encode_event", lambda _: b"x" * 20_000_000)
-    app = create_app(IncidentClient.open(MEMORY))
-    api = serve(app, checked=False)
+    monkeypatch.setattr(streams, "encode_event", lambda _: b"x" * HUGE)
+    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
     api.post("/incident/create", json=INCIDENT)
-    with socket.create_connection((api.base_url.host, api.base_url.port or 80)) as lazy:
-        lazy.sendall(
-            b"GET /incident/changes HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
-        )
-        assert lazy.recv(1)
+    with frozen_reader(api) as lazy:
+        wait_for(records, "A reader of changes was too slow")
         for _ in range(1000):
             if api.get("/incident/changes?wait=1").status_code == 200:
                 break
         else:
             pytest.fail("the place never became free")
-        assert api.get("/incident/get/1").status_code == 200
+        assert is_cut(lazy)
+    assert api.get("/incident/get/1").status_code == 200
+    assert [record for record in records.seen if record.levelno >= logging.ERROR] == []
+
+
+def test_a_reader_that_takes_nothing_does_not_hold_a_server_that_stops(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, records: Records
+) -> None:
+    """When the server is told to stop, a reader that does not take the end of its stream is cut."""
+    monkeypatch.setattr(streams, "SEND_TIMEOUT", 3600.0)
+    monkeypatch.setattr(streams, "END_TIMEOUT", 0.05)
+    monkeypatch.setattr(streams, "encode_event", lambda _: b"x" * HUGE)
+    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
+    api.post("/incident/create", json=INCIDENT)
+    with frozen_reader(api) as lazy:
+        monkeypatch.setattr(streams, "_server_stops", lambda: True)
+        wait_for(records, "A reader of changes was too slow")
+        assert is_cut(lazy)
+
+
+def test_a_poll_whose_reader_is_gone_leaves_its_place(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A poll that waits ends with its connection."""
+    monkeypatch.setattr(streams, "MAX_READERS", 1)
+    app = create_app(IncidentClient.open(MEMORY))
+    api = serve(app, checked=False)
+    readers = app.state.readers
+    with socket.create_connection((api.base_url.host, api.base_url.port or 80)) as poll:
+        poll.sendall(b"GET /incident/changes?wait=30 HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(lambda: len(readers._tasks) == 1)
+        assert api.get("/incident/changes?wait=30").status_code == 503
+    until(lambda: not readers._tasks)
+
+
+def test_a_stream_from_the_latest_says_which_that_was(serve: Serve) -> None:
+    """Who is cut off before the first change can resume behind what was the latest."""
+    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
+    api.post("/incident/create", json=INCIDENT)
+    (created,) = api.get("/incident/history/1").json()
+    with api.stream("GET", "/incident/changes?after=latest", headers=STREAM) as stream:
+        blocks = messages(stream)
+        assert next(blocks) == {"retry": "2000"}
+        assert next(blocks) == {"id": created["cursor"], "": "nothing new"}
 
 
 def test_a_service_that_stops_lets_no_stream_hold_it(tmp_path: Path) -> None:
