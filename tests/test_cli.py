@@ -8,6 +8,7 @@ import logging
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import sqlite3
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import termios
 import unicodedata
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ from incidentkit import __version__
 from incidentkit.cli import main
 from incidentkit.cli.server import LineFormatter
 from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
+from incidentkit.cursor import encode_cursor
 from incidentkit.store.tables import REVISIONS, SCHEMA_REVISION
 from tests.programs import DEADLINE, outcome, service, start
 
@@ -272,6 +275,7 @@ def test_every_faulty_field_is_named() -> None:
         ["serve", "--host", ""],
         ["serve", "--workers", "2", "--database-url", "sqlite+aiosqlite:///:memory:"],
         ["db", "upgrade", "head", "now"],
+        ["watch", "--after", "latest", "--from-start"],
         ["nonsense"],
     ],
 )
@@ -602,7 +606,66 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
         assert shown in out
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"]])
+# Changes, live
+
+
+@contextmanager
+def watching(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `incidentkit watch`; an interrupt has to end it with 130, and without a word."""
+    program = start("watch", *arguments)
+    try:
+        yield program
+        program.send_signal(signal.SIGINT)
+        assert outcome(program)[::2] == (130, "")
+    finally:
+        program.kill()
+        program.wait()
+
+
+def line_of(program: subprocess.Popen[bytes]) -> str:
+    """Return the next line that a program shows."""
+    assert program.stdout is not None
+    return program.stdout.readline().decode()
+
+
+def test_watch_shows_changes_as_they_happen() -> None:
+    """From the start on, each change is a line at once, which no terminal obeys."""
+    output("create", "Disk is full\x1b[31m", "--source", "partner", "--actor", "ann\x1b[2J")
+    with watching("--from-start") as program:
+        time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+        line = re.escape(r"  1  created  new  by ann\x1b[2J")
+        assert re.fullmatch(f"{time}{line}\n", line_of(program))
+        output("update-status", "1", "failed", "--note", "two\nlines")
+        line = re.escape(r"  1  status_changed  new -> failed  two\nlines")
+        assert re.fullmatch(f"{time}{line}\n", line_of(program))
+
+
+def test_watch_goes_on_behind_a_cursor() -> None:
+    """With --json a line is the event of the history, whose cursor --after takes."""
+    output(*DISK_FULL)
+    output("update-status", "1", "failed")
+    output("update-status", "1", "new")
+    events = json.loads(output("history", "1", "--json"))
+    with watching("--json", "--after", events[0]["cursor"]) as program:
+        assert [json.loads(line_of(program)) for _ in range(2)] == events[1:]
+    for cursor, exit_code in (("nonsense", 2), ("", 2), (encode_cursor(0, 99, 9, 99), 1)):
+        (line,) = errors("watch", "--after", cursor, exit_code=exit_code)
+        assert line.startswith("Error: ")
+
+
+def test_watch_begins_with_what_comes() -> None:
+    """Without an option, what happened before the start is not shown."""
+    output(*DISK_FULL)
+    with watching("--json") as program:
+        assert program.stdout is not None
+        while not select.select([program.stdout], [], [], 0.1)[0]:
+            output("create", "Line is down", "--source", "partner")
+        assert json.loads(line_of(program))["incident_id"] > 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["list", "--json"], ["watch", "--from-start"], ["--help"]]
+)
 def test_a_closed_pipe_ends_the_command_quietly(arguments: list[str]) -> None:
     """`incidentkit list | head -1` does not complain."""
     output(*DISK_FULL)

@@ -448,8 +448,11 @@ def watch(settings: Settings, *, after: str | None, from_start: bool, as_json: b
     if from_start and after is not None:
         raise click.UsageError("--after and --from-start exclude each other")
 
+    if after is None and not from_start:
+        after = LATEST
+
     async def work(incidents: IncidentClient) -> None:
-        async for change in incidents.changes(None if from_start else after or LATEST):
+        async for change in incidents.changes(after):
             _write(encode_event(change) if as_json else change_line(change))
 
     _run(settings, work)

@@ -196,8 +196,9 @@ def _abort(receive: Receive) -> None:
     somebody else is behind `receive`, nothing is done.
     """
     transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    if isinstance(transport, asyncio.Transport):
-        transport.abort()
+    abort = getattr(transport, "abort", None)
+    if callable(abort):
+        abort()
 
 
 async def _gone(receive: Receive) -> None:
