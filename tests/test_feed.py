@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import sqlite3
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing
+import subprocess
+import sys
+import time
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -35,12 +40,14 @@ from incidentkit.feed import ChangeFeed
 from incidentkit.store import migrate
 from incidentkit.store.postgresql import compile_statement
 from incidentkit.store.statements import SELECT_CHANGES, SELECT_HISTORY, SELECT_LATEST_CHANGE
+from tests import follower
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
+
+ROOT = Path(__file__).parents[1]
 
 ROUNDS = int(os.environ.get("INCIDENTKIT_TEST_FEED_ROUNDS", "4"))
 """Restarts and cuts; set it to some hundreds for a run of many minutes."""
@@ -775,6 +782,96 @@ async def _write_and_follow(server: PostgresServer, rounds: int) -> None:  # noq
             statuses = [change for change in own if change.to_status is not None]
             for earlier, later in pairwise(statuses):
                 assert later.from_status == earlier.to_status
+
+
+def test_processes_through_restarts_and_cut_connections(tmp_path: Path) -> None:
+    """Processes follow what processes write: all of it, once, in one order, also when killed."""
+    with PostgresServer() as server, ExitStack() as stack:
+        asyncio.run(migrate.upgrade(server.url))
+        asyncio.run(_make(server.url, follower.INCIDENTS))
+
+        def run(*arguments: str) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.follower", *arguments],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+            )
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        logs = [tmp_path / f"writer{number}" for number in range(3)]
+        feeds = [tmp_path / "steady", tmp_path / "killed"]
+        writing = [run("write", server.url, str(log), log.name) for log in logs]
+        following = [run("follow", server.url, str(feed)) for feed in feeds]
+
+        def more(count: int) -> None:
+            """Wait until so many more writes were acknowledged."""
+            goal = len(_lines(*logs)) + count
+            _wait(lambda: len(_lines(*logs)) >= goal, [*writing, following[0]])
+
+        for number in range(ROUNDS):
+            more(60)
+            following[1].kill()
+            following[1].wait()
+            if number % 2:
+                server.stop()
+                server.start()
+            else:
+                asyncio.run(_cut_connections(server.url))
+            more(20)
+            following[1] = run("follow", server.url, str(feeds[1]))
+        more(20)
+        for process in writing:
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+        stored = asyncio.run(_count(server.url))
+        _wait(lambda: all(len(_lines(feed)) >= stored for feed in feeds), following)
+        steady, killed = ([json.loads(line) for line in _lines(feed)] for feed in feeds)
+    assert steady == killed
+    assert len(steady) == len({change["cursor"] for change in steady}) == stored
+    notes = [change["note"] for change in steady]
+    assert set(_lines(*logs)) <= set(notes)
+    for incident_id in range(1, follower.INCIDENTS + 1):
+        own = [change for change in steady if change["incident_id"] == incident_id]
+        statuses = [change for change in own if change["to_status"] is not None]
+        assert statuses[0]["kind"] == "created"
+        for earlier, later in pairwise(statuses):
+            assert later["from_status"] == earlier["to_status"]
+
+
+async def _make(url: str, count: int) -> None:
+    async with IncidentClient.open(url) as incidents:
+        for _ in range(count):
+            await incidents.create("Disk is full", source="monitoring")
+
+
+async def _count(url: str) -> int:
+    async with connected(url) as connection:
+        return int(await connection.fetchval("SELECT count(*) FROM incident_event"))
+
+
+async def _cut_connections(url: str) -> None:
+    async with connected(url) as connection:
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+
+
+def _lines(*files: Path) -> list[str]:
+    """Return the lines of files that are there, without one that is being written."""
+    texts = [file.read_text() if file.exists() else "" for file in files]
+    return [line for text in texts for line in text.split("\n")[:-1]]
+
+
+def _wait(condition: Callable[[], bool], running: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for what processes do, none of which may end."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert [process.poll() for process in running] == [None] * len(running)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 async def _whole_history(

@@ -1,0 +1,114 @@
+"""Processes of a test of the feed: one that changes incidents, and one that follows the changes.
+
+``python -m tests.follower write URL FILE NAME`` notes what was acknowledged, until its standard
+input ends. ``python -m tests.follower follow URL FILE`` notes each change, and resumes behind the
+last one in the file; it is there to be killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import asyncpg
+
+from incidentkit import IncidentClient, StoreUnavailable
+from incidentkit.wire import encode_event
+
+STATUSES = ("new", "completed", "failed")
+INCIDENTS = 4
+"""Incidents that are there, and that all processes change."""
+
+BETWEEN = 0.02
+"""Seconds until a call that failed is made again."""
+
+AWAY = (
+    OSError,
+    StoreUnavailable,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+
+
+async def connect(url: str) -> IncidentClient:
+    """Return an open client, however long the server is away."""
+    client = IncidentClient.open(url)
+    while True:
+        with suppress(StoreUnavailable):
+            await client.connect()
+            return client
+        await asyncio.sleep(BETWEEN)
+
+
+async def write(url: str, file: int, name: str) -> None:
+    """Write by itself, and in transactions that began before others changed the same incidents."""
+    client = await connect(url)
+    ended = asyncio.ensure_future(asyncio.to_thread(sys.stdin.buffer.read))
+
+    async def change(number: int) -> None:
+        count = number
+        while not ended.done():
+            count += 1
+            note = f"{name}-{number}-{count}"
+            try:
+                await client.note(count % INCIDENTS + 1, note)
+                os.write(file, f"{note}\n".encode())
+                await client.update_status((count + number) % INCIDENTS + 1, STATUSES[count % 3])
+            except StoreUnavailable:
+                await asyncio.sleep(BETWEEN)
+
+    async def join() -> None:
+        count = 0
+        while not ended.done():
+            count += 1
+            with suppress(*AWAY):
+                connection = await asyncpg.connect(url)
+                try:
+                    async with connection.transaction():
+                        await connection.fetchval("SELECT pg_current_xact_id()")
+                        for incident_id in range(1, INCIDENTS + 1):
+                            await client.note(incident_id, "beside an older transaction")
+                        note = f"{name}-joined-{count}"
+                        joined = client.join(connection)
+                        await joined.note(1, note)
+                        await joined.update_status(2, STATUSES[count % 3])
+                finally:
+                    await connection.close(timeout=1)
+                os.write(file, f"{note}\n".encode())
+            await asyncio.sleep(BETWEEN)
+
+    await asyncio.gather(change(0), change(1), change(2), join())
+    await client.close()
+
+
+async def follow(url: str, file: int, after: str | None) -> None:
+    """Note every change behind a cursor."""
+    client = await connect(url)
+    async for change in client.changes(after):
+        os.write(file, encode_event(change) + b"\n")
+
+
+def last_cursor(path: Path) -> str | None:
+    """Return the cursor of the last change in a file, if there is one, after half a line is cut."""
+    noted = path.read_bytes()
+    noted = noted[: noted.rfind(b"\n") + 1]
+    path.write_bytes(noted)
+    return str(json.loads(noted.splitlines()[-1])["cursor"]) if noted else None
+
+
+def main(role: str, url: str, path: str, *name: str) -> None:
+    """Be one of the two."""
+    with Path(path).open("ab", buffering=0) as file:
+        if role == "follow":
+            asyncio.run(follow(url, file.fileno(), last_cursor(Path(path))))
+        else:
+            asyncio.run(write(url, file.fileno(), *name))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
