@@ -48,9 +48,11 @@ def translate_error(error: Exception) -> StoreError:  # noqa: PLR0911
         return postgresql.translate_error(error)
     if hasattr(error.orig, "sqlite_errorcode"):
         return sqlite.translate_error(error)
-    cause = error.orig.__cause__ if error.orig else None
+    cause = postgresql.driver_error(error)
     if isinstance(cause, (asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
         return postgresql.translate_error(cause)
+    if postgresql.overtaken(cause):
+        return postgresql.translate_error(error)
     sqlstate = getattr(error.orig, "sqlstate", None)
     if sqlstate in _OTHER_SCHEMA:
         return SchemaOutOfDate(None, SCHEMA_REVISION)
@@ -75,12 +77,14 @@ class EngineStore(postgresql.PostgresOperations):
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._host_engine = engine
-        self._engine: AsyncEngine | None = None
+        # Whatever the host's own transactions are like.
+        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._several = engine.execution_options(isolation_level="READ COMMITTED")
+        self._opened = False
 
     async def open(self) -> None:
         """Check the schema."""
-        self._engine = self._host_engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._opened = True
         try:
             await self.check()
         except BaseException:
@@ -89,7 +93,7 @@ class EngineStore(postgresql.PostgresOperations):
 
     async def close(self) -> None:
         """Use the engine no more."""
-        self._engine = None
+        self._opened = False
 
     async def check(self) -> None:
         """Raise unless the database answers and has our schema."""
@@ -105,24 +109,35 @@ class EngineStore(postgresql.PostgresOperations):
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append the records in one transaction."""
         rows = [asdict(record) for record in records]
-        async with self._translated(), self._host_engine.begin() as connection:
+        async with self._connection(self._several) as connection:
             await connection.execute(statements.INSERT_REQUEST_LOG, rows)
 
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        return await self._write(lambda fetch: fetch(statement, values))
+        """Run a statement that only reads, once more if its connection turns out to be dead."""
+
+        async def work(fetch: Fetch) -> Rows:
+            return await fetch(statement, values)
+
+        try:
+            return await self._write(work)
+        except StoreUnavailable as error:
+            cause = error.__cause__
+            if not (isinstance(cause, DBAPIError) and cause.connection_invalidated):
+                raise
+        return await self._write(work)
 
     async def _write(self, work: Callable[[Fetch], Awaitable[_T]], *, atomic: bool = False) -> _T:
-        engine = self._engine
-        if engine is None:
-            raise ClientClosed
-        begin = self._host_engine.begin if atomic else engine.connect
-        async with self._translated(), begin() as connection:
+        async with self._connection(self._several if atomic else self._single) as connection:
             return await work(partial(fetch_rows, connection))
 
     @asynccontextmanager
-    async def _translated(self) -> AsyncIterator[None]:
+    async def _connection(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        """Lend a connection in a transaction, and translate what is raised meanwhile."""
+        if not self._opened:
+            raise ClientClosed
         try:
-            yield
+            async with engine.begin() as connection:
+                yield connection
         except IncidentKitError:
             raise
         except Exception as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import asyncpg
 from attrs import frozen
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+from sqlalchemy.exc import DBAPIError
 
 from incidentkit.errors import (
     ClientClosed,
@@ -32,6 +33,7 @@ from incidentkit.store.base import StoreOptions
 from incidentkit.store.operations import Operations, found
 from incidentkit.store.statements import read_event, read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
+from incidentkit.transitions import ANY_TRANSITION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Dialect, Executable
 
     from incidentkit.models import Incident, IncidentEvent, NewIncident, StatusChange
-    from incidentkit.store.base import RequestRecord, StoreOperations
+    from incidentkit.store.base import Idempotency, RequestRecord, StoreOperations
     from incidentkit.store.operations import Fetch, Rows
     from incidentkit.transitions import Transitions
 
@@ -78,6 +80,8 @@ _AWAY: Final = (
     asyncpg.LockNotAvailableError,
 )
 """What may pass without anybody changing the statement or the schema."""
+
+_ONE_OPEN: Final = "ux_Incident_dedup_key"
 
 UNREADABLE_URL: Final = (ValueError, OverflowError)
 """What asyncpg raises on connecting if a URL cannot be read, or its port is none."""
@@ -131,7 +135,7 @@ def unreadable_url() -> InvalidSettings:
     return InvalidSettings("database_url", "is not a URL that PostgreSQL's driver can read")
 
 
-def translate_error(error: Exception) -> StoreError:
+def translate_error(error: Exception) -> StoreError:  # noqa: PLR0911
     """Return what a caller sees for an exception of asyncpg or of the network."""
     if isinstance(error, _OTHER_SCHEMA):
         return SchemaOutOfDate(None, SCHEMA_REVISION)
@@ -143,8 +147,23 @@ def translate_error(error: Exception) -> StoreError:
         return StoreUnavailable("it did not answer in time")
     if isinstance(error, _AWAY):
         return StoreUnavailable("the connection was refused or lost")
+    if overtaken(error):
+        return StoreUnavailable("another incident with its dedup_key was opened at the same time")
     sqlstate = getattr(error, "sqlstate", None)
     return StoreError(f"SQLSTATE {sqlstate}" if sqlstate else "unexpected failure of the driver")
+
+
+def overtaken(error: BaseException | None) -> bool:
+    """Return whether it says that another incident with the same key was opened meanwhile."""
+    if isinstance(error, DBAPIError):
+        error = driver_error(error)
+    about = getattr(error, "diag", error)
+    return getattr(about, "constraint_name", None) == _ONE_OPEN
+
+
+def driver_error(error: DBAPIError) -> BaseException | None:
+    """Return what the driver raised, which SQLAlchemy has wrapped once, or twice for asyncpg."""
+    return error.orig and (error.orig.__cause__ or error.orig)
 
 
 async def _keep_state(_: Any) -> None:
@@ -156,6 +175,26 @@ class PostgresOperations(Operations):
 
     _claim_key = writes.CLAIM_KEY
     _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
+
+    async def update_status(
+        self,
+        change: StatusChange,
+        *,
+        transitions: Transitions = ANY_TRANSITION,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident:
+        """Change the status, with an event, and return the incident."""
+        update = partial(
+            super().update_status, change, transitions=transitions, actor=actor, once=once
+        )
+        try:
+            return await update()
+        except StoreUnavailable as error:
+            if not overtaken(error.__cause__):
+                raise
+        # Nothing was changed, and the other one can be seen now.
+        return await update()
 
     async def _create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         rows = await fetch(

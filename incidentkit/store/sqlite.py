@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import asdict
-from sqlalchemy import NullPool, create_engine, event, make_url
+from sqlalchemy import NullPool, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -123,6 +123,12 @@ async def fetch_rows(
     """Run a statement on a connection of SQLAlchemy."""
     result = await connection.execute(statement, values)
     return result.all() if result.returns_rows else ()
+
+
+async def in_transaction(connection: AsyncConnection) -> bool:
+    """Return whether SQLite itself is in a transaction, whatever SQLAlchemy takes it for."""
+    raw: Any = await connection.get_raw_connection()
+    return bool(raw.driver_connection.in_transaction)
 
 
 class SqliteOperations(Operations):
@@ -255,7 +261,7 @@ class SqliteStore(SqliteOperations):
     """
 
     def __init__(self, database: str | AsyncEngine, options: StoreOptions | None = None) -> None:
-        self._url = sqlite_url(database) if isinstance(database, str) else database.url
+        self._url = sqlite_url(database) if isinstance(database, str) else _file_of(database.url)
         self._host_engine = None if isinstance(database, str) else database
         self._options = options or StoreOptions()
         self._engine: AsyncEngine | None = None
@@ -269,11 +275,7 @@ class SqliteStore(SqliteOperations):
         # Writers of one process queue here, which is fairer and faster than SQLite's polling. New
         # at each opening, which may be on another event loop.
         self._writing = asyncio.Lock()
-        self._engine = (
-            self._create_engine()
-            if self._host_engine is None
-            else self._host_engine.execution_options(isolation_level="AUTOCOMMIT")
-        )
+        self._engine = self._create_engine() if self._host_engine is None else self._host_engine
         try:
             if self._url.database in MEMORY:
                 await migrate.upgrade_memory(self._host_engine or self._engine)
@@ -338,13 +340,34 @@ class SqliteStore(SqliteOperations):
         await self._run(self._append(rows), writes=True)
 
     async def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        async with self._connection() as connection, _transaction(connection):
+        async with self._transaction() as connection:
             await connection.execute(statements.INSERT_REQUEST_LOG, rows)
 
     def _connection(self) -> AsyncConnection:
         if self._engine is None:
             raise ClientClosed
+        if self._host_engine is not None and _shared_by_a_transaction(self._host_engine):
+            raise StoreUnavailable("a transaction has the only connection to it")
         return self._engine.connect()
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+        """Lend a connection that has the database to itself until it commits."""
+        async with self._connection() as connection:
+            if self._host_engine is not None:
+                await connection.execute(writes.LOCK)
+                if await in_transaction(connection):
+                    yield connection
+                    await connection.commit()
+                    return
+            # The connection commits by itself after each statement, unless told to begin.
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                await connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                await connection.exec_driver_sql("ROLLBACK")
+                raise
 
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         return await self._run(self._execute(statement, values))
@@ -358,7 +381,7 @@ class SqliteStore(SqliteOperations):
         return await self._run(self._transact(work), writes=True)
 
     async def _transact(self, work: Callable[[Fetch], Awaitable[_T]]) -> _T:
-        async with self._connection() as connection, _transaction(connection):
+        async with self._transaction() as connection:
             return await work(partial(fetch_rows, connection))
 
     async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
@@ -395,16 +418,21 @@ class SqliteStore(SqliteOperations):
             self._writing.release()
 
 
-@asynccontextmanager
-async def _transaction(connection: AsyncConnection) -> AsyncIterator[None]:
-    # The connection commits by itself after each statement, unless told to begin.
-    await connection.exec_driver_sql("BEGIN IMMEDIATE")
-    try:
-        yield
-        await connection.exec_driver_sql("COMMIT")
-    except BaseException:
-        await connection.exec_driver_sql("ROLLBACK")
-        raise
+def _file_of(url: URL) -> URL:
+    """Return the URL of a host's engine without what is only about its connections."""
+    return url if "uri" in url.query else url.set(query={})
+
+
+def _shared_by_a_transaction(engine: AsyncEngine) -> bool:
+    """Return whether a transaction goes on in the one connection that an engine has, if so.
+
+    Whoever takes that connection and gives it back ends the transaction.
+    """
+    pool = engine.pool
+    if not isinstance(pool, StaticPool) or "connection" not in vars(pool):
+        return False
+    driver: Any = pool.connection.driver_connection
+    return driver is not None and bool(driver.in_transaction)
 
 
 def _prepare_connection(connection: Any, _: object) -> None:
