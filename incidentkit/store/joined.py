@@ -130,7 +130,7 @@ class SqlalchemyConnection:
 
 def _dialect_name(connection: AsyncConnection | AsyncSession) -> str:
     if isinstance(connection, AsyncConnection):
-        return connection.dialect.name
+        return connection.engine.dialect.name
     try:
         return connection.sync_session.get_bind().dialect.name
     except UnboundExecutionError:

@@ -1,0 +1,565 @@
+"""Incidents in a transaction of the application's own, in each way that it may have one."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from attrs import evolve, frozen
+from redis import Redis
+from sqlalchemy import NullPool, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from incidentkit import (
+    ClientClosed,
+    DuplicateOpenIncident,
+    EventKind,
+    IdempotencyKeyReused,
+    IllegalTransition,
+    Incident,
+    IncidentClient,
+    IncidentEvent,
+    IncidentKitError,
+    IncidentNotFound,
+    InvalidIncident,
+    NotInTransaction,
+    StoreError,
+    StoreUnavailable,
+    VersionConflict,
+    acting_as,
+)
+from incidentkit.store.base import BEGINNING
+from tests.hosts import (
+    WAYS,
+    AsyncpgHost,
+    Host,
+    SqlalchemyHost,
+    begin_by_itself,
+    host_engine,
+    open_host,
+    prepared,
+    run_sql,
+    sqlalchemy_url,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from incidentkit.joined import JoinedIncidents
+
+GRAPH = {"new": ["completed", "failed"], "failed": ["new"]}
+"""Nothing comes after `completed`."""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a database of each kind."""
+    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def url(empty_url: str) -> str:
+    """The URL of a database of each kind, with the schema and the host's own table."""
+    return await prepared(empty_url)
+
+
+@pytest.fixture
+async def postgres_url(migrated_postgres_url: str) -> str:
+    """The URL of a PostgreSQL database with the schema and the host's own table."""
+    return await prepared(migrated_postgres_url)
+
+
+@pytest.fixture
+async def file_url(sqlite_url: str) -> str:
+    """The URL of an SQLite file with the schema and the host's own table."""
+    return await prepared(sqlite_url)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each way that a host may have a transaction."""
+    return str(request.param)
+
+
+@pytest.fixture
+def host_url(way: str, request: pytest.FixtureRequest) -> str:
+    """The URL of the host's database."""
+    name = "sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def host(way: str, host_url: str) -> AsyncIterator[Host]:
+    """A host, in each way."""
+    async with open_host(way, await prepared(host_url)) as host:
+        yield host
+
+
+@pytest.fixture
+async def client(host: Host, redis_url: str) -> AsyncIterator[IncidentClient]:
+    """The host's client."""
+    async with IncidentClient.open(host.url, redis_url, transitions=GRAPH) as client:
+        yield client
+
+
+@pytest.fixture
+async def other(host: Host, redis_url: str) -> AsyncIterator[IncidentClient]:
+    """A client of another process."""
+    async with IncidentClient.open(host.url, redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+async def joined(host: Host, client: IncidentClient) -> JoinedIncidents:
+    """The verbs in a transaction that the host has begun."""
+    return await join(host, client)
+
+
+async def join(host: Host, client: IncidentClient) -> JoinedIncidents:
+    """Begin a transaction, and return the verbs in it."""
+    await host.begin()
+    return client.join(host.connection)
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[Redis]:
+    """What looks into Redis."""
+    with Redis.from_url(redis_url) as redis:
+        yield redis
+
+
+@frozen
+class Everything:
+    """All that somebody outside of a transaction can find out."""
+
+    incidents: list[Incident]
+    histories: dict[int, list[IncidentEvent]]
+    keys: list[str]
+    events: int
+    orders: list[int]
+
+    @classmethod
+    async def seen_by(cls, client: IncidentClient, url: str) -> Everything:
+        """Return what a client sees, and what is in the tables."""
+        incidents = await client.list(limit=1000)
+        ids = [incident.incident_id for incident in incidents]
+        assert [await client.get(incident_id) for incident_id in ids] == incidents
+        keys = await run_sql(url, "SELECT idempotency_key FROM incident_idempotency_key")
+        ((events,),) = await run_sql(url, "SELECT count(*) FROM incident_event")
+        return cls(
+            incidents,
+            {incident_id: await client.history(incident_id) for incident_id in ids},
+            sorted(key for (key,) in keys),
+            events,
+            [each for (each,) in await run_sql(url, "SELECT order_id FROM orders ORDER BY 1")],
+        )
+
+
+async def feed(client: IncidentClient, count: int) -> list[IncidentEvent]:
+    """Return the feed, once it has so many events; transactions of others may hold it up."""
+    async with asyncio.timeout(60):
+        while len(events := await client.store.changes(BEGINNING, 1000)) < count:
+            await asyncio.sleep(0.01)
+    return events
+
+
+def kinds(events: list[IncidentEvent]) -> list[str]:
+    """Return what happened."""
+    return [str(event.kind) for event in events]
+
+
+# What becomes of it
+
+
+async def test_a_commit_shows_everything_to_everybody(
+    host: Host, client: IncidentClient, other: IncidentClient
+) -> None:
+    """After the commit, whoever asks sees the incident, its status, its history and its keys."""
+    assert await client.list() == await other.list() == []
+    joined = await join(host, client)
+    await host.order(1)
+    with acting_as("shop"):
+        created = await joined.create(
+            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="first"
+        )
+        noted = await joined.note(created.incident_id, "The carrier was called")
+        changed = await joined.update_status(
+            created.incident_id, "failed", note="Lost", expected_version=1, idempotency_key="second"
+        )
+    await host.commit()
+    assert changed.version == 2
+    for each in (client, other):
+        assert await each.list() == await each.list(status="failed") == [changed]
+        assert await each.list(status="new") == []
+        assert await each.get(created.incident_id) == changed
+        history = await each.history(created.incident_id)
+        assert kinds(history) == ["created", "noted", "status_changed"]
+        assert history[1] == noted
+        assert {event.actor for event in history} == {"shop"}
+        assert await feed(each, 3) == history
+        again = await each.create(
+            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="first"
+        )
+        assert again == created
+        assert (
+            await each.update_status(
+                1, "failed", note="Lost", expected_version=1, idempotency_key="second"
+            )
+        ) == changed
+        with pytest.raises(IdempotencyKeyReused):
+            await each.create("Order 2 is late", source="partner", idempotency_key="first")
+    assert await run_sql(host.url, "SELECT order_id FROM orders") == [(1,)]
+
+
+async def test_before_the_commit_nobody_sees_anything(
+    host: Host, client: IncidentClient, other: IncidentClient
+) -> None:
+    """While the transaction goes on, everybody else, its own client too, sees what was before."""
+    old = await other.create("Order 1 is late", source="partner", dedup_key="order-1")
+    before = await Everything.seen_by(other, host.url)
+    joined = await join(host, client)
+    await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+    await joined.create("Order 2 is late", source="partner", idempotency_key="key")
+    await joined.update_status(old.incident_id, "completed")
+    await joined.note(old.incident_id, "Delivered")
+    for each in (client, other):
+        assert await Everything.seen_by(each, host.url) == before
+        assert kinds(await each.store.changes(BEGINNING, 1000)) in (["created"], [])
+    await host.commit()
+    assert kinds(await other.history(old.incident_id)) == [
+        "created",
+        "recurred",
+        "status_changed",
+        "noted",
+    ]
+
+
+async def test_a_rollback_leaves_nothing(
+    host: Host, client: IncidentClient, other: IncidentClient, redis: Redis
+) -> None:
+    """After the rollback nothing is left: no row, no event, no key in Redis, no page."""
+    old = await other.create("Order 1 is late", source="partner", dedup_key="order-1")
+    before = await Everything.seen_by(other, host.url)
+    await feed(other, 1)
+    redis.flushdb()
+    joined = await join(host, client)
+    await host.order(1)
+    await joined.create(
+        "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="first"
+    )
+    created = await joined.create("Order 2 is late", source="partner", dedup_key="order-2")
+    await joined.update_status(old.incident_id, "failed", note="Lost", idempotency_key="second")
+    await joined.note(created.incident_id, "The carrier was called")
+    assert len(await joined.list()) == 2
+    await host.rollback()
+    assert redis.keys() == []
+    for each in (client, other):
+        assert await Everything.seen_by(each, host.url) == before
+        assert await feed(each, 1) == before.histories[old.incident_id]
+        with pytest.raises(IncidentNotFound):
+            await each.get(created.incident_id)
+        with pytest.raises(IncidentNotFound):
+            await each.history(created.incident_id)
+    again = await other.create("Another one", source="partner", idempotency_key="first")
+    assert again.incident_message == "Another one"
+    assert (await other.create("Order 2", source="partner", dedup_key="order-2")).occurrences == 1
+
+
+async def test_a_savepoint_takes_back_what_came_after_it(
+    host: Host, client: IncidentClient, other: IncidentClient
+) -> None:
+    """What a savepoint takes back is gone, what was before and after it is committed."""
+    joined = await join(host, client)
+    await host.order(1)
+    first = await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+    await host.save()
+    await host.order(2)
+    await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+    await joined.create("Order 2 is late", source="partner", idempotency_key="key")
+    await joined.update_status(first.incident_id, "failed", idempotency_key="other")
+    await joined.note(first.incident_id, "Lost")
+    await host.take_back()
+    assert await joined.list() == [first]
+    assert kinds(await joined.history(first.incident_id)) == ["created"]
+    await host.save()
+    done = await joined.update_status(first.incident_id, "completed")
+    await host.keep()
+    await host.commit()
+    seen = await Everything.seen_by(other, host.url)
+    assert seen.incidents == [done]
+    assert seen.orders == [1]
+    assert seen.keys == []
+    assert seen.events == 2
+    assert kinds(await feed(other, 2)) == ["created", "status_changed"]
+
+
+async def test_a_rollback_to_a_savepoint_is_a_change_to_no_list(
+    host: Host, client: IncidentClient, other: IncidentClient
+) -> None:
+    """Lists are right after a part of a transaction was taken back, whatever was cached before."""
+    await other.create("Order 0 is late", source="partner")
+    await other.list()
+    joined = await join(host, client)
+    await host.save()
+    await joined.create("Order 1 is late", source="partner")
+    await host.take_back()
+    created = await joined.create("Order 2 is late", source="partner")
+    await host.commit()
+    assert (await other.list())[0] == (await client.list())[0] == created
+
+
+# What can be done in it
+
+
+async def test_the_transaction_sees_its_own_writes(host: Host, joined: JoinedIncidents) -> None:
+    """Each read in the transaction shows what was written in it before."""
+    late = await joined.create("Order 1 is late", source="partner")
+    lost = await joined.create("Order 2 is lost", source="operator", incident_type="failed")
+    assert {one.incident_id for one in await joined.list()} == {1, 2}
+    assert await joined.list(1, 10, "failed", "operator") == [lost]
+    assert await joined.list(page=3, limit=1) == []
+    assert await joined.get(late.incident_id) == late
+    first, second = [await joined.note(late.incident_id, note) for note in ("One", "Two")]
+    created, *notes = await joined.history(late.incident_id)
+    assert created.kind is EventKind.CREATED
+    assert notes == [first, second]
+    assert await joined.history(late.incident_id, limit=1, after=created.cursor) == [first]
+    await host.rollback()
+
+
+async def test_every_option_works_in_the_transaction(
+    host: Host, client: IncidentClient, joined: JoinedIncidents
+) -> None:
+    """Repetitions are counted, keys answer again, versions count, notes and actors are kept."""
+    created = await joined.create(
+        "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+    )
+    again = await joined.create(
+        "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+    )
+    assert again == created
+    with acting_as("monitor"):
+        seen_again = await joined.create("Still late", source="monitoring", dedup_key="order-1")
+    assert (seen_again.incident_id, seen_again.occurrences, seen_again.version) == (1, 2, 2)
+    failed = await joined.update_status(1, "failed", expected_version=2, idempotency_key="other")
+    assert failed.ended_at is not None
+    again = await joined.update_status(1, "failed", expected_version=2, idempotency_key="other")
+    assert again == failed
+    assert await joined.update_status(1, "failed", note="Lost") == failed
+    reopened = await joined.update_status(1, "new")
+    assert (reopened.version, reopened.ended_at) == (4, None)
+    await host.commit()
+    events = await client.history(1)
+    assert kinds(events) == ["created", "recurred", "status_changed", "noted", "status_changed"]
+    assert [event.actor for event in events] == [None, "monitor", None, None, None]
+    assert [event.note for event in events] == [None, "Still late", None, "Lost", None]
+
+
+REFUSED: dict[type[IncidentKitError], Callable[[JoinedIncidents], Awaitable[Any]]] = {
+    InvalidIncident: lambda joined: joined.create("test", source="partner", idempotency_key="key"),
+    IncidentNotFound: lambda joined: joined.update_status(99, "failed", idempotency_key="key"),
+    VersionConflict: lambda joined: joined.update_status(
+        1, "failed", expected_version=7, idempotency_key="key"
+    ),
+    IllegalTransition: lambda joined: joined.update_status(1, "failed", idempotency_key="key"),
+    DuplicateOpenIncident: lambda joined: joined.update_status(2, "new", idempotency_key="key"),
+    IdempotencyKeyReused: lambda joined: joined.create(
+        "Order 4 is late", source="partner", idempotency_key="used"
+    ),
+}
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=lambda error: error.__name__)
+async def test_a_refusal_leaves_the_transaction_usable(
+    host: Host, client: IncidentClient, other: IncidentClient, error: type[IncidentKitError]
+) -> None:
+    """After a call that was refused the host goes on and commits, and nothing is left of it."""
+    await other.create("Order 1 is late", source="partner", idempotency_key="used")
+    await other.update_status(1, "completed")
+    await other.create("Order 2 is late", source="partner", dedup_key="order-2")
+    await other.update_status(2, "failed")
+    await other.create("Order 2 is late", source="partner", dedup_key="order-2")
+    before = await Everything.seen_by(other, host.url)
+    joined = await join(host, client)
+    await host.order(1)
+    with pytest.raises(error):
+        await REFUSED[error](joined)
+    await host.order(2)
+    await host.commit()
+    assert await Everything.seen_by(other, host.url) == evolve(before, orders=[1, 2])
+    # The key of a call that was refused is free.
+    again = await other.create("Order 5 is late", source="partner", idempotency_key="key")
+    assert again.incident_message == "Order 5 is late"
+
+
+async def test_calls_of_several_tasks_take_turns(
+    host: Host, client: IncidentClient, joined: JoinedIncidents
+) -> None:
+    """Tasks may use one join at a time; a call that fails takes back nothing of another."""
+    calls: list[Awaitable[object]] = []
+    for number in range(5):
+        calls += [
+            joined.create("Order 1 is late", source="partner", idempotency_key=f"key-{number}"),
+            joined.update_status(99, "failed", idempotency_key=f"other-{number}"),
+            joined.list(),
+        ]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    await host.commit()
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert [type(error) for error in errors] == [IncidentNotFound] * 5
+    assert len(await client.list()) == 5
+    keys = await run_sql(host.url, "SELECT answer FROM incident_idempotency_key")
+    assert len(keys) == 5
+    assert (None,) not in keys
+
+
+# What cannot be joined
+
+
+async def test_a_join_ends_with_its_transaction(host: Host, client: IncidentClient) -> None:
+    """What is called after the commit is refused; it would be in no transaction, or another."""
+    joined = await join(host, client)
+    await joined.create("Order 1 is late", source="partner")
+    await host.commit()
+    for call in (joined.create("Order 2 is late", source="partner"), joined.get(1), joined.list()):
+        with pytest.raises(NotInTransaction):
+            await call
+    assert len(await client.list()) == 1
+    again = await join(host, client)
+    assert await again.get(1)
+    await host.rollback()
+    with pytest.raises(NotInTransaction):
+        await again.note(1, "Lost")
+
+
+async def test_a_closed_connection_cannot_be_joined(
+    way: str, host_url: str, redis_url: str
+) -> None:
+    """A connection that was closed or given back is told as one that is in no transaction."""
+    url = await prepared(host_url)
+    async with IncidentClient.open(url, redis_url) as client:
+        async with open_host(way, url) as host:
+            joined = await join(host, client)
+            await joined.create("Order 1 is late", source="partner")
+            await host.rollback()
+        with pytest.raises(NotInTransaction):
+            await joined.list()
+        if not way.endswith("session"):  # which may be used again
+            with pytest.raises(NotInTransaction):
+                client.join(host.connection)
+        assert await client.list() == []
+
+
+async def test_a_context_that_was_committed_is_no_transaction(url: str) -> None:
+    """Inside `engine.begin()` and `session.begin()`, after a commit, nothing can be joined."""
+    async with IncidentClient.open(url) as client, host_engine(url, poolclass=NullPool) as engine:
+        for ended in (False, True):
+            async with engine.begin() as connection:
+                joined = client.join(connection)
+                await connection.commit()
+                joined = client.join(connection) if ended else joined
+                with pytest.raises(NotInTransaction):
+                    await joined.list()
+            async with AsyncSession(engine) as session, session.begin():
+                joined = client.join(session)
+                await session.commit()
+                joined = client.join(session) if ended else joined
+                with pytest.raises(NotInTransaction):
+                    await joined.list()
+
+
+async def test_what_commits_by_itself_cannot_be_joined(url: str) -> None:
+    """Neither a connection nor a session whose statements commit by themselves can be joined."""
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(IncidentClient.open(url))
+        engine = await stack.enter_async_context(host_engine(url, poolclass=NullPool))
+        committing = await stack.enter_async_context(
+            host_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        )
+        for autocommit in (committing, engine.execution_options(isolation_level="AUTOCOMMIT")):
+            async with autocommit.connect() as connection:
+                with pytest.raises(NotInTransaction):
+                    client.join(connection)
+            async with AsyncSession(autocommit) as session:
+                with pytest.raises(NotInTransaction):
+                    await client.join(session).create("Order 1 is late", source="partner")
+        with pytest.raises(NotInTransaction):
+            client.join(engine.connect())
+        assert await client.list() == []
+
+
+async def test_a_driver_that_commits_by_itself_cannot_be_joined(file_url: str) -> None:
+    """On SQLite a driver that was told to begin nothing is found out before anything is written."""
+    options: dict[str, Any] = {"connect_args": {"isolation_level": None}, "poolclass": NullPool}
+    async with (
+        IncidentClient.open(file_url) as client,
+        host_engine(file_url, **options) as engine,
+        engine.connect() as connection,
+    ):
+        with pytest.raises(NotInTransaction):
+            await client.join(connection).create("Order 1 is late", source="partner")
+        assert await client.list() == []
+
+
+async def test_asyncpg_outside_of_a_transaction_cannot_be_joined(postgres_url: str) -> None:
+    """A connection of asyncpg, its own or a pool's, has to be in a transaction."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host("asyncpg-connection", postgres_url) as connection,
+        open_host("asyncpg-pool", postgres_url) as pooled,
+    ):
+        for host in (connection, pooled):
+            with pytest.raises(NotInTransaction):
+                client.join(host.connection)
+
+
+async def test_other_objects_are_refused_by_what_is_accepted(
+    file_url: str, postgres_url: str
+) -> None:
+    """What is no connection, or one to another kind of database, is a TypeError that tells it."""
+    async with (
+        IncidentClient.open(file_url) as on_file,
+        IncidentClient.open(postgres_url) as on_postgres,
+        host_engine(file_url, poolclass=NullPool) as engine,
+        engine.connect() as connection,
+        AsyncSession(engine) as session,
+        AsyncSession() as unbound,
+        open_host("asyncpg-connection", postgres_url) as host,
+    ):
+        await host.begin()
+        for wrong in (
+            None,
+            file_url,
+            engine,
+            sqlite3.connect,
+            connection.sync_connection,
+            session.sync_session,
+        ):
+            with pytest.raises(TypeError, match="AsyncConnection and AsyncSession, and asyncpg's"):
+                on_file.join(wrong)
+        for other in (connection, session):
+            with pytest.raises(TypeError, match="on postgresql, not on sqlite"):
+                on_postgres.join(other)
+        with pytest.raises(TypeError, match="on sqlite, not on postgresql"):
+            on_file.join(host.connection)
+        with pytest.raises(TypeError, match="on one database"):
+            on_file.join(unbound)
+
+
+async def test_a_closed_client_joins_nothing(host: Host) -> None:
+    """A client that is not open says so."""
+    client = IncidentClient.open(host.url)
+    await host.begin()
+    with pytest.raises(ClientClosed):
+        client.join(host.connection)
+    async with client:
+        client.join(host.connection)
+    with pytest.raises(ClientClosed):
+        client.join(host.connection)
