@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
 import pytest
 from attrs import evolve, frozen
 from redis import Redis
-from sqlalchemy import NullPool, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import NullPool
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from incidentkit import (
@@ -26,8 +24,10 @@ from incidentkit import (
     IncidentEvent,
     IncidentKitError,
     IncidentNotFound,
+    IncidentStatus,
     InvalidIncident,
     NotInTransaction,
+    SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
     VersionConflict,
@@ -38,13 +38,11 @@ from tests.hosts import (
     WAYS,
     AsyncpgHost,
     Host,
-    SqlalchemyHost,
     begin_by_itself,
     host_engine,
     open_host,
     prepared,
     run_sql,
-    sqlalchemy_url,
 )
 
 if TYPE_CHECKING:
@@ -165,7 +163,7 @@ class Everything:
 async def feed(client: IncidentClient, count: int) -> list[IncidentEvent]:
     """Return the feed, once it has so many events; transactions of others may hold it up."""
     async with asyncio.timeout(60):
-        while len(events := await client.store.changes(BEGINNING, 1000)) < count:
+        while len(events := await client.store.changes(BEGINNING, 1000)) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return events
 
@@ -433,7 +431,7 @@ async def test_a_join_ends_with_its_transaction(host: Host, client: IncidentClie
             await call
     assert len(await client.list()) == 1
     again = await join(host, client)
-    assert await again.get(1)
+    assert (await again.get(1)).version == 1
     await host.rollback()
     with pytest.raises(NotInTransaction):
         await again.note(1, "Lost")
@@ -563,3 +561,360 @@ async def test_a_closed_client_joins_nothing(host: Host) -> None:
         client.join(host.connection)
     with pytest.raises(ClientClosed):
         client.join(host.connection)
+
+
+# What goes wrong in it
+
+
+async def test_a_failed_transaction_is_told(host: Host, client: IncidentClient) -> None:
+    """After a statement of the host's that PostgreSQL refused, each call is a typed error."""
+    joined = await join(host, client)
+    with pytest.raises(Exception, match="nonsense"):
+        await host.execute("SELECT * FROM nonsense")
+    if host.url.startswith("sqlite"):
+        # Which goes on.
+        await joined.create("Order 1 is late", source="partner")
+    else:
+        for call in (
+            joined.create("Order 1 is late", source="partner"),
+            joined.create("Order 1 is late", source="partner", idempotency_key="key"),
+            joined.list(),
+        ):
+            with pytest.raises(StoreError):
+                await call
+    await host.rollback()
+    assert await client.list() == []
+
+
+async def test_a_missing_schema_is_told(host: Host, client: IncidentClient) -> None:
+    """A host's database without our tables is told as a schema that is out of date."""
+    await run_sql(host.url, 'DROP TABLE "Incident"')
+    calls: list[Callable[[JoinedIncidents], Awaitable[object]]] = [
+        lambda joined: joined.create("Order 1 is late", source="partner"),
+        lambda joined: joined.update_status(1, "new", idempotency_key="key"),
+        lambda joined: joined.list(),
+    ]
+    for call in calls:
+        joined = await join(host, client)
+        with pytest.raises(SchemaOutOfDate):
+            await call(joined)
+        await host.rollback()
+
+
+POSTGRES_WAYS = [way for way in WAYS if not way.startswith("sqlite")]
+
+
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+async def test_a_statement_that_takes_too_long_is_unavailable(way: str, postgres_url: str) -> None:
+    """The server's time limits end a call typed, whether it waits for a lock or for its turn."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host("asyncpg-connection", postgres_url) as holder,
+        open_host(way, postgres_url) as host,
+    ):
+        await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+        await holder.begin()
+        await client.join(holder.connection).update_status(1, "failed")
+        for setting in ("statement_timeout", "lock_timeout"):
+            joined = await join(host, client)
+            await host.execute(f"SET LOCAL {setting} = 50")
+            with pytest.raises(StoreUnavailable):
+                await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+            await host.rollback()
+        await holder.commit()
+        joined = await join(host, client)
+        again = await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+        assert again.incident_id > 1
+        await host.commit()
+
+
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+async def test_a_connection_that_is_ended_is_told(way: str, postgres_url: str) -> None:
+    """A call on a connection that the server has ended is a typed error, as each later one is."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host(way, postgres_url) as host,
+    ):
+        joined = await join(host, client)
+        await joined.create("Order 1 is late", source="partner")
+        ((backend,),) = await host.execute("SELECT pg_backend_pid()")
+        await run_sql(postgres_url, f"SELECT pg_terminate_backend({backend})")
+        with pytest.raises((StoreUnavailable, NotInTransaction)):
+            await joined.create("Order 2 is late", source="partner", idempotency_key="key")
+        with pytest.raises((StoreError, NotInTransaction)):
+            await joined.list()
+        with suppress(Exception):
+            await host.rollback()
+        assert await client.list() == []
+
+
+async def test_half_a_change_is_never_committed(file_url: str) -> None:
+    """What fails half way on SQLite leaves nothing, even if the host commits all the same."""
+    trigger = (
+        "CREATE TRIGGER broken BEFORE INSERT ON incident_event "
+        "WHEN new.kind <> 'noted' BEGIN SELECT raise(FAIL, 'broken'); END"
+    )
+    async with (
+        IncidentClient.open(file_url) as client,
+        open_host("sqlite-connection", file_url) as host,
+    ):
+        await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+        await run_sql(file_url, trigger)
+        before = await Everything.seen_by(client, file_url)
+        joined = await join(host, client)
+        await host.order(1)
+        for call in (
+            joined.create("Order 1 is late", source="partner", dedup_key="order-1"),
+            joined.create("Order 2 is late", source="partner", idempotency_key="key"),
+            joined.update_status(1, "failed"),
+        ):
+            with pytest.raises(StoreError):
+                await call
+        await host.commit()
+        assert await Everything.seen_by(client, file_url) == evolve(before, orders=[1])
+
+
+async def test_a_call_that_is_cancelled_is_never_committed_by_halves(
+    host: Host, client: IncidentClient
+) -> None:
+    """A host that cancels a call and tries to commit has all of the call, or nothing of it."""
+    for turns in range(0, 40, 3):
+        joined = await join(host, client)
+        call = asyncio.ensure_future(
+            joined.create("Order 1 is late", source="partner", idempotency_key=f"key-{turns}")
+        )
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        try:
+            await host.commit()
+        except Exception:  # noqa: BLE001
+            # The driver may have thrown its connection away.
+            await host.rollback()
+        if isinstance(host, AsyncpgHost) and host.connection.is_closed():
+            break
+    incidents = await client.list(limit=1000)
+    for incident in incidents:
+        assert kinds(await client.history(incident.incident_id)) == ["created"]
+    answers = await run_sql(host.url, "SELECT answer FROM incident_idempotency_key")
+    assert len(answers) == len(incidents)
+    assert (None,) not in answers
+
+
+# Who else writes at the same time
+
+
+async def test_writers_of_a_file_lose_nothing(file_url: str) -> None:
+    """Joined transactions and a client that write one SQLite file at a time lose no occurrence."""
+    rounds = 5
+
+    async def in_transactions(client: IncidentClient, way: str) -> None:
+        async with open_host(way, file_url) as host:
+            for _ in range(rounds):
+                joined = await join(host, client)
+                # Which was read before it is written.
+                await joined.list()
+                await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+                await host.commit()
+
+    async def alone(client: IncidentClient) -> None:
+        for _ in range(rounds):
+            await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+
+    async with IncidentClient.open(file_url) as client:
+        await asyncio.gather(
+            in_transactions(client, "sqlite-connection"),
+            in_transactions(client, "sqlite-session"),
+            alone(client),
+        )
+        (incident,) = await client.list()
+        assert incident.occurrences == incident.version == 3 * rounds
+        assert len(await client.history(1)) == 3 * rounds
+
+
+async def test_a_change_on_a_file_is_of_what_is_there_now(file_url: str) -> None:
+    """Of two transactions that expect a version on SQLite, the second finds that it has gone."""
+    async with (
+        IncidentClient.open(file_url) as client,
+        open_host("sqlite-connection", file_url) as one,
+        open_host("sqlite-session", file_url) as other,
+    ):
+        await client.create("Order 1 is late", source="partner")
+        joined = client.join(one.connection)
+        waiting = client.join(other.connection)
+        assert await waiting.get(1) == await joined.get(1)
+        await joined.update_status(1, "completed", expected_version=1)
+        second = asyncio.ensure_future(waiting.update_status(1, "failed", expected_version=1))
+        await asyncio.sleep(0)
+        await one.commit()
+        with pytest.raises(VersionConflict) as caught:
+            await second
+        assert caught.value.incident.version == 2
+        await other.rollback()
+
+
+async def test_a_file_that_stays_locked_is_unavailable(file_url: str, tmp_path: Path) -> None:
+    """A host waits for another writer as long as its own engine does, and is told so."""
+    options: dict[str, Any] = {"connect_args": {"timeout": 0.05}, "poolclass": NullPool}
+    other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
+    async with (
+        IncidentClient.open(file_url) as client,
+        host_engine(file_url, **options) as engine,
+        engine.connect() as connection,
+    ):
+        joined = client.join(connection)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailable):
+            await joined.create("Order 1 is late", source="partner")
+        assert await joined.list() == []
+        other.execute("ROLLBACK")
+        await joined.create("Order 1 is late", source="partner")
+        await connection.commit()
+        assert len(await client.list()) == 1
+    other.close()
+
+
+async def test_what_was_read_before_others_wrote_cannot_be_written(file_url: str) -> None:
+    """Where a host's engine begins by itself, a snapshot that is old is told as unavailable."""
+    async with (
+        IncidentClient.open(file_url) as client,
+        host_engine(file_url, poolclass=NullPool) as engine,
+    ):
+        begin_by_itself(engine)
+        async with engine.connect() as connection:
+            joined = client.join(connection)
+            assert await joined.list() == []
+            await client.create("Order 1 is late", source="partner")
+            assert await joined.list() == []
+            with pytest.raises(StoreUnavailable):
+                await joined.create("Order 2 is late", source="partner")
+            await connection.rollback()
+            await client.join(connection).create("Order 2 is late", source="partner")
+            await connection.commit()
+        assert len(await client.list()) == 2
+
+
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+@pytest.mark.parametrize("commits", [True, False])
+async def test_a_key_that_is_open_in_a_transaction_is_waited_for(
+    way: str, postgres_url: str, *, commits: bool
+) -> None:
+    """A client counts the occurrence of what a transaction has created, or makes it if it ends."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host(way, postgres_url) as host,
+    ):
+        joined = await join(host, client)
+        await joined.create(
+            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+        )
+        counted = asyncio.ensure_future(
+            client.create("Order 1 is late", source="partner", dedup_key="order-1")
+        )
+        repeated = asyncio.ensure_future(
+            client.create(
+                "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+            )
+        )
+        await _until_waiting(postgres_url, 2)
+        await (host.commit() if commits else host.rollback())
+        incidents = await asyncio.gather(counted, repeated)
+        (incident,) = await client.list()
+        assert {each.incident_id for each in incidents} == {incident.incident_id}
+        assert incident.occurrences == 2
+        assert len(await client.history(incident.incident_id)) == 2
+
+
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+async def test_reopening_beside_one_that_is_being_opened_is_a_conflict(
+    way: str, postgres_url: str
+) -> None:
+    """Two that reopen incidents of one key end with one open, and the other's transaction lives."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host("asyncpg-connection", postgres_url) as first,
+        open_host(way, postgres_url) as second,
+    ):
+        for _ in range(3):
+            one = await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+            await client.update_status(one.incident_id, "failed")
+        joined = await join(first, client)
+        await joined.update_status(1, "new")
+        waiting = await join(second, client)
+        await second.order(1)
+        calls = [
+            asyncio.ensure_future(call)
+            for call in (
+                waiting.update_status(2, "new"),
+                client.update_status(3, "new"),
+                client.update_status(3, "new", idempotency_key="key"),
+            )
+        ]
+        await _until_waiting(postgres_url, len(calls))
+        await first.commit()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [DuplicateOpenIncident] * len(calls)
+        await second.commit()
+        assert await run_sql(postgres_url, "SELECT order_id FROM orders") == [(1,)]
+        assert [each.incident_id for each in await client.list(status="new")] == [1]
+        assert await run_sql(postgres_url, "SELECT * FROM incident_idempotency_key") == []
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+async def test_a_transaction_that_must_be_repeated_is_unavailable(
+    way: str, level: str, postgres_url: str
+) -> None:
+    """In a stricter isolation a change of what others changed meanwhile fails, and works again."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host(way, postgres_url) as host,
+    ):
+        await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+        two = await client.create("Order 2 is late", source="partner", dedup_key="order-2")
+        await client.update_status(two.incident_id, "failed")
+        calls: list[Callable[[JoinedIncidents], Awaitable[object]]] = [
+            lambda joined: joined.create(
+                "Order 3 is late", source="partner", idempotency_key="key"
+            ),
+            lambda joined: joined.create("Order 1 is late", source="partner", dedup_key="order-1"),
+            lambda joined: joined.update_status(1, "failed"),
+            lambda joined: joined.note(1, "Lost"),
+            lambda joined: joined.update_status(2, "new"),
+        ]
+        meanwhile: list[Callable[[], Awaitable[object]]] = [
+            lambda: client.create("Order 3 is late", source="partner", idempotency_key="key"),
+            *[lambda: client.note(1, "Called")] * 3,
+            lambda: client.create("Order 2 is late", source="partner", dedup_key="order-2"),
+        ]
+        for call, other in zip(calls, meanwhile, strict=True):
+            await _begin_in(host, level)
+            joined = client.join(host.connection)
+            await joined.list()
+            await other()
+            with pytest.raises(StoreUnavailable):
+                await call(joined)
+            await host.rollback()
+        joined = await join(host, client)
+        await joined.update_status(1, "failed")
+        await host.commit()
+        assert (await client.get(1)).incident_type is IncidentStatus.FAILED
+
+
+async def _begin_in(host: Host, level: str) -> None:
+    """Begin a transaction that has read nothing yet, in this isolation."""
+    if isinstance(host, AsyncpgHost):
+        await host.begin()
+    await host.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+
+
+async def _until_waiting(url: str, count: int) -> None:
+    """Return when so many connections to a database of PostgreSQL wait for another's lock."""
+    statement = (
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    async with asyncio.timeout(60):
+        while (await run_sql(url, statement)) != [(count,)]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
