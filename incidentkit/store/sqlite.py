@@ -390,7 +390,9 @@ class SqliteStore(SqliteOperations):
         SQLAlchemy throws a connection away if a call on it is cancelled, and with it a database
         in memory.
         """
-        task = asyncio.ensure_future(self._in_turn(work) if writes else work)
+        # In memory there is one connection, on which a read would see a write that is half way.
+        alone = writes or self._url.database in MEMORY
+        task = asyncio.ensure_future(self._in_turn(work) if alone else work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         seconds = self._options.pool_timeout + self._options.statement_timeout
