@@ -24,9 +24,9 @@ def run(name: str) -> tuple[int, str, str]:
     return outcome(start(program=[*WARNINGS, str(EXAMPLES / name)]))
 
 
-def rows(statement: str) -> list[tuple[object, ...]]:
-    """Return rows of the SQLite database that a program without settings uses."""
-    with closing(sqlite3.connect("incidentkit.db")) as connection:
+def rows(statement: str, file: str = "incidentkit.db") -> list[tuple[object, ...]]:
+    """Return rows of an SQLite database, by default the one of a program without settings."""
+    with closing(sqlite3.connect(file)) as connection:
         return connection.execute(statement).fetchall()
 
 
@@ -34,7 +34,13 @@ def test_every_example_is_run_here() -> None:
     """No example is left out."""
     source = Path(__file__).read_text()
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert names == ["embedded.py", "fastapi_host.py", "own_cache.py", "servers.py"]
+    assert names == [
+        "embedded.py",
+        "fastapi_host.py",
+        "order_and_incident.py",
+        "own_cache.py",
+        "servers.py",
+    ]
     assert all(f'"{name}"' in source or f'"{name[:-3]}:app"' in source for name in names)
 
 
@@ -118,6 +124,17 @@ def test_own_cache() -> None:
     """After each change each client asks for the page once, and what one has read serves both."""
     output = "The cache was asked for a page 4 times and had it 2 times\n"
     assert run("own_cache.py") == (0, output, "")
+
+
+def test_order_and_incident() -> None:
+    """An order and its incident are kept together, and vanish together, with all their traces."""
+    output = ["Not paid: harp", "Order 1: piano", "Incident 1: Pack order 1 by hand: piano"]
+    exit_code, out, err = run("order_and_incident.py")
+    assert (exit_code, out.splitlines(), err) == (0, output, "")
+    assert run("order_and_incident.py")[0] == 0
+    assert rows("SELECT item FROM orders", "shop.db") == [("piano",), ("piano",)]
+    assert rows('SELECT count(*) FROM "Incident"', "shop.db") == [(2,)]
+    assert rows("SELECT count(*) FROM incident_event", "shop.db") == [(2,)]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
