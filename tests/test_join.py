@@ -455,6 +455,20 @@ async def test_a_closed_connection_cannot_be_joined(
         assert await client.list() == []
 
 
+async def test_a_connection_that_was_cut_off_cannot_be_joined(postgres_url: str) -> None:
+    """A connection of asyncpg that is closed in the middle of its transaction is in none."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host("asyncpg-connection", postgres_url) as host,
+    ):
+        joined = await join(host, client)
+        host.connection.terminate()
+        with pytest.raises(NotInTransaction):
+            await joined.list()
+        with pytest.raises(NotInTransaction):
+            client.join(host.connection)
+
+
 async def test_a_context_that_was_committed_is_no_transaction(url: str) -> None:
     """Inside `engine.begin()` and `session.begin()`, after a commit, nothing can be joined."""
     async with IncidentClient.open(url) as client, host_engine(url, poolclass=NullPool) as engine:
