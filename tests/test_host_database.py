@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ DATABASES = (
     "sqlite-driver-autocommit",
     "sqlite-unpooled",
     "memory",
+    # What Python's documentation recommends, from 3.12 on.
+    *(("sqlite-modern", "memory-modern") if hasattr(sqlite3.Connection, "autocommit") else ()),
     "engine",
     "engine-autocommit",
     "engine-serializable",
@@ -60,6 +63,8 @@ async def _teach(connection: Any) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "sqlite-autocommit": {"isolation_level": "AUTOCOMMIT"},
     "sqlite-driver-autocommit": {"connect_args": {"isolation_level": None}},
+    "sqlite-modern": {"connect_args": {"autocommit": False}},
+    "memory-modern": {"connect_args": {"autocommit": False}},
     "sqlite-unpooled": {"poolclass": NullPool},
     "engine-autocommit": {"isolation_level": "AUTOCOMMIT"},
     "engine-serializable": {"isolation_level": "SERIALIZABLE", "pool_size": 1, "max_overflow": 0},
@@ -77,7 +82,7 @@ async def opened(name: str, url: str) -> AsyncIterator[AsyncEngine | asyncpg.Poo
         async with asyncpg.create_pool(url, **options) as pool:
             yield pool
     else:
-        url = "sqlite+aiosqlite:///:memory:" if name == "memory" else url
+        url = "sqlite+aiosqlite:///:memory:" if name.startswith("memory") else url
         async with host_engine(url, **options) as engine:
             if name == "sqlite-begins":
                 begin_by_itself(engine)

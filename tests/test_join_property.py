@@ -141,13 +141,15 @@ class JoinMachine(RuleBasedStateMachine):
 
     def somewhere(self, inside: bool) -> tuple[IncidentOperations, list[State]]:
         """Return the verbs, and who sees what they do: in the transaction, or outside of it."""
-        if inside and self.layers:
+        if inside and not self.layers:
+            self.begin_a_transaction()
+        if inside:
             return self.joined, self.layers[-1:]
         return self.client, [self.committed, *self.layers]
 
     def may_write(self, inside: bool, *things: object) -> bool:
         """Return whether a call there has to wait for nobody."""
-        if inside and self.layers:
+        if inside:
             self.touched |= set(things)
             return True
         if not self.layers:
@@ -182,7 +184,7 @@ class JoinMachine(RuleBasedStateMachine):
                 occurrences=found.occurrences + 1,
                 last_seen_at=incident.last_seen_at,
             )
-        if inside and self.layers:
+        if inside:
             self.touched.add(incident.incident_id)
         for state in states:
             state.put(incident, "created" if found is None else "recurred")
@@ -269,8 +271,6 @@ class JoinMachine(RuleBasedStateMachine):
 
     # What becomes of the transaction
 
-    @precondition(lambda self: not self.layers)
-    @rule()
     def begin_a_transaction(self) -> None:
         self.run(self.host.begin())
         self.joined = self.client.join(self.host.connection)
@@ -278,40 +278,31 @@ class JoinMachine(RuleBasedStateMachine):
         self.touched = set()
 
     @precondition(lambda self: self.layers)
-    @rule()
-    def commit(self) -> None:
-        self.run(self.host.commit())
-        self.committed = self.layers[-1]
+    @rule(commits=st.booleans())
+    def end(self, *, commits: bool) -> None:
+        if commits:
+            self.run(self.host.commit())
+            self.committed = self.layers[-1]
+        else:
+            self.run(self.host.rollback())
         self.ended()
 
     @precondition(lambda self: self.layers)
-    @rule()
-    def roll_back(self) -> None:
-        self.run(self.host.rollback())
-        self.ended()
-
-    @precondition(lambda self: self.layers)
-    @rule()
-    def save(self) -> None:
-        self.run(self.host.save())
-        self.layers.append(self.layers[-1].copy())
-
-    @precondition(lambda self: len(self.layers) > 1)
-    @rule()
-    def keep(self) -> None:
-        self.run(self.host.keep())
-        self.layers[-2:] = self.layers[-1:]
-
-    @precondition(lambda self: len(self.layers) > 1)
-    @rule()
-    def take_back(self) -> None:
-        self.run(self.host.take_back())
-        self.layers.pop()
+    @rule(how=st.sampled_from(["save", "save", "keep", "take back"]))
+    def savepoint(self, how: str) -> None:
+        if how == "save":
+            self.run(self.host.save())
+            self.layers.append(self.layers[-1].copy())
+        elif len(self.layers) > 1 and how == "keep":
+            self.run(self.host.keep())
+            self.layers[-2:] = self.layers[-1:]
+        elif len(self.layers) > 1:
+            self.run(self.host.take_back())
+            self.layers.pop()
 
     def ended(self) -> None:
         """Look at everything that is left of a transaction."""
         self.layers = []
-        self.touched = set()
         self.run(self._everybody_sees(self.committed))
 
     async def _everybody_sees(self, state: State) -> None:

@@ -434,7 +434,10 @@ def _shared_by_a_transaction(engine: AsyncEngine) -> bool:
     if not isinstance(pool, StaticPool) or "connection" not in vars(pool):
         return False
     driver: Any = pool.connection.driver_connection
-    return driver is not None and bool(driver.in_transaction)
+    if driver is None or not driver.in_transaction:
+        return False
+    # From Python 3.12 on a driver may be told to be in one all the time.
+    return getattr(driver._conn, "autocommit", None) is not False  # noqa: SLF001
 
 
 def _prepare_connection(connection: Any, _: object) -> None:
