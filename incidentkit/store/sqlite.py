@@ -267,6 +267,8 @@ class SqliteStore(SqliteOperations):
         self._engine: AsyncEngine | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._writing = asyncio.Lock()
+        # Whether it can be seen that a transaction of the host has the only connection.
+        self._tells = False
 
     async def open(self) -> None:
         """Open the file, creating it if need be, and bring its schema up to date."""
@@ -278,7 +280,11 @@ class SqliteStore(SqliteOperations):
         self._engine = self._create_engine() if self._host_engine is None else self._host_engine
         try:
             if self._url.database in MEMORY:
-                await migrate.upgrade_memory(self._host_engine or self._engine)
+                await migrate.upgrade_memory(self._engine)
+                # From Python 3.12 on a driver may be told to be in a transaction all the time.
+                self._tells = self._host_engine is not None and not _shared_by_a_transaction(
+                    self._host_engine
+                )
             else:
                 await self._run(probe(self._url))
                 try:
@@ -346,7 +352,7 @@ class SqliteStore(SqliteOperations):
     def _connection(self) -> AsyncConnection:
         if self._engine is None:
             raise ClientClosed
-        if self._host_engine is not None and _shared_by_a_transaction(self._host_engine):
+        if self._tells and _shared_by_a_transaction(self._engine):
             raise StoreUnavailable("a transaction has the only connection to it")
         return self._engine.connect()
 
@@ -434,10 +440,7 @@ def _shared_by_a_transaction(engine: AsyncEngine) -> bool:
     if not isinstance(pool, StaticPool) or "connection" not in vars(pool):
         return False
     driver: Any = pool.connection.driver_connection
-    if driver is None or not driver.in_transaction:
-        return False
-    # From Python 3.12 on a driver may be told to be in one all the time.
-    return getattr(driver._conn, "autocommit", None) is not False  # noqa: SLF001
+    return driver is not None and bool(driver.in_transaction)
 
 
 def _prepare_connection(connection: Any, _: object) -> None:
