@@ -316,7 +316,7 @@ async def test_a_file_is_brought_up_to_date(sqlite_url: str) -> None:
             assert len(await client.list()) == 1
 
 
-@pytest.mark.parametrize("name", ["engine", "engine-unpooled", "pool"])
+@pytest.mark.parametrize("name", ["engine", "engine-unpooled", "pool-small"])
 async def test_a_connection_that_is_ended_is_replaced(
     name: str, migrated_postgres_url: str
 ) -> None:
