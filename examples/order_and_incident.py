@@ -1,64 +1,70 @@
-"""An order and its incident: committed together, or gone together.
+"""Store an order and its incident in one transaction: they are kept together, or vanish together.
+
+.. code-block:: console
 
     $ pip install incidentkit
-    $ python order_and_incident.py
+    $ python examples/order_and_incident.py
 
-It works on an SQLite file of its own, which it removes at the end.
+Both are in the file `shop.db` in the current folder; the tables of the incidents are made in it
+when the client opens.
 """
 
 import asyncio
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from sqlalchemy import Column, Integer, MetaData, String, Table, func, insert, select
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from incidentkit import IncidentClient
 
-metadata = MetaData()
-orders = Table(
-    "orders",
-    metadata,
-    Column("number", Integer, primary_key=True),
-    Column("status", String, nullable=False),
-)
+
+class Base(DeclarativeBase):
+    """The tables of the shop."""
 
 
-async def lose_order(number: int, incidents: IncidentClient, engine: AsyncEngine) -> None:
-    """Record a lost order and an incident about it, in one transaction."""
-    async with engine.begin() as connection:
-        await connection.execute(insert(orders).values(number=number, status="lost"))
-        joined = incidents.join(connection)
-        await joined.create(f"Order {number} is lost", source="operator")
-        if number % 2 == 0:
-            raise RuntimeError("the warehouse has found it")
+class Order(Base):
+    """What somebody wants."""
+
+    __tablename__ = "orders"
+
+    order_id: Mapped[int] = mapped_column(primary_key=True)
+    item: Mapped[str]
 
 
-async def report(incidents: IncidentClient, engine: AsyncEngine) -> None:
-    """Print what there is."""
-    async with engine.connect() as connection:
-        count = await connection.scalar(select(func.count()).select_from(orders))
-    found = await incidents.search(total=True)
-    changes = (await incidents.read_changes()).changes
-    print(f"{count} orders, {found.total} incidents, {len(changes)} changes")
+class CardRefused(Exception):
+    """The order cannot be paid."""
+
+
+async def place(engine: AsyncEngine, incidents: IncidentClient, item: str, *, paid: bool) -> None:
+    """Store an order that has to be packed by hand, and an incident that tells so."""
+    async with AsyncSession(engine) as session, session.begin():
+        order = Order(item=item)
+        session.add(order)
+        await session.flush()
+        joined = incidents.join(session)
+        await joined.create(f"Pack order {order.order_id} by hand: {item}", source="operator")
+        if not paid:
+            raise CardRefused(item)
 
 
 async def main() -> None:
-    """Lose two orders, of which one is found again in time."""
-    with TemporaryDirectory() as folder:
-        engine = create_async_engine(f"sqlite+aiosqlite:///{Path(folder) / 'shop.db'}")
-        async with engine.begin() as connection:
-            await connection.run_sync(metadata.create_all)
-        async with IncidentClient.open(engine) as incidents:
-            await lose_order(7, incidents, engine)
-            await report(incidents, engine)
-            try:
-                await lose_order(8, incidents, engine)
-            except RuntimeError as error:
-                print("Rolled back:", error)
-            await report(incidents, engine)
-        await engine.dispose()
+    """Place an order that is kept and one that is not, and show what is left."""
+    engine = create_async_engine("sqlite+aiosqlite:///shop.db")
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    async with IncidentClient.open(engine) as incidents:
+        await place(engine, incidents, "piano", paid=True)
+        try:
+            await place(engine, incidents, "harp", paid=False)
+        except CardRefused as error:
+            print(f"Not paid: {error}")
+
+        async with AsyncSession(engine) as session:
+            for order in await session.scalars(select(Order)):
+                print(f"Order {order.order_id}: {order.item}")
+        for incident in await incidents.list():
+            print(f"Incident {incident.incident_id}: {incident.incident_message}")
+    await engine.dispose()
 
 
-if __name__ == "__main__":
-    asyncio.run(main())
+asyncio.run(main())

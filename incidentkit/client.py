@@ -294,8 +294,8 @@ class IncidentClient(IncidentOperations):
 
         Raises:
             ClientClosed: If the client is not open.
-            NotInTransaction: If the connection commits each statement by itself.
-            TypeError: If it is no connection that can be joined.
+            NotInTransaction: If the connection commits each statement by itself, or is closed.
+            TypeError: If it is no connection that can be joined, or to another kind of database.
         """
         self._open_pages()
         return JoinedIncidents(self.store.join(connection), self._transitions)

@@ -24,8 +24,11 @@ class JoinedIncidents(IncidentOperations):
     """What :meth:`IncidentClient.join` returns; good until the transaction ends.
 
     Nothing that it writes is seen by anybody else before the transaction is committed, and nothing
-    is left of it after a rollback. No cache is read or filled. An error of the database may have
-    ended the transaction, as it does for any other statement in it.
+    is left of it after a rollback. No cache is read or filled. A call that fails leaves nothing of
+    what it wrote. An error of the database may have ended the transaction, as it does for any other
+    statement in it.
+
+    Every method raises :class:`~incidentkit.NotInTransaction` once the transaction has ended.
     """
 
     def __init__(self, store: StoreOperations, transitions: Transitions) -> None:

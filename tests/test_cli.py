@@ -411,6 +411,78 @@ def test_a_change_that_is_not_allowed_says_why(monkeypatch: pytest.MonkeyPatch) 
     assert "completed" in output("update-status", "1", "completed", "--expected-version", "1")
 
 
+def test_search_shows_a_page_and_how_to_go_on() -> None:
+    """`search` takes filters several times, and tells the total and the next page on stderr."""
+    for source in ("monitoring", "partner", "operator"):
+        output("create", f"Disk of {source} is full", "--source", source)
+    arguments = ("search", "--text", "DISK", "--source", "partner", "--source", "operator")
+    first = run(*arguments, "--limit", "1", "--total")
+    assert first.exit_code == 0
+    assert [line.split()[0] for line in first.stdout.splitlines()] == ["incident_id", "3"]
+    total, following = first.stderr.splitlines()
+    assert total == "2 in total."
+    cursor = following.removeprefix("For the next page: --after ")
+    second = output(*arguments, "--limit", "1", "--after", cursor)
+    assert [line.split()[0] for line in second.splitlines()] == ["incident_id", "2"]
+    page = json.loads(output(*arguments, "--order", "oldest", "--json"))
+    assert [incident["incident_id"] for incident in page["incidents"]] == [2, 3]
+    assert (page["next"], page["total"]) == (None, None)
+    nothing = run("search", "--created-before", "2020-01-01T00:00:00+03:00")
+    assert (nothing.exit_code, nothing.stdout, nothing.stderr) == (0, "", "No incidents.\n")
+    assert len(output("search", "--created-after", "2020-01-01").splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--status", "open"), "Error: status must be one of: new, completed, failed"),
+        (("--order", "best"), "Error: order must be one of: newest, oldest"),
+        (("--after", "x"), "Error: after is not a cursor"),
+    ],
+)
+def test_a_faulty_search_says_what_it_should_be(arguments: tuple[str, str], line: str) -> None:
+    """A value that breaks a rule is one line, and a usage error."""
+    assert errors("search", *arguments, exit_code=2) == [line]
+
+
+def test_a_faulty_time_is_refused() -> None:
+    """A time is one of ISO 8601."""
+    result = run("search", "--created-after", "yesterday")
+    assert result.exit_code == 2
+    assert "must be a time such as 2026-11-23" in result.stderr
+
+
+def test_watch_shows_changes_as_they_happen() -> None:
+    """A change that another process makes is shown on a line of its own; Ctrl+C ends it."""
+    output(*DISK_FULL)
+    with start("watch", "--json", "--from-start") as watching:
+        assert watching.stdout is not None
+        first = json.loads(watching.stdout.readline())
+        assert (first["incident_id"], first["kind"]) == (1, "created")
+        output("update-status", "1", "failed", "--actor", "alice")
+        second = json.loads(watching.stdout.readline())
+        assert (second["to_status"], second["actor"]) == ("failed", "alice")
+        watching.send_signal(signal.SIGINT)
+        exit_code, out, err = outcome(watching)
+    assert (exit_code, out, err) == (130, "", "")
+    with start("watch", "--after", first["cursor"]) as resumed:
+        assert resumed.stdout is not None
+        line = resumed.stdout.readline().decode()
+        assert line.split()[3:] == ["1", "status_changed", "new", "->", "failed", "by", "alice"]
+        resumed.send_signal(signal.SIGTERM)
+        resumed.wait(DEADLINE)
+
+
+def test_watch_takes_one_place_to_begin() -> None:
+    """A cursor and the start exclude each other, and a foreign cursor is refused."""
+    result = run("watch", "--from-start", "--after", "latest")
+    assert result.exit_code == 2
+    foreign = encode_cursor(1, 2, 3, 4)
+    assert errors("watch", "--after", foreign, exit_code=1) == [
+        "Error: The cursor is not one of this database"
+    ]
+
+
 def test_purge_removes_what_ended_long_ago() -> None:
     """`purge` tells how many it removed, and takes an age with its unit."""
     output(*DISK_FULL)

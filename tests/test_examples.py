@@ -24,9 +24,9 @@ def run(name: str) -> tuple[int, str, str]:
     return outcome(start(program=[*WARNINGS, str(EXAMPLES / name)]))
 
 
-def rows(statement: str) -> list[tuple[object, ...]]:
-    """Return rows of the SQLite database that a program without settings uses."""
-    with closing(sqlite3.connect("incidentkit.db")) as connection:
+def rows(statement: str, file: str = "incidentkit.db") -> list[tuple[object, ...]]:
+    """Return rows of an SQLite database, by default the one of a program without settings."""
+    with closing(sqlite3.connect(file)) as connection:
         return connection.execute(statement).fetchall()
 
 
@@ -120,21 +120,21 @@ def test_fastapi_host(tmp_path: Path) -> None:
     assert rows('SELECT count(*) FROM "Incident"') == [(2,)]
 
 
-def test_order_and_incident() -> None:
-    """The order that is committed has its incident, the one that is rolled back has none."""
-    exit_code, out, err = run("order_and_incident.py")
-    assert (exit_code, err) == (0, "")
-    assert out.splitlines() == [
-        "1 orders, 1 incidents, 1 changes",
-        "Rolled back: the warehouse has found it",
-        "1 orders, 1 incidents, 1 changes",
-    ]
-
-
 def test_own_cache() -> None:
     """After each change each client asks for the page once, and what one has read serves both."""
     output = "The cache was asked for a page 4 times and had it 2 times\n"
     assert run("own_cache.py") == (0, output, "")
+
+
+def test_order_and_incident() -> None:
+    """An order and its incident are kept together, and vanish together, with all their traces."""
+    output = ["Not paid: harp", "Order 1: piano", "Incident 1: Pack order 1 by hand: piano"]
+    exit_code, out, err = run("order_and_incident.py")
+    assert (exit_code, out.splitlines(), err) == (0, output, "")
+    assert run("order_and_incident.py")[0] == 0
+    assert rows("SELECT item FROM orders", "shop.db") == [("piano",), ("piano",)]
+    assert rows('SELECT count(*) FROM "Incident"', "shop.db") == [(2,)]
+    assert rows("SELECT count(*) FROM incident_event", "shop.db") == [(2,)]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

@@ -1,19 +1,17 @@
-"""Incidents inside the host's own transaction, on every kind of connection that can be joined."""
+"""Incidents in a transaction of the application's own, in each way that it may have one."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime, timedelta
+import sqlite3
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from attrs import evolve, frozen
 from redis import Redis
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy import NullPool
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from incidentkit import (
     ClientClosed,
@@ -24,10 +22,10 @@ from incidentkit import (
     Incident,
     IncidentClient,
     IncidentEvent,
+    IncidentKitError,
     IncidentNotFound,
     IncidentStatus,
     InvalidIncident,
-    InvalidSettings,
     NotInTransaction,
     SchemaOutOfDate,
     StoreError,
@@ -35,731 +33,902 @@ from incidentkit import (
     VersionConflict,
     acting_as,
 )
-from incidentkit.store import StoreOptions
-from tests.strategies import statuses
+from incidentkit.store.base import BEGINNING
+from tests.hosts import (
+    WAYS,
+    AsyncpgHost,
+    Host,
+    begin_by_itself,
+    host_engine,
+    open_host,
+    prepared,
+    run_sql,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from incidentkit.joined import JoinedIncidents
+
+GRAPH = {"new": ["completed", "failed"], "failed": ["new"]}
+"""Nothing comes after `completed`."""
 
 
-class Host:
-    """An application with a database, and a transaction of its own on it."""
-
-    def __init__(self, url: str, kind: str) -> None:
-        self.url = url
-        self.kind = kind
-
-    @property
-    def sqlalchemy_url(self) -> str:
-        """The URL for SQLAlchemy."""
-        return self.url.replace("postgresql://", "postgresql+asyncpg://")
-
-    @asynccontextmanager
-    async def begin(self) -> AsyncIterator[tuple[Any, Any]]:
-        """Begin a transaction; give what can be joined, and what ends it or runs SQL in it."""
-        if self.kind in ("asyncpg", "pool"):
-            pool = await asyncpg.create_pool(self.url, min_size=1, max_size=1)
-            async with pool.acquire() as proxy:
-                raw = proxy if self.kind == "pool" else await asyncpg.connect(self.url)
-                transaction = raw.transaction()
-                await transaction.start()
-                yield raw, AsyncpgEnd(raw, transaction)
-                if self.kind == "asyncpg":
-                    await raw.close()
-            await pool.close()
-            return
-        engine = create_async_engine(self.sqlalchemy_url)
-        if self.kind == "session":
-            async with AsyncSession(engine) as session:
-                yield session, SqlalchemyEnd(session)
-        else:
-            async with engine.connect() as connection:
-                yield connection, SqlalchemyEnd(connection)
-        await engine.dispose()
-
-
-class SqlalchemyEnd:
-    """How a transaction of SQLAlchemy ends."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-
-    async def commit(self) -> None:
-        """Commit."""
-        await self._connection.commit()
-
-    async def rollback(self) -> None:
-        """Roll back."""
-        await self._connection.rollback()
-
-    async def execute(self, statement: str) -> None:
-        """Run a statement of the host's."""
-        await self._connection.execute(text(statement))
-
-    def savepoint(self) -> AbstractAsyncContextManager[Any]:
-        """Return a savepoint that an exception rolls back."""
-        savepoint: AbstractAsyncContextManager[Any] = self._connection.begin_nested()
-        return savepoint
-
-
-class AsyncpgEnd:
-    """How a transaction of asyncpg ends."""
-
-    def __init__(self, connection: Any, transaction: Any) -> None:
-        self._connection = connection
-        self._transaction = transaction
-
-    async def commit(self) -> None:
-        """Commit."""
-        await self._transaction.commit()
-
-    async def rollback(self) -> None:
-        """Roll back."""
-        await self._transaction.rollback()
-
-    async def execute(self, statement: str) -> None:
-        """Run a statement of the host's."""
-        await self._connection.execute(statement)
-
-    def savepoint(self) -> AbstractAsyncContextManager[Any]:
-        """Return a savepoint that an exception rolls back."""
-        savepoint: AbstractAsyncContextManager[Any] = self._connection.transaction()
-        return savepoint
-
-
-HOSTS = [
-    ("sqlite", "connection"),
-    ("sqlite", "session"),
-    ("postgresql", "connection"),
-    ("postgresql", "session"),
-    ("postgresql", "asyncpg"),
-    ("postgresql", "pool"),
-]
-
-
-@pytest.fixture(params=HOSTS, ids="-".join)
-def host(request: pytest.FixtureRequest) -> Host:
-    """An application on each database, with each kind of connection, and a table of its own."""
-    database, kind = request.param
-    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[database]
-    host = Host(str(request.getfixturevalue(name)), kind)
-
-    async def prepare() -> None:
-        async with IncidentClient.open(host.url):
-            pass
-        engine = create_async_engine(host.sqlalchemy_url)
-        async with engine.begin() as connection:
-            await connection.execute(text("CREATE TABLE orders (number INTEGER)"))
-        await engine.dispose()
-
-    asyncio.run(prepare())
-    return host
-
-
-on_postgresql = pytest.mark.parametrize("host", HOSTS[2:], ids="-".join, indirect=True)
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a database of each kind."""
+    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    return str(request.getfixturevalue(name))
 
 
 @pytest.fixture
-async def incidents(host: Host, redis_url: str) -> AsyncIterator[IncidentClient]:
-    """A client on the host's database, with a cache in Redis."""
-    async with IncidentClient.open(host.url, redis_url) as client:
+async def url(empty_url: str) -> str:
+    """The URL of a database of each kind, with the schema and the host's own table."""
+    return await prepared(empty_url)
+
+
+@pytest.fixture
+async def postgres_url(migrated_postgres_url: str) -> str:
+    """The URL of a PostgreSQL database with the schema and the host's own table."""
+    return await prepared(migrated_postgres_url)
+
+
+@pytest.fixture
+async def file_url(sqlite_url: str) -> str:
+    """The URL of an SQLite file with the schema and the host's own table."""
+    return await prepared(sqlite_url)
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each way that a host may have a transaction."""
+    return str(request.param)
+
+
+@pytest.fixture
+def host_url(way: str, request: pytest.FixtureRequest) -> str:
+    """The URL of the host's database."""
+    name = "sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def host(way: str, host_url: str) -> AsyncIterator[Host]:
+    """A host, in each way."""
+    async with open_host(way, await prepared(host_url)) as host:
+        yield host
+
+
+@pytest.fixture
+async def client(host: Host, redis_url: str) -> AsyncIterator[IncidentClient]:
+    """The host's client."""
+    async with IncidentClient.open(host.url, redis_url, transitions=GRAPH) as client:
         yield client
 
 
 @pytest.fixture
 async def other(host: Host, redis_url: str) -> AsyncIterator[IncidentClient]:
-    """Another client there."""
+    """A client of another process."""
     async with IncidentClient.open(host.url, redis_url) as client:
         yield client
 
 
-async def count_orders(host: Host) -> int:
-    """Return how many orders the host has stored."""
-    engine = create_async_engine(host.sqlalchemy_url)
-    async with engine.connect() as connection:
-        count = await connection.scalar(text("SELECT count(*) FROM orders"))
-    await engine.dispose()
-    return int(count or 0)
+@pytest.fixture
+async def joined(host: Host, client: IncidentClient) -> JoinedIncidents:
+    """The verbs in a transaction that the host has begun."""
+    return await join(host, client)
 
 
-async def up_to(incidents: IncidentClient, count: int) -> AsyncIterator[IncidentEvent]:
-    """Yield the first so many changes, which on PostgreSQL others may hold up for a moment."""
-    after = None
-    while count:
-        page = await incidents.read_changes(after, limit=count, wait=10)
-        for change in page.changes:
-            yield change
-        count -= len(page.changes)
-        after = page.next
+async def join(host: Host, client: IncidentClient) -> JoinedIncidents:
+    """Begin a transaction, and return the verbs in it."""
+    await host.begin()
+    return client.join(host.connection)
 
 
-async def leftovers(host: Host) -> list[int]:
-    """Return how many rows each of our tables has."""
-    engine = create_async_engine(host.sqlalchemy_url)
-    async with engine.connect() as connection:
-        counts = [
-            int(await connection.scalar(text(f"SELECT count(*) FROM {table}")) or 0)
-            for table in ('"Incident"', "incident_event", "incident_idempotency_key")
-        ]
-    await engine.dispose()
-    return counts
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[Redis]:
+    """What looks into Redis."""
+    with Redis.from_url(redis_url) as redis:
+        yield redis
 
 
-async def test_after_the_commit_everybody_sees_it(
-    host: Host, incidents: IncidentClient, other: IncidentClient
+@frozen
+class Everything:
+    """All that somebody outside of a transaction can find out."""
+
+    incidents: list[Incident]
+    histories: dict[int, list[IncidentEvent]]
+    keys: list[str]
+    events: int
+    orders: list[int]
+
+    @classmethod
+    async def seen_by(cls, client: IncidentClient, url: str) -> Everything:
+        """Return what a client sees, and what is in the tables."""
+        incidents = await client.list(limit=1000)
+        ids = [incident.incident_id for incident in incidents]
+        assert [await client.get(incident_id) for incident_id in ids] == incidents
+        keys = await run_sql(url, "SELECT idempotency_key FROM incident_idempotency_key")
+        ((events,),) = await run_sql(url, "SELECT count(*) FROM incident_event")
+        return cls(
+            incidents,
+            {incident_id: await client.history(incident_id) for incident_id in ids},
+            sorted(key for (key,) in keys),
+            events,
+            [each for (each,) in await run_sql(url, "SELECT order_id FROM orders ORDER BY 1")],
+        )
+
+
+async def feed(client: IncidentClient, count: int) -> list[IncidentEvent]:
+    """Return the feed, once it has so many events; transactions of others may hold it up."""
+    async with asyncio.timeout(60):
+        while len(events := await client.store.changes(BEGINNING, 1000)) < count:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return events
+
+
+def kinds(events: list[IncidentEvent]) -> list[str]:
+    """Return what happened."""
+    return [str(event.kind) for event in events]
+
+
+# What becomes of it
+
+
+async def test_a_commit_shows_everything_to_everybody(
+    host: Host, client: IncidentClient, other: IncidentClient
 ) -> None:
-    """Incident, history, feed, keys and lists are there for all, together with the host's row."""
-    assert await other.list() == await incidents.list() == []
-    async with host.begin() as (connection, end):
-        joined = incidents.join(connection)
-        await end.execute("INSERT INTO orders VALUES (7)")
-        with acting_as("alice"):
-            created = await joined.create(
-                "Order 7 is lost", source="operator", dedup_key="order:7", idempotency_key="k"
+    """After the commit, whoever asks sees the incident, its status, its history and its keys."""
+    assert await client.list() == await other.list() == []
+    joined = await join(host, client)
+    await host.order(1)
+    with acting_as("shop"):
+        created = await joined.create(
+            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="first"
+        )
+        noted = await joined.note(created.incident_id, "The carrier was called")
+        changed = await joined.update_status(
+            created.incident_id, "failed", note="Lost", expected_version=1, idempotency_key="second"
+        )
+    await host.commit()
+    assert changed.version == 2
+    for each in (client, other):
+        assert await each.list() == await each.list(status="failed") == [changed]
+        assert await each.list(status="new") == []
+        assert await each.get(created.incident_id) == changed
+        history = await each.history(created.incident_id)
+        assert kinds(history) == ["created", "noted", "status_changed"]
+        assert history[1] == noted
+        assert {event.actor for event in history} == {"shop"}
+        assert await feed(each, 3) == history
+        again = await each.create(
+            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="first"
+        )
+        assert again == created
+        assert (
+            await each.update_status(
+                1, "failed", note="Lost", expected_version=1, idempotency_key="second"
             )
-            changed = await joined.update_status(
-                created.incident_id, "failed", note="For good", expected_version=1
-            )
-        await joined.note(created.incident_id, "Refunded")
-        assert await joined.get(created.incident_id) == changed
-        assert await joined.list() == [changed]
-        assert len(await joined.history(created.incident_id)) == 3
-        assert (await joined.search(status="failed", total=True)).total == 1
-        assert [one async for one in joined.iterate()] == [changed]
-        assert await other.list() == await incidents.list() == []
+        ) == changed
+        with pytest.raises(IdempotencyKeyReused):
+            await each.create("Order 2 is late", source="partner", idempotency_key="first")
+    assert await run_sql(host.url, "SELECT order_id FROM orders") == [(1,)]
+
+
+async def test_before_the_commit_nobody_sees_anything(
+    host: Host, client: IncidentClient, other: IncidentClient
+) -> None:
+    """While the transaction goes on, everybody else, its own client too, sees what was before."""
+    old = await other.create("Order 1 is late", source="partner", dedup_key="order-1")
+    before = await Everything.seen_by(other, host.url)
+    joined = await join(host, client)
+    await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+    await joined.create("Order 2 is late", source="partner", idempotency_key="key")
+    await joined.update_status(old.incident_id, "completed")
+    await joined.note(old.incident_id, "Delivered")
+    for each in (client, other):
+        assert await Everything.seen_by(each, host.url) == before
+        assert kinds(await each.store.changes(BEGINNING, 1000)) in (["created"], [])
+    await host.commit()
+    assert kinds(await other.history(old.incident_id)) == [
+        "created",
+        "recurred",
+        "status_changed",
+        "noted",
+    ]
+
+
+async def test_a_rollback_leaves_nothing(
+    host: Host, client: IncidentClient, other: IncidentClient, redis: Redis
+) -> None:
+    """After the rollback nothing is left: no row, no event, no key in Redis, no page."""
+    old = await other.create("Order 1 is late", source="partner", dedup_key="order-1")
+    before = await Everything.seen_by(other, host.url)
+    await feed(other, 1)
+    redis.flushdb()
+    joined = await join(host, client)
+    await host.order(1)
+    await joined.create(
+        "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="first"
+    )
+    created = await joined.create("Order 2 is late", source="partner", dedup_key="order-2")
+    await joined.update_status(old.incident_id, "failed", note="Lost", idempotency_key="second")
+    await joined.note(created.incident_id, "The carrier was called")
+    assert len(await joined.list()) == 2
+    await host.rollback()
+    assert redis.keys() == []
+    for each in (client, other):
+        assert await Everything.seen_by(each, host.url) == before
+        assert await feed(each, 1) == before.histories[old.incident_id]
         with pytest.raises(IncidentNotFound):
-            await other.get(created.incident_id)
-        assert (await other.read_changes()).changes == []
-        await end.commit()
-    for client in (incidents, other):
-        assert await client.list() == [changed]
-        assert await client.get(created.incident_id) == changed
-        history = await client.history(created.incident_id)
-        assert [event.actor for event in history] == ["alice", "alice", None]
-        assert [change async for change in up_to(client, 3)] == history
-    again = await other.create(
-        "Order 7 is lost", source="operator", dedup_key="order:7", idempotency_key="k"
+            await each.get(created.incident_id)
+        with pytest.raises(IncidentNotFound):
+            await each.history(created.incident_id)
+    again = await other.create("Another one", source="partner", idempotency_key="first")
+    assert again.incident_message == "Another one"
+    assert (await other.create("Order 2", source="partner", dedup_key="order-2")).occurrences == 1
+
+
+async def test_a_savepoint_takes_back_what_came_after_it(
+    host: Host, client: IncidentClient, other: IncidentClient
+) -> None:
+    """What a savepoint takes back is gone, what was before and after it is committed."""
+    joined = await join(host, client)
+    await host.order(1)
+    first = await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+    await host.save()
+    await host.order(2)
+    await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+    await joined.create("Order 2 is late", source="partner", idempotency_key="key")
+    await joined.update_status(first.incident_id, "failed", idempotency_key="other")
+    await joined.note(first.incident_id, "Lost")
+    await host.take_back()
+    assert await joined.list() == [first]
+    assert kinds(await joined.history(first.incident_id)) == ["created"]
+    await host.save()
+    done = await joined.update_status(first.incident_id, "completed")
+    await host.keep()
+    await host.commit()
+    seen = await Everything.seen_by(other, host.url)
+    assert seen.incidents == [done]
+    assert seen.orders == [1]
+    assert seen.keys == []
+    assert seen.events == 2
+    assert kinds(await feed(other, 2)) == ["created", "status_changed"]
+
+
+async def test_a_rollback_to_a_savepoint_is_a_change_to_no_list(
+    host: Host, client: IncidentClient, other: IncidentClient
+) -> None:
+    """Lists are right after a part of a transaction was taken back, whatever was cached before."""
+    await other.create("Order 0 is late", source="partner")
+    await other.list()
+    joined = await join(host, client)
+    await host.save()
+    await joined.create("Order 1 is late", source="partner")
+    await host.take_back()
+    created = await joined.create("Order 2 is late", source="partner")
+    await host.commit()
+    assert (await other.list())[0] == (await client.list())[0] == created
+
+
+# What can be done in it
+
+
+async def test_the_transaction_sees_its_own_writes(host: Host, joined: JoinedIncidents) -> None:
+    """Each read in the transaction shows what was written in it before."""
+    late = await joined.create("Order 1 is late", source="partner")
+    lost = await joined.create("Order 2 is lost", source="operator", incident_type="failed")
+    assert {one.incident_id for one in await joined.list()} == {1, 2}
+    assert await joined.list(1, 10, "failed", "operator") == [lost]
+    assert await joined.list(page=3, limit=1) == []
+    assert await joined.get(late.incident_id) == late
+    first, second = [await joined.note(late.incident_id, note) for note in ("One", "Two")]
+    created, *notes = await joined.history(late.incident_id)
+    assert created.kind is EventKind.CREATED
+    assert notes == [first, second]
+    assert await joined.history(late.incident_id, limit=1, after=created.cursor) == [first]
+    await host.rollback()
+
+
+async def test_every_option_works_in_the_transaction(
+    host: Host, client: IncidentClient, joined: JoinedIncidents
+) -> None:
+    """Repetitions are counted, keys answer again, versions count, notes and actors are kept."""
+    created = await joined.create(
+        "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+    )
+    again = await joined.create(
+        "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
     )
     assert again == created
-    assert await count_orders(host) == 1
+    with acting_as("monitor"):
+        seen_again = await joined.create("Still late", source="monitoring", dedup_key="order-1")
+    assert (seen_again.incident_id, seen_again.occurrences, seen_again.version) == (1, 2, 2)
+    failed = await joined.update_status(1, "failed", expected_version=2, idempotency_key="other")
+    assert failed.ended_at is not None
+    again = await joined.update_status(1, "failed", expected_version=2, idempotency_key="other")
+    assert again == failed
+    assert await joined.update_status(1, "failed", note="Lost") == failed
+    reopened = await joined.update_status(1, "new")
+    assert (reopened.version, reopened.ended_at) == (4, None)
+    await host.commit()
+    events = await client.history(1)
+    assert kinds(events) == ["created", "recurred", "status_changed", "noted", "status_changed"]
+    assert [event.actor for event in events] == [None, "monitor", None, None, None]
+    assert [event.note for event in events] == [None, "Still late", None, "Lost", None]
 
 
-async def test_after_the_rollback_nothing_is_left(
-    host: Host, incidents: IncidentClient, other: IncidentClient, redis_url: str
+REFUSED: dict[type[IncidentKitError], Callable[[JoinedIncidents], Awaitable[Any]]] = {
+    InvalidIncident: lambda joined: joined.create("test", source="partner", idempotency_key="key"),
+    IncidentNotFound: lambda joined: joined.update_status(99, "failed", idempotency_key="key"),
+    VersionConflict: lambda joined: joined.update_status(
+        1, "failed", expected_version=7, idempotency_key="key"
+    ),
+    IllegalTransition: lambda joined: joined.update_status(1, "failed", idempotency_key="key"),
+    DuplicateOpenIncident: lambda joined: joined.update_status(2, "new", idempotency_key="key"),
+    IdempotencyKeyReused: lambda joined: joined.create(
+        "Order 4 is late", source="partner", idempotency_key="used"
+    ),
+}
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=lambda error: error.__name__)
+async def test_a_refusal_leaves_the_transaction_usable(
+    host: Host, client: IncidentClient, other: IncidentClient, error: type[IncidentKitError]
 ) -> None:
-    """No row, no event, no key, no page in Redis: as if it had never been."""
-    kept = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
-    before = await other.list()
-    rows = await leftovers(host)
-    with Redis.from_url(redis_url) as redis:
-        redis.flushdb()
-        async with host.begin() as (connection, end):
-            joined = incidents.join(connection)
-            await end.execute("INSERT INTO orders VALUES (7)")
-            lost = await joined.create("Order 7 is lost", source="operator", idempotency_key="k")
-            await joined.create("Disk is full", source="monitoring", dedup_key="disk")
-            await joined.update_status(kept.incident_id, "completed")
-            await joined.note(kept.incident_id, "Never said")
-            await joined.list()
-            await end.rollback()
-        assert list(redis.scan_iter()) == []
-    assert await leftovers(host) == rows
-    assert await incidents.list() == await other.list() == before == [kept]
-    assert len(await incidents.history(kept.incident_id)) == 1
-    with pytest.raises(IncidentNotFound):
-        await incidents.history(lost.incident_id)
-    assert len((await incidents.read_changes(wait=10)).changes) == 1
-    assert await count_orders(host) == 0
-    new = await incidents.create("Line is down", source="operator", idempotency_key="k")
-    assert new.incident_message == "Line is down"
+    """After a call that was refused the host goes on and commits, and nothing is left of it."""
+    await other.create("Order 1 is late", source="partner", idempotency_key="used")
+    await other.update_status(1, "completed")
+    await other.create("Order 2 is late", source="partner", dedup_key="order-2")
+    await other.update_status(2, "failed")
+    await other.create("Order 2 is late", source="partner", dedup_key="order-2")
+    before = await Everything.seen_by(other, host.url)
+    joined = await join(host, client)
+    await host.order(1)
+    with pytest.raises(error):
+        await REFUSED[error](joined)
+    await host.order(2)
+    await host.commit()
+    assert await Everything.seen_by(other, host.url) == evolve(before, orders=[1, 2])
+    # The key of a call that was refused is free.
+    again = await other.create("Order 5 is late", source="partner", idempotency_key="key")
+    assert again.incident_message == "Order 5 is late"
 
 
-async def test_a_savepoint_takes_back_its_part(host: Host, incidents: IncidentClient) -> None:
-    """What was written since a savepoint that is rolled back is not there, all else is."""
-    async with host.begin() as (connection, end):
-        joined = incidents.join(connection)
-        first = await joined.create("Order 7 is lost", source="operator")
-        with suppress(ZeroDivisionError):
-            async with end.savepoint():
-                await joined.create("Order 8 is lost", source="operator")
-                await joined.update_status(first.incident_id, "failed")
-                raise ZeroDivisionError
-        await joined.note(first.incident_id, "still new")
-        await end.commit()
-    assert await incidents.list() == [first]
-    history = await incidents.history(first.incident_id)
-    assert [event.kind for event in history] == [EventKind.CREATED, EventKind.NOTED]
-
-
-async def test_an_error_of_ours_leaves_the_transaction_alone(host: Host, redis_url: str) -> None:
-    """After a refusal the host goes on in its transaction, and can commit it."""
-    one_way = {"new": ["completed"]}
-    async with IncidentClient.open(host.url, redis_url, transitions=one_way) as incidents:
-        old = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
-        await incidents.update_status(old.incident_id, "completed")
-        other = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
-        async with host.begin() as (connection, end):
-            joined = incidents.join(connection)
-            await end.execute("INSERT INTO orders VALUES (7)")
-            await joined.create("Order 7 is lost", source="operator", idempotency_key="k")
-            refusals: list[tuple[type[Exception], Coroutine[Any, Any, object]]] = [
-                (InvalidIncident, joined.create("x", source="operator")),
-                (IncidentNotFound, joined.update_status(99, "failed")),
-                (IncidentNotFound, joined.note(99, "nobody")),
-                (IncidentNotFound, joined.get(99)),
-                (VersionConflict, joined.update_status(1, "completed", expected_version=9)),
-                (IllegalTransition, joined.update_status(other.incident_id, "failed")),
-                (
-                    IdempotencyKeyReused,
-                    joined.create("Other words", source="operator", idempotency_key="k"),
-                ),
-            ]
-            for error, call in refusals:
-                with pytest.raises(error):
-                    await call
-            await end.commit()
-        assert await count_orders(host) == 1
-        assert len(await incidents.list()) == 3
-    async with IncidentClient.open(host.url) as free, host.begin() as (connection, end):
-        with pytest.raises(DuplicateOpenIncident):
-            await free.join(connection).update_status(old.incident_id, "new")
-        await end.execute("INSERT INTO orders VALUES (8)")
-        await end.commit()
-    assert await count_orders(host) == 2
-
-
-async def test_it_counts_occurrences_of_what_others_opened(
-    host: Host, incidents: IncidentClient
+async def test_calls_of_several_tasks_take_turns(
+    host: Host, client: IncidentClient, joined: JoinedIncidents
 ) -> None:
-    """Deduplication looks at all that is committed, and at the transaction's own."""
-    opened = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
-    async with host.begin() as (connection, end):
-        joined = incidents.join(connection)
-        for expected in (2, 3):
-            again = await joined.create("Disk is full", source="monitoring", dedup_key="disk")
-            assert (again.incident_id, again.occurrences) == (opened.incident_id, expected)
-        await end.commit()
-    assert (await incidents.get(opened.incident_id)).occurrences == 3
-
-
-async def test_an_ended_transaction_is_no_transaction(
-    host: Host, incidents: IncidentClient
-) -> None:
-    """Once the connection is given back, what was joined writes nothing any more."""
-    async with host.begin() as (connection, end):
-        joined = incidents.join(connection)
-        await joined.create("Order 7 is lost", source="operator")
-        await end.commit()
-        if host.kind in ("asyncpg", "pool"):
-            with pytest.raises(NotInTransaction):
-                await joined.create("Order 8 is lost", source="operator")
-            with pytest.raises(NotInTransaction):
-                incidents.join(connection)
-    if host.kind == "connection":
-        with pytest.raises(NotInTransaction):
-            await joined.create("Order 8 is lost", source="operator")
-    assert len(await incidents.list()) == 1
-
-
-async def test_concurrent_transactions_never_lose_a_change(
-    host: Host, incidents: IncidentClient
-) -> None:
-    """Each of several joined transactions changes what the one before it left."""
-    incident = await incidents.create("Disk is full", source="monitoring")
-
-    async def change(status: str) -> None:
-        async with host.begin() as (connection, end):
-            await incidents.join(connection).update_status(incident.incident_id, status)
-            await end.commit()
-
-    calls = [change(status) for status in ("failed", "completed", "new", "failed")]
+    """Tasks may use one join at a time; a call that fails takes back nothing of another."""
+    calls: list[Awaitable[object]] = []
+    for number in range(5):
+        calls += [
+            joined.create("Order 1 is late", source="partner", idempotency_key=f"key-{number}"),
+            joined.update_status(99, "failed", idempotency_key=f"other-{number}"),
+            joined.list(),
+        ]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    for outcome in outcomes:
-        assert outcome is None or isinstance(outcome, StoreUnavailable)
-    history = await incidents.history(incident.incident_id)
-    status: IncidentStatus | None = IncidentStatus.NEW
-    for event in history[1:]:
-        assert event.from_status is status
-        status = event.to_status
-    assert (await incidents.get(incident.incident_id)).version == len(history)
+    await host.commit()
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert [type(error) for error in errors] == [IncidentNotFound] * 5
+    assert len(await client.list()) == 5
+    keys = await run_sql(host.url, "SELECT answer FROM incident_idempotency_key")
+    assert len(keys) == 5
+    assert (None,) not in keys
 
 
 # What cannot be joined
 
 
-async def test_a_connection_that_commits_by_itself_is_refused(host: Host) -> None:
-    """AUTOCOMMIT is no transaction, wherever it was asked for."""
-    async with IncidentClient.open(host.url) as incidents:
-        plain = create_async_engine(host.sqlalchemy_url)
-        born = create_async_engine(host.sqlalchemy_url, isolation_level="AUTOCOMMIT")
-        for engine in (plain.execution_options(isolation_level="AUTOCOMMIT"), born):
-            async with engine.connect() as connection:
-                with pytest.raises(NotInTransaction):
-                    incidents.join(connection)
-            async with AsyncSession(engine) as session:
-                with pytest.raises(NotInTransaction):
-                    await incidents.join(session).list()
-        unstarted = plain.connect()
+async def test_a_join_ends_with_its_transaction(host: Host, client: IncidentClient) -> None:
+    """What is called after the commit is refused; it would be in no transaction, or another."""
+    joined = await join(host, client)
+    await joined.create("Order 1 is late", source="partner")
+    await host.commit()
+    for call in (joined.create("Order 2 is late", source="partner"), joined.get(1), joined.list()):
         with pytest.raises(NotInTransaction):
-            incidents.join(unstarted)
-        await plain.dispose()
-        await born.dispose()
+            await call
+    assert len(await client.list()) == 1
+    again = await join(host, client)
+    assert (await again.get(1)).version == 1
+    await host.rollback()
+    with pytest.raises(NotInTransaction):
+        await again.note(1, "Lost")
 
 
-async def test_other_things_are_refused_by_name(
-    sqlite_url: str, migrated_postgres_url: str
+async def test_a_closed_connection_cannot_be_joined(
+    way: str, host_url: str, redis_url: str
 ) -> None:
-    """What is no connection, or one to another kind of database, is told what is."""
-    connection = await asyncpg.connect(migrated_postgres_url)
-    async with (
-        IncidentClient.open(sqlite_url) as on_sqlite,
-        IncidentClient.open(migrated_postgres_url) as on_postgres,
-    ):
-        for thing in (None, "sqlite://", object(), create_async_engine(sqlite_url)):
-            with pytest.raises(TypeError, match="AsyncConnection and AsyncSession"):
-                on_sqlite.join(thing)
+    """A connection that was closed or given back is told as one that is in no transaction."""
+    url = await prepared(host_url)
+    async with IncidentClient.open(url, redis_url) as client:
+        async with open_host(way, url) as host:
+            joined = await join(host, client)
+            await joined.create("Order 1 is late", source="partner")
+            await host.rollback()
         with pytest.raises(NotInTransaction):
-            on_postgres.join(connection)
-        async with connection.transaction():
-            with pytest.raises(TypeError, match="on sqlite, not on postgresql"):
-                on_sqlite.join(connection)
-        engine = create_async_engine(sqlite_url)
-        async with engine.connect() as other:
+            await joined.list()
+        if not way.endswith("session"):  # which may be used again
+            with pytest.raises(NotInTransaction):
+                client.join(host.connection)
+        assert await client.list() == []
+
+
+async def test_a_connection_that_was_cut_off_cannot_be_joined(postgres_url: str) -> None:
+    """A connection of asyncpg that is closed in the middle of its transaction is in none."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host("asyncpg-connection", postgres_url) as host,
+    ):
+        joined = await join(host, client)
+        host.connection.terminate()
+        with pytest.raises(NotInTransaction):
+            await joined.list()
+        with pytest.raises(NotInTransaction):
+            client.join(host.connection)
+
+
+async def test_a_context_that_was_committed_is_no_transaction(url: str) -> None:
+    """Inside `engine.begin()` and `session.begin()`, after a commit, nothing can be joined."""
+    async with IncidentClient.open(url) as client, host_engine(url, poolclass=NullPool) as engine:
+        for ended in (False, True):
+            async with engine.begin() as connection:
+                joined = client.join(connection)
+                await connection.commit()
+                joined = client.join(connection) if ended else joined
+                with pytest.raises(NotInTransaction):
+                    await joined.list()
+            async with AsyncSession(engine) as session, session.begin():
+                joined = client.join(session)
+                await session.commit()
+                joined = client.join(session) if ended else joined
+                with pytest.raises(NotInTransaction):
+                    await joined.list()
+
+
+async def test_what_commits_by_itself_cannot_be_joined(url: str) -> None:
+    """Neither a connection nor a session whose statements commit by themselves can be joined."""
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(IncidentClient.open(url))
+        engine = await stack.enter_async_context(host_engine(url, poolclass=NullPool))
+        committing = await stack.enter_async_context(
+            host_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        )
+        for autocommit in (committing, engine.execution_options(isolation_level="AUTOCOMMIT")):
+            async with autocommit.connect() as connection:
+                with pytest.raises(NotInTransaction):
+                    client.join(connection)
+            async with AsyncSession(autocommit) as session:
+                with pytest.raises(NotInTransaction):
+                    await client.join(session).create("Order 1 is late", source="partner")
+        with pytest.raises(NotInTransaction):
+            client.join(engine.connect())
+        assert await client.list() == []
+
+
+async def test_a_driver_that_commits_by_itself_cannot_be_joined(file_url: str) -> None:
+    """On SQLite a driver that was told to begin nothing is found out before anything is written."""
+    options: dict[str, Any] = {"connect_args": {"isolation_level": None}, "poolclass": NullPool}
+    async with (
+        IncidentClient.open(file_url) as client,
+        host_engine(file_url, **options) as engine,
+        engine.connect() as connection,
+    ):
+        with pytest.raises(NotInTransaction):
+            await client.join(connection).create("Order 1 is late", source="partner")
+        assert await client.list() == []
+
+
+async def test_asyncpg_outside_of_a_transaction_cannot_be_joined(postgres_url: str) -> None:
+    """A connection of asyncpg, its own or a pool's, has to be in a transaction."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host("asyncpg-connection", postgres_url) as connection,
+        open_host("asyncpg-pool", postgres_url) as pooled,
+    ):
+        for host in (connection, pooled):
+            with pytest.raises(NotInTransaction):
+                client.join(host.connection)
+
+
+async def test_other_objects_are_refused_by_what_is_accepted(
+    file_url: str, postgres_url: str
+) -> None:
+    """What is no connection, or one to another kind of database, is a TypeError that tells it."""
+    async with (
+        IncidentClient.open(file_url) as on_file,
+        IncidentClient.open(postgres_url) as on_postgres,
+        host_engine(file_url, poolclass=NullPool) as engine,
+        engine.connect() as connection,
+        AsyncSession(engine) as session,
+        AsyncSession() as unbound,
+        open_host("asyncpg-connection", postgres_url) as host,
+    ):
+        await host.begin()
+        for wrong in (
+            None,
+            file_url,
+            engine,
+            sqlite3.connect,
+            connection.sync_connection,
+            session.sync_session,
+        ):
+            with pytest.raises(TypeError, match="AsyncConnection and AsyncSession, and asyncpg's"):
+                on_file.join(wrong)
+        for other in (connection, session):
             with pytest.raises(TypeError, match="on postgresql, not on sqlite"):
                 on_postgres.join(other)
-        await engine.dispose()
-    await connection.close()
+        with pytest.raises(TypeError, match="on sqlite, not on postgresql"):
+            on_file.join(host.connection)
+        with pytest.raises(TypeError, match="on one database"):
+            on_file.join(unbound)
+
+
+async def test_a_closed_client_joins_nothing(host: Host) -> None:
+    """A client that is not open says so."""
+    client = IncidentClient.open(host.url)
+    await host.begin()
     with pytest.raises(ClientClosed):
-        on_sqlite.join(None)
+        client.join(host.connection)
+    async with client:
+        client.join(host.connection)
+    with pytest.raises(ClientClosed):
+        client.join(host.connection)
 
 
-@on_postgresql
-async def test_errors_of_the_driver_are_translated(host: Host, incidents: IncidentClient) -> None:
-    """A transaction that has failed before is a StoreError, whatever the driver calls it."""
-    async with host.begin() as (connection, end):
-        joined = incidents.join(connection)
-        with pytest.raises(Exception, match="nowhere"):
-            await end.execute("INSERT INTO nowhere VALUES (7)")
-        with pytest.raises(StoreError):
-            await joined.create("Order 7 is lost", source="operator")
-        await end.rollback()
-    assert await incidents.list() == []
+# What goes wrong in it
 
 
-@on_postgresql
-async def test_a_connection_that_is_cut_is_unavailable(
-    host: Host, incidents: IncidentClient
-) -> None:
-    """If the server ends the connection, the joined call raises StoreUnavailable."""
-    async with host.begin() as (connection, _):
-        joined = incidents.join(connection)
-        await joined.create("Order 7 is lost", source="operator")
-        killer = await asyncpg.connect(host.url)
-        await killer.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE state = 'idle in transaction' AND datname = current_database()"
-        )
-        await killer.close()
-        # A pool takes a connection back that it has lost.
-        with pytest.raises((StoreUnavailable, NotInTransaction)):
-            await joined.create("Order 8 is lost", source="operator")
-    assert await incidents.list() == []
-
-
-async def test_a_writer_that_holds_the_file_is_waited_for(sqlite_url: str) -> None:
-    """On SQLite a joined write waits as long as the host's connection does, then is unavailable."""
-    async with IncidentClient.open(sqlite_url) as incidents:
-        hasty = create_async_engine(sqlite_url, connect_args={"timeout": 0.05})
-        patient = create_async_engine(sqlite_url)
-        async with patient.connect() as holder, hasty.connect() as waiter:
-            await incidents.join(holder).create("Disk is full", source="monitoring")
-            with pytest.raises(StoreUnavailable):
-                await incidents.join(waiter).create("Line is down", source="partner")
-            await waiter.rollback()
-            await holder.commit()
-        await hasty.dispose()
-        await patient.dispose()
-        assert len(await incidents.list()) == 1
-
-
-# The host's engine or pool
-
-
-@pytest.fixture(params=["sqlite-engine", "postgresql-engine", "postgresql-pool"])
-def kind_and_url(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """What a host opens, and on what."""
-    database, kind = request.param.split("-")
-    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[database]
-    return kind, str(request.getfixturevalue(name))
-
-
-@pytest.fixture
-async def opened(kind_and_url: tuple[str, str]) -> AsyncIterator[Any]:
-    """What a host has opened itself."""
-    kind, url = kind_and_url
-    if kind == "pool":
-        async with asyncpg.create_pool(url, min_size=1, max_size=4) as pool:
-            yield pool
-        return
-    engine = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
-    yield engine
-    await engine.dispose()
-
-
-async def test_a_client_works_on_what_the_host_has_opened(opened: Any, redis_url: str) -> None:
-    """Every verb works there, and the host goes on to use it after the client is closed."""
-    for _ in range(2):
-        async with IncidentClient.open(opened, redis_url, max_staleness=0) as incidents:
-            await incidents.check()
-            first = await incidents.create(
-                "Disk is full", source="monitoring", dedup_key="disk", idempotency_key="k"
-            )
-            again = await incidents.create(
-                "Disk is full", source="monitoring", dedup_key="disk", idempotency_key="k"
-            )
-            assert again == first
-            await asyncio.gather(
-                *(
-                    incidents.create("Line is down", source="partner", dedup_key="line")
-                    for _ in range(20)
-                )
-            )
-            changed = await incidents.update_status(first.incident_id, "failed")
-            with pytest.raises(VersionConflict):
-                await incidents.update_status(first.incident_id, "new", expected_version=1)
-            await incidents.note(first.incident_id, "a note")
-            assert await incidents.get(first.incident_id) == changed
-            listed = await incidents.list()
-            assert listed == await incidents.list()
-            assert listed == (await incidents.search(total=True)).incidents
-            assert len(await incidents.history(first.incident_id)) == 3
-            changes = [change async for change in up_to(incidents, 23)]
-            assert len({change.cursor for change in changes}) == 23
-            assert await incidents.purge(datetime.now(UTC) + timedelta(days=1)) == 1
-        await forget(opened)
-    assert await is_usable(opened)
-
-
-async def forget(opened: Any) -> None:
-    """Empty our tables by way of what the host has opened."""
-    tables = ('"Incident"', "incident_event", "incident_idempotency_key")
-    for table in tables:
-        if isinstance(opened, asyncpg.Pool):
-            await opened.execute(f"DELETE FROM {table}")
-        else:
-            async with opened.begin() as connection:
-                await connection.execute(text(f"DELETE FROM {table}"))
-
-
-async def is_usable(opened: Any) -> bool:
-    """Tell whether the host can still use what it has opened."""
-    if isinstance(opened, asyncpg.Pool):
-        return bool(await opened.fetchval("SELECT true"))
-    async with opened.connect() as connection:
-        return bool(await connection.scalar(text("SELECT 1")))
-
-
-async def test_a_callers_cancellation_leaves_it_healthy(opened: Any) -> None:
-    """However many callers give up, the host's connections come back in order."""
-    async with IncidentClient.open(opened) as incidents:
-        for step in range(15):
-            calls = [
-                asyncio.ensure_future(incidents.create("Disk is full", source="partner")),
-                asyncio.ensure_future(incidents.list()),
-                asyncio.ensure_future(incidents.get(1)),
-            ]
-            for _ in range(step):
-                await asyncio.sleep(0)
-            for call in calls:
-                call.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
-        assert await is_usable(opened)
-        assert len(await incidents.list(limit=100)) <= 15
-
-
-async def test_it_is_refused_what_makes_no_sense(opened: Any, empty_postgres_url: str) -> None:
-    """Options are for URLs, a database without our schema says so, and other things are named."""
-    with pytest.raises(InvalidSettings, match="options"):
-        IncidentClient.open(opened, options=StoreOptions())
-    wrong: Any = object()
-    with pytest.raises(InvalidSettings, match="AsyncEngine"):
-        IncidentClient.open(wrong)
-    memory = create_async_engine("sqlite+aiosqlite:///:memory:")
-    with pytest.raises(InvalidSettings, match="in memory"):
-        IncidentClient.open(memory)
-    empty = create_async_engine(empty_postgres_url.replace("postgresql", "postgresql+asyncpg"))
-    with pytest.raises(SchemaOutOfDate):
-        await IncidentClient.open(empty).connect()
-    async with asyncpg.create_pool(empty_postgres_url, min_size=0) as pool:
-        with pytest.raises(SchemaOutOfDate):
-            await IncidentClient.open(pool).connect()
-    await empty.dispose()
-    away = create_async_engine("postgresql+asyncpg://somebody@127.0.0.1:1/nowhere")
-    with pytest.raises(StoreUnavailable):
-        await IncidentClient.open(away).connect()
-    await away.dispose()
-
-
-async def test_a_pool_may_be_set_up_as_the_host_likes(migrated_postgres_url: str) -> None:
-    """Codecs and a cache of statements of the host's do not matter."""
-
-    async def prepare(connection: asyncpg.Connection[asyncpg.Record]) -> None:
-        for name in ("timestamptz", "int8", "text"):
-            await connection.set_type_codec(
-                name,
-                schema="pg_catalog",
-                encoder=str,
-                decoder=lambda value: value,
-                format="text",
-            )
-
-    async with (
-        asyncpg.create_pool(migrated_postgres_url, min_size=0, statement_cache_size=0) as pool,
-        IncidentClient.open(pool) as incidents,
-    ):
-        await incidents.create("Disk is full", source="partner")
-        assert len(await incidents.list()) == 1
-
-
-# Any course of transactions
-
-
-steps = st.lists(
-    st.tuples(
-        st.sampled_from(["create", "count", "change", "note", "change"]),
-        st.integers(0, 3),
-        statuses,
-        st.booleans(),
-    ),
-    min_size=1,
-    max_size=5,
-)
-transactions = st.lists(
-    st.tuples(steps, st.sampled_from(["commit", "rollback", "alone"])), min_size=1, max_size=6
-)
-
-
-class Model:
-    """What a database has to hold: incidents, and how many events each has."""
-
-    def __init__(self) -> None:
-        self.incidents: dict[int, Incident] = {}
-        self.events: dict[int, int] = {}
-
-    def copy(self) -> Model:
-        """Return a model that may go its own way."""
-        model = Model()
-        model.incidents, model.events = dict(self.incidents), dict(self.events)
-        return model
-
-    async def step(self, verbs: Any, step: tuple[str, int, IncidentStatus, bool]) -> None:
-        """Do one thing, and expect what the model says."""
-        verb, number, status, with_key = step
-        ids = sorted(self.incidents)
-        if verb == "create" or not ids:
-            self.take(await verbs.create(f"Order {number} is lost", source="operator"))
-        elif verb == "count":
-            key = f"key {number % 2}"
-            incident = await verbs.create("Disk is full", source="partner", dedup_key=key)
-            opened = [
-                one.incident_id
-                for one in self.incidents.values()
-                if one.dedup_key == key and one.incident_type is IncidentStatus.NEW
-            ]
-            assert opened in ([], [incident.incident_id])
-            before = self.incidents.get(incident.incident_id)
-            assert incident.occurrences == (before.occurrences + 1 if before else 1)
-            self.take(incident)
-        elif verb == "note":
-            await verbs.note(ids[number % len(ids)], "a note")
-            self.events[ids[number % len(ids)]] += 1
-        else:
-            await self.change(verbs, ids[number % len(ids)], status, with_version=with_key)
-
-    async def change(
-        self, verbs: Any, incident_id: int, status: IncidentStatus, *, with_version: bool
-    ) -> None:
-        """Change a status, or be refused."""
-        before = self.incidents[incident_id]
-        version = before.version if with_version else None
-        try:
-            incident = await verbs.update_status(incident_id, status, expected_version=version)
-        except DuplicateOpenIncident:
-            assert status is IncidentStatus.NEW
-            assert any(
-                one.dedup_key == before.dedup_key and one.incident_type is IncidentStatus.NEW
-                for one in self.incidents.values()
-            )
-            return
-        if before.incident_type is status:
-            assert incident == before
-        else:
-            assert incident.version == before.version + 1
-            self.take(incident)
-
-    def take(self, incident: Incident) -> None:
-        """Hold the incident as it is now, with one event more."""
-        self.incidents[incident.incident_id] = incident
-        self.events[incident.incident_id] = self.events.get(incident.incident_id, 0) + 1
-
-
-@settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(course=transactions)
-def test_whatever_is_committed_is_there_and_nothing_else(
-    host: Host, redis_url: str, course: list[Any]
-) -> None:
-    """After any course of commits and rollbacks all readers see what was committed, exactly."""
-
-    async def run() -> None:
-        async with (
-            IncidentClient.open(host.url, redis_url) as incidents,
-            IncidentClient.open(host.url, redis_url) as other,
+async def test_a_failed_transaction_is_told(host: Host, client: IncidentClient) -> None:
+    """After a statement of the host's that PostgreSQL refused, each call is a typed error."""
+    joined = await join(host, client)
+    with pytest.raises(Exception, match="nonsense"):
+        await host.execute("SELECT * FROM nonsense")
+    if host.url.startswith("sqlite"):
+        # Which goes on.
+        await joined.create("Order 1 is late", source="partner")
+    else:
+        for call in (
+            joined.create("Order 1 is late", source="partner"),
+            joined.create("Order 1 is late", source="partner", idempotency_key="key"),
+            joined.list(),
         ):
-            engine = create_async_engine(host.sqlalchemy_url)
-            async with engine.begin() as connection:
-                for table in ('"Incident"', "incident_event"):
-                    await connection.execute(text(f"DELETE FROM {table}"))
-            await engine.dispose()
-            model, orders = Model(), await count_orders(host)
-            for actions, ending in course:
-                if ending == "alone":
-                    for action in actions:
-                        await model.step(incidents, action)
-                else:
-                    attempt = model.copy()
-                    async with host.begin() as (connection, end):
-                        joined = incidents.join(connection)
-                        await end.execute("INSERT INTO orders VALUES (1)")
-                        for action in actions:
-                            await attempt.step(joined, action)
-                            await joined.list()
-                        await (end.commit() if ending == "commit" else end.rollback())
-                    if ending == "commit":
-                        model = attempt
-                        orders += 1
-                await agree(model, incidents, other)
-                assert await count_orders(host) == orders
-
-    asyncio.run(run())
+            with pytest.raises(StoreError):
+                await call
+    await host.rollback()
+    assert await client.list() == []
 
 
-async def agree(model: Model, *clients: IncidentClient) -> None:
-    """Check that each client sees what the model holds."""
-    expected = sorted(
-        model.incidents.values(), key=lambda one: (one.created_at, one.incident_id), reverse=True
+async def test_a_missing_schema_is_told(host: Host, client: IncidentClient) -> None:
+    """A host's database without our tables is told as a schema that is out of date."""
+    await run_sql(host.url, 'DROP TABLE "Incident"')
+    calls: list[Callable[[JoinedIncidents], Awaitable[object]]] = [
+        lambda joined: joined.create("Order 1 is late", source="partner"),
+        lambda joined: joined.update_status(1, "new", idempotency_key="key"),
+        lambda joined: joined.list(),
+    ]
+    for call in calls:
+        joined = await join(host, client)
+        with pytest.raises(SchemaOutOfDate):
+            await call(joined)
+        await host.rollback()
+
+
+POSTGRES_WAYS = [way for way in WAYS if not way.startswith("sqlite")]
+
+
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+async def test_a_statement_that_takes_too_long_is_unavailable(way: str, postgres_url: str) -> None:
+    """The server's time limits end a call typed, whether it waits for a lock or for its turn."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host("asyncpg-connection", postgres_url) as holder,
+        open_host(way, postgres_url) as host,
+    ):
+        await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+        await holder.begin()
+        await client.join(holder.connection).update_status(1, "failed")
+        for setting in ("statement_timeout", "lock_timeout"):
+            joined = await join(host, client)
+            await host.execute(f"SET LOCAL {setting} = 50")
+            with pytest.raises(StoreUnavailable):
+                await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+            await host.rollback()
+        await holder.commit()
+        joined = await join(host, client)
+        again = await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+        assert again.incident_id > 1
+        await host.commit()
+
+
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+async def test_a_connection_that_is_ended_is_told(way: str, postgres_url: str) -> None:
+    """A call on a connection that the server has ended is a typed error, as each later one is."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host(way, postgres_url) as host,
+    ):
+        joined = await join(host, client)
+        await joined.create("Order 1 is late", source="partner")
+        ((backend,),) = await host.execute("SELECT pg_backend_pid()")
+        await run_sql(postgres_url, f"SELECT pg_terminate_backend({backend})")
+        with pytest.raises((StoreUnavailable, NotInTransaction)):
+            await joined.create("Order 2 is late", source="partner", idempotency_key="key")
+        with pytest.raises((StoreError, NotInTransaction)):
+            await joined.list()
+        with suppress(Exception):
+            await host.rollback()
+        assert await client.list() == []
+
+
+async def test_half_a_change_is_never_committed(file_url: str) -> None:
+    """What fails half way on SQLite leaves nothing, even if the host commits all the same."""
+    trigger = (
+        "CREATE TRIGGER broken BEFORE INSERT ON incident_event "
+        "WHEN new.kind <> 'noted' BEGIN SELECT raise(FAIL, 'broken'); END"
     )
-    for client in clients:
-        assert await client.list(limit=100) == expected
-        for incident_id, incident in model.incidents.items():
-            assert await client.get(incident_id) == incident
-            assert len(await client.history(incident_id)) == model.events[incident_id]
-        total = sum(model.events.values())
-        changes = [change async for change in up_to(client, total)]
-        assert len({change.cursor for change in changes}) == total
-        last = changes[-1].cursor if changes else None
-        assert (await client.read_changes(last)).changes == []
+    async with (
+        IncidentClient.open(file_url) as client,
+        open_host("sqlite-connection", file_url) as host,
+    ):
+        await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+        await run_sql(file_url, trigger)
+        before = await Everything.seen_by(client, file_url)
+        joined = await join(host, client)
+        await host.order(1)
+        for call in (
+            joined.create("Order 1 is late", source="partner", dedup_key="order-1"),
+            joined.create("Order 2 is late", source="partner", idempotency_key="key"),
+            joined.update_status(1, "failed"),
+        ):
+            with pytest.raises(StoreError):
+                await call
+        await host.commit()
+        assert await Everything.seen_by(client, file_url) == evolve(before, orders=[1])
+
+
+async def test_a_call_that_is_cancelled_is_never_committed_by_halves(
+    host: Host, client: IncidentClient
+) -> None:
+    """A host that cancels a call and tries to commit has all of the call, or nothing of it."""
+    for turns in range(0, 40, 3):
+        joined = await join(host, client)
+        call = asyncio.ensure_future(
+            joined.create("Order 1 is late", source="partner", idempotency_key=f"key-{turns}")
+        )
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        try:
+            await host.commit()
+        except Exception:  # noqa: BLE001
+            # The driver may have thrown its connection away.
+            await host.rollback()
+        if isinstance(host, AsyncpgHost) and host.connection.is_closed():
+            break
+    incidents = await client.list(limit=1000)
+    for incident in incidents:
+        assert kinds(await client.history(incident.incident_id)) == ["created"]
+    answers = await run_sql(host.url, "SELECT answer FROM incident_idempotency_key")
+    assert len(answers) == len(incidents)
+    assert (None,) not in answers
+
+
+# Who else writes at the same time
+
+
+async def test_writers_of_a_file_lose_nothing(file_url: str) -> None:
+    """Joined transactions and a client that write one SQLite file at a time lose no occurrence."""
+    rounds = 5
+
+    async def in_transactions(client: IncidentClient, way: str) -> None:
+        async with open_host(way, file_url) as host:
+            for _ in range(rounds):
+                joined = await join(host, client)
+                # Which was read before it is written.
+                await joined.list()
+                await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
+                await host.commit()
+
+    async def alone(client: IncidentClient) -> None:
+        for _ in range(rounds):
+            await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+
+    async with IncidentClient.open(file_url) as client:
+        await asyncio.gather(
+            in_transactions(client, "sqlite-connection"),
+            in_transactions(client, "sqlite-session"),
+            alone(client),
+        )
+        (incident,) = await client.list()
+        assert incident.occurrences == incident.version == 3 * rounds
+        assert len(await client.history(1)) == 3 * rounds
+
+
+async def test_a_change_on_a_file_is_of_what_is_there_now(file_url: str) -> None:
+    """Of two transactions that expect a version on SQLite, the second finds that it has gone."""
+    async with (
+        IncidentClient.open(file_url) as client,
+        open_host("sqlite-connection", file_url) as one,
+        open_host("sqlite-session", file_url) as other,
+    ):
+        await client.create("Order 1 is late", source="partner")
+        joined = client.join(one.connection)
+        waiting = client.join(other.connection)
+        assert await waiting.get(1) == await joined.get(1)
+        await joined.update_status(1, "completed", expected_version=1)
+        second = asyncio.ensure_future(waiting.update_status(1, "failed", expected_version=1))
+        await asyncio.sleep(0)
+        await one.commit()
+        with pytest.raises(VersionConflict) as caught:
+            await second
+        assert caught.value.incident.version == 2
+        await other.rollback()
+
+
+async def test_a_file_that_stays_locked_is_unavailable(file_url: str, tmp_path: Path) -> None:
+    """A host waits for another writer as long as its own engine does, and is told so."""
+    options: dict[str, Any] = {"connect_args": {"timeout": 0.05}, "poolclass": NullPool}
+    other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
+    async with (
+        IncidentClient.open(file_url) as client,
+        host_engine(file_url, **options) as engine,
+        engine.connect() as connection,
+    ):
+        joined = client.join(connection)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailable):
+            await joined.create("Order 1 is late", source="partner")
+        assert await joined.list() == []
+        other.execute("ROLLBACK")
+        await joined.create("Order 1 is late", source="partner")
+        await connection.commit()
+        assert len(await client.list()) == 1
+    other.close()
+
+
+async def test_what_was_read_before_others_wrote_cannot_be_written(file_url: str) -> None:
+    """Where a host's engine begins by itself, a snapshot that is old is told as unavailable."""
+    async with (
+        IncidentClient.open(file_url) as client,
+        host_engine(file_url, poolclass=NullPool) as engine,
+    ):
+        begin_by_itself(engine)
+        async with engine.connect() as connection:
+            joined = client.join(connection)
+            assert await joined.list() == []
+            await client.create("Order 1 is late", source="partner")
+            assert await joined.list() == []
+            with pytest.raises(StoreUnavailable):
+                await joined.create("Order 2 is late", source="partner")
+            await connection.rollback()
+            await client.join(connection).create("Order 2 is late", source="partner")
+            await connection.commit()
+        assert len(await client.list()) == 2
+
+
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+@pytest.mark.parametrize("commits", [True, False])
+async def test_a_key_that_is_open_in_a_transaction_is_waited_for(
+    way: str, postgres_url: str, *, commits: bool
+) -> None:
+    """A client counts the occurrence of what a transaction has created, or makes it if it ends."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host(way, postgres_url) as host,
+    ):
+        joined = await join(host, client)
+        await joined.create(
+            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+        )
+        counted = asyncio.ensure_future(
+            client.create("Order 1 is late", source="partner", dedup_key="order-1")
+        )
+        repeated = asyncio.ensure_future(
+            client.create(
+                "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+            )
+        )
+        await _until_waiting(postgres_url, 2)
+        await (host.commit() if commits else host.rollback())
+        incidents = await asyncio.gather(counted, repeated)
+        (incident,) = await client.list()
+        assert {each.incident_id for each in incidents} == {incident.incident_id}
+        assert incident.occurrences == 2
+        assert len(await client.history(incident.incident_id)) == 2
+
+
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+async def test_reopening_beside_one_that_is_being_opened_is_a_conflict(
+    way: str, postgres_url: str
+) -> None:
+    """Two that reopen incidents of one key end with one open, and the other's transaction lives."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host("asyncpg-connection", postgres_url) as first,
+        open_host(way, postgres_url) as second,
+    ):
+        for _ in range(3):
+            one = await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+            await client.update_status(one.incident_id, "failed")
+        joined = await join(first, client)
+        await joined.update_status(1, "new")
+        waiting = await join(second, client)
+        await second.order(1)
+        calls = [
+            asyncio.ensure_future(call)
+            for call in (
+                waiting.update_status(2, "new"),
+                client.update_status(3, "new"),
+                client.update_status(3, "new", idempotency_key="key"),
+            )
+        ]
+        await _until_waiting(postgres_url, len(calls))
+        await first.commit()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [DuplicateOpenIncident] * len(calls)
+        await second.commit()
+        assert await run_sql(postgres_url, "SELECT order_id FROM orders") == [(1,)]
+        assert [each.incident_id for each in await client.list(status="new")] == [1]
+        assert await run_sql(postgres_url, "SELECT * FROM incident_idempotency_key") == []
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("way", POSTGRES_WAYS)
+async def test_a_transaction_that_must_be_repeated_is_unavailable(
+    way: str, level: str, postgres_url: str
+) -> None:
+    """In a stricter isolation a change of what others changed meanwhile fails, and works again."""
+    async with (
+        IncidentClient.open(postgres_url) as client,
+        open_host(way, postgres_url) as host,
+    ):
+        await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+        two = await client.create("Order 2 is late", source="partner", dedup_key="order-2")
+        await client.update_status(two.incident_id, "failed")
+        calls: list[Callable[[JoinedIncidents], Awaitable[object]]] = [
+            lambda joined: joined.create(
+                "Order 3 is late", source="partner", idempotency_key="key"
+            ),
+            lambda joined: joined.create("Order 1 is late", source="partner", dedup_key="order-1"),
+            lambda joined: joined.update_status(1, "failed"),
+            lambda joined: joined.note(1, "Lost"),
+            lambda joined: joined.update_status(2, "new"),
+        ]
+        meanwhile: list[Callable[[], Awaitable[object]]] = [
+            lambda: client.create("Order 3 is late", source="partner", idempotency_key="key"),
+            *[lambda: client.note(1, "Called")] * 3,
+            lambda: client.create("Order 2 is late", source="partner", dedup_key="order-2"),
+        ]
+        for call, other in zip(calls, meanwhile, strict=True):
+            await _begin_in(host, level)
+            joined = client.join(host.connection)
+            await joined.list()
+            await other()
+            with pytest.raises(StoreUnavailable):
+                await call(joined)
+            await host.rollback()
+        joined = await join(host, client)
+        await joined.update_status(1, "failed")
+        await host.commit()
+        assert (await client.get(1)).incident_type is IncidentStatus.FAILED
+
+
+async def _begin_in(host: Host, level: str) -> None:
+    """Begin a transaction that has read nothing yet, in this isolation."""
+    if isinstance(host, AsyncpgHost):
+        await host.begin()
+    await host.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+
+
+async def _until_waiting(url: str, count: int) -> None:
+    """Return when so many connections to a database of PostgreSQL wait for another's lock."""
+    statement = (
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    async with asyncio.timeout(60):
+        while (await run_sql(url, statement)) != [(count,)]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

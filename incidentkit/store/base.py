@@ -320,7 +320,6 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
     if options is not None:
         raise InvalidSettings("options", "are only for a URL: an engine or a pool has its own")
     import asyncpg  # noqa: PLC0415
-    from sqlalchemy import StaticPool  # noqa: PLC0415
     from sqlalchemy.ext.asyncio import AsyncEngine  # noqa: PLC0415
 
     if isinstance(database, asyncpg.Pool):
@@ -332,9 +331,6 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
 
         return EngineStore(database)
     if isinstance(database, AsyncEngine) and database.dialect.name == "sqlite":
-        if isinstance(database.pool, StaticPool):
-            reason = "has one connection, in memory, which cannot be shared: use a file, or a URL"
-            raise InvalidSettings("database", reason)
         from incidentkit.store.sqlite import SqliteStore  # noqa: PLC0415
 
         return SqliteStore(database)

@@ -90,8 +90,6 @@ class SqlalchemyConnection:
 
     def __init__(self, connection: AsyncConnection | AsyncSession, kind: DatabaseKind) -> None:
         self._connection = connection
-        if isinstance(connection, AsyncConnection) and connection.sync_connection is None:
-            raise NotInTransaction
         found = _dialect_name(connection)
         if found != kind:
             raise TypeError(f"The client is on {kind}, not on {found}")
@@ -132,7 +130,7 @@ class SqlalchemyConnection:
 
 def _dialect_name(connection: AsyncConnection | AsyncSession) -> str:
     if isinstance(connection, AsyncConnection):
-        return connection.dialect.name
+        return connection.engine.dialect.name
     try:
         return connection.sync_session.get_bind().dialect.name
     except UnboundExecutionError:

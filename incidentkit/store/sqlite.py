@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import asdict
-from sqlalchemy import NullPool, create_engine, event, make_url
+from sqlalchemy import NullPool, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -279,6 +279,8 @@ class SqliteStore(SqliteOperations):
         self._engine: AsyncEngine | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._writing = asyncio.Lock()
+        # Whether it can be seen that a transaction of the host has the only connection.
+        self._tells = False
 
     async def open(self) -> None:
         """Open the file, creating it if need be, and bring its schema up to date."""
@@ -290,7 +292,11 @@ class SqliteStore(SqliteOperations):
         self._engine = self._create_engine() if self._host_engine is None else self._host_engine
         try:
             if self._url.database in MEMORY:
-                await migrate.upgrade_memory(self._host_engine or self._engine)
+                await migrate.upgrade_memory(self._engine)
+                # From Python 3.12 on a driver may be told to be in a transaction all the time.
+                self._tells = self._host_engine is not None and not _shared_by_a_transaction(
+                    self._host_engine
+                )
             else:
                 await self._run(probe(self._url))
                 try:
@@ -360,6 +366,8 @@ class SqliteStore(SqliteOperations):
     def _connection(self) -> AsyncConnection:
         if self._engine is None:
             raise ClientClosed
+        if self._tells and _shared_by_a_transaction(self._engine):
+            raise StoreUnavailable("a transaction has the only connection to it")
         return self._engine.connect()
 
     @asynccontextmanager
@@ -404,7 +412,7 @@ class SqliteStore(SqliteOperations):
         SQLAlchemy throws a connection away if a call on it is cancelled, and with it a database
         in memory.
         """
-        # In memory there is one connection, on which a read would see what is not committed.
+        # In memory there is one connection, on which a read would see a write that is half way.
         alone = writes or self._url.database in MEMORY
         task = asyncio.ensure_future(self._in_turn(work) if alone else work)
         self._running.add(task)
@@ -437,6 +445,18 @@ class SqliteStore(SqliteOperations):
 def _file_of(url: URL) -> URL:
     """Return the URL of a host's engine without what is only about its connections."""
     return url if "uri" in url.query else url.set(query={})
+
+
+def _shared_by_a_transaction(engine: AsyncEngine) -> bool:
+    """Return whether a transaction goes on in the one connection that an engine has, if so.
+
+    Whoever takes that connection and gives it back ends the transaction.
+    """
+    pool = engine.pool
+    if not isinstance(pool, StaticPool) or "connection" not in vars(pool):
+        return False
+    driver: Any = pool.connection.driver_connection
+    return driver is not None and bool(driver.in_transaction)
 
 
 def _prepare_connection(connection: Any, _: object) -> None:

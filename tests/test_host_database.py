@@ -1,0 +1,404 @@
+"""A client on an engine or a pool that the application has opened itself."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from sqlalchemy import NullPool, create_engine, event, inspect, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+from incidentkit import (
+    ClientClosed,
+    DuplicateOpenIncident,
+    IdempotencyKeyReused,
+    IncidentClient,
+    IncidentNotFound,
+    InvalidSettings,
+    SchemaOutOfDate,
+    StoreError,
+    StoreUnavailable,
+    VersionConflict,
+    acting_as,
+)
+from incidentkit.store import RequestRecord, StoreOptions
+from incidentkit.store.base import BEGINNING
+from incidentkit.store.migrate import downgrade, upgrade
+from tests.hosts import begin_by_itself, host_engine, run_sql
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+DATABASES = (
+    "sqlite",
+    "sqlite-begins",
+    "sqlite-autocommit",
+    "sqlite-driver-autocommit",
+    "sqlite-unpooled",
+    "memory",
+    # What Python's documentation recommends, from 3.12 on.
+    *(("sqlite-modern", "memory-modern") if hasattr(sqlite3.Connection, "autocommit") else ()),
+    "engine",
+    "engine-autocommit",
+    "engine-serializable",
+    "engine-unpooled",
+    "pool",
+    "pool-small",
+    "pool-with-codecs",
+)
+
+
+async def _teach(connection: Any) -> None:
+    await connection.set_type_codec(
+        "jsonb", schema="pg_catalog", encoder=str, decoder=len, format="text"
+    )
+    await connection.execute("SET TIME ZONE 'Asia/Tokyo'")
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sqlite-autocommit": {"isolation_level": "AUTOCOMMIT"},
+    "sqlite-driver-autocommit": {"connect_args": {"isolation_level": None}},
+    "sqlite-modern": {"connect_args": {"autocommit": False}},
+    "memory-modern": {"connect_args": {"autocommit": False}},
+    "sqlite-unpooled": {"poolclass": NullPool},
+    "engine-autocommit": {"isolation_level": "AUTOCOMMIT"},
+    "engine-serializable": {"isolation_level": "SERIALIZABLE", "pool_size": 1, "max_overflow": 0},
+    "engine-unpooled": {"poolclass": NullPool},
+    "pool-small": {"min_size": 1, "max_size": 1, "statement_cache_size": 0},
+    "pool-with-codecs": {"init": _teach, "setup": _teach, "record_class": asyncpg.Record},
+}
+
+
+@asynccontextmanager
+async def opened(name: str, url: str) -> AsyncIterator[AsyncEngine | asyncpg.Pool[asyncpg.Record]]:
+    """Lend what a host has opened."""
+    options = OPTIONS.get(name, {})
+    if name.startswith("pool"):
+        async with asyncpg.create_pool(url, **options) as pool:
+            yield pool
+    else:
+        url = "sqlite+aiosqlite:///:memory:" if name.startswith("memory") else url
+        async with host_engine(url, **options) as engine:
+            if name == "sqlite-begins":
+                begin_by_itself(engine)
+            yield engine
+
+
+async def works(database: AsyncEngine | asyncpg.Pool[asyncpg.Record]) -> bool:
+    """Tell whether the host can use what it has opened."""
+    if isinstance(database, AsyncEngine):
+        async with database.connect() as connection:
+            return (await connection.execute(text("SELECT 1"))).all() == [(1,)]
+    return bool(await database.fetchval("SELECT 1"))
+
+
+@pytest.fixture(params=DATABASES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each kind of engine and pool."""
+    return str(request.param)
+
+
+@pytest.fixture
+def url(name: str, request: pytest.FixtureRequest) -> str:
+    """The URL of the host's database."""
+    on_postgres = name.startswith(("engine", "pool"))
+    fixture = "migrated_postgres_url" if on_postgres else "sqlite_url"
+    return str(request.getfixturevalue(fixture))
+
+
+@pytest.fixture
+async def database(
+    name: str, url: str
+) -> AsyncIterator[AsyncEngine | asyncpg.Pool[asyncpg.Record]]:
+    """What the host has opened."""
+    async with opened(name, url) as database:
+        yield database
+
+
+@pytest.fixture
+async def client(
+    database: AsyncEngine | asyncpg.Pool[asyncpg.Record],
+) -> AsyncIterator[IncidentClient]:
+    """A client on it."""
+    async with IncidentClient.open(
+        database, transitions={"new": ["failed"], "failed": ["new"]}
+    ) as client:
+        yield client
+
+
+async def test_everything_a_client_does_works(client: IncidentClient) -> None:
+    """Writes, reads, keys, conflicts, the feed and the request log are as on a URL."""
+    await client.check()
+    with acting_as("shop"):
+        created = await client.create(
+            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+        )
+    assert (
+        await client.create(
+            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+        )
+        == created
+    )
+    with pytest.raises(IdempotencyKeyReused):
+        await client.create("Order 2 is late", source="partner", idempotency_key="key")
+    seen = await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+    assert (seen.incident_id, seen.occurrences) == (1, 2)
+    with pytest.raises(VersionConflict):
+        await client.update_status(1, "failed", expected_version=1, idempotency_key="other")
+    failed = await client.update_status(1, "failed", note="Lost", idempotency_key="other")
+    assert datetime.now(UTC) - created.created_at < timedelta(hours=1)
+    second = await client.create("Order 1 is late", source="partner", dedup_key="order-1")
+    with pytest.raises(DuplicateOpenIncident):
+        await client.update_status(1, "new")
+    with pytest.raises(IncidentNotFound):
+        await client.note(99, "Lost")
+    noted = await client.note(1, "Found")
+    assert await client.get(1) == failed
+    assert await client.list() == [second, failed]
+    assert await client.list(status="failed") == [failed]
+    history = await client.history(1)
+    assert [str(each.kind) for each in history] == [
+        "created",
+        "recurred",
+        "status_changed",
+        "noted",
+    ]
+    assert history[0].actor == "shop"
+    assert history[-1] == noted
+    async with asyncio.timeout(60):
+        while len(await client.store.changes(BEGINNING, 10)) < 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert await client.store.purge(datetime.now(UTC) + timedelta(hours=1), 10) == 1
+    assert await client.list() == [second]
+    await client.store.log_requests([RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id")])
+
+
+async def test_concurrent_calls_lose_nothing(client: IncidentClient) -> None:
+    """Many calls at once are all carried out, however few connections the host has."""
+    await asyncio.gather(
+        *(client.create("Order 1 is late", source="partner", dedup_key="1") for _ in range(10)),
+        *(client.create("Order", source="partner", idempotency_key="key") for _ in range(5)),
+        *(client.list() for _ in range(10)),
+    )
+    incidents = await client.list()
+    assert sorted(one.occurrences for one in incidents) == [1, 10]
+    assert sum([len(await client.history(one.incident_id)) for one in incidents]) == 11
+
+
+async def test_what_the_host_opened_stays_open(
+    name: str, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
+) -> None:
+    """Closing the client closes nothing of the host's, and it can be opened again on it."""
+    client = IncidentClient.open(database)
+    for number in (1, 2):
+        async with client:
+            created = await client.create("Order 1 is late", source="partner")
+            assert created.incident_id == number
+        assert await works(database)
+        with pytest.raises(ClientClosed):
+            await client.list()
+        with pytest.raises(ClientClosed):
+            await client.store.log_requests([])
+    if isinstance(database, AsyncEngine) and name in ("sqlite", "memory", "engine"):
+        assert "Current Checked out connections: 0" in database.pool.status() or name == "memory"
+
+
+@pytest.mark.parametrize("name", [name for name in DATABASES if not name.startswith("pool")])
+async def test_nothing_of_the_hosts_is_configured(
+    name: str, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
+) -> None:
+    """The host's own transactions are what they were, after the client has used its connections."""
+    assert isinstance(database, AsyncEngine)
+    statements: list[str] = []
+    async with IncidentClient.open(database) as client:
+        event.listen(
+            database.sync_engine, "before_cursor_execute", lambda *args: statements.append(args[2])
+        )
+        await client.create("Order 1 is late", source="partner", idempotency_key="key")
+        await client.list()
+        assert not [one for one in statements if one.startswith(("PRAGMA", "SET "))]
+    async with database.connect() as connection:
+        await connection.execute(text("DELETE FROM request_log"))
+        await connection.execute(text("CREATE TABLE orders (order_id INTEGER)"))
+        await connection.rollback()
+        kept = "autocommit" in name
+        names = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+        assert ("orders" in names) is kept
+
+
+async def test_a_caller_that_is_cancelled_leaves_the_database_whole(
+    client: IncidentClient, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
+) -> None:
+    """However calls are cancelled, the host and the client can go on, and nothing is left open."""
+    await client.create("Order 1 is late", source="partner")
+    for turns in range(0, 24, 2):
+        calls = [
+            asyncio.ensure_future(call)
+            for call in (
+                client.create("Order 1 is late", source="partner", idempotency_key=f"k{turns}"),
+                client.get(1),
+                client.list(),
+                client.history(1),
+            )
+        ]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    assert await works(database)
+    incidents = await client.list(limit=1000)
+    for incident in incidents:
+        assert len(await client.history(incident.incident_id)) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in DATABASES if "autocommit" not in name])
+async def test_a_transaction_of_the_host_can_be_joined(
+    client: IncidentClient, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
+) -> None:
+    """On the host's own engine or pool a transaction is joined, and committed or rolled back."""
+    for commits in (False, True):
+        async with AsyncExitStack() as stack:
+            if isinstance(database, AsyncEngine):
+                session = await stack.enter_async_context(AsyncSession(database))
+                joined = client.join(session)
+                end: Any = session
+            else:
+                connection = await stack.enter_async_context(database.acquire())
+                end = connection.transaction()
+                await end.start()
+                joined = client.join(connection)
+            created = await joined.create("Order 1 is late", source="partner")
+            assert await joined.list() == [created]
+            await (end.commit() if commits else end.rollback())
+        assert await client.list() == ([created] if commits else [])
+
+
+async def test_options_are_only_for_a_url(
+    database: AsyncEngine | asyncpg.Pool[asyncpg.Record],
+) -> None:
+    """Sizes and timeouts of what the host has opened are the host's."""
+    with pytest.raises(InvalidSettings, match="options are only"):
+        IncidentClient.open(database, options=StoreOptions())
+
+
+async def test_other_objects_are_refused(tmp_path: Any) -> None:
+    """What is no URL, engine or pool is refused by what would be accepted."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'x.db'}")
+    wrongs: list[Any] = [None, 1, engine, AsyncSession(), asyncpg]
+    for wrong in wrongs:
+        with pytest.raises(InvalidSettings, match="an AsyncEngine on PostgreSQL"):
+            IncidentClient.open(wrong)
+
+
+@pytest.mark.parametrize("name", ["engine", "pool"])
+async def test_another_schema_is_told(name: str, migrated_postgres_url: str) -> None:
+    """A database on PostgreSQL that is not up to date opens with the command that mends it."""
+    await downgrade(migrated_postgres_url)
+    async with opened(name, migrated_postgres_url) as database:
+        with pytest.raises(SchemaOutOfDate, match="incidentkit db upgrade"):
+            await IncidentClient.open(database).connect()
+        assert await works(database)
+
+
+async def test_a_file_is_brought_up_to_date(sqlite_url: str) -> None:
+    """An SQLite file is brought up to date through its URL, parameters of its driver aside."""
+    async with host_engine(f"{sqlite_url}?timeout=20") as engine:
+        async with IncidentClient.open(engine) as client:
+            await client.create("Order 1 is late", source="partner")
+        await downgrade(sqlite_url)
+        async with IncidentClient.open(engine) as client:
+            assert len(await client.list()) == 1
+
+
+@pytest.mark.parametrize("name", ["engine", "engine-unpooled", "pool-small"])
+async def test_a_connection_that_is_ended_is_replaced(
+    name: str, migrated_postgres_url: str
+) -> None:
+    """A read whose connection the server has ended is sent again, and a write is told."""
+    end = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    async with (
+        opened(name, migrated_postgres_url) as database,
+        IncidentClient.open(database) as client,
+    ):
+        await client.create("Order 1 is late", source="partner")
+        await run_sql(migrated_postgres_url, end)
+        assert len(await client.list()) == 1
+        await run_sql(migrated_postgres_url, end)
+        try:
+            await client.create("Order 2 is late", source="partner")
+        except StoreUnavailable:
+            await client.create("Order 2 is late", source="partner")
+        assert len(await client.list()) == 2
+
+
+@pytest.mark.parametrize("name", ["engine", "pool"])
+async def test_a_server_that_is_away_is_unavailable(name: str) -> None:
+    """A server that does not answer is told when the client opens."""
+    url = "postgresql://postgres@127.0.0.1:1/postgres"
+    async with AsyncExitStack() as stack:
+        if name == "engine":
+            database = await stack.enter_async_context(opened(name, url))
+        else:
+            database = await stack.enter_async_context(asyncpg.create_pool(url, min_size=0))
+        with pytest.raises(StoreUnavailable):
+            await IncidentClient.open(database).connect()
+
+
+@pytest.mark.parametrize("name", ["engine", "pool"])
+async def test_a_host_that_has_closed_is_told(name: str, migrated_postgres_url: str) -> None:
+    """A pool that the host has closed under an open client is a typed error."""
+    async with opened(name, migrated_postgres_url) as database:
+        client = IncidentClient.open(database)
+        await client.connect()
+        await (database.dispose() if isinstance(database, AsyncEngine) else database.close())
+        if name == "engine":
+            # Which opens new connections.
+            assert await client.list() == []
+        else:
+            with pytest.raises(StoreError):
+                await client.list()
+        await client.close()
+
+
+async def test_the_only_connection_is_left_to_its_transaction() -> None:
+    """A client on a database in memory does not end the transaction that has its connection."""
+    async with (
+        host_engine("sqlite+aiosqlite:///:memory:") as engine,
+        IncidentClient.open(engine) as client,
+    ):
+        async with engine.begin() as connection:
+            await connection.execute(text("CREATE TABLE orders (order_id INTEGER)"))
+        async with engine.connect() as connection:
+            await connection.execute(text("INSERT INTO orders VALUES (1)"))
+            await client.join(connection).create("Order 1 is late", source="partner")
+            for call in (client.list(), client.create("Order 2 is late", source="partner")):
+                with pytest.raises(StoreUnavailable, match="only connection"):
+                    await call
+            await connection.commit()
+            assert (await connection.execute(text("SELECT * FROM orders"))).all() == [(1,)]
+        assert len(await client.list()) == 1
+
+
+async def test_a_pool_that_is_not_open_is_told(migrated_postgres_url: str) -> None:
+    """A pool that nobody has awaited yet is a typed error."""
+    pool = asyncpg.create_pool(migrated_postgres_url)
+    with pytest.raises(StoreError):
+        await IncidentClient.open(pool).connect()
+
+
+async def test_a_file_of_another_schema_is_refused(sqlite_url: str) -> None:
+    """A file of a version that is newer than the package is refused on the host's engine, too."""
+    await upgrade(sqlite_url)
+    await run_sql(sqlite_url, "UPDATE incidentkit_version SET version_num = 'newer'")
+    async with host_engine(sqlite_url) as engine:
+        with pytest.raises(SchemaOutOfDate, match="pip install --upgrade"):
+            await IncidentClient.open(engine).connect()
