@@ -50,7 +50,7 @@ MAX_PAUSE: Final = 5.0
 """Seconds that a feed waits at most before it asks a database again that is away."""
 
 PURGE_BATCH: Final = 500
-"""Incidents that are purged in one transaction."""
+"""Incidents that are purged in one transaction, at most."""
 
 logger = logging.getLogger("incidentkit")
 
@@ -378,11 +378,13 @@ class IncidentClient(IncidentOperations):
         total = await store.purgeable(ended_before) if progress is not None else 0
         purged = 0
         while True:
-            batch = await self._write(store.purge(ended_before, PURGE_BATCH, actor=current_actor()))
-            purged += batch
+            count, more = await self._write(
+                store.purge(ended_before, PURGE_BATCH, actor=current_actor())
+            )
+            purged += count
             if progress is not None:
                 progress(purged, max(purged, total))
-            if batch < PURGE_BATCH:
+            if not more:
                 return purged
 
     async def check(self) -> None:

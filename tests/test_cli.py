@@ -452,27 +452,6 @@ def test_a_faulty_time_is_refused() -> None:
     assert "must be a time such as 2026-11-23" in result.stderr
 
 
-def test_watch_shows_changes_as_they_happen() -> None:
-    """A change that another process makes is shown on a line of its own; Ctrl+C ends it."""
-    output(*DISK_FULL)
-    with start("watch", "--json", "--from-start") as watching:
-        assert watching.stdout is not None
-        first = json.loads(watching.stdout.readline())
-        assert (first["incident_id"], first["kind"]) == (1, "created")
-        output("update-status", "1", "failed", "--actor", "alice")
-        second = json.loads(watching.stdout.readline())
-        assert (second["to_status"], second["actor"]) == ("failed", "alice")
-        watching.send_signal(signal.SIGINT)
-        exit_code, out, err = outcome(watching)
-    assert (exit_code, out, err) == (130, "", "")
-    with start("watch", "--after", first["cursor"]) as resumed:
-        assert resumed.stdout is not None
-        line = resumed.stdout.readline().decode()
-        assert line.split()[3:] == ["1", "status_changed", "new", "->", "failed", "by", "alice"]
-        resumed.send_signal(signal.SIGTERM)
-        resumed.wait(DEADLINE)
-
-
 def test_watch_takes_one_place_to_begin() -> None:
     """A cursor and the start exclude each other, and a foreign cursor is refused."""
     result = run("watch", "--from-start", "--after", "latest")

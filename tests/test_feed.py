@@ -35,7 +35,7 @@ from incidentkit import (
     UnknownCursor,
     acting_as,
 )
-from incidentkit.cursor import encode_cursor
+from incidentkit.cursor import decode_cursor, encode_cursor
 from incidentkit.feed import ChangeFeed
 from incidentkit.store import migrate
 from incidentkit.store.postgresql import compile_statement
@@ -480,8 +480,8 @@ async def test_a_dump_from_a_server_with_larger_numbers_is_put_in_order(
         assert await take(incidents, 8) == after
 
 
-async def test_a_cursor_whose_place_cannot_be_told_is_refused(migrated_postgres_url: str) -> None:
-    """After events were put in order, the cursor of a purged one from before is not misread."""
+async def test_a_cursor_of_a_purged_change_stays_good(migrated_postgres_url: str) -> None:
+    """Also after events were put in order it leads on; one with another number is refused."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         await some_changes(incidents)
         await take(incidents, 7)
@@ -504,13 +504,45 @@ async def test_a_cursor_whose_place_cannot_be_told_is_refused(migrated_postgres_
             assert len(await take(incidents, 4, cursor)) == 4
         await incidents.purge(datetime.now(UTC) + timedelta(hours=1))
         for cursor in seen:
+            rest = await take(incidents, 3, cursor)
+            assert [change.incident_id for change in rest] == [2, 2, 1]
+            *place, nonce, incident_id = decode_cursor(cursor, 4)
             with pytest.raises(UnknownCursor):
-                await incidents.read_changes(cursor)
-        ended = await incidents.create("It is over", source="partner", incident_type="failed")
-        changes = await take(incidents, 5)
+                await incidents.read_changes(encode_cursor(*place, nonce + 1, incident_id))
+
+
+async def test_a_purged_place_of_another_history_is_refused(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """A backup that is restored refuses what happened after it, also once that incident is purged."""
+    async with IncidentClient.open(sqlite_url) as incidents:
+        await incidents.create("Disk is full", source="partner", incident_type="failed")
+    backup = tmp_path / "backup.db"
+    shutil.copyfile(tmp_path / "incidents.db", backup)
+    async with IncidentClient.open(sqlite_url) as incidents:
+        await incidents.note(1, "after the backup")
+        last = (await take(incidents, 2))[-1].cursor
         await incidents.purge(datetime.now(UTC) + timedelta(hours=1))
-        (told,) = await take(incidents, 1, changes[-1].cursor)
-        assert (told.kind, told.incident_id) == (EventKind.PURGED, ended.incident_id)
+        assert len(await take(incidents, 1, last)) == 1
+    async with IncidentClient.open(f"sqlite+aiosqlite:///{backup}") as restored:
+        await restored.purge(datetime.now(UTC) + timedelta(hours=1))
+        with pytest.raises(UnknownCursor):
+            await restored.read_changes(last)
+
+
+async def test_a_purged_place_is_kept_for_a_month(sqlite_url: str) -> None:
+    """After 30 days a cursor that stands at a purged change is refused, and its row is gone."""
+    async with IncidentClient.open(sqlite_url) as incidents:
+        await incidents.create("Disk is full", source="partner", incident_type="failed")
+        (change,) = await take(incidents, 1)
+        await incidents.purge(datetime.now(UTC) + timedelta(hours=1))
+        path = sqlite_url.removeprefix("sqlite+aiosqlite:///")
+        with closing(sqlite3.connect(path)) as file, file:
+            file.execute("UPDATE incident_purged_event SET purged_at = datetime('now', '-31 days')")
+        assert len(await take(incidents, 1, change.cursor)) == 1
+        await incidents.purge(datetime.now(UTC))
+        with pytest.raises(UnknownCursor):
+            await incidents.read_changes(change.cursor)
 
 
 async def test_whoever_holds_the_tables_does_not_hold_up_all_others(

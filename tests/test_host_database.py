@@ -173,7 +173,7 @@ async def test_everything_a_client_does_works(client: IncidentClient) -> None:
     async with asyncio.timeout(60):
         while len(await client.store.changes(BEGINNING, 10)) < 5:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    assert await client.store.purge(datetime.now(UTC) + timedelta(hours=1), 10) == 1
+    assert await client.store.purge(datetime.now(UTC) + timedelta(hours=1), 10) == (1, False)
     assert await client.list() == [second]
     await client.store.log_requests([RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id")])
 

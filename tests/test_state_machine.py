@@ -124,7 +124,8 @@ class PostgresDatabase(Database):
 
     async def empty(self) -> None:
         await self.execute(
-            'TRUNCATE "Incident", incident_event, incident_idempotency_key RESTART IDENTITY'
+            'TRUNCATE "Incident", incident_event, incident_purged_event, incident_idempotency_key '
+            "RESTART IDENTITY"
         )
 
     async def execute(self, statement: str) -> None:

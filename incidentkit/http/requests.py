@@ -30,7 +30,7 @@ MAX_DIGITS: Final = 19
 MAX_UNKNOWN: Final = 10
 """How many unknown names an answer repeats."""
 
-_ENTITY_TAG: Final = re.compile(r'"(\d+)"', re.ASCII)
+_ENTITY_TAG: Final = re.compile(r'"([1-9]\d{0,18})"', re.ASCII)
 
 MAX_NAME: Final = 64
 """How many characters of an unknown name an answer repeats."""
@@ -86,7 +86,10 @@ def _read_parameters(
         elif len(given) > 1:
             faults.append(FieldError(name, "must be given only once"))
         elif given and (given[0] or not parameter.may_be_empty):
-            values[name] = parameter.read(given[0])
+            try:
+                values[name] = parameter.read(given[0])
+            except ValueError as error:
+                faults.append(FieldError(name, str(error)))
         elif parameter.required:
             faults.append(FieldError(name, "is required"))
     return values, faults
@@ -119,14 +122,17 @@ def read_integer(text: str) -> int | str:
 
 
 def read_version(text: str) -> int | str | None:
-    """Return the version that an ``If-Match`` expects, None for ``*``, or the text.
+    """Return the version that an ``If-Match`` expects, or None for ``*``.
 
-    The text is then refused by the rule that asks for an integer.
+    Raises:
+        ValueError: If it is neither.
     """
     if text == "*":
         return None
     tag = _ENTITY_TAG.fullmatch(text)
-    return read_integer(tag[1]) if tag else text
+    if tag is None:
+        raise ValueError('(If-Match) must be one ETag as an answer had it, such as "3", or *')
+    return read_integer(tag[1])
 
 
 def read_flag(text: str) -> bool | str:
@@ -134,15 +140,17 @@ def read_flag(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text, text)
 
 
-def read_time(text: str) -> datetime | str:
-    """Return the time of ISO 8601, in UTC if it names no zone, or the text.
+def read_time(text: str) -> datetime:
+    """Return the time of ISO 8601, in UTC if it names no zone.
 
-    The text is then refused by the rule that asks for a time.
+    Raises:
+        ValueError: If it is none.
     """
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
-        return text
+        reason = "must be YYYY-MM-DD HH:MM:SS in UTC, or ISO 8601 with an offset"
+        raise ValueError(reason) from None
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 

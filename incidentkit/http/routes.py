@@ -6,7 +6,7 @@ The routes, the strict reading of parameters and the OpenAPI document are all ma
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -161,7 +161,8 @@ class Operation:
 def _as_user(request: Request) -> AbstractContextManager[None]:
     """Return what names the user that a host's middleware has authenticated as the actor."""
     user = request.scope.get("user")
-    return acting_as(user.display_name) if user and user.is_authenticated else nullcontext()
+    name = user.display_name[:NAME_MAX_LENGTH] if user and user.is_authenticated else ""
+    return acting_as(name) if name else nullcontext()
 
 
 def _client(request: Request) -> IncidentClient:
@@ -232,13 +233,14 @@ async def _changes(request: Request, arguments: dict[str, Any]) -> Response:
         arguments["after"] = last
     accepted = ",".join(request.headers.getlist("accept"))
     if MEDIA_TYPE in accepted and request.method == "GET":
-        readers.check()
-        first = await client.read_changes(arguments["after"], limit=BATCH)
-        return ChangeStream(client, readers, first)
+        with ExitStack() as place:
+            place.enter_context(readers.place())
+            first = await client.read_changes(arguments["after"], limit=BATCH)
+            return ChangeStream(client, readers, first, place.pop_all())
     page: ChangePage | None = None
     if arguments["wait"]:
-        readers.check()
-        page = await readers.run(client.read_changes(**arguments), request.receive)
+        with readers.place():
+            page = await readers.run(client.read_changes(**arguments), request.receive)
     if page is None:
         arguments["wait"] = 0
         page = await client.read_changes(**arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette.responses import Response
@@ -15,7 +15,8 @@ from incidentkit.http.problems import RETRY_HEADERS, Refusal
 from incidentkit.wire import encode_event
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
+    from contextlib import ExitStack
 
     from starlette.types import Receive, Scope, Send
 
@@ -59,32 +60,35 @@ class Readers:
     """
 
     def __init__(self) -> None:
+        self._places = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._watch: asyncio.Task[None] | None = None
 
-    def check(self) -> None:
-        """Return if there is a place for one more.
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place.
 
         Raises:
-            Refusal: If there are too many.
+            Refusal: If there is none.
         """
-        if len(self._tasks) >= MAX_READERS:
+        if self._places >= MAX_READERS:
             detail = f"{MAX_READERS} readers wait for changes already"
             raise Refusal(503, detail, headers=RETRY_HEADERS)
+        self._places += 1
+        try:
+            yield
+        finally:
+            self._places -= 1
 
     async def run(self, work: Coroutine[Any, Any, _T], receive: Receive | None = None) -> _T | None:
         """Return what a reader's work returns, or None if the server is about to stop.
 
-        Nor is it done if others have taken the last places since :meth:`check`, or once the reader
-        is gone.
+        Nor is it done once the reader is gone.
 
         Args:
             work: What the reader waits for.
             receive: What tells that the reader is gone; None means that the work is cancelled then.
         """
-        if len(self._tasks) >= MAX_READERS:
-            work.close()
-            return None
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         if self._watch is None or self._watch.done():
@@ -119,21 +123,29 @@ class ChangeStream(Response):
 
     Args:
         client: Whose changes.
-        readers: Where it counts.
+        readers: Where it waits.
         page: The first of them.
+        place: What it holds until it ends.
     """
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, client: IncidentClient, readers: Readers, page: ChangePage) -> None:
+    def __init__(
+        self, client: IncidentClient, readers: Readers, page: ChangePage, place: ExitStack
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._client = client
         self._readers = readers
         self._page = page
+        self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send until the reader is gone, too slow, or the server or the client stops."""
+        with self._place:
+            await self._stream(receive, send)
+
+    async def _stream(self, receive: Receive, send: Send) -> None:
         stream = asyncio.ensure_future(self._run(send))
         gone = asyncio.ensure_future(_gone(receive))
         try:

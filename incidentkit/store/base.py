@@ -253,11 +253,16 @@ class IncidentStore(StoreOperations, Protocol):
         """Return how many incidents ended before then."""
         ...
 
-    async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
-        """Remove at most so many incidents that ended before then, and return their number.
+    async def purge(
+        self, ended_before: datetime, limit: int, *, actor: str | None = None
+    ) -> tuple[int, bool]:
+        """Remove some incidents that ended before then, at most so many.
 
         Their events go with them; one that tells of it stays. Those that others are changing are
-        left out.
+        left out. An incident with very many events goes in several calls.
+
+        Returns:
+            How many were removed, and whether there may be more.
         """
         ...
 

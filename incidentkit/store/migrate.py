@@ -217,10 +217,8 @@ def put_in_order(connection: Connection) -> None:
     connection.exec_driver_sql('LOCK TABLE "Incident", incident_event IN SHARE ROW EXCLUSIVE MODE')
     latest = connection.scalar(postgresql_statements.SELECT_STRANDED)
     if latest is not None:
-        last = connection.scalar(postgresql_statements.SELECT_LAST_EVENT)
         for statement in postgresql_statements.SHIFT.values():
             connection.execute(statement, {"latest": latest})
-        connection.execute(postgresql_statements.note_shift(last or 0))
 
 
 def _run(run: Callable[[Config, str], None], revision: str, connection: Connection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from incidentkit.errors import IdempotencyKeyReused, IncidentNotFound, UnknownCursor
@@ -22,8 +23,6 @@ from incidentkit.transitions import ANY_TRANSITION
 from incidentkit.wire import decode_incident, encode_incident
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from sqlalchemy import Executable
 
     from incidentkit.models import (
@@ -49,6 +48,12 @@ Events: TypeAlias = "list[IncidentEvent]"
 SCAN: Final = 500
 """Incidents whose messages are looked at one by one, before the index of words is asked."""
 
+EVENTS: Final = 5_000
+"""Events that a purge removes at a time, so that nobody waits for long."""
+
+PLACES_KEPT: Final = timedelta(days=30)
+"""For how long a cursor is good whose change went with its incident."""
+
 EXPIRED_KEYS: Final = 10
 """Idempotency keys older than a day that a write with one removes."""
 
@@ -58,8 +63,6 @@ class Operations(ABC):
 
     _claim_key: Executable
     _delete_expired_keys: Executable
-    _select_purged: Executable
-    """Returns a row if the event went with its incident, and its cursor tells its place."""
     _words_match: WordsMatch
 
     @abstractmethod
@@ -89,8 +92,22 @@ class Operations(ABC):
     ) -> IncidentEvent: ...
 
     @abstractmethod
-    async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
-        """Remove some incidents that ended before then, and return how many."""
+    async def _purge(
+        self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
+    ) -> tuple[int, bool]: ...
+
+    async def purge(
+        self, ended_before: datetime, limit: int, *, actor: str | None = None
+    ) -> tuple[int, bool]:
+        """Remove incidents, and leave the events that tell of it, in one transaction."""
+
+        async def work(fetch: Fetch) -> tuple[int, bool]:
+            purged_before = datetime.now(UTC) - PLACES_KEPT
+            old = {"purged_before": purged_before, "limit": 2 * EVENTS}
+            await fetch(statements.DELETE_OLD_PLACES, old)
+            return await self._purge(fetch, ended_before, limit, actor)
+
+        return await self._write(work, atomic=True)
 
     async def purgeable(self, ended_before: datetime) -> int:
         """Count the incidents that ended before then."""
@@ -142,13 +159,14 @@ class Operations(ABC):
             key, fingerprint = once.key, once.fingerprint
             await fetch(self._delete_expired_keys, {"limit": EXPIRED_KEYS})
             # Waits for another transaction that has the key.
-            if not await fetch(
-                self._claim_key, {"idempotency_key": key, "fingerprint": fingerprint}
-            ):
+            claim = {"idempotency_key": key, "fingerprint": fingerprint}
+            while not await fetch(self._claim_key, claim):
                 rows = await fetch(statements.SELECT_ANSWER, {"idempotency_key": key})
-                if rows[0][0] != fingerprint:
+                if rows and rows[0][0] != fingerprint:
                     raise IdempotencyKeyReused(key)
-                return decode_incident(rows[0][1])
+                if rows:
+                    return decode_incident(rows[0][1])
+                # It was a day old, and another one has just removed it.
             incident = await write(fetch)
             answer = encode_incident(incident).decode()
             await fetch(statements.UPDATE_ANSWER, {"key": key, "answer": answer})
@@ -250,13 +268,10 @@ class Operations(ABC):
         Raises:
             UnknownCursor: If there never was this event here.
         """
-        transaction_id, event_id, nonce, incident_id = cursor
+        _, event_id, nonce, _ = cursor
         rows = await self._read(statements.SELECT_PLACE, {"event_id": event_id, "nonce": nonce})
         if rows:
             return rows[0][0], rows[0][1]
-        values = {"event_id": event_id, "incident_id": incident_id}
-        if await self._read(self._select_purged, values):
-            return transaction_id, event_id
         raise UnknownCursor
 
 

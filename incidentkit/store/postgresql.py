@@ -30,7 +30,7 @@ from incidentkit.models import OPEN
 from incidentkit.store import postgresql_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
-from incidentkit.store.operations import Operations, found
+from incidentkit.store.operations import EVENTS, Operations, found
 from incidentkit.store.statements import read_event, read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 from incidentkit.transitions import ANY_TRANSITION
@@ -145,6 +145,8 @@ def translate_error(error: Exception) -> StoreError:  # noqa: PLR0911
         return StoreUnavailable("there is no such database on the server")
     if isinstance(error, TimeoutError):
         return StoreUnavailable("it did not answer in time")
+    if isinstance(error, asyncpg.TransactionRollbackError):
+        return StoreUnavailable("another transaction was in the way")
     if isinstance(error, _AWAY):
         return StoreUnavailable("the connection was refused or lost")
     if overtaken(error):
@@ -175,7 +177,6 @@ class PostgresOperations(Operations):
 
     _claim_key = writes.CLAIM_KEY
     _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
-    _select_purged = writes.SELECT_PURGED
     _words_match = writes.WORDS_MATCH
 
     async def update_status(
@@ -248,8 +249,8 @@ class PostgresOperations(Operations):
         return read_event(found(incident_id, await fetch(writes.INSERT_NOTE, values)))
 
     def _words(self, text: str) -> str:
-        """Return the words of the text as a query, each the beginning of a word."""
-        return " & ".join(f"'{word.lower()}':*" for word in re.findall(r"[^\W_]+", text))
+        """Return the text: the database finds its words, by the rule for messages."""
+        return text
 
     async def check_order(self) -> None:
         """Raise if events have numbers of transactions that this server has yet to give."""
@@ -259,15 +260,17 @@ class PostgresOperations(Operations):
                 "run `incidentkit db upgrade`"
             )
 
-    async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
-        """Remove incidents, and leave the event that tells of it, in one statement."""
-        values = {"ended_before": ended_before, "limit": limit, "actor": actor}
-
-        async def work(fetch: Fetch) -> int:
-            ((count,),) = await fetch(writes.PURGE, values)
-            return int(count)
-
-        return await self._write(work)
+    async def _purge(
+        self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
+    ) -> tuple[int, bool]:
+        found = {"ended_before": ended_before, "limit": limit}
+        ids = [row[0] for row in await fetch(writes.SELECT_PURGEABLE, found)]
+        if not ids:
+            return 0, False
+        # Statements of their own, which see what was committed before the rows were locked.
+        await fetch(writes.DELETE_EVENTS, {"incident_ids": ids, "events": EVENTS})
+        ((count,),) = await fetch(writes.DELETE_INCIDENTS, {"incident_ids": ids, "actor": actor})
+        return int(count), len(ids) == limit or count < len(ids)
 
 
 class PostgresStore(PostgresOperations):

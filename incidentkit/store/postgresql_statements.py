@@ -123,17 +123,31 @@ DELETE_EXPIRED_KEYS: Final = text(
     "ORDER BY created_at LIMIT CAST(:limit AS bigint) FOR UPDATE SKIP LOCKED)"
 )
 
-PURGE: Final = text(
-    'WITH doomed AS (SELECT incident_id AS id FROM "Incident" '
-    "WHERE ended_at < CAST(:ended_before AS timestamptz) ORDER BY ended_at, incident_id "
-    "LIMIT CAST(:limit AS bigint) FOR UPDATE SKIP LOCKED), "
-    'changed AS (DELETE FROM "Incident" USING doomed WHERE incident_id = id '
-    "RETURNING incident_id, CAST(incident_type AS text) AS status, "
+SELECT_PURGEABLE: Final = text(
+    'SELECT incident_id FROM "Incident" WHERE ended_at < CAST(:ended_before AS timestamptz) '
+    "ORDER BY ended_at, incident_id LIMIT CAST(:limit AS bigint) FOR UPDATE SKIP LOCKED"
+)
+
+_PURGED_IDS: Final = "ANY(CAST(:incident_ids AS bigint[]))"
+
+DELETE_EVENTS: Final = text(
+    "WITH gone AS (DELETE FROM incident_event WHERE event_id IN (SELECT event_id "
+    f"FROM incident_event WHERE incident_id = {_PURGED_IDS} ORDER BY incident_id, event_id "
+    "LIMIT CAST(:events AS bigint)) RETURNING event_id, transaction_id, nonce) "
+    "INSERT INTO incident_purged_event (event_id, transaction_id, nonce) "
+    "SELECT event_id, transaction_id, nonce FROM gone ON CONFLICT (event_id) DO UPDATE "
+    "SET transaction_id = EXCLUDED.transaction_id, nonce = EXCLUDED.nonce, "
+    "purged_at = EXCLUDED.purged_at"
+)
+
+DELETE_INCIDENTS: Final = text(
+    f'WITH changed AS (DELETE FROM "Incident" AS old WHERE incident_id = {_PURGED_IDS} '
+    "AND NOT EXISTS (SELECT FROM incident_event AS event WHERE event.incident_id = old.incident_id)"
+    " RETURNING incident_id, CAST(incident_type AS text) AS status, "
     f"greatest(transaction_id, {_TRANSACTION}) AS transaction_id), "
-    "events AS (DELETE FROM incident_event USING changed "
-    "WHERE incident_event.incident_id = changed.incident_id), "
     f"event AS ({_PURGED}) SELECT count(*) FROM changed"
 )
+"""Removes those whose events have all been removed, by an earlier statement of the transaction."""
 
 SELECT_STRANDED: Final = text(
     "SELECT latest FROM (SELECT max(transaction_id) AS latest FROM incident_event) AS events "
@@ -143,29 +157,14 @@ SELECT_STRANDED: Final = text(
 
 SHIFT: Final = {
     name: text(f'UPDATE "{name}" SET transaction_id = transaction_id - :latest - 1')
-    for name in ("incident_event", "Incident")
+    for name in ("incident_event", "incident_purged_event", "Incident")
 }
 """Puts all that is there before all that is to come, in the order that it has."""
 
-SELECT_LAST_EVENT: Final = text("SELECT max(event_id) FROM incident_event")
-
-_PLACES: Final = "ix_incident_event_transaction_id"
-
-
-def note_shift(event_id: int) -> TextClause:
-    """Return what notes the last event that was shifted, where a dump has it, too."""
-    return text(f"COMMENT ON INDEX {_PLACES} IS '{event_id}'")
-
-
-SELECT_PURGED: Final = text(
-    "SELECT event_id FROM incident_event "
-    "WHERE incident_id = CAST(:incident_id AS bigint) AND kind = 'purged' "
-    "AND CAST(:event_id AS bigint) > coalesce("
-    f"CAST(obj_description(to_regclass('{_PLACES}'), 'pg_class') AS bigint), 0) LIMIT 1"
+_QUERY: Final = (
+    "CAST((SELECT string_agg(quote_literal(lexeme) || '\\:*', ' & ') "
+    "FROM unnest(incident_words(CAST(:words AS text)))) AS tsquery)"
 )
-"""The cursor of an event that was shifted may be from before, and not tell where it was since."""
-
-_QUERY: Final = "CAST(CAST(:words AS text) AS tsquery)"
 
 WORDS_MATCH: Final = WordsMatch(
     by_index=text(f'incident_words("Incident".incident_message) @@ {_QUERY}'),

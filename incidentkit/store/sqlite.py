@@ -30,7 +30,7 @@ from incidentkit.models import OPEN, EventKind, IncidentStatus
 from incidentkit.store import sqlite_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
-from incidentkit.store.operations import Operations, found
+from incidentkit.store.operations import EVENTS, Operations, found
 from incidentkit.store.statements import read_event, read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
@@ -137,7 +137,6 @@ class SqliteOperations(Operations):
 
     _claim_key = writes.CLAIM_KEY
     _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
-    _select_purged = statements.SELECT_PURGED
     _words_match = writes.WORDS_MATCH
 
     async def _create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
@@ -212,27 +211,28 @@ class SqliteOperations(Operations):
     async def check_order(self) -> None:
         """Do nothing: where there is one writer, events are in the order of their ids."""
 
-    async def purge(self, ended_before: datetime, limit: int, *, actor: str | None = None) -> int:
-        """Remove incidents, and leave the event that tells of it, in one transaction."""
+    async def _purge(
+        self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
+    ) -> tuple[int, bool]:
         values = {"ended_before": ended_before, "limit": limit}
-
-        async def work(fetch: Fetch) -> int:
-            purged = await fetch(writes.SELECT_PURGEABLE, values)
-            if purged:
-                ids = {"incident_ids": [row.incident_id for row in purged]}
-                await fetch(writes.DELETE_EVENTS, ids)
-                await fetch(writes.DELETE_INCIDENTS, ids)
-            for incident_id, status in purged:
-                await _insert_event(
-                    fetch,
-                    incident_id=incident_id,
-                    kind=EventKind.PURGED,
-                    from_status=IncidentStatus(status),
-                    actor=actor,
-                )
-            return len(purged)
-
-        return await self._write(work, atomic=True)
+        found = {row[0]: row[1] for row in await fetch(writes.SELECT_PURGEABLE, values)}
+        if not found:
+            return 0, False
+        some = {"incident_ids": list(found), "events": EVENTS}
+        await fetch(writes.INSERT_PLACES, some)
+        await fetch(writes.DELETE_EVENTS, some)
+        left = await fetch(writes.SELECT_WITH_EVENTS, {"incident_ids": list(found)})
+        gone = found.keys() - {row[0] for row in left}
+        await fetch(writes.DELETE_INCIDENTS, {"incident_ids": list(gone)})
+        for incident_id in sorted(gone):
+            await _insert_event(
+                fetch,
+                incident_id=incident_id,
+                kind=EventKind.PURGED,
+                from_status=IncidentStatus(found[incident_id]),
+                actor=actor,
+            )
+        return len(gone), len(found) == limit or len(gone) < len(found)
 
 
 async def _insert_event(  # noqa: PLR0913

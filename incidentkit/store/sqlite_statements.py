@@ -28,6 +28,7 @@ from incidentkit.store.tables import (
     idempotency_table,
     incident_event_table,
     incident_table,
+    purged_event_table,
 )
 
 if TYPE_CHECKING:
@@ -149,8 +150,35 @@ SELECT_PURGEABLE: Final = (
 
 _purged: Final = bindparam("incident_ids", type_=BigInteger(), expanding=True)
 
+_some_events: Final = (
+    select(incident_event_table.c.event_id)
+    .where(incident_event_table.c.incident_id.in_(_purged))
+    .order_by(incident_event_table.c.incident_id, incident_event_table.c.event_id)
+    .limit(bindparam("events", type_=BigInteger()))
+)
+
+INSERT_PLACES: Final = (
+    insert(purged_event_table)
+    .prefix_with("OR REPLACE")
+    .from_select(
+        ["event_id", "transaction_id", "nonce"],
+        select(
+            incident_event_table.c.event_id,
+            incident_event_table.c.transaction_id,
+            incident_event_table.c.nonce,
+        ).where(incident_event_table.c.event_id.in_(_some_events)),
+        include_defaults=False,
+    )
+)
+
 DELETE_EVENTS: Final = delete(incident_event_table).where(
-    incident_event_table.c.incident_id.in_(_purged)
+    incident_event_table.c.event_id.in_(_some_events)
+)
+
+SELECT_WITH_EVENTS: Final = (
+    select(incident_event_table.c.incident_id)
+    .where(incident_event_table.c.incident_id.in_(_purged))
+    .distinct()
 )
 
 DELETE_INCIDENTS: Final = delete(incident_table).where(_columns.incident_id.in_(_purged))

@@ -15,6 +15,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    delete,
     func,
     insert,
     literal_column,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     table,
     true,
     tuple_,
+    union_all,
     update,
 )
 from sqlalchemy import String as _String
@@ -44,13 +46,14 @@ from incidentkit.store.tables import (
     idempotency_table,
     incident_event_table,
     incident_table,
+    purged_event_table,
     request_log_table,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sqlalchemy import ColumnElement, Insert, Select
+    from sqlalchemy import ColumnElement, Insert, Select, Table
 
 _columns = incident_table.c
 
@@ -173,20 +176,27 @@ SELECT_LATEST_CHANGE: Final = (
     .limit(literal_column("1"))
 )
 
-SELECT_PLACE: Final = select(
-    incident_event_table.c.transaction_id, incident_event_table.c.event_id
-).where(
-    incident_event_table.c.event_id == bindparam("event_id", type_=BigInteger()),
-    incident_event_table.c.nonce == bindparam("nonce", type_=BigInteger()),
-)
 
-SELECT_PURGED: Final = (
-    select(incident_event_table.c.event_id)
-    .where(
-        incident_event_table.c.incident_id == bindparam("incident_id", type_=BigInteger()),
-        incident_event_table.c.kind == literal_column("'purged'"),
+def _select_place(events: Table) -> Select[*tuple[Any, ...]]:
+    statement: Select[*tuple[Any, ...]] = select(events.c.transaction_id, events.c.event_id)
+    return statement.where(
+        events.c.event_id == bindparam("event_id", type_=BigInteger()),
+        events.c.nonce == bindparam("nonce", type_=BigInteger()),
     )
-    .limit(literal_column("1"))
+
+
+SELECT_PLACE: Final = union_all(
+    _select_place(incident_event_table), _select_place(purged_event_table)
+)
+"""Where an event is, or was before it went with its incident."""
+
+DELETE_OLD_PLACES: Final = delete(purged_event_table).where(
+    purged_event_table.c.event_id.in_(
+        select(purged_event_table.c.event_id)
+        .where(purged_event_table.c.purged_at < bindparam("purged_before", type_=UtcDateTime()))
+        .order_by(purged_event_table.c.purged_at)
+        .limit(bindparam("limit", type_=BigInteger()))
+    )
 )
 
 

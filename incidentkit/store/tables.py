@@ -193,6 +193,18 @@ incident_event_table: Final = Table(
 """What happened to each incident. It has no foreign key: what tells that an incident was purged
 outlives it."""
 
+purged_event_table: Final = Table(
+    "incident_purged_event",
+    metadata,
+    Column("event_id", BigInteger, autoincrement=False),
+    Column("transaction_id", BigInteger, nullable=False),
+    Column("nonce", BigInteger, nullable=False),
+    Column("purged_at", UtcDateTime, nullable=False, server_default=current_second()),
+    PrimaryKeyConstraint("event_id", name="pk_incident_purged_event"),
+    Index("ix_incident_purged_event_purged_at", "purged_at"),
+)
+"""Where events were that went with their incidents: a cursor may stand there."""
+
 idempotency_table: Final = Table(
     "incident_idempotency_key",
     metadata,

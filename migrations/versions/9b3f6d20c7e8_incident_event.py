@@ -23,7 +23,9 @@ OPEN_WITH_KEY = sa.text("incident_type = 'new' AND dedup_key IS NOT NULL")
 ENDED = sa.text("ended_at IS NOT NULL")
 
 COLUMNS = ("version", "dedup_key", "occurrences", "last_seen_at", "ended_at", "transaction_id")
-TABLES = ("incident_event", "incident_idempotency_key")
+TABLES = ("incident_event", "incident_purged_event", "incident_idempotency_key")
+MAX_WORD = 255
+TIME_TRIGGERS = ("incident_created_at_insert", "incident_created_at_update")
 TEXT_TRIGGERS = ("incident_text_insert", "incident_text_update", "incident_text_delete")
 
 
@@ -64,6 +66,15 @@ def upgrade() -> None:
     )
     op.create_index("ix_incident_event_incident_id", "incident_event", ["incident_id", "event_id"])
     op.create_table(
+        "incident_purged_event",
+        sa.Column("event_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("transaction_id", sa.BigInteger(), nullable=False),
+        sa.Column("nonce", sa.BigInteger(), nullable=False),
+        sa.Column("purged_at", time, nullable=False, server_default=now),
+        sa.PrimaryKeyConstraint("event_id", name="pk_incident_purged_event"),
+    )
+    op.create_index("ix_incident_purged_event_purged_at", "incident_purged_event", ["purged_at"])
+    op.create_table(
         "incident_idempotency_key",
         sa.Column("idempotency_key", sa.String(), nullable=False),
         sa.Column("fingerprint", sa.String(), nullable=False),
@@ -99,6 +110,7 @@ def upgrade() -> None:
         sqlite_where=ENDED,
     )
     if on_sqlite():
+        upgrade_sqlite_times()
         upgrade_sqlite_text()
     else:
         upgrade_postgresql_text()
@@ -107,6 +119,18 @@ def upgrade() -> None:
         # Or a later migration could not change the table in the same transaction.
         op.execute("SET CONSTRAINTS ALL IMMEDIATE")
         op.execute("SET CONSTRAINTS ALL DEFERRED")
+
+
+def upgrade_sqlite_times() -> None:
+    """Keep times to the form that sorts as time does, whoever writes them."""
+    whole = "UPDATE \"Incident\" SET created_at = strftime('%Y-%m-%d %H:%M:%S', created_at)"
+    other = "length({0}created_at) <> 19 AND strftime('%s', {0}created_at) IS NOT NULL"
+    op.execute(f"{whole} WHERE {other.format('')}")
+    for name, event in zip(TIME_TRIGGERS, ("INSERT", "UPDATE OF created_at"), strict=True):
+        op.execute(
+            f'CREATE TRIGGER {name} AFTER {event} ON "Incident" WHEN {other.format("new.")} '
+            f"BEGIN {whole} WHERE incident_id = new.incident_id; END"
+        )
 
 
 def upgrade_sqlite_text() -> None:
@@ -143,8 +167,12 @@ def upgrade_postgresql_text() -> None:
         CREATE FUNCTION incident_words(message text) RETURNS tsvector
         LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
         BEGIN
-            RETURN pg_catalog.to_tsvector('pg_catalog.simple', pg_catalog.lower(
-                pg_catalog.regexp_replace(message {collate}, '[^[:alnum:]]+', ' ', 'g') {collate}));
+            -- Not to_tsvector, whose parser takes some words for numbers and cuts them in two.
+            RETURN pg_catalog.array_to_tsvector(ARRAY(
+                SELECT DISTINCT pg_catalog."left"(word, {MAX_WORD}) FROM
+                pg_catalog.regexp_split_to_table(
+                    pg_catalog.lower(message {collate}) {collate}, '[^[:alnum:]]+') AS word
+                WHERE word OPERATOR(pg_catalog.<>) ''));
         END $$
         """
     )
@@ -156,7 +184,7 @@ def upgrade_postgresql_text() -> None:
 
 def downgrade() -> None:
     if on_sqlite():
-        for name in TEXT_TRIGGERS:
+        for name in (*TEXT_TRIGGERS, *TIME_TRIGGERS):
             op.execute(f"DROP TRIGGER {name}")
         op.execute("DROP TABLE incident_text")
     else:
