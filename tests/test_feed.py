@@ -514,7 +514,7 @@ async def test_a_cursor_of_a_purged_change_stays_good(migrated_postgres_url: str
 async def test_a_purged_place_of_another_history_is_refused(
     sqlite_url: str, tmp_path: Path
 ) -> None:
-    """A backup that is restored refuses what happened after it, also once that incident is purged."""
+    """A restored backup refuses what happened after it, also once that incident is purged."""
     async with IncidentClient.open(sqlite_url) as incidents:
         await incidents.create("Disk is full", source="partner", incident_type="failed")
     backup = tmp_path / "backup.db"

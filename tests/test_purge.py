@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +182,49 @@ async def test_a_row_that_somebody_holds_is_left_out(migrated_postgres_url: str)
                 await incidents.get(other)
         await connection.close()
         assert await incidents.purge(datetime.now(UTC)) == 1
+
+
+async def test_an_incident_of_many_events_goes_in_several_steps(
+    incidents: IncidentClient, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a history is, no step removes more than so many events, and all are removed."""
+    for module in ("sqlite", "postgresql"):
+        monkeypatch.setattr(f"incidentkit.store.{module}.EVENTS", 4)
+    ids = await ended(incidents, url, 100, 100)
+    for _ in range(9):
+        await incidents.note(ids[0], "one more")
+    told: list[tuple[int, int]] = []
+    count = await incidents.purge(
+        datetime.now(UTC), progress=lambda done, total: told.append((done, total))
+    )
+    assert count == 2
+    assert told == [(0, 2), (0, 2), (1, 2), (2, 2)]
+    rows = await run_sql(url, "SELECT kind FROM incident_event")
+    assert [kind for (kind,) in rows] == ["purged", "purged"]
+
+
+async def test_a_note_that_comes_meanwhile_goes_too(migrated_postgres_url: str) -> None:
+    """On PostgreSQL nothing that is said while an incident is purged stays behind."""
+    async with (
+        IncidentClient.open(migrated_postgres_url) as incidents,
+        IncidentClient.open(migrated_postgres_url) as other,
+    ):
+        ids = await ended(incidents, migrated_postgres_url, *[100] * 12)
+
+        async def say(incident_id: int) -> None:
+            with suppress(IncidentNotFound):
+                while True:
+                    await other.note(incident_id, "a secret")
+
+        async def purge() -> None:
+            while await incidents.list():
+                await incidents.purge(datetime.now(UTC))
+
+        await asyncio.gather(*map(say, ids), purge())
+        rows = await run_sql(
+            migrated_postgres_url, "SELECT count(*) FROM incident_event WHERE kind <> 'purged'"
+        )
+        assert rows[0][0] == 0
 
 
 @pytest.mark.parametrize("before", [None, "2026-01-01", datetime(2026, 1, 1), 90])  # noqa: DTZ001

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 from sqlalchemy.dialects.sqlite import dialect
@@ -353,6 +353,54 @@ async def test_text_is_never_taken_for_an_operator(incidents: IncidentClient, sa
     else:
         with pytest.raises(InvalidIncident):
             await incidents.search(text=said)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    words=st.lists(
+        st.text("abcefxyz019ABE", min_size=5, max_size=12)
+        | st.text("абвгдеАБВ", min_size=5, max_size=8)
+        | st.uuids().map(str),
+        min_size=1,
+        max_size=4,
+    )
+)
+@example(words=["9056e4e", "1e5e3", "5e-3x", "0x1f", "12.5e4"])
+@example(words=["a@example.com", "https://example.com/path?x=1", "x" * 300])
+def test_a_message_is_found_by_its_own_words(world: World, words: list[str]) -> None:
+    """Whatever a word looks like, a number or a hash, it and its beginning are found."""
+    message = f"Here {' '.join(words)} ends"
+    created = world.run(world.client.create(message, source="partner"))
+    for said in (*words, *(word[:5] for word in words), message):
+        page = world.run(world.client.search(text=said[:200], limit=1))
+        assert [one.incident_id for one in page.incidents] == [created.incident_id]
+
+
+async def test_times_of_another_program_on_sqlite_are_paged(sqlite_url: str) -> None:
+    """A time with a fraction or a T is brought into the form that sorts as time does."""
+    async with IncidentClient.open(sqlite_url) as incidents:
+        engine = migration_engine(sqlite_url)
+        async with engine.begin() as connection:
+            for at in (
+                "2026-01-01 00:00:00.000000",
+                "2026-01-01T00:00:00",
+                "2026-01-01 00:00:00.7",
+            ):
+                for _ in range(2):
+                    await connection.execute(
+                        text(
+                            'INSERT INTO "Incident" (incident_message, incident_type, source, '
+                            f"created_at) VALUES ('By hand', 'new', 'partner', '{at}')"
+                        )
+                    )
+        await engine.dispose()
+        for order, expected in (("oldest", [1, 2, 3, 4, 5, 6]), ("newest", [6, 5, 4, 3, 2, 1])):
+            found = [one.incident_id async for one in incidents.iterate(order=order, batch=2)]
+            assert found == expected
 
 
 async def test_the_index_of_words_follows_the_messages(incidents: IncidentClient, url: str) -> None:

@@ -124,7 +124,8 @@ def upgrade() -> None:
 def upgrade_sqlite_times() -> None:
     """Keep times to the form that sorts as time does, whoever writes them."""
     whole = "UPDATE \"Incident\" SET created_at = strftime('%Y-%m-%d %H:%M:%S', created_at)"
-    other = "length({0}created_at) <> 19 AND strftime('%s', {0}created_at) IS NOT NULL"
+    # Null, and so not true, of what is no time.
+    other = "{0}created_at <> strftime('%Y-%m-%d %H:%M:%S', {0}created_at)"
     op.execute(f"{whole} WHERE {other.format('')}")
     for name, event in zip(TIME_TRIGGERS, ("INSERT", "UPDATE OF created_at"), strict=True):
         op.execute(

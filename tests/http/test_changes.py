@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
 import socket
 import threading
 import time
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -223,6 +225,29 @@ def wait_for(records: Records, message: str) -> None:
     """Wait until it is logged."""
     while records.next().getMessage() != message:
         pass
+
+
+def test_of_many_at_once_only_so_many_are_readers(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come at the same moment, each beyond the bound is told so with 503."""
+    monkeypatch.setattr(streams, "MAX_READERS", 3)
+    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
+
+    async def statuses() -> list[int]:
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(httpx.AsyncClient(base_url=api.base_url))
+            answers = await asyncio.gather(
+                *(
+                    stack.enter_async_context(
+                        client.stream("GET", "/incident/changes", headers=STREAM)
+                    )
+                    for _ in range(12)
+                )
+            )
+            return [answer.status_code for answer in answers]
+
+    assert sorted(asyncio.run(statuses())) == [200] * 3 + [503] * 9
 
 
 def test_a_reader_that_takes_nothing_is_given_up(

@@ -170,6 +170,22 @@ def test_who_is_authenticated_is_the_actor(serve: Serve) -> None:
     assert [event["actor"] for event in events] == ["alice", "bob", None]
 
 
+@pytest.mark.parametrize(("name", "actor"), [("x" * 300, "x" * 255), ("", None)])
+def test_a_name_that_does_not_fit_is_no_fault_of_the_request(
+    serve: Serve, name: str, actor: str | None
+) -> None:
+    """A user whose name is long, or none, is served; the history has what fits of it."""
+
+    class Named(AuthenticationBackend):
+        async def authenticate(self, _: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
+            return AuthCredentials(), SimpleUser(name)
+
+    api = serve(AuthenticationMiddleware(create_app(IncidentClient.open(MEMORY)), backend=Named()))
+    assert api.post("/incident/create", json=INCIDENT).status_code == 201
+    (event,) = api.get("/incident/history/1").json()
+    assert event["actor"] == actor
+
+
 async def test_concurrent_requests_keep_their_actors() -> None:
     """Requests that are answered at the same time never borrow each other's user."""
     client = IncidentClient.open(MEMORY)
