@@ -683,14 +683,13 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
 @contextmanager
 def watching(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run `incidentkit watch`; an interrupt has to end it with 130, and without a word."""
-    program = start("watch", *arguments)
-    try:
-        yield program
-        program.send_signal(signal.SIGINT)
-        assert outcome(program)[::2] == (130, "")
-    finally:
-        program.kill()
-        program.wait()
+    with start("watch", *arguments) as program:
+        try:
+            yield program
+            program.send_signal(signal.SIGINT)
+            assert outcome(program)[::2] == (130, "")
+        finally:
+            program.kill()
 
 
 def line_of(program: subprocess.Popen[bytes]) -> str:
