@@ -177,7 +177,10 @@ def test_a_name_that_does_not_fit_is_no_fault_of_the_request(
     """A user whose name is long, or none, is served; the history has what fits of it."""
 
     class Named(AuthenticationBackend):
-        async def authenticate(self, _: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
+        async def authenticate(
+            self,
+            conn: HTTPConnection,  # noqa: ARG002
+        ) -> tuple[AuthCredentials, SimpleUser]:
             return AuthCredentials(), SimpleUser(name)
 
     api = serve(AuthenticationMiddleware(create_app(IncidentClient.open(MEMORY)), backend=Named()))
