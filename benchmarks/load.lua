@@ -1,0 +1,92 @@
+-- What wrk sends: `wrk -s load.lua URL -- SCENARIO INCIDENTS SEED`, and its report as one line of JSON.
+
+local scenario, incidents, seed, sent = nil, 1, 1, 0
+
+local statuses = {"new", "completed", "failed"}
+local sources = {"operator", "monitoring", "partner"}
+local json = {["Content-Type"] = "application/json"}
+
+local function fixed()
+  return wrk.format("GET", "/fixed")
+end
+
+local function list()
+  return wrk.format("GET", "/incident/get?page=1&limit=10")
+end
+
+-- Each incident gets another status than the one it has: all of them one, then all the other.
+local function update()
+  local turn = sent + seed * 1000003
+  local id = turn % incidents + 1
+  local status = statuses[2 + math.floor(turn / incidents) % 2]
+  return wrk.format("PATCH", "/incident/update-status?incident_id=" .. id .. "&status=" .. status)
+end
+
+-- No page twice: 20 numbers, 16 sizes and 16 filters, and after all of them a change, which makes
+-- every page that is cached a thing of the past.
+local function list_uncached()
+  local turn = sent % 5121
+  if turn == 5120 then
+    return update()
+  end
+  local mixed = turn * 1999 % 5120
+  local page = mixed % 20 + 1
+  local limit = math.floor(mixed / 20) % 16 + 10
+  local filter = math.floor(mixed / 320)
+  local path = "/incident/get?page=" .. page .. "&limit=" .. limit
+  if filter % 4 > 0 then
+    path = path .. "&status=" .. statuses[filter % 4]
+  end
+  if filter >= 4 then
+    path = path .. "&source=" .. sources[math.floor(filter / 4)]
+  end
+  return wrk.format("GET", path)
+end
+
+local function get()
+  return wrk.format("GET", "/incident/get/" .. math.random(incidents))
+end
+
+local function create()
+  local body = '{"incident_message":"Disk ' .. sent .. ' of db ' .. seed
+    .. ' is full","source":"' .. sources[sent % 3 + 1] .. '"}'
+  return wrk.format("POST", "/incident/create", json, body)
+end
+
+local function mixed()
+  if sent % 20 == 0 then
+    return update()
+  end
+  return list()
+end
+
+local function page()
+  return wrk.format("GET", "/incident/get?page=" .. (50000 + (seed * 1000 + sent) % 40000) .. "&limit=10")
+end
+
+local scenarios = {
+  fixed = fixed, list_cached = list, list_uncached = list_uncached, get = get, create = create,
+  update = update, mixed = mixed, page = page,
+}
+
+function init(arguments)
+  scenario = scenarios[arguments[1]]
+  incidents = tonumber(arguments[2])
+  seed = tonumber(arguments[3])
+  math.randomseed(seed)
+end
+
+function request()
+  sent = sent + 1
+  return scenario()
+end
+
+function done(summary, latency)
+  local errors = summary.errors
+  io.write(string.format(
+    '{"requests":%d,"seconds":%f,"errors":%d,"p50":%f,"p95":%f,"p99":%f,"max":%f}\n',
+    summary.requests, summary.duration / 1e6,
+    errors.connect + errors.read + errors.write + errors.status + errors.timeout,
+    latency:percentile(50) / 1e3, latency:percentile(95) / 1e3, latency:percentile(99) / 1e3,
+    latency.max / 1e3))
+end
