@@ -117,7 +117,7 @@ async def update_status(request: Request) -> Response:
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Open the pool."""
     database = os.environ["FLOOR_DATABASE"]
-    async with asyncpg.create_pool(database, max_size=20, reset=_keep_state) as pool:
+    async with asyncpg.create_pool(database, min_size=1, max_size=20, reset=_keep_state) as pool:
         app.state.pool = pool
         yield
 

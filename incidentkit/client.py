@@ -282,6 +282,13 @@ class IncidentClient(IncidentOperations):
         query = ListQuery(page, limit, status, source)
         return await self._open_pages().list(query)
 
+    async def list_json(self, query: ListQuery) -> bytes:
+        """Return what :meth:`list` does as a JSON array, as ``GET /incident/get`` answers it.
+
+        A page that is cached is returned as the bytes that it is.
+        """
+        return (await self._open_pages().page(query)).json
+
     def join(self, connection: object) -> JoinedIncidents:
         """Return the verbs inside the transaction of the application's own connection.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from attrs import frozen
 
-from incidentkit.coalescing import Coalescer
+from incidentkit.batching import Coalescer
 from incidentkit.errors import ClientClosed
 from incidentkit.models import LATEST, IncidentEvent, event_cursor
 from incidentkit.store.base import BEGINNING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,6 +13,62 @@ DEFAULT_MAX_BYTES: Final = 32 * 1024 * 1024
 
 ENTRY_BYTES: Final = 400
 """What a page costs beside its key and its value, about."""
+
+_T = TypeVar("_T")
+
+
+class Memory(Generic[_T]):
+    """A bounded number of bytes by name; what was used longest ago makes room first.
+
+    Args:
+        size: Returns the bytes of a value. One that has more than fit is not kept.
+        max_bytes: How many bytes are kept, counting a value, its key and a fixed cost for each.
+        clock: Returns the time in seconds, never going back.
+    """
+
+    def __init__(
+        self, size: Callable[[_T], int], max_bytes: int, *, clock: Callable[[], float]
+    ) -> None:
+        self._size = size
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._values: OrderedDict[str, tuple[_T, float]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: str) -> _T | None:
+        """Return the value unless it is too old."""
+        kept = self._values.get(key)
+        if kept is None:
+            return None
+        if self._clock() >= kept[1]:
+            self._remove(key)
+            return None
+        self._values.move_to_end(key)
+        return kept[0]
+
+    def set(self, key: str, value: _T, ttl: float) -> None:
+        """Keep the value for so many seconds, and make room for it."""
+        self._remove(key)
+        cost = self._cost(key, value)
+        if cost > self._max_bytes:
+            return
+        self._values[key] = (value, self._clock() + ttl)
+        self._bytes += cost
+        while self._bytes > self._max_bytes:
+            self._remove(next(iter(self._values)))
+
+    def clear(self) -> None:
+        """Forget every value."""
+        self._values.clear()
+        self._bytes = 0
+
+    def _remove(self, key: str) -> None:
+        if key in self._values:
+            value, _ = self._values.pop(key)
+            self._bytes -= self._cost(key, value)
+
+    def _cost(self, key: str, value: _T) -> int:
+        return ENTRY_BYTES + len(key) + self._size(value)
 
 
 class MemoryCache:
@@ -27,49 +83,23 @@ class MemoryCache:
     def __init__(
         self, max_bytes: int = DEFAULT_MAX_BYTES, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._max_bytes = max_bytes
-        self._clock = clock
-        self._values: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
-        self._bytes = 0
+        self._values: Memory[bytes] = Memory(len, max_bytes, clock=clock)
 
     async def get(self, key: str) -> bytes | None:
         """Return the value unless it is too old."""
-        value, expires_at = self._values.get(key, (None, 0.0))
-        if value is None:
-            return None
-        if self._clock() >= expires_at:
-            self._remove(key)
-            return None
-        self._values.move_to_end(key)
-        return value
+        return self._values.get(key)
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         """Keep the value, and make room for it."""
-        self._remove(key)
-        if _cost(key, value) > self._max_bytes:
-            return
-        self._values[key] = (value, self._clock() + ttl)
-        self._bytes += _cost(key, value)
-        while self._bytes > self._max_bytes:
-            self._remove(next(iter(self._values)))
+        self._values.set(key, value, ttl)
 
     async def clear(self) -> None:
         """Forget every value."""
         self._values.clear()
-        self._bytes = 0
 
     async def ping(self) -> None:
         """Do nothing: the process answers."""
 
     async def close(self) -> None:
         """Forget every value."""
-        await self.clear()
-
-    def _remove(self, key: str) -> None:
-        if key in self._values:
-            value, _ = self._values.pop(key)
-            self._bytes -= _cost(key, value)
-
-
-def _cost(key: str, value: bytes) -> int:
-    return len(key) + len(value) + ENTRY_BYTES
+        self._values.clear()

@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
+from attrs import frozen
+
+from incidentkit.batching import Batcher, Coalescer
 from incidentkit.cache.base import TTL
 from incidentkit.cache.breaker import CircuitBreaker
-from incidentkit.cache.memory import MemoryCache
-from incidentkit.coalescing import Coalescer
+from incidentkit.cache.memory import DEFAULT_MAX_BYTES, Memory
 from incidentkit.errors import InvalidSettings
 from incidentkit.wire import decode_incidents, dump_json, encode_incidents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from incidentkit.cache.base import IncidentCache
     from incidentkit.models import Incident, ListQuery
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 Incidents: TypeAlias = "list[Incident]"
 """An alias because inside the class ``list`` is the verb."""
+
+INCIDENT_BYTES: Final = 600
+"""What an incident takes in memory, about."""
 
 logger = logging.getLogger("incidentkit.cache")
 
@@ -75,6 +80,25 @@ def _head(key: str, token: str | None) -> bytes:
     return dump_json({"key": key, "token": token})[:-1] + b',"incidents":'
 
 
+@frozen
+class CachedPage:
+    """A page as it is kept in the process.
+
+    Attributes:
+        incidents: Newest first.
+        json: The same as a JSON array.
+        token: What the incidents had when they were read; None matches nothing.
+    """
+
+    incidents: Incidents
+    json: bytes
+    token: str | None
+
+    def size(self) -> int:
+        """Return the bytes that it takes, about."""
+        return len(self.json) + INCIDENT_BYTES * len(self.incidents)
+
+
 class PageCache:
     """Pages of the list in the process, and in a cache that several processes share.
 
@@ -95,13 +119,13 @@ class PageCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._memory = MemoryCache(clock=clock)
+        self._memory = Memory(CachedPage.size, DEFAULT_MAX_BYTES, clock=clock)
         self._shared = None if shared is None else CircuitBreaker(shared, clock=clock)
         self._max_staleness = max_staleness
         self._clock = clock
         self._reads = Coalescer(self._read)
-        self._tokens = Coalescer(self._read_token)
-        self._clears = Coalescer(self._clear)
+        self._tokens: Batcher[None, str | None] = Batcher(self._read_token)
+        self._clears = Batcher(_clear)
         self._trusted: tuple[str | None, float] | None = None
         self._changes = 0
 
@@ -111,8 +135,15 @@ class PageCache:
         return None if self._shared is None else self._shared.available
 
     async def list(self, query: ListQuery) -> Incidents:
+        """Return the incidents of the page, in a list of the caller's own."""
+        return (await self.page(query)).incidents.copy()
+
+    async def page(self, query: ListQuery) -> CachedPage:
         """Return the page as the database has it at some instant during this call."""
-        return (await self._reads(query)).copy()
+        kept = self._memory.get(query.cache_key)
+        if kept is not None and kept.token is not None and kept.token == await self._token():
+            return kept
+        return await self._reads(query)
 
     async def forget(self) -> None:
         """Remove every page, since this process has changed an incident.
@@ -121,8 +152,9 @@ class PageCache:
         """
         self._changes += 1
         self._trusted = None
-        await self._memory.clear()
-        await self._clears(None)
+        self._memory.clear()
+        if self._shared is not None:
+            await self._clears(self._shared)
 
     async def ping(self) -> None:
         """Ask the shared cache, if there is one, whether it answers.
@@ -143,47 +175,41 @@ class PageCache:
         await self._reads.finish()
         await self._tokens.finish()
         await self._clears.finish()
-        await self._memory.close()
+        self._memory.clear()
         if self._shared is not None:
             await self._shared.close()
 
-    async def _read(self, query: ListQuery) -> Incidents:
-        key = query.cache_key
-        value = await self._memory.get(key)
-        if value is None and self._shared is None:
+    async def _read(self, query: ListQuery) -> CachedPage:
+        if self._shared is None:
             return await self._fill(query)
-        # Asked for at the same time as the shared cache. Where no cache has the page nobody waits
+        key = query.cache_key
+        # Asked for at the same time. Where the shared cache does not have the page nobody waits
         # for it; to cancel it would cost the database more than to answer.
-        token = asyncio.ensure_future(self._token())
+        token = self._token()
         token.add_done_callback(_take_note)
-        try:
-            incidents = None if value is None else _decode(value, key, await token)
-            if incidents is None and self._shared is not None:
-                value = await self._shared.get(key)
-                incidents = None if value is None else _decode(value, key, await token)
-                if value is not None and incidents is not None:
-                    await self._memory.set(key, value, TTL)
-        except BaseException:
-            token.cancel()
-            raise
-        return await self._fill(query) if incidents is None else incidents
+        value = await self._shared.get(key)
+        page = None if value is None else _decode(value, key, await token)
+        if page is None:
+            return await self._fill(query)
+        self._memory.set(key, page, TTL)
+        return page
 
-    async def _fill(self, query: ListQuery) -> Incidents:
-        now, changes = self._clock(), self._changes
-        page = await self._store.list(query)
-        self._trust(page.token, now, changes)
-        value = seal(query.cache_key, page.token, encode_incidents(page.incidents))
-        await self._memory.set(query.cache_key, value, TTL)
+    async def _fill(self, query: ListQuery) -> CachedPage:
+        key, now, changes = query.cache_key, self._clock(), self._changes
+        read = await self._store.list(query)
+        self._trust(read.token, now, changes)
+        page = CachedPage(read.incidents, encode_incidents(read.incidents), read.token)
+        self._memory.set(key, page, TTL)
         if self._shared is not None:
-            await self._shared.set(query.cache_key, value, TTL)
-        return page.incidents
+            await self._shared.set(key, seal(key, page.token, page.json), TTL)
+        return page
 
-    async def _token(self) -> str | None:
-        now, changes = self._clock(), self._changes
-        if self._trusted is not None and now - self._trusted[1] < self._max_staleness:
-            return self._trusted[0]
-        token = await self._tokens(None)
-        self._trust(token, now, changes)
+    def _token(self) -> asyncio.Future[str | None]:
+        trusted = self._trusted
+        if trusted is None or self._clock() - trusted[1] >= self._max_staleness:
+            return self._tokens(None)
+        token: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        token.set_result(trusted[0])
         return token
 
     def _trust(self, token: str | None, since: float, changes: int) -> None:
@@ -191,26 +217,30 @@ class PageCache:
         if changes == self._changes and (self._trusted is None or since > self._trusted[1]):
             self._trusted = token, since
 
-    async def _read_token(self, _: None) -> str | None:
-        return await self._store.token()
+    async def _read_token(self, calls: Sequence[None]) -> Sequence[str | None]:
+        now, changes = self._clock(), self._changes
+        token = await self._store.token()
+        self._trust(token, now, changes)
+        return [token] * len(calls)
 
-    async def _clear(self, _: None) -> None:
-        if self._shared is not None:
-            await self._shared.clear()
+
+async def _clear(calls: Sequence[CircuitBreaker]) -> Sequence[None]:
+    await calls[0].clear()
+    return [None] * len(calls)
 
 
-def _decode(value: bytes, key: str, token: str | None) -> Incidents | None:
+def _decode(value: bytes, key: str, token: str | None) -> CachedPage | None:
     page = unseal(value, key, token)
     if page is None:
         return None
     try:
-        return decode_incidents(page)
+        return CachedPage(decode_incidents(page), page, token)
     except ValueError:
         logger.warning("The cache holds something else under %s", key)
         return None
 
 
-def _take_note(token: asyncio.Task[str | None]) -> None:
+def _take_note(token: asyncio.Future[str | None]) -> None:
     """Take note of a failure that nobody may wait for."""
     if not token.cancelled():
         token.exception()

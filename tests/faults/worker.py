@@ -27,7 +27,7 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.cache.base import TTL
-from incidentkit.cache.pages import PageCache, seal
+from incidentkit.cache.pages import CachedPage, PageCache
 from incidentkit.wire import encode_incidents
 from tests.faults.history import Query, Row, Write, note_end, note_read, note_write
 
@@ -363,22 +363,23 @@ async def read(client: IncidentClient, notes: Notes, query: Query) -> None:
         notes.end(call, [row_of(incident) for incident in incidents])
 
 
-def trust_everything(value: bytes, _: str, __: str | None) -> bytes:
-    """Return the page that a cache holds, whosesoever it is."""
-    return value[value.index(b'"incidents":') + len(b'"incidents":') : -1]
+async def trust_everything(self: PageCache, query: ListQuery) -> CachedPage:
+    """Return the page that the process holds, however old."""
+    await asyncio.sleep(0)
+    return self._memory.get(query.cache_key) or await self._reads(query)
 
 
-async def fill_late(self: PageCache, query: ListQuery) -> list[Incident]:
+async def fill_late(self: PageCache, query: ListQuery) -> CachedPage:
     """Read a page, and then, in another snapshot, the token that it is kept with."""
-    page = await self._store.list(query)
+    read = await self._store.list(query)
     token = await self._store.token()
-    value = seal(query.cache_key, token, encode_incidents(page.incidents))
-    await self._memory.set(query.cache_key, value, TTL)
-    return page.incidents
+    page = CachedPage(read.incidents, encode_incidents(read.incidents), token)
+    self._memory.set(query.cache_key, page, TTL)
+    return page
 
 
 MUTANTS = {
-    "any token": ("incidentkit.cache.pages.unseal", trust_everything),
+    "any token": ("incidentkit.cache.pages.PageCache.page", trust_everything),
     "late token": ("incidentkit.cache.pages.PageCache._fill", fill_late),
 }
 

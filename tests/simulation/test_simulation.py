@@ -12,17 +12,19 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import pytest
 
+from incidentkit.batching import Batcher
 from incidentkit.cache import pages
-from incidentkit.coalescing import _Run
 from incidentkit.store.base import Page
 from incidentkit.wire import dump_json
 from tests.simulation.schedule import KINDS, STALENESS, Figures, replay, simulate
 from tests.simulation.world import Database, SimulatedStore
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from incidentkit import ListQuery
@@ -77,8 +79,16 @@ def test_a_seed_decides_everything(max_staleness: float) -> None:
 
 
 def _joins_a_run_under_way(patch: pytest.MonkeyPatch) -> None:
-    never = property(lambda _: False, lambda _run, _started: None)
-    patch.setattr(_Run, "started", never, raising=False)
+    call: Any = Batcher.__call__
+    latest: WeakKeyDictionary[Any, asyncio.Future[Any]] = WeakKeyDictionary()
+
+    def join(batcher: Any, item: object) -> asyncio.Future[Any]:
+        answer = latest.get(batcher)
+        if item is not None or answer is None or answer.done():
+            answer = latest[batcher] = call(batcher, item)
+        return answer
+
+    patch.setattr(Batcher, "__call__", join)
 
 
 def _reads_the_token_after_the_page(patch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from incidentkit import coalescing
-from incidentkit.coalescing import Coalescer
+from incidentkit import batching
+from incidentkit.batching import Batcher, Coalescer
 
 
 class Source:
@@ -47,7 +47,7 @@ def source() -> Source:
 @pytest.fixture
 def ask(source: Source, monkeypatch: pytest.MonkeyPatch) -> Coalescer[str, int]:
     """The source, with runs that wait for each other as long as it takes."""
-    monkeypatch.setattr(coalescing, "PATIENCE", 60.0)
+    monkeypatch.setattr(batching, "PATIENCE", 60.0)
     return Coalescer(source)
 
 
@@ -89,7 +89,7 @@ async def test_a_run_that_hangs_does_not_hold_up_the_next(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The patience of a run with the one before it ends."""
-    monkeypatch.setattr(coalescing, "PATIENCE", 0.01)
+    monkeypatch.setattr(batching, "PATIENCE", 0.01)
     ask = Coalescer(source)
     source.gate(1)
     hanging = asyncio.ensure_future(ask("a"))
@@ -113,19 +113,23 @@ async def test_a_cancelled_call_leaves_the_others(ask: Coalescer[str, int], sour
         assert await asyncio.gather(*rest) == [len(source.started)] * 2
 
 
-async def test_a_run_that_nobody_waits_for_ends(ask: Coalescer[str, int], source: Source) -> None:
-    """Once its last caller is gone a run is cancelled, started or not, and nobody joins it."""
+async def test_a_run_that_nobody_waits_for_never_starts(
+    ask: Coalescer[str, int], source: Source
+) -> None:
+    """A run whose callers are all gone before it starts does not start; one under way goes on."""
     source.gate(1)
     first = asyncio.ensure_future(ask("a"))
     await turns()
     second = asyncio.ensure_future(ask("a"))
     await turns()
     second.cancel()
-    await turns()
-    assert source.started == ["a"]
     first.cancel()
+    await turns()
+    assert source.ended == []
+    source.gates[1].set()
+    await turns()
+    assert source.ended == ["a"]
     assert await ask("a") == 2
-    assert source.ended == ["a", "a"]
 
 
 async def test_an_error_is_that_of_everybody_who_shares_it(
@@ -143,12 +147,12 @@ async def test_nothing_is_kept_of_runs_that_have_ended(ask: Coalescer[str, int])
     """However many keys were asked for, none is remembered."""
     await asyncio.gather(*(ask(str(number)) for number in range(100)))
     await turns()
-    assert ask._latest == {}
+    assert ask._batchers == {}
 
 
 async def test_runs_can_be_waited_for(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """`finish` returns once every run has ended, a slow one that was overtaken included."""
-    monkeypatch.setattr(coalescing, "PATIENCE", 0.01)
+    monkeypatch.setattr(batching, "PATIENCE", 0.01)
     ask = Coalescer(source)
     source.gate(1)
     hanging = asyncio.ensure_future(ask("a"))
@@ -160,3 +164,68 @@ async def test_runs_can_be_waited_for(source: Source, monkeypatch: pytest.Monkey
     source.gates[1].set()
     await finishing
     assert hanging.done() or await hanging == 1
+
+
+class Sums:
+    """Runs batches: answers each number with its double, and keeps what was run together."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate: asyncio.Event | None = None
+
+    async def __call__(self, numbers: list[int]) -> list[int | Exception]:
+        """Refuse 13 alone, and 99 with all that come with it."""
+        self.batches.append(numbers)
+        if self.gate is not None:
+            await self.gate.wait()
+        if 99 in numbers:
+            raise LookupError("the batch")
+        return [LookupError("the item") if number == 13 else 2 * number for number in numbers]
+
+
+async def test_a_faulty_item_leaves_its_neighbours() -> None:
+    """What is wrong with one item is raised to its call alone, a failed batch to all."""
+    double: Batcher[int, int] = Batcher(Sums())
+    answers = await asyncio.gather(*map(double, (1, 13, 2)), return_exceptions=True)
+    assert [str(answer) for answer in answers] == ["2", "the item", "4"]
+    answers = await asyncio.gather(*map(double, (1, 99)), return_exceptions=True)
+    assert [str(answer) for answer in answers] == ["the batch", "the batch"]
+
+
+async def test_batches_have_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch has more items than it may, and no more run at a time than may."""
+    monkeypatch.setattr(batching, "PATIENCE", 60.0)
+    sums = Sums()
+    sums.gate = asyncio.Event()
+    double: Batcher[int, int] = Batcher(sums, running=2, size=3)
+    answers = [double(number) for number in range(10)]
+    await turns()
+    assert sums.batches == [[0, 1, 2], [3, 4, 5]]
+    sums.gate.set()
+    assert await asyncio.gather(*answers) == [2 * number for number in range(10)]
+    assert sums.batches[2:] == [[6, 7, 8], [9]]
+
+
+async def test_an_item_goes_with_its_call_until_its_batch_starts() -> None:
+    """A call that is cancelled while it waits takes its item along, one under way does not."""
+    sums = Sums()
+    sums.gate = asyncio.Event()
+    double: Batcher[int, int] = Batcher(sums)
+    first = [double(number) for number in (1, 2)]
+    await turns()
+    second = [double(number) for number in (3, 4)]
+    first[0].cancel()
+    second[0].cancel()
+    sums.gate.set()
+    assert (await first[1], await second[1]) == (4, 8)
+    assert sums.batches == [[1, 2], [4]]
+
+
+async def test_a_call_without_neighbours_starts_at_once() -> None:
+    """Where nothing runs a batch starts in the next turn of the loop, without any timer."""
+    sums = Sums()
+    double: Batcher[int, int] = Batcher(sums)
+    answer = double(1)
+    await asyncio.sleep(0)
+    assert sums.batches == [[1]]
+    assert await answer == 2

@@ -1,0 +1,154 @@
+"""Calls that wait at the same time and share one run: a statement, or a round trip.
+
+A call joins only a run that has not started. So no answer is older than the call that gets it, and
+where there is no load a call starts a run of its own at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Hashable, Sequence
+
+PATIENCE: Final = 0.1
+"""Seconds that calls wait for runs before theirs, which may have met a server that hangs."""
+
+_K = TypeVar("_K", bound="Hashable")
+_I = TypeVar("_I")
+_T = TypeVar("_T")
+
+
+class Batcher(Generic[_I, _T]):
+    """Gathers the items of calls into batches, of which only some run at a time.
+
+    While as many run as may, calls gather for the next batch, for :data:`PATIENCE` at most. A call
+    that is cancelled leaves the others; one that is cancelled before its batch starts takes its
+    item along.
+
+    Args:
+        run: Takes the items of a batch and returns an answer for each: an exception is raised to
+            that call alone. What it raises itself, each call of the batch raises.
+        running: Batches that run at a time, at least 1.
+        size: Items that a batch has at most, at least 1; None means any number.
+        when_idle: Called when the last batch has ended and no call waits.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[_I]], Awaitable[Sequence[_T | Exception]]],
+        *,
+        running: int = 1,
+        size: int | None = None,
+        when_idle: Callable[[], object] | None = None,
+    ) -> None:
+        self._run = run
+        self._limit = running
+        self._size = size
+        self._when_idle = when_idle
+        self._waiting: list[tuple[_I, asyncio.Future[_T]]] = []
+        self._running: set[asyncio.Task[None]] = set()
+        # Whether the youngest of these has yet to take what waits.
+        self._starting = False
+        self._patience: asyncio.TimerHandle | None = None
+
+    def __call__(self, item: _I) -> asyncio.Future[_T]:
+        """Return the answer for the item, from a batch that starts during this call."""
+        answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, answer))
+        if not self._starting:
+            self._go_on()
+        return answer
+
+    async def finish(self) -> None:
+        """Wait until every batch has ended."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    def _go_on(self) -> None:
+        """Begin a batch for what waits, or see to it that one begins."""
+        if len(self._running) < self._limit:
+            self._begin()
+        elif self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(PATIENCE, self._begin)
+
+    def _begin(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        self._starting = True
+        task = asyncio.ensure_future(self._work())
+        self._running.add(task)
+        task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if self._waiting:
+            if not self._starting:
+                self._go_on()
+        elif not self._running and self._when_idle is not None:
+            self._when_idle()
+
+    async def _work(self) -> None:
+        # Not before now, so that the calls of one moment share the batch.
+        self._starting = False
+        count = len(self._waiting) if self._size is None else self._size
+        waiting, self._waiting = self._waiting[:count], self._waiting[count:]
+        if self._waiting:
+            self._go_on()
+        batch = [(item, answer) for item, answer in waiting if not answer.done()]
+        if batch:
+            await _settle(batch, self._run)
+
+
+async def _settle(
+    batch: list[tuple[_I, asyncio.Future[_T]]],
+    run: Callable[[list[_I]], Awaitable[Sequence[_T | Exception]]],
+) -> None:
+    """Run a batch, and give each call what is its own."""
+    try:
+        results = await run([item for item, _ in batch])
+    except Exception as error:  # noqa: BLE001
+        results = [error] * len(batch)
+    except BaseException:
+        for _, answer in batch:
+            answer.cancel()
+        raise
+    for (_, answer), result in zip(batch, results, strict=True):
+        if answer.done():
+            continue
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
+
+
+class Coalescer(Generic[_K, _T]):
+    """Lets calls with the same key share a run. Other keys neither share nor wait.
+
+    Args:
+        run: What is to be run for a key. What it raises, every call that shares the run raises.
+    """
+
+    def __init__(self, run: Callable[[_K], Awaitable[_T]]) -> None:
+        self._run = run
+        self._batchers: dict[_K, Batcher[None, _T]] = {}
+
+    def __call__(self, key: _K) -> asyncio.Future[_T]:
+        """Return what a run returns that starts during this call."""
+        batcher = self._batchers.get(key)
+        if batcher is None:
+            batcher = self._batchers[key] = Batcher(
+                partial(self._run_for_all, key), when_idle=partial(self._batchers.pop, key, None)
+            )
+        return batcher(None)
+
+    async def finish(self) -> None:
+        """Wait until every run has ended."""
+        while self._batchers:
+            await asyncio.gather(*(batcher.finish() for batcher in self._batchers.values()))
+
+    async def _run_for_all(self, key: _K, calls: Sequence[None]) -> Sequence[_T]:
+        return [await self._run(key)] * len(calls)
