@@ -5,21 +5,22 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from incidentkit.errors import InvalidSettings
+from incidentkit.http.dispatch import Service
 from incidentkit.http.docs import assets_folder
 from incidentkit.http.log import NO_ROUTE, RequestLog, log_route
 from incidentkit.http.problems import problem_response
-from incidentkit.http.request_id import RequestIdMiddleware
+from incidentkit.http.request_id import HEADER, RequestIdMiddleware, request_id
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.http.streams import Readers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -61,13 +62,12 @@ def create_app(
         raise InvalidSettings("request_log", "must be one of: log, database")
     if docs:
         assets_folder()
-    app = Starlette(
-        routes=[operation.route() for operation in (*OPERATIONS, *(DOCS if docs else ()))],
+    app = Service(
+        (*OPERATIONS, *(DOCS if docs else ())),
         middleware=[Middleware(RequestIdMiddleware)],
         exception_handlers={HTTPException: _answer_unrouted, Exception: _answer_problem},
         lifespan=lifespan,
     )
-    app.router.redirect_slashes = False
     app.state.client = client
     app.state.readers = Readers()
     app.state.request_log = RequestLog(client.store) if request_log == "database" else None
@@ -112,4 +112,6 @@ async def _answer_unrouted(request: Request, error: Exception) -> Response:
 
 
 async def _answer_problem(request: Request, error: Exception) -> Response:
-    return problem_response(request, error)
+    response = problem_response(request, error)
+    response.headers[HEADER] = request_id(request.scope)
+    return response

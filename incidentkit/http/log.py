@@ -78,20 +78,8 @@ def log_route(route: str) -> Callable[[Endpoint], Endpoint]:
                 response = await endpoint(request)
             except Exception as error:  # noqa: BLE001
                 response = problem_response(request, error)
-            record = RequestRecord(
-                logged_at=datetime.now(UTC),
-                method=request.method if request.method in _METHODS else OTHER_METHOD,
-                route=route,
-                status=response.status_code,
-                duration_ms=round((time.perf_counter() - started) * 1000, 3),
-                request_id=request_id(request.scope),
-            )
-            # A host's log handler that fails must not take back an incident that is stored.
-            with suppress(Exception):
-                _log(record)
-            request_log: RequestLog | None = request.app.state.request_log
-            if request_log is not None:
-                request_log.add(record)
+            duration_ms = round((time.perf_counter() - started) * 1000, 3)
+            _record(request, route, response.status_code, duration_ms)
             return response
 
         return logged
@@ -99,20 +87,39 @@ def log_route(route: str) -> Callable[[Endpoint], Endpoint]:
     return decorate
 
 
-def _log(record: RequestRecord) -> None:
-    logger.info(
-        "%s %s %d %.1f ms",
-        record.method,
-        record.route,
-        record.status,
-        record.duration_ms,
-        extra={
-            "method": record.method,
-            "route": record.route,
-            "status": record.status,
-            "duration_ms": record.duration_ms,
-            "request_id": record.request_id,
-        },
+def _record(request: Request, route: str, status: int, duration_ms: float) -> None:
+    scope = request.scope
+    method = scope["method"] if scope["method"] in _METHODS else OTHER_METHOD
+    id_ = request_id(scope)
+    if logger.isEnabledFor(logging.INFO):
+        # A host's log handler that fails must not take back an incident that is stored.
+        with suppress(Exception):
+            _log(method, route, status, duration_ms, id_)
+    request_log: RequestLog | None = scope["app"].state.request_log
+    if request_log is not None:
+        request_log.add(RequestRecord(datetime.now(UTC), method, route, status, duration_ms, id_))
+
+
+def _log(method: str, route: str, status: int, duration_ms: float, id_: str) -> None:
+    # As logger.info() does, without its search for the line that calls it.
+    logger.handle(
+        logger.makeRecord(
+            logger.name,
+            logging.INFO,
+            __file__,
+            0,
+            "%s %s %d %.1f ms",
+            (method, route, status, duration_ms),
+            None,
+            "log_route",
+            {
+                "method": method,
+                "route": route,
+                "status": status,
+                "duration_ms": duration_ms,
+                "request_id": id_,
+            },
+        )
     )
 
 

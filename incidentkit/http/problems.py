@@ -23,7 +23,7 @@ from incidentkit.errors import (
     UnknownCursor,
     VersionConflict,
 )
-from incidentkit.http.request_id import HEADER, request_id
+from incidentkit.http.request_id import request_id
 from incidentkit.models import Incident  # noqa: TC001
 from incidentkit.wire import dump_json, wire_converter
 
@@ -126,7 +126,7 @@ def problem_response(request: Request, error: Exception) -> Response:
     return Response(
         dump_json({**wire_converter().unstructure(problem), **refusal.members}),
         refusal.status,
-        {**refusal.headers, HEADER: id_},
+        refusal.headers,
         MEDIA_TYPE,
     )
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import re
 from typing import TYPE_CHECKING, Final
-from uuid import uuid4
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER: Final = "X-Request-ID"
+NAME: Final = b"x-request-id"
+"""The header as ASGI has it."""
+
 PATTERN: Final = "[A-Za-z0-9._-]{1,64}"
 
 _SCOPE_KEY: Final = "incidentkit.request_id"
@@ -22,9 +27,18 @@ def request_id(scope: Scope) -> str:
     """Return the id in the request's ``X-Request-ID`` if it is one of ours, else a new one."""
     known: str | None = scope.get(_SCOPE_KEY)
     if known is None:
-        given = Headers(scope=scope).get(HEADER, "")
-        known = scope[_SCOPE_KEY] = given if _ID.fullmatch(given) else uuid4().hex
+        # It is to be unique, not to be a secret.
+        known = _given(scope["headers"]) or f"{random.getrandbits(128):032x}"
+        scope[_SCOPE_KEY] = known
     return known
+
+
+def _given(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    for name, value in headers:
+        if name == NAME:
+            given = value.decode("latin-1")
+            return given if _ID.fullmatch(given) else None
+    return None
 
 
 class RequestIdMiddleware:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import parse_qsl
 
@@ -15,7 +17,7 @@ from incidentkit.http.problems import Refusal
 from incidentkit.wire import wire_converter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from starlette.requests import Request
 
@@ -30,13 +32,19 @@ MAX_DIGITS: Final = 19
 MAX_UNKNOWN: Final = 10
 """How many unknown names an answer repeats."""
 
+KNOWN_QUERIES: Final = 1000
+"""Queries whose meaning is kept, so that one which is asked again need not be read again."""
+
+MAX_KNOWN_QUERY: Final = 200
+"""Bytes that such a query has at most."""
+
 _ENTITY_TAG: Final = re.compile(r'"([1-9]\d{0,18})"', re.ASCII)
 
 MAX_NAME: Final = 64
 """How many characters of an unknown name an answer repeats."""
 
 
-async def read_arguments(request: Request, operation: Operation) -> dict[str, Any]:
+async def read_arguments(request: Request, operation: Operation) -> Mapping[str, Any]:
     """Return the operation's parameters by name, and what its body holds as ``body``.
 
     Raises:
@@ -44,18 +52,14 @@ async def read_arguments(request: Request, operation: Operation) -> dict[str, An
         InvalidIncident: With every faulty parameter and every faulty field of the body.
         ClientDisconnect: If the connection ends before the body does.
     """
+    query = request.scope["query_string"]
     if operation.body is None:
-        _refuse_body(request)
-    query = read_query(request.scope["query_string"])
-    values, faults = _read_parameters(request, query, operation.parameters)
-    if operation.check is not None:
-        try:
-            operation.check(**values)
-        except InvalidIncident as error:
-            faults = _merge(faults, error)
-    in_query = {parameter.name for parameter in operation.parameters if parameter.where == "query"}
-    faults += _unknown((name for name in query if name not in in_query), "query", "parameter")
-    if operation.body is not None:
+        _refuse_body(request.scope["headers"])
+        if operation.only_queried and len(query) <= MAX_KNOWN_QUERY:
+            return _read_known(operation, query)
+        values, faults = _read_parameters(operation, query, request)
+    else:
+        values, faults = _read_parameters(operation, query, request)
         try:
             values["body"] = structure(await read_json(request), operation.body)
         except InvalidIncident as error:
@@ -65,21 +69,49 @@ async def read_arguments(request: Request, operation: Operation) -> dict[str, An
     return values
 
 
+@lru_cache(KNOWN_QUERIES)
+def _read_known(operation: Operation, query: bytes) -> Mapping[str, Any]:
+    """Return the parameters of an operation that has all of them in its query."""
+    values, faults = _read_parameters(operation, query)
+    if faults:
+        raise InvalidIncident(faults)
+    return MappingProxyType(values)
+
+
 def _read_parameters(
-    request: Request, query: dict[str, list[str]], parameters: Iterable[Parameter]
+    operation: Operation, query_string: bytes, request: Request | None = None
+) -> tuple[dict[str, Any], list[FieldError]]:
+    """Return the value of each parameter, and what is wrong with any of them."""
+    query = read_query(query_string)
+    values, faults = _read_each(query, operation.parameters, request)
+    if operation.check is not None:
+        try:
+            operation.check(**values)
+        except InvalidIncident as error:
+            faults = _merge(faults, error)
+    faults += _unknown(
+        (name for name in query if name not in operation.in_query), "query", "parameter"
+    )
+    return values, faults
+
+
+def _read_each(
+    query: dict[str, list[str]], parameters: Iterable[Parameter], request: Request | None
 ) -> tuple[dict[str, Any], list[FieldError]]:
     """Return a value for each parameter, the default one where it is missing or repeated."""
     values: dict[str, Any] = {}
     faults: list[FieldError] = []
     for parameter in parameters:
         name = parameter.name
-        match parameter.where:
-            case "path":
-                given = [request.path_params[name]]
-            case "query":
-                given = query.get(name, [])
-            case "header":
-                given = request.headers.getlist(parameter.header)
+        given: Sequence[str] = ()
+        if parameter.where == "query":
+            given = query.get(name, ())
+        elif request is not None:
+            given = (
+                [request.path_params[name]]
+                if parameter.where == "path"
+                else request.headers.getlist(parameter.header)
+            )
         values[name] = parameter.default
         if parameter.many:
             values[name] = [parameter.read(text) for text in given] or None
@@ -237,11 +269,11 @@ class _Object(dict[str, Any]):
                 (self.repeated if name in names else names).add(name)
 
 
-def _refuse_body(request: Request) -> None:
+def _refuse_body(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """Refuse a body where there has to be none, by what is announced of it."""
-    lengths = request.headers.getlist("content-length")
-    if "transfer-encoding" in request.headers or any(value.strip(" \t0") for value in lengths):
-        raise Refusal(400, "This operation takes no body")
+    for name, value in headers:
+        if name == b"transfer-encoding" or (name == b"content-length" and value.strip(b" \t0")):
+            raise Refusal(400, "This operation takes no body")
 
 
 def _check_headers(request: Request) -> None:

@@ -6,8 +6,9 @@ The routes, the strict reading of parameters and the OpenAPI document are all ma
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from datetime import datetime
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from urllib.parse import parse_qsl, quote, urlencode
@@ -15,16 +16,13 @@ from urllib.parse import parse_qsl, quote, urlencode
 from attrs import evolve, field, frozen
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
-from incidentkit.actor import acting_as
 from incidentkit.client import CHANGES_LIMIT
 from incidentkit.feed import ChangePage
 from incidentkit.http import docs, openapi
 from incidentkit.http.health import Health, Readiness, State, readiness
-from incidentkit.http.log import log_route
 from incidentkit.http.problems import RETRY_HEADERS, Conflict, Refusal, etag
-from incidentkit.http.requests import READERS, read_arguments, read_version
+from incidentkit.http.requests import READERS, read_version
 from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream
 from incidentkit.models import (
     DEFAULT_LIMIT,
@@ -53,14 +51,13 @@ from incidentkit.wire import (
     encode_event,
     encode_events,
     encode_incident,
-    encode_incidents,
     wire_converter,
 )
 
 if TYPE_CHECKING:
     from incidentkit.client import IncidentClient
 
-Answer: TypeAlias = Callable[[Request, dict[str, Any]], Awaitable[Response]]
+Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
 
 @frozen
@@ -103,7 +100,7 @@ class Parameter:
         return text if read is None else read(text)
 
 
-@frozen
+@frozen(eq=False)
 class Operation:
     """A method of a path.
 
@@ -146,23 +143,15 @@ class Operation:
     members: Mapping[int, type[Any]] = field(factory=dict)
     documented: bool = True
 
-    def route(self) -> Route:
-        """Return the Starlette route."""
+    @cached_property
+    def in_query(self) -> frozenset[str]:
+        """The names of the parameters that the query may hold."""
+        return frozenset(one.name for one in self.parameters if one.where == "query")
 
-        @log_route(self.path)
-        async def endpoint(request: Request) -> Response:
-            arguments = await read_arguments(request, self)
-            with _as_user(request):
-                return await self.answer(request, arguments)
-
-        return Route(self.path, endpoint, methods=[self.method], name=self.name)
-
-
-def _as_user(request: Request) -> AbstractContextManager[None]:
-    """Return what names the user that a host's middleware has authenticated as the actor."""
-    user = request.scope.get("user")
-    name = user.display_name[:NAME_MAX_LENGTH] if user and user.is_authenticated else ""
-    return acting_as(name) if name else nullcontext()
+    @cached_property
+    def only_queried(self) -> bool:
+        """Whether these are all the parameters."""
+        return all(parameter.where == "query" for parameter in self.parameters)
 
 
 def _client(request: Request) -> IncidentClient:
@@ -185,23 +174,28 @@ def _incident(
     return _json(encode_incident(incident), status, {"ETag": etag(incident), **(headers or {})})
 
 
-async def _create(request: Request, arguments: dict[str, Any]) -> Response:
-    incident = await _client(request).create(arguments.pop("body"), **arguments)
+async def _create(request: Request, arguments: Mapping[str, Any]) -> Response:
+    incident = await _client(request).create(
+        arguments["body"], idempotency_key=arguments["idempotency_key"]
+    )
     location = f"{_root_path(request)}/incident/get/{incident.incident_id}"
     status = HTTPStatus.CREATED if incident.occurrences == 1 else HTTPStatus.OK
     return _incident(incident, status, {"Location": location})
 
 
-async def _list(request: Request, arguments: dict[str, Any]) -> Response:
-    return _json(encode_incidents(await _client(request).list(**arguments)))
+async def _list(request: Request, arguments: Mapping[str, Any]) -> Response:
+    return _json(await _client(request).list_json(_list_query(**arguments)))
 
 
-async def _get(request: Request, arguments: dict[str, Any]) -> Response:
+async def _get(request: Request, arguments: Mapping[str, Any]) -> Response:
     return _incident(await _client(request).get(**arguments))
 
 
-async def _update_status(request: Request, arguments: dict[str, Any]) -> Response:
+async def _update_status(request: Request, arguments: Mapping[str, Any]) -> Response:
     return _incident(await _client(request).update_status(**arguments))
+
+
+_list_query: Final = lru_cache(1000)(ListQuery)
 
 
 def _next(request: Request, path: str, cursor: str | None) -> dict[str, str]:
@@ -213,54 +207,54 @@ def _next(request: Request, path: str, cursor: str | None) -> dict[str, str]:
     return {"Link": f'<{_root_path(request)}{path}?{urlencode(pairs)}>; rel="next"'}
 
 
-async def _search(request: Request, arguments: dict[str, Any]) -> Response:
+async def _search(request: Request, arguments: Mapping[str, Any]) -> Response:
     page = await _client(request).search(**arguments)
     content = dump_json(wire_converter().unstructure(page))
     return _json(content, headers=_next(request, "/incident/search", page.next))
 
 
-async def _history(request: Request, arguments: dict[str, Any]) -> Response:
+async def _history(request: Request, arguments: Mapping[str, Any]) -> Response:
     events = await _client(request).history(**arguments)
     cursor = events[-1].cursor if len(events) == arguments["limit"] else None
     path = f"/incident/history/{arguments['incident_id']}"
     return _json(encode_events(events), headers=_next(request, path, cursor))
 
 
-async def _changes(request: Request, arguments: dict[str, Any]) -> Response:
+async def _changes(request: Request, arguments: Mapping[str, Any]) -> Response:
     client, readers = _client(request), request.app.state.readers
-    last = arguments.pop("last_event_id")
-    if last is not None:
-        arguments["after"] = last
+    after, limit, wait = (arguments[name] for name in ("after", "limit", "wait"))
+    if arguments["last_event_id"] is not None:
+        after = arguments["last_event_id"]
     accepted = ",".join(request.headers.getlist("accept"))
     if MEDIA_TYPE in accepted and request.method == "GET":
         with ExitStack() as place:
             place.enter_context(readers.place())
-            first = await client.read_changes(arguments["after"], limit=BATCH)
+            first = await client.read_changes(after, limit=BATCH)
             return ChangeStream(client, readers, first, place.pop_all())
     page: ChangePage | None = None
-    if arguments["wait"]:
+    if wait:
         with readers.place():
-            page = await readers.run(client.read_changes(**arguments), request.receive)
+            changes = client.read_changes(after, limit=limit, wait=wait)
+            page = await readers.run(changes, request.receive)
     if page is None:
-        arguments["wait"] = 0
-        page = await client.read_changes(**arguments)
+        page = await client.read_changes(after, limit=limit)
     return _json(
         dump_json(wire_converter().unstructure(page)), headers={"Cache-Control": "no-store"}
     )
 
 
-async def _note(request: Request, arguments: dict[str, Any]) -> Response:
+async def _note(request: Request, arguments: Mapping[str, Any]) -> Response:
     note: NewNote = arguments["body"]
     return _json(
         encode_event(await _client(request).note(arguments["incident_id"], note.note)), 201
     )
 
 
-async def _live(_: Request, __: dict[str, Any]) -> Response:
+async def _live(_: Request, __: Mapping[str, Any]) -> Response:
     return _json(dump_json(wire_converter().unstructure(Health(State.OK))))
 
 
-async def _ready(request: Request, _: dict[str, Any]) -> Response:
+async def _ready(request: Request, _: Mapping[str, Any]) -> Response:
     state = request.app.state
     found = await readiness(state.client, state.request_log, cache_required=state.cache_required)
     members = wire_converter().unstructure(found)
@@ -270,15 +264,15 @@ async def _ready(request: Request, _: dict[str, Any]) -> Response:
     return _json(dump_json(members))
 
 
-async def _openapi(request: Request, _: dict[str, Any]) -> Response:
+async def _openapi(request: Request, _: Mapping[str, Any]) -> Response:
     return _json(dump_json(openapi.document(OPERATIONS, _root_path(request))))
 
 
-async def _docs(_: Request, __: dict[str, Any]) -> Response:
+async def _docs(_: Request, __: Mapping[str, Any]) -> Response:
     return docs.page()
 
 
-async def _docs_asset(request: Request, arguments: dict[str, Any]) -> Response:
+async def _docs_asset(request: Request, arguments: Mapping[str, Any]) -> Response:
     known = ",".join(request.headers.getlist("if-none-match"))
     return docs.asset(arguments["asset"], known)
 
