@@ -26,7 +26,7 @@ class Batcher(Generic[_I, _T]):
 
     While as many run as may, calls gather for the next batch, for :data:`PATIENCE` at most. A call
     that is cancelled leaves the others; one that is cancelled before its batch starts takes its
-    item along.
+    item along. It belongs to the event loop that it is first used in.
 
     Args:
         run: Takes the items of a batch and returns an answer for each: an exception is raised to
@@ -53,10 +53,13 @@ class Batcher(Generic[_I, _T]):
         # Whether the youngest of these has yet to take what waits.
         self._starting = False
         self._patience: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __call__(self, item: _I) -> asyncio.Future[_T]:
         """Return the answer for the item, from a batch that starts during this call."""
-        answer: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_T] = self._loop.create_future()
         self._waiting.append((item, answer))
         if not self._starting:
             self._go_on()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging.config
 import os
 import select
@@ -10,7 +11,7 @@ import socket
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
@@ -29,6 +30,9 @@ logger = logging.getLogger("incidentkit")
 GRACE: Final = 10
 """Seconds that requests have to end when the service is told to stop."""
 
+MAX_LINES: Final = 1000
+"""Lines of the log that wait to be written together, at most."""
+
 LOGGING: Final[dict[str, Any]] = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -41,7 +45,7 @@ LOGGING: Final[dict[str, Any]] = {
     },
     "handlers": {
         "stderr": {
-            "class": "logging.StreamHandler",
+            "class": "incidentkit.cli.server.LineHandler",
             "formatter": "line",
             "stream": "ext://sys.stderr",
         }
@@ -51,8 +55,61 @@ LOGGING: Final[dict[str, Any]] = {
 }
 
 
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes the lines of one turn of the event loop at once: each write is a call of the system.
+
+    A line of level WARNING or above is written at once, and what waits before it.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line, and see to it that it is written."""
+        try:
+            self._lines.append(self.format(record) + self.terminator)
+        except Exception:  # noqa: BLE001
+            self.handleError(record)
+        if record.levelno >= logging.WARNING or len(self._lines) >= MAX_LINES:
+            self.flush()
+        elif len(self._lines) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:
+                # As when the service starts, and ends.
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        lines, self._lines = self._lines, []
+        if lines:
+            self.stream.write("".join(lines))
+        super().flush()
+
+
 class LineFormatter(logging.Formatter):
     """Puts each record on one line, whatever a client sent; only a traceback takes more."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._second = (0, "")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Return the time in whole seconds, which many a record shares with the one before."""
+        second = int(record.created)
+        if self._second[0] != second:
+            self._second = second, super().formatTime(record, datefmt)
+        return self._second[1]
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and a traceback if there is one."""
+        if record.exc_info or record.exc_text or record.stack_info:
+            return super().format(record)
+        # Most are lines alone, and there is one for each request.
+        record.message = record.getMessage()
+        record.asctime = self.formatTime(record, self.datefmt)
+        return self.formatMessage(record)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """Return the line, with the id of the request that it is about."""
@@ -140,6 +197,8 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
                 lifespan="on",
                 log_config=LOGGING,
                 access_log=False,
+                http="incidentkit.cli.protocol:Protocol",
+                proxy_headers=False,
                 timeout_graceful_shutdown=GRACE,
             )
         except SystemExit as end:

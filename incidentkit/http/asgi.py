@@ -5,6 +5,7 @@ directory is read too. Unless the process has set up logging before, incidentkit
 level INFO and above, one for each request, go to the standard error output with the request's id.
 """
 
+import gc
 import logging
 
 from incidentkit.client import IncidentClient
@@ -27,3 +28,6 @@ app = create_app(
     request_log=_settings.request_log,
     cache_required=_settings.redis_required,
 )
+
+# What is there now stays, and need not be looked at again and again.
+gc.freeze()

@@ -102,25 +102,19 @@ def _record(request: Request, route: str, status: int, duration_ms: float) -> No
 
 def _log(method: str, route: str, status: int, duration_ms: float, id_: str) -> None:
     # As logger.info() does, without its search for the line that calls it.
-    logger.handle(
-        logger.makeRecord(
-            logger.name,
-            logging.INFO,
-            __file__,
-            0,
-            "%s %s %d %.1f ms",
-            (method, route, status, duration_ms),
-            None,
-            "log_route",
-            {
-                "method": method,
-                "route": route,
-                "status": status,
-                "duration_ms": duration_ms,
-                "request_id": id_,
-            },
-        )
+    record = logging.getLogRecordFactory()(
+        logger.name,
+        logging.INFO,
+        __file__,
+        0,
+        "%s %s %d %.1f ms",
+        (method, route, status, duration_ms),
+        None,
+        "log_route",
     )
+    record.method, record.route, record.status = method, route, status
+    record.duration_ms, record.request_id = duration_ms, id_
+    logger.handle(record)
 
 
 class RequestLog:
