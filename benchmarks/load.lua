@@ -14,9 +14,10 @@ local function list()
   return wrk.format("GET", "/incident/get?page=1&limit=10")
 end
 
--- Each incident gets another status than the one it has: all of them one, then all the other.
+-- Each incident gets another status than the one it has: all of them one, then all the other. The
+-- seed says how many changes there have been.
 local function update()
-  local turn = sent + seed * 1000003
+  local turn = sent + seed
   local id = turn % incidents + 1
   local status = statuses[2 + math.floor(turn / incidents) % 2]
   return wrk.format("PATCH", "/incident/update-status?incident_id=" .. id .. "&status=" .. status)

@@ -82,17 +82,19 @@ def storable(value: object) -> str:
         raise ValueError("must be a string")  # noqa: TRY004
     if "\x00" in value:
         raise ValueError("must not contain a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("must not contain a lone surrogate")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not contain a lone surrogate") from None
     return value
 
 
 def _message(value: object) -> str:
     """Strip the message, then hold it against the rules of the origin's contract."""
     message = storable(value).strip()
-    # Normalising takes quadratic time, and what is too long is none of these words.
+    # Normalising takes quadratic time, and never makes a text shorter than it is.
     if (
-        len(message) <= MESSAGE_MAX_LENGTH
+        len(message) < MESSAGE_MIN_LENGTH
         and unicodedata.normalize("NFKC", message).casefold() in FORBIDDEN_MESSAGES
     ):
         raise ValueError(f"must not be one of: {', '.join(sorted(FORBIDDEN_MESSAGES))}")
@@ -239,7 +241,8 @@ class NewIncident:
         Raises:
             InvalidIncident: With every faulty, unknown or missing field.
         """
-        _check_mapping(cls, _NEW_INCIDENT_RULES, values)
+        if not _NEW_INCIDENT_NEEDS <= values.keys() <= _NEW_INCIDENT_RULES.keys():
+            _check_mapping(cls, _NEW_INCIDENT_RULES, values)
         return cls(**values)
 
 
@@ -271,9 +274,13 @@ _NEW_INCIDENT_RULES: Final[Mapping[str, Callable[[object], object]]] = {
     "incident_type": status_rule,
     "dedup_key": optional(_name),
 }
+_NEW_INCIDENT_NEEDS: Final = {"incident_message", "source"}
 
 
 def _whole_utc_second(value: datetime) -> datetime:
+    # As the databases return it.
+    if value.tzinfo is UTC and not value.microsecond:
+        return value
     if value.tzinfo is None:
         raise ValueError("a time must be an aware datetime")
     return value.astimezone(UTC).replace(microsecond=0)

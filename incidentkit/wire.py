@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from cattrs import Converter
 
+_quote: Final = json.encoder.encode_basestring
+
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 
@@ -115,12 +117,29 @@ def dump_json(value: Any) -> bytes:
 
 def encode_incident(incident: Incident) -> bytes:
     """Return the incident as a JSON object."""
-    return dump_json(wire_converter().unstructure(incident))
+    return _incident_to_json(incident).encode()
 
 
 def encode_incidents(incidents: Sequence[Incident]) -> bytes:
     """Return the incidents as a JSON array."""
-    return dump_json(wire_converter().unstructure(incidents))
+    return f"[{','.join(map(_incident_to_json, incidents))}]".encode()
+
+
+def _incident_to_json(incident: Incident) -> str:
+    # What the converter and dump_json() make of it, in a fraction of the time.
+    created_at, key, ended_at = incident.created_at, incident.dedup_key, incident.ended_at
+    return (
+        f'{{"incident_id":{incident.incident_id},'
+        f'"incident_message":{_quote(incident.incident_message)},'
+        f'"incident_type":"{incident.incident_type.value}",'
+        f'"source":"{incident.source.value}",'
+        f'"created_at":"{str(created_at)[:19]}",'
+        f'"version":{incident.version},'
+        f'"dedup_key":{"null" if key is None else _quote(key)},'
+        f'"occurrences":{incident.occurrences},'
+        f'"last_seen_at":"{str(incident.last_seen_at)[:19]}",'
+        f'"ended_at":{"null" if ended_at is None else _quote(str(ended_at)[:19])}}}'
+    )
 
 
 def encode_events(events: Sequence[IncidentEvent]) -> bytes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import parse_qsl
 
 from attrs import fields_dict
+from starlette.requests import ClientDisconnect
 
 from incidentkit.errors import FieldError, InvalidIncident
 from incidentkit.http.problems import Refusal
@@ -63,7 +64,7 @@ async def read_arguments(request: Request, operation: Operation) -> Mapping[str,
         try:
             values["body"] = structure(await read_json(request), operation.body)
         except InvalidIncident as error:
-            faults += error.errors
+            faults = [*(faults or _broken_rules(operation, values)), *error.errors]
     if faults:
         raise InvalidIncident(faults)
     return values
@@ -81,18 +82,29 @@ def _read_known(operation: Operation, query: bytes) -> Mapping[str, Any]:
 def _read_parameters(
     operation: Operation, query_string: bytes, request: Request | None = None
 ) -> tuple[dict[str, Any], list[FieldError]]:
-    """Return the value of each parameter, and what is wrong with any of them."""
+    """Return the value of each parameter, and every fault if one of them cannot be read.
+
+    What can be read, and breaks a rule, the operation refuses by itself.
+    """
     query = read_query(query_string)
     values, faults = _read_each(query, operation.parameters, request)
-    if operation.check is not None:
-        try:
-            operation.check(**values)
-        except InvalidIncident as error:
-            faults = _merge(faults, error)
-    faults += _unknown(
-        (name for name in query if name not in operation.in_query), "query", "parameter"
-    )
+    unknown = [name for name in query if name not in operation.in_query]
+    if faults or unknown:
+        faulty = {fault.field for fault in faults}
+        broken = _broken_rules(operation, values)
+        faults += [fault for fault in broken if fault.field not in faulty]
+        faults += _unknown(unknown, "query", "parameter")
     return values, faults
+
+
+def _broken_rules(operation: Operation, values: Mapping[str, Any]) -> list[FieldError]:
+    """Return what the operation would say of its parameters."""
+    try:
+        if operation.check is not None:
+            operation.check(**values)
+    except InvalidIncident as error:
+        return list(error.errors)
+    return []
 
 
 def _read_each(
@@ -110,7 +122,7 @@ def _read_each(
             given = (
                 [request.path_params[name]]
                 if parameter.where == "path"
-                else request.headers.getlist(parameter.header)
+                else read_header(request.scope["headers"], parameter.header_name)
             )
         values[name] = parameter.default
         if parameter.many:
@@ -133,14 +145,25 @@ def read_query(query: bytes) -> dict[str, list[str]]:
     Raises:
         Refusal: If it is not percent-encoded UTF-8.
     """
+    values: dict[str, list[str]] = {}
     try:
-        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
+        text = query.decode("ascii")
+        if "%" in text or "+" in text:
+            pairs = parse_qsl(text, keep_blank_values=True, errors="strict")
+        else:
+            pairs = [
+                (part.partition("=")[0], part.partition("=")[2]) for part in text.split("&") if part
+            ]
     except UnicodeDecodeError:
         raise Refusal(400, "The query is not percent-encoded UTF-8") from None
-    values: dict[str, list[str]] = {}
     for name, value in pairs:
         values.setdefault(name, []).append(value)
     return values
+
+
+def read_header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    """Return the values of a header, whose name is given as ASGI has it: in lower case."""
+    return [value.decode("latin-1") for found, value in headers if found == name]
 
 
 def read_integer(text: str) -> int | str:
@@ -201,10 +224,15 @@ async def read_json(request: Request) -> object:
         Refusal: If the body is something else, or too large.
         ClientDisconnect: If the connection ends before the body does.
     """
-    _check_headers(request)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
+    _check_headers(request.scope["headers"])
+    body = b""
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
         if len(body) > MAX_BODY:
             raise Refusal(413, f"The body must have at most {MAX_BODY} bytes")
     try:
@@ -214,12 +242,7 @@ async def read_json(request: Request) -> object:
     if text.startswith("\ufeff"):
         raise Refusal(400, "The body is not JSON: it starts with a byte order mark")
     try:
-        return json.loads(
-            text,
-            object_pairs_hook=_Object,
-            parse_int=_read_json_integer,
-            parse_constant=_refuse_constant,
-        )
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise Refusal(400, f"The body is not well-formed JSON ({where})") from None
@@ -235,8 +258,8 @@ def structure(value: object, model: type[Any]) -> Any:
     """
     repeated: list[FieldError] = []
     unknown: list[FieldError] = []
-    if isinstance(value, _Object):
-        names = fields_dict(model)
+    names = fields_dict(model)
+    if isinstance(value, _Object) and (value.repeated or not value.keys() <= names.keys()):
         repeated = [
             FieldError(name, "must be given only once") for name in names if name in value.repeated
         ]
@@ -276,16 +299,18 @@ def _refuse_body(headers: Iterable[tuple[bytes, bytes]]) -> None:
             raise Refusal(400, "This operation takes no body")
 
 
-def _check_headers(request: Request) -> None:
+def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
     """Refuse a body that is not declared to be plain JSON."""
-    media_type, *parameters = ", ".join(request.headers.getlist("content-type")).split(";")
-    if media_type.strip().lower() != "application/json":
-        raise Refusal(415, "The Content-Type must be application/json")
-    for parameter in parameters:
-        name, _, value = parameter.lower().partition("=")
-        if name.strip() == "charset" and value.strip(' \t"') != "utf-8":
-            raise Refusal(415, "The charset of the body must be utf-8")
-    for encoding in request.headers.getlist("content-encoding"):
+    declared = ", ".join(read_header(headers, b"content-type"))
+    if declared != "application/json":
+        media_type, *parameters = declared.split(";")
+        if media_type.strip().lower() != "application/json":
+            raise Refusal(415, "The Content-Type must be application/json")
+        for parameter in parameters:
+            name, _, value = parameter.lower().partition("=")
+            if name.strip() == "charset" and value.strip(' \t"') != "utf-8":
+                raise Refusal(415, "The charset of the body must be utf-8")
+    for encoding in read_header(headers, b"content-encoding"):
         if encoding.strip().lower() != "identity":
             raise Refusal(
                 415, "The body must not be compressed", headers={"Accept-Encoding": "identity"}
@@ -298,6 +323,11 @@ def _read_json_integer(digits: str) -> int | float:
 
 def _refuse_constant(_: str) -> NoReturn:
     raise Refusal(400, "The body is not JSON: JSON has no NaN and no Infinity")
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_Object, parse_int=_read_json_integer, parse_constant=_refuse_constant
+)
 
 
 def _unknown(names: Iterable[str], where: str, what: str) -> list[FieldError]:

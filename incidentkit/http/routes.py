@@ -92,6 +92,11 @@ class Parameter:
     required: bool = False
     may_be_empty: bool = False
 
+    @cached_property
+    def header_name(self) -> bytes:
+        """The name of the header as ASGI has it."""
+        return self.header.lower().encode()
+
     def read(self, text: str) -> Any:
         """Return the value as the client's rules take it, or the text for them to refuse."""
         if self.header == "If-Match":
@@ -117,7 +122,8 @@ class Operation:
         also: Further statuses of such an answer, and what each of them means.
         parameters: What the path and the query may hold.
         check: Takes the parameters and raises :class:`~incidentkit.InvalidIncident` with each one
-            that breaks a rule; None means that there are no rules.
+            that breaks a rule, as ``answer`` would. It is asked if there are other faults to tell
+            of. None means that there are no rules.
         streams: The model of each event, if the answer can be a stream of server-sent events.
         body: The model that the body has to hold; None means that there is no body.
         problems: The statuses of its errors.
@@ -222,6 +228,7 @@ async def _history(request: Request, arguments: Mapping[str, Any]) -> Response:
 
 async def _changes(request: Request, arguments: Mapping[str, Any]) -> Response:
     client, readers = _client(request), request.app.state.readers
+    _check_changes(**arguments)
     after, limit, wait = (arguments[name] for name in ("after", "limit", "wait"))
     if arguments["last_event_id"] is not None:
         after = arguments["last_event_id"]

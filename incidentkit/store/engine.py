@@ -69,7 +69,7 @@ def commits_by_itself(connection: AsyncConnection) -> bool:
     return bool(options.get("isolation_level", default) == "AUTOCOMMIT")
 
 
-class EngineStore(postgresql.PostgresOperations):
+class EngineStore(postgresql.SharedOperations):
     """Incidents in PostgreSQL, through an engine that stays the host's.
 
     Args:
@@ -85,6 +85,7 @@ class EngineStore(postgresql.PostgresOperations):
     async def open(self) -> None:
         """Check the schema."""
         self._opened = True
+        self._start_sharing()
         try:
             await self.check()
             await self.check_order()

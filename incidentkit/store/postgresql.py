@@ -17,6 +17,7 @@ from attrs import frozen
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.exc import DBAPIError
 
+from incidentkit.batching import Batcher
 from incidentkit.errors import (
     ClientClosed,
     DuplicateOpenIncident,
@@ -48,6 +49,15 @@ if TYPE_CHECKING:
     from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
+
+READS: Final = 1
+"""Statements that read for several calls, at a time."""
+
+WRITES: Final = 2
+"""Statements of a kind that write for several calls, at a time."""
+
+BATCH: Final = 100
+"""Calls that share a statement, at most."""
 
 ATTEMPTS: Final = 10
 """How often a change is tried that others are faster than."""
@@ -168,6 +178,16 @@ def driver_error(error: DBAPIError) -> BaseException | None:
     return error.orig and (error.orig.__cause__ or error.orig)
 
 
+def refused(error: StoreError) -> bool:
+    """Return whether the server said that it did not do what it was told."""
+    cause = error.__cause__
+    if isinstance(cause, DBAPIError):
+        cause = driver_error(cause)
+    sqlstate = getattr(cause, "sqlstate", None)
+    # Not if it was told to stop, or is no longer there.
+    return sqlstate is not None and not sqlstate.startswith(("08", "57"))
+
+
 async def _keep_state(_: Any) -> None:
     """Skip asyncpg's reset query, a round trip for each call: our statements leave no state."""
 
@@ -273,7 +293,118 @@ class PostgresOperations(Operations):
         return int(count), len(ids) == limit or count < len(ids)
 
 
-class PostgresStore(PostgresOperations):
+class SharedOperations(PostgresOperations):
+    """The same in transactions of a store's own: calls that wait at the same time share statements.
+
+    What would wait for another transaction does not share: it would keep its neighbours waiting.
+    That are incidents with a deduplication key, changes to ``new``, of which another one may be in
+    the way, and of an incident that somebody has locked.
+    """
+
+    def _start_sharing(self) -> None:
+        self._gets = Batcher(self._get_all, running=READS, size=BATCH)
+        self._creates = Batcher(self._create_all, running=WRITES, size=BATCH)
+        self._updates = Batcher(self._update_all, running=WRITES, size=BATCH)
+
+    async def get(self, incident_id: int) -> Incident | None:
+        """Read one incident, with others that are asked for."""
+        return await self._gets(incident_id)
+
+    async def create(
+        self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
+    ) -> Incident:
+        """Store the incident with its event, or count an occurrence of the one that is open."""
+        if once is None and incident.dedup_key is None:
+            stored = await self._creates((incident, actor))
+            if stored is not None:
+                return stored
+        return await super().create(incident, actor=actor, once=once)
+
+    async def update_status(
+        self,
+        change: StatusChange,
+        *,
+        transitions: Transitions = ANY_TRANSITION,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident:
+        """Change the status, with an event, and return the incident."""
+        if once is None and change.status is not OPEN:
+            incident = await self._updates((change, transitions, actor))
+            if incident is not None:
+                return incident
+        return await super().update_status(change, transitions=transitions, actor=actor, once=once)
+
+    async def _get_all(self, ids: list[int]) -> list[Incident | StoreError | None]:
+        rows = await self._read(statements.SELECT_INCIDENTS, {"incident_ids": ids})
+        found = {row[0]: row for row in rows}
+        return [_read_or_refuse(found.get(incident_id)) for incident_id in ids]
+
+    async def _create_all(
+        self, given: list[tuple[NewIncident, str | None]]
+    ) -> Sequence[Incident | None]:
+        """Store incidents; None for each that has to be tried alone."""
+        if len(given) == 1:
+            ((incident, actor),) = given
+            return [await super().create(incident, actor=actor)]
+        incidents = [incident for incident, _ in given]
+        values = {
+            "messages": [incident.incident_message for incident in incidents],
+            "statuses": [incident.incident_type.value for incident in incidents],
+            "sources": [incident.source.value for incident in incidents],
+            "actors": [actor for _, actor in given],
+        }
+        rows = await self._write_all(writes.INSERT_INCIDENTS, values)
+        return [None] * len(given) if rows is None else [read_incident(row) for row in rows]
+
+    async def _update_all(
+        self, given: list[tuple[StatusChange, Transitions, str | None]]
+    ) -> Sequence[Incident | None]:
+        """Change statuses; None for each change that has to be tried alone."""
+        # Of several changes of one incident, one: they come one after the other.
+        some = {each[0].incident_id: each for each in reversed(given)}
+        changes = [change for change, _, _ in some.values()]
+        values = {
+            "incident_ids": list(some),
+            "statuses": [change.status.value for change in changes],
+            "from_statuses": [
+                " ".join(transitions.sources(change.status))
+                for change, transitions, _ in some.values()
+            ],
+            "expected_versions": [change.expected_version for change in changes],
+            "notes": [change.note for change in changes],
+            "actors": [actor for _, _, actor in some.values()],
+        }
+        rows = await self._write_all(writes.UPDATE_STATUSES, values)
+        done = {row[0]: read_incident(row) for row in rows or ()}
+        return [
+            done.get(each[0].incident_id) if some[each[0].incident_id] is each else None
+            for each in given
+        ]
+
+    async def _write_all(self, statement: Executable, values: Mapping[str, Any]) -> Rows | None:
+        """Run a statement that writes for several calls; None if the database refused to."""
+
+        async def work(fetch: Fetch) -> Rows:
+            return await fetch(statement, values)
+
+        try:
+            return await self._write(work)
+        except StoreError as error:
+            # It may be the fault of one of them.
+            if not refused(error):
+                raise
+            return None
+
+
+def _read_or_refuse(row: Any) -> Incident | StoreError | None:
+    try:
+        return None if row is None else read_incident(row)
+    except StoreError as error:
+        return error
+
+
+class PostgresStore(SharedOperations):
     """Incidents in PostgreSQL.
 
     Args:
@@ -297,6 +428,7 @@ class PostgresStore(PostgresOperations):
     async def open(self) -> None:
         """Connect and check the schema."""
         options = self._options
+        self._start_sharing()
         self._pool = (
             await asyncpg.create_pool(
                 self._database,

@@ -95,6 +95,48 @@ UPDATE_STATUS: Final = text(
 )
 """Returns no row if anything is in the way: the caller asks what."""
 
+INSERT_INCIDENTS: Final = text(
+    "WITH given AS (SELECT * FROM unnest(CAST(:messages AS text[]), CAST(:statuses AS text[]), "
+    "CAST(:sources AS text[]), CAST(:actors AS text[])) "
+    "WITH ORDINALITY AS given (message, status, source, actor, n)), "
+    'changed AS (INSERT INTO "Incident" '
+    "(incident_message, incident_type, source, ended_at, transaction_id) "
+    "SELECT message, CAST(status AS incidentstatus), CAST(source AS incidentsource), "
+    f"CASE WHEN status <> 'new' THEN {_NOW} END, {_TRANSACTION} FROM given ORDER BY n "
+    "RETURNING *), "
+    "numbered AS (SELECT *, row_number() OVER (ORDER BY incident_id) AS n FROM changed), "
+    "event AS (INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, to_status, "
+    f"actor, at) SELECT transaction_id, {_NONCE}, incident_id, 'created', "
+    "CAST(incident_type AS text), actor, created_at FROM numbered JOIN given USING (n) ORDER BY n) "
+    f"SELECT {_INCIDENT} FROM numbered ORDER BY n"
+)
+"""Inserts incidents without deduplication keys and returns them in the order that they had: it is
+that of their ids, since each row gets the next one."""
+
+UPDATE_STATUSES: Final = text(
+    "WITH given AS (SELECT * FROM unnest(CAST(:incident_ids AS bigint[]), "
+    "CAST(:statuses AS text[]), CAST(:from_statuses AS text[]), "
+    "CAST(:expected_versions AS bigint[]), CAST(:notes AS text[]), CAST(:actors AS text[])) "
+    "AS given (id, status, from_statuses, expected_version, note, actor)), "
+    "found AS (SELECT incident_id AS id, CAST(incident_type AS text) AS from_status, "
+    f'version AS at_version, {_NOW} AS now FROM "Incident" '
+    "WHERE incident_id = ANY(CAST(:incident_ids AS bigint[])) "
+    "ORDER BY incident_id FOR NO KEY UPDATE SKIP LOCKED), "
+    "due AS (SELECT * FROM given JOIN found USING (id) WHERE from_status <> status "
+    "AND from_status = ANY(string_to_array(from_statuses, ' ')) "
+    "AND at_version = coalesce(expected_version, at_version)), "
+    'changed AS (UPDATE "Incident" SET incident_type = CAST(status AS incidentstatus), '
+    "version = version + 1, ended_at = coalesce(ended_at, now), "
+    f"transaction_id = greatest(transaction_id, {_TRANSACTION}) "
+    "FROM due WHERE incident_id = id RETURNING *), "
+    "event AS (INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, from_status, "
+    f"to_status, actor, note, at) SELECT transaction_id, {_NONCE}, incident_id, 'status_changed', "
+    "from_status, status, actor, note, now FROM changed) "
+    f"SELECT {_INCIDENT} FROM changed"
+)
+"""Ends incidents and returns those of them that nothing is in the way of; others are locked in the
+order of their ids, or left out if somebody else has locked them."""
+
 SELECT_OPEN_DUPLICATE: Final = text(
     "SELECT incident_id FROM \"Incident\" WHERE incident_type = 'new' "
     "AND dedup_key = CAST(:dedup_key AS text) LIMIT 1"

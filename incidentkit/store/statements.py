@@ -10,8 +10,10 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Text,
+    any_,
     bindparam,
     cast,
     column,
@@ -95,6 +97,10 @@ EVENT: Final = tuple(
 )
 
 
+_STATUSES: Final = {status.value: status for status in IncidentStatus}
+_SOURCES: Final = {source.value: source for source in IncidentSource}
+
+
 def read_incident(row: Iterable[Any]) -> Incident:
     """Return the incident that a row of any of these statements is.
 
@@ -103,10 +109,8 @@ def read_incident(row: Iterable[Any]) -> Incident:
     """
     try:
         incident_id, message, incident_type, source, *others = row
-        return Incident(
-            incident_id, message, IncidentStatus(incident_type), IncidentSource(source), *others
-        )
-    except (AttributeError, TypeError, ValueError) as error:
+        return Incident(incident_id, message, _STATUSES[incident_type], _SOURCES[source], *others)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError("a row holds what no incident can have") from error
 
 
@@ -143,6 +147,11 @@ def read_page(rows: Sequence[Any]) -> Page:
 SELECT_INCIDENT: Final = select(*INCIDENT).where(
     _columns.incident_id == bindparam("incident_id", type_=BigInteger())
 )
+
+SELECT_INCIDENTS: Final = select(*INCIDENT).where(
+    _columns.incident_id == any_(bindparam("incident_ids", type_=ARRAY(BigInteger)))
+)
+"""Only for PostgreSQL, which has arrays."""
 
 SELECT_HISTORY: Final = (
     select(*EVENT)
