@@ -65,6 +65,10 @@ class Batcher(Generic[_I, _T]):
             self._go_on()
         return answer
 
+    def __len__(self) -> int:
+        """Return how many calls wait for a batch to start."""
+        return len(self._waiting)
+
     async def finish(self) -> None:
         """Wait until every batch has ended."""
         while self._running:

@@ -437,7 +437,7 @@ async def _write_and_forget(
         # Also after an error: it may hide a commit.
         if feed is not None:
             feed.wake()
-        await pages.forget()
+        pages.forget()
 
 
 def _log_failure(write: asyncio.Task[Any]) -> None:

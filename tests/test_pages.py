@@ -222,7 +222,7 @@ async def test_max_staleness_does_not_hide_ones_own_changes(source: Source) -> N
         await asyncio.sleep(0)
     assert source.asked == ["list", "token"]
     source.changes += 1
-    await pages.forget()
+    pages.forget()
     goes_on.set()
     await reading
     assert await pages.list(QUERY) == source.page()
@@ -232,14 +232,17 @@ async def test_a_write_removes_the_pages(pages: PageCache, shared: FaultyCache) 
     """After a change by this process no page is left in the shared cache."""
     await pages.list(QUERY)
     await pages.list(OTHER)
-    await pages.forget()
+    pages.forget()
+    await pages.finish()
     assert await shared.get(KEY) is None
     assert await shared.get(OTHER.cache_key) is None
 
 
 async def test_concurrent_writes_share_a_clear(pages: PageCache, shared: FaultyCache) -> None:
     """Writes that end at the same time clear once."""
-    await asyncio.gather(*(pages.forget() for _ in range(50)))
+    for _ in range(50):
+        pages.forget()
+    await pages.finish()
     assert shared.calls == ["clear"]
 
 
@@ -251,7 +254,7 @@ async def test_a_faulty_shared_cache_changes_no_answer(
     setattr(shared, fault, True)
     for _ in range(3):
         assert await pages.list(QUERY) == source.page()
-        await pages.forget()
+        pages.forget()
         source.changes += 1
     assert pages.available is False
     await pages.list(QUERY)

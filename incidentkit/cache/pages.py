@@ -10,26 +10,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
-
-from attrs import frozen
 
 from incidentkit.batching import Batcher, Coalescer
 from incidentkit.cache.base import TTL
 from incidentkit.cache.breaker import CircuitBreaker
 from incidentkit.cache.memory import DEFAULT_MAX_BYTES, Memory
 from incidentkit.errors import InvalidSettings
-from incidentkit.wire import decode_incidents, dump_json, encode_incidents
+from incidentkit.store.base import Page
+from incidentkit.wire import decode_incidents, dump_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from incidentkit.cache.base import IncidentCache
     from incidentkit.models import Incident, ListQuery
-    from incidentkit.store.base import Page
 
 Incidents: TypeAlias = "list[Incident]"
 """An alias because inside the class ``list`` is the verb."""
+
+INTERVAL: Final = 0.01
+"""Seconds from one change of the shared cache by this process, for which nobody waits, to the next
+of its kind."""
+
+KEPT: Final = 10
+"""Pages that are put into the shared cache at a time; of more than these the others are left out.
+A page that is asked for often has its turn, and pages that are not would only displace it."""
 
 INCIDENT_BYTES: Final = 600
 """What an incident takes in memory, about."""
@@ -80,23 +87,8 @@ def _head(key: str, token: str | None) -> bytes:
     return dump_json({"key": key, "token": token})[:-1] + b',"incidents":'
 
 
-@frozen
-class CachedPage:
-    """A page as it is kept in the process.
-
-    Attributes:
-        incidents: Newest first.
-        json: The same as a JSON array.
-        token: What the incidents had when they were read; None matches nothing.
-    """
-
-    incidents: Incidents
-    json: bytes
-    token: str | None
-
-    def size(self) -> int:
-        """Return the bytes that it takes, about."""
-        return len(self.json) + INCIDENT_BYTES * len(self.incidents)
+def _size(page: Page) -> int:
+    return len(page.json) + INCIDENT_BYTES * page.json.count(b'"incident_id"')
 
 
 class PageCache:
@@ -119,13 +111,14 @@ class PageCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._memory = Memory(CachedPage.size, DEFAULT_MAX_BYTES, clock=clock)
+        self._memory = Memory(_size, DEFAULT_MAX_BYTES, clock=clock)
         self._shared = None if shared is None else CircuitBreaker(shared, clock=clock)
         self._max_staleness = max_staleness
         self._clock = clock
         self._reads = Coalescer(self._read)
         self._tokens: Batcher[None, str | None] = Batcher(self._read_token)
         self._clears = Batcher(_clear)
+        self._keeps: Batcher[tuple[str, Page], None] = Batcher(self._keep)
         self._trusted: tuple[str | None, float] | None = None
         self._changes = 0
 
@@ -138,23 +131,24 @@ class PageCache:
         """Return the incidents of the page, in a list of the caller's own."""
         return (await self.page(query)).incidents.copy()
 
-    async def page(self, query: ListQuery) -> CachedPage:
+    async def page(self, query: ListQuery) -> Page:
         """Return the page as the database has it at some instant during this call."""
         kept = self._memory.get(query.cache_key)
         if kept is not None and kept.token is not None and kept.token == await self._token():
             return kept
         return await self._reads(query)
 
-    async def forget(self) -> None:
+    def forget(self) -> None:
         """Remove every page, since this process has changed an incident.
 
-        Nothing hangs on it but memory, and the time for which a token is trusted.
+        Nothing hangs on it but memory, and the time for which a token is trusted. So nobody waits
+        for the shared cache.
         """
         self._changes += 1
         self._trusted = None
         self._memory.clear()
         if self._shared is not None:
-            await self._clears(self._shared)
+            self._clears(self._shared)
 
     async def ping(self) -> None:
         """Ask the shared cache, if there is one, whether it answers.
@@ -170,16 +164,21 @@ class PageCache:
         if self._shared is not None:
             await self._shared.probe()
 
-    async def close(self) -> None:
-        """Wait for lists that are under way, then forget every page and close the shared cache."""
+    async def finish(self) -> None:
+        """Wait for lists that are under way, and until the shared cache has what it is to have."""
         await self._reads.finish()
         await self._tokens.finish()
+        await self._keeps.finish()
         await self._clears.finish()
+
+    async def close(self) -> None:
+        """Wait for what is under way, then forget every page and close the shared cache."""
+        await self.finish()
         self._memory.clear()
         if self._shared is not None:
             await self._shared.close()
 
-    async def _read(self, query: ListQuery) -> CachedPage:
+    async def _read(self, query: ListQuery) -> Page:
         if self._shared is None:
             return await self._fill(query)
         key = query.cache_key
@@ -194,14 +193,17 @@ class PageCache:
         self._memory.set(key, page, TTL)
         return page
 
-    async def _fill(self, query: ListQuery) -> CachedPage:
+    async def _fill(self, query: ListQuery) -> Page:
         key, now, changes = query.cache_key, self._clock(), self._changes
-        read = await self._store.list(query)
-        self._trust(read.token, now, changes)
-        page = CachedPage(read.incidents, encode_incidents(read.incidents), read.token)
-        self._memory.set(key, page, TTL)
-        if self._shared is not None:
-            await self._shared.set(key, seal(key, page.token, page.json), TTL)
+        page = await self._store.list(query)
+        self._trust(page.token, now, changes)
+        # Of what is kept the bytes alone: objects would be looked at by every garbage collection.
+        self._memory.set(
+            key, Page(partial(decode_incidents, page.json), page.token, page.json), TTL
+        )
+        if self._shared is not None and len(self._keeps) < KEPT:
+            # Nobody waits for it.
+            self._keeps((key, page))
         return page
 
     def _token(self) -> asyncio.Future[str | None]:
@@ -223,18 +225,27 @@ class PageCache:
         self._trust(token, now, changes)
         return [token] * len(calls)
 
+    async def _keep(self, given: Sequence[tuple[str, Page]]) -> Sequence[None]:
+        if self._shared is not None:
+            sealed = ((key, seal(key, page.token, page.json)) for key, page in given)
+            await asyncio.gather(*(self._shared.set(key, value, TTL) for key, value in sealed))
+        await asyncio.sleep(INTERVAL)
+        return [None] * len(given)
+
 
 async def _clear(calls: Sequence[CircuitBreaker]) -> Sequence[None]:
     await calls[0].clear()
+    # Under a storm of writes one for many of them will do.
+    await asyncio.sleep(INTERVAL)
     return [None] * len(calls)
 
 
-def _decode(value: bytes, key: str, token: str | None) -> CachedPage | None:
+def _decode(value: bytes, key: str, token: str | None) -> Page | None:
     page = unseal(value, key, token)
     if page is None:
         return None
     try:
-        return CachedPage(decode_incidents(page), page, token)
+        return Page(decode_incidents(page), token, page)
     except ValueError:
         logger.warning("The cache holds something else under %s", key)
         return None

@@ -19,11 +19,12 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from incidentkit.batching import Batcher
 from incidentkit.cache.base import INDEX_KEY
 from incidentkit.errors import InvalidSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from typing import TypeAlias
 
     _Opened: TypeAlias = tuple[Redis | RedisCluster, tuple[Callable[[], Awaitable[None]], ...]]
@@ -69,6 +70,9 @@ class RedisCache:
     ) -> None:
         self._redis = redis
         self._closers = closers
+        # Pages that are asked for, or kept, at the same time travel together.
+        self._gets = Batcher(self._get_all, size=BATCH)
+        self._sets = Batcher(self._set_all, size=BATCH)
         # Where a pool lets its callers wait, a cluster's node refuses them a connection.
         self._turn = (
             Semaphore(redis.connection_kwargs["max_connections"])
@@ -107,26 +111,11 @@ class RedisCache:
 
     async def get(self, key: str) -> bytes | None:
         """Return the value, or None if there is none, or one that is no string."""
-        value: bytes | str | None = None
-        try:
-            (value,) = await self._send(("GET", key))
-        except ResponseError as error:
-            if not _has_another_type(error):
-                raise
-        # A client of one's own may decode its answers.
-        return value.encode() if isinstance(value, str) else value
+        return await self._gets(key)
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         """Keep the value and its name, and if there are too many, remove some at random."""
-        seconds = max(1, round(ttl))
-        *_, kept = await self._send_with_index(
-            ("SET", key, value, "EX", seconds),
-            ("SADD", INDEX_KEY, key),
-            ("EXPIRE", INDEX_KEY, seconds),
-            ("SCARD", INDEX_KEY),
-        )
-        if kept > MAX_PAGES:
-            await self._remove(min(kept - MAX_PAGES, BATCH))
+        await self._sets((key, value, ttl))
 
     async def clear(self) -> None:
         """Remove every page whose name stands in the set, and the set."""
@@ -146,10 +135,38 @@ class RedisCache:
         finally:
             self._use(*self._open())
 
+    async def _get_all(self, keys: Sequence[str]) -> Sequence[bytes | None]:
+        if isinstance(self._redis, RedisCluster):
+            # Each node has some of them.
+            values = await self._send(*(("GET", key) for key in keys), raise_on_error=False)
+        else:
+            (values,) = await self._send(("MGET", *keys))
+        if len(values) != len(keys):
+            raise ResponseError("not the answer to this question")
+        return [_value(value) for value in values]
+
+    async def _set_all(self, given: Sequence[tuple[str, bytes, float]]) -> Sequence[None]:
+        seconds = [max(1, round(ttl)) for _, _, ttl in given]
+        *_, kept = await self._send_with_index(
+            *(
+                ("SET", key, value, "EX", ttl)
+                for (key, value, _), ttl in zip(given, seconds, strict=True)
+            ),
+            ("SADD", INDEX_KEY, *(key for key, _, _ in given)),
+            ("EXPIRE", INDEX_KEY, max(seconds)),
+            ("SCARD", INDEX_KEY),
+        )
+        if kept > MAX_PAGES:
+            await self._remove(min(kept - MAX_PAGES, BATCH))
+        return [None] * len(given)
+
     async def _remove(self, count: int) -> int:
         """Remove so many pages, or all if there are less, and return how many there were."""
         (names,) = await self._send_with_index(("SPOP", INDEX_KEY, count))
-        await self._send(*(("UNLINK", name) for name in names))
+        if isinstance(self._redis, RedisCluster):
+            await self._send(*(("UNLINK", name) for name in names))
+        elif names:
+            await self._send(("UNLINK", *names))
         return len(names)
 
     async def _send_with_index(self, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
@@ -161,14 +178,16 @@ class RedisCache:
                 await self._send(("UNLINK", INDEX_KEY))
             raise
 
-    async def _send(self, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
+    async def _send(
+        self, *commands: tuple[str | bytes | int, ...], raise_on_error: bool = True
+    ) -> list[Any]:
         """Send the commands at once, to each server its own, and return the answers."""
         async with self._turn:
             pipeline = self._redis.pipeline(transaction=False)
             for command in commands:
                 pipeline.execute_command(*command)
             try:
-                return await pipeline.execute()
+                return await pipeline.execute(raise_on_error)
             except (RedisConnectionError, RedisTimeoutError):
                 if isinstance(self._redis, RedisCluster):
                     await _look_for_nodes(self._redis)
@@ -270,6 +289,14 @@ def _check_options(options: dict[str, Any]) -> None:
     options.get("connection_class", Connection)(
         **{name: value for name, value in options.items() if name not in pools_own}
     )
+
+
+def _value(answer: object) -> Any:
+    """Return what a GET was answered: None for a value that is no string, or an error."""
+    if isinstance(answer, ResponseError) and _has_another_type(answer):
+        return None
+    # A client of one's own may decode its answers.
+    return answer.encode() if isinstance(answer, str) else answer
 
 
 def _has_another_type(error: ResponseError) -> bool:

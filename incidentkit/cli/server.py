@@ -64,6 +64,8 @@ class LineHandler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__(stream)
         self._lines: list[str] = []
+        # The lines show neither, and looking them up takes time.
+        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a line, and see to it that it is written."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 from attrs import field, frozen
 
 from incidentkit.errors import InvalidSettings
+from incidentkit.wire import encode_incidents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,17 +70,42 @@ class RequestRecord:
     request_id: str
 
 
-@frozen
 class Page:
     """One page of the list.
 
-    Attributes:
-        incidents: Newest first.
+    Args:
+        incidents: Newest first; or what makes them once they are asked for.
         token: What :meth:`StoreOperations.token` says of the same snapshot of the database.
+        json: What makes the JSON array of the incidents, if there is a shorter way than by them.
     """
 
-    incidents: list[Incident]
-    token: str | None
+    __slots__ = ("_incidents", "_json", "token")
+
+    def __init__(
+        self,
+        incidents: list[Incident] | Callable[[], list[Incident]],
+        token: str | None,
+        json: bytes | Callable[[], bytes] | None = None,
+    ) -> None:
+        self._incidents = incidents
+        self._json = json
+        self.token = token
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """The incidents, newest first."""
+        if callable(self._incidents):
+            self._incidents = self._incidents()
+        return self._incidents
+
+    @property
+    def json(self) -> bytes:
+        """The same as a JSON array."""
+        if self._json is None:
+            self._json = encode_incidents(self.incidents)
+        elif callable(self._json):
+            self._json = self._json()
+        return self._json
 
 
 @frozen

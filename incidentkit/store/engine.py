@@ -77,6 +77,7 @@ class EngineStore(postgresql.SharedOperations):
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
+        super().__init__()
         # Whatever the host's own transactions are like.
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")

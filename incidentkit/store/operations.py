@@ -181,17 +181,13 @@ class Operations(ABC):
 
     async def list(self, query: ListQuery) -> Page:
         """Read one page and its token in one statement."""
-        return read_page(
-            await self._read(
-                statements.SELECT_PAGE[query.status is not None, query.source is not None],
-                {
-                    "status": query.status and query.status.value,
-                    "source": query.source and query.source.value,
-                    "limit": query.limit,
-                    "offset": query.offset,
-                },
-            )
-        )
+        values = {
+            "status": query.status and query.status.value,
+            "source": query.source and query.source.value,
+            "limit": query.limit,
+            "offset": query.offset,
+        }
+        return read_page(await self._read(statements.SELECT_PAGE[filters_of(query)], values))
 
     async def token(self) -> str | None:
         """Read the token in one statement."""
@@ -273,6 +269,11 @@ class Operations(ABC):
         if rows:
             return rows[0][0], rows[0][1]
         raise UnknownCursor
+
+
+def filters_of(query: ListQuery) -> tuple[bool, bool]:
+    """Return whether a query filters by status, and by source."""
+    return query.status is not None, query.source is not None
 
 
 def found(incident_id: int, rows: Rows) -> Any:

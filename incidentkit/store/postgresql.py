@@ -10,6 +10,8 @@ import logging
 import re
 from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import asyncpg
@@ -31,8 +33,9 @@ from incidentkit.models import OPEN
 from incidentkit.store import postgresql_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
-from incidentkit.store.operations import EVENTS, Operations, found
-from incidentkit.store.statements import read_event, read_incident
+from incidentkit.store.leases import Leases
+from incidentkit.store.operations import EVENTS, Operations, filters_of, found
+from incidentkit.store.statements import read_event, read_incident, read_page
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 from incidentkit.transitions import ANY_TRANSITION
 
@@ -43,8 +46,8 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
     from sqlalchemy import Dialect, Executable
 
-    from incidentkit.models import Incident, IncidentEvent, NewIncident, StatusChange
-    from incidentkit.store.base import Idempotency, RequestRecord, StoreOperations
+    from incidentkit.models import Incident, IncidentEvent, ListQuery, NewIncident, StatusChange
+    from incidentkit.store.base import Idempotency, Page, RequestRecord, StoreOperations
     from incidentkit.store.operations import Fetch, Rows
     from incidentkit.transitions import Transitions
 
@@ -301,14 +304,28 @@ class SharedOperations(PostgresOperations):
     the way, and of an incident that somebody has locked.
     """
 
+    def __init__(self) -> None:
+        self._start_sharing()
+
     def _start_sharing(self) -> None:
+        """Begin anew, as on another event loop."""
         self._gets = Batcher(self._get_all, running=READS, size=BATCH)
+        self._lists = {
+            filters: Batcher(partial(self._list_all, filters), running=READS, size=BATCH)
+            for filters in writes.SELECT_PAGES
+        }
         self._creates = Batcher(self._create_all, running=WRITES, size=BATCH)
         self._updates = Batcher(self._update_all, running=WRITES, size=BATCH)
 
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident, with others that are asked for."""
         return await self._gets(incident_id)
+
+    async def list(self, query: ListQuery) -> Page:
+        """Read one page and its token, with others that are asked for, unless it lies deep."""
+        if query.offset + query.limit > writes.FIRST:
+            return await super().list(query)
+        return await self._lists[filters_of(query)](query)
 
     async def create(
         self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
@@ -335,13 +352,28 @@ class SharedOperations(PostgresOperations):
                 return incident
         return await super().update_status(change, transitions=transitions, actor=actor, once=once)
 
-    async def _get_all(self, ids: list[int]) -> list[Incident | StoreError | None]:
+    async def _get_all(self, ids: Sequence[int]) -> Sequence[Incident | StoreError | None]:
         rows = await self._read(statements.SELECT_INCIDENTS, {"incident_ids": ids})
         found = {row[0]: row for row in rows}
         return [_read_or_refuse(found.get(incident_id)) for incident_id in ids]
 
+    async def _list_all(
+        self, filters: tuple[bool, bool], queries: Sequence[ListQuery]
+    ) -> Sequence[Page]:
+        if len(queries) == 1:
+            return [await super().list(queries[0])]
+        values = {
+            "statuses": [query.status and query.status.value for query in queries],
+            "sources": [query.source and query.source.value for query in queries],
+            "limits": [query.limit for query in queries],
+            "offsets": [query.offset for query in queries],
+        }
+        rows = await self._read(writes.SELECT_PAGES[filters], values)
+        pages = groupby(rows, itemgetter(-1))
+        return [read_page([row[:-1] for row in page]) for _, page in pages]
+
     async def _create_all(
-        self, given: list[tuple[NewIncident, str | None]]
+        self, given: Sequence[tuple[NewIncident, str | None]]
     ) -> Sequence[Incident | None]:
         """Store incidents; None for each that has to be tried alone."""
         if len(given) == 1:
@@ -358,7 +390,7 @@ class SharedOperations(PostgresOperations):
         return [None] * len(given) if rows is None else [read_incident(row) for row in rows]
 
     async def _update_all(
-        self, given: list[tuple[StatusChange, Transitions, str | None]]
+        self, given: Sequence[tuple[StatusChange, Transitions, str | None]]
     ) -> Sequence[Incident | None]:
         """Change statuses; None for each change that has to be tried alone."""
         # Of several changes of one incident, one: they come one after the other.
@@ -420,10 +452,11 @@ class PostgresStore(SharedOperations):
     def __init__(
         self, database: str | asyncpg.Pool[asyncpg.Record], options: StoreOptions | None = None
     ) -> None:
+        super().__init__()
         self._database = asyncpg_dsn(database) if isinstance(database, str) else database
         self._options = options or StoreOptions()
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
-        self._giving_back: set[asyncio.Task[None]] = set()
+        self._leases: Leases | None = None
 
     async def open(self) -> None:
         """Connect and check the schema."""
@@ -442,6 +475,8 @@ class PostgresStore(SharedOperations):
             if isinstance(self._database, str)
             else self._database
         )
+        own = self._pool is not self._database
+        self._leases = Leases(self._pool, options.pool_timeout, keep=own)
         try:
             await self.check()
             await self.check_order()
@@ -456,16 +491,17 @@ class PostgresStore(SharedOperations):
     async def close(self) -> None:
         """Close the pool; calls still running get a moment to end."""
         pool, self._pool = self._pool, None
-        if pool is None:
+        leases, self._leases = self._leases, None
+        if pool is None or leases is None:
             return
+        finishing = asyncio.ensure_future(leases.finish())
         if pool is not self._database:
             try:
                 async with asyncio.timeout(self._options.pool_timeout):
                     await pool.close()
             except (TimeoutError, *_LOST):
                 pool.terminate()
-        if self._giving_back:
-            await asyncio.wait(self._giving_back)
+        await finishing
 
     async def check(self) -> None:
         """Raise unless the database answers and has our schema."""
@@ -488,11 +524,11 @@ class PostgresStore(SharedOperations):
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[PoolConnectionProxy[asyncpg.Record]]:
         """Lend a connection, and translate what is raised meanwhile."""
-        pool, seconds = self._pool, self._options.pool_timeout
-        if pool is None:
+        leases = self._leases
+        if leases is None:
             raise ClientClosed
         try:
-            connection = await pool.acquire(timeout=seconds)
+            connection = await leases.take()
         except asyncpg.UndefinedObjectError as error:
             raise StoreError("it does not know a parameter of the URL") from error
         except Exception as error:
@@ -506,22 +542,11 @@ class PostgresStore(SharedOperations):
                     connection.terminate()
             # Giving back waits for the server to cancel the statement, for which the caller,
             # cancelled or out of time, should not wait.
-            task = asyncio.ensure_future(self._give_back(pool, connection))
-            self._giving_back.add(task)
-            task.add_done_callback(self._giving_back.discard)
+            leases.discard(connection)
             if isinstance(error, Exception) and not isinstance(error, IncidentKitError):
                 raise translate_error(error) from error
             raise
-        await pool.release(connection, timeout=seconds)
-
-    async def _give_back(
-        self,
-        pool: asyncpg.Pool[asyncpg.Record],
-        connection: PoolConnectionProxy[asyncpg.Record],
-    ) -> None:
-        # A connection that cannot be given back in time is closed by the pool.
-        with suppress(Exception):
-            await pool.release(connection, timeout=self._options.pool_timeout)
+        await leases.put(connection)
 
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads, once more if its connection turns out to be dead."""

@@ -9,11 +9,13 @@ A status and a source travel as text, so that a driver has no need to look up th
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Final
 
 from sqlalchemy import TextClause, text
 
 from incidentkit.store.search_statements import WordsMatch
+from incidentkit.store.tables import postgresql_token
 
 _TRANSACTION: Final = "CAST(CAST(pg_current_xact_id() AS text) AS bigint)"
 _NOW: Final = "date_trunc('second', clock_timestamp())"
@@ -94,6 +96,35 @@ UPDATE_STATUS: Final = text(
     f"event AS ({_CHANGED}) SELECT {_INCIDENT} FROM changed"
 )
 """Returns no row if anything is in the way: the caller asks what."""
+
+FIRST: Final = 2000
+"""Incidents from which pages are read together; what lies deeper takes longer, and is read alone.
+Being a constant it tells the planner that an index is worth while."""
+
+
+def _select_pages(*, by_status: bool, by_source: bool) -> TextClause:
+    rules = [
+        *(["incident_type = CAST(wanted.status AS incidentstatus)"] if by_status else []),
+        *(["source = CAST(wanted.source AS incidentsource)"] if by_source else []),
+    ]
+    return text(
+        f"SELECT page.*, {postgresql_token()} AS token, wanted.n FROM unnest(CAST(:statuses AS text[]), "
+        "CAST(:sources AS text[]), CAST(:limits AS bigint[]), CAST(:offsets AS bigint[])) "
+        "WITH ORDINALITY AS wanted (status, source, size, skip, n) "
+        f'LEFT JOIN LATERAL (SELECT * FROM (SELECT {_INCIDENT} FROM "Incident" '
+        f"{'WHERE ' if rules else ''}{' AND '.join(rules)} "
+        f'ORDER BY "Incident".created_at DESC, "Incident".incident_id DESC LIMIT {FIRST}) AS first '
+        "OFFSET wanted.skip LIMIT wanted.size) AS page ON true "
+        "ORDER BY wanted.n, page.created_at DESC, page.incident_id DESC"
+    )
+
+
+SELECT_PAGES: Final = {
+    (by_status, by_source): _select_pages(by_status=by_status, by_source=by_source)
+    for by_status, by_source in product((False, True), repeat=2)
+}
+"""Several pages, each with its number behind the token, by whether they filter by status and by
+source. An empty page is one row."""
 
 INSERT_INCIDENTS: Final = text(
     "WITH given AS (SELECT * FROM unnest(CAST(:messages AS text[]), CAST(:statuses AS text[]), "

@@ -6,6 +6,7 @@ A status and a source travel as text, so that asyncpg has no need to look up the
 from __future__ import annotations
 
 import struct
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,6 +52,7 @@ from incidentkit.store.tables import (
     purged_event_table,
     request_log_table,
 )
+from incidentkit.wire import encode_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -135,13 +137,24 @@ def read_event(row: Iterable[Any]) -> IncidentEvent:
 
 
 def read_page(rows: Sequence[Any]) -> Page:
-    """Return the page that the rows of a statement in ``SELECT_PAGE`` are.
+    """Return the page that the rows of a statement for one are; its last column is the token.
 
     Raises:
-        StoreError: If an incident cannot be like that.
+        StoreError: When it is asked for its incidents, if one of them cannot be like that.
     """
-    # An empty page is one row, with the token alone.
-    return Page([read_incident(row[1:]) for row in rows if row[1] is not None], rows[0][0])
+    values = [row[:-1] for row in rows if row[0] is not None]
+    return Page(partial(_read_incidents, values), rows[0][-1], partial(_encode_rows, values))
+
+
+def _encode_rows(rows: Sequence[Any]) -> bytes:
+    try:
+        return encode_rows(rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError("a row holds what no incident can have") from error
+
+
+def _read_incidents(rows: Sequence[Any]) -> list[Incident]:
+    return [read_incident(row) for row in rows]
 
 
 SELECT_INCIDENT: Final = select(*INCIDENT).where(
@@ -226,7 +239,7 @@ def _select_page(*, by_status: bool, by_source: bool) -> Select[*tuple[Any, ...]
     token = select(current_token().label("token")).subquery("current")
     # One statement has one snapshot, whatever the level of isolation.
     return (
-        select(token.c.token, *page.c)
+        select(*page.c, token.c.token)
         .select_from(token.outerjoin(page, true()))
         .order_by(page.c.created_at.desc(), page.c.incident_id.desc())
     )
@@ -236,7 +249,8 @@ SELECT_PAGE: Final = {
     (by_status, by_source): _select_page(by_status=by_status, by_source=by_source)
     for by_status, by_source in product((False, True), repeat=2)
 }
-"""The statement for a page and its token, by whether it filters by status and by source."""
+"""The statement for a page and its token, by whether it filters by status and by source. An empty
+page is one row, with the token alone."""
 
 SELECT_TOKEN: Final = select(current_token().label("token"))
 

@@ -251,14 +251,19 @@ class current_token(FunctionElement[str]):  # noqa: N801
     inherit_cache = True
 
 
-@compiles(current_token)
-def _current_token(*_: Any, **__: Any) -> str:
+def postgresql_token() -> str:
+    """Return the same as text, for statements that are written as text."""
     # Of fewer rows, as after a hand emptied the table, the same token could come back.
     return (
         "(SELECT CASE WHEN count(*) FILTER (WHERE slot < 16) = 16 THEN "
-        "encode(sha256(string_agg(uuid_send(token), ''::bytea ORDER BY slot)), 'hex') END "
+        "encode(sha256(string_agg(uuid_send(token), CAST('' AS bytea) ORDER BY slot)), 'hex') END "
         "FROM incident_token)"
     )
+
+
+@compiles(current_token)
+def _current_token(*_: Any, **__: Any) -> str:
+    return postgresql_token()
 
 
 @compiles(current_token, "sqlite")

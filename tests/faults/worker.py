@@ -27,15 +27,14 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.cache.base import TTL
-from incidentkit.cache.pages import CachedPage, PageCache
-from incidentkit.wire import encode_incidents
+from incidentkit.store.base import Page
 from tests.faults.history import Query, Row, Write, note_end, note_read, note_write
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from incidentkit import Incident, ListQuery
-    from incidentkit.store.base import Page
+    from incidentkit.cache.pages import PageCache
 
 STATUSES = [status.value for status in IncidentStatus]
 SOURCES = [source.value for source in IncidentSource]
@@ -363,17 +362,17 @@ async def read(client: IncidentClient, notes: Notes, query: Query) -> None:
         notes.end(call, [row_of(incident) for incident in incidents])
 
 
-async def trust_everything(self: PageCache, query: ListQuery) -> CachedPage:
+async def trust_everything(self: PageCache, query: ListQuery) -> Page:
     """Return the page that the process holds, however old."""
     await asyncio.sleep(0)
     return self._memory.get(query.cache_key) or await self._reads(query)
 
 
-async def fill_late(self: PageCache, query: ListQuery) -> CachedPage:
+async def fill_late(self: PageCache, query: ListQuery) -> Page:
     """Read a page, and then, in another snapshot, the token that it is kept with."""
     read = await self._store.list(query)
     token = await self._store.token()
-    page = CachedPage(read.incidents, encode_incidents(read.incidents), token)
+    page = Page(read.incidents, token)
     self._memory.set(query.cache_key, page, TTL)
     return page
 

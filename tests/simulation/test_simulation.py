@@ -146,9 +146,9 @@ def _trusts_a_token_from_before_a_write(patch: pytest.MonkeyPatch) -> None:
 def _keeps_its_trust_after_a_write(patch: pytest.MonkeyPatch) -> None:
     forget = pages.PageCache.forget
 
-    async def careless(cache: pages.PageCache) -> None:
+    def careless(cache: pages.PageCache) -> None:
         trusted = cache._trusted
-        await forget(cache)
+        forget(cache)
         cache._trusted = trusted
 
     patch.setattr(pages.PageCache, "forget", careless)

@@ -263,7 +263,7 @@ class RedisServer:
         values: What it holds and until when: a string, or the names in a set.
         cut: Processes that do not reach it; they get an error, or wait.
         late: How many of the requests take effect long after they were sent, 0 to 1.
-        out_of_step: How many of the answers to a GET are those to the one before, 0 to 1.
+        out_of_step: How many of the answers to a MGET are those to the one before, 0 to 1.
         hits: How many GETs found a value.
     """
 
@@ -281,8 +281,8 @@ class RedisServer:
         match command:
             case ["PING"]:
                 return True
-            case ["GET", str(key)]:
-                return self._get(key)
+            case ["MGET", *keys]:
+                return [self._get(str(key)) for key in keys]
             case ["SET", str(key), bytes(value), "EX", int(seconds)]:
                 self.values[key] = value, now + seconds
                 return True
@@ -298,18 +298,18 @@ class RedisServer:
     def _get(self, key: str) -> bytes | None:
         value, _ = self.values.get(key, (None, 0.0))
         if isinstance(value, dict):
-            raise ResponseError(_WRONG_TYPE)
+            return None
         self.hits += value is not None
         return value
 
     def _execute_on_set(self, command: Command) -> Any:
         match command:
-            case ["SADD", str(key), str(name)]:
+            case ["SADD", str(key), *given]:
                 names = self._names(key)
                 self.values.setdefault(key, (names, float("inf")))
-                added = name.encode() not in names
-                names[name.encode()] = None
-                return int(added)
+                before = len(names)
+                names.update(dict.fromkeys(str(name).encode() for name in given))
+                return len(names) - before
             case ["SCARD", str(key)]:
                 return len(self._names(key))
             case ["SPOP", str(key), int(number)]:
@@ -379,7 +379,7 @@ class RedisServer:
             delay = self.random.choice((0.0, self.random.uniform(0.0, 0.003)))
             loop.call_later(delay, self._land, client, commands, answers, answer, context=SERVERS)
             return
-        if commands[0][0] == "GET":
+        if commands[0][0] == "MGET":
             if self.random.random() < self.out_of_step:
                 answers, client.previous = client.previous, answers
             else:
@@ -427,8 +427,9 @@ class Pipeline:
         """Add a command."""
         self.commands.append(command)
 
-    async def execute(self) -> list[Any]:
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT002
         """Send the commands and return their answers, or raise the first error of them."""
+        assert raise_on_error
         loop = asyncio.get_running_loop()
         answer: _Answer = loop.create_future()
         if not self.commands:

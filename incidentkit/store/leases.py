@@ -1,0 +1,92 @@
+"""Connections of a pool that stay at hand while they are in use all the time."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import asyncpg
+    from asyncpg.pool import PoolConnectionProxy
+
+LEASE: Final = 1.0
+"""Seconds after which a connection that nobody has used goes back to its pool."""
+
+
+class Leases:
+    """Lends the connections of a pool, and keeps them for the next call.
+
+    To take a connection from asyncpg's pool and to give it back takes two timers and a task, as
+    long as half a statement.
+
+    Args:
+        pool: Whose connections they are.
+        timeout: Seconds to wait for a connection, and for one to be given back.
+        keep: Whether to keep them. A pool that others use, too, gets its connections back at once.
+    """
+
+    def __init__(self, pool: asyncpg.Pool[asyncpg.Record], timeout: float, *, keep: bool) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self._keep = keep
+        self._waiting = 0
+        # Those that were used last stand at the end.
+        self._idle: list[tuple[PoolConnectionProxy[asyncpg.Record], float]] = []
+        self._check: asyncio.TimerHandle | None = None
+        self._giving_back: set[asyncio.Task[None]] = set()
+
+    async def take(self) -> PoolConnectionProxy[asyncpg.Record]:
+        """Return a connection.
+
+        Raises what asyncpg does.
+        """
+        while self._idle:
+            connection, _ = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+            self.discard(connection)
+        self._waiting += 1
+        try:
+            return await self._pool.acquire(timeout=self._timeout)
+        finally:
+            self._waiting -= 1
+
+    async def put(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
+        """Give back a connection on which everything went well."""
+        if not self._keep or self._waiting:
+            await self._pool.release(connection, timeout=self._timeout)
+            return
+        loop = asyncio.get_running_loop()
+        self._idle.append((connection, loop.time()))
+        if self._check is None:
+            self._check = loop.call_later(LEASE, self._give_back_idle)
+
+    def discard(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
+        """Give back a connection without waiting, as while the server cancels its statement."""
+        task = asyncio.ensure_future(self._give_back(connection))
+        self._giving_back.add(task)
+        task.add_done_callback(self._giving_back.discard)
+
+    async def finish(self) -> None:
+        """Give back what is idle, keep nothing any more, and wait until all of it is given back."""
+        self._keep = False
+        if self._check is not None:
+            self._check.cancel()
+        while self._idle:
+            self.discard(self._idle.pop()[0])
+        if self._giving_back:
+            await asyncio.wait(self._giving_back)
+
+    def _give_back_idle(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._check = None
+        while self._idle and self._idle[0][1] <= loop.time() - LEASE:
+            self.discard(self._idle.pop(0)[0])
+        if self._idle:
+            self._check = loop.call_later(LEASE, self._give_back_idle)
+
+    async def _give_back(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
+        # A connection that cannot be given back in time is closed by the pool.
+        with suppress(Exception):
+            await self._pool.release(connection, timeout=self._timeout)
