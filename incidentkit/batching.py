@@ -34,6 +34,7 @@ class Batcher(Generic[_I, _T]):
         running: Batches that run at a time, at least 1.
         size: Items that a batch has at most, at least 1; None means any number.
         when_idle: Called when the last batch has ended and no call waits.
+        abandon: Whether a batch is cancelled once every call in it has been.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Batcher(Generic[_I, _T]):
         running: int = 1,
         size: int | None = None,
         when_idle: Callable[[], object] | None = None,
+        abandon: bool = False,
     ) -> None:
         self._run = run
         self._limit = running
         self._size = size
         self._when_idle = when_idle
+        self._abandon = abandon
         self._waiting: list[tuple[_I, asyncio.Future[_T]]] = []
         self._running: set[asyncio.Task[None]] = set()
         # Whether the youngest of these has yet to take what waits.
@@ -106,8 +109,21 @@ class Batcher(Generic[_I, _T]):
         if self._waiting:
             self._go_on()
         batch = [(item, answer) for item, answer in waiting if not answer.done()]
+        if self._abandon:
+            _cancel_with([answer for _, answer in batch], asyncio.current_task())
         if batch:
             await _settle(batch, self._run)
+
+
+def _cancel_with(answers: list[asyncio.Future[_T]], batch: asyncio.Task[None] | None) -> None:
+    """See to it that a batch is cancelled if every one of its answers is."""
+
+    def look(_: asyncio.Future[_T]) -> None:
+        if batch is not None and all(answer.cancelled() for answer in answers):
+            batch.cancel()
+
+    for answer in answers:
+        answer.add_done_callback(look)
 
 
 async def _settle(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from attrs import NOTHING, Factory, field, fields_dict, frozen
@@ -13,7 +14,7 @@ from incidentkit.cursor import decode_cursor
 from incidentkit.errors import FieldError, InvalidIncident
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 MESSAGE_MIN_LENGTH: Final = 5
 MESSAGE_MAX_LENGTH: Final = 1000
@@ -28,6 +29,12 @@ MAX_ID: Final = 2**63 - 1
 DEFAULT_LIMIT: Final = 10
 MAX_LIMIT: Final = 1000
 MAX_OFFSET: Final = 2**63 - 1
+
+MAX_MANY: Final = 100_000
+"""Incidents that are created together, at most."""
+
+MAX_FAULTS: Final = 10
+"""How many of these are named if they are none."""
 
 MAX_WAIT: Final = 30
 """Seconds that a call may wait for changes."""
@@ -396,6 +403,24 @@ class ListQuery:
     def cache_key(self) -> str:
         """What this page is called in the cache, ``incidents:{page}:{limit}:{status}:{source}``."""
         return f"incidents:{self.page}:{self.limit}:{self.status or ANY}:{self.source or ANY}"
+
+
+def check_many(incidents: Iterable[NewIncident]) -> list[NewIncident]:
+    """Return incidents that are to be created together.
+
+    Raises:
+        InvalidIncident: If one is something else, or there are more than :data:`MAX_MANY`.
+    """
+    # Not all of an iterator that may have no end.
+    checked = list(islice(incidents, MAX_MANY + 1))
+    if len(checked) > MAX_MANY:
+        raise InvalidIncident([FieldError("incidents", f"must be at most {MAX_MANY}")])
+    given: list[object] = [*checked]
+    wrong = [n for n, incident in enumerate(given) if not isinstance(incident, NewIncident)]
+    if wrong:
+        reason = "must be a NewIncident"
+        raise InvalidIncident([FieldError(f"incidents[{n}]", reason) for n in wrong[:MAX_FAULTS]])
+    return checked
 
 
 def check_incident_id(incident_id: int) -> int:

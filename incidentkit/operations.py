@@ -19,6 +19,7 @@ from incidentkit.models import (
     check_history,
     check_idempotency_key,
     check_incident_id,
+    check_many,
     check_note,
 )
 from incidentkit.search import IncidentOrder, SearchPage, SearchQuery
@@ -26,7 +27,7 @@ from incidentkit.store.base import Idempotency
 from incidentkit.wire import dump_json, wire_converter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Iterable
+    from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
     from datetime import datetime
 
     from incidentkit.models import IncidentSource
@@ -116,6 +117,29 @@ class IncidentOperations(ABC):
         once = _once(idempotency_key, "create", incident)
         store = self._store()
         return await self._write(store.create(incident, actor=current_actor(), once=once))
+
+    async def create_many(
+        self, incidents: Iterable[NewIncident], *, idempotency_key: str | None = None
+    ) -> Incidents:
+        """Store many incidents in one transaction, all or none, and return them in their order.
+
+        It is as if each was created by itself, one after the other, also where several have the
+        same ``dedup_key``. Each has its event in its history.
+
+        Args:
+            incidents: At most 100,000.
+            idempotency_key: As for :meth:`create`, for all of them together.
+
+        Raises:
+            InvalidIncident: If one is no :class:`~incidentkit.NewIncident`, or there are too many.
+            IdempotencyKeyReused: If the key was used for something else.
+        """
+        checked = check_many(incidents)
+        once = _once(idempotency_key, "create_many", checked)
+        store = self._store()
+        if not checked:
+            return []
+        return await self._write(store.create_many(checked, actor=current_actor(), once=once))
 
     async def update_status(
         self,
@@ -319,7 +343,9 @@ def _again(values: Iterable[_T] | str | None) -> Iterable[_T] | str | None:
 
 
 def _once(
-    idempotency_key: str | None, verb: str, parameters: NewIncident | StatusChange
+    idempotency_key: str | None,
+    verb: str,
+    parameters: NewIncident | StatusChange | Sequence[NewIncident],
 ) -> Idempotency | None:
     """Return what makes a write happen once; None if it need not."""
     if idempotency_key is None:

@@ -202,7 +202,7 @@ def decode_incident(data: bytes | str) -> Incident:
         raise ValueError("not a JSON object of an incident") from error
 
 
-def decode_incidents(data: bytes) -> list[Incident]:
+def decode_incidents(data: bytes | str) -> list[Incident]:
     """Read what :func:`encode_incidents` wrote; fields that are unknown are left out.
 
     Raises:

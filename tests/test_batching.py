@@ -229,3 +229,21 @@ async def test_a_call_without_neighbours_starts_at_once() -> None:
     await asyncio.sleep(0)
     assert sums.batches == [[1]]
     assert await answer == 2
+
+
+async def test_a_batch_that_all_have_left_can_be_ended() -> None:
+    """With `abandon` a batch is cancelled when its last call is, and not before."""
+    sums = Sums()
+    sums.gate = asyncio.Event()
+    double: Batcher[int, int] = Batcher(sums, abandon=True)
+    first, second = double(1), double(2)
+    await turns()
+    first.cancel()
+    await turns()
+    assert len(double._running) == 1
+    second.cancel()
+    await turns()
+    assert not double._running
+    third = double(3)
+    sums.gate.set()
+    assert await third == 6

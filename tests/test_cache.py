@@ -254,6 +254,8 @@ async def test_redis_holds_the_documented_keys(
         incident = await incidents.create("Disk is full", source="monitoring")
         await incidents.list()
         await incidents.list(page=2, limit=5, status="failed", source="partner")
+        assert incidents._pages is not None
+        await incidents._pages.finish()
         time = incident.created_at.strftime("%Y-%m-%d %H:%M:%S")
         token = await incidents.store.token()
         assert (
@@ -288,8 +290,11 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
         for write in writes:
             for page in range(1, 5):
                 await incidents.list(page=page)
+            assert incidents._pages is not None
+            await incidents._pages.finish()
             assert len(await redis.keys("incidents:*")) == 5
             await write()
+            await incidents._pages.finish()
             assert sorted(await redis.keys("*")) == [
                 b"incidents-of-others",
                 b"incidents:foreign:key",
@@ -303,7 +308,8 @@ async def test_a_call_is_a_few_commands_of_one_key_at_once(
 ) -> None:
     """A read is one write to Redis, a fill is one to each node, and what is removed costs two."""
     key, other, index = KEY.encode(), OTHER.encode(), INDEX_KEY.encode()
-    nodes = 3 if isinstance(shared._redis, RedisCluster) else 1
+    cluster = isinstance(shared._redis, RedisCluster)
+    nodes = 3 if cluster else 1
 
     async def commands(call: Awaitable[object], writes: int) -> list[tuple[bytes, ...]]:
         sent.clear()
@@ -315,7 +321,7 @@ async def test_a_call_is_a_few_commands_of_one_key_at_once(
     await shared.set(OTHER, b"[]", TTL)
     await shared.ping()
     assert await commands(shared.ping(), 1) == [(b"PING",)]
-    assert await commands(shared.get(KEY), 1) == [(b"GET", key)]
+    assert await commands(shared.get(KEY), 1) == [(b"GET" if cluster else b"MGET", key)]
     kept = [
         (b"EXPIRE", index, b"3600"),
         (b"SADD", index, key),
@@ -324,11 +330,10 @@ async def test_a_call_is_a_few_commands_of_one_key_at_once(
     ]
     monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 2)
     assert await commands(shared.set(KEY, b"[]", 3599.6), min(nodes, 2)) == kept
-    assert await commands(shared.clear(), 1 + nodes) == [
-        (b"SPOP", index, str(BATCH).encode()),
-        (b"UNLINK", key),
-        (b"UNLINK", other),
-    ]
+    popped, *unlinked = await commands(shared.clear(), 1 + nodes)
+    assert popped == (b"SPOP", index, str(BATCH).encode())
+    assert {each for _, *names in unlinked for each in names} == {key, other}
+    assert [verb for verb, *_ in unlinked] == [b"UNLINK"] * (2 if cluster else 1)
     assert await commands(shared.clear(), 1) == [(b"SPOP", index, str(BATCH).encode())]
     await shared.set(OTHER, b"[]", TTL)
     monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 1)
@@ -422,18 +427,15 @@ async def test_a_client_of_ones_own_stays_open(
         assert await redis.client_id() == connection
 
 
-async def test_more_calls_than_connections_are_served(
-    shared_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Many concurrent calls share a bounded number of connections, and all succeed."""
-    monkeypatch.setattr("incidentkit.cache.redis.MAX_CONNECTIONS", 3)
+async def test_many_calls_share_a_few_connections(shared_url: str) -> None:
+    """Many concurrent calls travel together, and all succeed."""
     async with opened(f"{shared_url}?client_name=many") as cache:
         await cache.set(KEY, b"[]", TTL)
         values = await asyncio.gather(*(cache.get(KEY) for _ in range(200)))
         assert values == [b"[]"] * 200
         await asyncio.gather(*(cache.set(f"incidents:{n}:10:any:any", b"", 9) for n in range(50)))
         # One node of a cluster has one more, on which it was asked for the others.
-        assert 3 <= max(await connections(cache._redis, "many")) <= 4
+        assert max(await connections(cache._redis, "many")) <= 3
 
 
 @pytest.mark.parametrize(

@@ -398,12 +398,11 @@ async def test_parts_of_ones_own(sqlite_url: str) -> None:
     store = store_from_url(sqlite_url)
     async with IncidentClient(store, cache=cache) as incidents:
         assert await incidents.list() == []
-        assert json.loads(await cache.get(KEY) or b"") == {
-            "key": KEY,
-            "token": await store.token(),
-            "incidents": [],
-        }
         assert incidents.store is store
+        assert incidents._pages is not None
+        await incidents._pages.finish()
+        page, token = await cache.get(KEY), await store.token()
+        assert json.loads(page or b"") == {"key": KEY, "token": token, "incidents": []}
 
 
 async def test_a_page_in_redis_serves_every_process(

@@ -71,6 +71,7 @@ async def test_a_page_of_the_process_costs_one_token(
 ) -> None:
     """A page that is current is read once, and then served for a token and nothing else."""
     assert await pages.list(QUERY) == source.page()
+    await pages.finish()
     source.asked.clear()
     shared.calls.clear()
     for _ in range(3):
@@ -83,7 +84,9 @@ async def test_a_page_of_another_process_costs_one_token(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
     """A page that another process has stored is served for a token, and kept."""
-    await PageCache(source, shared).list(QUERY)
+    other = PageCache(source, shared)
+    await other.list(QUERY)
+    await other.finish()
     source.asked.clear()
     assert await pages.list(QUERY) == source.page()
     await shared.clear()
@@ -111,6 +114,7 @@ async def test_a_late_page_is_never_served(
 ) -> None:
     """A page of before a change that is stored after it, in either cache, is a miss."""
     await pages.list(QUERY)
+    await pages.finish()
     late = await shared.get(KEY)
     assert late is not None
     source.changes += 1
@@ -232,6 +236,7 @@ async def test_a_write_removes_the_pages(pages: PageCache, shared: FaultyCache) 
     """After a change by this process no page is left in the shared cache."""
     await pages.list(QUERY)
     await pages.list(OTHER)
+    await pages.finish()
     pages.forget()
     await pages.finish()
     assert await shared.get(KEY) is None

@@ -219,10 +219,10 @@ async def test_each_call_is_one_round_trip(migrated_postgres_url: str) -> None:
         sent: list[str] = []
         store = incidents.store
         assert isinstance(store, PostgresStore)
-        pool = store._pool
-        assert pool is not None
-        async with pool.acquire() as connection:
-            connection.add_query_logger(lambda query: sent.append(query.query))
+        assert store._leases is not None
+        connection = await store._leases.take()
+        connection.add_query_logger(lambda query: sent.append(query.query))
+        await store._leases.put(connection)
         await incidents.create("Disk is full", source="monitoring")
         await incidents.get(1)
         await incidents.list(status="new")

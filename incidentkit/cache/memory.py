@@ -57,6 +57,11 @@ class Memory(Generic[_T]):
         while self._bytes > self._max_bytes:
             self._remove(next(iter(self._values)))
 
+    def discard(self, key: str, value: _T) -> None:
+        """Forget the value, unless there is another one under the key by now."""
+        if self._values.get(key, (None,))[0] is value:
+            self._remove(key)
+
     def clear(self) -> None:
         """Forget every value."""
         self._values.clear()

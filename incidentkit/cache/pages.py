@@ -118,7 +118,7 @@ class PageCache:
         self._reads = Coalescer(self._read)
         self._tokens: Batcher[None, str | None] = Batcher(self._read_token)
         self._clears = Batcher(_clear)
-        self._keeps: Batcher[tuple[str, Page], None] = Batcher(self._keep)
+        self._keeps: Batcher[tuple[str, Page, int], None] = Batcher(self._keep)
         self._trusted: tuple[str | None, float] | None = None
         self._changes = 0
 
@@ -133,10 +133,7 @@ class PageCache:
 
     async def page(self, query: ListQuery) -> Page:
         """Return the page as the database has it at some instant during this call."""
-        kept = self._memory.get(query.cache_key)
-        if kept is not None and kept.token is not None and kept.token == await self._token():
-            return kept
-        return await self._reads(query)
+        return await self._kept(query.cache_key) or await self._reads(query)
 
     def forget(self) -> None:
         """Remove every page, since this process has changed an incident.
@@ -178,10 +175,24 @@ class PageCache:
         if self._shared is not None:
             await self._shared.close()
 
+    async def _kept(self, key: str) -> Page | None:
+        """Return the page in the process if it is current; otherwise forget it, for ever."""
+        page = self._memory.get(key)
+        if page is None:
+            return None
+        if page.token is not None and page.token == await self._token():
+            return page
+        self._memory.discard(key, page)
+        return None
+
     async def _read(self, query: ListQuery) -> Page:
+        key = query.cache_key
+        # It may have been read by a call before this one.
+        kept = await self._kept(key)
+        if kept is not None:
+            return kept
         if self._shared is None:
             return await self._fill(query)
-        key = query.cache_key
         # Asked for at the same time. Where the shared cache does not have the page nobody waits
         # for it; to cancel it would cost the database more than to answer.
         token = self._token()
@@ -203,7 +214,7 @@ class PageCache:
         )
         if self._shared is not None and len(self._keeps) < KEPT:
             # Nobody waits for it.
-            self._keeps((key, page))
+            self._keeps((key, page, changes))
         return page
 
     def _token(self) -> asyncio.Future[str | None]:
@@ -225,9 +236,14 @@ class PageCache:
         self._trust(token, now, changes)
         return [token] * len(calls)
 
-    async def _keep(self, given: Sequence[tuple[str, Page]]) -> Sequence[None]:
+    async def _keep(self, given: Sequence[tuple[str, Page, int]]) -> Sequence[None]:
         if self._shared is not None:
-            sealed = ((key, seal(key, page.token, page.json)) for key, page in given)
+            # What was read before this process changed something has an old token.
+            sealed = [
+                (key, seal(key, page.token, page.json))
+                for key, page, changes in given
+                if changes == self._changes
+            ]
             await asyncio.gather(*(self._shared.set(key, value, TTL) for key, value in sealed))
         await asyncio.sleep(INTERVAL)
         return [None] * len(given)

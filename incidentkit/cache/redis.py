@@ -70,9 +70,10 @@ class RedisCache:
     ) -> None:
         self._redis = redis
         self._closers = closers
-        # Pages that are asked for, or kept, at the same time travel together.
-        self._gets = Batcher(self._get_all, size=BATCH)
-        self._sets = Batcher(self._set_all, size=BATCH)
+        # Pages that are asked for, or kept, at the same time travel together. A call that the
+        # client gives up may hang for ever.
+        self._gets = Batcher(self._get_all, running=2, size=BATCH, abandon=True)
+        self._sets = Batcher(self._set_all, size=BATCH, abandon=True)
         # Where a pool lets its callers wait, a cluster's node refuses them a connection.
         self._turn = (
             Semaphore(redis.connection_kwargs["max_connections"])

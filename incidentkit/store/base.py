@@ -37,6 +37,8 @@ BEGINNING: Final[Place] = (-(2**63), 0)
 Events: TypeAlias = "list[IncidentEvent]"
 """An alias because inside the protocol ``list`` is the verb."""
 
+Incidents: TypeAlias = "list[Incident]"
+
 DatabaseKind: TypeAlias = Literal["postgresql", "sqlite"]
 
 _KINDS: Final[dict[str, DatabaseKind]] = {
@@ -90,6 +92,13 @@ class Page:
         self._incidents = incidents
         self._json = json
         self.token = token
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Page):
+            return NotImplemented
+        return self.token == other.token and self.incidents == other.incidents
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def incidents(self) -> list[Incident]:
@@ -177,6 +186,22 @@ class StoreOperations(Protocol):
 
         Raises:
             IdempotencyKeyReused: If it was used for something else.
+        """
+        ...
+
+    async def create_many(
+        self,
+        incidents: Sequence[NewIncident],
+        *,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incidents:
+        """Store incidents, all or none, and return them in the same order.
+
+        It is as if :meth:`create` did it one after the other.
+
+        Raises:
+            IdempotencyKeyReused: If the key of ``once`` was used for something else.
         """
         ...
 

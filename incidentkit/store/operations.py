@@ -20,7 +20,12 @@ from incidentkit.store.search_statements import (
 )
 from incidentkit.store.statements import read_event, read_incident, read_page
 from incidentkit.transitions import ANY_TRANSITION
-from incidentkit.wire import decode_incident, encode_incident
+from incidentkit.wire import (
+    decode_incident,
+    decode_incidents,
+    encode_incident,
+    encode_incidents,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy import Executable
@@ -44,6 +49,8 @@ Fetch: TypeAlias = Callable[["Executable", Mapping[str, Any]], Awaitable[Rows]]
 
 Events: TypeAlias = "list[IncidentEvent]"
 """An alias because inside the class ``list`` is the verb."""
+
+Incidents: TypeAlias = "list[Incident]"
 
 SCAN: Final = 500
 """Incidents whose messages are looked at one by one, before the index of words is asked."""
@@ -123,7 +130,26 @@ class Operations(ABC):
         async def work(fetch: Fetch) -> Incident:
             return await self._create(fetch, incident, actor)
 
-        return await self._write_once(work, once)
+        return await self._write_once(work, once, encode_incident, decode_incident)
+
+    async def create_many(
+        self,
+        incidents: Sequence[NewIncident],
+        *,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incidents:
+        """Store incidents, all or none, as :meth:`create` does one after the other."""
+
+        async def work(fetch: Fetch) -> Incidents:
+            return await self._create_many(fetch, incidents, actor)
+
+        return await self._write_once(work, once, encode_incidents, decode_incidents, atomic=True)
+
+    async def _create_many(
+        self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
+    ) -> Incidents:
+        return [await self._create(fetch, incident, actor) for incident in incidents]
 
     async def update_status(
         self,
@@ -138,7 +164,7 @@ class Operations(ABC):
         async def work(fetch: Fetch) -> Incident:
             return await self._update_status(fetch, change, transitions, actor)
 
-        return await self._write_once(work, once)
+        return await self._write_once(work, once, encode_incident, decode_incident)
 
     async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
         """Add a note to the history, and return its event."""
@@ -149,13 +175,19 @@ class Operations(ABC):
         return await self._write(work)
 
     async def _write_once(
-        self, write: Callable[[Fetch], Awaitable[Incident]], once: Idempotency | None
-    ) -> Incident:
+        self,
+        write: Callable[[Fetch], Awaitable[_T]],
+        once: Idempotency | None,
+        encode: Callable[[_T], bytes],
+        decode: Callable[[str], _T],
+        *,
+        atomic: bool = False,
+    ) -> _T:
         """Write, or return what the first write with the same key returned."""
         if once is None:
-            return await self._write(write)
+            return await self._write(write, atomic=atomic)
 
-        async def work(fetch: Fetch) -> Incident:
+        async def work(fetch: Fetch) -> _T:
             key, fingerprint = once.key, once.fingerprint
             await fetch(self._delete_expired_keys, {"limit": EXPIRED_KEYS})
             # Waits for another transaction that has the key.
@@ -165,12 +197,12 @@ class Operations(ABC):
                 if rows and rows[0][0] != fingerprint:
                     raise IdempotencyKeyReused(key)
                 if rows:
-                    return decode_incident(rows[0][1])
+                    return decode(rows[0][1])
                 # It was a day old, and another one has just removed it.
-            incident = await write(fetch)
-            answer = encode_incident(incident).decode()
+            written = await write(fetch)
+            answer = encode(written).decode()
             await fetch(statements.UPDATE_ANSWER, {"key": key, "answer": answer})
-            return incident
+            return written
 
         return await self._write(work, atomic=True)
 

@@ -40,7 +40,7 @@ from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 from incidentkit.transitions import ANY_TRANSITION
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from asyncpg.pool import PoolConnectionProxy
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from incidentkit.models import Incident, IncidentEvent, ListQuery, NewIncident, StatusChange
     from incidentkit.store.base import Idempotency, Page, RequestRecord, StoreOperations
-    from incidentkit.store.operations import Fetch, Rows
+    from incidentkit.store.operations import Fetch, Incidents, Rows
     from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
@@ -61,6 +61,9 @@ WRITES: Final = 2
 
 BATCH: Final = 100
 """Calls that share a statement, at most."""
+
+ROWS: Final = 2000
+"""Incidents that one statement stores, at most."""
 
 ATTEMPTS: Final = 10
 """How often a change is tried that others are faster than."""
@@ -235,6 +238,33 @@ class PostgresOperations(Operations):
         )
         return read_incident(rows[0])
 
+    async def _create_many(
+        self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
+    ) -> Incidents:
+        stored: dict[int, Incident] = {}
+        keyless = [n for n, incident in enumerate(incidents) if incident.dedup_key is None]
+        for numbers in _chunks(keyless, ROWS):
+            values = values_of([(incidents[n], actor) for n in numbers])
+            rows = await fetch(writes.INSERT_INCIDENTS, values)
+            stored.update(zip(numbers, map(read_incident, rows), strict=True))
+        while len(stored) < len(incidents):
+            # Each key once; what comes again is counted by a later statement.
+            first: dict[str, int] = {}
+            for n, incident in enumerate(incidents):
+                if incident.dedup_key is not None and n not in stored:
+                    first.setdefault(incident.dedup_key, n)
+            for keys in _chunks(sorted(first), ROWS):
+                values = {
+                    "messages": [incidents[first[key]].incident_message for key in keys],
+                    "sources": [incidents[first[key]].source.value for key in keys],
+                    "dedup_keys": keys,
+                    "actors": [actor] * len(keys),
+                }
+                for row in await fetch(writes.INSERT_OR_COUNT, values):
+                    counted = read_incident(row)
+                    stored[first[counted.dedup_key or ""]] = counted
+        return [stored[n] for n in range(len(incidents))]
+
     async def _update_status(
         self, fetch: Fetch, change: StatusChange, transitions: Transitions, actor: str | None
     ) -> Incident:
@@ -353,7 +383,8 @@ class SharedOperations(PostgresOperations):
         return await super().update_status(change, transitions=transitions, actor=actor, once=once)
 
     async def _get_all(self, ids: Sequence[int]) -> Sequence[Incident | StoreError | None]:
-        rows = await self._read(statements.SELECT_INCIDENTS, {"incident_ids": ids})
+        values = {"incident_ids": list(map(str, ids))}
+        rows = await self._read(writes.SELECT_INCIDENTS, values)
         found = {row[0]: row for row in rows}
         return [_read_or_refuse(found.get(incident_id)) for incident_id in ids]
 
@@ -365,8 +396,8 @@ class SharedOperations(PostgresOperations):
         values = {
             "statuses": [query.status and query.status.value for query in queries],
             "sources": [query.source and query.source.value for query in queries],
-            "limits": [query.limit for query in queries],
-            "offsets": [query.offset for query in queries],
+            "limits": [str(query.limit) for query in queries],
+            "offsets": [str(query.offset) for query in queries],
         }
         rows = await self._read(writes.SELECT_PAGES[filters], values)
         pages = groupby(rows, itemgetter(-1))
@@ -379,14 +410,7 @@ class SharedOperations(PostgresOperations):
         if len(given) == 1:
             ((incident, actor),) = given
             return [await super().create(incident, actor=actor)]
-        incidents = [incident for incident, _ in given]
-        values = {
-            "messages": [incident.incident_message for incident in incidents],
-            "statuses": [incident.incident_type.value for incident in incidents],
-            "sources": [incident.source.value for incident in incidents],
-            "actors": [actor for _, actor in given],
-        }
-        rows = await self._write_all(writes.INSERT_INCIDENTS, values)
+        rows = await self._write_all(writes.INSERT_INCIDENTS, values_of(given))
         return [None] * len(given) if rows is None else [read_incident(row) for row in rows]
 
     async def _update_all(
@@ -397,13 +421,16 @@ class SharedOperations(PostgresOperations):
         some = {each[0].incident_id: each for each in reversed(given)}
         changes = [change for change, _, _ in some.values()]
         values = {
-            "incident_ids": list(some),
+            "incident_ids": list(map(str, some)),
             "statuses": [change.status.value for change in changes],
             "from_statuses": [
                 " ".join(transitions.sources(change.status))
                 for change, transitions, _ in some.values()
             ],
-            "expected_versions": [change.expected_version for change in changes],
+            "expected_versions": [
+                None if change.expected_version is None else str(change.expected_version)
+                for change in changes
+            ],
             "notes": [change.note for change in changes],
             "actors": [actor for _, _, actor in some.values()],
         }
@@ -427,6 +454,20 @@ class SharedOperations(PostgresOperations):
             if not refused(error):
                 raise
             return None
+
+
+def values_of(given: Sequence[tuple[NewIncident, str | None]]) -> dict[str, Any]:
+    """Return the values that insert incidents without keys, each with its actor."""
+    return {
+        "messages": [incident.incident_message for incident, _ in given],
+        "statuses": [incident.incident_type.value for incident, _ in given],
+        "sources": [incident.source.value for incident, _ in given],
+        "actors": [actor for _, actor in given],
+    }
+
+
+def _chunks(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def _read_or_refuse(row: Any) -> Incident | StoreError | None:

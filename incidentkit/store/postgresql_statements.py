@@ -22,6 +22,12 @@ _NOW: Final = "date_trunc('second', clock_timestamp())"
 # As many bits as a number of JSON has.
 _NONCE: Final = "CAST(floor(random() * 9007199254740992) AS bigint)"
 
+
+def _numbers(name: str) -> str:
+    """Return an array of numbers, which travels as text: asyncpg has to look up no other arrays."""
+    return f"CAST(CAST(:{name} AS text[]) AS bigint[])"
+
+
 _INCIDENT: Final = (
     "incident_id, incident_message, CAST(incident_type AS text) AS incident_type, "
     "CAST(source AS text) AS source, created_at, version, dedup_key, occurrences, "
@@ -42,21 +48,22 @@ def _event(kind: str, from_status: str, to_status: str, note: str, at: str) -> s
     )
 
 
+_OR_COUNT: Final = (
+    "ON CONFLICT (dedup_key) WHERE incident_type = 'new' AND dedup_key IS NOT NULL "
+    "DO UPDATE SET version = old.version + 1, occurrences = old.occurrences + 1, "
+    f"last_seen_at = {_NOW}, "
+    "transaction_id = greatest(old.transaction_id, EXCLUDED.transaction_id) "
+)
+# Of the event, from the row as it is then.
+_KIND: Final = "CASE WHEN occurrences = 1 THEN 'created' ELSE 'recurred' END"
+_STARTS: Final = "CASE WHEN occurrences = 1 THEN CAST(incident_type AS text) END"
+_OTHER_MESSAGE: Final = "CASE WHEN occurrences > 1 THEN nullif({message}, incident_message) END"
+_SEEN: Final = "coalesce(last_seen_at, created_at)"
+
+
 def _insert_incident(*, or_count: bool) -> TextClause:
-    on_conflict = (
-        "ON CONFLICT (dedup_key) WHERE incident_type = 'new' AND dedup_key IS NOT NULL "
-        "DO UPDATE SET version = old.version + 1, occurrences = old.occurrences + 1, "
-        f"last_seen_at = {_NOW}, "
-        "transaction_id = greatest(old.transaction_id, EXCLUDED.transaction_id) "
-    )
-    event = _event(
-        "CASE WHEN occurrences = 1 THEN 'created' ELSE 'recurred' END",
-        "NULL",
-        "CASE WHEN occurrences = 1 THEN CAST(incident_type AS text) END",
-        "CASE WHEN occurrences > 1 THEN "
-        "nullif(CAST(:incident_message AS text), incident_message) END",
-        "coalesce(last_seen_at, created_at)",
-    )
+    message = _OTHER_MESSAGE.format(message="CAST(:incident_message AS text)")
+    event = _event(_KIND, "NULL", _STARTS, message, _SEEN)
     return text(
         'WITH changed AS (INSERT INTO "Incident" AS old '
         "(incident_message, incident_type, source, dedup_key, ended_at, transaction_id) "
@@ -64,7 +71,7 @@ def _insert_incident(*, or_count: bool) -> TextClause:
         "CAST(CAST(:incident_type AS text) AS incidentstatus), "
         "CAST(CAST(:source AS text) AS incidentsource), CAST(:dedup_key AS text), "
         f"CASE WHEN CAST(:incident_type AS text) <> 'new' THEN {_NOW} END, {_TRANSACTION}) "
-        f"{on_conflict if or_count else ''}RETURNING *), "
+        f"{_OR_COUNT if or_count else ''}RETURNING *), "
         f"event AS ({event}) SELECT {_INCIDENT} FROM changed"
     )
 
@@ -97,6 +104,10 @@ UPDATE_STATUS: Final = text(
 )
 """Returns no row if anything is in the way: the caller asks what."""
 
+SELECT_INCIDENTS: Final = text(
+    f'SELECT {_INCIDENT} FROM "Incident" WHERE incident_id = ANY({_numbers("incident_ids")})'
+)
+
 FIRST: Final = 2000
 """Incidents from which pages are read together; what lies deeper takes longer, and is read alone.
 Being a constant it tells the planner that an index is worth while."""
@@ -108,8 +119,9 @@ def _select_pages(*, by_status: bool, by_source: bool) -> TextClause:
         *(["source = CAST(wanted.source AS incidentsource)"] if by_source else []),
     ]
     return text(
-        f"SELECT page.*, {postgresql_token()} AS token, wanted.n FROM unnest(CAST(:statuses AS text[]), "
-        "CAST(:sources AS text[]), CAST(:limits AS bigint[]), CAST(:offsets AS bigint[])) "
+        f"SELECT page.*, {postgresql_token()} AS token, wanted.n "
+        "FROM unnest(CAST(:statuses AS text[]), CAST(:sources AS text[]), "
+        f"{_numbers('limits')}, {_numbers('offsets')}) "
         "WITH ORDINALITY AS wanted (status, source, size, skip, n) "
         f'LEFT JOIN LATERAL (SELECT * FROM (SELECT {_INCIDENT} FROM "Incident" '
         f"{'WHERE ' if rules else ''}{' AND '.join(rules)} "
@@ -144,14 +156,30 @@ INSERT_INCIDENTS: Final = text(
 """Inserts incidents without deduplication keys and returns them in the order that they had: it is
 that of their ids, since each row gets the next one."""
 
+INSERT_OR_COUNT: Final = text(
+    "WITH given AS (SELECT * FROM unnest(CAST(:messages AS text[]), CAST(:sources AS text[]), "
+    "CAST(:dedup_keys AS text[]), CAST(:actors AS text[])) "
+    "AS given (message, source, key, actor)), "
+    'changed AS (INSERT INTO "Incident" AS old '
+    "(incident_message, incident_type, source, dedup_key, transaction_id) "
+    f"SELECT message, 'new', CAST(source AS incidentsource), key, {_TRANSACTION} "
+    f'FROM given ORDER BY key COLLATE "C" {_OR_COUNT}RETURNING *), '
+    "event AS (INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, to_status, "
+    f"actor, note, at) SELECT transaction_id, {_NONCE}, incident_id, {_KIND}, {_STARTS}, actor, "
+    f"{_OTHER_MESSAGE.format(message='message')}, {_SEEN} FROM changed JOIN given "
+    f"ON key = dedup_key) SELECT {_INCIDENT} FROM changed"
+)
+"""Inserts incidents, each with another deduplication key, or counts an occurrence of those that are
+open; all take the keys in the same order, so that two of them never wait for each other."""
+
 UPDATE_STATUSES: Final = text(
-    "WITH given AS (SELECT * FROM unnest(CAST(:incident_ids AS bigint[]), "
+    f"WITH given AS (SELECT * FROM unnest({_numbers('incident_ids')}, "
     "CAST(:statuses AS text[]), CAST(:from_statuses AS text[]), "
-    "CAST(:expected_versions AS bigint[]), CAST(:notes AS text[]), CAST(:actors AS text[])) "
+    f"{_numbers('expected_versions')}, CAST(:notes AS text[]), CAST(:actors AS text[])) "
     "AS given (id, status, from_statuses, expected_version, note, actor)), "
     "found AS (SELECT incident_id AS id, CAST(incident_type AS text) AS from_status, "
     f'version AS at_version, {_NOW} AS now FROM "Incident" '
-    "WHERE incident_id = ANY(CAST(:incident_ids AS bigint[])) "
+    f"WHERE incident_id = ANY({_numbers('incident_ids')}) "
     "ORDER BY incident_id FOR NO KEY UPDATE SKIP LOCKED), "
     "due AS (SELECT * FROM given JOIN found USING (id) WHERE from_status <> status "
     "AND from_status = ANY(string_to_array(from_statuses, ' ')) "

@@ -11,10 +11,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import (
-    ARRAY,
     BigInteger,
     Text,
-    any_,
     bindparam,
     cast,
     column,
@@ -160,11 +158,6 @@ def _read_incidents(rows: Sequence[Any]) -> list[Incident]:
 SELECT_INCIDENT: Final = select(*INCIDENT).where(
     _columns.incident_id == bindparam("incident_id", type_=BigInteger())
 )
-
-SELECT_INCIDENTS: Final = select(*INCIDENT).where(
-    _columns.incident_id == any_(bindparam("incident_ids", type_=ARRAY(BigInteger)))
-)
-"""Only for PostgreSQL, which has arrays."""
 
 SELECT_HISTORY: Final = (
     select(*EVENT)

@@ -201,8 +201,7 @@ class Simulation:
         await asyncio.sleep(DURATION)
         self.over = True
         await asyncio.wait(load)
-        callers = [task for tasks in self.callers.values() for task in tasks]
-        await asyncio.wait(callers, timeout=PATIENCE)
+        await self._await_callers()
         for process, tasks in self.callers.items():
             for task in tasks:
                 if not task.done():
@@ -212,6 +211,15 @@ class Simulation:
         for user in [user for users in self.users.values() for user in users]:
             for query in QUERIES:
                 await self._list(user, query)
+
+    async def _await_callers(self) -> None:
+        """Wait for all calls, also of a process that has yet to begin with them."""
+        ended: set[asyncio.Task[None]] = set()
+        while callers := {task for tasks in self.callers.values() for task in tasks} - ended:
+            done, _ = await asyncio.wait(callers, timeout=PATIENCE)
+            if not done:
+                break
+            ended |= done
 
     def _start_process(self) -> None:
         process = f"process {next(self._numbers)}"
