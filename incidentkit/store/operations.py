@@ -219,7 +219,8 @@ class Operations(ABC):
             "limit": query.limit,
             "offset": query.offset,
         }
-        return read_page(await self._read(statements.SELECT_PAGE[filters_of(query)], values))
+        page = statements.SELECT_PAGE[*filters_of(query), query.offset > statements.DEEP]
+        return read_page(await self._read(page, values))
 
     async def token(self) -> str | None:
         """Read the token in one statement."""

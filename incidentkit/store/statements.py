@@ -215,8 +215,8 @@ DELETE_OLD_PLACES: Final = delete(purged_event_table).where(
 )
 
 
-def _select_page(*, by_status: bool, by_source: bool) -> Select[*tuple[Any, ...]]:
-    statement: Select[*tuple[Any, ...]] = select(*INCIDENT)
+def _select_page(*, by_status: bool, by_source: bool, deep: bool) -> Select[*tuple[Any, ...]]:
+    statement: Select[*tuple[Any, ...]] = select(*((_columns.incident_id,) if deep else INCIDENT))
     if by_status:
         statement = statement.where(
             _columns.incident_type == text_parameter("status", _columns.incident_type)
@@ -229,6 +229,10 @@ def _select_page(*, by_status: bool, by_source: bool) -> Select[*tuple[Any, ...]
         .offset(bindparam("offset", type_=BigInteger()))
         .subquery("page")
     )
+    if deep:
+        # What is passed over is read from the index alone.
+        ids = page.c.incident_id
+        page = select(*INCIDENT).join(page, _columns.incident_id == ids).subquery("deep_page")
     token = select(current_token().label("token")).subquery("current")
     # One statement has one snapshot, whatever the level of isolation.
     return (
@@ -238,12 +242,15 @@ def _select_page(*, by_status: bool, by_source: bool) -> Select[*tuple[Any, ...]
     )
 
 
+DEEP: Final = 1000
+"""Incidents that come before a page that counts as deep."""
+
 SELECT_PAGE: Final = {
-    (by_status, by_source): _select_page(by_status=by_status, by_source=by_source)
-    for by_status, by_source in product((False, True), repeat=2)
+    (by_status, by_source, deep): _select_page(by_status=by_status, by_source=by_source, deep=deep)
+    for by_status, by_source, deep in product((False, True), repeat=3)
 }
-"""The statement for a page and its token, by whether it filters by status and by source. An empty
-page is one row, with the token alone."""
+"""The statement for a page and its token, by whether it filters by status and by source, and is
+deep. An empty page is one row, with the token alone."""
 
 SELECT_TOKEN: Final = select(current_token().label("token"))
 

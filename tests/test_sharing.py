@@ -1,0 +1,324 @@
+"""Calls on PostgreSQL that wait at the same time share statements, and are none the wiser."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from incidentkit import (
+    IllegalTransition,
+    IncidentClient,
+    IncidentNotFound,
+    IncidentSource,
+    IncidentStatus,
+    ListQuery,
+    StoreError,
+    VersionConflict,
+    acting_as,
+)
+from incidentkit.store import StoreOptions
+from incidentkit.store import postgresql_statements as writes
+from incidentkit.store.postgresql import PostgresStore, compile_statement
+from incidentkit.store.statements import DEEP, SELECT_PAGE
+from tests.test_repetition import run_sql
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from incidentkit import Incident
+
+MANY = 40
+
+
+@pytest.fixture(params=["pool", "asyncpg", "engine"])
+async def incidents(
+    request: pytest.FixtureRequest, migrated_postgres_url: str
+) -> AsyncIterator[IncidentClient]:
+    """A client with a pool of its own, on a pool of the host's, and on an engine of the host's."""
+    url = migrated_postgres_url
+    if request.param == "pool":
+        async with IncidentClient.open(url) as client:
+            yield client
+    elif request.param == "asyncpg":
+        async with (
+            asyncpg.create_pool(url, min_size=1) as pool,
+            IncidentClient.open(pool) as client,
+        ):
+            yield client
+    else:
+        engine = create_async_engine(url.replace("postgresql", "postgresql+asyncpg"))
+        async with IncidentClient.open(engine) as client:
+            yield client
+        await engine.dispose()
+
+
+@pytest.fixture
+async def client(migrated_postgres_url: str) -> AsyncIterator[IncidentClient]:
+    """A client with a pool of its own."""
+    async with IncidentClient.open(migrated_postgres_url) as client:
+        yield client
+
+
+@asynccontextmanager
+async def counted(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[IncidentClient, list[str]]]:
+    """A client, and every statement that it sends from now on."""
+    sent: list[str] = []
+    async with IncidentClient.open(url, options=StoreOptions()) as client:
+        fetch = asyncpg.Connection.fetch
+
+        async def record(self: Any, query: str, *arguments: Any, **options: Any) -> Any:
+            sent.append(query)
+            return await fetch(self, query, *arguments, **options)
+
+        monkeypatch.setattr(asyncpg.Connection, "fetch", record)
+        yield client, sent
+
+
+async def create(client: IncidentClient, number: int) -> list[Incident]:
+    """Create incidents at once, each by an actor of its own."""
+
+    async def one(n: int) -> Incident:
+        with acting_as(f"actor {n}"):
+            source = list(IncidentSource)[n % 3]
+            return await client.create(f"Disk {n} is full", source=source)
+
+    return await asyncio.gather(*map(one, range(number)))
+
+
+async def test_what_waits_together_travels_together(
+    migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many creates, reads, changes and lists at once are a few statements of each kind."""
+    async with counted(migrated_postgres_url, monkeypatch) as (client, sent):
+        created = await create(client, MANY)
+        assert len(sent) <= 3
+        sent.clear()
+        await asyncio.gather(*(client.get(incident.incident_id) for incident in created))
+        assert len(sent) <= 2
+        sent.clear()
+        await asyncio.gather(
+            *(client.update_status(incident.incident_id, "failed") for incident in created)
+        )
+        assert len(sent) <= 3
+        sent.clear()
+        await asyncio.gather(*(client.list(page=page, limit=1) for page in range(1, MANY)))
+        assert len(sent) <= 2
+        sent.clear()
+        await asyncio.gather(*(client.list(page=page, limit=1) for page in range(1, MANY)))
+        assert len(sent) == 1
+
+
+async def test_everybody_gets_what_is_theirs(incidents: IncidentClient) -> None:
+    """Each create has its own incident, in its history its own actor, and an id of its own."""
+    created = await create(incidents, MANY)
+    assert len({incident.incident_id for incident in created}) == MANY
+    for n, incident in enumerate(created):
+        assert incident.incident_message == f"Disk {n} is full"
+        assert incident.source is list(IncidentSource)[n % 3]
+        assert await incidents.get(incident.incident_id) == incident
+        (event,) = await incidents.history(incident.incident_id)
+        assert event.actor == f"actor {n}"
+        assert event.at == incident.created_at
+    read = await asyncio.gather(*(incidents.get(one.incident_id) for one in created * 2))
+    assert read == created * 2
+
+
+async def test_a_change_that_is_refused_leaves_its_neighbours(incidents: IncidentClient) -> None:
+    """Of changes that travel together each is done or refused for reasons of its own."""
+    created = await create(incidents, 6)
+    ids = [incident.incident_id for incident in created]
+    await incidents.update_status(ids[3], "completed")
+    outcomes = await asyncio.gather(
+        incidents.update_status(ids[0], "failed", note="It is broken", expected_version=1),
+        incidents.update_status(ids[1], "failed", expected_version=2),
+        incidents.update_status(10**6, "failed"),
+        incidents.update_status(ids[3], "completed", note="It still is"),
+        incidents.update_status(ids[4], "completed"),
+        incidents.update_status(ids[4], "failed"),
+        return_exceptions=True,
+    )
+    changed, conflict, missing, unchanged, one, other = outcomes
+    assert not isinstance(changed, BaseException)
+    assert (changed.incident_type, changed.version) == (IncidentStatus.FAILED, 2)
+    assert isinstance(conflict, VersionConflict)
+    assert isinstance(missing, IncidentNotFound)
+    assert not isinstance(unchanged, BaseException)
+    assert unchanged.version == 2
+    assert not isinstance(one, BaseException)
+    assert not isinstance(other, BaseException)
+    assert {one.version, other.version} == {2, 3}
+    assert [event.note for event in await incidents.history(ids[0])] == [None, "It is broken"]
+    assert [event.note for event in await incidents.history(ids[3])][-1] == "It still is"
+    assert len(await incidents.history(ids[4])) == 3
+
+
+async def test_transitions_hold_for_changes_that_travel_together(
+    migrated_postgres_url: str,
+) -> None:
+    """A change that the client's transitions do not allow is refused among others that are."""
+    graph = {"new": ["completed", "failed"], "completed": ["failed"]}
+    async with IncidentClient.open(migrated_postgres_url, transitions=graph) as client:
+        created = await create(client, 3)
+        ids = [incident.incident_id for incident in created]
+        await client.update_status(ids[1], "failed")
+        outcomes = await asyncio.gather(
+            *(client.update_status(incident_id, "completed") for incident_id in ids),
+            return_exceptions=True,
+        )
+        assert [isinstance(outcome, IllegalTransition) for outcome in outcomes] == [
+            False,
+            True,
+            False,
+        ]
+
+
+async def test_an_incident_that_is_refused_leaves_its_neighbours(
+    incidents: IncidentClient, migrated_postgres_url: str
+) -> None:
+    """What the database refuses for one incident does not keep the others from being stored."""
+    await run_sql(
+        migrated_postgres_url,
+        "ALTER TABLE \"Incident\" ADD CHECK (incident_message <> 'Disk 7 is full')",
+    )
+    outcomes = await asyncio.gather(
+        *(incidents.create(f"Disk {n} is full", source="partner") for n in range(20)),
+        return_exceptions=True,
+    )
+    refused = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, StoreError)]
+    assert refused == [7]
+    assert len(await incidents.list(limit=100)) == 19
+    assert len((await incidents.read_changes()).changes) == 19
+
+
+async def test_an_incident_that_is_locked_keeps_nobody_else_waiting(
+    incidents: IncidentClient, migrated_postgres_url: str
+) -> None:
+    """While a transaction has an incident, changes of it wait, and those of others do not."""
+    locked, *others = [incident.incident_id for incident in await create(incidents, 10)]
+    connection = await asyncpg.connect(migrated_postgres_url)
+    transaction = connection.transaction()
+    await transaction.start()
+    await incidents.join(connection).update_status(locked, "failed")
+    waiting = asyncio.ensure_future(incidents.update_status(locked, "completed"))
+    done = await asyncio.gather(
+        *(incidents.update_status(incident_id, "failed") for incident_id in others)
+    )
+    assert len(done) == len(others)
+    assert not waiting.done()
+    await transaction.commit()
+    assert (await waiting).version == 3
+    await connection.close()
+
+
+async def test_a_cancelled_call_leaves_the_others_and_is_carried_through(
+    incidents: IncidentClient,
+) -> None:
+    """Of calls that travel together any may be cancelled: the others, and its own change, come."""
+    created = await create(incidents, 10)
+    reads = [asyncio.ensure_future(incidents.get(one.incident_id)) for one in created]
+    changes = [
+        asyncio.ensure_future(incidents.update_status(one.incident_id, "failed")) for one in created
+    ]
+    await asyncio.sleep(0)
+    for call in (reads[0], reads[9], changes[0], changes[9]):
+        call.cancel()
+    await asyncio.wait(reads + changes)
+    assert sum(call.cancelled() for call in reads + changes) == 4
+    assert all(call.result() for call in [*reads[1:9], *changes[1:9]])
+    if incidents._writes:
+        await asyncio.wait(incidents._writes)
+    assert [one.version for one in await incidents.list(limit=10)] == [2] * 10
+
+
+def queries() -> Iterator[ListQuery]:
+    """Pages of every filter, also empty ones."""
+    statuses, sources = [None, *IncidentStatus], [None, *IncidentSource]
+    for status, source, page in product(statuses, sources, (1, 2, 9)):
+        yield ListQuery(page, 3, status, source)
+
+
+async def test_pages_that_are_read_together_are_what_they_are_alone(
+    incidents: IncidentClient,
+) -> None:
+    """Pages of one moment, whatever their filters, are those that each has by itself."""
+    created = await create(incidents, 25)
+    await asyncio.gather(
+        *(incidents.update_status(one.incident_id, "failed") for one in created[::2])
+    )
+    store = incidents.store
+    together = await asyncio.gather(*map(store.list, queries()))
+    alone = [await store.list(query) for query in queries()]
+    assert together == alone
+    assert {page.token for page in together} == {await store.token()}
+    everything = (await store.list(ListQuery(limit=100))).incidents
+    for query, page in zip(queries(), together, strict=True):
+        found = [
+            one
+            for one in everything
+            if query.status in (None, one.incident_type) and query.source in (None, one.source)
+        ]
+        assert page.incidents == found[query.offset : query.offset + query.limit]
+
+
+async def fill(url: str) -> None:
+    """Put many incidents of every kind into the table, and let the planner know."""
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        'INSERT INTO "Incident" (incident_message, incident_type, source) '
+        "SELECT 'Disk is full', (ARRAY['new', 'failed'])[i % 2 + 1]::incidentstatus, "
+        "(ARRAY['partner', 'operator'])[i / 2 % 2 + 1]::incidentsource "
+        "FROM generate_series(1, 20000) AS i"
+    )
+    await connection.execute('VACUUM ANALYZE "Incident"')
+    await connection.close()
+
+
+async def plan(url: str, statement: Any, values: dict[str, Any]) -> str:
+    """Return the plan that does for any values: the one that is kept for a statement."""
+    compiled = compile_statement(statement)
+    connection = await asyncpg.connect(url)
+    await connection.execute("SET plan_cache_mode = force_generic_plan")
+    rows = await connection.fetch(
+        f"EXPLAIN {compiled.text}", *[values[name] for name in compiled.parameters]
+    )
+    await connection.close()
+    return "\n".join(row[0] for row in rows)
+
+
+@pytest.mark.parametrize("filters", list(writes.SELECT_PAGES))
+async def test_pages_that_are_read_together_come_from_an_index(
+    migrated_postgres_url: str, filters: tuple[bool, bool]
+) -> None:
+    """Each of several pages is read in the order of the index of its filter."""
+    await fill(migrated_postgres_url)
+    values = {"statuses": ["new"], "sources": ["partner"], "limits": ["10"], "offsets": ["5"]}
+    found = await plan(migrated_postgres_url, writes.SELECT_PAGES[filters], values)
+    assert "Index Scan Backward" in found
+    assert 'Seq Scan on "Incident"' not in found
+    assert "Filter" not in found.replace("FILTER", "")
+
+
+@pytest.mark.parametrize("filters", list(writes.SELECT_PAGES))
+async def test_a_deep_page_passes_over_the_index_alone(
+    migrated_postgres_url: str, filters: tuple[bool, bool]
+) -> None:
+    """What comes before a page far down is not read from the table."""
+    await fill(migrated_postgres_url)
+    values = {"status": "new", "source": "partner", "limit": 10, "offset": 4000}
+    found = await plan(migrated_postgres_url, SELECT_PAGE[*filters, True], values)
+    assert "Index Only Scan Backward" in found
+    async with IncidentClient.open(migrated_postgres_url) as client:
+        assert isinstance(client.store, PostgresStore)
+        everything = await client.list(limit=1000)
+        deep = [await client.list(page=DEEP // 10 + n, limit=10) for n in (1, 2, 3)]
+        rest = await client.list(page=2, limit=1000)
+        assert [one for page in deep for one in page] == rest[:30]
+        assert everything[-1].incident_id > rest[0].incident_id
