@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import traceback
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.models import StatusChange
-from incidentkit.store import RequestRecord, StoreOptions, store_from_url
+from incidentkit.store import RequestRecord, StoreOptions, sqlite, store_from_url
 from incidentkit.store.migrate import downgrade, migration_engine, upgrade
 from incidentkit.store.postgresql import PostgresStore, compile_statement
 from incidentkit.store.sqlite import SqliteStore
@@ -448,13 +449,13 @@ async def test_a_caller_is_not_kept_longer_than_its_timeouts(
     """A statement on SQLite that goes on and on is left by its caller, and not by close."""
     store = SqliteStore(sqlite_url, StoreOptions(pool_timeout=0.05, statement_timeout=0.05))
     await store.open()
-    goes_on = asyncio.Event()
+    goes_on = threading.Event()
 
-    async def never_ending(*_: Any) -> Any:
-        await goes_on.wait()
+    def never_ending(*_: Any) -> Any:
+        goes_on.wait()
         return []
 
-    monkeypatch.setattr(store, "_execute", never_ending)
+    monkeypatch.setattr(sqlite, "_fetch", never_ending)
     with pytest.raises(StoreUnavailable, match="did not answer in time"):
         await store.list(ListQuery())
     goes_on.set()

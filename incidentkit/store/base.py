@@ -387,9 +387,9 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
 
         return EngineStore(database)
     if isinstance(database, AsyncEngine) and database.dialect.name == "sqlite":
-        from incidentkit.store.sqlite import SqliteStore  # noqa: PLC0415
+        from incidentkit.store.sqlite_engine import SqliteEngineStore  # noqa: PLC0415
 
-        return SqliteStore(database)
+        return SqliteEngineStore(database)
     raise InvalidSettings(
         "database", "must be a URL, an AsyncEngine on PostgreSQL or SQLite, or a pool of asyncpg"
     )

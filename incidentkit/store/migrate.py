@@ -153,6 +153,12 @@ async def upgrade_memory(engine: AsyncEngine) -> None:
     await _migrate(engine, partial(_run, command.upgrade, "head"), dispose=False)
 
 
+def upgrade_connection(connection: Connection) -> None:
+    """Make the schema in the SQLite database of a connection."""
+    with _migrating:
+        _run(command.upgrade, "head", connection)
+
+
 def current_revision(connection: Connection) -> str | None:
     """Return the revision of our schema, which the origin may have recorded, or None."""
     tables = set(inspect(connection).get_table_names())

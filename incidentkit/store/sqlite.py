@@ -1,4 +1,4 @@
-"""Incidents in an SQLite file, or in memory, through SQLAlchemy and aiosqlite."""
+"""Incidents in an SQLite file, or in memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import logging
 import os
 import re
 import sqlite3
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import asdict
-from sqlalchemy import NullPool, StaticPool, create_engine, event, make_url
+from sqlalchemy import NullPool, QueuePool, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import create_async_engine
 
+from incidentkit.batching import Batcher
 from incidentkit.errors import (
     ClientClosed,
     DuplicateOpenIncident,
@@ -35,12 +36,12 @@ from incidentkit.store.statements import read_event, read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from datetime import datetime
 
-    from sqlalchemy import Executable
+    from sqlalchemy import Connection, Engine, Executable
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from incidentkit.models import Incident, IncidentEvent, NewIncident, StatusChange
     from incidentkit.store.base import RequestRecord, StoreOperations
@@ -48,6 +49,12 @@ if TYPE_CHECKING:
     from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
+
+WRITES: Final = 100
+"""Writes that share a transaction, at most."""
+
+READS: Final = 10
+"""Reads that are done one after the other, at most, without going back to the event loop."""
 
 logger = logging.getLogger("incidentkit.store")
 
@@ -265,83 +272,68 @@ class SqliteStore(SqliteOperations):
     Args:
         database: ``sqlite+aiosqlite:///file``, with a fourth slash for an absolute path, or
             ``sqlite+aiosqlite:///:memory:`` for a database that lives as long as the store is
-            open. Or an engine, which stays the host's.
+            open.
         options: Sizes and timeouts.
 
-    The schema is brought up to date when the store opens. A call that its caller cancels still
-    runs to its end, so that no connection is left in the middle of a statement.
+    The schema is brought up to date when the store opens. SQLite works in threads of the store: a
+    call goes there once, whatever it takes. Writes that wait at the same time share a transaction,
+    and reads, while every connection is in use, a way to the thread. A call that has begun runs to
+    its end, also if its caller is cancelled.
     """
 
-    def __init__(self, database: str | AsyncEngine, options: StoreOptions | None = None) -> None:
-        self._url = sqlite_url(database) if isinstance(database, str) else _file_of(database.url)
-        self._host_engine = None if isinstance(database, str) else database
+    def __init__(self, database: str, options: StoreOptions | None = None) -> None:
+        self._url = sqlite_url(database)
         self._options = options or StoreOptions()
-        self._engine: AsyncEngine | None = None
-        self._running: set[asyncio.Task[Any]] = set()
-        self._writing = asyncio.Lock()
-        # Whether it can be seen that a transaction of the host has the only connection.
-        self._tells = False
+        self._threads: _Threads | None = None
 
     async def open(self) -> None:
         """Open the file, creating it if need be, and bring its schema up to date."""
         from incidentkit.store import migrate  # noqa: PLC0415
 
-        # Writers of one process queue here, which is fairer and faster than SQLite's polling. New
-        # at each opening, which may be on another event loop.
-        self._writing = asyncio.Lock()
-        self._engine = self._create_engine() if self._host_engine is None else self._host_engine
+        memory = self._url.database in MEMORY
         try:
-            if self._url.database in MEMORY:
-                await migrate.upgrade_memory(self._engine)
-                # From Python 3.12 on a driver may be told to be in a transaction all the time.
-                self._tells = self._host_engine is not None and not _shared_by_a_transaction(
-                    self._host_engine
-                )
+            if not memory:
+                await probe(self._url)
+            self._threads = threads = _Threads(self._create_engine(), self._options, one=memory)
+            if memory:
+                await threads.run(migrate.upgrade_connection)
             else:
-                await self._run(probe(self._url))
                 try:
                     await self.check()
                 except SchemaOutOfDate:
                     await migrate.upgrade(self._url.render_as_string(hide_password=False))
                     await self.check()
-        except BaseException:
+        except BaseException as error:
             await self.close()
+            if isinstance(error, DBAPIError):
+                raise translate_error(error) from error
             raise
 
-    def _create_engine(self) -> AsyncEngine:
+    def _create_engine(self) -> Engine:
         options = self._options
         memory = self._url.database in MEMORY
-        pool: dict[str, Any] = (
-            {}
-            if memory
-            else {
-                "pool_size": options.pool_size,
-                "max_overflow": options.max_overflow,
-                "pool_timeout": options.pool_timeout,
-            }
-        )
-        engine = create_async_engine(
-            self._url,
+        engine = create_engine(
+            self._url.set(drivername="sqlite"),
             isolation_level="AUTOCOMMIT",
             # In memory there is one connection, and what ends with it rolled back ends for all.
             skip_autocommit_rollback=True,
             pool_reset_on_return=None,
-            connect_args={"timeout": options.statement_timeout},
+            connect_args={"timeout": options.statement_timeout, "check_same_thread": False},
             hide_parameters=True,
-            **pool,
+            poolclass=StaticPool if memory else QueuePool,
+            # One more is the writer's.
+            **({} if memory else {"pool_size": options.pool_size + 1, "max_overflow": 0}),
         )
-        event.listen(engine.sync_engine, "connect", _prepare_connection)
+        event.listen(engine, "connect", _prepare_connection)
         if options.echo:
-            event.listen(engine.sync_engine, "before_cursor_execute", _log_statement)
+            event.listen(engine, "before_cursor_execute", _log_statement)
         return engine
 
     async def close(self) -> None:
         """Wait for running calls, then close every connection."""
-        engine, self._engine = self._engine, None
-        if self._running:
-            await asyncio.wait(self._running)
-        if engine is not None and self._host_engine is None:
-            await engine.dispose()
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            await threads.close()
 
     async def check(self) -> None:
         """Raise unless the file can be read and has our schema."""
@@ -357,106 +349,150 @@ class SqliteStore(SqliteOperations):
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append the records in one transaction."""
         rows = [asdict(record) for record in records]
-        await self._run(self._append(rows), writes=True)
 
-    async def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        async with self._transaction() as connection:
-            await connection.execute(statements.INSERT_REQUEST_LOG, rows)
+        async def append(fetch: Fetch) -> None:
+            for row in rows:
+                await fetch(statements.INSERT_REQUEST_LOG, row)
 
-    def _connection(self) -> AsyncConnection:
-        if self._engine is None:
-            raise ClientClosed
-        if self._tells and _shared_by_a_transaction(self._engine):
-            raise StoreUnavailable("a transaction has the only connection to it")
-        return self._engine.connect()
-
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection that has the database to itself until it commits."""
-        async with self._connection() as connection:
-            if self._host_engine is not None:
-                await connection.execute(writes.LOCK)
-                if await in_transaction(connection):
-                    yield connection
-                    await connection.commit()
-                    return
-            # The connection commits by itself after each statement, unless told to begin.
-            await connection.exec_driver_sql("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                await connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                # After some errors, such as a full disk, SQLite has done it already.
-                with suppress(DBAPIError):
-                    await connection.exec_driver_sql("ROLLBACK")
-                raise
+        await self._write(append)
 
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        return await self._run(self._execute(statement, values))
-
-    async def _execute(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        async with self._connection() as connection:
-            return await fetch_rows(connection, statement, values)
+        return await self._call(lambda threads: threads.reads((statement, values)))
 
     async def _write(self, work: Callable[[Fetch], Awaitable[_T]], *, atomic: bool = False) -> _T:  # noqa: ARG002
         """Run work in a transaction that has the database to itself from its start."""
-        return await self._run(self._transact(work), writes=True)
+        written: _T = await self._call(lambda threads: threads.writes(work))
+        return written
 
-    async def _transact(self, work: Callable[[Fetch], Awaitable[_T]]) -> _T:
-        async with self._transaction() as connection:
-            return await work(partial(fetch_rows, connection))
-
-    async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
-        """Run the work to its end, whatever becomes of the caller.
-
-        SQLAlchemy throws a connection away if a call on it is cancelled, and with it a database
-        in memory.
-        """
-        # In memory there is one connection, on which a read would see a write that is half way.
-        alone = writes or self._url.database in MEMORY
-        task = asyncio.ensure_future(self._in_turn(work) if alone else work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        seconds = self._options.pool_timeout + self._options.statement_timeout
+    async def _call(self, call: Callable[[_Threads], Awaitable[_T]]) -> _T:
+        if self._threads is None:
+            raise ClientClosed
         try:
-            async with asyncio.timeout(seconds):
-                return await asyncio.shield(task)
-        except (IncidentKitError, asyncio.CancelledError):
+            # What has not begun by then never will.
+            async with asyncio.timeout(
+                self._options.pool_timeout + self._options.statement_timeout
+            ):
+                return await call(self._threads)
+        except IncidentKitError:
             raise
         except Exception as error:
             raise translate_error(error) from error
-        finally:
-            # Nobody may be left to take note of a failure.
-            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-
-    async def _in_turn(self, work: Coroutine[Any, Any, _T]) -> _T:
-        try:
-            async with asyncio.timeout(self._options.pool_timeout):
-                await self._writing.acquire()
-        except BaseException:
-            work.close()
-            raise
-        try:
-            return await work
-        finally:
-            self._writing.release()
 
 
-def _file_of(url: URL) -> URL:
-    """Return the URL of a host's engine without what is only about its connections."""
-    return url if "uri" in url.query else url.set(query={})
+class _Threads:
+    """The threads of a store, and the connections that they use.
 
-
-def _shared_by_a_transaction(engine: AsyncEngine) -> bool:
-    """Return whether a transaction goes on in the one connection that an engine has, if so.
-
-    Whoever takes that connection and gives it back ends the transaction.
+    Args:
+        engine: Whose connections they are.
+        options: How many there may be.
+        one: Whether there is only one, for reads and writes.
     """
-    pool = engine.pool
-    if not isinstance(pool, StaticPool) or "connection" not in vars(pool):
-        return False
-    driver: Any = pool.connection.driver_connection
-    return driver is not None and bool(driver.in_transaction)
+
+    def __init__(self, engine: Engine, options: StoreOptions, *, one: bool) -> None:
+        self._engine = engine
+        self._writer = ThreadPoolExecutor(1, "incidentkit-sqlite")
+        self._readers = (
+            self._writer if one else ThreadPoolExecutor(options.pool_size, "incidentkit-sqlite")
+        )
+        self.writes: Batcher[Callable[[Fetch], Awaitable[Any]], Any] = Batcher(
+            self._write_all, size=WRITES
+        )
+        self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
+            self._read_all, running=1 if one else options.pool_size, size=READS
+        )
+
+    async def close(self) -> None:
+        """Wait for what runs, then close every connection."""
+        await self.reads.finish()
+        await self.writes.finish()
+        await self.run(lambda _: None)
+        self._writer.shutdown()
+        self._readers.shutdown()
+        self._engine.dispose()
+
+    async def run(self, work: Callable[[Connection], _T]) -> _T:
+        """Run work in the thread that writes, on a connection."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
+
+    async def _write_all(self, works: Sequence[Callable[[Fetch], Awaitable[Any]]]) -> Sequence[Any]:
+        return await self.run(lambda connection: _transact(connection, works))
+
+    async def _read_all(
+        self, given: Sequence[tuple[Executable, Mapping[str, Any]]]
+    ) -> Sequence[Rows | Exception]:
+        def read(connection: Connection) -> list[Rows | Exception]:
+            return [_outcome(partial(_fetch, connection, *each)) for each in given]
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._lend, read)
+
+    def _lend(self, work: Callable[[Connection], _T]) -> _T:
+        with self._engine.connect() as connection:
+            return work(connection)
+
+
+def _transact(
+    connection: Connection, works: Sequence[Callable[[Fetch], Awaitable[Any]]]
+) -> list[Any]:
+    """Do all of it in one transaction, and take back what fails, unless everything does."""
+
+    async def fetch(statement: Executable, values: Mapping[str, Any]) -> Rows:
+        return _fetch(connection, statement, values)
+
+    # The connection commits by itself after each statement, unless told to begin.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    try:
+        outcomes = [_outcome(partial(_do, connection, work, fetch)) for work in works]
+        _check_whole(connection, outcomes)
+        connection.exec_driver_sql("COMMIT")
+    except BaseException:
+        with suppress(DBAPIError):
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+    return outcomes
+
+
+def _check_whole(connection: Connection, outcomes: Sequence[Any]) -> None:
+    """Raise if SQLite has taken back all of a transaction, as when the disk is full."""
+    driver: Any = connection.connection.driver_connection
+    if not driver.in_transaction:
+        raise next(outcome for outcome in outcomes if isinstance(outcome, DBAPIError))
+
+
+def _do(connection: Connection, work: Callable[[Fetch], Awaitable[_T]], fetch: Fetch) -> _T:
+    """Do a part of a transaction, and take it back if it fails."""
+    connection.exec_driver_sql("SAVEPOINT incidentkit")
+    try:
+        done = _run(work(fetch))
+    except BaseException:
+        with suppress(DBAPIError):
+            connection.exec_driver_sql("ROLLBACK TO incidentkit")
+            connection.exec_driver_sql("RELEASE incidentkit")
+        raise
+    connection.exec_driver_sql("RELEASE incidentkit")
+    return done
+
+
+def _run(work: Awaitable[_T]) -> _T:
+    """Run to its end what awaits nothing but statements, which here never take a turn."""
+    steps = work.__await__()
+    try:
+        next(steps)
+    except StopIteration as end:
+        done: _T = end.value
+        return done
+    raise RuntimeError("It awaits something else")
+
+
+def _outcome(call: Callable[[], _T]) -> _T | Exception:
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001
+        return error
+
+
+def _fetch(connection: Connection, statement: Executable, values: Mapping[str, Any]) -> Rows:
+    result = connection.execute(statement, values)
+    return result.all() if result.returns_rows else ()
 
 
 def _prepare_connection(connection: Any, _: object) -> None:
