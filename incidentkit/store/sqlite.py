@@ -441,8 +441,10 @@ def _transact(
     # The connection commits by itself after each statement, unless told to begin.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
     try:
-        outcomes = [_outcome(partial(_do, connection, work, fetch)) for work in works]
-        _check_whole(connection, outcomes)
+        outcomes: list[Any] = []
+        for work in works:
+            outcomes.append(_outcome(partial(_do, connection, work, fetch)))
+            _check_whole(connection, outcomes[-1])
         connection.exec_driver_sql("COMMIT")
     except BaseException:
         with suppress(DBAPIError):
@@ -451,11 +453,11 @@ def _transact(
     return outcomes
 
 
-def _check_whole(connection: Connection, outcomes: Sequence[Any]) -> None:
-    """Raise if SQLite has taken back all of a transaction, as when the disk is full."""
+def _check_whole(connection: Connection, outcome: object) -> None:
+    """Raise an error that made SQLite take back all of a transaction, as when the disk is full."""
     driver: Any = connection.connection.driver_connection
-    if not driver.in_transaction:
-        raise next(outcome for outcome in outcomes if isinstance(outcome, DBAPIError))
+    if isinstance(outcome, Exception) and not driver.in_transaction:
+        raise outcome
 
 
 def _do(connection: Connection, work: Callable[[Fetch], Awaitable[_T]], fetch: Fetch) -> _T:

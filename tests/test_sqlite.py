@@ -1,0 +1,173 @@
+"""Calls on an SQLite file: writes that wait share a transaction, and are none the wiser."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from incidentkit import (
+    IncidentClient,
+    IncidentNotFound,
+    StoreError,
+    StoreUnavailable,
+    VersionConflict,
+)
+from incidentkit.store import StoreOptions
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from incidentkit import Incident
+
+
+@pytest.fixture
+async def incidents(sqlite_url: str) -> AsyncIterator[IncidentClient]:
+    """An open client on an empty file."""
+    async with IncidentClient.open(sqlite_url) as client:
+        yield client
+
+
+@pytest.fixture
+def path(sqlite_url: str) -> str:
+    """The file."""
+    return sqlite_url.removeprefix("sqlite+aiosqlite:///")
+
+
+@pytest.fixture
+async def traced(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[tuple[IncidentClient, pytest.LogCaptureFixture]]:
+    """A client that logs its statements, and the log."""
+    async with IncidentClient.open(sqlite_url, options=StoreOptions(echo=True)) as client:
+        caplog.set_level("INFO", logger="incidentkit.store")
+        caplog.clear()
+        yield client, caplog
+
+
+async def create(client: IncidentClient, number: int) -> list[Incident]:
+    """Create incidents at once."""
+    return await asyncio.gather(
+        *(client.create(f"Disk {n} is full", source="partner") for n in range(number))
+    )
+
+
+async def test_writes_that_wait_share_a_transaction(
+    traced: tuple[IncidentClient, pytest.LogCaptureFixture],
+) -> None:
+    """Many writes at once are a few transactions, in the order in which they were asked for."""
+    client, log = traced
+    created = await create(client, 60)
+    assert log.messages.count("COMMIT") <= 3
+    assert [incident.incident_id for incident in created] == [*range(1, 61)]
+    log.clear()
+    await asyncio.gather(*(client.update_status(n, "failed") for n in range(1, 61)))
+    assert log.messages.count("COMMIT") <= 3
+
+
+async def test_a_write_alone_is_one_transaction_and_committed(
+    traced: tuple[IncidentClient, pytest.LogCaptureFixture], path: str
+) -> None:
+    """A write that returns is in the file, for any other program to see."""
+    client, log = traced
+    for number in range(1, 4):
+        log.clear()
+        await client.create("Disk is full", source="partner")
+        assert log.messages.count("COMMIT") == 1
+        with closing(sqlite3.connect(path)) as connection:
+            (count,) = connection.execute('SELECT count(*) FROM "Incident"').fetchone()
+        assert count == number
+
+
+async def test_a_write_that_fails_leaves_its_neighbours(
+    incidents: IncidentClient, path: str
+) -> None:
+    """Of writes that share a transaction each is done or refused for reasons of its own."""
+    await create(incidents, 4)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            'CREATE TRIGGER refuse BEFORE INSERT ON "Incident" '
+            "WHEN new.incident_message = 'No' || ' way' BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+    outcomes = await asyncio.gather(
+        incidents.create("Disk is full", source="partner"),
+        incidents.create("No way", source="partner"),
+        incidents.update_status(99, "failed"),
+        incidents.update_status(1, "failed", expected_version=7),
+        incidents.update_status(2, "failed"),
+        incidents.note(3, "It came back"),
+        return_exceptions=True,
+    )
+    kinds = [type(outcome) for outcome in outcomes if isinstance(outcome, Exception)]
+    assert kinds == [StoreError, IncidentNotFound, VersionConflict]
+    assert len(await incidents.list()) == 5
+    assert (await incidents.get(2)).version == 2
+    assert (await incidents.get(1)).version == 1
+    assert len(await incidents.history(1)) == 1
+    assert len(await incidents.history(3)) == 2
+
+
+async def test_a_transaction_that_is_taken_back_fails_for_all(
+    incidents: IncidentClient, path: str
+) -> None:
+    """If SQLite takes back everything, no write of it was acknowledged."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            'CREATE TRIGGER refuse BEFORE INSERT ON "Incident" '
+            "WHEN new.incident_message = 'Disk 3 is full' "
+            "BEGIN SELECT RAISE(ROLLBACK, 'all of it'); END"
+        )
+    outcomes: list[Any] = await asyncio.gather(
+        *(incidents.create(f"Disk {n} is full", source="partner") for n in range(6)),
+        return_exceptions=True,
+    )
+    assert all(isinstance(outcome, StoreError) for outcome in outcomes)
+    assert await incidents.list() == []
+    assert (await incidents.create("Disk is full", source="partner")).incident_id
+
+
+async def test_a_cancelled_write_leaves_the_others(incidents: IncidentClient) -> None:
+    """Any of the callers that share a transaction may go: all that they asked for is there."""
+    calls = [
+        asyncio.ensure_future(incidents.create(f"Disk {n} is full", source="partner"))
+        for n in range(10)
+    ]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    calls[5].cancel()
+    await asyncio.wait(calls)
+    assert sum(call.cancelled() for call in calls) == 2
+    if incidents._writes:
+        await asyncio.wait(incidents._writes)
+    assert len(await incidents.list(limit=100)) == 10
+
+
+async def test_reads_go_on_while_another_program_writes(sqlite_url: str, path: str) -> None:
+    """While another program keeps the file locked, writes wait and fail, and reads go on."""
+    options = StoreOptions(pool_timeout=0.2, statement_timeout=0.2)
+    async with IncidentClient.open(sqlite_url, options=options) as client:
+        (incident,) = await create(client, 1)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            write = asyncio.ensure_future(client.create("Disk is full", source="partner"))
+            read = await asyncio.gather(*(client.get(1) for _ in range(50)))
+            assert read == [incident] * 50
+            assert await client.list() == [incident]
+            with pytest.raises(StoreUnavailable):
+                await write
+            other.execute("ROLLBACK")
+        await create(client, 1)
+
+
+async def test_memory_is_one_connection() -> None:
+    """In memory reads and writes take turns, and a read never sees half a write."""
+    async with IncidentClient.open("sqlite+aiosqlite:///:memory:") as client:
+        writes = [asyncio.ensure_future(create(client, 20))]
+        while not all(write.done() for write in writes):
+            found = await client.list(limit=100)
+            events = (await client.read_changes(limit=100)).changes
+            assert len(events) >= len(found)
+        assert len(await client.list(limit=100)) == 20
