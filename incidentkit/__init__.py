@@ -22,9 +22,9 @@ from incidentkit.errors import (
     UnknownCursor,
     VersionConflict,
 )
-from incidentkit.feed import ChangePage
 from incidentkit.joined import JoinedIncidents
 from incidentkit.models import (
+    ChangePage,
     EventKind,
     Incident,
     IncidentEvent,

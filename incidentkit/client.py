@@ -7,9 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 from incidentkit.actor import current_actor
-from incidentkit.cache.pages import PageCache, check_max_staleness
 from incidentkit.errors import CacheUnavailable, ClientClosed, StoreUnavailable
-from incidentkit.feed import POLL_INTERVAL, ChangeFeed
 from incidentkit.joined import JoinedIncidents
 from incidentkit.models import (
     DEFAULT_LIMIT,
@@ -21,7 +19,6 @@ from incidentkit.models import (
     check_ended_before,
 )
 from incidentkit.operations import IncidentOperations
-from incidentkit.store.base import DEFAULT_DATABASE_URL
 from incidentkit.transitions import Transitions
 
 if TYPE_CHECKING:
@@ -34,8 +31,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from incidentkit.cache import IncidentCache
-    from incidentkit.feed import ChangePage
-    from incidentkit.models import IncidentEvent, IncidentSource, IncidentStatus
+    from incidentkit.cache.pages import PageCache
+    from incidentkit.feed import ChangeFeed
+    from incidentkit.models import ChangePage, IncidentEvent, IncidentSource, IncidentStatus
     from incidentkit.settings import Settings
     from incidentkit.store.base import IncidentStore, StoreOptions
     from incidentkit.transitions import Graph
@@ -46,8 +44,9 @@ CHANGES_BATCH: Final = 500
 CHANGES_LIMIT: Final = 100
 """Changes that are returned unless told otherwise."""
 
+MIN_PAUSE: Final = 0.25
 MAX_PAUSE: Final = 5.0
-"""Seconds that a feed waits at most before it asks a database again that is away."""
+"""Seconds that a feed waits before it asks a database again that is away: at first, and at most."""
 
 PURGE_BATCH: Final = 500
 """Incidents that are purged in one transaction, at most."""
@@ -92,6 +91,8 @@ class IncidentClient(IncidentOperations):
         max_staleness: float = 0.0,
         transitions: Graph | None = None,
     ) -> None:
+        from incidentkit.cache.pages import check_max_staleness  # noqa: PLC0415
+
         check_max_staleness(max_staleness)
         self._transitions = Transitions(transitions)
         self.store = store
@@ -107,7 +108,7 @@ class IncidentClient(IncidentOperations):
     @classmethod
     def open(  # noqa: PLR0913
         cls,
-        database: str | AsyncEngine | Pool[Record] = DEFAULT_DATABASE_URL,
+        database: str | AsyncEngine | Pool[Record] | None = None,
         redis_url: str | None = None,
         *,
         redis_required: bool = False,
@@ -121,7 +122,7 @@ class IncidentClient(IncidentOperations):
             database: ``postgresql://user:password@host:port/database``,
                 ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``; or SQLAlchemy's
                 ``AsyncEngine`` or asyncpg's pool that the application has opened, which the client
-                uses and never closes.
+                uses and never closes. None means the file ``incidentkit.db`` in the current folder.
             redis_url: ``redis://host:port/db``, ``redis+cluster://host:port,host:port`` or
                 ``redis+sentinel://host:port,host:port/service``, where lists are cached for all
                 processes. None means that each process caches its own.
@@ -138,10 +139,10 @@ class IncidentClient(IncidentOperations):
             MissingDependency: If Redis is wanted and its package is not installed.
         """
         from incidentkit.cache import cache_from_url  # noqa: PLC0415
-        from incidentkit.store.base import store_on  # noqa: PLC0415
+        from incidentkit.store.base import DEFAULT_DATABASE_URL, store_on  # noqa: PLC0415
 
         return cls(
-            store_on(database, options),
+            store_on(DEFAULT_DATABASE_URL if database is None else database, options),
             cache=None if redis_url is None else cache_from_url(redis_url),
             cache_required=redis_required,
             max_staleness=max_staleness,
@@ -209,6 +210,9 @@ class IncidentClient(IncidentOperations):
             SchemaOutOfDate: With the command that mends it. SQLite mends itself.
             CacheUnavailable: If the cache does not answer, and is required.
         """
+        from incidentkit.cache.pages import PageCache  # noqa: PLC0415
+        from incidentkit.feed import ChangeFeed  # noqa: PLC0415
+
         async with self._connecting:
             if self._connected:
                 return
@@ -332,7 +336,7 @@ class IncidentClient(IncidentOperations):
             try:
                 page = await self.read_changes(after, limit=CHANGES_BATCH, wait=wait)
             except StoreUnavailable:
-                pause = min(2 * pause + POLL_INTERVAL, MAX_PAUSE)
+                pause = min(2 * pause + MIN_PAUSE, MAX_PAUSE)
                 if self._feed is not None:
                     await self._feed.pause(pause)
                 self._open_pages()

@@ -6,11 +6,9 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
-from attrs import frozen
-
 from incidentkit.batching import Coalescer
 from incidentkit.errors import ClientClosed
-from incidentkit.models import LATEST, IncidentEvent, event_cursor
+from incidentkit.models import LATEST, ChangePage, IncidentEvent, event_cursor
 from incidentkit.store.base import BEGINNING
 
 if TYPE_CHECKING:
@@ -40,20 +38,6 @@ class EventStore(Protocol):
     async def check_order(self) -> None:
         """Raise unless events are in the order of their places."""
         ...
-
-
-@frozen
-class ChangePage:
-    """Some changes, and where to go on.
-
-    Attributes:
-        changes: In the order of their commits; empty if there are none yet.
-        next: The cursor to go on behind them. None means that nothing has ever happened, and to
-            begin at the beginning once more.
-    """
-
-    changes: list[IncidentEvent]
-    next: str | None
 
 
 class ChangeFeed:

@@ -356,6 +356,20 @@ class IncidentEvent:
     at: datetime = field(converter=_whole_utc_second)
 
 
+@frozen
+class ChangePage:
+    """Some changes, and where to go on.
+
+    Attributes:
+        changes: In the order of their commits; empty if there are none yet.
+        next: The cursor to go on behind them. None means that nothing has ever happened, and to
+            begin at the beginning once more.
+    """
+
+    changes: list[IncidentEvent]
+    next: str | None
+
+
 @frozen(init=False)
 class ListQuery:
     """Which page of the list of incidents, newest first.

@@ -23,15 +23,13 @@ from incidentkit.models import (
     check_note,
 )
 from incidentkit.search import IncidentOrder, SearchPage, SearchQuery
-from incidentkit.store.base import Idempotency
-from incidentkit.wire import dump_json, wire_converter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
     from datetime import datetime
 
     from incidentkit.models import IncidentSource
-    from incidentkit.store.base import StoreOperations
+    from incidentkit.store.base import Idempotency, StoreOperations
     from incidentkit.transitions import Transitions
 
 Incidents: TypeAlias = list[Incident]
@@ -350,5 +348,8 @@ def _once(
     """Return what makes a write happen once; None if it need not."""
     if idempotency_key is None:
         return None
+    from incidentkit.store.base import Idempotency  # noqa: PLC0415
+    from incidentkit.wire import dump_json, wire_converter  # noqa: PLC0415
+
     said = dump_json([verb, wire_converter().unstructure(parameters)])
     return Idempotency(check_idempotency_key(idempotency_key), sha256(said).hexdigest())

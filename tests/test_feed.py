@@ -334,7 +334,7 @@ async def test_an_outage_is_waited_for(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the database is away a follower waits, and then goes on where it was."""
-    monkeypatch.setattr("incidentkit.client.POLL_INTERVAL", 0.001)
+    monkeypatch.setattr("incidentkit.client.MIN_PAUSE", 0.001)
     store: Any = incidents.store
     read, failures = store.changes, 3
 
@@ -355,7 +355,7 @@ async def test_an_outage_hides_nothing_from_who_began_with_the_latest(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What others write before the database answers a follower again is not taken for old."""
-    monkeypatch.setattr("incidentkit.client.POLL_INTERVAL", 0.001)
+    monkeypatch.setattr("incidentkit.client.MIN_PAUSE", 0.001)
     await some_changes(incidents)
     await take(incidents, 7)
     store: Any = incidents.store
@@ -383,7 +383,7 @@ async def test_closing_ends_who_waits_for_the_database(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A follower that pauses before it asks again does not do so once the client is closed."""
-    monkeypatch.setattr("incidentkit.client.POLL_INTERVAL", 3600)
+    monkeypatch.setattr("incidentkit.client.MIN_PAUSE", 3600)
     monkeypatch.setattr("incidentkit.client.MAX_PAUSE", 3600)
     store: Any = incidents.store
 

@@ -12,7 +12,6 @@ from attrs import NOTHING, fields
 
 from incidentkit.cursor import encode_cursor
 from incidentkit.errors import FieldError
-from incidentkit.feed import ChangePage
 from incidentkit.http.health import (
     Health,
     Readiness,
@@ -31,6 +30,7 @@ from incidentkit.models import (
     MESSAGE_MIN_LENGTH,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    ChangePage,
     EventKind,
     Incident,
     IncidentEvent,

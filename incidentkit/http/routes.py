@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from incidentkit.client import CHANGES_LIMIT
-from incidentkit.feed import ChangePage
 from incidentkit.http import docs, openapi
 from incidentkit.http.health import Health, Readiness, State, readiness
 from incidentkit.http.problems import RETRY_HEADERS, Conflict, Refusal, etag
@@ -32,6 +31,7 @@ from incidentkit.models import (
     MAX_WAIT,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    ChangePage,
     Incident,
     IncidentEvent,
     IncidentSource,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from incidentkit.client import IncidentClient
-    from incidentkit.feed import ChangePage
+    from incidentkit.models import ChangePage
 
 _T = TypeVar("_T")
 
