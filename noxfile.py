@@ -106,10 +106,9 @@ def simulate(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what the sizes of a shared Redis and of the table cost, and print two tables."""
-    session.install("--editable", ".[all]", *groups("tests"))
-    session.run("python", "-m", "benchmarks.shared_redis", *session.posargs)
-    session.run("python", "-m", "benchmarks.search", *session.posargs)
+    """Measure everything, or the subjects that are named, and write docs/performance.md anew."""
+    session.install("--editable", ".[all]", *groups("bench"))
+    session.run("python", "-m", "benchmarks", *session.posargs)
 
 
 @nox.session

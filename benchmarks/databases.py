@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
 
 import asyncpg
 
 from incidentkit.store.migrate import upgrade
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RIVAL_TABLE: Final = """
     CREATE TYPE incidentstatus AS ENUM ('new', 'completed', 'failed');
@@ -20,6 +25,14 @@ RIVAL_TABLE: Final = """
     );
 """
 """The origin's table."""
+
+RIVAL_SQLITE_TABLE: Final = """
+    CREATE TABLE "Incident" (
+        incident_id INTEGER PRIMARY KEY, incident_message VARCHAR NOT NULL,
+        incident_type VARCHAR(9) NOT NULL, source VARCHAR(10) NOT NULL,
+        created_at DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP
+    )
+"""
 
 COMMON_INDEXES: Final = (
     "ix_Incident_created_at",
@@ -73,6 +86,27 @@ async def fill(connection: asyncpg.Connection[asyncpg.Record], incidents: int) -
         timeout=600,
     )
     await connection.execute("VACUUM ANALYZE", timeout=600)
+
+
+def fill_sqlite(ours: Path, plain: Path, incidents: int) -> None:
+    """Fill a file that has incidentkit's schema, and make another with the rival's table."""
+    filling = FILL.format(
+        size=incidents,
+        type="CASE i % 3 WHEN 0 THEN 'new' WHEN 1 THEN 'completed' ELSE 'failed' END",
+        source="CASE i / 3 % 3 WHEN 0 THEN 'operator' WHEN 1 THEN 'monitoring' ELSE 'partner' END",
+        at="datetime('2026-01-01', '+' || i || ' seconds')",
+    )
+    with closing(sqlite3.connect(ours)) as connection, connection:
+        connection.execute(filling)
+        indexes = connection.execute(
+            "SELECT sql FROM sqlite_master WHERE type = 'index' AND name IN (?, ?, ?, ?)",
+            COMMON_INDEXES[:4],
+        ).fetchall()
+    with closing(sqlite3.connect(plain)) as connection, connection:
+        connection.execute(RIVAL_SQLITE_TABLE)
+        for (index,) in indexes:
+            connection.execute(index)
+        connection.execute(filling)
 
 
 async def create_database(server: str, name: str) -> str:

@@ -14,13 +14,14 @@ local function list()
   return wrk.format("GET", "/incident/get?page=1&limit=10")
 end
 
--- Each incident gets another status than the one it has: all of them one, then all the other. The
--- seed says how many changes there have been.
+-- Each incident gets another status than the one it has: the first time round `completed`, or
+-- `failed` if it was completed from the start, as every third was. The seed says how many changes
+-- there have been.
 local function update()
   local turn = sent + seed
   local id = turn % incidents + 1
-  local status = statuses[2 + math.floor(turn / incidents) % 2]
-  return wrk.format("PATCH", "/incident/update-status?incident_id=" .. id .. "&status=" .. status)
+  local round = math.floor(turn / incidents) + (id % 3 == 1 and 1 or 0)
+  return wrk.format("PATCH", "/incident/update-status?incident_id=" .. id .. "&status=" .. statuses[2 + round % 2])
 end
 
 -- No page twice: 20 numbers, 16 sizes and 16 filters, and after all of them a change, which makes
@@ -61,13 +62,14 @@ local function mixed()
   return list()
 end
 
-local function page()
-  return wrk.format("GET", "/incident/get?page=" .. (50000 + (seed * 1000 + sent) % 40000) .. "&limit=10")
+-- Far down, and no page twice.
+local function deep()
+  return wrk.format("GET", "/incident/get?page=" .. (50000 + seed + sent) .. "&limit=10")
 end
 
 local scenarios = {
   fixed = fixed, list_cached = list, list_uncached = list_uncached, get = get, create = create,
-  update = update, mixed = mixed, page = page,
+  update = update, mixed = mixed, deep = deep,
 }
 
 function init(arguments)

@@ -61,7 +61,7 @@ class Server(ABC):
     _welcome: ClassVar[bytes]
 
     def __init__(self, *, durable: bool = False, start_timeout: float = 60) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._durable = durable
         self._start_timeout = start_timeout
         self._user: pwd.struct_passwd | None = None
@@ -265,7 +265,7 @@ class RedisServer(Server):
         super().__init__(durable=durable, start_timeout=start_timeout)
         self._options = options
         if bus:
-            self.port = _free_port(bus=True)
+            self.port = free_port(bus=True)
 
     @property
     def url(self) -> str:
@@ -501,7 +501,7 @@ def _status(process: psutil.Process) -> str | None:
         return None
 
 
-def _free_port(*, bus: bool = False) -> int:
+def free_port(*, bus: bool = False) -> int:
     """Return a free port from below the range that the system hands out to clients.
 
     A client that tries again and again to reach a dead server on a port of that range can end up

@@ -383,6 +383,8 @@ class SharedOperations(PostgresOperations):
         return await super().update_status(change, transitions=transitions, actor=actor, once=once)
 
     async def _get_all(self, ids: Sequence[int]) -> Sequence[Incident | StoreError | None]:
+        if len(ids) == 1:
+            return [await super().get(ids[0])]
         values = {"incident_ids": list(map(str, ids))}
         rows = await self._read(writes.SELECT_INCIDENTS, values)
         found = {row[0]: row for row in rows}

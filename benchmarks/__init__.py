@@ -1,0 +1,1 @@
+"""How fast incidentkit is, beside others: `python -m benchmarks --help`."""

@@ -1,0 +1,269 @@
+"""What grows, and what must not cost more for it: the table, a history, readers, processes."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import AsyncExitStack, ExitStack, closing
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Final
+
+import uvloop
+
+from benchmarks import services
+from benchmarks.databases import create_database, make
+from benchmarks.results import Result, at_least, at_most
+from benchmarks.rounds import Round, interleave, ratio
+from incidentkit import IncidentClient, ListQuery
+from tests.servers import PostgresServer, RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import TypeAlias
+
+    Call: TypeAlias = Callable[[IncidentClient, int], Awaitable[object]]
+
+FLAT: Final = 1.2
+DEEP: Final = 5.0
+HITS: Final = (1, 10, 100, 1000)
+READERS: Final = (1, 10, 100)
+PROCESSES: Final = (1, 2, 4, 8, 16)
+FOREIGN_KEYS: Final = 1_000_000
+
+
+async def run(*, sizes: list[int], rounds: int, quick: bool) -> Result:
+    """Measure all of it.
+
+    Args:
+        sizes: Incidents of the tables, the smallest first.
+        rounds: Rounds of each comparison; one is a call.
+        quick: Whether less of everything will do.
+    """
+    result = Result([], rounds=f"{rounds} calls of each kind, in turn")
+    with ExitStack() as stack:
+        postgres = stack.enter_context(PostgresServer(settings={"max_connections": "300"}))
+        redis = stack.enter_context(RedisServer("--appendonly", "no"))
+        databases = [await create_database(postgres.url, f"n{size}") for size in sizes]
+        rival = await create_database(postgres.url, "rival")
+        for size, database in zip(sizes, databases, strict=True):
+            await make(database, [rival] if size == sizes[-1] else [], size)
+        await _sizes(result, databases, sizes, rounds)
+        await _hits(result, databases[0], rounds)
+        await _readers(result, databases[0], rounds)
+        await _foreign_keys(result, databases[0], redis, rounds, quick=quick)
+        await _processes(result, databases[1], redis.url, 1.0 if quick else 4.0)
+        await _far_down(result, databases[-1], rival, redis.url, 1.0 if quick else 4.0)
+    return result
+
+
+def _calls(size: int) -> dict[str, Call]:
+    return {
+        "list, first page, not cached": lambda client, n: client.store.list(
+            ListQuery(1 + n % 5, 10)
+        ),
+        "list, by status and source, not cached": lambda client, n: client.store.list(
+            ListQuery(1 + n % 5, 10, "new", "partner")
+        ),
+        "get": lambda client, n: client.get(1 + n % min(size, 1000)),
+        "create": lambda client, n: client.create(f"Disk {n} is full", source="partner"),
+    }
+
+
+async def _sizes(result: Result, databases: list[str], sizes: list[int], rounds: int) -> None:
+    table = [["call", *(f"{size:,}, ms" for size in sizes)]]
+    lines: dict[str, list[list[float]]] = {}
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(IncidentClient.open(database)) for database in databases
+        ]
+        cursors = [await _cursor(client, size) for client, size in zip(clients, sizes, strict=True)]
+        kinds: dict[str, Callable[[int, int], Awaitable[object]]] = {
+            name: partial(_one, clients, name, sizes) for name in _calls(sizes[0])
+        }
+        kinds["search, by a cursor in the middle"] = lambda place, _: clients[place].search(
+            after=cursors[place]
+        )
+        for name, call in kinds.items():
+            medians = await _turns(call, len(sizes), rounds)
+            table.append([name, *(f"{median * 1000:.3f}" for median in medians)])
+            lines[name] = [
+                [size, median * 1000] for size, median in zip(sizes, medians, strict=True)
+            ]
+            what = f"{sizes[-1]:,} incidents: {name}"
+            against = f"the time with {sizes[0]:,}"
+            result.rows.append(at_most(what, against, FLAT, medians[-1] / medians[0]))
+    result.details["Incidents in the table"] = table
+    result.series["milliseconds by incidents in the table"] = lines
+
+
+def _one(
+    clients: list[IncidentClient], name: str, sizes: list[int], place: int, number: int
+) -> Awaitable[object]:
+    return _calls(sizes[place])[name](clients[place], number)
+
+
+async def _cursor(client: IncidentClient, size: int) -> str | None:
+    """Return the cursor of a page in the middle of all."""
+    (incident,) = (await client.store.list(ListQuery(size // 2, 1))).incidents
+    page = await client.search(created_before=incident.created_at, limit=1)
+    return page.next
+
+
+async def _turns(
+    call: Callable[[int, int], Awaitable[object]], places: int, rounds: int
+) -> list[float]:
+    """Return the median of the seconds that a call takes at each place, in turn."""
+    seconds: list[list[float]] = [[] for _ in range(places)]
+    for number in range(rounds + 10):
+        for place in range(places):
+            started = time.perf_counter()
+            await call(place, number)
+            if number >= 10:  # noqa: PLR2004
+                seconds[place].append(time.perf_counter() - started)
+    return [statistics.median(each) for each in seconds]
+
+
+async def _hits(result: Result, database: str, rounds: int) -> None:
+    """Let a key occur again and again: the thousandth time costs what the second does."""
+    async with IncidentClient.open(database) as client:
+        for hits in HITS:
+            for _ in range(hits - 1):
+                await client.create("Disk is full", source="partner", dedup_key=f"key-{hits}")
+        medians = await _turns(
+            lambda place, _: client.create(
+                "Disk is full", source="partner", dedup_key=f"key-{HITS[place]}"
+            ),
+            len(HITS),
+            rounds,
+        )
+    points = [[hits, median * 1000] for hits, median in zip(HITS, medians, strict=True)]
+    result.series["milliseconds of a repetition, by those before"] = {"create": points}
+    what = f"a repetition after {HITS[-1]:,}"
+    result.rows.append(at_most(what, "the time of the first", FLAT, medians[-1] / medians[0]))
+
+
+async def _readers(result: Result, database: str, rounds: int) -> None:
+    """Let readers follow the changes, and see how soon all have one."""
+    points: list[list[float]] = []
+    async with IncidentClient.open(database) as client:
+        for readers in READERS:
+            seconds = []
+            latest = (await client.read_changes("latest")).next
+            for number in range(max(5, rounds // 10)):
+                waiting = [
+                    asyncio.ensure_future(client.read_changes(latest, wait=10.0))
+                    for _ in range(readers)
+                ]
+                await asyncio.sleep(0.02)
+                started = time.perf_counter()
+                await client.create(f"Disk {number} is full", source="partner")
+                pages = await asyncio.gather(*waiting)
+                seconds.append(time.perf_counter() - started)
+                latest = pages[0].next
+            points.append([readers, statistics.median(seconds) * 1000])
+    result.series["milliseconds until every reader has a change"] = {"readers": points}
+    result.details["Readers of the feed"] = [
+        ["readers", "until all have a change, ms"],
+        *([f"{readers:.0f}", f"{median:.2f}"] for readers, median in points),
+    ]
+
+
+async def _foreign_keys(
+    result: Result, database: str, redis: RedisServer, rounds: int, *, quick: bool
+) -> None:
+    """Fill a Redis with keys of somebody else, which must cost a write and a list nothing."""
+    count = FOREIGN_KEYS // 10 if quick else FOREIGN_KEYS
+    server = redis.url.rpartition("/")[0]
+    with closing(redis.client()) as filler:
+        filler.select(5)
+        for first in range(0, count, 10_000):
+            filler.mset({f"foreign:{n}": b"x" * 20 for n in range(first, first + 10_000)})
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(IncidentClient.open(database, f"{server}/{number}"))
+            for number in (4, 5)
+        ]
+
+        async def write_and_list(place: int, number: int) -> None:
+            await clients[place].create(f"Disk {number} is full", source="partner")
+            await clients[place].list()
+
+        medians = await _turns(write_and_list, 2, rounds)
+    what = f"a write and a list, beside {count:,} foreign keys in Redis"
+    result.rows.append(at_most(what, "the time beside none", FLAT, medians[1] / medians[0]))
+
+
+async def _processes(result: Result, database: str, redis: str, seconds: float) -> None:
+    """Let processes with a client each list and write, and count what all of them do."""
+    points: list[list[float]] = []
+    for processes in PROCESSES:
+        running = [
+            await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "benchmarks.growth", database, redis, str(seconds)),
+                cwd=services.ROOT,
+                stdout=subprocess.PIPE,
+            )
+            for _ in range(processes)
+        ]
+        outputs = await asyncio.gather(*(process.communicate() for process in running))
+        points.append([processes, sum(float(output) for output, _ in outputs)])
+    result.series["calls a second of all client processes"] = {"95 % list, 5 % create": points}
+    result.details["Client processes on one database"] = [
+        ["processes", "calls/s of all"],
+        *([f"{processes:.0f}", f"{rate:,.0f}"] for processes, rate in points),
+    ]
+
+
+async def _work(database: str, redis: str, seconds: float) -> float:
+    async with IncidentClient.open(database, redis) as client:
+        await client.list()
+        ends_at = time.perf_counter() + seconds
+        calls = 0
+
+        async def worker() -> None:
+            nonlocal calls
+            while time.perf_counter() < ends_at:
+                calls += 1
+                if calls % 20:
+                    await client.list()
+                else:
+                    await client.create("Disk is full", source="partner")
+
+        await asyncio.gather(*(worker() for _ in range(8)))
+        return calls / seconds
+
+
+async def _far_down(result: Result, database: str, rival: str, redis: str, seconds: float) -> None:
+    """Ask for pages from the 50,000th on, as the origin's clients can."""
+    server = redis.rpartition("/")[0]
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        sides = {
+            "incidentkit": stack.enter_context(
+                services.ours(database, f"{server}/6", Path(folder) / "ours.log")
+            ),
+            "plain": stack.enter_context(
+                services.plain(rival, f"{server}/7", Path(folder) / "plain.log")
+            ),
+        }
+
+        async def one(number: int, name: str) -> Round:
+            return await sides[name].load("deep", 1, seconds, number * 5000)
+
+        measured = await interleave({name: partial(one, name=name) for name in sides}, 3)
+    compared = ratio(measured["incidentkit"], measured["plain"])
+    result.rows.append(at_least("`page=50000` and on, not cached", "`plain`", DEEP, compared))
+
+
+def start(*, quick: bool) -> Result:
+    """Measure on the event loop that the service runs on."""
+    sizes = [1_000, 10_000, 600_000] if quick else [1_000, 100_000, 1_000_000]
+    return uvloop.run(run(sizes=sizes, rounds=40 if quick else 400, quick=quick))
+
+
+if __name__ == "__main__":
+    print(uvloop.run(_work(sys.argv[1], sys.argv[2], float(sys.argv[3]))))

@@ -1,0 +1,160 @@
+"""The services that are compared, each a process with one worker, and the load on them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import psutil
+
+from benchmarks.rounds import Round
+from tests.servers import HOST, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+ROOT: Final = Path(__file__).parents[1]
+CONNECTIONS: Final = 32
+POOL: Final = 20
+UVICORN: Final = ("--loop", "uvloop", "--http", "httptools", "--no-access-log")
+
+
+class Service:
+    """A service that runs.
+
+    Attributes:
+        url: Where it is.
+        changes: How many changes of status were asked of it, at least.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
+        self.url = url
+        self.changes = 0
+        self._process = psutil.Process(process.pid)
+
+    def cpu(self) -> float:
+        """Return the seconds of a processor that it has used."""
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
+
+    def peak(self) -> int:
+        """Return the most memory that it ever had, in bytes."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text("ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+    def memory(self) -> int:
+        """Return the memory that it has, in bytes."""
+        return int(self._process.memory_info().rss)
+
+    async def load(self, scenario: str, incidents: int, seconds: float, seed: int) -> Round:
+        """Send requests from another process, as fast as they are answered."""
+        if scenario in ("update", "mixed"):
+            seed = self.changes
+        before = self.cpu()
+        report = await _run_load(self.url, scenario, incidents, seconds, seed)
+        cpu = (self.cpu() - before) / report["seconds"]
+        if scenario in ("update", "mixed"):
+            # What was sent and not answered counts, too.
+            self.changes += report["requests"] + 2 * CONNECTIONS
+        latency = {percent: report[f"p{percent}"] for percent in (50, 95, 99)}
+        return Round(report["requests"] / report["seconds"], latency, cpu, report["errors"])
+
+
+def load_program() -> str:
+    """Return what makes the load."""
+    return "wrk" if shutil.which("wrk") else "benchmarks/load.py"
+
+
+async def _run_load(
+    url: str, scenario: str, incidents: int, seconds: float, seed: int
+) -> dict[str, Any]:
+    arguments = [scenario, str(incidents), str(seed)]
+    wrk = shutil.which("wrk")
+    command = (
+        [
+            *(wrk, "-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s"),
+            *("-s", str(ROOT / "benchmarks" / "load.lua"), url, "--", *arguments),
+        ]
+        if wrk and seconds >= 1
+        else [
+            *(sys.executable, "-m", "benchmarks.load", url, str(CONNECTIONS), str(seconds)),
+            *arguments,
+        ]
+    )
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    report: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return report
+
+
+@contextmanager
+def ours(database: str, redis: str | None, log: Path) -> Iterator[Service]:
+    """Run incidentkit's own command, with its defaults but for the size of the pool."""
+    environment = {"INCIDENTKIT_DATABASE_URL": database}
+    if redis is not None:
+        environment["INCIDENTKIT_REDIS_URL"] = redis
+    if database.startswith("postgresql"):
+        environment |= {"INCIDENTKIT_POOL_SIZE": str(POOL), "INCIDENTKIT_MAX_OVERFLOW": "0"}
+    with _running(("-m", "incidentkit", "serve"), environment, log) as service:
+        yield service
+
+
+@contextmanager
+def plain(database: str, redis: str | None, log: Path) -> Iterator[Service]:
+    """Run the rival `plain`."""
+    database = database.replace("postgresql://", "postgresql+asyncpg://")
+    environment = {"PLAIN_DATABASE": database}
+    if redis is not None:
+        environment["PLAIN_REDIS"] = redis
+    command = ("-m", "uvicorn", "benchmarks.plain:app", *UVICORN)
+    with _running(command, environment, log) as service:
+        yield service
+
+
+@contextmanager
+def floor(database: str, log: Path) -> Iterator[Service]:
+    """Run the rival `floor`."""
+    command = ("-m", "uvicorn", "benchmarks.floor:app", *UVICORN)
+    with _running(command, {"FLOOR_DATABASE": database}, log) as service:
+        yield service
+
+
+@contextmanager
+def _running(
+    command: tuple[str, ...], environment: Mapping[str, str], log: Path
+) -> Iterator[Service]:
+    port = free_port()
+    url = f"http://{HOST}:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command, "--port", str(port)],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        _await(url, process, log)
+        yield Service(process, url)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/incident/get?limit=1", timeout=5):  # noqa: S310
+                return
+        except (urllib.error.URLError, ConnectionError):
+            if process.poll() is not None:
+                raise RuntimeError(log.read_text("utf-8", "replace")[-2000:]) from None
