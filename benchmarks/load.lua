@@ -24,11 +24,11 @@ local function update()
   return wrk.format("PATCH", "/incident/update-status?incident_id=" .. id .. "&status=" .. statuses[2 + round % 2])
 end
 
--- No page twice: 20 numbers, 16 sizes and 16 filters, and after all of them a change, which makes
--- every page that is cached a thing of the past.
+-- A change, which makes every page that is cached a thing of the past, and then no page twice: 20
+-- numbers, 16 sizes and 16 filters.
 local function list_uncached()
-  local turn = sent % 5121
-  if turn == 5120 then
+  local turn = (sent - 1) % 5121
+  if turn == 0 then
     return update()
   end
   local mixed = turn * 1999 % 5120

@@ -51,8 +51,8 @@ class Load:
         return _get("/incident/get?page=1&limit=10")
 
     def _list_uncached(self) -> bytes:
-        turn = self._sent % 5121
-        if turn == 5120:  # noqa: PLR2004
+        turn = (self._sent - 1) % 5121
+        if turn == 0:
             return self._update()
         mixed = turn * 1999 % 5120
         path = f"/incident/get?page={mixed % 20 + 1}&limit={mixed // 20 % 16 + 10}"

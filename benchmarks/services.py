@@ -57,12 +57,13 @@ class Service:
 
     async def load(self, scenario: str, incidents: int, seconds: float, seed: int) -> Round:
         """Send requests from another process, as fast as they are answered."""
-        if scenario in ("update", "mixed"):
+        changing = scenario in ("update", "mixed", "list_uncached")
+        if changing:
             seed = self.changes
         before = self.cpu()
         report = await _run_load(self.url, scenario, incidents, seconds, seed)
         cpu = (self.cpu() - before) / report["seconds"]
-        if scenario in ("update", "mixed"):
+        if changing:
             # What was sent and not answered counts, too.
             self.changes += report["requests"] + 2 * CONNECTIONS
         latency = {percent: report[f"p{percent}"] for percent in (50, 95, 99)}

@@ -194,8 +194,10 @@ async def test_an_incident_that_is_refused_leaves_its_neighbours(
     )
     refused = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, StoreError)]
     assert refused == [7]
-    assert len(await incidents.list(limit=100)) == 19
-    assert len((await incidents.read_changes()).changes) == 19
+    stored = await incidents.list(limit=100)
+    assert len(stored) == 19
+    for incident in stored:
+        assert len(await incidents.history(incident.incident_id)) == 1
 
 
 async def test_an_incident_that_is_locked_keeps_nobody_else_waiting(
@@ -293,20 +295,19 @@ async def plan(url: str, statement: Any, values: dict[str, Any]) -> str:
     return "\n".join(row[0] for row in rows)
 
 
-@pytest.mark.parametrize("filters", list(writes.SELECT_PAGES))
 async def test_pages_that_are_read_together_come_from_an_index(
-    migrated_postgres_url: str, filters: tuple[bool, bool]
+    migrated_postgres_url: str,
 ) -> None:
     """Each of several pages is read in the order of the index of its filter."""
     await fill(migrated_postgres_url)
     values = {"statuses": ["new"], "sources": ["partner"], "limits": ["10"], "offsets": ["5"]}
-    found = await plan(migrated_postgres_url, writes.SELECT_PAGES[filters], values)
-    assert "Index Scan Backward" in found
+    found = await plan(migrated_postgres_url, writes.SELECT_PAGES, values)
+    for index in ("created_at", "incident_type", "source", "incident_type_source"):
+        assert f'Index Scan Backward using "ix_Incident_{index}" on "Incident"' in found
     assert 'Seq Scan on "Incident"' not in found
-    assert "Filter" not in found.replace("FILTER", "")
 
 
-@pytest.mark.parametrize("filters", list(writes.SELECT_PAGES))
+@pytest.mark.parametrize("filters", list(product((False, True), repeat=2)))
 async def test_a_deep_page_passes_over_the_index_alone(
     migrated_postgres_url: str, filters: tuple[bool, bool]
 ) -> None:

@@ -219,7 +219,9 @@ class Operations(ABC):
             "limit": query.limit,
             "offset": query.offset,
         }
-        page = statements.SELECT_PAGE[*filters_of(query), query.offset > statements.DEEP]
+        page = statements.SELECT_PAGE[
+            query.status is not None, query.source is not None, query.offset > statements.DEEP
+        ]
         return read_page(await self._read(page, values))
 
     async def token(self) -> str | None:
@@ -302,11 +304,6 @@ class Operations(ABC):
         if rows:
             return rows[0][0], rows[0][1]
         raise UnknownCursor
-
-
-def filters_of(query: ListQuery) -> tuple[bool, bool]:
-    """Return whether a query filters by status, and by source."""
-    return query.status is not None, query.source is not None
 
 
 def found(incident_id: int, rows: Rows) -> Any:

@@ -34,7 +34,7 @@ from incidentkit.store import postgresql_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
 from incidentkit.store.leases import Leases
-from incidentkit.store.operations import EVENTS, Operations, filters_of, found
+from incidentkit.store.operations import EVENTS, Operations, found
 from incidentkit.store.statements import read_event, read_incident, read_page
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 from incidentkit.transitions import ANY_TRANSITION
@@ -340,10 +340,7 @@ class SharedOperations(PostgresOperations):
     def _start_sharing(self) -> None:
         """Begin anew, as on another event loop."""
         self._gets = Batcher(self._get_all, running=READS, size=BATCH)
-        self._lists = {
-            filters: Batcher(partial(self._list_all, filters), running=READS, size=BATCH)
-            for filters in writes.SELECT_PAGES
-        }
+        self._lists = Batcher(self._list_all, running=READS, size=BATCH)
         self._creates = Batcher(self._create_all, running=WRITES, size=BATCH)
         self._updates = Batcher(self._update_all, running=WRITES, size=BATCH)
 
@@ -355,7 +352,7 @@ class SharedOperations(PostgresOperations):
         """Read one page and its token, with others that are asked for, unless it lies deep."""
         if query.offset + query.limit > writes.FIRST:
             return await super().list(query)
-        return await self._lists[filters_of(query)](query)
+        return await self._lists(query)
 
     async def create(
         self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
@@ -390,9 +387,7 @@ class SharedOperations(PostgresOperations):
         found = {row[0]: row for row in rows}
         return [_read_or_refuse(found.get(incident_id)) for incident_id in ids]
 
-    async def _list_all(
-        self, filters: tuple[bool, bool], queries: Sequence[ListQuery]
-    ) -> Sequence[Page]:
+    async def _list_all(self, queries: Sequence[ListQuery]) -> Sequence[Page]:
         if len(queries) == 1:
             return [await super().list(queries[0])]
         values = {
@@ -401,7 +396,7 @@ class SharedOperations(PostgresOperations):
             "limits": [str(query.limit) for query in queries],
             "offsets": [str(query.offset) for query in queries],
         }
-        rows = await self._read(writes.SELECT_PAGES[filters], values)
+        rows = await self._read(writes.SELECT_PAGES, values)
         pages = groupby(rows, itemgetter(-1))
         return [read_page([row[:-1] for row in page]) for _, page in pages]
 

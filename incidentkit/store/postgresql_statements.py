@@ -113,30 +113,36 @@ FIRST: Final = 2000
 Being a constant it tells the planner that an index is worth while."""
 
 
-def _select_pages(*, by_status: bool, by_source: bool) -> TextClause:
+def _select_pages(*, by_status: bool, by_source: bool) -> str:
     rules = [
         *(["incident_type = CAST(wanted.status AS incidentstatus)"] if by_status else []),
         *(["source = CAST(wanted.source AS incidentsource)"] if by_source else []),
     ]
-    return text(
-        f"SELECT page.*, {postgresql_token()} AS token, wanted.n "
-        "FROM unnest(CAST(:statuses AS text[]), CAST(:sources AS text[]), "
-        f"{_numbers('limits')}, {_numbers('offsets')}) "
-        "WITH ORDINALITY AS wanted (status, source, size, skip, n) "
-        f'LEFT JOIN LATERAL (SELECT * FROM (SELECT {_INCIDENT} FROM "Incident" '
+    return (
+        "SELECT page.*, (SELECT token FROM current) AS token, wanted.n "
+        f'FROM wanted LEFT JOIN LATERAL (SELECT * FROM (SELECT {_INCIDENT} FROM "Incident" '
         f"{'WHERE ' if rules else ''}{' AND '.join(rules)} "
         f'ORDER BY "Incident".created_at DESC, "Incident".incident_id DESC LIMIT {FIRST}) AS first '
         "OFFSET wanted.skip LIMIT wanted.size) AS page ON true "
-        "ORDER BY wanted.n, page.created_at DESC, page.incident_id DESC"
+        f"WHERE wanted.status IS {'NOT ' if by_status else ''}NULL "
+        f"AND wanted.source IS {'NOT ' if by_source else ''}NULL"
     )
 
 
-SELECT_PAGES: Final = {
-    (by_status, by_source): _select_pages(by_status=by_status, by_source=by_source)
+_PAGES: Final = " UNION ALL ".join(
+    _select_pages(by_status=by_status, by_source=by_source)
     for by_status, by_source in product((False, True), repeat=2)
-}
-"""Several pages, each with its number behind the token, by whether they filter by status and by
-source. An empty page is one row."""
+)
+
+SELECT_PAGES: Final = text(
+    f"WITH current AS MATERIALIZED (SELECT {postgresql_token()} AS token), "
+    "wanted AS MATERIALIZED (SELECT * FROM unnest(CAST(:statuses AS text[]), "
+    f"CAST(:sources AS text[]), {_numbers('limits')}, {_numbers('offsets')}) "
+    "WITH ORDINALITY AS wanted (status, source, size, skip, n)) "
+    f"{_PAGES} ORDER BY n, created_at DESC, incident_id DESC"
+)
+"""Several pages, each with its number behind the token. An empty page is one row. Each combination
+of filters has an index, and so a part of the statement."""
 
 INSERT_INCIDENTS: Final = text(
     "WITH given AS (SELECT * FROM unnest(CAST(:messages AS text[]), CAST(:statuses AS text[]), "
