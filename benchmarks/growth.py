@@ -36,12 +36,13 @@ PROCESSES: Final = (1, 2, 4, 8, 16)
 FOREIGN_KEYS: Final = 1_000_000
 
 
-async def run(*, sizes: list[int], rounds: int, quick: bool) -> Result:
+async def run(*, sizes: list[int], rounds: int, seconds: float, quick: bool) -> Result:
     """Measure all of it.
 
     Args:
         sizes: Incidents of the tables, the smallest first.
         rounds: Rounds of each comparison; one is a call.
+        seconds: Seconds for which processes are kept busy.
         quick: Whether less of everything will do.
     """
     result = Result([], rounds=f"{rounds} calls of each kind, in turn")
@@ -56,8 +57,8 @@ async def run(*, sizes: list[int], rounds: int, quick: bool) -> Result:
         await _hits(result, databases[0], rounds)
         await _readers(result, databases[0], rounds)
         await _foreign_keys(result, databases[0], redis, rounds, quick=quick)
-        await _processes(result, databases[1], redis.url, 1.0 if quick else 4.0)
-        await _far_down(result, databases[-1], rival, redis.url, 1.0 if quick else 4.0)
+        await _processes(result, databases[1], redis.url, seconds)
+        await _far_down(result, databases[-1], rival, redis.url, seconds)
     return result
 
 
@@ -259,10 +260,18 @@ async def _far_down(result: Result, database: str, rival: str, redis: str, secon
     result.rows.append(at_least("`page=50000` and on, not cached", "`plain`", DEEP, compared))
 
 
-def start(*, quick: bool) -> Result:
+def start(
+    *,
+    quick: bool,
+    sizes: list[int] | None = None,
+    rounds: int | None = None,
+    seconds: float | None = None,
+) -> Result:
     """Measure on the event loop that the service runs on."""
-    sizes = [1_000, 10_000, 600_000] if quick else [1_000, 100_000, 1_000_000]
-    return uvloop.run(run(sizes=sizes, rounds=40 if quick else 400, quick=quick))
+    sizes = sizes or ([1_000, 10_000, 600_000] if quick else [1_000, 100_000, 1_000_000])
+    rounds = rounds or (40 if quick else 400)
+    seconds = seconds or (1.0 if quick else 4.0)
+    return uvloop.run(run(sizes=sizes, rounds=rounds, seconds=seconds, quick=quick))
 
 
 if __name__ == "__main__":

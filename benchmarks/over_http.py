@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from benchmarks import services
 from benchmarks.databases import create_database, fill_sqlite, make
 from benchmarks.results import Result, at_least, at_most
-from benchmarks.rounds import Round, interleave, ratio, summary
+from benchmarks.rounds import Round, VoidRoundError, interleave, ratio, summary
 from incidentkit.store.migrate import upgrade
 from tests.servers import PostgresServer, RedisServer
 
@@ -37,13 +37,14 @@ MEMORY_WANTED: Final = 0.8
 FLAT: Final = 1.05
 
 
-async def run(*, rounds: int, seconds: float, soak: float) -> Result:
+async def run(*, rounds: int, seconds: float, soak: float, looks: int = 60) -> Result:
     """Measure all of it.
 
     Args:
         rounds: Rounds of each scenario and each side.
         seconds: Seconds of a round.
         soak: Seconds for which the memory is watched.
+        looks: How often it is looked at, at least 10 times.
     """
     result = Result([], rounds=f"{rounds} rounds of {seconds:g} seconds")
     with ExitStack() as stack:
@@ -64,7 +65,7 @@ async def run(*, rounds: int, seconds: float, soak: float) -> Result:
         }
         await _scenarios(result, sides, rounds, seconds)
         _memory(result, sides)
-        await _soak(result, sides["incidentkit"], soak)
+        await _soak(result, sides["incidentkit"], soak, looks)
     await _on_sqlite(result, rounds, seconds)
     return result
 
@@ -118,17 +119,17 @@ def _memory(result: Result, sides: dict[str, Service]) -> None:
     ]
 
 
-async def _soak(result: Result, side: Service, seconds: float) -> None:
+async def _soak(result: Result, side: Service, seconds: float, looks: int) -> None:
     """Watch the memory under a load of every kind, after a first tenth of it."""
-    step = seconds / 60
+    step = seconds / looks
     points: list[list[float]] = []
-    for number in range(60):
+    for number in range(looks):
         scenario = ("mixed", "get", "list_uncached", "create")[number % 4]
         done = await side.load(scenario, INCIDENTS, step, number)
         if done.errors:
-            raise RuntimeError(f"{done.errors} calls failed")
+            raise VoidRoundError(f"{done.errors} calls failed")
         points.append([(number + 1) * step, side.memory() / 2**20])
-    early, late = points[6:18], points[-12:]
+    early, late = points[looks // 10 : 3 * looks // 10], points[-looks // 5 :]
     grown = max(memory for _, memory in late) / max(memory for _, memory in early)
     what = f"memory at the end of {seconds / 60:g} minutes"
     result.rows.append(at_most(what, "that near the beginning", FLAT, grown))

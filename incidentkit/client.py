@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 from incidentkit.actor import current_actor
@@ -22,6 +20,7 @@ from incidentkit.operations import IncidentOperations
 from incidentkit.transitions import Transitions
 
 if TYPE_CHECKING:
+    import asyncio
     import os
     from collections.abc import AsyncIterator, Callable, Coroutine
     from datetime import datetime
@@ -50,8 +49,6 @@ MAX_PAUSE: Final = 5.0
 
 PURGE_BATCH: Final = 500
 """Incidents that are purged in one transaction, at most."""
-
-logger = logging.getLogger("incidentkit")
 
 Incidents: TypeAlias = list[Incident]
 """A page; an alias because inside the client ``list`` is the verb."""
@@ -102,7 +99,7 @@ class IncidentClient(IncidentOperations):
         self._pages: PageCache | None = None
         self._feed: ChangeFeed | None = None
         self._connected = False
-        self._connecting = asyncio.Lock()
+        self._connecting = _new_lock()
         self._writes: set[asyncio.Task[Any]] = set()
 
     @classmethod
@@ -241,7 +238,7 @@ class IncidentClient(IncidentOperations):
         async with self._connecting:
             await self._close()
         # The next opening may be on another event loop.
-        self._connecting = asyncio.Lock()
+        self._connecting = _new_lock()
 
     async def _close(self) -> None:
         self._connected = False
@@ -249,7 +246,9 @@ class IncidentClient(IncidentOperations):
         if feed is not None:
             feed.close()
         if self._writes:
-            await asyncio.wait(self._writes)
+            from asyncio import wait  # noqa: PLC0415
+
+            await wait(self._writes)
         await self.store.close()
         if feed is not None:
             await feed.finish()
@@ -421,15 +420,16 @@ class IncidentClient(IncidentOperations):
 
     async def _write(self, write: Coroutine[Any, Any, _T]) -> _T:
         """Run a write and forget the cached pages, in one piece that no cancellation parts."""
-        pages = self._open_pages()
-        task = asyncio.ensure_future(_write_and_forget(pages, self._feed, write))
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(_log_failure)
-            raise
+        from incidentkit.carrying import carry  # noqa: PLC0415
+
+        return await carry(self._writes, _write_and_forget(self._open_pages(), self._feed, write))
+
+
+def _new_lock() -> asyncio.Lock:
+    # Like all that a client needs it is loaded with the first one, not with the package.
+    from asyncio import Lock  # noqa: PLC0415
+
+    return Lock()
 
 
 async def _write_and_forget(
@@ -442,10 +442,3 @@ async def _write_and_forget(
         if feed is not None:
             feed.wake()
         pages.forget()
-
-
-def _log_failure(write: asyncio.Task[Any]) -> None:
-    """Tell of a write that failed when its caller was no longer there."""
-    error = None if write.cancelled() else write.exception()
-    if error is not None:
-        logger.warning("A write whose caller was cancelled failed: %s", error)
