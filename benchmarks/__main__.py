@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _http(*, quick: bool) -> Result:
-    rounds, seconds, soak = (2, 1.0, 60.0) if quick else (7, 3.0, 600.0)
+    rounds, seconds, soak = (2, 1.0, 60.0) if quick else (5, 3.0, 600.0)
     return asyncio.run(over_http.run(rounds=rounds, seconds=seconds, soak=soak))
 
 

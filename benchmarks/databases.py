@@ -86,6 +86,7 @@ async def fill(connection: asyncpg.Connection[asyncpg.Record], incidents: int) -
         timeout=600,
     )
     await connection.execute("VACUUM ANALYZE", timeout=600)
+    await connection.execute("CHECKPOINT", timeout=600)
 
 
 def fill_sqlite(ours: Path, plain: Path, incidents: int) -> None:

@@ -314,8 +314,10 @@ async def test_a_deep_page_passes_over_the_index_alone(
     """What comes before a page far down is not read from the table."""
     await fill(migrated_postgres_url)
     values = {"status": "new", "source": "partner", "limit": 10, "offset": 4000}
-    found = await plan(migrated_postgres_url, SELECT_PAGE[*filters, True], values)
+    found = await plan(migrated_postgres_url, SELECT_PAGE[*filters, "deep"], values)
     assert "Index Only Scan Backward" in found
+    assert 'Index Scan using "pk_Incident"' in found
+    assert "Seq Scan" not in found.replace("Seq Scan on incident_token", "")
     async with IncidentClient.open(migrated_postgres_url) as client:
         assert isinstance(client.store, PostgresStore)
         everything = await client.list(limit=1000)

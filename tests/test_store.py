@@ -165,7 +165,7 @@ async def test_every_list_is_read_from_an_index(
     store: IncidentStore, url: str, *, by_status: bool, by_source: bool
 ) -> None:
     """A page is read in the order of an index, with nothing sorted, whatever the filter."""
-    compiled = compile_statement(SELECT_PAGE[by_status, by_source, False])
+    compiled = compile_statement(SELECT_PAGE[by_status, by_source, "near"])
     values = {"status": "new", "source": "partner", "limit": 10, "offset": 5}
     arguments = [values[name] for name in compiled.parameters]
     if isinstance(store, PostgresStore):
@@ -186,7 +186,7 @@ async def test_every_list_is_read_from_an_index(
         assert "Sort" not in plan[plan.index("Limit") :]
         assert "Filter" not in plan
     else:
-        statement = SELECT_PAGE[by_status, by_source, False].params(**values)
+        statement = SELECT_PAGE[by_status, by_source, "any"].params(**values)
         literal = statement.compile(dialect=dialect(), compile_kwargs={"literal_binds": True})
         rows = await _run_sql(url, f"EXPLAIN QUERY PLAN {literal}")
         plan = "\n".join(row[3] for row in rows)

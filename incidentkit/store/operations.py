@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from incidentkit.errors import IdempotencyKeyReused, IncidentNotFound, UnknownCursor
-from incidentkit.models import MAX_ID
+from incidentkit.models import MAX_ID, MAX_LIMIT
 from incidentkit.search import IncidentOrder, SearchPage
 from incidentkit.store import statements
 from incidentkit.store.search_statements import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from incidentkit.search import SearchQuery
     from incidentkit.store.base import Idempotency, Page, Place
     from incidentkit.store.search_statements import WordsMatch
+    from incidentkit.store.statements import PageKind
     from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
@@ -54,6 +55,10 @@ Incidents: TypeAlias = "list[Incident]"
 
 SCAN: Final = 500
 """Incidents whose messages are looked at one by one, before the index of words is asked."""
+
+MOST: Final = (100, MAX_LIMIT + 1)
+"""How many incidents a statement for a page says that there are at most: the plan for any limit
+below is the same then."""
 
 EVENTS: Final = 5_000
 """Events that a purge removes at a time, so that nobody waits for long."""
@@ -71,6 +76,8 @@ class Operations(ABC):
     _claim_key: Executable
     _delete_expired_keys: Executable
     _words_match: WordsMatch
+    _plans_once = False
+    """Whether a plan is kept for a statement, if its cost does not depend on the values."""
 
     @abstractmethod
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
@@ -219,9 +226,13 @@ class Operations(ABC):
             "limit": query.limit,
             "offset": query.offset,
         }
-        page = statements.SELECT_PAGE[
-            query.status is not None, query.source is not None, query.offset > statements.DEEP
-        ]
+        last = query.offset + query.limit
+        kind: PageKind = "any"
+        if last <= statements.NEAR:
+            kind = "near" if self._plans_once else "any"
+        elif last > statements.DEEP:
+            kind = "deep"
+        page = statements.SELECT_PAGE[query.status is not None, query.source is not None, kind]
         return read_page(await self._read(page, values))
 
     async def token(self) -> str | None:
@@ -236,6 +247,7 @@ class Operations(ABC):
             sources=len(query.source),
             oldest_first=query.order is IncidentOrder.OLDEST,
             words_match=None if query.text is None else self._words_match,
+            most=min(most for most in MOST if most > query.limit) if self._plans_once else None,
         )
         values: dict[str, Any] = {
             # Ids are above 0, so that these are the bounds of the times alone.

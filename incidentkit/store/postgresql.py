@@ -204,6 +204,7 @@ class PostgresOperations(Operations):
     _claim_key = writes.CLAIM_KEY
     _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
     _words_match = writes.WORDS_MATCH
+    _plans_once = True
 
     async def update_status(
         self,
@@ -350,7 +351,7 @@ class SharedOperations(PostgresOperations):
 
     async def list(self, query: ListQuery) -> Page:
         """Read one page and its token, with others that are asked for, unless it lies deep."""
-        if query.offset + query.limit > writes.FIRST:
+        if query.offset + query.limit > statements.DEEP:
             return await super().list(query)
         return await self._lists(query)
 

@@ -15,6 +15,7 @@ from typing import Final
 from sqlalchemy import TextClause, text
 
 from incidentkit.store.search_statements import WordsMatch
+from incidentkit.store.statements import DEEP
 from incidentkit.store.tables import postgresql_token
 
 _TRANSACTION: Final = "CAST(CAST(pg_current_xact_id() AS text) AS bigint)"
@@ -108,10 +109,6 @@ SELECT_INCIDENTS: Final = text(
     f'SELECT {_INCIDENT} FROM "Incident" WHERE incident_id = ANY({_numbers("incident_ids")})'
 )
 
-FIRST: Final = 2000
-"""Incidents from which pages are read together; what lies deeper takes longer, and is read alone.
-Being a constant it tells the planner that an index is worth while."""
-
 
 def _select_pages(*, by_status: bool, by_source: bool) -> str:
     rules = [
@@ -122,7 +119,7 @@ def _select_pages(*, by_status: bool, by_source: bool) -> str:
         "SELECT page.*, (SELECT token FROM current) AS token, wanted.n "
         f'FROM wanted LEFT JOIN LATERAL (SELECT * FROM (SELECT {_INCIDENT} FROM "Incident" '
         f"{'WHERE ' if rules else ''}{' AND '.join(rules)} "
-        f'ORDER BY "Incident".created_at DESC, "Incident".incident_id DESC LIMIT {FIRST}) AS first '
+        f'ORDER BY "Incident".created_at DESC, "Incident".incident_id DESC LIMIT {DEEP}) AS first '
         "OFFSET wanted.skip LIMIT wanted.size) AS page ON true "
         f"WHERE wanted.status IS {'NOT ' if by_status else ''}NULL "
         f"AND wanted.source IS {'NOT ' if by_source else ''}NULL"

@@ -51,12 +51,14 @@ class Shape:
         sources: How many sources are asked for; 0 means any.
         oldest_first: Whether the order is that.
         words_match: Set if words are asked for.
+        most: How many the statement says that there are at most; None means that it says nothing.
     """
 
     statuses: int
     sources: int
     oldest_first: bool
     words_match: WordsMatch | None
+    most: int | None = None
 
 
 def _time(name: str) -> ColumnElement[Any]:
@@ -108,7 +110,12 @@ def _in_order(statement: Any, columns: Any, shape: Shape, limit: str) -> Any:
     keys = (columns.created_at, columns.incident_id)
     if not shape.oldest_first:
         keys = tuple(key.desc() for key in keys)
-    return statement.order_by(*keys).limit(_id(limit))
+    statement = statement.order_by(*keys)
+    if shape.most is not None and limit == "limit":
+        # The constant tells the planner that the same plan will do for all pages.
+        most = statement.limit(literal_column(str(shape.most))).subquery("most")
+        return _in_order(select(*most.c), most.c, evolve(shape, most=None), limit)
+    return statement.limit(_id(limit))
 
 
 def _first(shape: Shape, limit: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from sqlalchemy import (
     BigInteger,
@@ -32,6 +32,7 @@ from sqlalchemy import String as _String
 from incidentkit.cursor import encode_cursor
 from incidentkit.errors import StoreError
 from incidentkit.models import (
+    MAX_LIMIT,
     EventKind,
     Incident,
     IncidentEvent,
@@ -215,24 +216,42 @@ DELETE_OLD_PLACES: Final = delete(purged_event_table).where(
 )
 
 
-def _select_page(*, by_status: bool, by_source: bool, deep: bool) -> Select[*tuple[Any, ...]]:
-    statement: Select[*tuple[Any, ...]] = select(*((_columns.incident_id,) if deep else INCIDENT))
+NEAR: Final = 200
+"""Incidents from which a page comes that is near."""
+
+DEEP: Final = 1000
+"""Incidents from which a page comes that is not deep."""
+
+PageKind: TypeAlias = Literal["any", "near", "deep"]
+"""How a page is read: in the one way that does for any, or in the best one for where it lies."""
+
+
+def _select_page(*, by_status: bool, by_source: bool, kind: PageKind) -> Select[*tuple[Any, ...]]:
+    statement: Select[*tuple[Any, ...]] = select(
+        *((_columns.incident_id,) if kind == "deep" else INCIDENT)
+    )
     if by_status:
         statement = statement.where(
             _columns.incident_type == text_parameter("status", _columns.incident_type)
         )
     if by_source:
         statement = statement.where(_columns.source == text_parameter("source", _columns.source))
+    statement = statement.order_by(_columns.created_at.desc(), _columns.incident_id.desc())
+    if kind == "near":
+        # The constant tells the planner that the same plan will do for all pages that are not deep.
+        first = statement.limit(literal_column(str(NEAR))).subquery("first")
+        statement = select(*first.c).order_by(first.c.created_at.desc(), first.c.incident_id.desc())
     page = (
-        statement.order_by(_columns.created_at.desc(), _columns.incident_id.desc())
-        .limit(bindparam("limit", type_=BigInteger()))
+        statement.limit(bindparam("limit", type_=BigInteger()))
         .offset(bindparam("offset", type_=BigInteger()))
         .subquery("page")
     )
-    if deep:
-        # What is passed over is read from the index alone.
-        ids = page.c.incident_id
-        page = select(*INCIDENT).join(page, _columns.incident_id == ids).subquery("deep_page")
+    if kind == "deep":
+        # What is passed over is read from the index alone. The constant tells the planner that few
+        # are looked up then.
+        ids = select(page.c.incident_id).limit(literal_column(str(MAX_LIMIT))).subquery("ids")
+        found = _columns.incident_id == ids.c.incident_id
+        page = select(*INCIDENT).join(ids, found).subquery("deep_page")
     token = select(current_token().label("token")).subquery("current")
     # One statement has one snapshot, whatever the level of isolation.
     return (
@@ -242,15 +261,13 @@ def _select_page(*, by_status: bool, by_source: bool, deep: bool) -> Select[*tup
     )
 
 
-DEEP: Final = 1000
-"""Incidents that come before a page that counts as deep."""
-
 SELECT_PAGE: Final = {
-    (by_status, by_source, deep): _select_page(by_status=by_status, by_source=by_source, deep=deep)
-    for by_status, by_source, deep in product((False, True), repeat=3)
+    (by_status, by_source, kind): _select_page(by_status=by_status, by_source=by_source, kind=kind)
+    for by_status, by_source in product((False, True), repeat=2)
+    for kind in get_args(PageKind)
 }
-"""The statement for a page and its token, by whether it filters by status and by source, and is
-deep. An empty page is one row, with the token alone."""
+"""The statement for a page and its token, by whether it filters by status and by source. An empty
+page is one row, with the token alone."""
 
 SELECT_TOKEN: Final = select(current_token().label("token"))
 
