@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 from incidentkit.actor import current_actor
+from incidentkit.defaults import DEFAULT_DATABASE_URL
 from incidentkit.errors import CacheUnavailable, ClientClosed, StoreUnavailable
 from incidentkit.joined import JoinedIncidents
 from incidentkit.models import (
@@ -105,7 +106,7 @@ class IncidentClient(IncidentOperations):
     @classmethod
     def open(  # noqa: PLR0913
         cls,
-        database: str | AsyncEngine | Pool[Record] | None = None,
+        database: str | AsyncEngine | Pool[Record] = DEFAULT_DATABASE_URL,
         redis_url: str | None = None,
         *,
         redis_required: bool = False,
@@ -119,7 +120,7 @@ class IncidentClient(IncidentOperations):
             database: ``postgresql://user:password@host:port/database``,
                 ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``; or SQLAlchemy's
                 ``AsyncEngine`` or asyncpg's pool that the application has opened, which the client
-                uses and never closes. None means the file ``incidentkit.db`` in the current folder.
+                uses and never closes.
             redis_url: ``redis://host:port/db``, ``redis+cluster://host:port,host:port`` or
                 ``redis+sentinel://host:port,host:port/service``, where lists are cached for all
                 processes. None means that each process caches its own.
@@ -136,10 +137,10 @@ class IncidentClient(IncidentOperations):
             MissingDependency: If Redis is wanted and its package is not installed.
         """
         from incidentkit.cache import cache_from_url  # noqa: PLC0415
-        from incidentkit.store.base import DEFAULT_DATABASE_URL, store_on  # noqa: PLC0415
+        from incidentkit.store.base import store_on  # noqa: PLC0415
 
         return cls(
-            store_on(DEFAULT_DATABASE_URL if database is None else database, options),
+            store_on(database, options),
             cache=None if redis_url is None else cache_from_url(redis_url),
             cache_required=redis_required,
             max_staleness=max_staleness,

@@ -14,9 +14,10 @@ from attrs import field, frozen
 from dotenv import dotenv_values
 
 from incidentkit.cache.base import TTL, check_redis_url
+from incidentkit.defaults import DEFAULT_DATABASE_URL
 from incidentkit.errors import InvalidSettings
 from incidentkit.models import IncidentStatus
-from incidentkit.store.base import DEFAULT_DATABASE_URL, StoreOptions, database_kind
+from incidentkit.store.base import StoreOptions, database_kind
 from incidentkit.transitions import Graph  # noqa: TC001
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
 from attrs import field, frozen
 
+from incidentkit.defaults import DEFAULT_DATABASE_URL
 from incidentkit.errors import InvalidSettings
 from incidentkit.wire import encode_incidents
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     )
     from incidentkit.search import SearchPage, SearchQuery
     from incidentkit.transitions import Transitions
-
-DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
-"""Where incidents are kept if nothing else is said: a file in the current folder."""
 
 Place: TypeAlias = tuple[int, int]
 """Where an event stands in the order of all: the number of a transaction, and the event's id."""
