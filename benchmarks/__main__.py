@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 
 
 def _http(*, quick: bool) -> Result:
-    rounds, seconds, soak = (2, 1.0, 60.0) if quick else (5, 3.0, 600.0)
-    return asyncio.run(over_http.run(rounds=rounds, seconds=seconds, soak=soak))
+    return asyncio.run(over_http.run(rounds=2 if quick else 5, seconds=1.0 if quick else 2.0))
+
+
+def _sqlite(*, quick: bool) -> Result:
+    rounds, seconds = (2, 1.0) if quick else (5, 2.0)
+    return asyncio.run(over_http.run_sqlite(rounds=rounds, seconds=seconds))
+
+
+def _soak(*, quick: bool) -> Result:
+    return asyncio.run(over_http.run_soak(seconds=60.0 if quick else 600.0, looks=60))
 
 
 def _in_process(*, quick: bool) -> Result:
@@ -42,6 +50,8 @@ def _growth(*, quick: bool) -> Result:
 
 SUBJECTS: Final[dict[str, Callable[..., Result]]] = {
     "http": _http,
+    "sqlite": _sqlite,
+    "soak": _soak,
     "in-process": _in_process,
     "growth": _growth,
     "imports": _imports,

@@ -37,14 +37,12 @@ MEMORY_WANTED: Final = 0.8
 FLAT: Final = 1.05
 
 
-async def run(*, rounds: int, seconds: float, soak: float, looks: int = 60) -> Result:
-    """Measure all of it.
+async def run(*, rounds: int, seconds: float) -> Result:
+    """Measure every scenario beside the rivals, and the most memory that each needed.
 
     Args:
         rounds: Rounds of each scenario and each side.
         seconds: Seconds of a round.
-        soak: Seconds for which the memory is watched.
-        looks: How often it is looked at, at least 10 times.
     """
     result = Result([], rounds=f"{rounds} rounds of {seconds:g} seconds")
     with ExitStack() as stack:
@@ -65,8 +63,25 @@ async def run(*, rounds: int, seconds: float, soak: float, looks: int = 60) -> R
         }
         await _scenarios(result, sides, rounds, seconds)
         _memory(result, sides)
-        await _soak(result, sides["incidentkit"], soak, looks)
-    await _on_sqlite(result, rounds, seconds)
+    return result
+
+
+async def run_soak(*, seconds: float, looks: int) -> Result:
+    """Watch the memory of a worker under a load of every kind.
+
+    Args:
+        seconds: For how long.
+        looks: How often it is looked at, at least 10 times.
+    """
+    result = Result([], rounds=f"one run of {seconds:g} seconds, looked at {looks} times")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        postgres = stack.enter_context(PostgresServer(durable=True))
+        redis = stack.enter_context(RedisServer("--appendonly", "no"))
+        database = await create_database(postgres.url, "a")
+        await make(database, [], INCIDENTS)
+        side = stack.enter_context(services.ours(database, redis.url, folder / "ours.log"))
+        await _soak(result, side, seconds, looks)
     return result
 
 
@@ -134,9 +149,18 @@ async def _soak(result: Result, side: Service, seconds: float, looks: int) -> No
     what = f"memory at the end of {seconds / 60:g} minutes"
     result.rows.append(at_most(what, "that near the beginning", FLAT, grown))
     result.series["memory under load, MiB"] = {"incidentkit": points}
+    table = [[f"{second:.0f}", f"{memory:.0f}"] for second, memory in points[:: looks // 10]]
+    result.details["Memory under load"] = [["seconds", "MiB"], *table]
 
 
-async def _on_sqlite(result: Result, rounds: int, seconds: float) -> None:
+async def run_sqlite(*, rounds: int, seconds: float) -> Result:
+    """Measure on SQLite, with no servers.
+
+    Args:
+        rounds: Rounds of each scenario and each side.
+        seconds: Seconds of a round.
+    """
+    result = Result([], rounds=f"{rounds} rounds of {seconds:g} seconds")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         ours, plain = folder / "ours.db", folder / "plain.db"
@@ -163,3 +187,4 @@ async def _on_sqlite(result: Result, rounds: int, seconds: float) -> None:
             )
             table += [[what, name, *_cells(each)] for name, each in measured.items()]
         result.details["SQLite, 32 connections"] = table
+    return result

@@ -108,7 +108,14 @@ class Incident(BaseModel):
         return value.strftime("%Y-%m-%d %H:%M:%S")
 
 
-engine = create_async_engine(os.environ["PLAIN_DATABASE"], pool_size=20, max_overflow=0)
+DATABASE = os.environ["PLAIN_DATABASE"]
+
+engine = create_async_engine(
+    DATABASE,
+    pool_size=20,
+    max_overflow=0,
+    connect_args={"timeout": 30} if DATABASE.startswith("sqlite") else {},
+)
 new_session = async_sessionmaker(engine, expire_on_commit=False)
 redis: Redis | None = (
     Redis.from_url(os.environ["PLAIN_REDIS"], decode_responses=True)

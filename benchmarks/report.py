@@ -36,7 +36,8 @@ median of the ratios round by round; a round in which a call failed makes the ru
 Both have the origin's table, with the indexes that incidentkit's has on those columns. incidentkit
 runs as `incidentkit serve` with all its features, its request log at its default. Each service is
 one process; all have uvloop, httptools and a pool of 20 connections. {load} keeps 32 connections
-busy, from a process of its own. PostgreSQL syncs to the disk, as it does by default.
+busy, from a process of its own. PostgreSQL syncs to the disk, as it does by default, but for
+`growth`, where the tables are compared with each other.
 """
 
 

@@ -82,7 +82,7 @@ async def _run_load(
     wrk = shutil.which("wrk")
     command = (
         [
-            *(wrk, "-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s"),
+            *(wrk, "-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s", "--timeout", "30s"),
             *("-s", str(ROOT / "benchmarks" / "load.lua"), url, "--", *arguments),
         ]
         if wrk and seconds >= 1

@@ -103,7 +103,9 @@ def test_the_service_and_its_rivals_are_measured(monkeypatch: pytest.MonkeyPatch
     """Every scenario runs on every side without an error, in short."""
     monkeypatch.setattr(over_http, "INCIDENTS", 300)
     monkeypatch.setattr(over_http, "ON_SQLITE", 100)
-    check(asyncio.run(over_http.run(rounds=1, seconds=0.05, soak=0.5, looks=10)))
+    check(asyncio.run(over_http.run(rounds=1, seconds=0.05)))
+    check(asyncio.run(over_http.run_sqlite(rounds=1, seconds=0.05)))
+    check(asyncio.run(over_http.run_soak(seconds=0.5, looks=10)))
 
 
 def test_the_sdk_is_measured_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
