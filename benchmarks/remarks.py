@@ -19,7 +19,8 @@ REMARKS: Final[dict[str, str]] = {
     "update-status, with history and token / `floor`": (
         "In a statement of 32 PostgreSQL takes about 50 microseconds for each change: a new "
         "version of the row in each of its indexes, an event in three of its own, and the token. "
-        "The floor changes the row and nothing else. One, two and four such statements at a time were tried."
+        "The floor changes the row and nothing else. One, two and four such statements at a time "
+        "were tried."
     ),
     "SDK in process, get, concurrency 1 / SQLAlchemy ORM": (
         "asyncpg itself, on a pool that resets nothing, is here 4.5 times as fast as the ORM. "
