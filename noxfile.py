@@ -74,7 +74,7 @@ def types(session: nox.Session) -> None:
 )
 def tests(session: nox.Session) -> None:
     """Run the tests; unless only some are selected, they have to cover the package."""
-    session.install("--editable", ".[all]", *groups("tests"))
+    session.install("--editable", ".[all]", *groups("bench"))
     bar = ["--cov-fail-under=0"] if selects(session.posargs) else []
     session.run("pytest", "-n", "2", "--cov", *bar, *session.posargs)
 
