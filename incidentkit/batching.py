@@ -95,6 +95,9 @@ class Batcher(Generic[_I, _T]):
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        if task.cancelled():
+            # It may never have begun, as when somebody cancels every task of the loop.
+            self._starting = False
         if self._waiting:
             if not self._starting:
                 self._go_on()

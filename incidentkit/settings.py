@@ -193,7 +193,10 @@ class Environment:
         "DB_POOL_SIZE", 5, _integer(1, 10_000), "database connections that may be kept"
     )
     max_overflow: int = _variable(
-        "DB_MAX_OVERFLOW", 10, _integer(0, 10_000), "further connections under load"
+        "DB_MAX_OVERFLOW",
+        10,
+        _integer(0, 10_000),
+        "further connections under load; of no effect on SQLite",
     )
     echo: bool = _variable("DB_ECHO", "false", _flag, "log each SQL statement, without its values")
 

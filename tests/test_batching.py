@@ -221,6 +221,17 @@ async def test_an_item_goes_with_its_call_until_its_batch_starts() -> None:
     assert sums.batches == [[1, 2], [4]]
 
 
+async def test_a_batch_that_never_began_keeps_nobody_waiting() -> None:
+    """If the task of a batch is cancelled before its first step, the next one has its calls."""
+    sums = Sums()
+    double: Batcher[int, int] = Batcher(sums)
+    first = double(1)
+    for task in double._running:
+        task.cancel()
+    await turns()
+    assert [await first, await double(2)] == [2, 4]
+
+
 async def test_a_call_without_neighbours_starts_at_once() -> None:
     """Where nothing runs a batch starts in the next turn of the loop, without any timer."""
     sums = Sums()

@@ -62,6 +62,16 @@ async def test_what_was_written_comes_before_the_end() -> None:
     assert transport.is_closing()
 
 
+async def test_nothing_is_written_to_who_has_gone() -> None:
+    """What waits when the connection ends is dropped; uvloop raises for a write after that."""
+    wire = Wire()
+    transport = joining(wire)
+    transport.write(b"too late")
+    wire.close()
+    await asyncio.sleep(0)
+    assert wire.done == ["closed"]
+
+
 async def test_no_more_waits_than_the_buffer_holds() -> None:
     """More than uvicorn lets a slow reader have is written at once, so that uvicorn notices."""
     wire = Wire()

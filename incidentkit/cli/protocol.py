@@ -52,7 +52,9 @@ class JoiningTransport:
             data = b"".join(self._waiting)
             self._waiting.clear()
             self._size = 0
-            self._transport.write(data)
+            # The client may have gone since.
+            if not self._transport.is_closing():
+                self._transport.write(data)
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[valid-type,misc]

@@ -73,21 +73,27 @@ class LineHandler(logging.StreamHandler[TextIO]):
             self._lines.append(self.format(record) + self.terminator)
         except Exception:  # noqa: BLE001
             self.handleError(record)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            # As when the service starts, and ends, and in other threads.
+            self.flush()
+            return
         if record.levelno >= logging.WARNING or len(self._lines) >= MAX_LINES:
             self.flush()
         elif len(self._lines) == 1:
-            try:
-                asyncio.get_running_loop().call_soon(self.flush)
-            except RuntimeError:
-                # As when the service starts, and ends.
-                self.flush()
+            loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Write what waits."""
-        lines, self._lines = self._lines, []
-        if lines:
-            self.stream.write("".join(lines))
-        super().flush()
+        self.acquire()
+        try:
+            lines, self._lines = self._lines, []
+            if lines:
+                self.stream.write("".join(lines))
+            super().flush()
+        finally:
+            self.release()
 
 
 class LineFormatter(logging.Formatter):

@@ -146,8 +146,9 @@ class StoreOptions:
     """How a store uses its database.
 
     Attributes:
-        pool_size: Connections that may be kept, at least 1.
-        max_overflow: Connections that may be opened on top of them under load, at least 0.
+        pool_size: Connections that may be kept, at least 1; on SQLite those that read.
+        max_overflow: Connections that may be opened on top of them under load, at least 0; of no
+            effect on SQLite.
         connect_timeout: Seconds to wait for a new connection.
         pool_timeout: Seconds to wait for a free connection.
         statement_timeout: Seconds that a statement may take; on SQLite how long it waits for

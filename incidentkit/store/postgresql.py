@@ -62,6 +62,11 @@ WRITES: Final = 2
 BATCH: Final = 100
 """Calls that share a statement, at most."""
 
+SMALL: Final = 100
+PAGES: Final = 32
+"""Incidents of a page that others share a statement with, and such pages of a statement, at most:
+the rows of one are taken in without a pause."""
+
 ROWS: Final = 2000
 """Incidents that one statement stores, at most."""
 
@@ -341,7 +346,7 @@ class SharedOperations(PostgresOperations):
     def _start_sharing(self) -> None:
         """Begin anew, as on another event loop."""
         self._gets = Batcher(self._get_all, running=READS, size=BATCH)
-        self._lists = Batcher(self._list_all, running=READS, size=BATCH)
+        self._lists = Batcher(self._list_all, running=READS, size=PAGES)
         self._creates = Batcher(self._create_all, running=WRITES, size=BATCH)
         self._updates = Batcher(self._update_all, running=WRITES, size=BATCH)
 
@@ -350,8 +355,8 @@ class SharedOperations(PostgresOperations):
         return await self._gets(incident_id)
 
     async def list(self, query: ListQuery) -> Page:
-        """Read one page and its token, with others that are asked for, unless it lies deep."""
-        if query.offset + query.limit > statements.DEEP:
+        """Read one page and its token, with others unless it is large or lies deep."""
+        if query.limit > SMALL or query.offset + query.limit > statements.DEEP:
             return await super().list(query)
         return await self._lists(query)
 

@@ -348,11 +348,11 @@ class SqliteStore(SqliteOperations):
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append the records in one transaction."""
-        rows = [asdict(record) for record in records]
+        # SQLAlchemy takes several values for a statement that returns no rows.
+        rows: Any = [asdict(record) for record in records]
 
         async def append(fetch: Fetch) -> None:
-            for row in rows:
-                await fetch(statements.INSERT_REQUEST_LOG, row)
+            await fetch(statements.INSERT_REQUEST_LOG, rows)
 
         await self._write(append)
 
