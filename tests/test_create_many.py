@@ -92,8 +92,11 @@ async def test_keys_count_as_they_would_one_by_one(
     ]
 
 
-async def test_all_or_none(incidents: IncidentClient, url: str) -> None:
+async def test_all_or_none(
+    incidents: IncidentClient, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If the database refuses one of them none is there, nor any event."""
+    monkeypatch.setattr(postgresql, "ROWS", 7)
     if url.startswith("sqlite"):
         await run_sql(
             url,

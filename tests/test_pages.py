@@ -243,6 +243,19 @@ async def test_a_write_removes_the_pages(pages: PageCache, shared: FaultyCache) 
     assert await shared.get(OTHER.cache_key) is None
 
 
+async def test_a_page_from_before_a_write_is_not_kept(
+    pages: PageCache, shared: FaultyCache
+) -> None:
+    """What was read before a change by this process is not put into the shared cache after it."""
+    await pages.list(QUERY)
+    pages.forget()
+    await pages.finish()
+    assert "set" not in shared.calls
+    await pages.list(QUERY)
+    await pages.finish()
+    assert "set" in shared.calls
+
+
 async def test_concurrent_writes_share_a_clear(pages: PageCache, shared: FaultyCache) -> None:
     """Writes that end at the same time clear once."""
     for _ in range(50):

@@ -15,6 +15,7 @@ from incidentkit import (
     StoreError,
     StoreUnavailable,
     VersionConflict,
+    acting_as,
 )
 from incidentkit.store import StoreOptions
 
@@ -108,6 +109,25 @@ async def test_a_write_that_fails_leaves_its_neighbours(
     assert (await incidents.get(1)).version == 1
     assert len(await incidents.history(1)) == 1
     assert len(await incidents.history(3)) == 2
+
+
+async def test_half_a_write_is_taken_back(incidents: IncidentClient, path: str) -> None:
+    """A write whose event is refused leaves no incident, beside writes that are whole."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON incident_event "
+            "WHEN new.actor = 'nobody' BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+
+    async def create_as(actor: str) -> Incident:
+        with acting_as(actor):
+            return await incidents.create("Disk is full", source="partner")
+
+    outcomes = await asyncio.gather(
+        *map(create_as, ("one", "nobody", "two")), return_exceptions=True
+    )
+    assert [isinstance(outcome, StoreError) for outcome in outcomes] == [False, True, False]
+    assert len(await incidents.list()) == 2
 
 
 async def test_a_transaction_that_is_taken_back_fails_for_all(
