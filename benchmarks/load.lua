@@ -1,6 +1,10 @@
 -- What wrk sends: `wrk -s load.lua URL -- SCENARIO INCIDENTS SEED`, and its report as one line of JSON.
 
 local scenario, incidents, seed, sent = nil, 1, 1, 0
+local thread
+
+-- Changes that were sent, global because only that can be read from outside.
+changes = 0
 
 local statuses = {"new", "completed", "failed"}
 local sources = {"operator", "monitoring", "partner"}
@@ -18,7 +22,8 @@ end
 -- `failed` if it was completed from the start, as every third was. The seed says how many changes
 -- there have been.
 local function update()
-  local turn = sent + seed
+  local turn = seed + changes
+  changes = changes + 1
   local id = turn % incidents + 1
   local round = math.floor(turn / incidents) + (id % 3 == 1 and 1 or 0)
   return wrk.format("PATCH", "/incident/update-status?incident_id=" .. id .. "&status=" .. statuses[2 + round % 2])
@@ -72,6 +77,10 @@ local scenarios = {
   update = update, mixed = mixed, deep = deep,
 }
 
+function setup(one)
+  thread = one
+end
+
 function init(arguments)
   scenario = scenarios[arguments[1]]
   incidents = tonumber(arguments[2])
@@ -87,8 +96,8 @@ end
 function done(summary, latency)
   local errors = summary.errors
   io.write(string.format(
-    '{"requests":%d,"seconds":%f,"errors":%d,"p50":%f,"p95":%f,"p99":%f,"max":%f}\n',
-    summary.requests, summary.duration / 1e6,
+    '{"requests":%d,"changes":%d,"seconds":%f,"errors":%d,"p50":%f,"p95":%f,"p99":%f,"max":%f}\n',
+    summary.requests, thread:get("changes"), summary.duration / 1e6,
     errors.connect + errors.read + errors.write + errors.status + errors.timeout,
     latency:percentile(50) / 1e3, latency:percentile(95) / 1e3, latency:percentile(99) / 1e3,
     latency.max / 1e3))

@@ -36,6 +36,7 @@ class Load:
         self._incidents = incidents
         self._seed = seed
         self._sent = 0
+        self.changes = 0
         self._random = random.Random(seed)  # noqa: S311
         self._request: Callable[[], bytes] = getattr(self, f"_{scenario}")
 
@@ -80,7 +81,8 @@ class Load:
         return head.encode() + body
 
     def _update(self) -> bytes:
-        turn = self._sent + self._seed
+        turn = self._seed + self.changes
+        self.changes += 1
         incident_id = turn % self._incidents + 1
         status = STATUSES[1 + (turn // self._incidents + (incident_id % 3 == 1)) % 2]
         path = f"/incident/update-status?incident_id={incident_id}&status={status}"
@@ -121,6 +123,7 @@ async def run(url: str, connections: int, seconds: float, load: Load) -> dict[st
     await asyncio.gather(*(connection() for _ in range(connections)))
     return {
         "requests": len(times),
+        "changes": load.changes,
         "seconds": time.perf_counter() - started,
         "errors": errors,
         **{f"p{percent}": value for percent, value in percentiles(times).items()},

@@ -89,7 +89,7 @@ class Batcher(Generic[_I, _T]):
             self._patience.cancel()
             self._patience = None
         self._starting = True
-        task = asyncio.ensure_future(self._work())
+        task = asyncio.get_running_loop().create_task(self._work())
         self._running.add(task)
         task.add_done_callback(self._end)
 
@@ -112,10 +112,21 @@ class Batcher(Generic[_I, _T]):
         if self._waiting:
             self._go_on()
         batch = [(item, answer) for item, answer in waiting if not answer.done()]
+        if not batch:
+            return
+        task = asyncio.current_task()
         if self._abandon:
-            _cancel_with([answer for _, answer in batch], asyncio.current_task())
-        if batch:
-            await _settle(batch, self._run)
+            _cancel_with([answer for _, answer in batch], task)
+        results = await _run(batch, self._run)
+        # Before the answers, so that those who call again at once need not wait for its end.
+        self._running.discard(task)
+        for (_, answer), result in zip(batch, results, strict=True):
+            if answer.done():
+                continue
+            if isinstance(result, Exception):
+                answer.set_exception(result)
+            else:
+                answer.set_result(result)
 
 
 def _cancel_with(answers: list[asyncio.Future[_T]], batch: asyncio.Task[None] | None) -> None:
@@ -129,26 +140,19 @@ def _cancel_with(answers: list[asyncio.Future[_T]], batch: asyncio.Task[None] | 
         answer.add_done_callback(look)
 
 
-async def _settle(
+async def _run(
     batch: list[tuple[_I, asyncio.Future[_T]]],
     run: Callable[[list[_I]], Awaitable[Sequence[_T | Exception]]],
-) -> None:
-    """Run a batch, and give each call what is its own."""
+) -> Sequence[_T | Exception]:
+    """Run a batch, and return what each of its calls is to have."""
     try:
-        results = await run([item for item, _ in batch])
+        return await run([item for item, _ in batch])
     except Exception as error:  # noqa: BLE001
-        results = [error] * len(batch)
+        return [error] * len(batch)
     except BaseException:
         for _, answer in batch:
             answer.cancel()
         raise
-    for (_, answer), result in zip(batch, results, strict=True):
-        if answer.done():
-            continue
-        if isinstance(result, Exception):
-            answer.set_exception(result)
-        else:
-            answer.set_result(result)
 
 
 class Coalescer(Generic[_K, _T]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
@@ -40,8 +40,9 @@ from incidentkit.store.tables import SCHEMA_REVISION, check_revision
 from incidentkit.transitions import ANY_TRANSITION
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from datetime import datetime
+    from types import TracebackType
 
     from asyncpg.pool import PoolConnectionProxy
     from sqlalchemy import Dialect, Executable
@@ -52,12 +53,6 @@ if TYPE_CHECKING:
     from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
-
-READS: Final = 1
-"""Statements that read for several calls, at a time."""
-
-WRITES: Final = 2
-"""Statements of a kind that write for several calls, at a time."""
 
 BATCH: Final = 100
 """Calls that share a statement, at most."""
@@ -345,10 +340,10 @@ class SharedOperations(PostgresOperations):
 
     def _start_sharing(self) -> None:
         """Begin anew, as on another event loop."""
-        self._gets = Batcher(self._get_all, running=READS, size=BATCH)
-        self._lists = Batcher(self._list_all, running=READS, size=PAGES)
-        self._creates = Batcher(self._create_all, running=WRITES, size=BATCH)
-        self._updates = Batcher(self._update_all, running=WRITES, size=BATCH)
+        self._gets = Batcher(self._get_all, size=BATCH)
+        self._lists = Batcher(self._list_all, size=PAGES)
+        self._creates = Batcher(self._create_all, size=BATCH)
+        self._updates = Batcher(self._update_all, size=BATCH)
 
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident, with others that are asked for."""
@@ -565,45 +560,16 @@ class PostgresStore(SharedOperations):
         async with self._connection() as connection:
             await connection.executemany(compiled.text, rows)
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[PoolConnectionProxy[asyncpg.Record]]:
-        """Lend a connection, and translate what is raised meanwhile."""
-        leases = self._leases
-        if leases is None:
-            raise ClientClosed
-        try:
-            connection = await leases.take()
-        except asyncpg.UndefinedObjectError as error:
-            raise StoreError("it does not know a parameter of the URL") from error
-        except Exception as error:
-            raise translate_error(error) from error
-        try:
-            yield connection
-        except BaseException as error:
-            if isinstance(error, _LOST):
-                # It may have read the server's farewell and not yet the end of the connection.
-                with suppress(asyncpg.InterfaceError):  # Or it is closed, and given back.
-                    connection.terminate()
-            # Giving back waits for the server to cancel the statement, for which the caller,
-            # cancelled or out of time, should not wait.
-            leases.discard(connection)
-            if isinstance(error, Exception) and not isinstance(error, IncidentKitError):
-                raise translate_error(error) from error
-            raise
-        await leases.put(connection)
-
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads, once more if its connection turns out to be dead."""
-
-        async def work(fetch: Fetch) -> Rows:
-            return await fetch(statement, values)
-
         try:
-            return await self._write(work)
+            async with self._connection() as connection:
+                return await fetch_rows(connection, statement, values)
         except StoreUnavailable as error:
             if not isinstance(error.__cause__, _LOST):
                 raise
-        return await self._write(work)
+        async with self._connection() as connection:
+            return await fetch_rows(connection, statement, values)
 
     async def _write(self, work: Callable[[Fetch], Awaitable[_T]], *, atomic: bool = False) -> _T:
         """Run work once: a write must not be sent again, a lost answer may hide a commit."""
@@ -613,6 +579,51 @@ class PostgresStore(SharedOperations):
                 return await work(fetch)
             async with connection.transaction(isolation="read_committed"):
                 return await work(fetch)
+
+    def _connection(self) -> _Lent:
+        if self._leases is None:
+            raise ClientClosed
+        return _Lent(self._leases)
+
+
+class _Lent:
+    """A connection for a while, in which what asyncpg raises is translated."""
+
+    __slots__ = ("_connection", "_leases")
+
+    _connection: PoolConnectionProxy[asyncpg.Record]
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    async def __aenter__(self) -> PoolConnectionProxy[asyncpg.Record]:
+        try:
+            self._connection = await self._leases.take()
+        except asyncpg.UndefinedObjectError as error:
+            raise StoreError("it does not know a parameter of the URL") from error
+        except Exception as error:
+            raise translate_error(error) from error
+        return self._connection
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        connection = self._connection
+        if error is None:
+            await self._leases.put(connection)
+            return
+        if isinstance(error, _LOST):
+            # It may have read the server's farewell and not yet the end of the connection.
+            with suppress(asyncpg.InterfaceError):  # Or it is closed, and given back.
+                connection.terminate()
+        # Giving back waits for the server to cancel the statement, for which the caller,
+        # cancelled or out of time, should not wait.
+        self._leases.discard(connection)
+        if isinstance(error, Exception) and not isinstance(error, IncidentKitError):
+            raise translate_error(error) from error
 
 
 async def _log_statements(connection: asyncpg.Connection[asyncpg.Record]) -> None:
