@@ -130,7 +130,7 @@ def encode_incidents(incidents: Iterable[Incident]) -> bytes:
 def encode_rows(rows: Iterable[Iterable[Any]]) -> bytes:
     """Return incidents, given as the values of their fields, as a JSON array.
 
-    A status and a source are given as text, a time in UTC.
+    A status and a source are given as text, a time in UTC; no ``last_seen_at`` is ``created_at``.
 
     Raises:
         KeyError: For a status or a source that is none.
@@ -150,7 +150,7 @@ def _incident_to_json(incident: Incident) -> str:
         incident.version,
         incident.dedup_key,
         incident.occurrences,
-        incident.last_seen_at,
+        None if incident.last_seen_at == incident.created_at else incident.last_seen_at,
         incident.ended_at,
     )
 
@@ -164,12 +164,12 @@ def _to_json(  # noqa: PLR0913, PLR0917
     version: int,
     dedup_key: str | None,
     occurrences: int,
-    last_seen_at: datetime,
+    last_seen_at: datetime | None,
     ended_at: datetime | None,
 ) -> str:
     """Do what the converter and :func:`dump_json` do, in a fraction of the time."""
     created = _text_of(created_at)[:19]
-    last_seen = created if last_seen_at == created_at else _text_of(last_seen_at)[:19]
+    last_seen = created if last_seen_at is None else _text_of(last_seen_at)[:19]
     key = "null" if dedup_key is None else _quote(dedup_key)
     ended = "null" if ended_at is None else f'"{_text_of(ended_at)[:19]}"'
     return (

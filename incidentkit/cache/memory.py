@@ -32,7 +32,8 @@ class Memory(Generic[_T]):
         self._size = size
         self._max_bytes = max_bytes
         self._clock = clock
-        self._values: OrderedDict[str, tuple[_T, float]] = OrderedDict()
+        # With the time until which it is kept, and what it costs.
+        self._values: OrderedDict[str, tuple[_T, float, int]] = OrderedDict()
         self._bytes = 0
 
     def get(self, key: str) -> _T | None:
@@ -49,10 +50,10 @@ class Memory(Generic[_T]):
     def set(self, key: str, value: _T, ttl: float) -> None:
         """Keep the value for so many seconds, and make room for it."""
         self._remove(key)
-        cost = self._cost(key, value)
+        cost = ENTRY_BYTES + len(key) + self._size(value)
         if cost > self._max_bytes:
             return
-        self._values[key] = (value, self._clock() + ttl)
+        self._values[key] = (value, self._clock() + ttl, cost)
         self._bytes += cost
         while self._bytes > self._max_bytes:
             self._remove(next(iter(self._values)))
@@ -69,11 +70,7 @@ class Memory(Generic[_T]):
 
     def _remove(self, key: str) -> None:
         if key in self._values:
-            value, _ = self._values.pop(key)
-            self._bytes -= self._cost(key, value)
-
-    def _cost(self, key: str, value: _T) -> int:
-        return ENTRY_BYTES + len(key) + self._size(value)
+            self._bytes -= self._values.pop(key)[2]
 
 
 class MemoryCache:

@@ -38,8 +38,8 @@ KEPT: Final = 10
 """Pages that are put into the shared cache at a time; of more than these the others are left out.
 A page that is asked for often has its turn, and pages that are not would only displace it."""
 
-INCIDENT_BYTES: Final = 600
-"""What an incident takes in memory, about."""
+BESIDE_JSON: Final = 3
+"""How many times as much as its JSON the incidents of a page take in memory, at most about."""
 
 logger = logging.getLogger("incidentkit.cache")
 
@@ -88,7 +88,7 @@ def _head(key: str, token: str | None) -> bytes:
 
 
 def _size(page: Page) -> int:
-    return len(page.json) + INCIDENT_BYTES * page.json.count(b'"incident_id"')
+    return len(page.json) * (1 + BESIDE_JSON)
 
 
 class PageCache:

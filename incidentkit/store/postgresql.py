@@ -398,8 +398,7 @@ class SharedOperations(PostgresOperations):
             "offsets": [str(query.offset) for query in queries],
         }
         rows = await self._read(writes.SELECT_PAGES, values)
-        pages = groupby(rows, itemgetter(-1))
-        return [read_page([row[:-1] for row in page]) for _, page in pages]
+        return [read_page(list(page)) for _, page in groupby(rows, itemgetter(-1))]
 
     async def _create_all(
         self, given: Sequence[tuple[NewIncident, str | None]]

@@ -32,7 +32,7 @@ def _numbers(name: str) -> str:
 _INCIDENT: Final = (
     "incident_id, incident_message, CAST(incident_type AS text) AS incident_type, "
     "CAST(source AS text) AS source, created_at, version, dedup_key, occurrences, "
-    "coalesce(last_seen_at, created_at) AS last_seen_at, ended_at"
+    "last_seen_at, ended_at"
 )
 _EVENT: Final = (
     "transaction_id, event_id, nonce, incident_id, kind, from_status, to_status, actor, note, at"

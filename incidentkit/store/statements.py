@@ -75,9 +75,7 @@ INCIDENT: Final = (
     _columns.version,
     _columns.dedup_key,
     _columns.occurrences,
-    func.coalesce(_columns.last_seen_at, _columns.created_at, type_=UtcDateTime()).label(
-        "last_seen_at"
-    ),
+    _columns.last_seen_at,
     _columns.ended_at,
 )
 
@@ -109,8 +107,20 @@ def read_incident(row: Iterable[Any]) -> Incident:
         StoreError: If no incident can be like that: the schema is not the one that we work on.
     """
     try:
-        incident_id, message, incident_type, source, *others = row
-        return Incident(incident_id, message, _STATUSES[incident_type], _SOURCES[source], *others)
+        incident_id, message, status, source, created_at, *counts, last_seen_at, ended_at = row
+        version, dedup_key, occurrences = counts
+        return Incident(
+            incident_id,
+            message,
+            _STATUSES[status],
+            _SOURCES[source],
+            created_at,
+            version,
+            dedup_key,
+            occurrences,
+            created_at if last_seen_at is None else last_seen_at,
+            ended_at,
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError("a row holds what no incident can have") from error
 
@@ -136,24 +146,28 @@ def read_event(row: Iterable[Any]) -> IncidentEvent:
 
 
 def read_page(rows: Sequence[Any]) -> Page:
-    """Return the page that the rows of a statement for one are; its last column is the token.
+    """Return the page that the rows of a statement for one are.
+
+    The token stands behind the incident in each row; that of an empty page has nothing else.
 
     Raises:
         StoreError: When it is asked for its incidents, if one of them cannot be like that.
     """
-    values = [row[:-1] for row in rows if row[0] is not None]
-    return Page(partial(_read_incidents, values), rows[0][-1], partial(_encode_rows, values))
+    width = len(INCIDENT)
+    return Page(partial(_read_incidents, rows), rows[0][width], partial(_encode_rows, rows))
 
 
 def _encode_rows(rows: Sequence[Any]) -> bytes:
+    width = len(INCIDENT)
     try:
-        return encode_rows(rows)
+        return encode_rows(row[:width] for row in rows if row[0] is not None)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError("a row holds what no incident can have") from error
 
 
 def _read_incidents(rows: Sequence[Any]) -> list[Incident]:
-    return [read_incident(row) for row in rows]
+    width = len(INCIDENT)
+    return [read_incident(row[:width]) for row in rows if row[0] is not None]
 
 
 SELECT_INCIDENT: Final = select(*INCIDENT).where(
