@@ -34,6 +34,10 @@ HITS: Final = (1, 10, 100, 1000)
 READERS: Final = (1, 10, 100)
 PROCESSES: Final = (1, 2, 4, 8, 16)
 FOREIGN_KEYS: Final = 1_000_000
+FAR_DOWN: Final = {
+    "deep": "`page=50000` and on, not cached",
+    "deep_changed": "`page=50000` and on, with a change of status before each",
+}
 
 
 async def run(*, sizes: list[int], rounds: int, seconds: float, quick: bool) -> Result:
@@ -58,7 +62,7 @@ async def run(*, sizes: list[int], rounds: int, seconds: float, quick: bool) -> 
         await _readers(result, databases[0], rounds)
         await _foreign_keys(result, databases[0], redis, rounds, quick=quick)
         await _processes(result, databases[1], redis.url, seconds)
-        await _far_down(result, databases[-1], rival, redis.url, seconds)
+        await _far_down(result, databases[-1], rival, redis.url, sizes[-1], seconds)
     return result
 
 
@@ -239,8 +243,10 @@ async def _work(database: str, redis: str, seconds: float) -> float:
         return calls / seconds
 
 
-async def _far_down(result: Result, database: str, rival: str, redis: str, seconds: float) -> None:
-    """Ask for pages from the 50,000th on, as the origin's clients can."""
+async def _far_down(  # noqa: PLR0913, PLR0917
+    result: Result, database: str, rival: str, redis: str, size: int, seconds: float
+) -> None:
+    """Ask for pages from the 50,000th on, as the origin's clients can, each of them once."""
     server = redis.rpartition("/")[0]
     with TemporaryDirectory() as folder, ExitStack() as stack:
         sides = {
@@ -252,12 +258,15 @@ async def _far_down(result: Result, database: str, rival: str, redis: str, secon
             ),
         }
 
-        async def one(number: int, name: str) -> Round:
-            return await sides[name].load("deep", 1, seconds, number * 5000)
+        for scenario, what in FAR_DOWN.items():
 
-        measured = await interleave({name: partial(one, name=name) for name in sides}, 3)
-    compared = ratio(measured["incidentkit"], measured["plain"])
-    result.rows.append(at_least("`page=50000` and on, not cached", "`plain`", DEEP, compared))
+            async def one(number: int, name: str, scenario: str = scenario) -> Round:
+                place = number * (size // 10 - 50_000) // 4
+                return await sides[name].load(scenario, size, min(seconds, 2.0), place)
+
+            measured = await interleave({name: partial(one, name=name) for name in sides}, 3)
+            compared = ratio(measured["incidentkit"], measured["plain"])
+            result.rows.append(at_least(what, "`plain`", DEEP, compared))
 
 
 def start(

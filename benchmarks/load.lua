@@ -72,9 +72,17 @@ local function deep()
   return wrk.format("GET", "/incident/get?page=" .. (50000 + seed + sent) .. "&limit=10")
 end
 
+local function deep_changed()
+  if sent % 2 == 1 then
+    return update()
+  end
+  return deep()
+end
+
 local scenarios = {
   fixed = fixed, list_cached = list, list_uncached = list_uncached, get = get, create = create,
   update = update, mixed = mixed, deep = deep,
+  deep_changed = deep_changed,
 }
 
 function setup(one)

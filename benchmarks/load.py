@@ -94,6 +94,9 @@ class Load:
     def _deep(self) -> bytes:
         return _get(f"/incident/get?page={50_000 + self._seed + self._sent}&limit=10")
 
+    def _deep_changed(self) -> bytes:
+        return self._update() if self._sent % 2 else self._deep()
+
 
 def _get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()

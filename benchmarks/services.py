@@ -57,7 +57,7 @@ class Service:
 
     async def load(self, scenario: str, incidents: int, seconds: float, seed: int) -> Round:
         """Send requests from another process, as fast as they are answered."""
-        changing = scenario in ("update", "mixed", "list_uncached")
+        changing = scenario in ("update", "mixed", "list_uncached", "deep_changed")
         if changing:
             seed = self.changes
         before = self.cpu()

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from incidentkit.search import SearchQuery
     from incidentkit.store.base import Idempotency, Page, Place
+    from incidentkit.store.bookmarks import Bookmarks
     from incidentkit.store.search_statements import WordsMatch
     from incidentkit.store.statements import PageKind
     from incidentkit.transitions import Transitions
@@ -78,6 +79,8 @@ class Operations(ABC):
     _words_match: WordsMatch
     _plans_once = False
     """Whether a plan is kept for a statement, if its cost does not depend on the values."""
+    _bookmarks: Bookmarks | None = None
+    """Where deep pages begin, unless it is in a transaction of a host's."""
 
     @abstractmethod
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
@@ -219,7 +222,7 @@ class Operations(ABC):
         return read_incident(rows[0]) if rows else None
 
     async def list(self, query: ListQuery) -> Page:
-        """Read one page and its token in one statement."""
+        """Read one page and its token, from one snapshot."""
         values = {
             "status": query.status and query.status.value,
             "source": query.source and query.source.value,
@@ -227,13 +230,32 @@ class Operations(ABC):
             "offset": query.offset,
         }
         last = query.offset + query.limit
-        kind: PageKind = "any"
-        if last <= statements.NEAR:
-            kind = "near" if self._plans_once else "any"
-        elif last > statements.DEEP:
-            kind = "deep"
-        page = statements.SELECT_PAGE[query.status is not None, query.source is not None, kind]
-        return read_page(await self._read(page, values))
+        if last > statements.DEEP:
+            return await self._list_deep(query, values)
+        near = self._plans_once and last <= statements.NEAR
+        return read_page(await self._read_page(query, "near" if near else "any", values))
+
+    async def _list_deep(self, query: ListQuery, values: Mapping[str, Any]) -> Page:
+        """Read a page from where one before it begins, if nothing has changed since then."""
+        bookmarks = self._bookmarks
+        if bookmarks is None:
+            return read_page(await self._read_page(query, "deep", values))
+        if found := bookmarks.before(query):
+            (offset, start_id), token = found
+            onward = {**values, "start_id": start_id, "offset": query.offset - offset}
+            rows = await self._read_page(query, "onward", onward)
+            page = read_page(rows)
+        if not found or page.token != token:
+            rows = await self._read_page(query, "deep", values)
+            page = read_page(rows)
+        first_id = rows[0][0]
+        if first_id is not None:
+            bookmarks.add(query, first_id, page.token)
+        return page
+
+    async def _read_page(self, query: ListQuery, kind: PageKind, values: Mapping[str, Any]) -> Rows:
+        key = (query.status is not None, query.source is not None, kind)
+        return await self._read(statements.SELECT_PAGE[key], values)
 
     async def token(self) -> str | None:
         """Read the token in one statement."""

@@ -33,6 +33,7 @@ from incidentkit.models import OPEN
 from incidentkit.store import postgresql_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
+from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.leases import Leases
 from incidentkit.store.operations import EVENTS, Operations, found
 from incidentkit.store.statements import read_event, read_incident, read_page
@@ -339,7 +340,8 @@ class SharedOperations(PostgresOperations):
         self._start_sharing()
 
     def _start_sharing(self) -> None:
-        """Begin anew, as on another event loop."""
+        """Begin anew, as on another event loop, or another database under the same address."""
+        self._bookmarks = Bookmarks()
         self._gets = Batcher(self._get_all, size=BATCH)
         self._lists = Batcher(self._list_all, size=PAGES)
         self._creates = Batcher(self._create_all, size=BATCH)

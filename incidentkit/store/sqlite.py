@@ -31,6 +31,7 @@ from incidentkit.models import OPEN, EventKind, IncidentStatus
 from incidentkit.store import sqlite_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
+from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.operations import EVENTS, Operations, found
 from incidentkit.store.statements import read_event, read_incident
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
@@ -294,6 +295,7 @@ class SqliteStore(SqliteOperations):
         try:
             if not memory:
                 await probe(self._url)
+            self._bookmarks = Bookmarks()
             self._threads = threads = _Threads(self._create_engine(), self._options, one=memory)
             if memory:
                 await threads.run(migrate.upgrade_connection)

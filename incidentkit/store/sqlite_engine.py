@@ -15,6 +15,7 @@ from incidentkit.errors import ClientClosed, IncidentKitError, SchemaOutOfDate, 
 from incidentkit.store import sqlite_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
+from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.sqlite import (
     MEMORY,
     SqliteOperations,
@@ -67,6 +68,7 @@ class SqliteEngineStore(SqliteOperations):
         # Writers of one process queue here, which is fairer and faster than SQLite's polling. New
         # at each opening, which may be on another event loop.
         self._writing = asyncio.Lock()
+        self._bookmarks = Bookmarks()
         self._engine = self._host_engine
         try:
             if self._url.database in MEMORY:

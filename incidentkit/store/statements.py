@@ -236,20 +236,28 @@ NEAR: Final = 200
 DEEP: Final = 1000
 """Incidents from which a page comes that is not deep."""
 
-PageKind: TypeAlias = Literal["any", "near", "deep"]
-"""How a page is read: in the one way that does for any, or in the best one for where it lies."""
+PageKind: TypeAlias = Literal["any", "near", "deep", "onward"]
+"""How a page is read: in the one way that does for any, in the best one for where it lies, or from
+an incident on that is known to come before it."""
 
 
 def _select_page(*, by_status: bool, by_source: bool, kind: PageKind) -> Select[*tuple[Any, ...]]:
-    statement: Select[*tuple[Any, ...]] = select(
-        *((_columns.incident_id,) if kind == "deep" else INCIDENT)
-    )
+    deep = kind in ("deep", "onward")
+    statement: Select[*tuple[Any, ...]] = select(*((_columns.incident_id,) if deep else INCIDENT))
     if by_status:
         statement = statement.where(
             _columns.incident_type == text_parameter("status", _columns.incident_type)
         )
     if by_source:
         statement = statement.where(_columns.source == text_parameter("source", _columns.source))
+    if kind == "onward":
+        start = incident_table.alias("start")
+        start_id = bindparam("start_id", type_=BigInteger())
+        start_at = select(start.c.created_at).where(start.c.incident_id == start_id)
+        statement = statement.where(
+            tuple_(_columns.created_at, _columns.incident_id)
+            <= tuple_(start_at.scalar_subquery(), start_id)
+        )
     statement = statement.order_by(_columns.created_at.desc(), _columns.incident_id.desc())
     if kind == "near":
         # The constant tells the planner that the same plan will do for all pages that are not deep.
@@ -260,7 +268,7 @@ def _select_page(*, by_status: bool, by_source: bool, kind: PageKind) -> Select[
         .offset(bindparam("offset", type_=BigInteger()))
         .subquery("page")
     )
-    if kind == "deep":
+    if deep:
         # What is passed over is read from the index alone. The constant tells the planner that few
         # are looked up then.
         ids = select(page.c.incident_id).limit(literal_column(str(MAX_LIMIT))).subquery("ids")

@@ -1,0 +1,122 @@
+"""Pages far down are read from the nearest one that is known, and are true whatever changes."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from typing import TYPE_CHECKING
+
+import pytest
+
+from incidentkit import IncidentClient, IncidentSource, IncidentStatus, ListQuery, NewIncident
+from incidentkit.store.bookmarks import MAX_BOOKMARKS, Bookmarks
+from incidentkit.store.statements import DEEP, SELECT_PAGE
+from tests.test_repetition import run_sql
+from tests.test_sharing import counted, fill, plan
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+STATUSES = (None, *IncidentStatus)
+SOURCES = (None, *IncidentSource)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of a database that a client can be opened on."""
+    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def client(url: str) -> AsyncIterator[IncidentClient]:
+    """A client of a database with many incidents of every kind."""
+    async with IncidentClient.open(url) as client:
+        await client.create_many(
+            NewIncident(f"Disk {n} is full", list(IncidentSource)[n % 7 % 3])
+            for n in range(2 * DEEP)
+        )
+        for n in range(0, 2 * DEEP, 9):
+            await client.update_status(n + 1, list(IncidentStatus)[1 + n % 2])
+        yield client
+
+
+async def everything(url: str) -> list[tuple[int, str, str]]:
+    """Return the id, status and source of all incidents in the order of a list."""
+    rows = await run_sql(
+        url,
+        "SELECT incident_id, CAST(incident_type AS text), CAST(source AS text) "
+        'FROM "Incident" ORDER BY created_at DESC, incident_id DESC',
+    )
+    return [(incident_id, status, source) for incident_id, status, source in rows]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_page_is_true_whatever_was_read_and_written_before(
+    client: IncidentClient, url: str, seed: int
+) -> None:
+    """Pages far down, in any order, between changes of every kind, are what the table has."""
+    chosen = random.Random(seed)
+    for _ in range(8):
+        incidents = await everything(url)
+        for _ in range(20):
+            status = chosen.choice(STATUSES[:2])
+            source = chosen.choice(SOURCES) if status is None else None
+            limit = chosen.choice((1, 7, 100))
+            page = 1 + (DEEP + chosen.randrange(-120, 200)) // limit
+            query = ListQuery(page, limit, status, source)
+            expected = [
+                incident_id
+                for incident_id, its_status, its_source in incidents
+                if status in (None, its_status) and source in (None, its_source)
+            ][query.offset : query.offset + limit]
+            found = await client.store.list(query)
+            assert [one.incident_id for one in found.incidents] == expected, query
+        change = chosen.randrange(3)
+        victim = chosen.choice(incidents)[0]
+        if change == 0:
+            await client.create("Disk is full again", source="operator")
+        elif change == 1:
+            await client.update_status(victim, chosen.choice(("completed", "failed")))
+        else:
+            await run_sql(url, f'DELETE FROM "Incident" WHERE incident_id = {victim}')
+
+
+async def test_the_next_page_is_read_from_the_last(
+    migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first page far down passes over all before it, and the first after a change."""
+    await fill(migrated_postgres_url)
+    async with counted(migrated_postgres_url, monkeypatch) as (client, sent):
+        for number in range(3):
+            await client.list(page=DEEP + number, limit=10)
+        await client.create("Disk is full", source="partner")
+        for number in range(3, 5):
+            await client.list(page=DEEP + number, limit=10)
+    pages = [statement for statement in sent if "OFFSET" in statement]
+    onward = ["AS start" in statement for statement in pages]
+    # After the change it turns out that what was known is no longer true.
+    assert onward == [False, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("filters", list(product((False, True), repeat=2)))
+async def test_the_next_page_begins_in_the_index(
+    migrated_postgres_url: str, filters: tuple[bool, bool]
+) -> None:
+    """What comes before a page that is known is not read at all."""
+    await fill(migrated_postgres_url)
+    values = {"status": "new", "source": "partner", "limit": 10, "offset": 10, "start_id": 5000}
+    found = await plan(migrated_postgres_url, SELECT_PAGE[*filters, "onward"], values)
+    assert "Index Only Scan Backward" in found
+    (line,) = [line for line in found.splitlines() if "ROW(created_at, incident_id) <=" in line]
+    assert "Index Cond" in line
+
+
+def test_bookmarks_are_bounded() -> None:
+    """However many pages are read, only so many are remembered, the last one always."""
+    bookmarks = Bookmarks()
+    for n in range(3 * MAX_BOOKMARKS):
+        bookmarks.add(ListQuery(n + 1, 10), n, "token")
+    assert sum(map(len, bookmarks._kept.values())) <= MAX_BOOKMARKS
+    found = bookmarks.before(ListQuery(4 * MAX_BOOKMARKS, 10))
+    assert found == ((10 * (3 * MAX_BOOKMARKS - 1), 3 * MAX_BOOKMARKS - 1), "token")
