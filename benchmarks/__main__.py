@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import asyncpg
 from attrs import evolve
 
-from benchmarks import growth, imports, in_process, over_http, report, results
+from benchmarks import growth, imports, in_process, over_http, report, results, search
 from benchmarks.services import load_program
 from tests.servers import PostgresServer, RedisServer
 
@@ -48,12 +48,17 @@ def _growth(*, quick: bool) -> Result:
     return growth.start(quick=quick)
 
 
+def _search(*, quick: bool) -> Result:
+    return search.start(quick=quick)
+
+
 SUBJECTS: Final[dict[str, Callable[..., Result]]] = {
     "http": _http,
     "sqlite": _sqlite,
     "soak": _soak,
     "in-process": _in_process,
     "growth": _growth,
+    "search": _search,
     "imports": _imports,
 }
 """What can be measured, by the name that the command line has for it."""

@@ -18,7 +18,7 @@ import uvloop
 from benchmarks import services
 from benchmarks.databases import create_database, make
 from benchmarks.results import Result, at_least, at_most
-from benchmarks.rounds import Round, interleave, ratio
+from benchmarks.rounds import Round, interleave, medians_in_turn, ratio
 from incidentkit import IncidentClient, ListQuery
 from tests.servers import PostgresServer, RedisServer
 
@@ -94,7 +94,7 @@ async def _sizes(result: Result, databases: list[str], sizes: list[int], rounds:
             after=cursors[place]
         )
         for name, call in kinds.items():
-            medians = await _turns(call, len(sizes), rounds)
+            medians = await medians_in_turn(call, len(sizes), rounds)
             table.append([name, *(f"{median * 1000:.3f}" for median in medians)])
             lines[name] = [
                 [size, median * 1000] for size, median in zip(sizes, medians, strict=True)
@@ -119,27 +119,13 @@ async def _cursor(client: IncidentClient, size: int) -> str | None:
     return page.next
 
 
-async def _turns(
-    call: Callable[[int, int], Awaitable[object]], places: int, rounds: int
-) -> list[float]:
-    """Return the median of the seconds that a call takes at each place, in turn."""
-    seconds: list[list[float]] = [[] for _ in range(places)]
-    for number in range(rounds + 10):
-        for place in range(places):
-            started = time.perf_counter()
-            await call(place, number)
-            if number >= 10:  # noqa: PLR2004
-                seconds[place].append(time.perf_counter() - started)
-    return [statistics.median(each) for each in seconds]
-
-
 async def _hits(result: Result, database: str, rounds: int) -> None:
     """Let a key occur again and again: the thousandth time costs what the second does."""
     async with IncidentClient.open(database) as client:
         for hits in HITS:
             for _ in range(hits - 1):
                 await client.create("Disk is full", source="partner", dedup_key=f"key-{hits}")
-        medians = await _turns(
+        medians = await medians_in_turn(
             lambda place, _: client.create(
                 "Disk is full", source="partner", dedup_key=f"key-{HITS[place]}"
             ),
@@ -198,7 +184,7 @@ async def _foreign_keys(
             await clients[place].create(f"Disk {number} is full", source="partner")
             await clients[place].list()
 
-        medians = await _turns(write_and_list, 2, rounds)
+        medians = await medians_in_turn(write_and_list, 2, rounds)
     what = f"a write and a list, beside {count:,} foreign keys in Redis"
     result.rows.append(at_most(what, "the time beside none", FLAT, medians[1] / medians[0]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 PERCENTILES: Final = (50, 95, 99)
+
+WARM_UP: Final = 10
+"""Single calls that come first and are not counted."""
 
 
 class VoidRoundError(RuntimeError):
@@ -55,6 +59,20 @@ async def interleave(
             if number:
                 measured[name].append(done)
     return measured
+
+
+async def medians_in_turn(
+    call: Callable[[int, int], Awaitable[object]], places: int, rounds: int
+) -> list[float]:
+    """Return the median of the seconds that a call takes at each place, in turn."""
+    seconds: list[list[float]] = [[] for _ in range(places)]
+    for number in range(WARM_UP + rounds):
+        for place in range(places):
+            started = time.perf_counter()
+            await call(place, number)
+            if number >= WARM_UP:
+                seconds[place].append(time.perf_counter() - started)
+    return [statistics.median(each) for each in seconds]
 
 
 def ratio(ours: Sequence[Round], others: Sequence[Round]) -> float:

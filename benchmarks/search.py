@@ -1,19 +1,12 @@
-"""What the size of the table costs a search: `nox -s bench`, or `nox -s bench -- --quick`.
+"""What the size of the table costs a search.
 
-Databases with a thousand, a hundred thousand and a million incidents take turns, call by call, so
-that whatever else the machine does falls on all alike. The ratio is that of the medians to the
-smallest. In each a hundred incidents have failed and have a rare word; all have a common one.
+In each table a hundred incidents have failed and have a rare word; all have a common one.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import os
-import platform
 import sqlite3
-import statistics
-import time
 from contextlib import AsyncExitStack, ExitStack, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,20 +14,25 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
+import uvloop
 
+from benchmarks.databases import create_database
+from benchmarks.results import Result, at_most
+from benchmarks.rounds import medians_in_turn
 from incidentkit import IncidentClient
 from incidentkit.cursor import encode_cursor
 from incidentkit.store.migrate import upgrade
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from typing import TypeAlias
 
     Call: TypeAlias = Callable[[], Awaitable[object]]
 
-WARM_UP: Final = 10
-"""Rounds that come first and are not counted."""
+FLAT: Final = 1.2
+FLAT_PAGES: Final = ("the first page", "a page in the middle", "the last page")
+READ_MUCH: Final = ("a common word", "the total")
 
 RARE: Final = 100
 """Incidents of a table that are of a rare kind."""
@@ -105,62 +103,57 @@ def calls(client: IncidentClient, size: int) -> dict[str, Call]:
     }
 
 
-async def compare(clients: dict[int, IncidentClient], rounds: int, database: str) -> None:
-    """Print a line for each call, from all sizes in turn."""
-    by_size = {size: calls(client, size) for size, client in clients.items()}
-    for name in next(iter(by_size.values())):
-        seconds: dict[int, list[float]] = {size: [] for size in clients}
-        count = max(rounds // 20, 3) if name in ("a common word", "the total") else rounds
-        for _ in range(WARM_UP + count):
-            for size in clients:
-                start = time.perf_counter()
-                await by_size[size][name]()
-                seconds[size].append(time.perf_counter() - start)
-        medians = [statistics.median(its_seconds[WARM_UP:]) for its_seconds in seconds.values()]
-        cells = [database, name, f"{count:,}", f"{medians[0] * 1e3:.2f}"]
-        cells += [f"{median / medians[0]:.2f}" for median in medians[1:]]
-        print(f"| {' | '.join(cells)} |", flush=True)
+async def run(*, sizes: Sequence[int], rounds: int) -> Result:
+    """Measure every search on both databases.
 
-
-async def run(*, quick: bool) -> None:
-    """Fill the databases, run every comparison and print one table."""
-    sizes = (1000, 10_000, 100_000) if quick else (1000, 100_000, 1_000_000)
-    rounds = 40 if quick else 200
+    Args:
+        sizes: Incidents of the tables, at least 100, the smallest first.
+        rounds: Calls of each kind; a twentieth of them of what reads much.
+    """
+    result = Result([], rounds=f"{rounds} calls of each kind, in turn")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        servers = {size: stack.enter_context(PostgresServer()) for size in sizes}
+        server = stack.enter_context(PostgresServer())
+        urls: dict[str, list[str]] = {"PostgreSQL": [], "SQLite": []}
         for size in sizes:
-            await fill_postgresql(servers[size].url, size)
+            urls["PostgreSQL"].append(await create_database(server.url, f"n{size}"))
+            await fill_postgresql(urls["PostgreSQL"][-1], size)
             await asyncio.to_thread(fill_sqlite, folder / f"{size}.db", size)
-        connection = await asyncpg.connect(servers[sizes[0]].url)
-        version = await connection.fetchval("SHOW server_version")
-        await connection.close()
-        print(
-            f"PostgreSQL {version.split()[0]}, SQLite {sqlite3.sqlite_version}, "
-            f"Python {platform.python_version()}, {os.cpu_count()} cores\n"
-        )
-        print("| Database | Search | Rounds | p50 at 1,000, ms |", end="")
-        print("".join(f" Ratio at {size:,} |" for size in sizes[1:]))
-        print("| --- | --- | ---: | ---: |" + " ---: |" * (len(sizes) - 1))
-        urls = {
-            "PostgreSQL": {size: server.url for size, server in servers.items()},
-            "SQLite": {size: f"sqlite+aiosqlite:///{folder / f'{size}.db'}" for size in sizes},
-        }
+            urls["SQLite"].append(f"sqlite+aiosqlite:///{folder / f'{size}.db'}")
         for database, its_urls in urls.items():
             async with AsyncExitStack() as clients:
-                opened = {
-                    size: await clients.enter_async_context(IncidentClient.open(url))
-                    for size, url in its_urls.items()
-                }
-                await compare(opened, rounds, database)
+                opened = [
+                    await clients.enter_async_context(IncidentClient.open(url)) for url in its_urls
+                ]
+                await _compare(result, opened, sizes, rounds, database)
+    return result
 
 
-def main() -> None:
-    """Read the command line and run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller tables")
-    asyncio.run(run(quick=parser.parse_args().quick))
+async def _compare(
+    result: Result,
+    clients: Sequence[IncidentClient],
+    sizes: Sequence[int],
+    rounds: int,
+    database: str,
+) -> None:
+    """Add the figures of one database, from all sizes in turn."""
+    by_size = [calls(client, size) for client, size in zip(clients, sizes, strict=True)]
+    table = [["search", *(f"{size:,}, ms" for size in sizes)]]
+    for name in by_size[0]:
+        medians = await medians_in_turn(
+            lambda place, _, name=name: by_size[place][name](),  # type: ignore[misc]
+            len(sizes),
+            max(rounds // 20, 3) if name in READ_MUCH else rounds,
+        )
+        table.append([name, *(f"{median * 1000:.3f}" for median in medians)])
+        if name in FLAT_PAGES:
+            what = f"{sizes[-1]:,} incidents on {database}: search, {name}"
+            against = f"the time with {sizes[0]:,}"
+            result.rows.append(at_most(what, against, FLAT, medians[-1] / medians[0]))
+    result.details[f"Searches on {database}, by incidents in the table"] = table
 
 
-if __name__ == "__main__":
-    main()
+def start(*, quick: bool, sizes: Sequence[int] | None = None, rounds: int | None = None) -> Result:
+    """Measure on the event loop that the service runs on."""
+    sizes = sizes or ([1_000, 10_000, 100_000] if quick else [1_000, 100_000, 1_000_000])
+    return uvloop.run(run(sizes=sizes, rounds=rounds or (40 if quick else 400)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from attrs import evolve
 
-from benchmarks import growth, imports, in_process, over_http, remarks, report, results
+from benchmarks import growth, imports, in_process, over_http, remarks, report, results, search
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.results import Result, at_least, at_most
 from benchmarks.rounds import Round, VoidRoundError, interleave, percentiles, ratio
@@ -121,6 +121,11 @@ def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "PROCESSES", (1, 2))
     monkeypatch.setattr(growth, "FOREIGN_KEYS", 100_000)
     check(growth.start(quick=True, sizes=[30, 60, 90], rounds=2, seconds=0.1))
+
+
+def test_searches_are_measured() -> None:
+    """Every search runs on both databases, in short."""
+    check(search.start(quick=True, sizes=[100, 200], rounds=2))
 
 
 def test_imports_are_measured() -> None:
