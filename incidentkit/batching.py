@@ -53,8 +53,8 @@ class Batcher(Generic[_I, _T]):
         self._abandon = abandon
         self._waiting: list[tuple[_I, asyncio.Future[_T]]] = []
         self._running: set[asyncio.Task[None]] = set()
-        # Whether the youngest of these has yet to take what waits.
-        self._starting = False
+        # The youngest of these, if it has yet to take what waits.
+        self._starting: asyncio.Task[None] | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -64,7 +64,7 @@ class Batcher(Generic[_I, _T]):
             self._loop = asyncio.get_running_loop()
         answer: asyncio.Future[_T] = self._loop.create_future()
         self._waiting.append((item, answer))
-        if not self._starting:
+        if self._starting is None:
             self._go_on()
         return answer
 
@@ -88,33 +88,32 @@ class Batcher(Generic[_I, _T]):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        self._starting = True
-        task = asyncio.get_running_loop().create_task(self._work())
+        loop = self._loop or asyncio.get_running_loop()
+        self._starting = task = loop.create_task(self._work())
         self._running.add(task)
         task.add_done_callback(self._end)
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        if task.cancelled():
-            # It may never have begun, as when somebody cancels every task of the loop.
-            self._starting = False
+        if task is self._starting:
+            # It never began, as when somebody cancels every task of the loop.
+            self._starting = None
         if self._waiting:
-            if not self._starting:
+            if self._starting is None:
                 self._go_on()
         elif not self._running and self._when_idle is not None:
             self._when_idle()
 
     async def _work(self) -> None:
         # Not before now, so that the calls of one moment share the batch.
-        self._starting = False
+        task, self._starting = self._starting, None
         count = len(self._waiting) if self._size is None else self._size
         waiting, self._waiting = self._waiting[:count], self._waiting[count:]
         if self._waiting:
             self._go_on()
         batch = [(item, answer) for item, answer in waiting if not answer.done()]
-        if not batch:
+        if task is None or not batch:
             return
-        task = asyncio.current_task()
         if self._abandon:
             _cancel_with([answer for _, answer in batch], task)
         results = await _run(batch, self._run)
@@ -129,11 +128,11 @@ class Batcher(Generic[_I, _T]):
                 answer.set_result(result)
 
 
-def _cancel_with(answers: list[asyncio.Future[_T]], batch: asyncio.Task[None] | None) -> None:
+def _cancel_with(answers: list[asyncio.Future[_T]], batch: asyncio.Task[None]) -> None:
     """See to it that a batch is cancelled if every one of its answers is."""
 
     def look(_: asyncio.Future[_T]) -> None:
-        if batch is not None and all(answer.cancelled() for answer in answers):
+        if all(answer.cancelled() for answer in answers):
             batch.cancel()
 
     for answer in answers:

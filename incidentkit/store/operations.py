@@ -240,18 +240,26 @@ class Operations(ABC):
         bookmarks = self._bookmarks
         if bookmarks is None:
             return read_page(await self._read_page(query, "deep", values))
-        if found := bookmarks.before(query):
-            (offset, start_id), token = found
-            onward = {**values, "start_id": start_id, "offset": query.offset - offset}
-            rows = await self._read_page(query, "onward", onward)
-            page = read_page(rows)
-        if not found or page.token != token:
+        rows = await self._read_onward(bookmarks, query, values)
+        if rows is None:
             rows = await self._read_page(query, "deep", values)
-            page = read_page(rows)
+        page = read_page(rows)
         first_id = rows[0][0]
         if first_id is not None:
             bookmarks.add(query, first_id, page.token)
         return page
+
+    async def _read_onward(
+        self, bookmarks: Bookmarks, query: ListQuery, values: Mapping[str, Any]
+    ) -> Rows | None:
+        """Read a page from the nearest bookmark on; None if there is none that holds."""
+        found = bookmarks.before(query)
+        if found is None:
+            return None
+        (offset, start_id), token = found
+        onward = {**values, "start_id": start_id, "offset": query.offset - offset}
+        rows = await self._read_page(query, "onward", onward)
+        return rows if read_page(rows).token == token else None
 
     async def _read_page(self, query: ListQuery, kind: PageKind, values: Mapping[str, Any]) -> Rows:
         key = (query.status is not None, query.source is not None, kind)
