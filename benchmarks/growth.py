@@ -18,7 +18,7 @@ import uvloop
 from benchmarks import services
 from benchmarks.databases import create_database, make
 from benchmarks.results import Result, at_least, at_most
-from benchmarks.rounds import Round, interleave, medians_in_turn, ratio
+from benchmarks.rounds import Round, interleave, medians_in_turn, one_core, ratio
 from incidentkit import IncidentClient, ListQuery
 from tests.servers import PostgresServer, RedisServer
 
@@ -50,20 +50,29 @@ async def run(*, sizes: list[int], rounds: int, seconds: float, quick: bool) -> 
         quick: Whether less of everything will do.
     """
     result = Result([], rounds=f"{rounds} calls of each kind, in turn")
-    with ExitStack() as stack:
-        postgres = stack.enter_context(PostgresServer(settings={"max_connections": "300"}))
-        redis = stack.enter_context(RedisServer("--appendonly", "no"))
-        databases = [await create_database(postgres.url, f"n{size}") for size in sizes]
-        rival = await create_database(postgres.url, "rival")
-        for size, database in zip(sizes, databases, strict=True):
-            await make(database, [rival] if size == sizes[-1] else [], size)
+    with one_core(), PostgresServer() as postgres, RedisServer("--appendonly", "no") as redis:
+        databases = await _databases(postgres.url, sizes, [])
         await _sizes(result, databases, sizes, rounds)
         await _hits(result, databases[0], rounds)
         await _readers(result, databases[0], rounds)
         await _foreign_keys(result, databases[0], redis, rounds, quick=quick)
-        await _processes(result, databases[1], redis.url, seconds)
-        await _far_down(result, databases[-1], rival, redis.url, sizes[-1], seconds)
+    with (
+        PostgresServer(settings={"max_connections": "300"}) as postgres,
+        RedisServer("--appendonly", "no") as redis,
+    ):
+        rival = await create_database(postgres.url, "rival")
+        middle, largest = await _databases(postgres.url, sizes[1:], [rival])
+        await _processes(result, middle, redis.url, seconds)
+        await _far_down(result, largest, rival, redis.url, sizes[-1], seconds)
     return result
+
+
+async def _databases(server: str, sizes: list[int], rivals: list[str]) -> list[str]:
+    """Make a database of each size, and fill rivals' as the largest."""
+    databases = [await create_database(server, f"n{size}") for size in sizes]
+    for size, database in zip(sizes, databases, strict=True):
+        await make(database, rivals if size == sizes[-1] else [], size)
+    return databases
 
 
 def _calls(size: int) -> dict[str, Call]:

@@ -5,29 +5,30 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 import uvloop
+from attrs import frozen
 from sqlalchemy import BigInteger, DateTime, Enum
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from benchmarks.databases import create_database, make
 from benchmarks.results import Result, at_least, at_most
-from benchmarks.rounds import Round, interleave, percentiles, ratio, summary
+from benchmarks.rounds import Round, interleave, one_core, percentiles, ratio, summary
 from incidentkit import IncidentClient, NewIncident
 from incidentkit.store import StoreOptions
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 INCIDENTS: Final = 100_000
 POOL: Final = 20
-CONCURRENCY: Final = (1, 32)
+MANY_CALLERS: Final = 32
 BY_ID: Final = (
     "SELECT incident_id, incident_message, incident_type::text, source::text, created_at "
     'FROM "Incident" WHERE incident_id = $1'
@@ -69,81 +70,92 @@ async def run(*, rounds: int, calls: int, many: int) -> Result:
     result = Result(
         [], rounds=f"{rounds} rounds of {calls:,} calls; 3 of {many:,} incidents for create_many"
     )
-    with ExitStack() as servers:
-        postgres = servers.enter_context(PostgresServer(durable=True))
-        databases = [await create_database(postgres.url, name) for name in ("a", "b")]
-        await make(databases[0], databases[1:], INCIDENTS)
-        async with AsyncExitStack() as stack:
-            options = StoreOptions(pool_size=POOL, max_overflow=0)
-            client = await stack.enter_async_context(
-                IncidentClient.open(databases[0], options=options)
-            )
-            pool = await stack.enter_async_context(
-                asyncpg.create_pool(databases[1], min_size=POOL, max_size=POOL)
-            )
-            engine = create_async_engine(
-                databases[1].replace("postgresql://", "postgresql+asyncpg://"), pool_size=POOL
-            )
-            stack.push_async_callback(engine.dispose)
-            bare = await stack.enter_async_context(
-                asyncpg.create_pool(databases[1], min_size=POOL, max_size=POOL, reset=_keep_state)
-            )
-            await _reads(result, client, pool, bare, async_sessionmaker(engine), rounds, calls)
-            await _many(result, client, pool, many)
+    table = [["concurrency", "side", "calls/s", "p50, ms", "p95, ms", "p99, ms"]]
+    result.details["One read by id, in process"] = table
+    with one_core():
+        async with _sides(INCIDENTS) as sides:
+            measured = await _reads(table, sides, 1, rounds, calls)
+    what = "SDK in process, get, concurrency 1"
+    against = "the time of asyncpg on a pool without reset"
+    of_orm = ratio(measured["incidentkit"], measured["ORM"])
+    of_asyncpg = 1 / ratio(measured["incidentkit"], measured["asyncpg, no reset"])
+    result.rows.append(at_least(what, "SQLAlchemy ORM", OF_ORM, of_orm))
+    result.rows.append(at_most(what, against, OF_ASYNCPG, of_asyncpg))
+    async with _sides(INCIDENTS) as sides:
+        await _reads(table, sides, MANY_CALLERS, rounds, calls)
+        await _many(result, sides, many)
     return result
+
+
+@frozen
+class _Sides:
+    """What is compared, each on a database of its own but for those of asyncpg and the ORM."""
+
+    client: IncidentClient
+    pool: asyncpg.Pool[asyncpg.Record]
+    pool_without_reset: asyncpg.Pool[asyncpg.Record]
+    new_session: Callable[[], Any]
+
+
+@asynccontextmanager
+async def _sides(incidents: int) -> AsyncIterator[_Sides]:
+    async with AsyncExitStack() as stack:
+        postgres = stack.enter_context(PostgresServer(durable=True))
+        ours, others = [await create_database(postgres.url, name) for name in ("a", "b")]
+        await make(ours, [others], incidents)
+        options = StoreOptions(pool_size=POOL, max_overflow=0)
+        engine = create_async_engine(
+            others.replace("postgresql://", "postgresql+asyncpg://"), pool_size=POOL
+        )
+        stack.push_async_callback(engine.dispose)
+        yield _Sides(
+            await stack.enter_async_context(IncidentClient.open(ours, options=options)),
+            await stack.enter_async_context(
+                asyncpg.create_pool(others, min_size=POOL, max_size=POOL)
+            ),
+            await stack.enter_async_context(
+                asyncpg.create_pool(others, min_size=POOL, max_size=POOL, reset=_keep_state)
+            ),
+            async_sessionmaker(engine),
+        )
 
 
 async def _keep_state(_: Any) -> None:
     """Reset nothing, which saves a round trip."""
 
 
-async def _reads(  # noqa: PLR0913, PLR0917
-    result: Result,
-    client: IncidentClient,
-    pool: asyncpg.Pool[asyncpg.Record],
-    bare: asyncpg.Pool[asyncpg.Record],
-    new_session: Callable[[], Any],
-    rounds: int,
-    calls: int,
-) -> None:
+async def _reads(
+    table: list[list[str]], sides: _Sides, concurrency: int, rounds: int, calls: int
+) -> dict[str, list[Round]]:
+    """Let all sides read by id, add what it took to the table, and return it."""
+
     async def with_orm(incident_id: int) -> object:
-        async with new_session() as session:
+        async with sides.new_session() as session:
             return await session.get(IncidentRow, incident_id)
 
     async def with_asyncpg(incident_id: int) -> object:
-        return await pool.fetchrow(BY_ID, incident_id)
+        return await sides.pool.fetchrow(BY_ID, incident_id)
 
     async def without_reset(incident_id: int) -> object:
-        return await bare.fetchrow(BY_ID, incident_id)
+        return await sides.pool_without_reset.fetchrow(BY_ID, incident_id)
 
-    sides = {
-        "incidentkit": client.get,
+    def round_of(
+        read: Callable[[int], Awaitable[object]],
+    ) -> Callable[[int], Awaitable[Round]]:
+        return lambda number: _calls(read, concurrency, calls, number)
+
+    reads: dict[str, Callable[[int], Awaitable[object]]] = {
+        "incidentkit": sides.client.get,
         "asyncpg": with_asyncpg,
         "asyncpg, no reset": without_reset,
         "ORM": with_orm,
     }
-    table = [["concurrency", "side", "calls/s", "p50, ms", "p95, ms", "p99, ms"]]
-    for concurrency in CONCURRENCY:
-
-        def round_of(
-            read: Callable[[int], Awaitable[object]], concurrency: int = concurrency
-        ) -> Callable[[int], Awaitable[Round]]:
-            return lambda number: _calls(read, concurrency, calls, number)
-
-        measured = await interleave({name: round_of(read) for name, read in sides.items()}, rounds)
-        for name, each in measured.items():
-            of = summary(each)
-            cells = [f"{of['rate']:,.0f}", *(f"{of[p]:.3f}" for p in ("p50", "p95", "p99"))]
-            table.append([str(concurrency), name, *cells])
-        if concurrency > 1:
-            continue
-        what = "SDK in process, get, concurrency 1"
-        of_orm = ratio(measured["incidentkit"], measured["ORM"])
-        of_asyncpg = 1 / ratio(measured["incidentkit"], measured["asyncpg, no reset"])
-        against = "the time of asyncpg on a pool without reset"
-        result.rows.append(at_least(what, "SQLAlchemy ORM", OF_ORM, of_orm))
-        result.rows.append(at_most(what, against, OF_ASYNCPG, of_asyncpg))
-    result.details["One read by id, in process"] = table
+    measured = await interleave({name: round_of(read) for name, read in reads.items()}, rounds)
+    for name, each in measured.items():
+        of = summary(each)
+        cells = [f"{of['rate']:,.0f}", *(f"{of[p]:.3f}" for p in ("p50", "p95", "p99"))]
+        table.append([str(concurrency), name, *cells])
+    return measured
 
 
 async def _calls(
@@ -165,21 +177,19 @@ async def _calls(
     return Round(calls / (time.perf_counter() - started), percentiles(seconds))
 
 
-async def _many(
-    result: Result, client: IncidentClient, pool: asyncpg.Pool[asyncpg.Record], many: int
-) -> None:
+async def _many(result: Result, sides: _Sides, many: int) -> None:
     incidents = [NewIncident(f"Disk {n} of many is full", "partner") for n in range(many)]
     records = [(f"Disk {n} of many is full", "new", "partner") for n in range(many)]
 
     async def create_many(_: int) -> Round:
         started = time.perf_counter()
-        created = await client.create_many(incidents)
+        created = await sides.client.create_many(incidents)
         seconds = time.perf_counter() - started
         return Round(many / seconds, {}, errors=many - len(created))
 
     async def copy(_: int) -> Round:
         started = time.perf_counter()
-        await pool.copy_records_to_table(
+        await sides.pool.copy_records_to_table(
             "Incident", records=records, columns=["incident_message", "incident_type", "source"]
         )
         return Round(many / (time.perf_counter() - started), {})

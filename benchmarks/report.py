@@ -37,7 +37,12 @@ Both have the origin's table, with the indexes that incidentkit's has on those c
 runs as `incidentkit serve` with all its features, its request log at its default. Each service is
 one process; all have uvloop, httptools and a pool of 20 connections. {load} keeps 32 connections
 busy, from a process of its own. PostgreSQL syncs to the disk, as it does by default, but for
-`growth`, where the tables are compared with each other.
+`growth` and `search`, where tables are compared with each other.
+
+Where single calls are made one after the other, all that takes part is kept on one core: reads in
+process by one caller, `search`, and of `growth` what takes turns and the readers. Otherwise such a
+call takes up to twice as long, by where the system happens to have put the process behind a
+connection.
 """
 
 

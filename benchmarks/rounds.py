@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 PERCENTILES: Final = (50, 95, 99)
 
@@ -73,6 +75,25 @@ async def medians_in_turn(
             if number >= WARM_UP:
                 seconds[place].append(time.perf_counter() - started)
     return [statistics.median(each) for each in seconds]
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keep this process, and what it starts meanwhile, on one processor, where the system can.
+
+    Of calls that are made one after the other, what they take is compared then, and not where the
+    system has put the process behind each connection: to wake another processor takes longer than
+    many a statement.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def ratio(ours: Sequence[Round], others: Sequence[Round]) -> float:

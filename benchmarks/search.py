@@ -18,7 +18,7 @@ import uvloop
 
 from benchmarks.databases import create_database
 from benchmarks.results import Result, at_most
-from benchmarks.rounds import medians_in_turn
+from benchmarks.rounds import medians_in_turn, one_core
 from incidentkit import IncidentClient
 from incidentkit.cursor import encode_cursor
 from incidentkit.store.migrate import upgrade
@@ -112,6 +112,7 @@ async def run(*, sizes: Sequence[int], rounds: int) -> Result:
     """
     result = Result([], rounds=f"{rounds} calls of each kind, in turn")
     with ExitStack() as stack:
+        stack.enter_context(one_core())
         folder = Path(stack.enter_context(TemporaryDirectory()))
         server = stack.enter_context(PostgresServer())
         urls: dict[str, list[str]] = {"PostgreSQL": [], "SQLite": []}
