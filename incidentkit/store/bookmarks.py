@@ -24,7 +24,7 @@ class Bookmarks:
     """
 
     def __init__(self) -> None:
-        self._token: str | None = None
+        self._token = ""
         self._kept: dict[_Filters, list[Bookmark]] = {}
         self._count = 0
 
@@ -32,12 +32,15 @@ class Bookmarks:
         """Return the nearest one from which a page can be reached, with its token."""
         kept = self._kept.get((query.status, query.source), [])
         place = bisect_right(kept, query.offset, key=lambda bookmark: bookmark[0])
-        if not place or self._token is None:
-            return None
-        return kept[place - 1], self._token
+        return (kept[place - 1], self._token) if place else None
 
     def add(self, query: ListQuery, incident_id: int, token: str | None) -> None:
-        """Remember the first incident of a page that was read when the token was this one."""
+        """Remember the first incident of a page that was read when the token was this one.
+
+        None for the token says that a change could not be told.
+        """
+        if token is None:
+            return
         if token != self._token or self._count == MAX_BOOKMARKS:
             self._token, self._kept, self._count = token, {}, 0
         kept = self._kept.setdefault((query.status, query.source), [])
