@@ -117,8 +117,10 @@ class Batcher(Generic[_I, _T]):
         if self._abandon:
             _cancel_with([answer for _, answer in batch], task)
         results = await _run(batch, self._run)
-        # Before the answers, so that those who call again at once need not wait for its end.
-        self._running.discard(task)
+        if len(batch) == 1:
+            # Who calls alone, and again at once, need not wait for its end. Of many more gather
+            # until then.
+            self._running.discard(task)
         for (_, answer), result in zip(batch, results, strict=True):
             if answer.done():
                 continue

@@ -33,7 +33,7 @@ MAX_DIGITS: Final = 19
 MAX_UNKNOWN: Final = 10
 """How many unknown names an answer repeats."""
 
-KNOWN_QUERIES: Final = 1000
+KNOWN_QUERIES: Final = 256
 """Queries whose meaning is kept, so that one which is asked again need not be read again."""
 
 MAX_KNOWN_QUERY: Final = 200

@@ -21,7 +21,7 @@ from incidentkit.client import CHANGES_LIMIT
 from incidentkit.http import docs, openapi
 from incidentkit.http.health import Health, Readiness, State, readiness
 from incidentkit.http.problems import RETRY_HEADERS, Conflict, Refusal, etag
-from incidentkit.http.requests import READERS, read_version
+from incidentkit.http.requests import KNOWN_QUERIES, READERS, read_version
 from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream
 from incidentkit.models import (
     DEFAULT_LIMIT,
@@ -201,7 +201,7 @@ async def _update_status(request: Request, arguments: Mapping[str, Any]) -> Resp
     return _incident(await _client(request).update_status(**arguments))
 
 
-_list_query: Final = lru_cache(1000)(ListQuery)
+_list_query: Final = lru_cache(KNOWN_QUERIES)(ListQuery)
 
 
 def _next(request: Request, path: str, cursor: str | None) -> dict[str, str]:
