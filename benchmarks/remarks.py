@@ -8,7 +8,7 @@ REMARKS: Final[dict[str, str]] = {
     "list, not cached / `plain`": (
         "A page of 10 to 25 incidents that nobody has asked for. Sharing statements, JSON straight "
         "from the rows, connections at hand, fewer commands to Redis and fewer columns made it "
-        "more than three times as fast as it was, and about as fast as the floor, which looks for "
+        "about three times as fast as it was, and about as fast as the floor, which looks for "
         "no page in a cache, checks nothing and logs nothing: four times `plain` would be well "
         "above the floor. What is left is mostly work on each row of a page: in process 130 "
         "microseconds a page, of which 20 take the rows from the wire, 35 make JSON of them, and "
