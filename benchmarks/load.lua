@@ -1,6 +1,7 @@
 -- What wrk sends: `wrk -s load.lua URL -- SCENARIO INCIDENTS SEED`, and its report as one line of JSON.
 
-local scenario, incidents, seed, sent = nil, 1, 1, 0
+-- wrk asks for one request before the first that it sends, to look at it.
+local scenario, incidents, seed, sent = nil, 1, 1, -1
 local thread
 
 -- Changes that were sent, global because only that can be read from outside.
@@ -98,6 +99,9 @@ end
 
 function request()
   sent = sent + 1
+  if sent == 0 then
+    return list()
+  end
   return scenario()
 end
 

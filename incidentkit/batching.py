@@ -7,6 +7,7 @@ where there is no load a call starts a run of its own at once.
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
@@ -24,7 +25,8 @@ _T = TypeVar("_T")
 class Batcher(Generic[_I, _T]):
     """Gathers the items of calls into batches, of which only some run at a time.
 
-    While as many run as may, calls gather for the next batch, for :data:`PATIENCE` at most. A call
+    While as many run as may, calls gather for the next batch, for :data:`PATIENCE` at most. A
+    batch runs in a context of its own, in which no context variable of a caller is set. A call
     that is cancelled leaves the others; one that is cancelled before its batch starts takes its
     item along. It belongs to the event loop that it is first used in.
 
@@ -32,22 +34,25 @@ class Batcher(Generic[_I, _T]):
         run: Takes the items of a batch and returns an answer for each: an exception is raised to
             that call alone. What it raises itself, each call of the batch raises.
         running: Batches that run at a time, at least 1.
+        patient: Whether calls wait for the batches before theirs as long as these take.
         size: Items that a batch has at most, at least 1; None means any number.
         when_idle: Called when the last batch has ended and no call waits.
         abandon: Whether a batch is cancelled once every call in it has been.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         run: Callable[[list[_I]], Awaitable[Sequence[_T | Exception]]],
         *,
         running: int = 1,
+        patient: bool = False,
         size: int | None = None,
         when_idle: Callable[[], object] | None = None,
         abandon: bool = False,
     ) -> None:
         self._run = run
         self._limit = running
+        self._patient = patient
         self._size = size
         self._when_idle = when_idle
         self._abandon = abandon
@@ -73,25 +78,32 @@ class Batcher(Generic[_I, _T]):
         return len(self._waiting)
 
     async def finish(self) -> None:
-        """Wait until every batch has ended."""
-        while self._running:
-            await asyncio.wait(self._running)
+        """Wait until every call has been answered, and every batch has ended."""
+        while self._running or self._waiting:
+            if self._running:
+                await asyncio.wait(self._running)
+            else:
+                # The end of a batch of one is about to begin the next.
+                await asyncio.sleep(0)
 
     def _go_on(self) -> None:
         """Begin a batch for what waits, or see to it that one begins."""
         if len(self._running) < self._limit:
             self._begin()
-        elif self._patience is None:
-            self._patience = asyncio.get_running_loop().call_later(PATIENCE, self._begin)
+        elif self._patience is None and not self._patient:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(PATIENCE, self._begin, context=Context())
 
     def _begin(self) -> None:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        loop = self._loop or asyncio.get_running_loop()
-        self._starting = task = loop.create_task(self._work())
+        # Not made by the loop, whose factory might run it at once; and in no context of a caller,
+        # since it is the batch of several.
+        context = Context()
+        self._starting = task = asyncio.Task(self._work(), loop=self._loop, context=context)
         self._running.add(task)
-        task.add_done_callback(self._end)
+        task.add_done_callback(self._end, context=context)
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -147,13 +159,17 @@ async def _run(
 ) -> Sequence[_T | Exception]:
     """Run a batch, and return what each of its calls is to have."""
     try:
-        return await run([item for item, _ in batch])
+        answers = await run([item for item, _ in batch])
     except Exception as error:  # noqa: BLE001
         return [error] * len(batch)
     except BaseException:
         for _, answer in batch:
             answer.cancel()
         raise
+    if len(answers) != len(batch):
+        # Nobody knows whose they are.
+        return [RuntimeError(f"{len(answers)} answers for {len(batch)} calls")] * len(batch)
+    return answers
 
 
 class Coalescer(Generic[_K, _T]):
@@ -172,7 +188,7 @@ class Coalescer(Generic[_K, _T]):
         batcher = self._batchers.get(key)
         if batcher is None:
             batcher = self._batchers[key] = Batcher(
-                partial(self._run_for_all, key), when_idle=partial(self._batchers.pop, key, None)
+                partial(self._run_for_all, key), when_idle=lambda: self._forget(key, batcher)
             )
         return batcher(None)
 
@@ -180,6 +196,11 @@ class Coalescer(Generic[_K, _T]):
         """Wait until every run has ended."""
         while self._batchers:
             await asyncio.gather(*(batcher.finish() for batcher in self._batchers.values()))
+
+    def _forget(self, key: _K, batcher: Batcher[None, _T] | None) -> None:
+        # An older one may end its last runs after a younger one has begun.
+        if self._batchers.get(key) is batcher:
+            del self._batchers[key]
 
     async def _run_for_all(self, key: _K, calls: Sequence[None]) -> Sequence[_T]:
         return [await self._run(key)] * len(calls)

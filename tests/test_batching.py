@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import types
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from incidentkit import batching
 from incidentkit.batching import Batcher, Coalescer
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Generator
 
 
 class Source:
@@ -258,3 +264,143 @@ async def test_a_batch_that_all_have_left_can_be_ended() -> None:
     third = double(3)
     sums.gate.set()
     assert await third == 6
+
+
+@types.coroutine
+def go_on(first: Any, steps: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """Do what is left of a coroutine that has been begun, and waits for something."""
+    while True:
+        yield first
+        try:
+            first = steps.send(None)
+        except StopIteration as end:
+            return end.value
+
+
+def begin_at_once(
+    loop: asyncio.AbstractEventLoop, steps: Any, **options: Any
+) -> asyncio.Future[Any]:
+    """Take the first step of a task as it is made, as the eager tasks of Python 3.12 do."""
+    try:
+        first = steps.send(None)
+    except StopIteration as end:
+        answer = loop.create_future()
+        answer.set_result(end.value)
+        return answer
+
+    async def rest() -> Any:
+        return await go_on(first, steps)
+
+    return asyncio.Task(rest(), loop=loop, **options)
+
+
+async def test_a_loop_that_begins_tasks_at_once_answers_as_well() -> None:
+    """A host may have chosen eager tasks: calls are answered, and share batches as ever."""
+    sums = Sums()
+    double: Batcher[int, int] = Batcher(sums)
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(begin_at_once)
+    assert await loop.create_task(asyncio.sleep(0, "begun")) == "begun"
+    async with asyncio.timeout(10):
+        assert [await answer for answer in (double(1), double(2))] == [2, 4]
+    assert sums.batches == [[1, 2]]
+
+
+async def test_a_batch_is_in_nobodys_context() -> None:
+    """What a caller has set in a context variable is not taken for that of its neighbours."""
+    tenant = ContextVar("tenant", default="nobody")
+    seen: list[str] = []
+
+    async def look(items: list[str]) -> list[str]:
+        seen.append(tenant.get())
+        await asyncio.sleep(0)
+        return items
+
+    ask: Batcher[str, str] = Batcher(look)
+
+    async def one(name: str) -> None:
+        tenant.set(name)
+        for _ in range(3):
+            assert await ask(name) == name
+        assert tenant.get() == name
+
+    await asyncio.gather(*(asyncio.create_task(one(name)) for name in "abc"))
+    assert set(seen) == {"nobody"}
+
+
+async def test_answers_that_are_too_few_are_nobodys() -> None:
+    """If it cannot be told whose they are, every call of the batch fails, and none hangs."""
+
+    async def lose_one(items: list[int]) -> list[int]:
+        return items[1:]
+
+    ask: Batcher[int, int] = Batcher(lose_one)
+    outcomes = await asyncio.gather(ask(1), ask(2), return_exceptions=True)
+    assert [str(outcome) for outcome in outcomes] == ["1 answers for 2 calls"] * 2
+    await ask.finish()
+
+
+async def test_what_waits_behind_a_call_that_was_alone_is_waited_for() -> None:
+    """The end comes after every call, also if the first one asks for it with its answer."""
+    sums = Sums()
+    sums.gate = asyncio.Event()
+    double: Batcher[int, int] = Batcher(sums)
+
+    async def first() -> None:
+        await double(1)
+        await double.finish()
+        assert all(call.done() for call in waiting)
+
+    ending = asyncio.create_task(first())
+    await turns()
+    waiting = [double(number) for number in range(3)]
+    await turns()
+    sums.gate.set()
+    await ending
+
+
+async def test_patience_can_be_endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `patient` no batch begins beside one that hangs, and who has left is not in the next."""
+    monkeypatch.setattr(batching, "PATIENCE", 0.0)
+    sums = Sums()
+    sums.gate = asyncio.Event()
+    double: Batcher[int, int] = Batcher(sums, patient=True)
+    first = double(1)
+    await turns()
+    left, stayed = double(2), double(3)
+    await asyncio.sleep(0.01)
+    left.cancel()
+    assert sums.batches == [[1]]
+    sums.gate.set()
+    assert [await first, await stayed] == [2, 6]
+    assert sums.batches == [[1], [3]]
+
+
+async def test_an_older_batcher_does_not_hide_a_younger_one(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of a key that end together leave the one that began with their answer in sight."""
+    monkeypatch.setattr(batching, "PATIENCE", 0.0)
+    source.gate(1, 2, 3)
+    ask = Coalescer(source)
+
+    async def again() -> int:
+        await ask("k")
+        return await ask("k")
+
+    first = ask("k")
+    await turns()
+    second = asyncio.create_task(again())
+    await turns()
+    assert len(source.started) == 2
+    source.gates[1].set()
+    source.gates[2].set()
+    await first
+    await turns()
+    assert len(source.started) == 3
+    ending = asyncio.create_task(ask.finish())
+    await turns()
+    assert not ending.done()
+    source.gates[3].set()
+    await ending
+    assert await second == 3

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from incidentkit import (
@@ -326,3 +327,77 @@ async def test_a_deep_page_passes_over_the_index_alone(
         rest = await client.list(page=2, limit=1000)
         assert [one for page in deep for one in page] == rest[:30]
         assert everything[-1].incident_id > rest[0].incident_id
+
+
+async def test_a_row_that_a_trigger_keeps_out_is_nobody_elses(
+    incidents: IncidentClient, migrated_postgres_url: str
+) -> None:
+    """If the host's trigger drops one incident, its caller is told, and the others get theirs."""
+    await run_sql(
+        migrated_postgres_url,
+        "CREATE FUNCTION keep_out() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN IF NEW.incident_message LIKE 'Disk 3 %' THEN RETURN NULL; END IF; "
+        "RETURN NEW; END $$",
+    )
+    await run_sql(
+        migrated_postgres_url,
+        'CREATE TRIGGER keep_out BEFORE INSERT ON "Incident" '
+        "FOR EACH ROW EXECUTE FUNCTION keep_out()",
+    )
+
+    async def one(n: int) -> Incident:
+        with acting_as(f"actor {n}"):
+            return await incidents.create(f"Disk {n} is full", source="partner")
+
+    outcomes = await asyncio.gather(*map(one, range(6)), return_exceptions=True)
+    for n, outcome in enumerate(outcomes):
+        if n == 3:
+            assert isinstance(outcome, StoreError)
+            continue
+        assert not isinstance(outcome, BaseException)
+        assert outcome.incident_message == f"Disk {n} is full"
+        assert [event.actor for event in await incidents.history(outcome.incident_id)] == [
+            f"actor {n}"
+        ]
+    assert len(await incidents.list()) == 5
+
+
+async def test_a_failing_listener_of_the_host_does_not_make_a_write_happen_twice(
+    migrated_postgres_url: str,
+) -> None:
+    """What a listener breaks after the statement of several calls is tried again from nothing."""
+    engine = create_async_engine(migrated_postgres_url.replace("postgresql", "postgresql+asyncpg"))
+
+    @event.listens_for(engine.sync_engine, "after_cursor_execute")
+    def audit(connection: Any, _: Any, statement: str, *__: Any) -> None:
+        if 'INSERT INTO "Incident"' in statement:
+            connection.exec_driver_sql("SELECT 1 / 0")
+
+    async with IncidentClient.open(engine) as client:
+        outcomes = await asyncio.gather(
+            *(client.create(f"Disk {n} is full", source="partner") for n in range(3)),
+            return_exceptions=True,
+        )
+        assert [type(outcome) for outcome in outcomes] == [StoreError] * 3
+        stored = [incident.incident_message for incident in await client.list()]
+        assert len(stored) == len(set(stored))
+    await engine.dispose()
+
+
+async def test_a_connection_lost_when_given_back_does_not_hide_what_was_done(
+    migrated_postgres_url: str,
+) -> None:
+    """The write is acknowledged, although the host's pool then fails to reset the connection."""
+    admin = await asyncpg.connect(migrated_postgres_url)
+
+    async def reset(connection: Any) -> None:
+        await admin.execute("SELECT pg_terminate_backend($1, 5000)", connection.get_server_pid())
+        await connection.execute("SELECT 1")
+
+    async with asyncpg.create_pool(migrated_postgres_url, min_size=1, reset=reset) as pool:
+        client = IncidentClient.open(pool)
+        await client.connect()
+        incident = await client.create("Disk is full", source="partner")
+        assert await client.get(incident.incident_id) == incident
+        await client.close()
+    await admin.close()

@@ -183,6 +183,23 @@ async def test_reads_go_on_while_another_program_writes(sqlite_url: str, path: s
         await create(client, 1)
 
 
+async def test_a_write_that_was_given_up_is_not_done_later(sqlite_url: str, path: str) -> None:
+    """Who has been told that a write failed may repeat it: it does not come back by itself."""
+    options = StoreOptions(pool_timeout=0.3, statement_timeout=0.3)
+    async with IncidentClient.open(sqlite_url, options=options) as client:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            writes = []
+            for _ in range(8):
+                writes.append(asyncio.ensure_future(create(client, 1)))
+                await asyncio.wait(writes, timeout=0.15)
+            outcomes = await asyncio.gather(*writes, return_exceptions=True)
+            assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
+            other.execute("ROLLBACK")
+    async with IncidentClient.open(sqlite_url) as client:
+        assert await client.list() == []
+
+
 async def test_memory_is_one_connection() -> None:
     """In memory reads and writes take turns, and a read never sees half a write."""
     async with IncidentClient.open("sqlite+aiosqlite:///:memory:") as client:

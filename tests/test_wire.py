@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from incidentkit import FieldError, Incident, IncidentSource, IncidentStatus, InvalidIncident
@@ -20,6 +20,7 @@ from incidentkit.wire import (
     dump_json,
     encode_incident,
     encode_incidents,
+    encode_rows,
     wire_converter,
 )
 from tests.strategies import incidents
@@ -236,3 +237,26 @@ def test_new_incident_is_an_object(value: object) -> None:
     with pytest.raises(InvalidIncident) as caught:
         wire_converter().structure(value, NewIncident)
     assert caught.value.errors == (FieldError("body", "must be a JSON object"),)
+
+
+@given(incidents, st.integers(-14, 14))
+def test_the_time_zone_of_a_row_is_that_of_nobody(incident: Incident, hours: int) -> None:
+    """Rows whose driver goes by the zone of a session are on the wire as those in UTC are."""
+    zone = timezone(timedelta(hours=hours, minutes=30))
+    assume(1 < incident.created_at.year < 9999)
+    times = [incident.created_at, incident.last_seen_at, incident.ended_at]
+    created, seen, ended = (time and time.astimezone(zone) for time in times)
+    row = [
+        *(incident.incident_id, incident.incident_message, incident.incident_type.value),
+        *(incident.source.value, created, incident.version, incident.dedup_key),
+        *(incident.occurrences, seen, ended),
+    ]
+    assert encode_rows([row]) == encode_incidents([incident])
+
+
+def test_a_time_that_is_no_moment_is_refused() -> None:
+    """A naive time, as drivers have for `infinity`, is not taken for one in UTC."""
+    naive = DISK.created_at.replace(tzinfo=None)
+    row = [1, "Disk", "new", "partner", naive, 1, None, 1, None, None]
+    with pytest.raises(ValueError, match="aware"):
+        encode_rows([row])

@@ -76,6 +76,10 @@ class EngineStore(postgresql.SharedOperations):
         engine: Its pool, timeouts and log are as the host has set them. It is never disposed of.
     """
 
+    # A listener of the host's may fail after the statement, when it has been committed otherwise,
+    # and each call is tried alone then.
+    _shares_in_transactions = True
+
     def __init__(self, engine: AsyncEngine) -> None:
         super().__init__()
         # Whatever the host's own transactions are like.

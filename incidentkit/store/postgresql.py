@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import asyncpg
 from attrs import frozen
@@ -336,6 +336,9 @@ class SharedOperations(PostgresOperations):
     the way, and of an incident that somebody has locked.
     """
 
+    _shares_in_transactions: ClassVar[bool] = False
+    """Whether a write of several calls, one statement, is in a transaction nevertheless."""
+
     def __init__(self) -> None:
         self._start_sharing()
 
@@ -447,7 +450,7 @@ class SharedOperations(PostgresOperations):
             return await fetch(statement, values)
 
         try:
-            return await self._write(work)
+            return await self._write(work, atomic=self._shares_in_transactions)
         except StoreError as error:
             # It may be the fault of one of them.
             if not refused(error):
@@ -614,7 +617,11 @@ class _Lent:
     ) -> None:
         connection = self._connection
         if error is None:
-            await self._leases.put(connection)
+            try:
+                await self._leases.put(connection)
+            except (*_AWAY, asyncpg.PostgresError) as lost:
+                # What was to be done has been done, and its caller has to hear that.
+                logger.warning("A connection was lost when given back: %s", type(lost).__name__)
             return
         if isinstance(error, _LOST):
             # It may have read the server's farewell and not yet the end of the connection.

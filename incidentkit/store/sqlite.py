@@ -396,11 +396,13 @@ class _Threads:
         self._readers = (
             self._writer if one else ThreadPoolExecutor(options.pool_size, "incidentkit-sqlite")
         )
+        # There is a thread for each batch that may run, and no use in another that waits for one:
+        # it would be written once nobody waits for it any more.
         self.writes: Batcher[Callable[[Fetch], Awaitable[Any]], Any] = Batcher(
-            self._write_all, size=WRITES
+            self._write_all, patient=True, size=WRITES
         )
         self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
-            self._read_all, running=1 if one else options.pool_size, size=READS
+            self._read_all, running=1 if one else options.pool_size, patient=True, size=READS
         )
 
     async def close(self) -> None:
