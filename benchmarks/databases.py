@@ -104,6 +104,8 @@ def fill_sqlite(ours: Path, plain: Path, incidents: int) -> None:
             COMMON_INDEXES[:4],
         ).fetchall()
     with closing(sqlite3.connect(plain)) as connection, connection:
+        # As incidentkit's is, for both to have the same sync of the disk.
+        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(RIVAL_SQLITE_TABLE)
         for (index,) in indexes:
             connection.execute(index)

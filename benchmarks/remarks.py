@@ -5,16 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 REMARKS: Final[dict[str, str]] = {
-    "list, not cached / `plain`": (
-        "A page of 10 to 25 incidents that nobody has asked for. Sharing statements, JSON straight "
-        "from the rows, connections at hand, fewer commands to Redis and fewer columns made it "
-        "about three times as fast as it was, and about as fast as the floor, which looks for "
-        "no page in a cache, checks nothing and logs nothing: four times `plain` would be well "
-        "above the floor. What is left is mostly work on each row of a page: in process 130 "
-        "microseconds a page, of which 20 take the rows from the wire, 35 make JSON of them, and "
-        "30 ask Redis and fill it; HTTP and the log come on top. JSON made by PostgreSQL was "
-        "tried: it takes more of the database's time than it saves here."
-    ),
     "`page=50000` and on, with a change of status before each / `plain`": (
         "Of pages that follow each other the second and all further ones begin where the one "
         "before did, as long as nothing changes. After a change all that comes before a page is "

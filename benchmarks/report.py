@@ -23,21 +23,27 @@ HEAD: Final = """\
 
 How fast incidentkit is, beside what one would write otherwise, and how that changes as the table
 grows. Everything here is measured by `nox -s bench`, which writes this page anew. Absolute figures
-belong to one machine and one day. The ratios are of sides that took turns in one run, each the
-median of the ratios round by round; a round in which a call failed makes the run void.
+belong to one machine and one day. The ratios are of sides that took turns in one run: of services
+the median of the ratios round by round, of single calls and imports the ratio of the medians, of
+memory that of the peaks. They are rounded to the worse side. A round in which a call failed makes
+the run void.
 
 - **`plain`** is the service as one would write it today: FastAPI, Pydantic, SQLAlchemy's ORM and
   redis-py, by [the origin's](how-to/migrate-from-the-origin.md) description, with a log of each
-  request. It keeps no history.
-- **`floor`** is what the driver and the server allow: a Starlette route, asyncpg and SQL by hand,
-  with no validation, no history, no cache and no log. Its pool skips the query that resets a
-  connection.
+  request. It keeps no history. What it finds in the cache goes through its `response_model`, as
+  every answer does. It stores each page before it answers; incidentkit answers first, and stores
+  no more pages than are in hand at a time, so that under this load many are not stored.
+- **`floor`** is what the driver and the server allow with a statement for each request: a Starlette
+  route, asyncpg and SQL by hand, with no validation, no history, no cache and no log. Its pool
+  skips the query that resets a connection. Where incidentkit is ahead of it, requests share
+  statements.
 
 Both have the origin's table, with the indexes that incidentkit's has on those columns. incidentkit
 runs as `incidentkit serve` with all its features, its request log at its default. Each service is
 one process; all have uvloop, httptools and a pool of 20 connections. {load} keeps 32 connections
 busy, from a process of its own. PostgreSQL syncs to the disk, as it does by default, but for
-`growth` and `search`, where tables are compared with each other.
+`growth` and `search`. Load, service, PostgreSQL and Redis share the cores of the machine; the
+latencies are those of a load that never pauses.
 
 Where single calls are made one after the other, all that takes part is kept on one core: reads in
 process by one caller, `search`, and of `growth` what takes turns and the readers. Otherwise such a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from datetime import UTC, datetime
@@ -67,13 +68,15 @@ class Result:
 
 
 def at_least(what: str, against: str, target: float, value: float, unit: str = "x") -> Row:
-    """Return the row of what must not be less."""
-    return Row(what, against, f">= {target:g}", round(value, 2), round(value, 2) >= target, unit)
+    """Return the row of what must not be less, rounded down."""
+    value = math.floor(value * 100) / 100
+    return Row(what, against, f">= {target:g}", value, value >= target, unit)
 
 
 def at_most(what: str, against: str, target: float, value: float, unit: str = "x") -> Row:
-    """Return the row of what must not be more."""
-    return Row(what, against, f"<= {target:g}", round(value, 2), round(value, 2) <= target, unit)
+    """Return the row of what must not be more, rounded up."""
+    value = math.ceil(value * 100) / 100
+    return Row(what, against, f"<= {target:g}", value, value <= target, unit)
 
 
 def machine() -> str:
