@@ -10,6 +10,7 @@ import pytest
 
 from incidentkit import IncidentClient, IncidentSource, IncidentStatus, ListQuery, NewIncident
 from incidentkit.store.bookmarks import MAX_BOOKMARKS, Bookmarks
+from incidentkit.store.postgresql import PostgresStore
 from incidentkit.store.statements import DEEP, SELECT_PAGE
 from tests.test_repetition import run_sql
 from tests.test_sharing import counted, fill, plan
@@ -105,7 +106,8 @@ async def test_the_next_page_begins_in_the_index(
 ) -> None:
     """What comes before a page that is known is not read at all."""
     await fill(migrated_postgres_url)
-    values = {"status": "new", "source": "partner", "limit": 10, "offset": 10, "start_id": 5000}
+    values = {"status": "new", "source": "partner", "limit": 10, "offset": 10}
+    values |= {"start_id": 5000, "start_token": "0"}
     found = await plan(migrated_postgres_url, SELECT_PAGE[*filters, "onward"], values)
     assert "Index Only Scan Backward" in found
     (line,) = [line for line in found.splitlines() if "ROW(created_at, incident_id) <=" in line]
@@ -117,6 +119,38 @@ def test_bookmarks_are_bounded() -> None:
     bookmarks = Bookmarks()
     for n in range(3 * MAX_BOOKMARKS):
         bookmarks.add(ListQuery(n + 1, 10), n, "token")
+        bookmarks.add(ListQuery(n + 1, 10), n, "token")
     assert sum(map(len, bookmarks._kept.values())) <= MAX_BOOKMARKS
-    found = bookmarks.before(ListQuery(4 * MAX_BOOKMARKS, 10))
+    found = bookmarks.before(ListQuery(3 * MAX_BOOKMARKS + 1, 10))
     assert found == ((10 * (3 * MAX_BOOKMARKS - 1), 3 * MAX_BOOKMARKS - 1), "token")
+
+
+def test_a_page_that_is_known_is_no_news_when_there_is_no_room() -> None:
+    """To read the same page again makes nobody forget the others."""
+    bookmarks = Bookmarks()
+    for n in range(MAX_BOOKMARKS):
+        bookmarks.add(ListQuery(n + 1, 10), n + 1, "token")
+    bookmarks.add(ListQuery(MAX_BOOKMARKS, 10), MAX_BOOKMARKS, "token")
+    assert bookmarks.before(ListQuery(501, 10)) == ((5000, 501), "token")
+
+
+def test_a_page_that_lies_too_far_before_is_of_no_use() -> None:
+    """Where there is more to pass over than is saved, a page is read from the top."""
+    bookmarks = Bookmarks()
+    bookmarks.add(ListQuery(201, 10), 7, "token")
+    assert bookmarks.before(ListQuery(260, 10)) == ((2000, 7), "token")
+    assert bookmarks.before(ListQuery(300, 10)) is None
+    assert bookmarks.before(ListQuery(200, 10)) is None
+
+
+async def test_after_a_change_nothing_is_passed_over_in_vain(migrated_postgres_url: str) -> None:
+    """With another token no incident is read onward: the answer is the token alone."""
+    await fill(migrated_postgres_url)
+    values = {"status": None, "source": None, "limit": 10, "offset": 0, "start_id": 5000}
+    async with IncidentClient.open(migrated_postgres_url) as client:
+        assert isinstance(client.store, PostgresStore)
+        token = await client.store.token()
+        statement = SELECT_PAGE[False, False, "onward"]
+        assert len(await client.store._read(statement, values | {"start_token": token})) == 10
+        (alone,) = await client.store._read(statement, values | {"start_token": "another"})
+        assert (alone[0], alone[-1]) == (None, token)

@@ -257,7 +257,12 @@ class Operations(ABC):
         if found is None:
             return None
         (offset, start_id), token = found
-        onward = {**values, "start_id": start_id, "offset": query.offset - offset}
+        onward = {
+            **values,
+            "start_id": start_id,
+            "start_token": token,
+            "offset": query.offset - offset,
+        }
         rows = await self._read_page(query, "onward", onward)
         return rows if read_page(rows).token == token else None
 

@@ -253,7 +253,11 @@ def _select_page(*, by_status: bool, by_source: bool, kind: PageKind) -> Select[
     if kind == "onward":
         start = incident_table.alias("start")
         start_id = bindparam("start_id", type_=BigInteger())
-        start_at = select(start.c.created_at).where(start.c.incident_id == start_id)
+        # With another token there is no start, and so nothing to pass over in vain.
+        start_at = select(start.c.created_at).where(
+            start.c.incident_id == start_id,
+            current_token() == bindparam("start_token", type_=Text()),
+        )
         statement = statement.where(
             tuple_(_columns.created_at, _columns.incident_id)
             <= tuple_(start_at.scalar_subquery(), start_id)
