@@ -437,31 +437,33 @@ class _Threads:
 def _transact(
     connection: Connection, works: Sequence[Callable[[Fetch], Awaitable[Any]]]
 ) -> list[Any]:
-    """Do all of it in one transaction, and take back what fails, unless everything does."""
+    """Do all of it in one transaction, and take back what fails."""
 
     async def fetch(statement: Executable, values: Mapping[str, Any]) -> Rows:
         return _fetch(connection, statement, values)
 
     # The connection commits by itself after each statement, unless told to begin.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+    driver: Any = connection.connection.driver_connection
+    outcomes: list[Any] = []
     try:
-        outcomes: list[Any] = []
         for work in works:
-            outcomes.append(_outcome(partial(_do, connection, work, fetch)))
-            _check_whole(connection, outcomes[-1])
-        connection.exec_driver_sql("COMMIT")
+            outcome = _outcome(partial(_do, connection, work, fetch))
+            if not driver.in_transaction:
+                break
+            outcomes.append(outcome)
+        else:
+            connection.exec_driver_sql("COMMIT")
+            return outcomes
     except BaseException:
         with suppress(DBAPIError):
             connection.exec_driver_sql("ROLLBACK")
         raise
-    return outcomes
-
-
-def _check_whole(connection: Connection, outcome: object) -> None:
-    """Raise an error that made SQLite take back all of a transaction, as when the disk is full."""
-    driver: Any = connection.connection.driver_connection
-    if isinstance(outcome, Exception) and not driver.in_transaction:
-        raise outcome
+    # SQLite took back all of it, as when the disk is full: the others are done without this one.
+    place = len(outcomes)
+    others = [*works[:place], *works[place + 1 :]]
+    done = _transact(connection, others) if others else []
+    return [*done[:place], outcome, *done[place:]]
 
 
 def _do(connection: Connection, work: Callable[[Fetch], Awaitable[_T]], fetch: Fetch) -> _T:
