@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import closing
-from typing import TYPE_CHECKING
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import event
 
 from incidentkit import (
     IncidentClient,
@@ -18,6 +20,7 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.store import StoreOptions
+from incidentkit.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -179,6 +182,28 @@ async def test_a_write_that_was_given_up_is_not_done_later(sqlite_url: str, path
             other.execute("ROLLBACK")
     async with IncidentClient.open(sqlite_url) as client:
         assert await client.list() == []
+
+
+async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
+    """However long it takes, its caller hears that it is stored; who gave up has nothing there."""
+    options = StoreOptions(pool_timeout=0.1, statement_timeout=0.1)
+    async with IncidentClient.open(sqlite_url, options=options) as client:
+        assert isinstance(client.store, SqliteStore)
+        begun, gate = Event(), Event()
+
+        def hold(*arguments: Any) -> None:
+            if 'INSERT INTO "Incident"' in arguments[2]:
+                begun.set()
+                gate.wait(30)
+
+        event.listen(client.store._opened()._engine, "before_cursor_execute", hold)
+        writes = [asyncio.ensure_future(create(client, 1)) for _ in range(4)]
+        outcomes = await asyncio.gather(*writes[1:], return_exceptions=True)
+        assert begun.is_set()
+        assert not writes[0].done()
+        gate.set()
+        assert await writes[0] == await client.list()
+        assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
 
 
 async def test_a_write_that_takes_back_all_leaves_its_neighbours(

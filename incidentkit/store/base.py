@@ -153,7 +153,7 @@ class StoreOptions:
         pool_timeout: Seconds to wait for a free connection.
         statement_timeout: Seconds that a statement may take; on SQLite how long it waits for
             another process that is writing, and with ``pool_timeout`` how long its caller waits
-            for it.
+            for a read, or for a write to begin.
         echo: Log every statement, without its values, to the logger ``incidentkit.store``.
 
     Raises:

@@ -10,6 +10,7 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from attrs import asdict
@@ -279,12 +280,14 @@ class SqliteStore(SqliteOperations):
     The schema is brought up to date when the store opens. SQLite works in threads of the store: a
     call goes there once, whatever it takes. Writes that wait at the same time share a transaction,
     and reads, while every connection is in use, a way to the thread. A call that has begun runs to
-    its end, also if its caller is cancelled.
+    its end, also if its caller is cancelled. The time limits are for what has not: a write that has
+    begun is waited for, so that what is reported as unavailable has not been stored.
     """
 
     def __init__(self, database: str, options: StoreOptions | None = None) -> None:
         self._url = sqlite_url(database)
         self._options = options or StoreOptions()
+        self._patience = self._options.pool_timeout + self._options.statement_timeout
         self._threads: _Threads | None = None
 
     async def open(self) -> None:
@@ -359,26 +362,56 @@ class SqliteStore(SqliteOperations):
         await self._write(append)
 
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        return await self._call(lambda threads: threads.reads((statement, values)))
-
-    async def _write(self, work: Callable[[Fetch], Awaitable[_T]], *, atomic: bool = False) -> _T:  # noqa: ARG002
-        """Run work in a transaction that has the database to itself from its start."""
-        written: _T = await self._call(lambda threads: threads.writes(work))
-        return written
-
-    async def _call(self, call: Callable[[_Threads], Awaitable[_T]]) -> _T:
-        if self._threads is None:
-            raise ClientClosed
+        threads = self._opened()
         try:
-            # What has not begun by then never will.
-            async with asyncio.timeout(
-                self._options.pool_timeout + self._options.statement_timeout
-            ):
-                return await call(self._threads)
+            async with asyncio.timeout(self._patience):
+                return await threads.reads((statement, values))
         except IncidentKitError:
             raise
         except Exception as error:
             raise translate_error(error) from error
+
+    async def _write(self, work: Callable[[Fetch], Awaitable[_T]], *, atomic: bool = False) -> _T:  # noqa: ARG002
+        """Run work in a transaction that has the database to itself from its start."""
+        write = _Write(work)
+        answer = self._opened().writes(write)
+        try:
+            done, _ = await asyncio.wait((answer,), timeout=self._patience)
+            if done or not write.claim():
+                written: _T = await answer
+                return written
+        except IncidentKitError:
+            raise
+        except Exception as error:
+            raise translate_error(error) from error
+        finally:
+            # Without effect on what has begun, or has ended.
+            write.claim()
+            answer.cancel()
+        raise StoreUnavailable("it did not answer in time")
+
+    def _opened(self) -> _Threads:
+        if self._threads is None:
+            raise ClientClosed
+        return self._threads
+
+
+class _Write:
+    """Work that is either begun by the thread that writes, or given up by its caller."""
+
+    def __init__(self, work: Callable[[Fetch], Awaitable[Any]]) -> None:
+        self.work = work
+        self._begun = False
+        self._claimed = Lock()
+
+    def claim(self) -> bool:
+        """Decide what becomes of it, and return whether that was still to be decided."""
+        return self._claimed.acquire(blocking=False)
+
+    def begin(self) -> bool:
+        """Return whether it is to be done; once begun it may be done again."""
+        self._begun = self._begun or self.claim()
+        return self._begun
 
 
 class _Threads:
@@ -396,11 +429,8 @@ class _Threads:
         self._readers = (
             self._writer if one else ThreadPoolExecutor(options.pool_size, "incidentkit-sqlite")
         )
-        # There is a thread for each batch that may run, and no use in another that waits for one:
-        # it would be written once nobody waits for it any more.
-        self.writes: Batcher[Callable[[Fetch], Awaitable[Any]], Any] = Batcher(
-            self._write_all, patient=True, size=WRITES
-        )
+        # There is a thread for each batch that may run, and no use in another that waits for one.
+        self.writes: Batcher[_Write, Any] = Batcher(self._write_all, patient=True, size=WRITES)
         self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
             self._read_all, running=1 if one else options.pool_size, patient=True, size=READS
         )
@@ -418,8 +448,8 @@ class _Threads:
         """Run work in the thread that writes, on a connection."""
         return await asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
 
-    async def _write_all(self, works: Sequence[Callable[[Fetch], Awaitable[Any]]]) -> Sequence[Any]:
-        return await self.run(lambda connection: _transact(connection, works))
+    async def _write_all(self, given: Sequence[_Write]) -> Sequence[Any]:
+        return await self.run(lambda connection: _transact(connection, given))
 
     async def _read_all(
         self, given: Sequence[tuple[Executable, Mapping[str, Any]]]
@@ -434,10 +464,8 @@ class _Threads:
             return work(connection)
 
 
-def _transact(
-    connection: Connection, works: Sequence[Callable[[Fetch], Awaitable[Any]]]
-) -> list[Any]:
-    """Do all of it in one transaction, and take back what fails."""
+def _transact(connection: Connection, given: Sequence[_Write]) -> list[Any]:
+    """Do in one transaction what nobody has given up, and take back what fails."""
 
     async def fetch(statement: Executable, values: Mapping[str, Any]) -> Rows:
         return _fetch(connection, statement, values)
@@ -447,8 +475,11 @@ def _transact(
     driver: Any = connection.connection.driver_connection
     outcomes: list[Any] = []
     try:
-        for work in works:
-            outcome = _outcome(partial(_do, connection, work, fetch))
+        for write in given:
+            if not write.begin():
+                outcomes.append(None)
+                continue
+            outcome = _outcome(partial(_do, connection, write.work, fetch))
             if not driver.in_transaction:
                 break
             outcomes.append(outcome)
@@ -461,7 +492,7 @@ def _transact(
         raise
     # SQLite took back all of it, as when the disk is full: the others are done without this one.
     place = len(outcomes)
-    others = [*works[:place], *works[place + 1 :]]
+    others = [*given[:place], *given[place + 1 :]]
     done = _transact(connection, others) if others else []
     return [*done[:place], outcome, *done[place:]]
 
