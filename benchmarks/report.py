@@ -31,8 +31,8 @@ the run void.
 - **`plain`** is the service as one would write it today: FastAPI, Pydantic, SQLAlchemy's ORM and
   redis-py, by [the origin's](how-to/migrate-from-the-origin.md) description, with a log of each
   request. It keeps no history. What it finds in the cache goes through its `response_model`, as
-  every answer does. It stores each page before it answers; incidentkit answers first, and stores
-  no more pages than are in hand at a time, so that under this load many are not stored.
+  every answer does. It stores each page before it answers; incidentkit answers first, and leaves
+  out a page for which ten others wait to be stored, as happens under this load.
 - **`floor`** is what the driver and the server allow with a statement for each request: a Starlette
   route, asyncpg and SQL by hand, with no validation, no history, no cache and no log. Its pool
   skips the query that resets a connection. Where incidentkit is ahead of it, requests share

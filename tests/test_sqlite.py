@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 from contextlib import closing
 from threading import Event
+from threading import enumerate as enumerate_threads
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from sqlalchemy import event
 from incidentkit import (
     IncidentClient,
     IncidentNotFound,
+    NewIncident,
     StoreError,
     StoreUnavailable,
     VersionConflict,
@@ -182,6 +184,23 @@ async def test_a_write_that_was_given_up_is_not_done_later(sqlite_url: str, path
             other.execute("ROLLBACK")
     async with IncidentClient.open(sqlite_url) as client:
         assert await client.list() == []
+
+
+async def test_a_close_that_is_cancelled_can_be_repeated(sqlite_url: str, path: str) -> None:
+    """A host that gives up waiting for the end may ask for it again, and nothing stays open."""
+    store = SqliteStore(sqlite_url)
+    await store.open()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        write = asyncio.ensure_future(store.create(NewIncident("Disk is full", "partner")))
+        await asyncio.wait([write], timeout=0.05)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await store.close()
+        other.execute("ROLLBACK")
+    await write
+    await store.close()
+    assert not [thread for thread in enumerate_threads() if thread.name.startswith("incidentkit")]
 
 
 async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:

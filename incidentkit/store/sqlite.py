@@ -289,6 +289,7 @@ class SqliteStore(SqliteOperations):
         self._options = options or StoreOptions()
         self._patience = self._options.pool_timeout + self._options.statement_timeout
         self._threads: _Threads | None = None
+        self._closing = False
 
     async def open(self) -> None:
         """Open the file, creating it if need be, and bring its schema up to date."""
@@ -299,6 +300,7 @@ class SqliteStore(SqliteOperations):
             if not memory:
                 await probe(self._url)
             self._bookmarks = Bookmarks()
+            self._closing = False
             self._threads = threads = _Threads(self._create_engine(), self._options, one=memory)
             if memory:
                 await threads.run(migrate.upgrade_connection)
@@ -336,9 +338,11 @@ class SqliteStore(SqliteOperations):
 
     async def close(self) -> None:
         """Wait for running calls, then close every connection."""
-        threads, self._threads = self._threads, None
-        if threads is not None:
-            await threads.close()
+        self._closing = True
+        if self._threads is not None:
+            await self._threads.close()
+            # Not before: if the caller is cancelled the next one closes what is still open.
+            self._threads = None
 
     async def check(self) -> None:
         """Raise unless the file can be read and has our schema."""
@@ -391,7 +395,7 @@ class SqliteStore(SqliteOperations):
         raise StoreUnavailable("it did not answer in time")
 
     def _opened(self) -> _Threads:
-        if self._threads is None:
+        if self._threads is None or self._closing:
             raise ClientClosed
         return self._threads
 
