@@ -246,6 +246,27 @@ async def test_a_write_that_takes_back_all_leaves_its_neighbours(
         assert sorted(one.incident_message for one in await client.list()) == messages
 
 
+async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
+    """A read by id that is asked for with a search is answered while the search still runs."""
+    async with IncidentClient.open(sqlite_url) as client:
+        (incident,) = await create(client, 1)
+        assert isinstance(client.store, SqliteStore)
+        gate = Event()
+
+        def hold(*arguments: Any) -> None:
+            if "LIKE" in arguments[2] or "MATCH" in arguments[2]:
+                gate.wait(30)
+
+        event.listen(client.store._opened()._engine, "before_cursor_execute", hold)
+        search = asyncio.ensure_future(client.search(text="disk"))
+        async with asyncio.timeout(10):
+            assert await client.get(incident.incident_id) == incident
+        assert not search.done()
+        gate.set()
+        assert [found async for found in client.iterate(text="disk")] == [incident]
+        assert (await search).incidents == [incident]
+
+
 async def test_memory_is_one_connection() -> None:
     """In memory reads and writes take turns, and a read never sees half a write."""
     async with IncidentClient.open("sqlite+aiosqlite:///:memory:") as client:

@@ -56,7 +56,16 @@ WRITES: Final = 100
 """Writes that share a transaction, at most."""
 
 READS: Final = 10
-"""Reads that are done one after the other, at most, without going back to the event loop."""
+"""Quick reads that are done one after the other, at most, without going back to the event loop."""
+
+_QUICK: Final = frozenset(
+    (
+        statements.SELECT_INCIDENT,
+        statements.SELECT_TOKEN,
+        *(statement for key, statement in statements.SELECT_PAGE.items() if key[-1] == "any"),
+    )
+)
+"""Reads that others need not mind waiting for."""
 
 logger = logging.getLogger("incidentkit.store")
 
@@ -279,9 +288,9 @@ class SqliteStore(SqliteOperations):
 
     The schema is brought up to date when the store opens. SQLite works in threads of the store: a
     call goes there once, whatever it takes. Writes that wait at the same time share a transaction,
-    and reads, while every connection is in use, a way to the thread. A call that has begun runs to
-    its end, also if its caller is cancelled. The time limits are for what has not: a write that has
-    begun is waited for, so that what is reported as unavailable has not been stored.
+    and quick reads, while every connection is in use, a way to the thread. A call that has begun
+    runs to its end, also if its caller is cancelled. The time limits are for what has not: a write
+    that has begun is waited for, so that what is reported as unavailable has not been stored.
     """
 
     def __init__(self, database: str, options: StoreOptions | None = None) -> None:
@@ -369,7 +378,8 @@ class SqliteStore(SqliteOperations):
         threads = self._opened()
         try:
             async with asyncio.timeout(self._patience):
-                return await threads.reads((statement, values))
+                read = threads.reads if statement in _QUICK else threads.slow_reads
+                return await read((statement, values))
         except IncidentKitError:
             raise
         except Exception as error:
@@ -438,10 +448,14 @@ class _Threads:
         self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
             self._read_all, running=1 if one else options.pool_size, patient=True, size=READS
         )
+        self.slow_reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
+            self._read_all, running=1 if one else options.pool_size, patient=True, size=1
+        )
 
     async def close(self) -> None:
         """Wait for what runs, then close every connection."""
         await self.reads.finish()
+        await self.slow_reads.finish()
         await self.writes.finish()
         await self.run(lambda _: None)
         self._writer.shutdown()
