@@ -13,6 +13,7 @@ from benchmarks import services
 from benchmarks.databases import create_database, fill_sqlite, make
 from benchmarks.results import Result, at_least, at_most
 from benchmarks.rounds import Round, VoidRoundError, interleave, ratio, summary
+from benchmarks.services import memory_of
 from incidentkit.store.migrate import upgrade
 from tests.servers import PostgresServer, RedisServer
 
@@ -33,6 +34,7 @@ WANTED: Final = {
 """By scenario, its name and what it has to reach against `plain` and against `floor`."""
 
 ON_SQLITE_WANTED: Final = {"list_cached": ("list, cached", 5.0), "create": ("create", 3.0)}
+COLUMNS: Final = ("what", "side", "calls/s", "p50, ms", "p95, ms", "p99, ms", "CPU")
 MEMORY_WANTED: Final = 0.8
 FLAT: Final = 1.05
 
@@ -61,8 +63,14 @@ async def run(*, rounds: int, seconds: float) -> Result:
             ),
             "floor": stack.enter_context(services.floor(databases[2], folder / "floor.log")),
         }
+        for side in sides.values():
+            side.servers = (postgres, redis)
         await _scenarios(result, sides, rounds, seconds)
         _memory(result, sides)
+        result.details["Peak memory"] += [
+            ["PostgreSQL, with all three databases, at the end", _mebibytes(memory_of(postgres))],
+            ["Redis, likewise", _mebibytes(memory_of(redis))],
+        ]
     return result
 
 
@@ -88,7 +96,7 @@ async def run_soak(*, seconds: float, looks: int) -> Result:
 async def _scenarios(
     result: Result, sides: dict[str, Service], rounds: int, seconds: float
 ) -> None:
-    table = [["what", "side", "calls/s", "p50, ms", "p95, ms", "p99, ms", "CPU"]]
+    table = [[*COLUMNS, "CPU of PostgreSQL", "of Redis"]]
     rates: dict[str, list[list[float]]] = {name: [] for name in sides}
     for place, (scenario, (what, of_plain, of_floor)) in enumerate(WANTED.items()):
 
@@ -118,7 +126,7 @@ def _cells(rounds: list[Round]) -> list[str]:
     return [
         f"{of['rate']:,.0f}",
         *(f"{of[name]:.2f}" for name in ("p50", "p95", "p99")),
-        f"{of['cpu']:.2f}",
+        *(f"{used:.2f}" for name, used in of.items() if name.startswith("cpu")),
     ]
 
 
@@ -130,8 +138,12 @@ def _memory(result: Result, sides: dict[str, Service]) -> None:
     )
     result.details["Peak memory"] = [
         ["side", "MiB"],
-        *([name, f"{peak / 2**20:.0f}"] for name, peak in peaks.items()),
+        *([name, _mebibytes(peak)] for name, peak in peaks.items()),
     ]
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f}"
 
 
 async def _soak(result: Result, side: Service, seconds: float, looks: int) -> None:
@@ -174,7 +186,7 @@ async def run_sqlite(*, rounds: int, seconds: float) -> Result:
                 services.plain(f"sqlite+aiosqlite:///{plain}", None, folder / "plain.log")
             ),
         }
-        table = [["what", "side", "calls/s", "p50, ms", "p95, ms", "p99, ms", "CPU"]]
+        table = [[*COLUMNS]]
         for scenario, (what, of_plain) in ON_SQLITE_WANTED.items():
 
             async def one(number: int, name: str, scenario: str = scenario) -> Round:

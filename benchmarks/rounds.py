@@ -32,12 +32,14 @@ class Round:
         latency: Milliseconds by percentile.
         cpu: Seconds of a processor for each second, of the process that is measured.
         errors: Calls that failed.
+        servers: The same as ``cpu`` of PostgreSQL and of Redis.
     """
 
     rate: float
     latency: Mapping[int, float]
     cpu: float = 0.0
     errors: int = 0
+    servers: Sequence[float] = ()
 
 
 async def interleave(
@@ -112,6 +114,10 @@ def summary(rounds: Sequence[Round]) -> dict[str, float]:
     return {
         "rate": statistics.median(each.rate for each in rounds),
         "cpu": statistics.median(each.cpu for each in rounds),
+        **{
+            f"cpu of server {number}": statistics.median(cpus)
+            for number, cpus in enumerate(zip(*(each.servers for each in rounds), strict=True))
+        },
         **{
             f"p{percent}": statistics.median(each.latency[percent] for each in rounds)
             for percent in PERCENTILES

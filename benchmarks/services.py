@@ -20,7 +20,9 @@ from benchmarks.rounds import Round
 from tests.servers import HOST, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from tests.servers import Server
 
 ROOT: Final = Path(__file__).parents[1]
 CONNECTIONS: Final = 32
@@ -33,11 +35,13 @@ class Service:
 
     Attributes:
         url: Where it is.
+        servers: What it uses, whose processors are to be watched.
         changes: How many changes of status were asked of it.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
         self.url = url
+        self.servers: Sequence[Server] = ()
         self.changes = 0
         self._process = psutil.Process(process.pid)
 
@@ -60,12 +64,28 @@ class Service:
         changing = scenario in ("update", "mixed", "list_uncached", "deep_changed")
         if changing:
             seed = self.changes
-        before = self.cpu()
+        before = [self.cpu(), *map(cpu_of, self.servers)]
         report = await _run_load(self.url, scenario, incidents, seconds, seed)
-        cpu = (self.cpu() - before) / report["seconds"]
+        after = [self.cpu(), *map(cpu_of, self.servers)]
+        cpu, *servers = (
+            (end - start) / report["seconds"] for start, end in zip(before, after, strict=True)
+        )
         self.changes += report["changes"]
         latency = {percent: report[f"p{percent}"] for percent in (50, 95, 99)}
-        return Round(report["requests"] / report["seconds"], latency, cpu, report["errors"])
+        rate = report["requests"] / report["seconds"]
+        return Round(rate, latency, cpu, report["errors"], servers)
+
+
+def cpu_of(server: Server) -> float:
+    """Return the seconds of a processor that all processes of a server have used."""
+    main, *others = (process.cpu_times() for process in server.processes())
+    ended = main.children_user + main.children_system
+    return ended + sum(times.user + times.system for times in (main, *others))
+
+
+def memory_of(server: Server) -> int:
+    """Return the memory that all processes of a server have, in bytes, what they share once."""
+    return sum(process.memory_full_info().pss for process in server.processes())
 
 
 def load_program() -> str:
