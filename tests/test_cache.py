@@ -301,6 +301,38 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
             ]
 
 
+async def test_each_call_of_a_client_is_so_many_commands(
+    redis_url: str, sqlite_url: str, sent: list[list[tuple[bytes, ...]]]
+) -> None:
+    """A list asks Redis once, unless the page is at hand; a write removes; no other call asks."""
+    fill = [b"EXPIRE", b"SADD", b"SCARD", b"SET"]
+    async with (
+        IncidentClient.open(sqlite_url, redis_url) as incidents,
+        IncidentClient.open(sqlite_url, redis_url) as others,
+    ):
+        calls: list[tuple[IncidentClient, Callable[[], Awaitable[object]], list[bytes]]] = [
+            (incidents, lambda: incidents.create("Disk is full", source="partner"), [b"SPOP"]),
+            (incidents, incidents.list, [*fill[:1], b"MGET", *fill[1:]]),
+            (incidents, incidents.list, []),
+            (others, others.list, [b"MGET"]),
+            (others, others.list, []),
+            (others, lambda: others.get(1), []),
+            (others, others.search, []),
+            (others, lambda: others.history(1), []),
+            (others, others.read_changes, []),
+            (others, lambda: others.update_status(1, "failed"), [b"SPOP", b"UNLINK"]),
+            (others, lambda: others.note(1, "It came back"), [b"SPOP"]),
+        ]
+        counted = []
+        for client, call, _ in calls:
+            sent.clear()
+            await call()
+            assert client._pages is not None
+            await client._pages.finish()
+            counted.append(sorted(verb for write in sent for verb, *_ in write))
+    assert counted == [expected for *_, expected in calls]
+
+
 async def test_a_call_is_a_few_commands_of_one_key_at_once(
     shared: RedisCache,
     sent: list[list[tuple[bytes, ...]]],
