@@ -716,6 +716,26 @@ async def test_a_call_that_is_cancelled_is_never_committed_by_halves(
     assert (None,) not in answers
 
 
+@pytest.mark.parametrize("way", ["sqlite-connection", "sqlite-session"])
+async def test_a_host_on_a_file_goes_on_after_a_call_that_was_cancelled(
+    host: Host, client: IncidentClient
+) -> None:
+    """On SQLite a cancelled call leaves the transaction, and what the host has in it."""
+    for turns in range(40):
+        joined = await join(host, client)
+        await host.order(turns + 1)
+        call = asyncio.ensure_future(
+            joined.create("Order 1 is late", source="partner", idempotency_key=f"key-{turns}")
+        )
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await host.commit()
+    await host.begin()
+    assert await host.orders() == list(range(1, 41))
+
+
 # Who else writes at the same time
 
 

@@ -90,6 +90,7 @@ class SqlalchemyConnection:
 
     def __init__(self, connection: AsyncConnection | AsyncSession, kind: DatabaseKind) -> None:
         self._connection = connection
+        self._fetch = _fetch_to_the_end if kind == "sqlite" else sqlite.fetch_rows
         found = _dialect_name(connection)
         if found != kind:
             raise TypeError(f"The client is on {kind}, not on {found}")
@@ -103,7 +104,7 @@ class SqlalchemyConnection:
             raise NotInTransaction
         connection = await self.connection()
         try:
-            return await sqlite.fetch_rows(connection, statement, values)
+            return await self._fetch(connection, statement, values)
         finally:
             self._transaction = self._transaction or self._current()
 
@@ -140,6 +141,28 @@ def _dialect_name(connection: AsyncConnection | AsyncSession) -> str:
 def _check(connection: AsyncConnection) -> None:
     if connection.sync_connection is None or connection.closed or commits_by_itself(connection):
         raise NotInTransaction
+
+
+async def _fetch_to_the_end(
+    connection: AsyncConnection, statement: Executable, values: Mapping[str, Any]
+) -> Rows:
+    """Run a statement on SQLite, which has ended before a cancellation is felt.
+
+    SQLAlchemy throws away a connection whose statement is cancelled, and with it the transaction.
+    The file would stay locked until that statement's cursor is collected as garbage.
+    """
+    task = asyncio.ensure_future(sqlite.fetch_rows(connection, statement, values))
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        # Whatever became of the statement, nobody asks any more.
+        await asyncio.gather(task, return_exceptions=True)
+        raise cancelled
+    return task.result()
 
 
 class _Joined(Operations):
