@@ -442,6 +442,24 @@ async def test_messages_of_before_are_found(sqlite_url: str, empty_postgres_url:
             assert await incidents.history(found.incident_id) == []
 
 
+async def test_a_cursor_goes_on_within_the_times_that_are_asked_for(url: str) -> None:
+    """A cursor that lies outside of the times brings nothing from outside of them."""
+    async with IncidentClient.open(url) as incidents:
+        for number in range(3):
+            await incidents.create(f"Disk {number} is full", source="partner")
+        now = (await incidents.get(1)).created_at
+        earlier, later = now - timedelta(hours=1), now + timedelta(hours=1)
+        for order in ("newest", "oldest"):
+            after = (await incidents.search(limit=1, order=order)).next
+            too_late = await incidents.search(order=order, after=after, created_after=later)
+            too_early = await incidents.search(order=order, after=after, created_before=earlier)
+            assert [*too_late.incidents, *too_early.incidents] == []
+            found = await incidents.search(
+                order=order, after=after, created_after=earlier, created_before=later
+            )
+            assert len(found.incidents) == 2
+
+
 async def test_a_joined_search_sees_its_transaction(migrated_postgres_url: str) -> None:
     """Inside a host's transaction a search finds what was written there, outside it does not."""
     connection = await asyncpg.connect(migrated_postgres_url)
@@ -509,11 +527,12 @@ def filled_sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("statuses", "sources", "oldest"), SHAPES)
+@pytest.mark.parametrize("ties", [False, True])
 def test_sqlite_reads_an_index_in_order(
-    filled_sqlite: str, statuses: int, sources: int, oldest: bool
+    filled_sqlite: str, statuses: int, sources: int, oldest: bool, ties: bool
 ) -> None:
     """No page is sorted from the whole table: each branch is read from an index of its own."""
-    shape = Shape(statuses, sources, oldest, None)
+    shape = Shape(statuses, sources, oldest, None, ties)
     values = bound(SearchQuery(), "")
     statement: Any = select_page(shape)
     compiled = statement.compile(dialect=dialect())
@@ -526,7 +545,7 @@ def test_sqlite_reads_an_index_in_order(
         plan = connection.execute(f"EXPLAIN QUERY PLAN {compiled.string}", given).fetchall()
     steps = [row[3] for row in plan]
     searched = [step for step in steps if step.startswith("SEARCH Incident USING INDEX")]
-    assert len(searched) == max(statuses, 1) * max(sources, 1), steps
+    assert len(searched) == max(statuses, 1) * max(sources, 1) * (1 + ties), steps
     assert not [step for step in steps if step.startswith("SCAN Incident")], steps
     if len(searched) == 1:
         assert not [step for step in steps if "TEMP B-TREE" in step], steps

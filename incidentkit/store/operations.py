@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
+from attrs import evolve
+
 from incidentkit.errors import IdempotencyKeyReused, IncidentNotFound, UnknownCursor
 from incidentkit.models import MAX_ID, MAX_LIMIT
 from incidentkit.search import IncidentOrder, SearchPage
@@ -77,6 +79,9 @@ class Operations(ABC):
     _claim_key: Executable
     _delete_expired_keys: Executable
     _words_match: WordsMatch
+    _select_changes: Executable = statements.SELECT_CHANGES
+    _looks_up_pairs = True
+    """Whether the database finds a place by its time and its id in an index."""
     _plans_once = False
     """Whether a plan is kept for a statement, if its cost does not depend on the values."""
     _bookmarks: Bookmarks | None = None
@@ -285,11 +290,6 @@ class Operations(ABC):
             most=min(most for most in MOST if most > query.limit) if self._plans_once else None,
         )
         values: dict[str, Any] = {
-            # Ids are above 0, so that these are the bounds of the times alone.
-            "low_at": query.created_after,
-            "low_id": 0,
-            "high_at": query.created_before,
-            "high_id": 0,
             "words": query.text and self._words(query.text),
             # One more tells whether there is another page.
             "limit": query.limit + 1,
@@ -297,13 +297,18 @@ class Operations(ABC):
             **{f"status_{n}": status.value for n, status in enumerate(query.status)},
             **{f"source_{n}": source.value for n, source in enumerate(query.source)},
         }
+        # Ids are above 0, so that these are the bounds of the times alone.
+        low, high = (query.created_after, 0), (query.created_before, 0)
         total = None
         if query.total:
-            ((total,),) = await self._read(count_found(shape), values)
-        if query.after is not None:
-            edge, beyond = ("low", max) if shape.oldest_first else ("high", min)
-            bound = (values[f"{edge}_at"], values[f"{edge}_id"])
-            values[f"{edge}_at"], values[f"{edge}_id"] = beyond(bound, query.after)
+            ((total,),) = await self._read(count_found(shape), values | _between(low, high))
+        if query.after is not None and shape.oldest_first:
+            low = max(low, query.after)
+        elif query.after is not None:
+            high = min(high, query.after)
+        if query.after is not None and low < high and not self._looks_up_pairs:
+            shape = evolve(shape, ties=True)
+        values |= _between(low, high)
         if query.text is None:
             rows = await self._read(select_page(shape), values)
         else:
@@ -329,7 +334,7 @@ class Operations(ABC):
         """Read events of all incidents in the order of their commits, from past a place."""
         transaction_id, event_id = after
         values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
-        return [read_event(row) for row in await self._read(statements.SELECT_CHANGES, values)]
+        return [read_event(row) for row in await self._read(self._select_changes, values)]
 
     async def latest_change(self) -> IncidentEvent | None:
         """Read the last event of all that :meth:`changes` has."""
@@ -351,6 +356,10 @@ class Operations(ABC):
         if rows:
             return rows[0][0], rows[0][1]
         raise UnknownCursor
+
+
+def _between(low: tuple[datetime, int], high: tuple[datetime, int]) -> dict[str, Any]:
+    return {"low_at": low[0], "low_id": low[1], "high_at": high[0], "high_id": high[1]}
 
 
 def found(incident_id: int, rows: Rows) -> Any:

@@ -51,6 +51,10 @@ class Shape:
         sources: How many sources are asked for; 0 means any.
         oldest_first: Whether the order is that.
         words_match: Set if words are asked for.
+        ties: Whether the incidents of the same second as the place to go on from are read in a
+            range of their own. SQLite needs that: of a pair of a time and an id it finds only the
+            time in an index, and would pass over all of the second. The two places must be in
+            their order.
         most: How many the statement says that there are at most; None means that it says nothing.
     """
 
@@ -58,6 +62,7 @@ class Shape:
     sources: int
     oldest_first: bool
     words_match: WordsMatch | None
+    ties: bool = False
     most: int | None = None
 
 
@@ -69,12 +74,31 @@ def _id(name: str) -> ColumnElement[Any]:
     return bindparam(name, type_=BigInteger())
 
 
-def _between(columns: Any) -> list[ColumnElement[bool]]:
-    """Return what is true of an incident between the two places."""
+def _is_above_low(columns: Any) -> ColumnElement[bool]:
     place = tuple_(columns.created_at, columns.incident_id)
+    return place > tuple_(_time("low_at"), _id("low_id"))
+
+
+def _is_below_high(columns: Any) -> ColumnElement[bool]:
+    place = tuple_(columns.created_at, columns.incident_id)
+    return place < tuple_(_time("high_at"), _id("high_id"))
+
+
+def _ranges(shape: Shape) -> list[list[ColumnElement[bool]]]:
+    """Return what is true of an incident between the two places, in each range that is read."""
+    at, incident_id = _columns.created_at, _columns.incident_id
+    if not shape.ties:
+        return [[_is_above_low(_columns), _is_below_high(_columns)]]
+    if shape.oldest_first:
+        low = _time("low_at")
+        return [
+            [at == low, incident_id > _id("low_id")],
+            [at > low, _is_below_high(_columns)],
+        ]
+    high = _time("high_at")
     return [
-        place > tuple_(_time("low_at"), _id("low_id")),
-        place < tuple_(_time("high_at"), _id("high_id")),
+        [at == high, incident_id < _id("high_id")],
+        [at < high, _is_above_low(_columns)],
     ]
 
 
@@ -92,14 +116,13 @@ def _has_source(number: int, columns: Any = _columns) -> ColumnElement[bool]:
 
 
 def _branches(shape: Shape) -> Iterator[list[ColumnElement[bool]]]:
-    """Yield, for each pair of a status and a source, what an incident of it is."""
-    for status, source in product(range(shape.statuses or 1), range(shape.sources or 1)):
-        conditions = _between(_columns)
-        if shape.statuses:
-            conditions.append(_has_status(status))
+    """Yield, for each branch of a status and a source, what an incident of it is."""
+    statuses, sources = range(shape.statuses or 1), range(shape.sources or 1)
+    for status, source, conditions in product(statuses, sources, _ranges(shape)):
+        filters = [_has_status(status)] if shape.statuses else []
         if shape.sources:
-            conditions.append(_has_source(source))
-        yield conditions
+            filters.append(_has_source(source))
+        yield [*conditions, *filters]
 
 
 # The last column is the time as it is stored, which an incident shows in whole seconds.
@@ -161,7 +184,7 @@ def _found_by_words(shape: Shape) -> tuple[Any, list[Any]]:
     if shape.words_match is not None:
         with_words = with_words.where(shape.words_match.by_index)
     found = with_words.cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
-    conditions: list[Any] = _between(found.c)
+    conditions: list[Any] = [_is_above_low(found.c), _is_below_high(found.c)]
     if shape.statuses:
         conditions.append(or_(*(_has_status(n, found.c) for n in range(shape.statuses))))
     if shape.sources:

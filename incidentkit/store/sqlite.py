@@ -156,6 +156,8 @@ class SqliteOperations(Operations):
     _claim_key = writes.CLAIM_KEY
     _delete_expired_keys = writes.DELETE_EXPIRED_KEYS
     _words_match = writes.WORDS_MATCH
+    _select_changes = statements.SELECT_CHANGES_BY_ID
+    _looks_up_pairs = False
 
     async def _create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         rows = await fetch(

@@ -199,6 +199,14 @@ SELECT_CHANGES: Final = (
 )
 """What comes after a place in the order of events, as far as that is final."""
 
+SELECT_CHANGES_BY_ID: Final = (
+    select(*EVENT)
+    .where(incident_event_table.c.event_id > bindparam("event_id", type_=BigInteger()))
+    .order_by(incident_event_table.c.event_id)
+    .limit(bindparam("limit", type_=BigInteger()))
+)
+"""The same where there is one writer at a time, so that the ids are in that order."""
+
 SELECT_LATEST_CHANGE: Final = (
     select(*EVENT)
     .where(incident_event_table.c.transaction_id < feed_horizon())
