@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from contextvars import Context
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+from incidentkit.errors import IncidentKitError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Sequence
@@ -161,7 +164,7 @@ async def _run(
     try:
         answers = await run([item for item, _ in batch])
     except Exception as error:  # noqa: BLE001
-        return [error] * len(batch)
+        return [error, *(_like(error) for _ in batch[1:])]
     except BaseException:
         for _, answer in batch:
             answer.cancel()
@@ -170,6 +173,16 @@ async def _run(
         # Nobody knows whose they are.
         return [RuntimeError(f"{len(answers)} answers for {len(batch)} calls")] * len(batch)
     return answers
+
+
+def _like(error: Exception) -> Exception:
+    """Return an error of the same kind and cause: what a caller notes in one is its own."""
+    if not isinstance(error, IncidentKitError):
+        # Nobody knows whether it can be copied.
+        return error
+    other = copy(error).with_traceback(error.__traceback__)
+    other.__cause__ = error.__cause__
+    return other
 
 
 class Coalescer(Generic[_K, _T]):

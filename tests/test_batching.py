@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from incidentkit import batching
+from incidentkit import StoreUnavailable, batching
 from incidentkit.batching import Batcher, Coalescer
 
 if TYPE_CHECKING:
@@ -147,6 +147,23 @@ async def test_an_error_is_that_of_everybody_who_shares_it(
     assert outcomes == [source.error] * 3
     source.error = None
     assert await ask("a") == 2
+
+
+async def test_a_note_in_an_error_is_for_one_caller_alone(
+    ask: Coalescer[str, int], source: Source
+) -> None:
+    """Calls that share a run that fails each have an error of their own, and its cause."""
+    cause = OSError("connection reset")
+    source.error = StoreUnavailable("the connection was lost")
+    source.error.__cause__ = cause
+    errors = await asyncio.gather(*(ask("a") for _ in range(3)), return_exceptions=True)
+    assert len(source.started) == 1
+    for number, error in enumerate(errors):
+        assert isinstance(error, StoreUnavailable)
+        assert error.reason == "the connection was lost"
+        assert error.__cause__ is cause
+        error.add_note(f"while call {number} was handled")
+        assert error.__notes__ == [f"while call {number} was handled"]
 
 
 async def test_nothing_is_kept_of_runs_that_have_ended(ask: Coalescer[str, int]) -> None:
