@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from contextvars import Context
-from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
@@ -176,13 +175,20 @@ async def _run(
 
 
 def _like(error: Exception) -> Exception:
-    """Return an error of the same kind and cause: what a caller notes in one is its own."""
+    """Return an error like this one: what a caller notes in one is its own."""
     if not isinstance(error, IncidentKitError):
-        # Nobody knows whether it can be copied.
         return error
-    other = copy(error).with_traceback(error.__traceback__)
-    other.__cause__ = error.__cause__
-    return other
+    try:
+        # Without calling `__init__`, whose arguments in a subclass are not known.
+        other = type(error).__new__(type(error), *error.args)
+    except Exception:  # noqa: BLE001
+        return error
+    vars(other).update(vars(error))
+    if "__notes__" in vars(error):
+        other.__notes__ = list(error.__notes__)
+    other.__cause__, other.__context__ = error.__cause__, error.__context__
+    other.__suppress_context__ = error.__suppress_context__
+    return other.with_traceback(error.__traceback__)
 
 
 class Coalescer(Generic[_K, _T]):

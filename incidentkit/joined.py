@@ -25,8 +25,8 @@ class JoinedIncidents(IncidentOperations):
 
     Nothing that it writes is seen by anybody else before the transaction is committed, and nothing
     is left of it after a rollback. No cache is read or filled. A call that fails leaves nothing of
-    what it wrote. An error of the database may have ended the transaction, as it does for any other
-    statement in it.
+    what it wrote, one that is cancelled all of it or nothing. An error of the database may have
+    ended the transaction, as it does for any other statement in it.
 
     Every method raises :class:`~incidentkit.NotInTransaction` once the transaction has ended.
     """

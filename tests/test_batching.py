@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import types
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
@@ -149,21 +149,50 @@ async def test_an_error_is_that_of_everybody_who_shares_it(
     assert await ask("a") == 2
 
 
+class RegionDown(StoreUnavailable):
+    """An error of somebody else's store."""
+
+    def __init__(self, region: str, code: int) -> None:
+        super().__init__(f"{region} answers {code}")
+        self.region = region
+
+
+class Uncopied(StoreUnavailable):
+    """One that cannot be made of its arguments."""
+
+    def __new__(cls, *, made: bool) -> Self:
+        """Make it."""
+        return super().__new__(cls, made)
+
+    def __init__(self, *, made: bool) -> None:
+        super().__init__(f"made: {made}")
+
+
 async def test_a_note_in_an_error_is_for_one_caller_alone(
     ask: Coalescer[str, int], source: Source
 ) -> None:
     """Calls that share a run that fails each have an error of their own, and its cause."""
     cause = OSError("connection reset")
-    source.error = StoreUnavailable("the connection was lost")
+    source.error = RegionDown("west", 503)
     source.error.__cause__ = cause
+    source.error.add_note("of the store")
     errors = await asyncio.gather(*(ask("a") for _ in range(3)), return_exceptions=True)
     assert len(source.started) == 1
     for number, error in enumerate(errors):
-        assert isinstance(error, StoreUnavailable)
-        assert error.reason == "the connection was lost"
+        assert isinstance(error, RegionDown)
+        assert (error.reason, error.region) == ("west answers 503", "west")
         assert error.__cause__ is cause
         error.add_note(f"while call {number} was handled")
-        assert error.__notes__ == [f"while call {number} was handled"]
+        assert error.__notes__ == ["of the store", f"while call {number} was handled"]
+
+
+async def test_an_error_that_cannot_be_copied_is_raised_to_all(
+    ask: Coalescer[str, int], source: Source
+) -> None:
+    """No caller is left waiting, however peculiar the error."""
+    source.error = Uncopied(made=True)
+    errors = await asyncio.gather(*(ask("a") for _ in range(3)), return_exceptions=True)
+    assert errors == [source.error] * 3
 
 
 async def test_nothing_is_kept_of_runs_that_have_ended(ask: Coalescer[str, int]) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from attrs import evolve, frozen
 from redis import Redis
-from sqlalchemy import NullPool
+from sqlalchemy import NullPool, event
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from incidentkit import (
@@ -716,24 +717,88 @@ async def test_a_call_that_is_cancelled_is_never_committed_by_halves(
     assert (None,) not in answers
 
 
-@pytest.mark.parametrize("way", ["sqlite-connection", "sqlite-session"])
+ON_A_FILE = pytest.mark.parametrize("way", [way for way in WAYS if way.startswith("sqlite")])
+
+
+async def cancelled_during(
+    host: Host, call: Awaitable[object], is_due: Callable[[list[str]], bool]
+) -> list[str]:
+    """Cancel a call while a statement runs, and return all of its statements.
+
+    Args:
+        host: Whose engine is listened to.
+        call: The call.
+        is_due: Given the statements so far, the last of which is about to run.
+    """
+    task = asyncio.ensure_future(call)
+    statements: list[str] = []
+
+    def look(*arguments: Any) -> None:
+        statements.append(arguments[2])
+        if is_due(statements):
+            task.cancel()
+
+    connection: Any = host.connection
+    in_session = isinstance(connection, AsyncSession)
+    bound = connection.get_bind() if in_session else connection.sync_connection
+    event.listen(bound.engine, "before_cursor_execute", look)
+    await asyncio.gather(task, return_exceptions=True)
+    event.remove(bound.engine, "before_cursor_execute", look)
+    assert task.cancelled()
+    return statements
+
+
+def is_number(number: int) -> Callable[[list[str]], bool]:
+    """Return what is true of the first so many statements."""
+    return lambda so_far: len(so_far) == number
+
+
+@ON_A_FILE
 async def test_a_host_on_a_file_goes_on_after_a_call_that_was_cancelled(
     host: Host, client: IncidentClient
 ) -> None:
-    """On SQLite a cancelled call leaves the transaction, and what the host has in it."""
-    for turns in range(40):
+    """On SQLite a cancelled call is in the transaction or not, and leaves what the host has in it.
+
+    It is cancelled during its first statement, its second one, and so on until its last.
+    """
+    cut_short = 0
+    while True:
         joined = await join(host, client)
-        await host.order(turns + 1)
-        call = asyncio.ensure_future(
-            joined.create("Order 1 is late", source="partner", idempotency_key=f"key-{turns}")
-        )
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
+        await host.order(cut_short + 1)
+        call = joined.create("Order 1 is late", source="partner", idempotency_key="key")
+        statements = await cancelled_during(host, call, is_number(cut_short + 1))
         await host.commit()
+        cut_short += 1
+        if await client.list():
+            break
+        assert await run_sql(host.url, "SELECT * FROM incident_idempotency_key") == []
+    assert statements[-1].startswith("RELEASE")
+    assert any(statement.startswith('INSERT INTO "Incident"') for statement in statements)
+    assert len(await client.history(1)) == 1
+    ((answer,),) = await run_sql(host.url, "SELECT answer FROM incident_idempotency_key")
+    assert answer is not None
     await host.begin()
-    assert await host.orders() == list(range(1, 41))
+    assert await host.orders() == list(range(1, cut_short + 1))
+
+
+@ON_A_FILE
+async def test_a_host_is_told_if_its_transaction_went_with_a_call_that_was_cancelled(
+    host: Host, client: IncidentClient
+) -> None:
+    """If a statement of a cancelled call ends the transaction, the host cannot commit another."""
+    await run_sql(
+        host.url,
+        'CREATE TRIGGER ends BEFORE INSERT ON "Incident" '
+        "BEGIN SELECT RAISE(ROLLBACK, 'all is taken back'); END",
+    )
+    joined = await join(host, client)
+    await host.order(1)
+    call = joined.create("Order 1 is late", source="partner")
+    await cancelled_during(host, call, lambda so_far: "INSERT" in so_far[-1])
+    with pytest.raises(PendingRollbackError):
+        await host.order(2)
+    await host.rollback()
+    assert await run_sql(host.url, "SELECT * FROM orders") == []
 
 
 # Who else writes at the same time

@@ -527,12 +527,12 @@ def filled_sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("statuses", "sources", "oldest"), SHAPES)
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("onward", [False, True])
 def test_sqlite_reads_an_index_in_order(
-    filled_sqlite: str, statuses: int, sources: int, oldest: bool, ties: bool
+    filled_sqlite: str, statuses: int, sources: int, oldest: bool, onward: bool
 ) -> None:
     """No page is sorted from the whole table: each branch is read from an index of its own."""
-    shape = Shape(statuses, sources, oldest, None, ties)
+    shape = Shape(statuses, sources, oldest, None, pairs=False, onward=onward)
     values = bound(SearchQuery(), "")
     statement: Any = select_page(shape)
     compiled = statement.compile(dialect=dialect())
@@ -545,7 +545,7 @@ def test_sqlite_reads_an_index_in_order(
         plan = connection.execute(f"EXPLAIN QUERY PLAN {compiled.string}", given).fetchall()
     steps = [row[3] for row in plan]
     searched = [step for step in steps if step.startswith("SEARCH Incident USING INDEX")]
-    assert len(searched) == max(statuses, 1) * max(sources, 1) * (1 + ties), steps
+    assert len(searched) == max(statuses, 1) * max(sources, 1) * (1 + onward), steps
     assert not [step for step in steps if step.startswith("SCAN Incident")], steps
     if len(searched) == 1:
         assert not [step for step in steps if "TEMP B-TREE" in step], steps

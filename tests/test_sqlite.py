@@ -329,6 +329,23 @@ async def test_a_page_costs_the_same_at_any_depth_of_one_second(
         assert steps[0] - before < 2 * cost_of_first + 20
 
 
+@pytest.mark.parametrize("order", ["newest", "oldest"])
+async def test_a_time_passes_over_nothing(
+    sqlite_url: str, path: str, steps: list[int], order: str
+) -> None:
+    """What is older than a second is found without passing over all incidents of that second."""
+    async with IncidentClient.open(sqlite_url) as client:
+        with closing(sqlite3.connect(path)) as file, file:
+            file.execute(FILL)
+        before = steps[0]
+        (incident,) = (await client.search(limit=1)).incidents
+        cost_of_one = steps[0] - before
+        before = steps[0]
+        older = await client.search(created_before=incident.created_at, order=order)
+        assert older.incidents == []
+        assert steps[0] - before < 2 * cost_of_one + 20
+
+
 async def test_the_feed_costs_the_same_at_any_place(
     sqlite_url: str, path: str, steps: list[int]
 ) -> None:

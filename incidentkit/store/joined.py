@@ -90,12 +90,12 @@ class SqlalchemyConnection:
 
     def __init__(self, connection: AsyncConnection | AsyncSession, kind: DatabaseKind) -> None:
         self._connection = connection
-        self._fetch = _fetch_to_the_end if kind == "sqlite" else sqlite.fetch_rows
         found = _dialect_name(connection)
         if found != kind:
             raise TypeError(f"The client is on {kind}, not on {found}")
         if isinstance(connection, AsyncConnection):
             _check(connection)
+        self._fetch = _fetch_to_the_end if kind == "sqlite" else sqlite.fetch_rows
         self._transaction = self._current()
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
@@ -146,7 +146,7 @@ def _check(connection: AsyncConnection) -> None:
 async def _fetch_to_the_end(
     connection: AsyncConnection, statement: Executable, values: Mapping[str, Any]
 ) -> Rows:
-    """Run a statement on SQLite, which has ended before a cancellation is felt.
+    """Run a statement on SQLite to its end; a cancellation meanwhile is raised after it.
 
     SQLAlchemy throws away a connection whose statement is cancelled, and with it the transaction.
     The file would stay locked until that statement's cursor is collected as garbage.
@@ -158,11 +158,17 @@ async def _fetch_to_the_end(
             await asyncio.wait((task,))
         except asyncio.CancelledError as error:
             cancelled = error
-    if cancelled is not None:
-        # Whatever became of the statement, nobody asks any more.
-        await asyncio.gather(task, return_exceptions=True)
+    if cancelled is None:
+        return task.result()
+    try:
+        failed = task.cancelled() or task.exception() is not None
+        if failed and not await sqlite.in_transaction(connection):
+            # The host, which does not learn of the failure, must not go on in another transaction.
+            await connection.invalidate()
         raise cancelled
-    return task.result()
+    finally:
+        # Or its traceback would keep this frame, and the rows.
+        del cancelled, task
 
 
 class _Joined(Operations):
@@ -224,6 +230,7 @@ class JoinedSqlite(_Joined, sqlite.SqliteOperations):
 
 async def _all_or_nothing(fetch: Fetch, work: Callable[[Fetch], Awaitable[_T]]) -> _T:
     """Do the work, and take back all of it if it fails, since the host may go on and commit."""
+    # One that a cancellation leaves behind ends with the transaction.
     await fetch(_SAVE, {})
     try:
         done = await work(fetch)

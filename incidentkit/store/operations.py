@@ -287,6 +287,7 @@ class Operations(ABC):
             sources=len(query.source),
             oldest_first=query.order is IncidentOrder.OLDEST,
             words_match=None if query.text is None else self._words_match,
+            pairs=self._looks_up_pairs,
             most=min(most for most in MOST if most > query.limit) if self._plans_once else None,
         )
         values: dict[str, Any] = {
@@ -306,8 +307,7 @@ class Operations(ABC):
             low = max(low, query.after)
         elif query.after is not None:
             high = min(high, query.after)
-        if query.after is not None and low < high and not self._looks_up_pairs:
-            shape = evolve(shape, ties=True)
+        shape = evolve(shape, onward=not shape.pairs and query.after is not None and low < high)
         values |= _between(low, high)
         if query.text is None:
             rows = await self._read(select_page(shape), values)

@@ -51,10 +51,11 @@ class Shape:
         sources: How many sources are asked for; 0 means any.
         oldest_first: Whether the order is that.
         words_match: Set if words are asked for.
-        ties: Whether the incidents of the same second as the place to go on from are read in a
-            range of their own. SQLite needs that: of a pair of a time and an id it finds only the
-            time in an index, and would pass over all of the second. The two places must be in
-            their order.
+        pairs: Whether the database looks up a pair of a time and an id in an index. SQLite looks up
+            the time alone, and passes over all incidents of that second.
+        onward: Whether the page goes on from an incident, and not from a time. If there are no
+            pairs, the incidents of the same second are then a range of their own; the place must
+            lie between the times.
         most: How many the statement says that there are at most; None means that it says nothing.
     """
 
@@ -62,7 +63,8 @@ class Shape:
     sources: int
     oldest_first: bool
     words_match: WordsMatch | None
-    ties: bool = False
+    pairs: bool = True
+    onward: bool = False
     most: int | None = None
 
 
@@ -74,32 +76,25 @@ def _id(name: str) -> ColumnElement[Any]:
     return bindparam(name, type_=BigInteger())
 
 
-def _is_above_low(columns: Any) -> ColumnElement[bool]:
+def _between(columns: Any) -> list[ColumnElement[bool]]:
+    """Return what is true of an incident between the two places."""
     place = tuple_(columns.created_at, columns.incident_id)
-    return place > tuple_(_time("low_at"), _id("low_id"))
-
-
-def _is_below_high(columns: Any) -> ColumnElement[bool]:
-    place = tuple_(columns.created_at, columns.incident_id)
-    return place < tuple_(_time("high_at"), _id("high_id"))
+    return [
+        place > tuple_(_time("low_at"), _id("low_id")),
+        place < tuple_(_time("high_at"), _id("high_id")),
+    ]
 
 
 def _ranges(shape: Shape) -> list[list[ColumnElement[bool]]]:
     """Return what is true of an incident between the two places, in each range that is read."""
-    at, incident_id = _columns.created_at, _columns.incident_id
-    if not shape.ties:
-        return [[_is_above_low(_columns), _is_below_high(_columns)]]
+    if shape.pairs:
+        return [_between(_columns)]
+    at, low, high = _columns.created_at, _time("low_at"), _time("high_at")
+    if not shape.onward:
+        return [[at >= low, at < high]]
     if shape.oldest_first:
-        low = _time("low_at")
-        return [
-            [at == low, incident_id > _id("low_id")],
-            [at > low, _is_below_high(_columns)],
-        ]
-    high = _time("high_at")
-    return [
-        [at == high, incident_id < _id("high_id")],
-        [at < high, _is_above_low(_columns)],
-    ]
+        return [[at == low, _columns.incident_id > _id("low_id")], [at > low, at < high]]
+    return [[at == high, _columns.incident_id < _id("high_id")], [at >= low, at < high]]
 
 
 def _has_status(number: int, columns: Any = _columns) -> ColumnElement[bool]:
@@ -184,7 +179,7 @@ def _found_by_words(shape: Shape) -> tuple[Any, list[Any]]:
     if shape.words_match is not None:
         with_words = with_words.where(shape.words_match.by_index)
     found = with_words.cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
-    conditions: list[Any] = [_is_above_low(found.c), _is_below_high(found.c)]
+    conditions: list[Any] = _between(found.c)
     if shape.statuses:
         conditions.append(or_(*(_has_status(n, found.c) for n in range(shape.statuses))))
     if shape.sources:
