@@ -40,6 +40,8 @@ class Batcher(Generic[_I, _T]):
         size: Items that a batch has at most, at least 1; None means any number.
         when_idle: Called when the last batch has ended and no call waits.
         abandon: Whether a batch is cancelled once every call in it has been.
+        forget: Whether what waits is forgotten if a batch is cancelled, as at the end of the loop;
+            for what nobody waits for.
     """
 
     def __init__(  # noqa: PLR0913
@@ -51,6 +53,7 @@ class Batcher(Generic[_I, _T]):
         size: int | None = None,
         when_idle: Callable[[], object] | None = None,
         abandon: bool = False,
+        forget: bool = False,
     ) -> None:
         self._run = run
         self._limit = running
@@ -58,6 +61,7 @@ class Batcher(Generic[_I, _T]):
         self._size = size
         self._when_idle = when_idle
         self._abandon = abandon
+        self._forget = forget
         self._waiting: list[tuple[_I, asyncio.Future[_T]]] = []
         self._running: set[asyncio.Task[None]] = set()
         # The youngest of these, if it has yet to take what waits.
@@ -112,6 +116,8 @@ class Batcher(Generic[_I, _T]):
         if task is self._starting:
             # It never began, as when somebody cancels every task of the loop.
             self._starting = None
+        if self._forget and task.cancelled():
+            self._waiting.clear()
         if self._waiting:
             if self._starting is None:
                 self._go_on()

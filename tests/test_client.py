@@ -283,20 +283,26 @@ def test_a_program_that_forgets_to_close_ends(sqlite_url: str) -> None:
     program = (
         "import asyncio, sys\n"
         "from incidentkit import IncidentClient\n"
+        "from incidentkit.cache import MemoryCache\n"
+        "from incidentkit.store import store_from_url\n"
         "async def main():\n"
-        "    incidents = IncidentClient.open(sys.argv[1])\n"
+        "    incidents = IncidentClient(store_from_url(sys.argv[1]), cache=MemoryCache())\n"
         "    await incidents.connect()\n"
-        "    await incidents.create('Disk is full', source='partner')\n"
-        "    await incidents.list()\n"
+        "    for page in range(3):\n"
+        "        await incidents.create('Disk is full', source='partner')\n"
+        "        await incidents.list(page + 1)\n"
+        "        await incidents.list(page + 2)\n"
         "asyncio.run(main())\n"
     )
-    subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", program, sqlite_url],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
         timeout=60,
         capture_output=True,
+        text=True,
     )
+    assert (ended.stdout, ended.stderr) == ("", "")
 
 
 @pytest.fixture(scope="module")

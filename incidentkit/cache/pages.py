@@ -117,8 +117,8 @@ class PageCache:
         self._clock = clock
         self._reads = Coalescer(self._read)
         self._tokens: Batcher[None, str | None] = Batcher(self._read_token)
-        self._clears = Batcher(_clear)
-        self._keeps: Batcher[tuple[str, Page, int], None] = Batcher(self._keep)
+        self._clears = Batcher(_clear, forget=True)
+        self._keeps: Batcher[tuple[str, Page, int], None] = Batcher(self._keep, forget=True)
         self._trusted: tuple[str | None, float] | None = None
         self._changes = 0
 
