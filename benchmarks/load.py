@@ -112,7 +112,8 @@ async def run(url: str, connections: int, seconds: float, load: Load) -> dict[st
     async def connection() -> None:
         nonlocal errors
         reader, writer = await asyncio.open_connection(host, port)
-        while time.perf_counter() < ends_at:
+        # One request at least, should the time be over before all are connected.
+        while True:
             started = time.perf_counter()
             writer.write(load.request())
             head = await reader.readuntil(b"\r\n\r\n")
@@ -120,6 +121,8 @@ async def run(url: str, connections: int, seconds: float, load: Load) -> dict[st
             await reader.readexactly(length)
             times.append(time.perf_counter() - started)
             errors += int(head.split(b" ", 2)[1]) >= FIRST_ERROR
+            if time.perf_counter() >= ends_at:
+                break
         writer.close()
 
     started = time.perf_counter()

@@ -109,6 +109,9 @@ def _own_cluster() -> Iterator[servers.RedisCluster]:
 def own_cluster(_own_cluster: servers.RedisCluster) -> servers.RedisCluster:
     """A cluster for the tests that harm one."""
     _own_cluster.mend()
+    for node in _own_cluster.servers:
+        with node.client() as client:
+            client.flushall()
     return _own_cluster
 
 
@@ -583,7 +586,7 @@ async def test_no_connection_is_left_after_a_failure(own_cluster: servers.RedisC
 
 async def test_the_successor_of_a_dead_master_is_found() -> None:
     """Once Sentinel has replaced a master that died, pages are kept by its successor."""
-    with servers.RedisSentinel(down_after=0.3) as behind:
+    with servers.RedisSentinel(down_after=1) as behind:
         url = behind.url.replace("://", "://127.0.0.1:1,")
         async with opened(url) as cache, opened(url) as new:
             await works(cache, KEY, b"[1]")

@@ -167,11 +167,22 @@ async def test_latest_is_what_comes_later(incidents: IncidentClient) -> None:
     assert change.note == "later"
 
 
-async def test_a_change_wakes_who_waits(
-    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A change by the same client ends the waiting of all its readers, without looking again."""
+@pytest.fixture
+async def on_a_file(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[IncidentClient]:
+    """A client that looks for changes of others once an hour.
+
+    On PostgreSQL a transaction of another test may hold up a change until the second look.
+    """
     monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 3600)
+    async with IncidentClient.open(sqlite_url) as client:
+        yield client
+
+
+async def test_a_change_wakes_who_waits(on_a_file: IncidentClient) -> None:
+    """A change by the same client ends the waiting of all its readers, without looking again."""
+    incidents = on_a_file
     waiting = [asyncio.ensure_future(incidents.read_changes(wait=30)) for _ in range(5)]
     await until(lambda: _is_pausing(incidents, 5))
     created = await incidents.create("Disk is full", source="monitoring")
@@ -194,9 +205,10 @@ async def test_changes_of_others_are_found(incidents: IncidentClient, url: str) 
 
 
 async def test_readers_at_one_place_share_a_read(
-    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+    on_a_file: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many wait for the next change, each look at the database is one."""
+    incidents = on_a_file
     reads = 0
     store: Any = incidents.store
     read = store.changes
@@ -207,7 +219,6 @@ async def test_readers_at_one_place_share_a_read(
         return await read(*arguments)
 
     monkeypatch.setattr(store, "changes", counted)
-    monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 3600)
     waiting = [asyncio.ensure_future(incidents.read_changes(wait=30)) for _ in range(20)]
     await until(lambda: _is_pausing(incidents, 20))
     before = reads

@@ -154,7 +154,7 @@ async def test_a_cancelled_write_leaves_the_others(incidents: IncidentClient) ->
 
 async def test_reads_go_on_while_another_program_writes(sqlite_url: str, path: str) -> None:
     """While another program keeps the file locked, writes wait and fail, and reads go on."""
-    options = StoreOptions(pool_timeout=0.2, statement_timeout=0.2)
+    options = StoreOptions(pool_timeout=30, statement_timeout=0.2)
     async with IncidentClient.open(sqlite_url, options=options) as client:
         (incident,) = await create(client, 1)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -205,8 +205,7 @@ async def test_a_close_that_is_cancelled_can_be_repeated(sqlite_url: str, path: 
 
 async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
     """However long it takes, its caller hears that it is stored; who gave up has nothing there."""
-    options = StoreOptions(pool_timeout=0.1, statement_timeout=0.1)
-    async with IncidentClient.open(sqlite_url, options=options) as client:
+    async with IncidentClient.open(sqlite_url) as client:
         assert isinstance(client.store, SqliteStore)
         begun, gate = Event(), Event()
 
@@ -216,12 +215,16 @@ async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
                 gate.wait(30)
 
         event.listen(client.store._opened()._engine, "before_cursor_execute", hold)
-        writes = [asyncio.ensure_future(create(client, 1)) for _ in range(4)]
-        outcomes = await asyncio.gather(*writes[1:], return_exceptions=True)
-        assert begun.is_set()
-        assert not writes[0].done()
+        first = asyncio.ensure_future(create(client, 1))
+        assert await asyncio.to_thread(begun.wait, 30)
+        patience, client.store._patience = client.store._patience, 0.1
+        outcomes = await asyncio.gather(
+            *(create(client, 1) for _ in range(3)), return_exceptions=True
+        )
+        client.store._patience = patience
+        assert not first.done()
         gate.set()
-        assert await writes[0] == await client.list()
+        assert await first == await client.list()
         assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
 
 

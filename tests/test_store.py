@@ -121,7 +121,7 @@ async def test_lists_are_newest_first_with_ties_by_id(store: IncidentStore, url:
     )
     await _run_sql(
         url,
-        "UPDATE \"Incident\" SET created_at = '2030-01-01 00:00:00' WHERE incident_id IN (1, 3)",
+        "UPDATE \"Incident\" SET created_at = '2999-01-01 00:00:00' WHERE incident_id IN (1, 3)",
     )
     pages = [(await store.list(ListQuery(page, 2))).incidents for page in (1, 2, 3, 4)]
     ids = [[incident.incident_id for incident in page] for page in pages]
@@ -429,7 +429,7 @@ async def test_a_row_that_breaks_the_schema_is_a_typed_error(url: str) -> None:
 
 async def test_waiting_for_another_writer_ends(sqlite_url: str, tmp_path: Path) -> None:
     """While another process keeps an SQLite file locked, a write fails typed after its timeout."""
-    store = store_from_url(sqlite_url, StoreOptions(pool_timeout=0.1, statement_timeout=0.1))
+    store = store_from_url(sqlite_url, StoreOptions(pool_timeout=30, statement_timeout=0.1))
     await store.open()
     other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -447,8 +447,9 @@ async def test_a_caller_is_not_kept_longer_than_its_timeouts(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A statement on SQLite that goes on and on is left by its caller, and not by close."""
-    store = SqliteStore(sqlite_url, StoreOptions(pool_timeout=0.05, statement_timeout=0.05))
+    store = SqliteStore(sqlite_url)
     await store.open()
+    store._patience = 0.1
     goes_on = threading.Event()
 
     def never_ending(*_: Any) -> Any:
