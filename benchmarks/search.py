@@ -1,6 +1,7 @@
-"""What the size of the table costs a search.
+"""What the size of the tables costs a search, and the feed.
 
-In each table a hundred incidents have failed and have a rare word; all have a common one.
+In each table a hundred incidents have failed and have a rare word; all have a common one. The older
+half is of one second, as an import leaves it. Each has an event.
 """
 
 from __future__ import annotations
@@ -31,11 +32,19 @@ if TYPE_CHECKING:
     Call: TypeAlias = Callable[[], Awaitable[object]]
 
 FLAT: Final = 1.2
-FLAT_PAGES: Final = ("the first page", "a page in the middle", "the last page")
-READ_MUCH: Final = ("a common word", "the total")
+MUST_BE_FLAT: Final = (
+    "search, the first page",
+    "search, a page in the middle",
+    "search, the last page",
+    "the feed, its end",
+)
+READ_MUCH: Final = ("search, a common word", "search, the total")
 
 RARE: Final = 100
 """Incidents of a table that are of a rare kind."""
+
+LATEST: Final = 20
+"""Changes behind the place in the feed that is gone on from."""
 
 START: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -44,6 +53,12 @@ FILL: Final = (
     "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {size}) "
     "SELECT CASE WHEN i % {step} = 0 THEN 'Disk needle is full' "
     "ELSE 'Disk is full on db ' || i END, {type}, {source}, {at} FROM n"
+)
+
+FILL_FEED: Final = (
+    "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, to_status, at) "
+    "SELECT {transaction}, incident_id, incident_id, 'created', 'new', created_at "
+    'FROM "Incident" ORDER BY incident_id'
 )
 
 
@@ -58,11 +73,15 @@ async def fill_postgresql(url: str, size: int) -> None:
             type=f"CAST(CASE WHEN i % {size // RARE} = 0 THEN 'failed' ELSE 'completed' END "
             "AS incidentstatus)",
             source="CAST(CASE WHEN i % 2 = 0 THEN 'partner' ELSE 'operator' END AS incidentsource)",
-            at="CAST('2026-01-01 00:00:00+00' AS timestamptz) + i * interval '1 second'",
+            at="CAST('2026-01-01 00:00:00+00' AS timestamptz) "
+            f"+ greatest(i - {size // 2}, 0) * interval '1 second'",
         ),
         timeout=600,
     )
-    await connection.execute('VACUUM ANALYZE "Incident"', timeout=600)
+    # As if each were of a transaction before all that the server has had.
+    feed = FILL_FEED.format(transaction=f"incident_id - {size + 1}")
+    await connection.execute(feed, timeout=600)
+    await connection.execute('VACUUM ANALYZE "Incident", incident_event', timeout=600)
     await connection.close()
 
 
@@ -76,35 +95,37 @@ def fill_sqlite(path: Path, size: int) -> None:
                 step=size // RARE,
                 type=f"CASE WHEN i % {size // RARE} = 0 THEN 'failed' ELSE 'completed' END",
                 source="CASE WHEN i % 2 = 0 THEN 'partner' ELSE 'operator' END",
-                at="datetime('2026-01-01', '+' || i || ' seconds')",
+                at=f"datetime('2026-01-01', '+' || max(i - {size // 2}, 0) || ' seconds')",
             )
         )
+        connection.execute(FILL_FEED.format(transaction="0"))
         connection.execute("ANALYZE")
 
 
-def calls(client: IncidentClient, size: int) -> dict[str, Call]:
+async def calls(client: IncidentClient, size: int) -> dict[str, Call]:
     """Return what is timed, by name."""
-    half = START + timedelta(seconds=size // 2)
-    microseconds = (half - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    microseconds = (START - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
     middle = encode_cursor(microseconds, size // 2, 0)
+    (last_seen,) = await client.history(size - LATEST)
 
     def search(**filters: Any) -> Call:
         return lambda: client.search(**filters)
 
     return {
-        "the first page": search(),
-        "a page in the middle": search(after=middle),
-        "the last page": search(order="oldest"),
-        "one rare status": search(status="failed"),
-        "two statuses, one source": search(status={"failed", "new"}, source="partner"),
-        "a rare word": search(text="needle"),
-        "a common word": search(text="disk"),
-        "the total": search(total=True),
+        "search, the first page": search(),
+        "search, a page in the middle": search(after=middle),
+        "search, the last page": search(order="oldest"),
+        "search, one rare status": search(status="failed"),
+        "search, two statuses, one source": search(status={"failed", "new"}, source="partner"),
+        "search, a rare word": search(text="needle"),
+        "search, a common word": search(text="disk"),
+        "search, the total": search(total=True),
+        "the feed, its end": lambda: client.read_changes(last_seen.cursor),
     }
 
 
 async def run(*, sizes: Sequence[int], rounds: int) -> Result:
-    """Measure every search on both databases.
+    """Measure every search, and the feed, on both databases.
 
     Args:
         sizes: Incidents of the tables, at least 100, the smallest first.
@@ -138,8 +159,8 @@ async def _compare(
     database: str,
 ) -> None:
     """Add the figures of one database, from all sizes in turn."""
-    by_size = [calls(client, size) for client, size in zip(clients, sizes, strict=True)]
-    table = [["search", *(f"{size:,}, ms" for size in sizes)]]
+    by_size = [await calls(client, size) for client, size in zip(clients, sizes, strict=True)]
+    table = [["read", *(f"{size:,}, ms" for size in sizes)]]
     for name in by_size[0]:
         medians = await medians_in_turn(
             lambda place, _, name=name: by_size[place][name](),  # type: ignore[misc]
@@ -147,11 +168,11 @@ async def _compare(
             max(rounds // 20, 3) if name in READ_MUCH else rounds,
         )
         table.append([name, *(f"{median * 1000:.3f}" for median in medians)])
-        if name in FLAT_PAGES:
-            what = f"{sizes[-1]:,} incidents on {database}: search, {name}"
+        if name in MUST_BE_FLAT:
+            what = f"{sizes[-1]:,} incidents on {database}: {name}"
             against = f"the time with {sizes[0]:,}"
             result.rows.append(at_most(what, against, FLAT, medians[-1] / medians[0]))
-    result.details[f"Searches on {database}, by incidents in the table"] = table
+    result.details[f"Searches and the feed on {database}, by incidents in the table"] = table
 
 
 def start(*, quick: bool, sizes: Sequence[int] | None = None, rounds: int | None = None) -> Result:
