@@ -10,7 +10,7 @@ from threading import enumerate as enumerate_threads
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import Pool, event
+from sqlalchemy import event
 
 from incidentkit import (
     IncidentClient,
@@ -25,7 +25,7 @@ from incidentkit.store import StoreOptions
 from incidentkit.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from incidentkit import Incident
 
@@ -268,104 +268,6 @@ async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
         gate.set()
         assert [found async for found in client.iterate(text="disk")] == [incident]
         assert (await search).incidents == [incident]
-
-
-@pytest.fixture
-def steps() -> Iterator[list[int]]:
-    """A count of the hundreds of steps that SQLite has taken in any connection."""
-    taken = [0]
-
-    def count() -> int:
-        taken[0] += 1
-        return 0
-
-    def connect(connection: object, _: object) -> None:
-        # That of a probe, or of a migration, is another one.
-        if isinstance(connection, sqlite3.Connection):
-            connection.set_progress_handler(count, 100)
-
-    event.listen(Pool, "connect", connect)
-    yield taken
-    event.remove(Pool, "connect", connect)
-
-
-FILL = (
-    "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
-    'INSERT INTO "Incident" (incident_message, incident_type, source) '
-    "SELECT 'Disk is full', iif(i % 3, 'new', 'failed'), iif(i % 2, 'partner', 'operator') FROM n"
-)
-"""Incidents of one second."""
-
-FILL_HISTORY = (
-    "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, at) "
-    "SELECT 0, incident_id, incident_id, 'noted', created_at FROM \"Incident\""
-)
-"""An event of each."""
-
-
-@pytest.mark.parametrize("order", ["newest", "oldest"])
-@pytest.mark.parametrize(
-    "filters",
-    [
-        {},
-        {"status": "failed"},
-        {"status": ["failed", "completed"], "source": ["partner", "operator"]},
-        {"text": "disk"},
-    ],
-)
-async def test_a_page_costs_the_same_at_any_depth_of_one_second(
-    sqlite_url: str, path: str, steps: list[int], order: str, filters: dict[str, Any]
-) -> None:
-    """A cursor passes over nothing, also where an import has put all incidents into one second."""
-    async with IncidentClient.open(sqlite_url) as client:
-        with closing(sqlite3.connect(path)) as file, file:
-            file.execute(FILL)
-        before = steps[0]
-        first = await client.search(limit=20, order=order, **filters)
-        cost_of_first = steps[0] - before
-        deep = first
-        for _ in range(5):
-            deep = await client.search(limit=1000, order=order, after=deep.next, **filters)
-        before = steps[0]
-        page = await client.search(limit=20, order=order, after=deep.next, **filters)
-        assert len(page.incidents) == 20
-        assert steps[0] - before < 2 * cost_of_first + 20
-
-
-@pytest.mark.parametrize("order", ["newest", "oldest"])
-async def test_a_time_passes_over_nothing(
-    sqlite_url: str, path: str, steps: list[int], order: str
-) -> None:
-    """What is older than a second is found without passing over all incidents of that second."""
-    async with IncidentClient.open(sqlite_url) as client:
-        with closing(sqlite3.connect(path)) as file, file:
-            file.execute(FILL)
-        before = steps[0]
-        (incident,) = (await client.search(limit=1)).incidents
-        cost_of_one = steps[0] - before
-        before = steps[0]
-        older = await client.search(created_before=incident.created_at, order=order)
-        assert older.incidents == []
-        assert steps[0] - before < 2 * cost_of_one + 20
-
-
-async def test_the_feed_costs_the_same_at_any_place(
-    sqlite_url: str, path: str, steps: list[int]
-) -> None:
-    """What comes after a change is found without passing over what came before it."""
-    async with IncidentClient.open(sqlite_url) as client:
-        with closing(sqlite3.connect(path)) as file, file:
-            file.execute(FILL)
-            file.execute(FILL_HISTORY)
-        before = steps[0]
-        await client.read_changes(limit=20)
-        cost_of_first = steps[0] - before
-        (last,) = await client.history(20_000)
-        noted = await client.note(7, "Looked at")
-        before = steps[0]
-        page = await client.read_changes(after=last.cursor, limit=20)
-        assert page.changes == [noted]
-        assert steps[0] - before < 2 * cost_of_first + 20
 
 
 async def test_memory_is_one_connection() -> None:
