@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from contextvars import Context
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
@@ -100,10 +101,13 @@ class Batcher(Generic[_I, _T]):
             loop = asyncio.get_running_loop()
             self._patience = loop.call_later(PATIENCE, self._begin, context=Context())
 
-    def _begin(self) -> None:
+    def _stop_timer(self) -> None:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+    def _begin(self) -> None:
+        self._stop_timer()
         # Not made by the loop, whose factory might run it at once; and in no context of a caller,
         # since it is the batch of several.
         context = Context()
@@ -118,6 +122,7 @@ class Batcher(Generic[_I, _T]):
             self._starting = None
         if self._forget and task.cancelled():
             self._waiting.clear()
+            self._stop_timer()
         if self._waiting:
             if self._starting is None:
                 self._go_on()
@@ -182,19 +187,14 @@ async def _run(
 
 def _like(error: Exception) -> Exception:
     """Return an error like this one: what a caller notes in one is its own."""
-    if not isinstance(error, IncidentKitError):
+    if type(error).__module__ != IncidentKitError.__module__:
+        # Only of ours it is known how another one is made.
         return error
-    try:
-        # Without calling `__init__`, whose arguments in a subclass are not known.
-        other = type(error).__new__(type(error), *error.args)
-    except Exception:  # noqa: BLE001
-        return error
-    vars(other).update(vars(error))
-    if "__notes__" in vars(error):
+    other = copy(error).with_traceback(error.__traceback__)
+    if hasattr(error, "__notes__"):
         other.__notes__ = list(error.__notes__)
-    other.__cause__, other.__context__ = error.__cause__, error.__context__
-    other.__suppress_context__ = error.__suppress_context__
-    return other.with_traceback(error.__traceback__)
+    other.__cause__ = error.__cause__
+    return other
 
 
 class Coalescer(Generic[_K, _T]):

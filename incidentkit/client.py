@@ -243,20 +243,20 @@ class IncidentClient(IncidentOperations):
 
     async def _close(self) -> None:
         self._connected = False
-        feed, self._feed = self._feed, None
-        if feed is not None:
-            feed.close()
+        if self._feed is not None:
+            self._feed.close()
         if self._writes:
             from asyncio import wait  # noqa: PLC0415
 
             await wait(self._writes)
         await self.store.close()
-        if feed is not None:
-            await feed.finish()
+        if self._feed is not None:
+            await self._feed.finish()
         # Last, since a list that the store still answered is handed to the cache.
-        pages, self._pages = self._pages, None
-        if pages is not None:
-            await pages.close()
+        if self._pages is not None:
+            await self._pages.close()
+        # Not before, so that a close that was cancelled can be repeated.
+        self._feed = self._pages = None
 
     async def list(
         self,

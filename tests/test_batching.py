@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import types
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -149,48 +150,41 @@ async def test_an_error_is_that_of_everybody_who_shares_it(
     assert await ask("a") == 2
 
 
+@dataclass(frozen=True)
 class RegionDown(StoreUnavailable):
-    """An error of somebody else's store."""
+    """An error of somebody else's store, which nothing can be set in."""
 
-    def __init__(self, region: str, code: int) -> None:
-        super().__init__(f"{region} answers {code}")
-        self.region = region
+    region: str
 
 
-class Uncopied(StoreUnavailable):
-    """One that cannot be made of its arguments."""
-
-    def __new__(cls, *, made: bool) -> Self:
-        """Make it."""
-        return super().__new__(cls, made)
-
-    def __init__(self, *, made: bool) -> None:
-        super().__init__(f"made: {made}")
-
-
+@pytest.mark.parametrize("has_notes", [False, True])
 async def test_a_note_in_an_error_is_for_one_caller_alone(
-    ask: Coalescer[str, int], source: Source
+    ask: Coalescer[str, int], source: Source, *, has_notes: bool
 ) -> None:
     """Calls that share a run that fails each have an error of their own, and its cause."""
     cause = OSError("connection reset")
-    source.error = RegionDown("west", 503)
+    source.error = StoreUnavailable("the connection was lost")
     source.error.__cause__ = cause
-    source.error.add_note("of the store")
+    notes = ["of the store"] if has_notes else []
+    for note in notes:
+        source.error.add_note(note)
     errors = await asyncio.gather(*(ask("a") for _ in range(3)), return_exceptions=True)
     assert len(source.started) == 1
     for number, error in enumerate(errors):
-        assert isinstance(error, RegionDown)
-        assert (error.reason, error.region) == ("west answers 503", "west")
+        assert isinstance(error, StoreUnavailable)
+        assert error.reason == "the connection was lost"
         assert error.__cause__ is cause
+        assert error.__suppress_context__
+        assert error.__traceback__ is not None
         error.add_note(f"while call {number} was handled")
-        assert error.__notes__ == ["of the store", f"while call {number} was handled"]
+        assert error.__notes__ == [*notes, f"while call {number} was handled"]
 
 
-async def test_an_error_that_cannot_be_copied_is_raised_to_all(
+async def test_an_error_that_is_not_ours_is_raised_to_all(
     ask: Coalescer[str, int], source: Source
 ) -> None:
     """No caller is left waiting, however peculiar the error."""
-    source.error = Uncopied(made=True)
+    source.error = RegionDown("west")
     errors = await asyncio.gather(*(ask("a") for _ in range(3)), return_exceptions=True)
     assert errors == [source.error] * 3
 

@@ -278,6 +278,33 @@ def test_the_command_line_of_another_process_shows_in_the_next_list(sqlite_url: 
     assert [incident.incident_message for incident in asyncio.run(main())] == ["From elsewhere"]
 
 
+async def test_a_close_that_was_cancelled_can_be_repeated(sqlite_url: str) -> None:
+    """The cache is closed by the second one, if the first one did not come so far."""
+    gate, closed = asyncio.Event(), 0
+
+    class Slow(MemoryCache):
+        async def clear(self) -> None:
+            await gate.wait()
+
+        async def close(self) -> None:
+            nonlocal closed
+            closed += 1
+
+    client = IncidentClient(store_from_url(sqlite_url), cache=Slow())
+    await client.connect()
+    await client.create("Disk is full", source="partner")
+    closing = asyncio.ensure_future(client.close())
+    await asyncio.wait((closing,), timeout=0.2)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+    assert closing.cancelled()
+    gate.set()
+    await client.close()
+    assert closed == 1
+    await client.close()
+    assert closed == 1
+
+
 def test_a_program_that_forgets_to_close_ends(sqlite_url: str) -> None:
     """A host that never closes its client still comes to its end."""
     program = (

@@ -50,7 +50,7 @@ def disks(number: int, **fields: Any) -> list[NewIncident]:
 
 
 async def test_they_are_stored_in_their_order(
-    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+    incidents: IncidentClient, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is stored and returned in its place, with its event and its actor, in any number."""
     monkeypatch.setattr(postgresql, "ROWS", 7)
@@ -72,6 +72,7 @@ async def test_they_are_stored_in_their_order(
     async with asyncio.timeout(60):
         changes = await take(incidents, len(wanted))
     assert {change.incident_id for change in changes} == {one.incident_id for one in created}
+    assert await run_sql(url, "SELECT count(*) FROM incident_event") == [(len(wanted),)]
 
 
 async def test_keys_count_as_they_would_one_by_one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -799,6 +799,91 @@ async def test_a_host_is_told_if_its_transaction_went_with_a_call_that_was_cance
         await host.order(2)
     await host.rollback()
     assert await run_sql(host.url, "SELECT * FROM orders") == []
+
+
+@ON_A_FILE
+async def test_a_call_that_is_cancelled_twice_waits_for_its_statement_all_the_same(
+    host: Host, client: IncidentClient
+) -> None:
+    """While another program keeps the file locked, no cancellation parts the statement."""
+    await host.execute("SELECT 1")
+    joined = client.join(host.connection)
+    with closing(sqlite3.connect(file_of(host), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        call = asyncio.ensure_future(joined.create("Order 1 is late", source="partner"))
+        running = asyncio.ensure_future(cancelled_during(host, call, is_number(1)))
+        while not call.cancelling():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        call.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not call.done()
+        other.execute("ROLLBACK")
+        await running
+    await host.order(1)
+    await host.commit()
+    assert await run_sql(host.url, "SELECT * FROM orders") == [(1,)]
+    assert await client.list() == []
+
+
+@ON_A_FILE
+async def test_a_host_goes_on_if_a_cancelled_call_did_not_get_the_lock(
+    host: Host, client: IncidentClient
+) -> None:
+    """A statement that failed and ended nothing costs the host nothing."""
+    await host.execute("PRAGMA busy_timeout = 100")
+    joined = client.join(host.connection)
+    with closing(sqlite3.connect(file_of(host), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        await cancelled_during(
+            host, joined.create("Order 1 is late", source="partner"), is_number(1)
+        )
+        other.execute("ROLLBACK")
+    await host.order(1)
+    await joined.create("Order 1 is late", source="partner")
+    await host.commit()
+    assert len(await client.list()) == 1
+
+
+@ON_A_FILE
+async def test_a_host_goes_on_after_a_cancelled_read_that_failed(
+    host: Host, client: IncidentClient
+) -> None:
+    """A read is in no transaction of SQLite's before the first write, and cannot end one."""
+    await host.execute("SELECT 1")
+    joined = client.join(host.connection)
+    await run_sql(host.url, 'ALTER TABLE "Incident" RENAME TO away')
+    await cancelled_during(host, joined.list(), is_number(1))
+    await host.order(1)
+    await host.commit()
+    assert await run_sql(host.url, "SELECT * FROM orders") == [(1,)]
+
+
+@ON_A_FILE
+async def test_a_cancelled_call_ends_as_cancelled_whatever_else_is(
+    host: Host, client: IncidentClient
+) -> None:
+    """When a program ends and cancels every task, no other error comes of a call."""
+    joined = await join(host, client)
+    this = asyncio.current_task()
+
+    def is_due(so_far: list[str]) -> bool:
+        if "INSERT" not in so_far[-1]:
+            return False
+        for task in asyncio.all_tasks():
+            if task is not this:
+                task.cancel()
+        return True
+
+    await cancelled_during(host, joined.create("Order 1 is late", source="partner"), is_due)
+    await host.rollback()
+
+
+def file_of(host: Host) -> str:
+    """Return the path of the host's file."""
+    return host.url.removeprefix("sqlite+aiosqlite:///")
 
 
 # Who else writes at the same time

@@ -215,14 +215,17 @@ async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
                 gate.wait(30)
 
         event.listen(client.store._opened()._engine, "before_cursor_execute", hold)
+        patience, client.store._patience = client.store._patience, 2
         first = asyncio.ensure_future(create(client, 1))
         assert await asyncio.to_thread(begun.wait, 30)
-        patience, client.store._patience = client.store._patience, 0.1
+        client.store._patience = 0.1
         outcomes = await asyncio.gather(
             *(create(client, 1) for _ in range(3)), return_exceptions=True
         )
         client.store._patience = patience
-        assert not first.done()
+        # Longer than it would have waited for its beginning.
+        done, _ = await asyncio.wait((first,), timeout=2.5)
+        assert not done
         gate.set()
         assert await first == await client.list()
         assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}

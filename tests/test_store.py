@@ -433,9 +433,10 @@ async def test_waiting_for_another_writer_ends(sqlite_url: str, tmp_path: Path) 
     await store.open()
     other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    outcomes = await asyncio.gather(
-        *(store.create(DISK_FULL) for _ in range(3)), return_exceptions=True
-    )
+    async with asyncio.timeout(20):
+        outcomes = await asyncio.gather(
+            *(store.create(DISK_FULL) for _ in range(3)), return_exceptions=True
+        )
     assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
     other.execute("ROLLBACK")
     other.close()
@@ -458,6 +459,7 @@ async def test_a_caller_is_not_kept_longer_than_its_timeouts(
 
     monkeypatch.setattr(sqlite, "_fetch", never_ending)
     with pytest.raises(StoreUnavailable, match="did not answer in time"):
-        await store.list(ListQuery())
+        async with asyncio.timeout(20):
+            await store.list(ListQuery())
     goes_on.set()
     await store.close()

@@ -151,6 +151,7 @@ async def _fetch_to_the_end(
     SQLAlchemy throws away a connection whose statement is cancelled, and with it the transaction.
     The file would stay locked until that statement's cursor is collected as garbage.
     """
+    was_in_transaction = await sqlite.in_transaction(connection)
     task = asyncio.ensure_future(sqlite.fetch_rows(connection, statement, values))
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -161,10 +162,13 @@ async def _fetch_to_the_end(
     if cancelled is None:
         return task.result()
     try:
-        failed = task.cancelled() or task.exception() is not None
-        if failed and not await sqlite.in_transaction(connection):
-            # The host, which does not learn of the failure, must not go on in another transaction.
-            await connection.invalidate()
+        if not task.cancelled():
+            # A failure is nobody's any more.
+            task.exception()
+        with suppress(Exception):
+            if was_in_transaction and not await sqlite.in_transaction(connection):
+                # The host does not learn that it has ended, and must not go on in another one.
+                await connection.invalidate()
         raise cancelled
     finally:
         # Or its traceback would keep this frame, and the rows.
