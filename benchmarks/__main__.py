@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _http(*, quick: bool) -> Result:
-    return asyncio.run(over_http.run(rounds=2 if quick else 5, seconds=1.0 if quick else 2.0))
+    return asyncio.run(over_http.run(rounds=2 if quick else 11, seconds=1.0 if quick else 2.0))
 
 
 def _sqlite(*, quick: bool) -> Result:
