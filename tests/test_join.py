@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -801,6 +801,16 @@ async def test_a_host_is_told_if_its_transaction_went_with_a_call_that_was_cance
     assert await run_sql(host.url, "SELECT * FROM orders") == []
 
 
+@contextmanager
+def locked(host: Host) -> Iterator[None]:
+    """Keep the host's file from being written, as another program does."""
+    path = host.url.removeprefix("sqlite+aiosqlite:///")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
 @ON_A_FILE
 async def test_a_call_that_is_cancelled_twice_waits_for_its_statement_all_the_same(
     host: Host, client: IncidentClient
@@ -808,20 +818,24 @@ async def test_a_call_that_is_cancelled_twice_waits_for_its_statement_all_the_sa
     """While another program keeps the file locked, no cancellation parts the statement."""
     await host.execute("SELECT 1")
     joined = client.join(host.connection)
-    with closing(sqlite3.connect(file_of(host), isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    begun = asyncio.Event()
+
+    def is_due(so_far: list[str]) -> bool:
+        begun.set()
+        return len(so_far) == 1
+
+    with locked(host):
         call = asyncio.ensure_future(joined.create("Order 1 is late", source="partner"))
-        running = asyncio.ensure_future(cancelled_during(host, call, is_number(1)))
-        while not call.cancelling():  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        running = asyncio.ensure_future(cancelled_during(host, call, is_due))
+        async with asyncio.timeout(60):
+            await begun.wait()
         for _ in range(10):
             await asyncio.sleep(0)
         call.cancel()
         for _ in range(10):
             await asyncio.sleep(0)
         assert not call.done()
-        other.execute("ROLLBACK")
-        await running
+    await running
     await host.order(1)
     await host.commit()
     assert await run_sql(host.url, "SELECT * FROM orders") == [(1,)]
@@ -835,12 +849,10 @@ async def test_a_host_goes_on_if_a_cancelled_call_did_not_get_the_lock(
     """A statement that failed and ended nothing costs the host nothing."""
     await host.execute("PRAGMA busy_timeout = 100")
     joined = client.join(host.connection)
-    with closing(sqlite3.connect(file_of(host), isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with locked(host):
         await cancelled_during(
             host, joined.create("Order 1 is late", source="partner"), is_number(1)
         )
-        other.execute("ROLLBACK")
     await host.order(1)
     await joined.create("Order 1 is late", source="partner")
     await host.commit()
@@ -879,11 +891,6 @@ async def test_a_cancelled_call_ends_as_cancelled_whatever_else_is(
 
     await cancelled_during(host, joined.create("Order 1 is late", source="partner"), is_due)
     await host.rollback()
-
-
-def file_of(host: Host) -> str:
-    """Return the path of the host's file."""
-    return host.url.removeprefix("sqlite+aiosqlite:///")
 
 
 # Who else writes at the same time
