@@ -21,7 +21,7 @@ from benchmarks.databases import create_database
 from benchmarks.results import Result, at_most
 from benchmarks.rounds import medians_in_turn, one_core
 from incidentkit import IncidentClient
-from incidentkit.cursor import encode_cursor
+from incidentkit.domain.cursor import encode_cursor
 from incidentkit.store.migrate import upgrade
 from tests.servers import PostgresServer
 

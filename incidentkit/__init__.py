@@ -1,8 +1,9 @@
 """Record and follow incidents in the database that your application already runs."""
 
-from incidentkit.actor import acting_as
 from incidentkit.client import IncidentClient
-from incidentkit.errors import (
+from incidentkit.domain.actor import acting_as
+from incidentkit.domain.commands import NewIncident
+from incidentkit.domain.errors import (
     CacheUnavailable,
     ClientClosed,
     DuplicateOpenIncident,
@@ -22,18 +23,18 @@ from incidentkit.errors import (
     UnknownCursor,
     VersionConflict,
 )
-from incidentkit.joined import JoinedIncidents
-from incidentkit.models import (
+from incidentkit.domain.queries import ListQuery
+from incidentkit.domain.values import (
     ChangePage,
     EventKind,
     Incident,
     IncidentEvent,
+    IncidentOrder,
     IncidentSource,
     IncidentStatus,
-    ListQuery,
-    NewIncident,
+    SearchPage,
 )
-from incidentkit.search import IncidentOrder, SearchPage
+from incidentkit.joined import JoinedIncidents
 from incidentkit.version import __version__
 
 __all__ = [

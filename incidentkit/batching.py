@@ -12,7 +12,7 @@ from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from incidentkit.errors import IncidentKitError
+from incidentkit.domain.errors import IncidentKitError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Sequence

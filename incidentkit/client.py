@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
-from incidentkit.actor import current_actor
 from incidentkit.defaults import DEFAULT_DATABASE_URL
-from incidentkit.errors import CacheUnavailable, ClientClosed, StoreUnavailable
+from incidentkit.domain import rules
+from incidentkit.domain.actor import ACTOR
+from incidentkit.domain.errors import CacheUnavailable, ClientClosed, StoreUnavailable
+from incidentkit.domain.queries import ChangesQuery, ListQuery
+from incidentkit.domain.transitions import Transitions
+from incidentkit.domain.values import DEFAULT_LIMIT, LATEST, MAX_WAIT, Incident
 from incidentkit.joined import JoinedIncidents
-from incidentkit.models import (
-    DEFAULT_LIMIT,
-    LATEST,
-    MAX_WAIT,
-    Incident,
-    ListQuery,
-    check_changes,
-    check_ended_before,
-)
 from incidentkit.operations import IncidentOperations
-from incidentkit.transitions import Transitions
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,11 +26,11 @@ if TYPE_CHECKING:
 
     from incidentkit.cache import IncidentCache
     from incidentkit.cache.pages import PageCache
+    from incidentkit.domain.transitions import Graph
+    from incidentkit.domain.values import ChangePage, IncidentEvent, IncidentSource, IncidentStatus
     from incidentkit.feed import ChangeFeed
-    from incidentkit.models import ChangePage, IncidentEvent, IncidentSource, IncidentStatus
     from incidentkit.settings import Settings
     from incidentkit.store.base import IncidentStore, StoreOptions
-    from incidentkit.transitions import Graph
 
 CHANGES_BATCH: Final = 500
 """Changes that a feed reads at a time."""
@@ -328,7 +322,7 @@ class IncidentClient(IncidentOperations):
             UnknownCursor: If it is not one of this database.
             ClientClosed: If the client is closed meanwhile.
         """
-        check_changes(after, CHANGES_BATCH, MAX_WAIT)
+        ChangesQuery(after)
         pause = 0.0
         while True:
             # What is the latest must be known before an outage, which may hide changes.
@@ -361,7 +355,7 @@ class IncidentClient(IncidentOperations):
             UnknownCursor: If the cursor is not one of this database.
             ClientClosed: If the client is closed meanwhile.
         """
-        check_changes(after, limit, wait)
+        ChangesQuery(after, limit, wait)
         if not self._connected or self._feed is None:
             raise ClientClosed
         return await self._feed.read(after, limit, wait)
@@ -384,13 +378,13 @@ class IncidentClient(IncidentOperations):
         Raises:
             InvalidIncident: If it is not an aware time.
         """
-        ended_before = check_ended_before(ended_before)
+        ended_before = rules.check("ended_before", rules.time_bound, ended_before)
         store = self._store()
         total = await store.purgeable(ended_before) if progress is not None else 0
         purged = 0
         while True:
             count, more = await self._write(
-                store.purge(ended_before, PURGE_BATCH, actor=current_actor())
+                store.purge(ended_before, PURGE_BATCH, actor=ACTOR.get())
             )
             purged += count
             if progress is not None:

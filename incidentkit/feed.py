@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from incidentkit.batching import Coalescer
-from incidentkit.errors import ClientClosed
-from incidentkit.models import LATEST, ChangePage, IncidentEvent, event_cursor
+from incidentkit.domain.errors import ClientClosed
+from incidentkit.domain.rules import event_cursor
+from incidentkit.domain.values import LATEST, ChangePage, IncidentEvent
 from incidentkit.store.base import BEGINNING
 
 if TYPE_CHECKING:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from incidentkit.models import DEFAULT_LIMIT, Incident, ListQuery
+from incidentkit.domain.queries import ListQuery
+from incidentkit.domain.values import DEFAULT_LIMIT, Incident
 from incidentkit.operations import IncidentOperations
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from incidentkit.models import IncidentSource, IncidentStatus
+    from incidentkit.domain.transitions import Transitions
+    from incidentkit.domain.values import IncidentSource, IncidentStatus
     from incidentkit.store.base import StoreOperations
-    from incidentkit.transitions import Transitions
 
 Incidents: TypeAlias = list[Incident]
 """A page; an alias because inside the class ``list`` is the verb."""

@@ -6,31 +6,28 @@ from abc import ABC, abstractmethod
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
-from incidentkit.actor import current_actor
-from incidentkit.errors import IncidentNotFound
-from incidentkit.models import (
+from incidentkit.domain import rules
+from incidentkit.domain.actor import ACTOR
+from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange, check_many
+from incidentkit.domain.errors import IncidentNotFound
+from incidentkit.domain.queries import HistoryQuery, SearchQuery
+from incidentkit.domain.values import (
     DEFAULT_LIMIT,
     MAX_LIMIT,
     Incident,
     IncidentEvent,
+    IncidentOrder,
     IncidentStatus,
-    NewIncident,
-    StatusChange,
-    check_history,
-    check_idempotency_key,
-    check_incident_id,
-    check_many,
-    check_note,
+    SearchPage,
 )
-from incidentkit.search import IncidentOrder, SearchPage, SearchQuery
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
     from datetime import datetime
 
-    from incidentkit.models import IncidentSource
+    from incidentkit.domain.transitions import Transitions
+    from incidentkit.domain.values import IncidentSource
     from incidentkit.store.base import Idempotency, StoreOperations
-    from incidentkit.transitions import Transitions
 
 Incidents: TypeAlias = list[Incident]
 """A page; an alias because inside the class ``list`` is the verb."""
@@ -114,7 +111,7 @@ class IncidentOperations(ABC):
             incident = NewIncident(incident_message, source, incident_type, dedup_key)  # type: ignore[arg-type]
         once = _once(idempotency_key, "create", incident)
         store = self._store()
-        return await self._write(store.create(incident, actor=current_actor(), once=once))
+        return await self._write(store.create(incident, actor=ACTOR.get(), once=once))
 
     async def create_many(
         self, incidents: Iterable[NewIncident], *, idempotency_key: str | None = None
@@ -137,7 +134,7 @@ class IncidentOperations(ABC):
         store = self._store()
         if not checked:
             return []
-        return await self._write(store.create_many(checked, actor=current_actor(), once=once))
+        return await self._write(store.create_many(checked, actor=ACTOR.get(), once=once))
 
     async def update_status(
         self,
@@ -172,9 +169,7 @@ class IncidentOperations(ABC):
         once = _once(idempotency_key, "update_status", change)
         store = self._store()
         return await self._write(
-            store.update_status(
-                change, transitions=self._transitions, actor=current_actor(), once=once
-            )
+            store.update_status(change, transitions=self._transitions, actor=ACTOR.get(), once=once)
         )
 
     async def note(self, incident_id: int, note: str) -> IncidentEvent:
@@ -188,9 +183,9 @@ class IncidentOperations(ABC):
             IncidentNotFound: If there is none with this id.
             InvalidIncident: With every faulty argument.
         """
-        incident_id, note = check_note(incident_id, note)
+        addition = NoteAddition(incident_id, note)
         store = self._store()
-        return await self._write(store.note(incident_id, note, actor=current_actor()))
+        return await self._write(store.note(addition.incident_id, addition.note, actor=ACTOR.get()))
 
     @abstractmethod
     async def list(
@@ -212,7 +207,7 @@ class IncidentOperations(ABC):
             IncidentNotFound: If there is none with this id.
             InvalidIncident: If it is not an id.
         """
-        incident_id = check_incident_id(incident_id)
+        incident_id = rules.check("incident_id", rules.incident_id, incident_id)
         incident = await self._store().get(incident_id)
         if incident is None:
             raise IncidentNotFound(incident_id)
@@ -328,11 +323,11 @@ class IncidentOperations(ABC):
             IncidentNotFound: If nothing is known of such an incident.
             InvalidIncident: With every faulty argument.
         """
-        incident_id, limit, event_id = check_history(incident_id, limit, after)
+        query = HistoryQuery(incident_id, limit, after)
         store = self._store()
-        events = await store.history(incident_id, after=event_id, limit=limit)
-        if not events and await store.get(incident_id) is None:
-            raise IncidentNotFound(incident_id)
+        events = await store.history(query.incident_id, after=query.event_id, limit=query.limit)
+        if not events and await store.get(query.incident_id) is None:
+            raise IncidentNotFound(query.incident_id)
         return events
 
 
@@ -352,4 +347,6 @@ def _once(
     from incidentkit.wire import dump_json, wire_converter  # noqa: PLC0415
 
     said = dump_json([verb, wire_converter().unstructure(parameters)])
-    return Idempotency(check_idempotency_key(idempotency_key), sha256(said).hexdigest())
+    return Idempotency(
+        rules.check("idempotency_key", rules.name, idempotency_key), sha256(said).hexdigest()
+    )

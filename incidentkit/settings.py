@@ -15,10 +15,10 @@ from dotenv import dotenv_values
 
 from incidentkit.cache.base import TTL, check_redis_url
 from incidentkit.defaults import DEFAULT_DATABASE_URL
-from incidentkit.errors import InvalidSettings
-from incidentkit.models import IncidentStatus
+from incidentkit.domain.errors import InvalidSettings
+from incidentkit.domain.transitions import Graph  # noqa: TC001
+from incidentkit.domain.values import IncidentStatus
 from incidentkit.store.base import StoreOptions, database_kind
-from incidentkit.transitions import Graph  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import fields_dict
 
-from incidentkit.errors import FieldError, InvalidIncident
-from incidentkit.models import (
+from incidentkit.domain.commands import NewIncident, NewNote
+from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.values import (
     EventKind,
     Incident,
     IncidentEvent,
     IncidentSource,
     IncidentStatus,
-    NewIncident,
-    NewNote,
 )
 
 if TYPE_CHECKING:

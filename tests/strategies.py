@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from hypothesis import strategies as st
 
 from incidentkit import Incident, IncidentSource, IncidentStatus
-from incidentkit.models import MAX_ID, MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
+from incidentkit.domain.values import MAX_ID, MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
 
 WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 

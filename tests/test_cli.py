@@ -32,7 +32,7 @@ from incidentkit import __version__
 from incidentkit.cli import main
 from incidentkit.cli.server import LineFormatter
 from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
-from incidentkit.cursor import encode_cursor
+from incidentkit.domain.cursor import encode_cursor
 from incidentkit.store.tables import REVISIONS, SCHEMA_REVISION
 from tests.programs import DEADLINE, outcome, service, start
 
@@ -847,7 +847,7 @@ def test_serve_whose_app_does_not_start_is_a_failure(workers: str, unused_port: 
     arguments = ["serve", "--port", "0", "--workers", workers, "--database-url", url]
     exit_code, _, err = outcome(start(*arguments, program=["-c", UNCHECKED]))
     assert exit_code == 1
-    assert "\nincidentkit.errors.StoreUnavailable: The database is unavailable" in err
+    assert "\nincidentkit.domain.errors.StoreUnavailable: The database is unavailable" in err
     assert "secret" not in err
 
 

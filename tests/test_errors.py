@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import incidentkit.errors
+import incidentkit.domain.errors
 from incidentkit import (
     CacheUnavailable,
     ClientClosed,
@@ -38,7 +38,7 @@ from incidentkit import (
     UnknownCursor,
     VersionConflict,
 )
-from incidentkit.models import StatusChange
+from incidentkit.domain.commands import StatusChange
 
 TWO_FAULTS = (FieldError("page", "is wrong"), FieldError("limit", "is wrong, too"))
 
@@ -147,7 +147,7 @@ def tree(error: type[Exception]) -> dict[str, Any]:
     return {
         child.__name__: tree(child)
         for child in error.__subclasses__()
-        if child.__module__ == incidentkit.errors.__name__
+        if child.__module__ == incidentkit.domain.errors.__name__
     }
 
 
@@ -178,7 +178,9 @@ def test_one_small_tree() -> None:
 
 def test_tree_in_the_documentation_is_the_tree() -> None:
     """The picture that opens the module shows every error, in its place."""
-    picture = re.findall(r"^ {4}([│├└─ ]*)(\w+)", incidentkit.errors.__doc__ or "", re.MULTILINE)
+    picture = re.findall(
+        r"^ {4}([│├└─ ]*)(\w+)", incidentkit.domain.errors.__doc__ or "", re.MULTILINE
+    )
     drawn = [(len(branch) // 4, name) for branch, name in picture]
 
     def walk(branches: dict[str, Any], depth: int) -> list[tuple[int, str]]:

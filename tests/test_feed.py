@@ -35,7 +35,7 @@ from incidentkit import (
     UnknownCursor,
     acting_as,
 )
-from incidentkit.cursor import decode_cursor, encode_cursor
+from incidentkit.domain.cursor import decode_cursor, encode_cursor
 from incidentkit.feed import ChangeFeed
 from incidentkit.store import migrate
 from incidentkit.store.postgresql import compile_statement

@@ -20,7 +20,7 @@ from incidentkit import (
     StoreError,
     acting_as,
 )
-from incidentkit.cursor import encode_cursor
+from incidentkit.domain.cursor import encode_cursor
 from incidentkit.store.migrate import migration_engine
 
 if TYPE_CHECKING:

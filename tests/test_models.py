@@ -23,7 +23,8 @@ from incidentkit import (
     ListQuery,
     NewIncident,
 )
-from incidentkit.models import StatusChange, check_incident_id
+from incidentkit.domain import rules
+from incidentkit.domain.commands import StatusChange
 from tests.strategies import (
     WHITE_SPACE,
     characters,
@@ -442,7 +443,7 @@ def test_page_limit_and_id_are_integers_and_nothing_like_them(value: Any) -> Non
         "page": ID,
         "limit": "must be an integer from 1 to 1000",
     }
-    assert faults(lambda: check_incident_id(value)) == {"incident_id": ID}
+    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {"incident_id": ID}
 
 
 @given(st.integers(max_value=0) | st.integers(min_value=MAX + 1))
@@ -454,7 +455,7 @@ def test_numbers_out_of_bounds_are_refused(value: int) -> None:
     """What no database can count to is refused, were it 5,000 digits long."""
     assert faults(lambda: ListQuery(page=value)) == {"page": ID}
     assert faults(lambda: ListQuery(limit=value)) == {"limit": "must be an integer from 1 to 1000"}
-    assert faults(lambda: check_incident_id(value)) == {"incident_id": ID}
+    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {"incident_id": ID}
 
 
 @pytest.mark.parametrize(("limit", "accepted"), [(1, True), (1000, True), (1001, False)])
@@ -522,7 +523,7 @@ def test_different_lists_have_different_cache_keys(queries: list[ListQuery]) -> 
 @example(MAX)
 def test_id_in_its_bounds_is_returned(value: int) -> None:
     """Every number that the database can give is an id."""
-    assert check_incident_id(value) == value
+    assert rules.check("incident_id", rules.incident_id, value) == value
 
 
 @given(st.integers(1, MAX), statuses)

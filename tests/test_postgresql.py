@@ -17,7 +17,7 @@ from incidentkit import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import StatusChange
+from incidentkit.domain.commands import StatusChange
 from incidentkit.store import RequestRecord, StoreOptions
 from incidentkit.store.migrate import upgrade
 from incidentkit.store.postgresql import PostgresStore

@@ -26,8 +26,8 @@ from incidentkit import (
     IncidentStatus,
     InvalidIncident,
 )
-from incidentkit.cursor import encode_cursor
-from incidentkit.search import SearchQuery
+from incidentkit.domain.cursor import encode_cursor
+from incidentkit.domain.queries import SearchQuery
 from incidentkit.store import postgresql_statements, sqlite_statements
 from incidentkit.store.migrate import migration_engine
 from incidentkit.store.postgresql import compile_statement

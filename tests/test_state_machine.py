@@ -49,7 +49,7 @@ from incidentkit import (
 )
 from incidentkit.cache import INDEX_KEY
 from incidentkit.cache.pages import PageCache
-from incidentkit.models import MAX_ID
+from incidentkit.domain.values import MAX_ID
 from incidentkit.store.postgresql import PostgresStore
 from incidentkit.store.sqlite import SqliteStore
 from tests.strategies import padding, sources, statuses, stripped_messages

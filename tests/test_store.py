@@ -26,7 +26,7 @@ from incidentkit import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import StatusChange
+from incidentkit.domain.commands import StatusChange
 from incidentkit.store import RequestRecord, StoreOptions, sqlite, store_from_url
 from incidentkit.store.migrate import downgrade, migration_engine, upgrade
 from incidentkit.store.postgresql import PostgresStore, compile_statement

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 
 from incidentkit import IncidentClient, IncidentNotFound, ListQuery, NewIncident
-from incidentkit.models import StatusChange
+from incidentkit.domain.commands import StatusChange
 from incidentkit.store import StoreOptions, store_from_url
 from incidentkit.store.migrate import migration_engine, upgrade
 

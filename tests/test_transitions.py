@@ -17,12 +17,12 @@ from incidentkit import (
     InvalidSettings,
     VersionConflict,
 )
+from incidentkit.domain.transitions import Transitions
 from incidentkit.settings import Settings
-from incidentkit.transitions import Transitions
 from tests.strategies import statuses
 
 if TYPE_CHECKING:
-    from incidentkit.transitions import Graph
+    from incidentkit.domain.transitions import Graph
 
 ONE_WAY: Graph = {"new": {"completed", "failed"}, "failed": ["new"]}
 

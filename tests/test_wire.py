@@ -14,7 +14,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from incidentkit import FieldError, Incident, IncidentSource, IncidentStatus, InvalidIncident
-from incidentkit.models import NewIncident
+from incidentkit.domain.commands import NewIncident
 from incidentkit.wire import (
     decode_incidents,
     dump_json,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final, Protocol
 
-from incidentkit.errors import InvalidSettings, MissingDependency
+from incidentkit.domain.errors import InvalidSettings, MissingDependency
 
 if TYPE_CHECKING:
     from incidentkit.cache.redis import RedisCache

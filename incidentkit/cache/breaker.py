@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from incidentkit.errors import CacheUnavailable
+from incidentkit.domain.errors import CacheUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

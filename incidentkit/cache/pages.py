@@ -17,7 +17,7 @@ from incidentkit.batching import Batcher, Coalescer
 from incidentkit.cache.base import TTL
 from incidentkit.cache.breaker import CircuitBreaker
 from incidentkit.cache.memory import DEFAULT_MAX_BYTES, Memory
-from incidentkit.errors import InvalidSettings
+from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.base import Page
 from incidentkit.wire import decode_incidents, dump_json
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from incidentkit.cache.base import IncidentCache
-    from incidentkit.models import Incident, ListQuery
+    from incidentkit.domain.queries import ListQuery
+    from incidentkit.domain.values import Incident
 
 Incidents: TypeAlias = "list[Incident]"
 """An alias because inside the class ``list`` is the verb."""

@@ -21,7 +21,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from incidentkit.batching import Batcher
 from incidentkit.cache.base import INDEX_KEY
-from incidentkit.errors import InvalidSettings
+from incidentkit.domain.errors import InvalidSettings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

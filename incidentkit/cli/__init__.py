@@ -16,17 +16,23 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from incidentkit.actor import acting_as
 from incidentkit.cli.text import change_line, details, events, harmless, table
 from incidentkit.client import IncidentClient
-from incidentkit.errors import (
+from incidentkit.domain.actor import acting_as
+from incidentkit.domain.errors import (
     CacheUnavailable,
     IncidentKitError,
     InvalidIncident,
     InvalidSettings,
 )
-from incidentkit.models import DEFAULT_LIMIT, LATEST, MAX_LIMIT, IncidentSource, IncidentStatus
-from incidentkit.search import IncidentOrder
+from incidentkit.domain.values import (
+    DEFAULT_LIMIT,
+    LATEST,
+    MAX_LIMIT,
+    IncidentOrder,
+    IncidentSource,
+    IncidentStatus,
+)
 from incidentkit.settings import Settings
 from incidentkit.version import __version__
 from incidentkit.wire import (
@@ -41,7 +47,7 @@ from incidentkit.wire import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from incidentkit.models import Incident
+    from incidentkit.domain.values import Incident
 
 __all__ = ["main"]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 import click
 
 from incidentkit.cli.text import harmless
-from incidentkit.errors import MissingDependency
+from incidentkit.domain.errors import MissingDependency
 from incidentkit.version import __version__
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from incidentkit.wire import wire_converter
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from incidentkit.models import Incident, IncidentEvent
+    from incidentkit.domain.values import Incident, IncidentEvent
 
 COLUMNS: Final = ("incident_id", "created_at", "incident_type", "source", "incident_message")
 MORE: Final = ("version", "occurrences", "last_seen_at", "ended_at", "dedup_key")

@@ -1,6 +1,6 @@
 """The REST service: a Starlette app around a client, to run alone or to mount in another app."""
 
-from incidentkit.errors import MissingDependency
+from incidentkit.domain.errors import MissingDependency
 
 try:
     from incidentkit.http.app import create_app, lifespan

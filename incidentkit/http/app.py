@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from incidentkit.errors import InvalidSettings
+from incidentkit.domain.errors import InvalidSettings
 from incidentkit.http.dispatch import Service
 from incidentkit.http.docs import assets_folder
 from incidentkit.http.log import NO_ROUTE, RequestLog, log_route

@@ -8,11 +8,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
 
-from incidentkit.actor import acting_as
+from incidentkit.domain.actor import acting_as
+from incidentkit.domain.values import NAME_MAX_LENGTH
 from incidentkit.http.log import log_route
 from incidentkit.http.request_id import NAME, request_id
 from incidentkit.http.requests import read_arguments
-from incidentkit.models import NAME_MAX_LENGTH
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

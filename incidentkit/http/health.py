@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
-from incidentkit.errors import ClientClosed, SchemaOutOfDate, StoreError
+from incidentkit.domain.errors import ClientClosed, SchemaOutOfDate, StoreError
 from incidentkit.store.tables import SCHEMA_REVISION
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from http import HTTPMethod
 from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from incidentkit.errors import SchemaOutOfDate, StoreUnavailable
+from incidentkit.domain.errors import SchemaOutOfDate, StoreUnavailable
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_id import request_id
 from incidentkit.store.base import RequestRecord

@@ -10,20 +10,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args, get_origin, g
 
 from attrs import NOTHING, fields
 
-from incidentkit.cursor import encode_cursor
-from incidentkit.errors import FieldError
-from incidentkit.http.health import (
-    Health,
-    Readiness,
-    RequestLogHealth,
-    SchemaHealth,
-    State,
-)
-from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Conflict, Problem
-from incidentkit.http.request_id import HEADER, PATTERN
-from incidentkit.http.requests import MAX_BODY
-from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
-from incidentkit.models import (
+from incidentkit.domain.commands import NewIncident, NewNote
+from incidentkit.domain.cursor import encode_cursor
+from incidentkit.domain.errors import FieldError
+from incidentkit.domain.values import (
     FORBIDDEN_MESSAGES,
     MAX_ID,
     MESSAGE_MAX_LENGTH,
@@ -36,10 +26,19 @@ from incidentkit.models import (
     IncidentEvent,
     IncidentSource,
     IncidentStatus,
-    NewIncident,
-    NewNote,
+    SearchPage,
 )
-from incidentkit.search import SearchPage
+from incidentkit.http.health import (
+    Health,
+    Readiness,
+    RequestLogHealth,
+    SchemaHealth,
+    State,
+)
+from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Conflict, Problem
+from incidentkit.http.request_id import HEADER, PATTERN
+from incidentkit.http.requests import MAX_BODY
+from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.store.tables import SCHEMA_REVISION
 from incidentkit.version import __version__
 from incidentkit.wire import wire_converter

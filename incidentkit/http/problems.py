@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from incidentkit.errors import (
+from incidentkit.domain.errors import (
     ClientClosed,
     FieldError,
     IncidentConflict,
@@ -23,8 +23,8 @@ from incidentkit.errors import (
     UnknownCursor,
     VersionConflict,
 )
+from incidentkit.domain.values import Incident  # noqa: TC001
 from incidentkit.http.request_id import request_id
-from incidentkit.models import Incident  # noqa: TC001
 from incidentkit.wire import dump_json, wire_converter
 
 if TYPE_CHECKING:

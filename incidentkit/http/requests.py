@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 from attrs import fields_dict
 from starlette.requests import ClientDisconnect
 
-from incidentkit.errors import FieldError, InvalidIncident
+from incidentkit.domain.errors import FieldError, InvalidIncident
 from incidentkit.http.problems import Refusal
 from incidentkit.wire import wire_converter
 

@@ -17,13 +17,11 @@ from attrs import evolve, field, frozen
 from starlette.requests import Request
 from starlette.responses import Response
 
-from incidentkit.client import CHANGES_LIMIT
-from incidentkit.http import docs, openapi
-from incidentkit.http.health import Health, Readiness, State, readiness
-from incidentkit.http.problems import RETRY_HEADERS, Conflict, Refusal, etag
-from incidentkit.http.requests import KNOWN_QUERIES, READERS, read_version
-from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream
-from incidentkit.models import (
+from incidentkit.domain import rules
+from incidentkit.domain.commands import NewIncident, NewNote, StatusChange
+from incidentkit.domain.queries import ChangesQuery, HistoryQuery, ListQuery, SearchQuery
+from incidentkit.domain.values import (
+    CHANGES_LIMIT,
     DEFAULT_LIMIT,
     MAX_ID,
     MAX_LIMIT,
@@ -31,21 +29,20 @@ from incidentkit.models import (
     MAX_WAIT,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    TEXT_MAX_LENGTH,
     ChangePage,
     Incident,
     IncidentEvent,
+    IncidentOrder,
     IncidentSource,
     IncidentStatus,
-    ListQuery,
-    NewIncident,
-    NewNote,
-    StatusChange,
-    check_changes,
-    check_history,
-    check_idempotency_key,
-    check_incident_id,
+    SearchPage,
 )
-from incidentkit.search import TEXT_MAX_LENGTH, IncidentOrder, SearchPage, SearchQuery
+from incidentkit.http import docs, openapi
+from incidentkit.http.health import Health, Readiness, State, readiness
+from incidentkit.http.problems import RETRY_HEADERS, Conflict, Refusal, etag
+from incidentkit.http.requests import KNOWN_QUERIES, READERS, read_version
+from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream
 from incidentkit.wire import (
     dump_json,
     encode_event,
@@ -284,15 +281,17 @@ async def _docs_asset(request: Request, arguments: Mapping[str, Any]) -> Respons
     return docs.asset(arguments["asset"], known)
 
 
+def _check_incident_id(incident_id: int) -> None:
+    rules.check("incident_id", rules.incident_id, incident_id)
+
+
 def _check_idempotency_key(idempotency_key: str | None) -> None:
-    if idempotency_key is not None:
-        check_idempotency_key(idempotency_key)
+    rules.check("idempotency_key", rules.optional_name, idempotency_key)
 
 
 def _check_changes(last_event_id: str | None, **arguments: Any) -> None:
-    check_changes(**arguments)
-    if last_event_id is not None:
-        check_changes(last_event_id, CHANGES_LIMIT, 0)
+    ChangesQuery(**arguments)
+    ChangesQuery(last_event_id)
 
 
 def _check_status_change(idempotency_key: str | None, **arguments: Any) -> None:
@@ -378,7 +377,7 @@ OPERATIONS: Final = (
         answers="The incident",
         headers=("ETag",),
         parameters=(evolve(_INCIDENT_ID, where="path"),),
-        check=check_incident_id,
+        check=_check_incident_id,
         problems=(400, 404, 422, 500, 503),
     ),
     Operation(
@@ -493,7 +492,7 @@ OPERATIONS: Final = (
                 pattern=r"^[A-Za-z0-9_-]{43}$",
             ),
         ),
-        check=check_history,
+        check=HistoryQuery,
         problems=(400, 404, 422, 500, 503),
     ),
     Operation(
@@ -551,7 +550,7 @@ OPERATIONS: Final = (
         returns=IncidentEvent,
         answers="The event in the history",
         parameters=(evolve(_INCIDENT_ID, where="path"),),
-        check=check_incident_id,
+        check=_check_incident_id,
         body=NewNote,
         problems=(400, 404, 413, 415, 422, 500, 503),
     ),

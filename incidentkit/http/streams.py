@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from starlette.responses import Response
 
-from incidentkit.errors import IncidentKitError
+from incidentkit.domain.errors import IncidentKitError
 from incidentkit.http.problems import RETRY_HEADERS, Refusal
 from incidentkit.wire import encode_event
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from incidentkit.client import IncidentClient
-    from incidentkit.models import ChangePage
+    from incidentkit.domain.values import ChangePage
 
 _T = TypeVar("_T")
 

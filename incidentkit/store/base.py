@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 from attrs import field, frozen
 
 from incidentkit.defaults import DEFAULT_DATABASE_URL
-from incidentkit.errors import InvalidSettings
+from incidentkit.domain.errors import InvalidSettings
 from incidentkit.wire import encode_incidents
 
 if TYPE_CHECKING:
@@ -16,15 +16,10 @@ if TYPE_CHECKING:
 
     from attrs import Attribute
 
-    from incidentkit.models import (
-        Incident,
-        IncidentEvent,
-        ListQuery,
-        NewIncident,
-        StatusChange,
-    )
-    from incidentkit.search import SearchPage, SearchQuery
-    from incidentkit.transitions import Transitions
+    from incidentkit.domain.commands import NewIncident, StatusChange
+    from incidentkit.domain.queries import ListQuery, SearchQuery
+    from incidentkit.domain.transitions import Transitions
+    from incidentkit.domain.values import Incident, IncidentEvent, SearchPage
 
 Place: TypeAlias = tuple[int, int]
 """Where an event stands in the order of all: the number of a transaction, and the event's id."""

@@ -6,7 +6,8 @@ from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
-    from incidentkit.models import IncidentSource, IncidentStatus, ListQuery
+    from incidentkit.domain.queries import ListQuery
+    from incidentkit.domain.values import IncidentSource, IncidentStatus
 
     _Filters: TypeAlias = tuple[IncidentStatus | None, IncidentSource | None]
 

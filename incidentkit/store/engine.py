@@ -11,7 +11,7 @@ from attrs import asdict
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from incidentkit.errors import (
+from incidentkit.domain.errors import (
     ClientClosed,
     IncidentKitError,
     SchemaOutOfDate,

@@ -12,8 +12,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError, ResourceClosedError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from incidentkit.errors import IncidentKitError, NotInTransaction
-from incidentkit.models import OPEN
+from incidentkit.domain.errors import IncidentKitError, NotInTransaction
+from incidentkit.domain.values import OPEN
 from incidentkit.store import postgresql, sqlite
 from incidentkit.store import sqlite_statements as sqlite_writes
 from incidentkit.store.engine import commits_by_itself, translate_error
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Executable
 
-    from incidentkit.models import Incident, StatusChange
+    from incidentkit.domain.commands import StatusChange
+    from incidentkit.domain.transitions import Transitions
+    from incidentkit.domain.values import Incident
     from incidentkit.store.base import DatabaseKind, StoreOperations
     from incidentkit.store.operations import Fetch, Rows
-    from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
 

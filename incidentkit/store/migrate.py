@@ -20,7 +20,7 @@ from sqlalchemy import NullPool, String, column, event, inspect, select, table
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from incidentkit.errors import InvalidSettings, StoreError, StoreUnavailable
+from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store import postgresql, postgresql_statements, sqlite
 from incidentkit.store.base import database_kind
 from incidentkit.store.tables import (

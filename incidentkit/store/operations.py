@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from attrs import evolve
 
-from incidentkit.errors import IdempotencyKeyReused, IncidentNotFound, UnknownCursor
-from incidentkit.models import MAX_ID, MAX_LIMIT
-from incidentkit.search import IncidentOrder, SearchPage
+from incidentkit.domain.errors import IdempotencyKeyReused, IncidentNotFound, UnknownCursor
+from incidentkit.domain.transitions import ANY_TRANSITION
+from incidentkit.domain.values import MAX_ID, MAX_LIMIT, IncidentOrder, SearchPage
 from incidentkit.store import statements
 from incidentkit.store.search_statements import (
     Shape,
@@ -21,7 +21,6 @@ from incidentkit.store.search_statements import (
     select_page_by_words,
 )
 from incidentkit.store.statements import read_event, read_incident, read_page
-from incidentkit.transitions import ANY_TRANSITION
 from incidentkit.wire import (
     decode_incident,
     decode_incidents,
@@ -32,19 +31,14 @@ from incidentkit.wire import (
 if TYPE_CHECKING:
     from sqlalchemy import Executable
 
-    from incidentkit.models import (
-        Incident,
-        IncidentEvent,
-        ListQuery,
-        NewIncident,
-        StatusChange,
-    )
-    from incidentkit.search import SearchQuery
+    from incidentkit.domain.commands import NewIncident, StatusChange
+    from incidentkit.domain.queries import ListQuery, SearchQuery
+    from incidentkit.domain.transitions import Transitions
+    from incidentkit.domain.values import Incident, IncidentEvent
     from incidentkit.store.base import Idempotency, Page, Place
     from incidentkit.store.bookmarks import Bookmarks
     from incidentkit.store.search_statements import WordsMatch
     from incidentkit.store.statements import PageKind
-    from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
 Rows: TypeAlias = Sequence[Any]
@@ -283,8 +277,8 @@ class Operations(ABC):
     async def search(self, query: SearchQuery) -> SearchPage:
         """Read one page, in one statement, or two with words, and the total in one more."""
         shape = Shape(
-            statuses=len(query.status),
-            sources=len(query.source),
+            statuses=len(query.status or ()),
+            sources=len(query.source or ()),
             oldest_first=query.order is IncidentOrder.OLDEST,
             words_match=None if query.text is None else self._words_match,
             pairs=self._looks_up_pairs,
@@ -295,8 +289,8 @@ class Operations(ABC):
             # One more tells whether there is another page.
             "limit": query.limit + 1,
             "scan": SCAN,
-            **{f"status_{n}": status.value for n, status in enumerate(query.status)},
-            **{f"source_{n}": source.value for n, source in enumerate(query.source)},
+            **{f"status_{n}": status.value for n, status in enumerate(query.status or ())},
+            **{f"source_{n}": source.value for n, source in enumerate(query.source or ())},
         }
         # Ids are above 0, so that these are the bounds of the times alone.
         low, high = (query.created_after, 0), (query.created_before, 0)
@@ -304,9 +298,9 @@ class Operations(ABC):
         if query.total:
             ((total,),) = await self._read(count_found(shape), values | _between(low, high))
         if query.after is not None and shape.oldest_first:
-            low = max(low, query.after)
+            low = max(low, query.after[:2])
         elif query.after is not None:
-            high = min(high, query.after)
+            high = min(high, query.after[:2])
         shape = evolve(shape, onward=not shape.pairs and query.after is not None and low < high)
         values |= _between(low, high)
         if query.text is None:

@@ -20,7 +20,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.exc import DBAPIError
 
 from incidentkit.batching import Batcher
-from incidentkit.errors import (
+from incidentkit.domain.errors import (
     ClientClosed,
     DuplicateOpenIncident,
     IncidentKitError,
@@ -29,7 +29,8 @@ from incidentkit.errors import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import OPEN
+from incidentkit.domain.transitions import ANY_TRANSITION
+from incidentkit.domain.values import OPEN
 from incidentkit.store import postgresql_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
@@ -38,7 +39,6 @@ from incidentkit.store.leases import Leases
 from incidentkit.store.operations import EVENTS, Operations, found
 from incidentkit.store.statements import read_event, read_incident, read_page
 from incidentkit.store.tables import SCHEMA_REVISION, check_revision
-from incidentkit.transitions import ANY_TRANSITION
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -48,10 +48,12 @@ if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
     from sqlalchemy import Dialect, Executable
 
-    from incidentkit.models import Incident, IncidentEvent, ListQuery, NewIncident, StatusChange
+    from incidentkit.domain.commands import NewIncident, StatusChange
+    from incidentkit.domain.queries import ListQuery
+    from incidentkit.domain.transitions import Transitions
+    from incidentkit.domain.values import Incident, IncidentEvent
     from incidentkit.store.base import Idempotency, Page, RequestRecord, StoreOperations
     from incidentkit.store.operations import Fetch, Incidents, Rows
-    from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
 

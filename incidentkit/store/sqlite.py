@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from incidentkit.batching import Batcher
-from incidentkit.errors import (
+from incidentkit.domain.errors import (
     ClientClosed,
     DuplicateOpenIncident,
     IncidentKitError,
@@ -28,7 +28,7 @@ from incidentkit.errors import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.models import OPEN, EventKind, IncidentStatus
+from incidentkit.domain.values import OPEN, EventKind, IncidentStatus
 from incidentkit.store import sqlite_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions
@@ -45,10 +45,11 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from incidentkit.models import Incident, IncidentEvent, NewIncident, StatusChange
+    from incidentkit.domain.commands import NewIncident, StatusChange
+    from incidentkit.domain.transitions import Transitions
+    from incidentkit.domain.values import Incident, IncidentEvent
     from incidentkit.store.base import RequestRecord, StoreOperations
     from incidentkit.store.operations import Fetch, Rows
-    from incidentkit.transitions import Transitions
 
 _T = TypeVar("_T")
 

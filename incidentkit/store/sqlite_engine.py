@@ -11,7 +11,12 @@ from attrs import asdict
 from sqlalchemy import StaticPool
 from sqlalchemy.exc import DBAPIError
 
-from incidentkit.errors import ClientClosed, IncidentKitError, SchemaOutOfDate, StoreUnavailable
+from incidentkit.domain.errors import (
+    ClientClosed,
+    IncidentKitError,
+    SchemaOutOfDate,
+    StoreUnavailable,
+)
 from incidentkit.store import sqlite_statements as writes
 from incidentkit.store import statements
 from incidentkit.store.base import StoreOptions

@@ -29,9 +29,9 @@ from sqlalchemy import (
 )
 from sqlalchemy import String as _String
 
-from incidentkit.cursor import encode_cursor
-from incidentkit.errors import StoreError
-from incidentkit.models import (
+from incidentkit.domain.cursor import encode_cursor
+from incidentkit.domain.errors import StoreError
+from incidentkit.domain.values import (
     MAX_LIMIT,
     EventKind,
     Incident,

@@ -29,8 +29,8 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-from incidentkit.errors import SchemaOutOfDate
-from incidentkit.models import EventKind, IncidentSource, IncidentStatus
+from incidentkit.domain.errors import SchemaOutOfDate
+from incidentkit.domain.values import EventKind, IncidentSource, IncidentStatus
 
 if TYPE_CHECKING:
     from enum import StrEnum

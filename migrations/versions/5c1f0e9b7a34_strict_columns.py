@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from incidentkit.errors import StoreError
+from incidentkit.domain.errors import StoreError
 
 revision = "5c1f0e9b7a34"
 down_revision = "dadc1db062ae"

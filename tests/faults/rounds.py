@@ -21,7 +21,7 @@ import asyncpg
 from attrs import Factory, asdict, define, field, frozen
 
 from incidentkit import EventKind, IncidentClient, IncidentEvent
-from incidentkit.models import MAX_WAIT
+from incidentkit.domain.values import MAX_WAIT
 from tests.faults.history import History, Row, Verdict, check, read_log
 from tests.faults.worker import COLUMNS, Settings, sqlite_file
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from incidentkit import IncidentClient
-from incidentkit.cursor import encode_cursor
+from incidentkit.domain.cursor import encode_cursor
 from incidentkit.http import create_app, streams
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve
 from tests.programs import service

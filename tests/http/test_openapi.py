@@ -13,12 +13,12 @@ from jsonschema import ValidationError  # type: ignore[import-untyped]
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from incidentkit import IncidentClient, InvalidIncident, NewIncident
-from incidentkit.cursor import encode_cursor
+from incidentkit.domain.cursor import encode_cursor
+from incidentkit.domain.values import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
 from incidentkit.http import create_app
 from incidentkit.http.openapi import FIELDS, document
 from incidentkit.http.problems import TITLES
 from incidentkit.http.routes import DOCS, OPERATIONS, Parameter
-from incidentkit.models import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
 from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
 if TYPE_CHECKING:

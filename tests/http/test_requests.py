@@ -23,9 +23,9 @@ from incidentkit import (
     IncidentSource,
     IncidentStatus,
 )
+from incidentkit.domain.values import MAX_ID, MAX_LIMIT
 from incidentkit.http import create_app
 from incidentkit.http.requests import MAX_BODY
-from incidentkit.models import MAX_ID, MAX_LIMIT
 from incidentkit.store.base import Page
 from incidentkit.store.sqlite import SqliteStore
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, validate
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from incidentkit import ListQuery, NewIncident
-    from incidentkit.models import StatusChange
+    from incidentkit.domain.commands import StatusChange
 
 JSON = {"Content-Type": "application/json"}
 BODY = json.dumps(INCIDENT).encode()

@@ -8,8 +8,8 @@ from urllib.parse import quote
 import pytest
 
 from incidentkit import IncidentClient, IncidentStatus
+from incidentkit.domain.values import MAX_ID
 from incidentkit.http import create_app
-from incidentkit.models import MAX_ID
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
 if TYPE_CHECKING:

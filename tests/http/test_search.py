@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from incidentkit import IncidentClient
-from incidentkit.cursor import encode_cursor
+from incidentkit.domain.cursor import encode_cursor
 from incidentkit.http import create_app
 from tests.http.conftest import MEMORY, Serve
 

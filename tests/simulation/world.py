@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from random import Random
 
     from incidentkit import ListQuery, NewIncident
-    from incidentkit.models import StatusChange
+    from incidentkit.domain.commands import StatusChange
     from incidentkit.store.base import RequestRecord
 
 _T = TypeVar("_T")

@@ -1,31 +1,30 @@
-"""Which changes of a status are allowed."""
+"""The status graph: which changes of a status are allowed."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from incidentkit.errors import IllegalTransition, InvalidSettings, VersionConflict
-from incidentkit.models import IncidentStatus
-
-if TYPE_CHECKING:
-    from incidentkit.models import Incident, StatusChange
+from incidentkit.domain.commands import StatusChange
+from incidentkit.domain.errors import IllegalTransition, InvalidSettings, VersionConflict
+from incidentkit.domain.values import Incident, IncidentStatus
 
 Graph: TypeAlias = Mapping[Any, Collection[str]]
-"""For each status, member or value, those that may follow it; one that is missing is a last one."""
+"""For each status, as a member or its value, the statuses that may follow it; a status that is not
+listed is final."""
 
 
 class Transitions:
     """The status graph of a client.
 
-    To set the status that an incident has is no change, and always allowed.
+    Setting the status that an incident already has is always allowed, and changes nothing.
 
     Args:
-        graph: For each status, by value or member, those that may follow it. A status that is
-            missing is a last one. None allows every change, as the origin does.
+        graph: For each status, as a member or its value, the statuses that may follow it. A status
+            that is not listed is final. None allows every change.
 
     Raises:
-        InvalidSettings: If it names something that is no status.
+        InvalidSettings: If the graph names an unknown status.
     """
 
     def __init__(self, graph: Graph | None = None) -> None:
@@ -44,15 +43,15 @@ class Transitions:
             }
 
     def sources(self, status: IncidentStatus) -> tuple[IncidentStatus, ...]:
-        """Return the statuses from which this one may be set."""
+        """Return the statuses that a change to this one may start from."""
         return self._sources[status]
 
     def check(self, incident: Incident, change: StatusChange) -> bool:
-        """Return whether the change of the incident as it is changes anything, if it is allowed.
+        """Return whether the change, if allowed, alters the incident as it is now.
 
         Raises:
-            VersionConflict: If the incident is not of the expected version.
-            IllegalTransition: If the graph does not have it.
+            VersionConflict: If the incident does not have the expected version.
+            IllegalTransition: If the graph does not contain the change.
         """
         if change.expected_version not in (None, incident.version):
             raise VersionConflict(incident)

@@ -25,14 +25,11 @@ Exceptions of a database or cache driver never escape: they are the ``__cause__`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from attrs import frozen
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from incidentkit.models import Incident, IncidentStatus
+from incidentkit.domain.values import Incident, IncidentStatus
 
 
 class IncidentKitError(Exception):

@@ -1,0 +1,417 @@
+"""The rules for given values, and the collection of every fault before one error is raised.
+
+A rule takes a given value and returns the value to use, or raises ValueError with the reason. A
+model has its rules as attrs converters and validators. :func:`collect` makes them leave a
+:class:`Fault` in the field instead of raising, and :func:`raise_faults`, which attrs calls once all
+fields are set, raises one error for all of them::
+
+    @frozen(field_transformer=collect)
+    class NewNote:
+        note: str = field(converter=note)
+
+        __attrs_post_init__ = raise_faults
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from functools import wraps
+from typing import Any, Final, NamedTuple, TypeVar
+
+from attrs import NOTHING, Attribute, AttrsInstance, fields, fields_dict, frozen
+
+from incidentkit.domain.cursor import decode_cursor
+from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.values import (
+    EARLIEST_TIME,
+    FORBIDDEN_MESSAGES,
+    LATEST,
+    LATEST_TIME,
+    MAX_ID,
+    MAX_LIMIT,
+    MAX_OFFSET,
+    MAX_WAIT,
+    MESSAGE_MAX_LENGTH,
+    MESSAGE_MIN_LENGTH,
+    NAME_MAX_LENGTH,
+    NOTE_MAX_LENGTH,
+    TEXT_MAX_LENGTH,
+    IncidentOrder,
+    IncidentSource,
+    IncidentStatus,
+)
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND: Final = timedelta(microseconds=1)
+ORDERS: Final = tuple(IncidentOrder)
+"""The orders of a search, at the index that stands for each in a cursor."""
+
+_E = TypeVar("_E", bound=StrEnum)
+_Given = TypeVar("_Given")
+_T = TypeVar("_T")
+
+
+@frozen
+class Fault:
+    """What a field holds between its conversion and the error that names it.
+
+    Attributes:
+        reason: The rule that the given value breaks.
+    """
+
+    reason: str
+
+
+def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
+    """Make the rules of a model's fields leave a fault instead of raising; for attrs."""
+    return [
+        attribute.evolve(
+            converter=_converting(attribute.converter),
+            validator=attribute.validator and _validating(attribute.validator),
+        )
+        for attribute in attributes
+    ]
+
+
+def _converting(rule: Any) -> Callable[[Any], Any]:
+    # attrs takes the types in the signature of the model from that of the rule.
+    @wraps(rule)
+    def convert(value: Any) -> Any:
+        try:
+            return rule(value)
+        except ValueError as error:
+            return Fault(str(error))
+
+    return convert
+
+
+def _validating(rule: Callable[[Any, Any, Any], object]) -> Callable[[Any, Any, Any], None]:
+    """Return a validator for values other than None."""
+
+    def validate(model: Any, attribute: Attribute[Any], value: Any) -> None:
+        if value is None or type(value) is Fault:
+            return
+        try:
+            rule(model, attribute, value)
+        except ValueError as error:
+            object.__setattr__(model, attribute.name, Fault(str(error)))
+
+    return validate
+
+
+def raise_faults(model: AttrsInstance) -> None:
+    """Raise if a field of the model holds a fault.
+
+    Raises:
+        InvalidIncident: With every fault, in the order of the fields.
+    """
+    faults = [
+        FieldError(attribute.name, value.reason)
+        for attribute in fields(type(model))
+        if type(value := getattr(model, attribute.name)) is Fault
+    ]
+    if faults:
+        raise InvalidIncident(faults)
+
+
+def check_names(model: type[AttrsInstance], given: Mapping[Any, Any]) -> None:
+    """Raise if named values do not fit the fields of a model.
+
+    Raises:
+        InvalidIncident: With every unknown, faulty or missing field.
+    """
+    known = fields_dict(model)
+    required = {name for name, attribute in known.items() if attribute.default is NOTHING}
+    if required <= given.keys() <= known.keys():
+        return
+    faults = [FieldError(str(name), "is not a known field") for name in given if name not in known]
+    for name, attribute in known.items():
+        if name not in given:
+            if name in required:
+                faults.append(FieldError(name, "is required"))
+            continue
+        convert: Any = attribute.converter
+        value = convert(given[name])
+        if isinstance(value, Fault):
+            faults.append(FieldError(name, value.reason))
+    raise InvalidIncident(faults)
+
+
+def check(name: str, rule: Callable[[_Given], _T], value: _Given) -> _T:
+    """Return the value to use for a single argument.
+
+    Raises:
+        InvalidIncident: With the argument's name and the reason.
+    """
+    try:
+        return rule(value)
+    except ValueError as error:
+        raise InvalidIncident([FieldError(name, str(error))]) from None
+
+
+def storable(value: object) -> str:
+    """Return a text that both databases can hold: without NUL characters or lone surrogates."""
+    if not isinstance(value, str):
+        raise ValueError("must be a string")  # noqa: TRY004
+    if "\x00" in value:
+        raise ValueError("must not contain a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not contain a lone surrogate") from None
+    return value
+
+
+def message(value: str) -> str:
+    """Return the message without surrounding white space, by the rules of the contract."""
+    stripped = storable(value).strip()
+    # Normalizing takes quadratic time, and never makes a text shorter than it is.
+    if (
+        len(stripped) < MESSAGE_MIN_LENGTH
+        and unicodedata.normalize("NFKC", stripped).casefold() in FORBIDDEN_MESSAGES
+    ):
+        raise ValueError(f"must not be one of: {', '.join(sorted(FORBIDDEN_MESSAGES))}")
+    if not MESSAGE_MIN_LENGTH <= len(stripped) <= MESSAGE_MAX_LENGTH:
+        raise ValueError(
+            f"must have {MESSAGE_MIN_LENGTH} to {MESSAGE_MAX_LENGTH} characters "
+            "after surrounding white space is removed"
+        )
+    return stripped
+
+
+def note(value: str) -> str:
+    """Return the note without surrounding white space."""
+    stripped = storable(value).strip()
+    if not 1 <= len(stripped) <= NOTE_MAX_LENGTH:
+        raise ValueError(
+            f"must have 1 to {NOTE_MAX_LENGTH} characters after surrounding white space is removed"
+        )
+    return stripped
+
+
+def optional_note(value: str | None) -> str | None:
+    """Return the note, or None."""
+    return None if value is None else note(value)
+
+
+def name(value: str) -> str:
+    """Return an actor, a deduplication key or an idempotency key, exactly as given."""
+    text = storable(value)
+    if not 1 <= len(text) <= NAME_MAX_LENGTH:
+        raise ValueError(f"must have 1 to {NAME_MAX_LENGTH} characters")
+    return text
+
+
+def optional_name(value: str | None) -> str | None:
+    """Return the name, or None."""
+    return None if value is None else name(value)
+
+
+_STATUSES: Final = {member.value: member for member in IncidentStatus}
+_SOURCES: Final = {member.value: member for member in IncidentSource}
+_ORDERS: Final = {member.value: member for member in IncidentOrder}
+
+
+def _member(value: object, members: Mapping[str, _E]) -> _E:
+    member = members.get(value) if isinstance(value, str) else None
+    if member is None:
+        raise ValueError(f"must be one of: {', '.join(members)}")
+    return member
+
+
+def status(value: IncidentStatus | str) -> IncidentStatus:
+    """Return the status; a string stands for the member with this value."""
+    return _member(value, _STATUSES)
+
+
+def optional_status(value: IncidentStatus | str | None) -> IncidentStatus | None:
+    """Return the status, or None."""
+    return None if value is None else status(value)
+
+
+def source(value: IncidentSource | str) -> IncidentSource:
+    """Return the source; a string stands for the member with this value."""
+    return _member(value, _SOURCES)
+
+
+def optional_source(value: IncidentSource | str | None) -> IncidentSource | None:
+    """Return the source, or None."""
+    return None if value is None else source(value)
+
+
+def order(value: IncidentOrder | str) -> IncidentOrder:
+    """Return the order; a string stands for the member with this value."""
+    return _member(value, _ORDERS)
+
+
+def statuses(
+    value: Iterable[IncidentStatus | str] | IncidentStatus | str | None,
+) -> frozenset[IncidentStatus] | None:
+    """Return one status or several as a set; None, or all of them, is no filter."""
+    return _some(value, _STATUSES)
+
+
+def sources(
+    value: Iterable[IncidentSource | str] | IncidentSource | str | None,
+) -> frozenset[IncidentSource] | None:
+    """Return one source or several as a set; None, or all of them, is no filter."""
+    return _some(value, _SOURCES)
+
+
+def _some(value: object, known: Mapping[str, _E]) -> frozenset[_E] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return frozenset([_member(value, known)])
+    members = frozenset(_member(one, known) for one in value)
+    if not members:
+        raise ValueError("must name at least one, or be None")
+    return None if len(members) == len(known) else members
+
+
+def _integer(value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"must be an integer from {low} to {high}")
+    return int(value)
+
+
+def incident_id(value: int) -> int:
+    """Return the id, 1 to 2^63-1."""
+    return _integer(value, 1, MAX_ID)
+
+
+def optional_version(value: int | None) -> int | None:
+    """Return the version, 1 to 2^63-1, or None."""
+    return None if value is None else _integer(value, 1, MAX_ID)
+
+
+def page(value: int) -> int:
+    """Return the page, at least 1."""
+    return _integer(value, 1, MAX_OFFSET)
+
+
+def limit(value: int) -> int:
+    """Return the limit, 1 to 1000."""
+    return _integer(value, 1, MAX_LIMIT)
+
+
+def flag(value: bool) -> bool:  # noqa: FBT001
+    """Return the flag, a bool and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")  # noqa: TRY004
+    return value
+
+
+def wait(value: float) -> float:
+    """Return the seconds to wait, 0 to 30."""
+    return _seconds(value)
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_WAIT:
+        raise ValueError(f"must be a number of seconds from 0 to {MAX_WAIT}")
+    return value
+
+
+def time_bound(value: datetime) -> datetime:
+    """Return an aware time in UTC, rounded up to a whole second, the resolution of incidents."""
+    return _time_bound(value)
+
+
+def _time_bound(value: object) -> datetime:
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise ValueError("must be an aware datetime")
+    time = min(max(value, EARLIEST_TIME), LATEST_TIME).astimezone(UTC)
+    return time.replace(microsecond=0) + timedelta(seconds=time.microsecond > 0)
+
+
+def lower_bound(value: datetime | None) -> datetime:
+    """Return the bound; None is a bound below every time."""
+    return EARLIEST_TIME if value is None else time_bound(value)
+
+
+def upper_bound(value: datetime | None) -> datetime:
+    """Return the bound; None is a bound above every time."""
+    return LATEST_TIME if value is None else time_bound(value)
+
+
+def optional_words(value: str | None) -> str | None:
+    """Return the words of a search, or None."""
+    if value is None:
+        return None
+    text = storable(value)
+    if not 1 <= len(text) <= TEXT_MAX_LENGTH or not any(map(str.isalnum, text)):
+        raise ValueError(
+            f"must have 1 to {TEXT_MAX_LENGTH} characters, and among them a letter or a digit"
+        )
+    return text
+
+
+class EventCursor(NamedTuple):
+    """The numbers in the cursor of an event.
+
+    Attributes:
+        transaction_id: The transaction that recorded it.
+        event_id: Its id.
+        nonce: A random number: tells events with the same id in two databases apart.
+        incident_id: The incident that changed.
+    """
+
+    transaction_id: int
+    event_id: int
+    nonce: int
+    incident_id: int
+
+
+def event_cursor(value: str) -> EventCursor:
+    """Return the numbers in the cursor of an event."""
+    return EventCursor(*decode_cursor(_string(value), len(EventCursor._fields)))
+
+
+def optional_event_cursor(value: str | None) -> EventCursor | None:
+    """Return the numbers in the cursor of an event, or None."""
+    return None if value is None else event_cursor(value)
+
+
+def changes_cursor(value: str | None) -> str | None:
+    """Return the cursor of an event, ``latest`` or None."""
+    if value is not None and value != LATEST:
+        event_cursor(value)
+    return value
+
+
+class SearchCursor(NamedTuple):
+    """What the cursor of a search says: the last incident of the page before.
+
+    Attributes:
+        created_at: Its time, with the fraction of a second that the database holds.
+        incident_id: Its id.
+        order: The order of the search.
+    """
+
+    created_at: datetime
+    incident_id: int
+    order: IncidentOrder
+
+
+def optional_search_cursor(value: str | None) -> SearchCursor | None:
+    """Return what the cursor of a search says, or None."""
+    if value is None:
+        return None
+    microseconds, incident_id_, number = decode_cursor(_string(value), len(SearchCursor._fields))
+    if not 0 < incident_id_ <= MAX_ID or number not in range(len(ORDERS)):
+        raise ValueError("is not a cursor")
+    try:
+        created_at = EPOCH + microseconds * MICROSECOND
+    except OverflowError:
+        raise ValueError("is not a cursor") from None
+    return SearchCursor(created_at, incident_id_, ORDERS[number])
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")  # noqa: TRY004
+    return value

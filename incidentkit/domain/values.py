@@ -1,0 +1,179 @@
+"""The values that a store returns, the words they are made of, and their limits."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Final
+
+from attrs import Factory, field, frozen
+
+MESSAGE_MIN_LENGTH: Final = 5
+MESSAGE_MAX_LENGTH: Final = 1000
+FORBIDDEN_MESSAGES: Final = frozenset({"test", "none", "null"})
+
+NAME_MAX_LENGTH: Final = 255
+"""Maximum length of an actor, a deduplication key or an idempotency key, in characters."""
+
+NOTE_MAX_LENGTH: Final = 1000
+TEXT_MAX_LENGTH: Final = 200
+"""Maximum length of the words of a search, in characters."""
+
+MAX_ID: Final = 2**63 - 1
+DEFAULT_LIMIT: Final = 10
+MAX_LIMIT: Final = 1000
+MAX_OFFSET: Final = 2**63 - 1
+
+CHANGES_LIMIT: Final = 100
+"""Default number of changes in one answer."""
+
+MAX_MANY: Final = 100_000
+"""Maximum number of incidents in one ``create_many``."""
+
+MAX_WAIT: Final = 30
+"""Maximum seconds that a call waits for changes."""
+
+LATEST: Final = "latest"
+"""Given in place of a cursor: start after the newest change."""
+
+EARLIEST_TIME: Final = datetime(1, 1, 2, tzinfo=UTC)
+LATEST_TIME: Final = datetime(9999, 12, 31, tzinfo=UTC)
+"""Bounds of every time that an incident can have."""
+
+
+class IncidentStatus(StrEnum):
+    """Where an incident stands; carried in the field ``incident_type``."""
+
+    NEW = "new"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+OPEN: Final = IncidentStatus.NEW
+"""The status of an open incident; an incident with any other status has ended."""
+
+
+class IncidentSource(StrEnum):
+    """Who reported an incident."""
+
+    OPERATOR = "operator"
+    MONITORING = "monitoring"
+    PARTNER = "partner"
+
+
+class EventKind(StrEnum):
+    """What happened to an incident."""
+
+    CREATED = "created"
+    RECURRED = "recurred"
+    STATUS_CHANGED = "status_changed"
+    NOTED = "noted"
+    PURGED = "purged"
+
+
+class IncidentOrder(StrEnum):
+    """The order of a search, by ``created_at`` and then by id."""
+
+    NEWEST = "newest"
+    OLDEST = "oldest"
+
+
+def _whole_utc_second(value: datetime) -> datetime:
+    # The form in which the databases return nearly every time.
+    if value.tzinfo is UTC and not value.microsecond:
+        return value
+    if value.tzinfo is None:
+        raise ValueError("a time must be an aware datetime")
+    return value.astimezone(UTC).replace(microsecond=0)
+
+
+def _whole_utc_second_or_none(value: datetime | None) -> datetime | None:
+    return None if value is None else _whole_utc_second(value)
+
+
+@frozen
+class Incident:
+    """An incident as it is stored.
+
+    Attributes:
+        incident_id: Assigned by the database, 1 to 2^63-1, never reused.
+        incident_message: What happened.
+        incident_type: The status.
+        source: Who reported it.
+        created_at: When the database stored it: aware, in UTC, in whole seconds, the resolution of
+            the wire format. The other times have the same form.
+        version: 1 at creation, incremented by each change of a field.
+        dedup_key: The problem that it is about; None: it never counts repetitions.
+        occurrences: Number of reports, at least 1.
+        last_seen_at: When it was last reported.
+        ended_at: When its status left ``new``; None while it is open, and if another program
+            changed the status without recording the end.
+    """
+
+    incident_id: int
+    incident_message: str
+    incident_type: IncidentStatus
+    source: IncidentSource
+    created_at: datetime = field(converter=_whole_utc_second)
+    version: int = 1
+    dedup_key: str | None = None
+    occurrences: int = 1
+    last_seen_at: datetime = field(
+        default=Factory(lambda self: self.created_at, takes_self=True), converter=_whole_utc_second
+    )
+    ended_at: datetime | None = field(default=None, converter=_whole_utc_second_or_none)
+
+
+@frozen
+class IncidentEvent:
+    """One change of an incident, recorded in the same transaction; a row of ``incident_event``.
+
+    Attributes:
+        cursor: Its place in the order of all events, for ``after=``.
+        incident_id: The incident that changed.
+        kind: What happened.
+        from_status: The status before; None if the status did not change.
+        to_status: The status after; None if the status did not change.
+        actor: Who made the change; None if no actor was named.
+        note: The note given with the change; None if there was none. For a recurrence, the
+            message of the new report if it differs from the incident's.
+        at: When the database recorded it: aware, in UTC, in whole seconds.
+    """
+
+    cursor: str
+    incident_id: int
+    kind: EventKind
+    from_status: IncidentStatus | None
+    to_status: IncidentStatus | None
+    actor: str | None
+    note: str | None
+    at: datetime = field(converter=_whole_utc_second)
+
+
+@frozen
+class ChangePage:
+    """Some changes, and the cursor to continue from.
+
+    Attributes:
+        changes: In the order of their commits; empty if there are none yet.
+        next: The cursor for the next call. None: nothing has happened yet; start from the
+            beginning again.
+    """
+
+    changes: list[IncidentEvent]
+    next: str | None
+
+
+@frozen
+class SearchPage:
+    """One page of a search.
+
+    Attributes:
+        incidents: In the requested order.
+        next: The cursor of the next page; None on the last page.
+        total: Number of incidents on all pages together; None unless the search asked for it.
+    """
+
+    incidents: list[Incident]
+    next: str | None
+    total: int | None
