@@ -2,76 +2,103 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from incidentkit.defaults import DEFAULT_DATABASE_URL
+from incidentkit.cache.base import TTL, IncidentCache
+from incidentkit.cache.opening import cache_from_url
 from incidentkit.domain import rules
 from incidentkit.domain.actor import ACTOR
-from incidentkit.domain.errors import CacheUnavailable, ClientClosed, StoreUnavailable
+from incidentkit.domain.errors import ClientClosed, InvalidSettings, StoreUnavailable
 from incidentkit.domain.queries import ChangesQuery, ListQuery
-from incidentkit.domain.transitions import Transitions
-from incidentkit.domain.values import DEFAULT_LIMIT, LATEST, MAX_WAIT, Incident
+from incidentkit.domain.transitions import Graph, Transitions
+from incidentkit.domain.values import (
+    CHANGES_LIMIT,
+    DEFAULT_LIMIT,
+    LATEST,
+    MAX_WAIT,
+    ChangePage,
+    IncidentEvent,
+    IncidentSource,
+    IncidentStatus,
+)
+from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
-from incidentkit.operations import IncidentOperations
+from incidentkit.opening import new_session, settings_from_env, store_on
+from incidentkit.store.database import DEFAULT_DATABASE_URL
+from incidentkit.store.options import StoreOptions
+from incidentkit.store.ports import IncidentStore, StoreOperations
 
 if TYPE_CHECKING:
-    import asyncio
     import os
-    from collections.abc import AsyncIterator, Callable, Coroutine
-    from datetime import datetime
-    from types import TracebackType
 
+    # Drivers, and what loads asyncio: a program may never need them.
     from asyncpg import Pool, Record
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from incidentkit.cache import IncidentCache
-    from incidentkit.cache.pages import PageCache
-    from incidentkit.domain.transitions import Graph
-    from incidentkit.domain.values import ChangePage, IncidentEvent, IncidentSource, IncidentStatus
-    from incidentkit.feed import ChangeFeed
+    from incidentkit.session import Session
     from incidentkit.settings import Settings
-    from incidentkit.store.base import IncidentStore, StoreOptions
 
 CHANGES_BATCH: Final = 500
-"""Changes that a feed reads at a time."""
-
-CHANGES_LIMIT: Final = 100
-"""Changes that are returned unless told otherwise."""
+"""Number of changes that a feed reads at a time."""
 
 MIN_PAUSE: Final = 0.25
 MAX_PAUSE: Final = 5.0
-"""Seconds that a feed waits before it asks a database again that is away: at first, and at most."""
+"""Seconds that a feed waits before it asks an unreachable database again: at first, and at most."""
 
 PURGE_BATCH: Final = 500
-"""Incidents that are purged in one transaction, at most."""
-
-Incidents: TypeAlias = list[Incident]
-"""A page; an alias because inside the client ``list`` is the verb."""
+"""Maximum number of incidents that are purged in one transaction."""
 
 _T = TypeVar("_T")
 
 
-class IncidentClient(IncidentOperations):
-    """Records and follows incidents. Open it with ``async with``, use it from one event loop.
+class _NotConnected:
+    """Stands for the session of a client that was never connected."""
+
+    @property
+    def store(self) -> StoreOperations:
+        raise ClientClosed
+
+    async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
+        write.close()
+        raise ClientClosed
+
+
+def check_max_staleness(max_staleness: object) -> float:
+    """Return the seconds by which a list may be behind.
+
+    Raises:
+        InvalidSettings: If it is not a number from 0 to 3600, the time that a page is kept.
+    """
+    number = max_staleness if isinstance(max_staleness, (int, float)) else -1
+    if isinstance(max_staleness, bool) or not 0 <= number <= TTL:
+        raise InvalidSettings("max_staleness", f"must be a number of seconds from 0 to {TTL}")
+    return number
+
+
+class IncidentClient(Incidents):
+    """Records and follows incidents. Open it with ``async with``; use it from one event loop.
 
     Args:
         store: Where incidents are kept.
-        cache: Where pages of the list are kept for all processes; None means that each process
-            keeps only its own.
+        cache: Where pages of the list are kept for all processes; None: each process keeps only
+            its own.
         cache_required: Whether :meth:`connect` fails if the cache does not answer.
         max_staleness: Seconds by which a list may be behind a change that another client has
-            committed. 0, the default, means that it never is, at the price of one small read of
-            the database for each list, which concurrent ones share.
-        transitions: For each status those that may follow it; a status that is missing is a last
-            one. None allows every change.
+            committed. With 0, the default, a list is never behind; the price is one small read of
+            the database for each list, which concurrent lists share.
+        transitions: For each status the statuses that may follow it; a status that is not listed
+            is final. None: every change is allowed.
 
     Raises:
         InvalidSettings: If ``max_staleness`` is not a number from 0 to 3600, or ``transitions``
-            name something that is no status.
+            names an unknown status.
 
     Every method raises :class:`~incidentkit.StoreUnavailable` if the database cannot be reached
-    or does not answer in time; a cache that fails is never an error. A write whose caller is
-    cancelled is carried through.
+    or does not answer in time; a failing cache is never an error. A write runs to completion even
+    if its caller is canceled.
     """
 
     def __init__(
@@ -83,19 +110,13 @@ class IncidentClient(IncidentOperations):
         max_staleness: float = 0.0,
         transitions: Graph | None = None,
     ) -> None:
-        from incidentkit.cache.pages import check_max_staleness  # noqa: PLC0415
-
-        check_max_staleness(max_staleness)
+        self._max_staleness = check_max_staleness(max_staleness)
         self._transitions = Transitions(transitions)
         self.store = store
         self._cache = cache
         self._cache_required = cache_required
-        self._max_staleness = max_staleness
-        self._pages: PageCache | None = None
-        self._feed: ChangeFeed | None = None
-        self._connected = False
-        self._connecting = _new_lock()
-        self._writes: set[asyncio.Task[Any]] = set()
+        self._session: Session | None = None
+        self._transactions: Transactions = _NotConnected()
 
     @classmethod
     def open(  # noqa: PLR0913
@@ -112,27 +133,24 @@ class IncidentClient(IncidentOperations):
 
         Args:
             database: ``postgresql://user:password@host:port/database``,
-                ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``; or SQLAlchemy's
-                ``AsyncEngine`` or asyncpg's pool that the application has opened, which the client
-                uses and never closes.
+                ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``; or an engine
+                (SQLAlchemy's ``AsyncEngine``) or a pool (asyncpg) that the application has opened,
+                which the client uses and never closes.
             redis_url: ``redis://host:port/db``, ``redis+cluster://host:port,host:port`` or
-                ``redis+sentinel://host:port,host:port/service``, where lists are cached for all
-                processes. None means that each process caches its own.
+                ``redis+sentinel://host:port,host:port/service``, where pages of the list are cached
+                for all processes. None: each process caches its own.
             redis_required: Whether connecting fails if Redis does not answer.
             max_staleness: Seconds, 0 to 3600, by which a list may be behind a change that another
                 client has committed; 0 means never.
-            transitions: For each status those that may follow it; a status that is missing is a
-                last one. None allows every change.
-            options: Sizes and timeouts of a database that is given as a URL; None means the
+            transitions: For each status the statuses that may follow it; a status that is not
+                listed is final. None: every change is allowed.
+            options: Sizes and time limits for a database that is given as a URL; None: the
                 defaults.
 
         Raises:
-            InvalidSettings: If a URL, ``max_staleness`` or ``transitions`` cannot be used.
-            MissingDependency: If Redis is wanted and its package is not installed.
+            InvalidSettings: If a URL, ``max_staleness`` or ``transitions`` is invalid.
+            MissingDependency: If a Redis is given and its package is not installed.
         """
-        from incidentkit.cache import cache_from_url  # noqa: PLC0415
-        from incidentkit.store.base import store_on  # noqa: PLC0415
-
         return cls(
             store_on(database, options),
             cache=None if redis_url is None else cache_from_url(redis_url),
@@ -146,23 +164,21 @@ class IncidentClient(IncidentOperations):
         """Return a client for the servers that the environment names.
 
         Args:
-            env_file: A file read under the process's environment, which wins; None means none.
+            env_file: A file of variables; those of the process win. None: no file.
 
         Raises:
             InvalidSettings: With the variable and the rule that it breaks.
-            MissingDependency: If Redis is named and its package is not installed.
+            MissingDependency: If a Redis is named and its package is not installed.
         """
-        from incidentkit.settings import Settings  # noqa: PLC0415
-
-        return cls.from_settings(Settings.from_env(env_file))
+        return cls.from_settings(settings_from_env(env_file))
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         """Return a client for the servers that the settings name.
 
         Raises:
-            InvalidSettings: If a URL cannot be used.
-            MissingDependency: If Redis is named and its package is not installed.
+            InvalidSettings: If a URL is invalid.
+            MissingDependency: If a Redis is named and its package is not installed.
         """
         return cls.open(
             settings.database_url,
@@ -188,69 +204,39 @@ class IncidentClient(IncidentOperations):
     @property
     def connected(self) -> bool:
         """Whether the client is open."""
-        return self._connected
+        return self._session is not None and self._session.connected
 
     @property
     def cache_available(self) -> bool | None:
-        """Whether the shared cache is in use; None if there is none, or the client is not open."""
-        return None if self._pages is None else self._pages.available
+        """Whether the shared cache is in use; None without one, or if the client is not open."""
+        return None if self._session is None else self._session.cache_available
 
     async def connect(self) -> None:
         """Open the store and ask the cache whether it answers; on an open client, do nothing.
 
         Raises:
-            SchemaOutOfDate: With the command that mends it. SQLite mends itself.
+            SchemaOutOfDate: With the command to run. SQLite is brought up to date instead.
             CacheUnavailable: If the cache does not answer, and is required.
         """
-        from incidentkit.cache.pages import PageCache  # noqa: PLC0415
-        from incidentkit.feed import ChangeFeed  # noqa: PLC0415
-
-        async with self._connecting:
-            if self._connected:
-                return
-            self._pages = PageCache(self.store, self._cache, max_staleness=self._max_staleness)
-            self._feed = ChangeFeed(self.store)
-            try:
-                await self.store.open()
-                await self._ping_cache(self._pages)
-            except BaseException:
-                await self._close()
-                raise
-            self._connected = True
-
-    async def _ping_cache(self, pages: PageCache) -> None:
-        try:
-            await pages.ping()
-        except CacheUnavailable:
-            if self._cache_required:
-                raise
+        if self._session is None:
+            self._session = new_session(
+                self.store,
+                self._cache,
+                cache_required=self._cache_required,
+                max_staleness=self._max_staleness,
+            )
+            self._transactions = self._session
+        await self._session.open()
 
     async def close(self) -> None:
-        """Wait for running writes, then give back every connection; once closed, do nothing.
+        """Wait for running writes, then release every connection; once closed, do nothing.
 
-        A read that is under way ends as it can, or with :class:`~incidentkit.ClientClosed`.
+        A running read finishes or raises :class:`~incidentkit.ClientClosed`.
         """
-        async with self._connecting:
-            await self._close()
-        # The next opening may be on another event loop.
-        self._connecting = _new_lock()
-
-    async def _close(self) -> None:
-        self._connected = False
-        if self._feed is not None:
-            self._feed.close()
-        if self._writes:
-            from asyncio import wait  # noqa: PLC0415
-
-            await wait(self._writes)
-        await self.store.close()
-        if self._feed is not None:
-            await self._feed.finish()
-        # Last, since a list that the store still answered is handed to the cache.
-        if self._pages is not None:
-            await self._pages.close()
-        # Not before, so that a close that was cancelled can be repeated.
-        self._feed = self._pages = None
+        if self._session is None:
+            await self.store.close()
+        else:
+            await self._session.close()
 
     async def list(
         self,
@@ -258,18 +244,17 @@ class IncidentClient(IncidentOperations):
         limit: int = DEFAULT_LIMIT,
         status: IncidentStatus | str | None = None,
         source: IncidentSource | str | None = None,
-    ) -> Incidents:
+    ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first.
 
-        It is the page as the database has it at some instant during this call, so it shows every
-        change that was committed before, by whomever, whatever the caches do; with
-        ``max_staleness``, every change that was committed that many seconds before.
+        The page shows every change that was committed before the call, by any process, whatever
+        the caches do; with ``max_staleness``, every change committed that many seconds before.
 
         Args:
             page: 1 is the newest page.
-            limit: Incidents a page, 1 to 1000.
-            status: Only incidents with this status; None means any.
-            source: Only incidents from this source; None means any.
+            limit: Incidents per page, 1 to 1000.
+            status: Only incidents with this status; None: any status.
+            source: Only incidents from this source; None: any source.
 
         Returns:
             At most ``limit`` incidents; an empty list past the last page.
@@ -278,20 +263,20 @@ class IncidentClient(IncidentOperations):
             InvalidIncident: With every faulty argument.
         """
         query = ListQuery(page, limit, status, source)
-        return await self._open_pages().list(query)
+        return await self._opened().pages.list(query)
 
     async def list_json(self, query: ListQuery) -> bytes:
-        """Return what :meth:`list` does as a JSON array, as ``GET /incident/get`` answers it.
+        """Return one page as a JSON array, exactly as ``GET /incident/get`` answers it.
 
-        A page that is cached is returned as the bytes that it is.
+        A cached page is returned without being decoded.
         """
-        return (await self._open_pages().page(query)).json
+        return (await self._opened().pages.page(query)).json
 
     def join(self, connection: object) -> JoinedIncidents:
         """Return the verbs inside the transaction of the application's own connection.
 
-        What they write is committed or rolled back with all else in that transaction; until then
-        nobody else sees it. What they read is read there, never from a cache.
+        Their writes are committed or rolled back with the rest of that transaction, and invisible
+        to others until then. Their reads see that transaction, and never use a cache.
 
         Args:
             connection: SQLAlchemy's ``AsyncConnection`` or ``AsyncSession``, or a connection of
@@ -300,40 +285,38 @@ class IncidentClient(IncidentOperations):
         Raises:
             ClientClosed: If the client is not open.
             NotInTransaction: If the connection commits each statement by itself, or is closed.
-            TypeError: If it is no connection that can be joined, or to another kind of database.
+            TypeError: If the connection is of another kind, or to another kind of database.
         """
-        self._open_pages()
-        return JoinedIncidents(self.store.join(connection), self._transitions)
+        return JoinedIncidents(self._opened().store.join(connection), self._transitions)
 
     async def changes(self, after: str | None = None) -> AsyncIterator[IncidentEvent]:
-        """Follow every change of every incident, for ever, each once.
+        """Follow every change of every incident, each exactly once, without end.
 
-        They come in the order in which their transactions began to write, which is that of their
-        commits unless transactions overlap; those of one incident always in the order of its
-        changes. What comes is final: nothing is ever added before it. While the database is away
-        the feed waits for it.
+        Changes come in the order in which their transactions began to write: the order of their
+        commits, unless transactions overlap. Changes of one incident always come in their own
+        order. The order is final: no change is ever added before one that was yielded. While the
+        database cannot be reached, the feed waits for it.
 
         Args:
-            after: The cursor of the change to go on behind, from whatever process or time; None
-                means from the first one on, and ``latest`` only what comes from now on.
+            after: The cursor of a change, from any process and time, to continue after it. None:
+                from the first change; ``latest``: only changes from now on.
 
         Raises:
             InvalidIncident: If it is not a cursor.
-            UnknownCursor: If it is not one of this database.
+            UnknownCursor: If it is a cursor of another database.
             ClientClosed: If the client is closed meanwhile.
         """
         ChangesQuery(after)
         pause = 0.0
         while True:
-            # What is the latest must be known before an outage, which may hide changes.
+            # The latest change must be known before an outage, which may hide changes.
             wait = 0 if after == LATEST else MAX_WAIT
+            feed = self._opened().feed
             try:
-                page = await self.read_changes(after, limit=CHANGES_BATCH, wait=wait)
+                page = await feed.read(after, CHANGES_BATCH, wait)
             except StoreUnavailable:
                 pause = min(2 * pause + MIN_PAUSE, MAX_PAUSE)
-                if self._feed is not None:
-                    await self._feed.pause(pause)
-                self._open_pages()
+                await feed.pause(pause)
                 continue
             pause = 0.0
             for event in page.changes:
@@ -343,7 +326,7 @@ class IncidentClient(IncidentOperations):
     async def read_changes(
         self, after: str | None = None, *, limit: int = CHANGES_LIMIT, wait: float = 0.0
     ) -> ChangePage:
-        """Return some changes, and the cursor to go on with.
+        """Return some changes, and the cursor to continue from.
 
         Args:
             after: As for :meth:`changes`.
@@ -352,39 +335,37 @@ class IncidentClient(IncidentOperations):
 
         Raises:
             InvalidIncident: With every faulty argument.
-            UnknownCursor: If the cursor is not one of this database.
+            UnknownCursor: If it is a cursor of another database.
             ClientClosed: If the client is closed meanwhile.
         """
-        ChangesQuery(after, limit, wait)
-        if not self._connected or self._feed is None:
-            raise ClientClosed
-        return await self._feed.read(after, limit, wait)
+        query = ChangesQuery(after, limit, wait)
+        return await self._opened().feed.read(query.after, query.limit, query.wait)
 
     async def purge(
         self, ended_before: datetime, *, progress: Callable[[int, int], object] | None = None
     ) -> int:
-        """Remove incidents that have ended, with their histories, and return how many.
+        """Remove incidents that have ended, with their histories, and return their number.
 
-        Of each an event remains that tells of it. It is done in batches, each a transaction of its
-        own, beside whatever else goes on; one that somebody is changing is left out. What is
-        removed already stays removed if the caller is cancelled.
+        One event for each remains and records the removal. The work is done in batches, each in a
+        transaction of its own, beside other traffic; an incident that another transaction is
+        changing is left out. Removed incidents stay removed if the caller is canceled.
 
         Args:
-            ended_before: Aware; those that ended before are removed. One whose end was not recorded
-                (``ended_at`` is None) stays.
-            progress: Called after each batch with the number of incidents that were removed, and
-                with that of all that there were to remove. None means that nobody wants to know.
+            ended_before: Aware; incidents that ended before this time are removed. An incident
+                whose end was not recorded (``ended_at`` is None) stays.
+            progress: Called after each batch with the number of removed incidents, and the number
+                of all incidents to remove. None: report no progress.
 
         Raises:
             InvalidIncident: If it is not an aware time.
         """
         ended_before = rules.check("ended_before", rules.time_bound, ended_before)
-        store = self._store()
-        total = await store.purgeable(ended_before) if progress is not None else 0
+        session = self._opened()
+        total = await session.store.purgeable(ended_before) if progress is not None else 0
         purged = 0
         while True:
-            count, more = await self._write(
-                store.purge(ended_before, PURGE_BATCH, actor=ACTOR.get())
+            count, more = await session.write(
+                session.store.purge(ended_before, PURGE_BATCH, actor=ACTOR.get())
             )
             purged += count
             if progress is not None:
@@ -395,45 +376,16 @@ class IncidentClient(IncidentOperations):
     async def check(self) -> None:
         """Return if the database answers and has the schema that this version works on.
 
-        The shared cache is asked, too, so that :attr:`cache_available` tells how it is.
+        The shared cache is asked too, which updates :attr:`cache_available`.
 
         Raises:
-            SchemaOutOfDate: With the command that mends it.
+            SchemaOutOfDate: With the command to run.
         """
-        pages = self._open_pages()
-        await self.store.check()
-        await pages.probe()
+        session = self._opened()
+        await session.store.check()
+        await session.pages.probe()
 
-    def _store(self) -> IncidentStore:
-        self._open_pages()
-        return self.store
-
-    def _open_pages(self) -> PageCache:
-        if not self._connected or self._pages is None:
+    def _opened(self) -> Session:
+        if self._session is None:
             raise ClientClosed
-        return self._pages
-
-    async def _write(self, write: Coroutine[Any, Any, _T]) -> _T:
-        """Run a write and forget the cached pages, in one piece that no cancellation parts."""
-        from incidentkit.carrying import carry  # noqa: PLC0415
-
-        return await carry(self._writes, _write_and_forget(self._open_pages(), self._feed, write))
-
-
-def _new_lock() -> asyncio.Lock:
-    # Like all that a client needs it is loaded with the first one, not with the package.
-    from asyncio import Lock  # noqa: PLC0415
-
-    return Lock()
-
-
-async def _write_and_forget(
-    pages: PageCache, feed: ChangeFeed | None, write: Coroutine[Any, Any, _T]
-) -> _T:
-    try:
-        return await write
-    finally:
-        # Also after an error: it may hide a commit.
-        if feed is not None:
-            feed.wake()
-        pages.forget()
+        return self._session

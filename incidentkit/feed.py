@@ -1,38 +1,34 @@
-"""Following every change of every incident, in the order of their commits."""
+"""Deliver changes of incidents to waiting readers, in the order of their commits."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from incidentkit.batching import Coalescer
 from incidentkit.domain.errors import ClientClosed
-from incidentkit.domain.rules import event_cursor
+from incidentkit.domain.rules import EventCursor, event_cursor
 from incidentkit.domain.values import LATEST, ChangePage, IncidentEvent
-from incidentkit.store.base import BEGINNING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from incidentkit.store.base import Events, Place
+from incidentkit.store.ports import BEGINNING, Events, Place
 
 POLL_INTERVAL: Final = 0.25
-"""Seconds between two looks for changes by other processes, while somebody waits for one."""
+"""Seconds between two reads that look for changes by other processes, while a reader waits."""
 
 
 class EventStore(Protocol):
-    """The part of a store that changes are read from."""
+    """The part of a store that a feed reads from."""
 
     async def changes(self, after: Place, limit: int) -> Events:
-        """Return events from past a place, in the order of their commits."""
+        """Return events after a place, in the order of their commits."""
         ...
 
     async def latest_change(self) -> IncidentEvent | None:
-        """Return the last event of all, or None if there is none."""
+        """Return the last of all events, or None if there is none."""
         ...
 
-    async def place(self, cursor: tuple[int, ...]) -> Place:
+    async def place(self, cursor: EventCursor) -> Place:
         """Return the place of the event that a cursor stands for."""
         ...
 
@@ -42,14 +38,18 @@ class EventStore(Protocol):
 
 
 class ChangeFeed:
-    """Reads changes, and waits for them.
+    """Delivers changes to waiting readers.
 
-    Readers at the same place share a read, and a change that is made here wakes them at once. Those
-    of other processes are found by looking every :data:`POLL_INTERVAL`.
+    Readers at the same place share a read. A change by this process wakes them at once; changes by
+    other processes are found by polling every :data:`POLL_INTERVAL` seconds.
 
     Args:
         store: Where events are read.
-        clock: Returns the time in seconds, never going back.
+        clock: Returns monotonic time in seconds.
+
+    Attributes:
+        readers: Number of calls of :meth:`read` in progress; without one, there is no need to
+            :meth:`wake` the feed.
     """
 
     def __init__(self, store: EventStore, *, clock: Callable[[], float] | None = None) -> None:
@@ -59,9 +59,10 @@ class ChangeFeed:
         self._change = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
         self._closed = asyncio.Event()
+        self.readers = 0
 
     def wake(self) -> None:
-        """Let those who wait look again: something has changed here, or may have elsewhere."""
+        """Let waiting readers read again, after a change or at the end of an interval."""
         if self._look is not None:
             self._look.cancel()
             self._look = None
@@ -69,30 +70,37 @@ class ChangeFeed:
         self._change = asyncio.Event()
 
     def close(self) -> None:
-        """End those who wait with :class:`~incidentkit.ClientClosed`."""
+        """Make waiting readers raise :class:`~incidentkit.ClientClosed`."""
         self._closed.set()
         self.wake()
 
     async def finish(self) -> None:
-        """Wait until every read has ended."""
+        """Wait until every read has finished."""
         await self._reads.finish()
 
     async def pause(self, seconds: float) -> None:
-        """Wait for so many seconds, unless the feed is closed before."""
+        """Wait for a number of seconds, or until the feed is closed."""
         await _event_or_time(self._closed, seconds)
 
     async def read(self, after: str | None, limit: int, wait: float) -> ChangePage:
-        """Return changes from past a cursor.
+        """Return changes after a cursor.
 
         Args:
-            after: A cursor; None is the beginning, and ``latest`` the end.
+            after: A cursor; None: the beginning, ``latest``: the end.
             limit: Changes, at least 1.
-            wait: Seconds to wait for one, if there is none.
+            wait: Seconds to wait for a change if there is none.
 
         Raises:
-            UnknownCursor: If the cursor is not one of this database.
+            UnknownCursor: If it is a cursor of another database.
             ClientClosed: If the feed is closed meanwhile.
         """
+        self.readers += 1
+        try:
+            return await self._read_or_wait(after, limit, wait)
+        finally:
+            self.readers -= 1
+
+    async def _read_or_wait(self, after: str | None, limit: int, wait: float) -> ChangePage:
         await self._store.check_order()
         place, cursor = await self._find(after)
         ends_at = self._clock() + wait
@@ -110,25 +118,25 @@ class ChangeFeed:
             if left <= 0:
                 return ChangePage([], cursor)
             if self._look is None and not change.is_set():
-                # One for all who wait, so that they look at the same time, and share a read.
+                # One timer for all waiting readers, so that they read at the same time and share.
                 loop = asyncio.get_running_loop()
                 self._look = loop.call_later(POLL_INTERVAL, self.wake)
             await _event_or_time(change, left)
 
     async def _find(self, after: str | None) -> tuple[Place, str | None]:
-        """Return the place of a cursor, and the cursor to give back if nothing comes."""
+        """Return the place of a cursor, and the cursor to return if there is no change."""
         if after == LATEST:
             latest = await self._store.latest_change()
             after = None if latest is None else latest.cursor
         return (BEGINNING if after is None else await self._store.place(event_cursor(after))), after
 
     async def _read(self, key: tuple[str | None, Place, int]) -> Events | None:
-        """Return events from past a place, or None if the cursor is not there any more."""
+        """Return events after a place, or None if the cursor has moved."""
         cursor, place, limit = key
         events = await self._store.changes(place, limit)
         if events and cursor is not None:
-            # While somebody waited another database may have been restored in place of this one,
-            # or the numbers of its events were changed.
+            # While a reader waited, another database may have been restored in place of this one,
+            # or the places of its events may have been shifted.
             return events if await self._store.place(event_cursor(cursor)) == place else None
         return events
 

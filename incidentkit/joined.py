@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from attrs import frozen
 
 from incidentkit.domain.queries import ListQuery
-from incidentkit.domain.values import DEFAULT_LIMIT, Incident
-from incidentkit.operations import IncidentOperations
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
-    from incidentkit.domain.transitions import Transitions
-    from incidentkit.domain.values import IncidentSource, IncidentStatus
-    from incidentkit.store.base import StoreOperations
-
-Incidents: TypeAlias = list[Incident]
-"""A page; an alias because inside the class ``list`` is the verb."""
+from incidentkit.domain.transitions import Transitions
+from incidentkit.domain.values import DEFAULT_LIMIT, IncidentSource, IncidentStatus
+from incidentkit.incidents import IncidentList, Incidents, Transactions
+from incidentkit.store.ports import StoreOperations
 
 _T = TypeVar("_T")
 
 
-class JoinedIncidents(IncidentOperations):
-    """What :meth:`IncidentClient.join` returns; good until the transaction ends.
+@frozen
+class _HostTransaction:
+    """Reads and writes in the transaction of a host's connection.
 
-    Nothing that it writes is seen by anybody else before the transaction is committed, and nothing
-    is left of it after a rollback. No cache is read or filled. A call that fails leaves nothing of
-    what it wrote, one that is cancelled all of it or nothing. An error of the database may have
-    ended the transaction, as it does for any other statement in it.
+    Attributes:
+        store: The operations on that connection.
+    """
+
+    store: StoreOperations
+
+    async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
+        """Run an operation of the store that writes."""
+        return await write
+
+
+class JoinedIncidents(Incidents):
+    """The verbs in the application's transaction, from :meth:`IncidentClient.join` until it ends.
+
+    Writes become visible to others when the transaction is committed, and vanish if it is rolled
+    back. No cache is read or filled. A call that fails leaves none of its writes behind; a call
+    that is canceled leaves all of them or none. An error of the database may have ended the
+    transaction, as after any other statement.
 
     Every method raises :class:`~incidentkit.NotInTransaction` once the transaction has ended.
     """
 
     def __init__(self, store: StoreOperations, transitions: Transitions) -> None:
-        self._operations = store
+        self._transactions: Transactions = _HostTransaction(store)
         self._transitions = transitions
 
     async def list(
@@ -42,7 +52,7 @@ class JoinedIncidents(IncidentOperations):
         limit: int = DEFAULT_LIMIT,
         status: IncidentStatus | str | None = None,
         source: IncidentSource | str | None = None,
-    ) -> Incidents:
+    ) -> IncidentList:
         """Return one page of incidents as the transaction sees it, newest first.
 
         The arguments are those of :meth:`IncidentClient.list`.
@@ -51,10 +61,4 @@ class JoinedIncidents(IncidentOperations):
             InvalidIncident: With every faulty argument.
         """
         query = ListQuery(page, limit, status, source)
-        return (await self._operations.list(query)).incidents
-
-    def _store(self) -> StoreOperations:
-        return self._operations
-
-    async def _write(self, write: Coroutine[Any, Any, _T]) -> _T:
-        return await write
+        return (await self._transactions.store.list(query)).incidents

@@ -13,12 +13,13 @@ import environ
 from attrs import field, frozen
 from dotenv import dotenv_values
 
-from incidentkit.cache.base import TTL, check_redis_url
-from incidentkit.defaults import DEFAULT_DATABASE_URL
+from incidentkit.cache.base import TTL
+from incidentkit.cache.opening import check_redis_url
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph  # noqa: TC001
 from incidentkit.domain.values import IncidentStatus
-from incidentkit.store.base import StoreOptions, database_kind
+from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
+from incidentkit.store.options import StoreOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

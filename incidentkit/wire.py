@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from enum import StrEnum
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from operator import attrgetter
+from types import UnionType
+from typing import Any, Final, get_args, get_type_hints
 
 from attrs import fields_dict
+from cattrs import Converter
+from cattrs.gen import make_dict_structure_fn
 
 from incidentkit.domain.commands import NewIncident, NewNote
 from incidentkit.domain.errors import FieldError, InvalidIncident
@@ -19,12 +24,6 @@ from incidentkit.domain.values import (
     IncidentSource,
     IncidentStatus,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from enum import StrEnum
-
-    from cattrs import Converter
 
 _quote: Final = json.encoder.encode_basestring
 _text_of: Final = datetime.__str__
@@ -79,8 +78,6 @@ def wire_converter() -> Converter:
     - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown field is refused,
       a missing one named.
     """
-    from cattrs import Converter  # noqa: PLC0415
-
     converter = Converter(detailed_validation=False)
     converter.register_unstructure_hook(datetime, _time_to_wire)
     converter.register_structure_hook(datetime, _time_from_wire)
@@ -98,8 +95,6 @@ def wire_converter() -> Converter:
 
 def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
     """Return what reads a model without filling in what is missing."""
-    from cattrs.gen import make_dict_structure_fn  # noqa: PLC0415
-
     structure = make_dict_structure_fn(model, converter)
     names = fields_dict(model)
 
@@ -127,66 +122,67 @@ def encode_incidents(incidents: Iterable[Incident]) -> bytes:
 
 
 def encode_rows(rows: Iterable[Iterable[Any]]) -> bytes:
-    """Return incidents, given as the values of their fields, as a JSON array.
+    """Return incidents, given as rows of a database, as a JSON array.
 
-    A status and a source are given as text, a time as an aware datetime; no ``last_seen_at`` is
-    ``created_at``.
+    A row has the values of the fields of :class:`Incident`, in their order: a status and a source
+    as text, a time as an aware datetime. No ``last_seen_at`` stands for ``created_at``.
 
     Raises:
-        KeyError: For a status or a source that is none.
+        KeyError: For an unknown status or source.
         TypeError: For another value that no incident can have.
         ValueError: Likewise.
     """
-    return f"[{','.join([_to_json(*row) for row in rows])}]".encode()
+    return f"[{','.join([_row_to_json(*row) for row in rows])}]".encode()
 
 
 def _incident_to_json(incident: Incident) -> str:
-    return _to_json(
-        incident.incident_id,
-        incident.incident_message,
-        incident.incident_type.value,
-        incident.source.value,
-        incident.created_at,
-        incident.version,
-        incident.dedup_key,
-        incident.occurrences,
-        None if incident.last_seen_at == incident.created_at else incident.last_seen_at,
-        incident.ended_at,
-    )
-
-
-def _to_json(  # noqa: PLR0913, PLR0917
-    incident_id: int,
-    incident_message: str,
-    incident_type: str,
-    source: str,
-    created_at: datetime,
-    version: int,
-    dedup_key: str | None,
-    occurrences: int,
-    last_seen_at: datetime | None,
-    ended_at: datetime | None,
-) -> str:
-    """Do what the converter and :func:`dump_json` do, in a fraction of the time."""
-    created = _second(created_at)
-    last_seen = created if last_seen_at is None else _second(last_seen_at)
-    key = "null" if dedup_key is None else _quote(dedup_key)
-    ended = "null" if ended_at is None else f'"{_second(ended_at)}"'
-    return (
-        f'{{"incident_id":{incident_id:d},"incident_message":{_quote(incident_message)},'
-        f'"incident_type":{_QUOTED[incident_type]},"source":{_QUOTED[source]},'
-        f'"created_at":"{created}","version":{version:d},"dedup_key":{key},'
-        f'"occurrences":{occurrences:d},"last_seen_at":"{last_seen}","ended_at":{ended}}}'
-    )
+    return _row_to_json(*_VALUES(incident))
 
 
 def _second(value: datetime) -> str:
     if value.tzinfo is not UTC:
-        # As drivers return it that go by the time zone of a session.
+        # As a driver returns it that follows the time zone of its session.
         if value.tzinfo is None:
             raise ValueError("a time must be an aware datetime")
         value = value.astimezone(UTC)
     return _text_of(value)[:19]
+
+
+def _compile_row_to_json() -> Callable[..., str]:
+    """Return a function that takes the values of an incident's fields, and returns its JSON object.
+
+    It does what the converter and :func:`dump_json` do, in a fraction of the time: compiled once
+    from the fields and their types, as attrs compiles its methods, it is one f-string.
+    """
+    types = get_type_hints(Incident)
+    members = ",".join(f'"{name}":{_json_source(name, types[name])}' for name in _FIELDS)
+    source = f"lambda {', '.join(_FIELDS)}: f'''{{{{{members}}}}}'''"
+    names = {"null": "null", "quote": _quote, "quoted": _QUOTED, "second": _second}
+    function: Callable[..., str] = eval(source, names)  # noqa: S307
+    return function
+
+
+def _json_source(name: str, type_: Any) -> str:
+    """Return the part of an f-string that writes the value of a field."""
+    if name == "created_at":
+        return '"{(created_at := second(created_at))}"'
+    if name == "last_seen_at":
+        # Null in a row until the incident was reported again.
+        return '"{created_at if last_seen_at is None else second(last_seen_at)}"'
+    if type_ is int:
+        return f"{{{name}:d}}"
+    given, *none = get_args(type_) if isinstance(type_, UnionType) else (type_,)
+    source = f"quote({name})"
+    if given is datetime:
+        source = f"'\"' + second({name}) + '\"'"
+    elif issubclass(given, StrEnum):
+        source = f"quoted[{name}]"
+    return f"{{null if {name} is None else {source}}}" if none else f"{{{source}}}"
+
+
+_FIELDS: Final = tuple(fields_dict(Incident))
+_VALUES: Final = attrgetter(*_FIELDS)
+_row_to_json: Final = _compile_row_to_json()
 
 
 def encode_events(events: Sequence[IncidentEvent]) -> bytes:

@@ -11,7 +11,8 @@ from alembic import context
 from incidentkit.settings import Settings
 from incidentkit.store import migrate
 from incidentkit.store.migrate import adopt, migration_engine
-from incidentkit.store.tables import TEXT_INDEX, VERSION_TABLE, metadata
+from incidentkit.store.schema import VERSION_TABLE
+from incidentkit.store.sql.tables import TEXT_INDEX, metadata
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

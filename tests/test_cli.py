@@ -33,7 +33,7 @@ from incidentkit.cli import main
 from incidentkit.cli.server import LineFormatter
 from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
 from incidentkit.domain.cursor import encode_cursor
-from incidentkit.store.tables import REVISIONS, SCHEMA_REVISION
+from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
 from tests.programs import DEADLINE, outcome, service, start
 
 if TYPE_CHECKING:

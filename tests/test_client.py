@@ -36,7 +36,7 @@ from tests.servers import RedisServer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from incidentkit.store.base import Page
+    from incidentkit.store.page import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = "sqlite+aiosqlite:///:memory:"

@@ -48,7 +48,8 @@ from incidentkit.http import health, log, problems, requests
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.settings import Environment
 from incidentkit.store import RequestRecord, StoreOptions, migrate
-from incidentkit.store.tables import REVISIONS, TEXT_TABLES, VERSION_TABLE, metadata
+from incidentkit.store.schema import REVISIONS, VERSION_TABLE
+from incidentkit.store.sql.tables import TEXT_TABLES, metadata
 from tests.programs import outcome, service, start
 from tests.test_migrations import ORIGIN_SCHEMA
 

@@ -27,7 +27,7 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.store import RequestRecord, StoreOptions
-from incidentkit.store.base import BEGINNING
+from incidentkit.store.ports import BEGINNING
 from incidentkit.store.migrate import downgrade, upgrade
 from tests.hosts import begin_by_itself, host_engine, run_sql
 

@@ -34,7 +34,7 @@ from incidentkit import (
     VersionConflict,
     acting_as,
 )
-from incidentkit.store.base import BEGINNING
+from incidentkit.store.ports import BEGINNING
 from tests.hosts import (
     WAYS,
     AsyncpgHost,

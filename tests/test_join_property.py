@@ -30,7 +30,7 @@ from incidentkit import (
     IncidentStatus,
     VersionConflict,
 )
-from incidentkit.store.base import BEGINNING
+from incidentkit.store.ports import BEGINNING
 from tests.hosts import WAYS, Host, open_host, prepared, run_sql
 from tests.strategies import statuses
 

@@ -31,15 +31,8 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.store import migrate
-from incidentkit.store.tables import (
-    REVISIONS,
-    SCHEMA_REVISION,
-    TEXT_INDEX,
-    TEXT_TABLES,
-    VERSION_TABLE,
-    keep_out_of_autogenerate,
-    metadata,
-)
+from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE
+from incidentkit.store.sql.tables import TEXT_INDEX, TEXT_TABLES, keep_out_of_autogenerate, metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ import pytest
 from incidentkit import Incident, IncidentSource, IncidentStatus, ListQuery, StoreUnavailable
 from incidentkit.cache import MemoryCache
 from incidentkit.cache.pages import PageCache, seal, unseal
-from incidentkit.store.base import Page
+from incidentkit.store.page import Page
 from tests.test_breaker import Clock, FaultyCache
 
 QUERY = ListQuery()

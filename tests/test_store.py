@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from incidentkit.store.base import IncidentStore
+    from incidentkit.store.ports import IncidentStore
 
 DISK_FULL = NewIncident("Disk is full", source="monitoring")
 

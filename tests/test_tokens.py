@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import TypeAlias
 
-    from incidentkit.store.base import IncidentStore
+    from incidentkit.store.ports import IncidentStore
 
     Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 

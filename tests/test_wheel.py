@@ -17,7 +17,7 @@ import pytest
 from attrs import frozen
 
 import incidentkit
-from incidentkit.store.tables import SCHEMA_REVISION
+from incidentkit.store.schema import SCHEMA_REVISION
 
 if TYPE_CHECKING:
     from email.message import Message

@@ -17,8 +17,7 @@ from incidentkit.batching import Batcher, Coalescer
 from incidentkit.cache.base import TTL
 from incidentkit.cache.breaker import CircuitBreaker
 from incidentkit.cache.memory import DEFAULT_MAX_BYTES, Memory
-from incidentkit.domain.errors import InvalidSettings
-from incidentkit.store.base import Page
+from incidentkit.store.page import Page
 from incidentkit.wire import decode_incidents, dump_json
 
 if TYPE_CHECKING:
@@ -55,17 +54,6 @@ class PageStore(Protocol):
     async def token(self) -> str | None:
         """Return the token of the incidents; None means that it cannot be told."""
         ...
-
-
-def check_max_staleness(max_staleness: object) -> None:
-    """Return if a client may be that many seconds behind.
-
-    Raises:
-        InvalidSettings: If it is not a number from 0 to 3600, for which a page is kept.
-    """
-    number = max_staleness if isinstance(max_staleness, (int, float)) else -1
-    if isinstance(max_staleness, bool) or not 0 <= number <= TTL:
-        raise InvalidSettings("max_staleness", f"must be a number of seconds from 0 to {TTL}")
 
 
 def seal(key: str, token: str | None, page: bytes) -> bytes:

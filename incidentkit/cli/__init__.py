@@ -612,7 +612,7 @@ def downgrade(settings: Settings, revision: str, *, yes: bool) -> None:
 
 def _removes_incidents(revision: str, at: str | None) -> bool:
     """Return whether a downgrade to the revision, absolute or relative, ends below the origin's."""
-    from incidentkit.store.tables import REVISIONS  # noqa: PLC0415
+    from incidentkit.store.schema import REVISIONS  # noqa: PLC0415
 
     if at is None:
         return False

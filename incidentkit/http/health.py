@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from attrs import frozen
 
 from incidentkit.domain.errors import ClientClosed, SchemaOutOfDate, StoreError
-from incidentkit.store.tables import SCHEMA_REVISION
+from incidentkit.store.schema import SCHEMA_REVISION
 
 if TYPE_CHECKING:
     from incidentkit.client import IncidentClient

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from incidentkit.domain.errors import SchemaOutOfDate, StoreUnavailable
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_id import request_id
-from incidentkit.store.base import RequestRecord
+from incidentkit.store.request_log import RequestRecord
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from incidentkit.store.base import IncidentStore
+    from incidentkit.store.ports import IncidentStore
 
     Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 

@@ -39,7 +39,7 @@ from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Conflict,
 from incidentkit.http.request_id import HEADER, PATTERN
 from incidentkit.http.requests import MAX_BODY
 from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
-from incidentkit.store.tables import SCHEMA_REVISION
+from incidentkit.store.schema import SCHEMA_REVISION
 from incidentkit.version import __version__
 from incidentkit.wire import wire_converter
 

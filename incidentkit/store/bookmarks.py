@@ -1,27 +1,26 @@
-"""Where pages that lie deep begin, remembered for as long as no incident changes."""
+"""Where deep pages of the list begin, remembered as long as no incident changes."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
-if TYPE_CHECKING:
-    from incidentkit.domain.queries import ListQuery
-    from incidentkit.domain.values import IncidentSource, IncidentStatus
-
-    _Filters: TypeAlias = tuple[IncidentStatus | None, IncidentSource | None]
+from incidentkit.domain.queries import ListQuery
+from incidentkit.domain.values import IncidentSource, IncidentStatus
 
 Bookmark: TypeAlias = tuple[int, int]
-"""How many incidents come before one in a list, and its id."""
+"""The number of incidents before one in a list, and its id."""
 
 MAX_BOOKMARKS: Final = 1000
 
+_Filters: TypeAlias = tuple[IncidentStatus | None, IncidentSource | None]
+
 
 class Bookmarks:
-    """The first incidents of deep pages, by what the list is filtered by.
+    """The first incidents of deep pages, by the filters of the list.
 
-    All of them are of one token: another one says that incidents have changed, and may stand
-    elsewhere.
+    All of them belong to one token. Another token means that incidents have changed, so that the
+    bookmarks may no longer hold.
     """
 
     def __init__(self) -> None:
@@ -30,9 +29,10 @@ class Bookmarks:
         self._count = 0
 
     def before(self, query: ListQuery) -> tuple[Bookmark, str] | None:
-        """Return the nearest one that leaves less to pass over, with its token; None if none does.
+        """Return the nearest bookmark before a page that saves time, with its token, or None.
 
-        On SQLite to pass over an incident from there takes as long as four from the top.
+        On SQLite, skipping one incident from a bookmark takes as long as skipping four from the
+        top.
         """
         kept = self._kept.get((query.status, query.source), [])
         place = bisect_right(kept, query.offset, key=lambda bookmark: bookmark[0])
@@ -41,9 +41,9 @@ class Bookmarks:
         return kept[place - 1], self._token
 
     def add(self, query: ListQuery, incident_id: int, token: str | None) -> None:
-        """Remember the first incident of a page that was read when the token was this one.
+        """Remember the first incident of a page that was read under this token.
 
-        None for the token says that a change could not be told.
+        With None as the token, changes cannot be detected: nothing is remembered.
         """
         if token is None:
             return

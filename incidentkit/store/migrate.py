@@ -1,41 +1,42 @@
-"""Bringing the schema up to date, with the Alembic scripts in ``migrations``.
+"""Migrate the schema, with the Alembic scripts in ``migrations``.
 
-Alembic keeps its context in module globals, so one migration runs at a time in a process; between
-processes, the migration's own transaction holds a lock from its start (see ``migrations/env.py``).
+Alembic keeps its context in module globals, so that one migration runs at a time in a process.
+Between processes, the transaction of a migration holds a lock from its start (see
+``migrations/env.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import NullPool, String, column, event, inspect, select, table
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import Connection, NullPool, String, column, event, inspect, select, table
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
-from incidentkit.store import postgresql, postgresql_statements, sqlite
-from incidentkit.store.base import database_kind
-from incidentkit.store.tables import (
-    REVISIONS,
-    SCHEMA_REVISION,
-    VERSION_TABLE,
-    check_revision,
-    incident_table,
+from incidentkit.store.database import database_kind
+from incidentkit.store.postgresql.driver import asyncpg_dsn, unreadable_url
+from incidentkit.store.postgresql.errors import (
+    OPERATORS_CLASSES,
+    UNREADABLE_URL,
+    server_error,
+    translate_error,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sqlalchemy import Connection
-    from sqlalchemy.ext.asyncio import AsyncEngine
+from incidentkit.store.postgresql.statements import SELECT_STRANDED, SHIFT
+from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE, check_revision
+from incidentkit.store.sql.tables import incident_table
+from incidentkit.store.sqlite.errors import translate_error as translate_sqlite
+from incidentkit.store.sqlite.file import probe
+from incidentkit.store.sqlite.url import sqlite_url
 
 ORIGIN_REVISION: Final = REVISIONS[0]
 ORIGIN_VERSION_TABLE: Final = "alembic_version"
@@ -48,17 +49,14 @@ MIGRATION_LOCK_TIMEOUT: Final = 60.0
 """Seconds to wait for another migration of the same PostgreSQL database."""
 
 TABLE_LOCK_TIMEOUT: Final = 10.0
-"""Seconds to wait for whoever uses the table, while others queue behind."""
-
-OPERATORS_ERRORS: Final = ("0A", "22", "23", "2B", "3F", "42", "55")
-"""Classes of SQLSTATE that only a change by the operator mends, who has to know the reason."""
+"""Seconds to wait for other users of a table, while further ones queue behind the migration."""
 
 _T = TypeVar("_T")
 _migrating = threading.Lock()
 
 
 def script_location() -> Path:
-    """Return the folder of the Alembic scripts: in the installed package, or else beside it."""
+    """Return the folder of the Alembic scripts: in the installed package, or beside it."""
     package = Path(__file__).resolve().parent.parent
     shipped = package / "migrations"
     return shipped if shipped.is_dir() else package.parent / "migrations"
@@ -67,7 +65,7 @@ def script_location() -> Path:
 def migration_engine(database_url: str) -> AsyncEngine:
     """Return an engine whose transactions lock the database from their first statement."""
     if database_kind(database_url) == "postgresql":
-        dsn = postgresql.asyncpg_dsn(database_url)
+        dsn = asyncpg_dsn(database_url)
         return create_async_engine(
             "postgresql+asyncpg://",
             async_creator=partial(_connect, dsn),
@@ -75,7 +73,7 @@ def migration_engine(database_url: str) -> AsyncEngine:
             hide_parameters=True,
         )
     engine = create_async_engine(
-        sqlite.sqlite_url(database_url),
+        sqlite_url(database_url),
         connect_args={"timeout": LOCK_TIMEOUT},
         poolclass=NullPool,
         hide_parameters=True,
@@ -88,9 +86,9 @@ def migration_engine(database_url: str) -> AsyncEngine:
 async def _connect(dsn: str) -> asyncpg.Connection[asyncpg.Record]:
     try:
         return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT)
-    except postgresql.UNREADABLE_URL:
+    except UNREADABLE_URL:
         # Without its cause, which shows parts of the URL.
-        raise postgresql.unreadable_url() from None
+        raise unreadable_url() from None
 
 
 def _leave_transactions_to_us(connection: Any, _: object) -> None:
@@ -102,35 +100,35 @@ def _begin_immediate(connection: Connection) -> None:
 
 
 async def upgrade(database_url: str, revision: str = "head") -> None:
-    """Bring the schema up to the revision; safe to run from several places at once.
+    """Bring the schema up to a revision; several processes may do so at once.
 
-    A database that the origin made is recognised by its ``alembic_version`` and taken over. One
-    that was copied from another PostgreSQL server gets its events in order.
+    A database of the origin is recognized by its ``alembic_version`` and taken over. In a database
+    that was copied from another PostgreSQL server, the order of the events is mended.
 
     Raises:
-        StoreUnavailable: If the database cannot be reached, or others keep it locked for too long.
-        StoreError: With what is in the way; nothing was changed.
+        StoreUnavailable: If the database cannot be reached, or stays locked for too long.
+        StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
     await _migrate(migration_engine(database_url), partial(_upgrade, revision))
 
 
 async def downgrade(database_url: str, revision: str = "-1") -> None:
-    """Bring the schema down to the revision, by default one step.
+    """Bring the schema down to a revision, by default by one step.
 
-    Down to the origin's revision every incident is kept; below it, at ``base``, their table is
-    dropped with all of them. ``request_log`` is dropped with its rows by the first step down.
+    Down to the origin's revision every incident is kept. Below it, at ``base``, the table of
+    incidents is dropped with its rows. The first step down drops ``request_log`` with its rows.
 
     Raises:
-        StoreUnavailable: If the database cannot be reached, or others keep it locked for too long.
-        StoreError: With what is in the way; nothing was changed.
+        StoreUnavailable: If the database cannot be reached, or stays locked for too long.
+        StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
     await _migrate(migration_engine(database_url), partial(_run, command.downgrade, revision))
 
 
 async def current(database_url: str) -> str | None:
-    """Return the revision that the database is at, or None if it has no schema of ours.
+    """Return the revision of a database, or None if it has no schema of incidentkit.
 
     Raises:
         StoreUnavailable: If the database cannot be reached.
@@ -142,25 +140,25 @@ async def check(database_url: str) -> None:
     """Raise unless the database is at the newest revision.
 
     Raises:
-        SchemaOutOfDate: With the command that mends it.
+        SchemaOutOfDate: With the command to run.
         StoreUnavailable: If the database cannot be reached.
     """
     check_revision(await current(database_url))
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
-    """Make the schema in an SQLite database that lives in this engine's one connection."""
+    """Create the schema in the SQLite database in memory of an engine's one connection."""
     await _migrate(engine, partial(_run, command.upgrade, "head"), dispose=False)
 
 
 def upgrade_connection(connection: Connection) -> None:
-    """Make the schema in the SQLite database of a connection."""
+    """Create the schema in the SQLite database of a connection."""
     with _migrating:
         _run(command.upgrade, "head", connection)
 
 
 def current_revision(connection: Connection) -> str | None:
-    """Return the revision of our schema, which the origin may have recorded, or None."""
+    """Return the revision of the schema, which the origin may have recorded, or None."""
     tables = set(inspect(connection).get_table_names())
     if VERSION_TABLE in tables:
         revision = _recorded(connection, VERSION_TABLE)
@@ -180,10 +178,10 @@ def _recorded(connection: Connection, version_table: str) -> str | None:
 
 
 def adopt(connection: Connection) -> str | None:
-    """Return the revision to start from if a database has an incident table but no record of ours.
+    """Return the revision to start from, if a database has the table but no recorded revision.
 
     Raises:
-        StoreError: If the table is somebody else's.
+        StoreError: If neither incidentkit nor the origin made the table.
     """
     tables = set(inspect(connection).get_table_names())
     if VERSION_TABLE in tables and _recorded(connection, VERSION_TABLE):
@@ -195,7 +193,7 @@ def adopt(connection: Connection) -> str | None:
 
 
 def in_the_way(name: str) -> StoreError:
-    """Return what a caller sees if somebody else's table has the name of one of ours."""
+    """Return the error for a foreign table with the name of one of incidentkit's."""
     return StoreError(
         f'a table "{name}" that neither incidentkit nor the origin\'s migrations made is in the way'
     )
@@ -213,17 +211,17 @@ def _upgrade(revision: str, connection: Connection) -> None:
 def put_in_order(connection: Connection) -> None:
     """Mend the order of events in a database that was copied from another server.
 
-    The numbers of that server's transactions may be larger than this one's, so that what happens
-    here would come before what happened there.
+    The transactions of that server may have larger numbers than those of this one: new events would
+    come before the existing ones.
     """
-    latest = connection.scalar(postgresql_statements.SELECT_STRANDED)
+    latest = connection.scalar(SELECT_STRANDED)
     if latest is None:
         return
     connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(TABLE_LOCK_TIMEOUT * 1000)}")
     connection.exec_driver_sql('LOCK TABLE "Incident", incident_event IN SHARE ROW EXCLUSIVE MODE')
-    latest = connection.scalar(postgresql_statements.SELECT_STRANDED)
+    latest = connection.scalar(SELECT_STRANDED)
     if latest is not None:
-        for statement in postgresql_statements.SHIFT.values():
+        for statement in SHIFT.values():
             connection.execute(statement, {"latest": latest})
 
 
@@ -235,7 +233,7 @@ def _run(run: Callable[[Config, str], None], revision: str, connection: Connecti
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     at = current_revision(connection)
-    # What only looked must not stay open: the migration begins a transaction of its own.
+    # Ends the transaction that only read: the migration begins its own.
     connection.rollback()
     if at is not None and at not in REVISIONS:
         check_revision(at)
@@ -244,19 +242,19 @@ def _run(run: Callable[[Config, str], None], revision: str, connection: Connecti
     except CommandError as error:
         raise InvalidSettings("revision", f"cannot be reached: {error}") from error
     except AssertionError as error:
-        # Alembic's own, for a revision such as "@" or "head+1".
+        # Alembic raises it for a revision such as "@" or "head+1".
         raise InvalidSettings("revision", "cannot be reached") from error
 
 
 async def _migrate(
     engine: AsyncEngine, work: Callable[[Connection], _T], *, dispose: bool = True
 ) -> _T:
-    # Polled, since waiters may be on several event loops and must stay cancellable.
+    # Polling, since waiters may run on several event loops and must stay cancelable.
     while not _migrating.acquire(blocking=False):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:
         if engine.dialect.name == "sqlite" and dispose:
-            await sqlite.probe(engine.url)
+            await probe(engine.url)
         async with engine.connect() as connection:
             return await connection.run_sync(work)
     except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
@@ -269,16 +267,13 @@ async def _migrate(
 
 def _translate(engine: AsyncEngine, error: Exception) -> StoreError:
     if engine.dialect.name == "sqlite":
-        return sqlite.translate_error(error)
-    original = error.orig if isinstance(error, DBAPIError) else error
-    cause = original.__cause__ if original is not None else None
-    if not isinstance(cause, Exception):
-        cause = error
-    if isinstance(cause, asyncpg.LockNotAvailableError):
+        return translate_sqlite(error)
+    refusal = server_error(error)
+    if isinstance(refusal, asyncpg.LockNotAvailableError):
         return StoreUnavailable(
             "another session holds the table, or another migration runs: try again"
         )
-    if isinstance(cause, asyncpg.PostgresError) and cause.sqlstate[:2] in OPERATORS_ERRORS:
-        # The first argument is the server's message alone, without details, which hold values.
-        return StoreError(str(cause.args[0]))
-    return postgresql.translate_error(cause)
+    if refusal is not None and (refusal.sqlstate or "").startswith(OPERATORS_CLASSES):
+        # The first argument is the server's message alone, without details, which contain values.
+        return StoreError(str(refusal.args[0]))
+    return translate_error(error)

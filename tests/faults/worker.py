@@ -27,7 +27,7 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.cache.base import TTL
-from incidentkit.store.base import Page
+from incidentkit.store.page import Page
 from tests.faults.history import Query, Row, Write, note_end, note_read, note_write
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from incidentkit.cache import MemoryCache
 from incidentkit.http import create_app, health, lifespan
 from incidentkit.http.health import State, readiness
 from incidentkit.store import store_from_url
-from incidentkit.store.tables import SCHEMA_REVISION
+from incidentkit.store.schema import SCHEMA_REVISION
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from incidentkit import IncidentClient, SchemaOutOfDate, StoreError, StoreUnavailable
 from incidentkit.http import create_app, lifespan
 from incidentkit.http.log import BATCH, CAPACITY, RequestLog, log_route
-from incidentkit.store.base import RequestRecord
+from incidentkit.store.request_log import RequestRecord
 from incidentkit.store.sqlite import SqliteStore
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, serving
 

@@ -26,7 +26,7 @@ from incidentkit import (
 from incidentkit.domain.values import MAX_ID, MAX_LIMIT
 from incidentkit.http import create_app
 from incidentkit.http.requests import MAX_BODY
-from incidentkit.store.base import Page
+from incidentkit.store.page import Page
 from incidentkit.store.sqlite import SqliteStore
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, validate
 from tests.strategies import padding, stripped_messages

@@ -18,7 +18,7 @@ import pytest
 
 from incidentkit.batching import Batcher
 from incidentkit.cache import pages
-from incidentkit.store.base import Page
+from incidentkit.store.page import Page
 from incidentkit.wire import dump_json
 from tests.simulation.schedule import KINDS, STALENESS, Figures, replay, simulate
 from tests.simulation.world import Database, SimulatedStore

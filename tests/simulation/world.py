@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from incidentkit import Incident, IncidentNotFound, StoreUnavailable
-from incidentkit.store.base import Page
+from incidentkit.store.page import Page
 from tests.simulation.loop import PROCESS, SERVERS
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from incidentkit import ListQuery, NewIncident
     from incidentkit.domain.commands import StatusChange
-    from incidentkit.store.base import RequestRecord
+    from incidentkit.store.request_log import RequestRecord
 
 _T = TypeVar("_T")
 

@@ -20,7 +20,8 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.cache import MemoryCache
-from incidentkit.store.base import StoreOptions, store_from_url
+from incidentkit.opening import store_from_url
+from incidentkit.store.options import StoreOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from incidentkit.cache import IncidentCache
     from incidentkit.cache.redis import RedisCache
-    from incidentkit.store.base import IncidentStore
+    from incidentkit.store.ports import IncidentStore
     from incidentkit.store.postgresql import PostgresStore
     from incidentkit.store.sqlite import SqliteStore
 

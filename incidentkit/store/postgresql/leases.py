@@ -1,29 +1,28 @@
-"""Connections of a pool that stay at hand while they are in use all the time."""
+"""Connections of a pool that stay leased while they are in constant use."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    import asyncpg
-    from asyncpg.pool import PoolConnectionProxy
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 LEASE: Final = 1.0
-"""Seconds after which a connection that nobody has used goes back to its pool."""
+"""Seconds without use after which a connection goes back to its pool."""
 
 
 class Leases:
     """Lends the connections of a pool, and keeps them for the next call.
 
-    To take a connection from asyncpg's pool and to give it back takes two timers and a task, as
-    long as half a statement.
+    Taking a connection from asyncpg's pool and giving it back costs two timers and a task, as much
+    time as half a statement.
 
     Args:
-        pool: Whose connections they are.
-        timeout: Seconds to wait for a connection, and for one to be given back.
-        keep: Whether to keep them. A pool that others use, too, gets its connections back at once.
+        pool: The pool.
+        timeout: Seconds to wait for a connection, and for the pool to take one back.
+        keep: Whether to keep connections. A host's pool gets its connections back at once.
     """
 
     def __init__(self, pool: asyncpg.Pool[asyncpg.Record], timeout: float, *, keep: bool) -> None:
@@ -31,16 +30,13 @@ class Leases:
         self._timeout = timeout
         self._keep = keep
         self._waiting = 0
-        # Those that were used last stand at the end.
+        # The most recently used last.
         self._idle: list[tuple[PoolConnectionProxy[asyncpg.Record], float]] = []
         self._check: asyncio.TimerHandle | None = None
         self._giving_back: set[asyncio.Task[None]] = set()
 
     async def take(self) -> PoolConnectionProxy[asyncpg.Record]:
-        """Return a connection.
-
-        Raises what asyncpg does.
-        """
+        """Return a connection; raise what asyncpg raises."""
         while self._idle:
             connection, _ = self._idle.pop()
             if not connection.is_closed():
@@ -53,7 +49,7 @@ class Leases:
             self._waiting -= 1
 
     async def put(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
-        """Give back a connection on which everything went well."""
+        """Give back a connection after a statement that succeeded."""
         if not self._keep or self._waiting:
             await self._pool.release(connection, timeout=self._timeout)
             return
@@ -63,13 +59,13 @@ class Leases:
             self._check = loop.call_later(LEASE, self._give_back_idle)
 
     def discard(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
-        """Give back a connection without waiting, as while the server cancels its statement."""
+        """Give back a connection without waiting, while the server may still cancel its statement."""
         task = asyncio.ensure_future(self._give_back(connection))
         self._giving_back.add(task)
         task.add_done_callback(self._giving_back.discard)
 
     async def finish(self) -> None:
-        """Give back what is idle, keep nothing any more, and wait until all of it is given back."""
+        """Give back every idle connection, keep none from now on, and wait until all are back."""
         self._keep = False
         if self._check is not None:
             self._check.cancel()
@@ -87,6 +83,6 @@ class Leases:
             self._check = loop.call_later(LEASE, self._give_back_idle)
 
     async def _give_back(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
-        # A connection that cannot be given back in time is closed by the pool.
+        # The pool closes a connection that it cannot take back in time.
         with suppress(Exception):
             await self._pool.release(connection, timeout=self._timeout)

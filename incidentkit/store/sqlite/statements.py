@@ -1,11 +1,15 @@
-"""What SQLite is told to write. It has one writer at a time: a write takes several statements."""
+"""The statements that write on SQLite.
+
+SQLite has one writer at a time, so that a write may take several statements.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
+    ColumnElement,
     String,
     bindparam,
     case,
@@ -18,22 +22,18 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
+from sqlalchemy.sql.dml import ReturningInsert
 
-from incidentkit.store.search_statements import WordsMatch
-from incidentkit.store.statements import EVENT, INCIDENT, text_parameter
-from incidentkit.store.tables import (
-    UtcDateTime,
-    a_day_ago,
-    current_second,
+from incidentkit.store.sql.functions import a_day_ago, current_second
+from incidentkit.store.sql.rows import UtcDateTime
+from incidentkit.store.sql.search import WordsMatch
+from incidentkit.store.sql.statements import EVENT, INCIDENT, number_parameter, text_parameter
+from incidentkit.store.sql.tables import (
     idempotency_table,
     incident_event_table,
     incident_table,
     purged_event_table,
 )
-
-if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
-    from sqlalchemy.sql.dml import ReturningInsert
 
 _columns: Final = incident_table.c
 _open_with_key: Final = text("incident_type = 'new' AND dedup_key IS NOT NULL")
@@ -67,11 +67,12 @@ def _insert_incident(*, or_count: bool) -> ReturningInsert[*tuple[Any, ...]]:
 INSERT_INCIDENT: Final = {
     with_key: _insert_incident(or_count=with_key) for with_key in (False, True)
 }
-"""By whether it has a deduplication key: it then counts an occurrence if that one is open."""
+"""Inserts an incident, or counts an occurrence of the open one with its key, and returns the
+incident; by whether it has a deduplication key."""
 
 UPDATE_STATUS: Final = (
     update(incident_table)
-    .where(_columns.incident_id == bindparam("id", type_=BigInteger()))
+    .where(_columns.incident_id == number_parameter("id"))
     .values(
         incident_type=text_parameter("status", _columns.incident_type),
         version=_columns.version + literal_column("1"),
@@ -84,6 +85,7 @@ UPDATE_STATUS: Final = (
     )
     .returning(*INCIDENT)
 )
+"""Changes the status of an incident and returns it."""
 
 SELECT_OPEN_DUPLICATE: Final = (
     select(_columns.incident_id)
@@ -93,14 +95,16 @@ SELECT_OPEN_DUPLICATE: Final = (
     )
     .limit(literal_column("1"))
 )
+"""Returns a row if an incident with the deduplication key is open."""
 
 INSERT_EVENT: Final = (
     insert(incident_event_table)
+    .inline()
     .values(
         transaction_id=literal_column("0"),
-        # As many bits as a number of JSON has.
+        # 53 bits: the integers that JavaScript reads exactly.
         nonce=literal_column("random() & 9007199254740991"),
-        incident_id=bindparam("incident_id", type_=BigInteger()),
+        incident_id=number_parameter("incident_id"),
         kind=bindparam("kind", type_=String()),
         from_status=bindparam("from_status", type_=String()),
         to_status=bindparam("to_status", type_=String()),
@@ -108,8 +112,11 @@ INSERT_EVENT: Final = (
         note=bindparam("note", type_=String()),
         at=current_second(),
     )
-    .returning(*EVENT)
 )
+"""Inserts an event."""
+
+INSERT_AND_RETURN_EVENT: Final = INSERT_EVENT.returning(*EVENT)
+"""Inserts an event and returns it."""
 
 _expired: Final[ColumnElement[bool]] = idempotency_table.c.created_at < a_day_ago()
 
@@ -130,23 +137,25 @@ CLAIM_KEY: Final = (
     )
     .returning(idempotency_table.c.idempotency_key)
 )
-"""Takes the key for this transaction, and returns a row, unless it was used in the last day."""
+"""Takes the key for this transaction and returns a row, unless it was used in the last 24 hours."""
 
 DELETE_EXPIRED_KEYS: Final = delete(idempotency_table).where(
     idempotency_table.c.idempotency_key.in_(
         select(idempotency_table.c.idempotency_key)
         .where(_expired)
         .order_by(idempotency_table.c.created_at)
-        .limit(bindparam("limit", type_=BigInteger()))
+        .limit(number_parameter("limit"))
     )
 )
+"""Removes some keys that were used longer than 24 hours ago."""
 
 SELECT_PURGEABLE: Final = (
     select(_columns.incident_id, _columns.incident_type)
     .where(_columns.ended_at < bindparam("ended_before", type_=UtcDateTime()))
     .order_by(_columns.ended_at, _columns.incident_id)
-    .limit(bindparam("limit", type_=BigInteger()))
+    .limit(number_parameter("limit"))
 )
+"""Returns incidents to purge, with their status, those that ended first in front."""
 
 _purged: Final = bindparam("incident_ids", type_=BigInteger(), expanding=True)
 
@@ -154,7 +163,7 @@ _some_events: Final = (
     select(incident_event_table.c.event_id)
     .where(incident_event_table.c.incident_id.in_(_purged))
     .order_by(incident_event_table.c.incident_id, incident_event_table.c.event_id)
-    .limit(bindparam("events", type_=BigInteger()))
+    .limit(number_parameter("events"))
 )
 
 INSERT_PLACES: Final = (
@@ -170,18 +179,22 @@ INSERT_PLACES: Final = (
         include_defaults=False,
     )
 )
+"""Keeps the places of the events that the next statement removes."""
 
 DELETE_EVENTS: Final = delete(incident_event_table).where(
     incident_event_table.c.event_id.in_(_some_events)
 )
+"""Removes events of incidents to purge, at most ``events``."""
 
 SELECT_WITH_EVENTS: Final = (
     select(incident_event_table.c.incident_id)
     .where(incident_event_table.c.incident_id.in_(_purged))
     .distinct()
 )
+"""Returns the incidents to purge that still have events."""
 
 DELETE_INCIDENTS: Final = delete(incident_table).where(_columns.incident_id.in_(_purged))
+"""Removes incidents."""
 
 WORDS_MATCH: Final = WordsMatch(
     by_index=text(
@@ -194,4 +207,4 @@ WORDS_MATCH: Final = WordsMatch(
         "AND (SELECT max(incident_id) FROM first))"
     ),
 )
-"""True of a message that has each word, or one that begins with it."""
+"""Holds for a message that has each word, as a whole word or as the beginning of one."""

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 from sqlalchemy import BigInteger, bindparam, func, literal_column, or_, select, tuple_, union_all
 
-from incidentkit.store.statements import INCIDENT, text_parameter
-from incidentkit.store.tables import UtcDateTime, incident_table
+from incidentkit.store.sql.rows import UtcDateTime
+from incidentkit.store.sql.statements import INCIDENT, text_parameter
+from incidentkit.store.sql.tables import incident_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,340 @@
+"""The verbs: what an application does with incidents, in a transaction of its own or of a host."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from datetime import datetime
+from typing import Any, Protocol, TypeAlias, TypeVar, overload
+
+from attrs import evolve
+
+from incidentkit.domain import rules
+from incidentkit.domain.actor import ACTOR
+from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange, check_many
+from incidentkit.domain.errors import IncidentNotFound
+from incidentkit.domain.queries import HistoryQuery, SearchQuery
+from incidentkit.domain.transitions import Transitions
+from incidentkit.domain.values import (
+    DEFAULT_LIMIT,
+    MAX_LIMIT,
+    Incident,
+    IncidentEvent,
+    IncidentOrder,
+    IncidentSource,
+    IncidentStatus,
+    SearchPage,
+)
+from incidentkit.store.idempotency import idempotency
+from incidentkit.store.ports import StoreOperations
+
+IncidentList: TypeAlias = list[Incident]
+"""A page; an alias because inside the class ``list`` is the verb."""
+
+EventList: TypeAlias = list[IncidentEvent]
+
+_T = TypeVar("_T")
+
+
+class Transactions(Protocol):
+    """Where the verbs read and write.
+
+    Attributes:
+        store: The operations on incidents.
+
+    Raises:
+        ClientClosed: On any use, if the client is not open.
+    """
+
+    @property
+    def store(self) -> StoreOperations: ...
+
+    async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
+        """Run an operation of the store that writes."""
+        ...
+
+
+class Incidents(ABC):
+    """The verbs of a client, and of a joined transaction.
+
+    Every method raises :class:`~incidentkit.StoreUnavailable` if the database cannot be reached
+    or does not answer in time. A change of an incident is recorded in its history in the same
+    transaction, with the actor named by :func:`~incidentkit.acting_as`.
+    """
+
+    _transactions: Transactions
+    _transitions: Transitions
+
+    @overload
+    async def create(
+        self, incident_message: NewIncident, /, *, idempotency_key: str | None = None
+    ) -> Incident: ...
+
+    @overload
+    async def create(
+        self,
+        incident_message: str,
+        *,
+        source: IncidentSource | str,
+        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        dedup_key: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident: ...
+
+    async def create(
+        self,
+        incident_message: NewIncident | str,
+        *,
+        source: IncidentSource | str | None = None,
+        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        dedup_key: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident:
+        """Store an incident and return it.
+
+        Args:
+            incident_message: What happened, by the rules of :class:`~incidentkit.NewIncident`;
+                or a :class:`~incidentkit.NewIncident`, without the next three arguments.
+            source: Who reports it.
+            incident_type: The initial status.
+            dedup_key: The problem that it is about, in 1 to 255 characters. While an incident with
+                this key is open, count one more of its ``occurrences`` and return that one. None:
+                always create an incident.
+            idempotency_key: 1 to 255 characters, repeated by a retry: for 24 hours a call with the
+                same key changes nothing, and returns the first answer. None: each call counts.
+
+        Raises:
+            InvalidIncident: With every faulty field; nothing is stored.
+            IdempotencyKeyReused: If the key was used with other parameters.
+            TypeError: If a NewIncident is given together with fields.
+        """
+        if isinstance(incident_message, NewIncident):
+            if (source, dedup_key) != (None, None) or incident_type is not IncidentStatus.NEW:
+                raise TypeError("A NewIncident is created as it is, without further fields")
+            incident = incident_message
+        else:
+            fields: dict[str, Any] = {"source": source, "incident_type": incident_type}
+            incident = NewIncident(incident_message, dedup_key=dedup_key, **fields)
+        once = idempotency(idempotency_key, "create", incident)
+        transactions = self._transactions
+        return await transactions.write(
+            transactions.store.create(incident, actor=ACTOR.get(), once=once)
+        )
+
+    async def create_many(
+        self, incidents: Iterable[NewIncident], *, idempotency_key: str | None = None
+    ) -> IncidentList:
+        """Store many incidents in one transaction, all or none, and return them in their order.
+
+        The result is that of :meth:`create` called for one after the other, also where several
+        incidents have the same ``dedup_key``. Each has its event in its history.
+
+        Args:
+            incidents: At most 100,000.
+            idempotency_key: As for :meth:`create`, for all of them together.
+
+        Raises:
+            InvalidIncident: If an item is not a :class:`~incidentkit.NewIncident`, or there are
+                too many.
+            IdempotencyKeyReused: If the key was used with other parameters.
+        """
+        checked = check_many(incidents)
+        once = idempotency(idempotency_key, "create_many", checked)
+        transactions = self._transactions
+        store = transactions.store
+        if not checked:
+            return []
+        return await transactions.write(store.create_many(checked, actor=ACTOR.get(), once=once))
+
+    async def update_status(
+        self,
+        incident_id: int,
+        status: IncidentStatus | str,
+        *,
+        note: str | None = None,
+        expected_version: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident:
+        """Change the status and return the incident.
+
+        Args:
+            incident_id: 1 to 2^63-1.
+            status: The new status. Setting the present status changes nothing, and only records
+                the note.
+            note: A note for the history, in 1 to 1000 characters; None: no note.
+            expected_version: The version that the incident must have; None: any version.
+            idempotency_key: 1 to 255 characters, repeated by a retry: for 24 hours a call with the
+                same key changes nothing, and returns the first answer. None: each call counts.
+
+        Raises:
+            IncidentNotFound: If there is none with this id.
+            InvalidIncident: With every faulty argument.
+            VersionConflict: If it does not have the expected version.
+            IllegalTransition: If the client's transitions do not allow the change.
+            DuplicateOpenIncident: If another incident with its ``dedup_key`` is open.
+            IdempotencyKeyReused: If the key was used with other parameters.
+        """
+        change = StatusChange(incident_id, status, note, expected_version)
+        once = idempotency(idempotency_key, "update_status", change)
+        transactions = self._transactions
+        return await transactions.write(
+            transactions.store.update_status(
+                change, transitions=self._transitions, actor=ACTOR.get(), once=once
+            )
+        )
+
+    async def note(self, incident_id: int, note: str) -> IncidentEvent:
+        """Add a note to the history of an incident, and return its event.
+
+        Args:
+            incident_id: 1 to 2^63-1.
+            note: Surrounding white space is removed; the rest has 1 to 1000 characters.
+
+        Raises:
+            IncidentNotFound: If there is none with this id.
+            InvalidIncident: With every faulty argument.
+        """
+        addition = NoteAddition(incident_id, note)
+        transactions = self._transactions
+        return await transactions.write(
+            transactions.store.note(addition.incident_id, addition.note, actor=ACTOR.get())
+        )
+
+    @abstractmethod
+    async def list(
+        self,
+        page: int = 1,
+        limit: int = DEFAULT_LIMIT,
+        status: IncidentStatus | str | None = None,
+        source: IncidentSource | str | None = None,
+    ) -> IncidentList:
+        """Return one page of incidents: newest first, those of one second by id, newest first."""
+
+    async def get(self, incident_id: int) -> Incident:
+        """Return the incident in its present state, never from a cache.
+
+        Args:
+            incident_id: 1 to 2^63-1.
+
+        Raises:
+            IncidentNotFound: If there is none with this id.
+            InvalidIncident: If the id is not an integer in this range.
+        """
+        incident_id = rules.check("incident_id", rules.incident_id, incident_id)
+        incident = await self._transactions.store.get(incident_id)
+        if incident is None:
+            raise IncidentNotFound(incident_id)
+        return incident
+
+    async def search(  # noqa: PLR0913
+        self,
+        *,
+        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
+        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        text: str | None = None,
+        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        limit: int = DEFAULT_LIMIT,
+        after: str | None = None,
+        total: bool = False,
+    ) -> SearchPage:
+        """Return one page of the matching incidents, never from a cache.
+
+        A page starts after the last incident of the page before, by its time and id: incidents
+        that are created or purged in between never make it miss or repeat another.
+
+        Args:
+            status: One status or several; None: any status.
+            source: One source or several; None: any source.
+            created_after: Aware; only incidents created at this time or later.
+            created_before: Aware; only incidents created before this time.
+            text: Words that the message must all contain, as whole words or as beginnings of
+                words, in any letter case: 1 to 200 characters with at least one letter or digit.
+            order: ``newest`` or ``oldest`` first, by ``created_at`` and then by id.
+            limit: Incidents per page, 1 to 1000.
+            after: The ``next`` of the page before; None: the first page. The filters may change
+                between pages, the order may not.
+            total: Whether to count the incidents of all pages, which takes time if there are many.
+
+        Raises:
+            InvalidIncident: With every faulty argument.
+        """
+        query = SearchQuery(
+            status=status,
+            source=source,
+            created_after=created_after,
+            created_before=created_before,
+            text=text,
+            order=order,
+            limit=limit,
+            after=after,
+            total=total,
+        )
+        return await self._transactions.store.search(query)
+
+    async def iterate(  # noqa: PLR0913
+        self,
+        *,
+        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
+        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        text: str | None = None,
+        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        batch: int = 100,
+    ) -> AsyncIterator[Incident]:
+        """Yield all matching incidents, page by page; the filters are those of :meth:`search`.
+
+        Args:
+            status: One status or several; None: any status.
+            source: One source or several; None: any source.
+            created_after: Aware; only incidents created at this time or later.
+            created_before: Aware; only incidents created before this time.
+            text: Words that the message must all contain.
+            order: ``newest`` or ``oldest`` first.
+            batch: Incidents that are read at a time, 1 to 1000.
+
+        Raises:
+            InvalidIncident: With every faulty argument.
+        """
+        query = SearchQuery(
+            status=status,
+            source=source,
+            created_after=created_after,
+            created_before=created_before,
+            text=text,
+            order=order,
+            limit=batch,
+        )
+        while True:
+            page = await self._transactions.store.search(query)
+            for incident in page.incidents:
+                yield incident
+            if page.next is None:
+                return
+            query = evolve(query, after=page.next)
+
+    async def history(
+        self, incident_id: int, *, limit: int = MAX_LIMIT, after: str | None = None
+    ) -> EventList:
+        """Return the history of an incident, oldest event first.
+
+        It begins with the creation of the incident, or with the first change after incidentkit
+        began to record histories. For a purged incident, it consists of the purge alone.
+
+        Args:
+            incident_id: 1 to 2^63-1.
+            limit: Events, 1 to 1000.
+            after: The cursor of an event of this incident; None: from the first event.
+
+        Raises:
+            IncidentNotFound: If there is neither an incident with this id nor an event.
+            InvalidIncident: With every faulty argument.
+        """
+        query = HistoryQuery(incident_id, limit, after)
+        store = self._transactions.store
+        events = await store.history(query.incident_id, after=query.event_id, limit=query.limit)
+        if not events and await store.get(query.incident_id) is None:
+            raise IncidentNotFound(query.incident_id)
+        return events

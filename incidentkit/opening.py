@@ -1,0 +1,91 @@
+"""The choice of a backend: the only module that names databases.
+
+A backend is loaded when it is chosen, so that an application loads only what it uses.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from incidentkit.cache.base import IncidentCache
+from incidentkit.domain.errors import InvalidSettings
+from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
+from incidentkit.store.options import StoreOptions
+from incidentkit.store.ports import IncidentStore, Migrations
+
+if TYPE_CHECKING:
+    from incidentkit.session import Session
+    from incidentkit.settings import Settings
+
+
+def store_from_url(
+    database_url: str = DEFAULT_DATABASE_URL, options: StoreOptions | None = None
+) -> IncidentStore:
+    """Return the store, not yet open, for a ``postgresql://`` or ``sqlite+aiosqlite:///`` URL.
+
+    The schema of SQLite is brought up to date when the store opens. On PostgreSQL it is only
+    checked: ``incidentkit db upgrade`` changes it.
+
+    Raises:
+        InvalidSettings: If the URL names another kind of database, or cannot be parsed.
+    """
+    if database_kind(database_url) == "postgresql":
+        return _on_postgresql(database_url, options)
+    return _on_sqlite(database_url, options)
+
+
+def store_on(database: object, options: StoreOptions | None = None) -> IncidentStore:
+    """Return the store, not yet open, on a URL, or on an engine or a pool that a host has opened.
+
+    Args:
+        database: A URL, SQLAlchemy's ``AsyncEngine``, or a pool of asyncpg.
+        options: Only for a URL: an engine or a pool already has sizes and time limits.
+
+    Raises:
+        InvalidSettings: If it is something else, is on another kind of database, or has options
+            that it cannot take.
+    """
+    if isinstance(database, str):
+        return store_from_url(database, options)
+    if options is not None:
+        raise InvalidSettings("options", "are only for a URL: an engine or a pool has its own")
+    dialect = getattr(database, "dialect", None)
+    if getattr(dialect, "name", "postgresql") == "postgresql":
+        return _on_postgresql(database, None)
+    return _on_sqlite(database, None)
+
+
+def _on_postgresql(database: object, options: StoreOptions | None) -> IncidentStore:
+    from incidentkit.store.postgresql.opening import postgresql_store  # noqa: PLC0415
+
+    return postgresql_store(database, options)
+
+
+def _on_sqlite(database: object, options: StoreOptions | None) -> IncidentStore:
+    from incidentkit.store.sqlite.opening import sqlite_store  # noqa: PLC0415
+
+    return sqlite_store(database, options, migrations)
+
+
+def migrations() -> Migrations:
+    """Load the migrations, and Alembic with them."""
+    from incidentkit.store import migrate  # noqa: PLC0415
+
+    return migrate
+
+
+def new_session(
+    store: IncidentStore, cache: IncidentCache | None, *, cache_required: bool, max_staleness: float
+) -> Session:
+    """Return the session of a client; it loads asyncio, which the facade does without."""
+    from incidentkit.session import Session  # noqa: PLC0415
+
+    return Session(store, cache, cache_required=cache_required, max_staleness=max_staleness)
+
+
+def settings_from_env(env_file: str | PathLike[str] | None) -> Settings:
+    """Read the settings; it loads what parses the environment."""
+    from incidentkit.settings import Settings  # noqa: PLC0415
+
+    return Settings.from_env(env_file)

@@ -1,0 +1,93 @@
+"""What one database is told: the statements of PostgreSQL or of SQLite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Protocol
+
+from sqlalchemy import Executable
+
+from incidentkit.domain.commands import NewIncident, StatusChange
+from incidentkit.domain.transitions import Transitions
+from incidentkit.domain.values import Incident, IncidentEvent
+from incidentkit.store.execution import Fetch
+from incidentkit.store.ports import Incidents
+from incidentkit.store.sql.search import WordsMatch
+
+EVENTS: int = 5_000
+"""Maximum number of events that one purge removes, so that its transaction stays short."""
+
+
+class Dialect(Protocol):
+    """The operations that PostgreSQL and SQLite do with different statements.
+
+    Attributes:
+        claim_key: Takes an idempotency key for the transaction, and returns a row, unless the key
+            was used in the last 24 hours.
+        delete_expired_keys: Removes at most ``limit`` idempotency keys older than that.
+        select_changes: Returns the events after a place, in the order of their commits.
+        words_match: The conditions for a message that has the words of a search.
+        indexes_pairs: Whether the database looks up a pair of a time and an id in an index.
+        keeps_plans: Whether the database keeps a plan for a statement whose cost does not depend
+            on its values.
+    """
+
+    claim_key: Executable
+    delete_expired_keys: Executable
+    select_changes: Executable
+    words_match: WordsMatch
+    indexes_pairs: bool
+    keeps_plans: bool
+
+    async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
+        """Insert the incident with its event, or count an occurrence of the open one."""
+        ...
+
+    async def create_many(
+        self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
+    ) -> Incidents:
+        """Insert incidents with their events, as :meth:`create` does for each in turn."""
+        ...
+
+    async def update_status(
+        self, fetch: Fetch, change: StatusChange, transitions: Transitions, actor: str | None
+    ) -> Incident:
+        """Change the status, insert the event, and return the incident.
+
+        Raises:
+            IncidentNotFound: If there is none with this id.
+            IncidentConflict: If the incident in its present state does not allow the change.
+        """
+        ...
+
+    async def note(
+        self, fetch: Fetch, incident_id: int, note: str, actor: str | None
+    ) -> IncidentEvent:
+        """Insert a note and return its event.
+
+        Raises:
+            IncidentNotFound: If there is no incident with this id.
+        """
+        ...
+
+    async def purge(
+        self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
+    ) -> tuple[int, bool]:
+        """Remove incidents; return their number, and whether there may be more."""
+        ...
+
+    async def check_order(self, fetch: Fetch) -> None:
+        """Raise unless new events come after the existing ones.
+
+        Raises:
+            StoreError: With the command that mends it.
+        """
+
+    def words(self, text: str) -> str:
+        """Return the words of a search in the form that the index of words takes."""
+        ...
+
+    def lost_race(self, error: BaseException | None) -> bool:
+        """Return whether another incident with the same key was opened at the same time."""
+        ...

@@ -1,0 +1,62 @@
+"""How statements are run: what records ask of a pool, a file or a host's connection."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from sqlalchemy import Executable
+
+_T = TypeVar("_T")
+
+Rows: TypeAlias = Sequence[Any]
+
+Fetch: TypeAlias = Callable[[Executable, Mapping[str, Any]], Awaitable[Rows]]
+"""Runs one statement with its values, and returns its rows."""
+
+Work: TypeAlias = Callable[[Fetch], Awaitable[_T]]
+"""Several statements, run by the function that it is given."""
+
+
+Answer: TypeAlias = Coroutine[Any, Any, _T]
+"""What a method returns that hands on the coroutine of another one, and adds no frame to it."""
+
+
+class Executor(Protocol):
+    """Runs statements on one kind of connection.
+
+    Every method raises :class:`~incidentkit.ClientClosed` before :meth:`open` and after
+    :meth:`close`, and otherwise only errors of incidentkit: a driver's exception is their cause.
+
+    Attributes:
+        in_host_transaction: Whether statements run in a transaction that the host began. A
+            statement that the database may refuse has to be undone there, since an error ends the
+            transaction of PostgreSQL.
+    """
+
+    in_host_transaction: bool
+
+    async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that only reads."""
+        ...
+
+    async def write(self, work: Work[_T]) -> _T:
+        """Run statements that write; each may be committed by itself."""
+        ...
+
+    async def transact(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none."""
+        ...
+
+
+class OwnExecutor(Executor, Protocol):
+    """Runs statements on connections that a store opens, or takes from a host's pool."""
+
+    async def open(self) -> None:
+        """Get ready to connect."""
+
+    async def close(self) -> None:
+        """Wait for running statements, and release every connection."""
+
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run a statement that inserts, once for each row, in one transaction."""

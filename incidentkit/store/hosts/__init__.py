@@ -1,0 +1,1 @@
+"""A host's own engines and connections."""

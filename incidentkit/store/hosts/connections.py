@@ -1,0 +1,246 @@
+"""Runs statements in a transaction that a host has begun, and that only the host ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from sqlalchemy import Executable, text
+from sqlalchemy.exc import InvalidRequestError, ResourceClosedError, UnboundExecutionError
+
+from incidentkit.domain.errors import IncidentKitError, NotInTransaction
+from incidentkit.store.database import DatabaseKind
+from incidentkit.store.execution import Fetch, Rows, Work
+from incidentkit.store.hosts.sqlalchemy import (
+    commits_by_itself,
+    fetch_rows,
+    in_sqlite_transaction,
+    is_connection,
+    is_session,
+    translate_misuse,
+)
+from incidentkit.store.sqlite.statements import LOCK
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+_T = TypeVar("_T")
+
+_SAVE: Final = text("SAVEPOINT incidentkit")
+_KEEP: Final = text("RELEASE SAVEPOINT incidentkit")
+_UNDO: Final = text("ROLLBACK TO SAVEPOINT incidentkit")
+
+
+class HostConnection(Protocol):
+    """A connection of the host, of any driver."""
+
+    async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement in the transaction.
+
+        Raises:
+            NotInTransaction: If it has ended.
+        """
+        ...
+
+    def translate(self, error: Exception) -> IncidentKitError:
+        """Return the error that a caller sees for an exception of the driver."""
+        ...
+
+
+class SqlalchemyConnection:
+    """A connection of SQLAlchemy, or the connection of a session.
+
+    SQLAlchemy begins a transaction with the first statement. If none has begun yet, that is the
+    transaction to join: a later one might never be committed.
+
+    Args:
+        connection: SQLAlchemy's ``AsyncConnection`` or ``AsyncSession``.
+        kind: The database that it must be connected to.
+        translate: Returns the error for an exception of the driver.
+
+    Raises:
+        NotInTransaction: If it commits each statement by itself.
+        TypeError: If it is connected to another kind of database.
+    """
+
+    def __init__(
+        self,
+        connection: AsyncConnection | AsyncSession,
+        kind: DatabaseKind,
+        translate: Callable[[Exception], IncidentKitError],
+    ) -> None:
+        self._connection = connection
+        self._translate = translate
+        found = _dialect_name(connection)
+        if found != kind:
+            raise TypeError(f"The client is on {kind}, not on {found}")
+        if is_connection(connection):
+            _check(connection)
+        self._fetch = _fetch_to_completion if kind == "sqlite" else fetch_rows
+        self._transaction = self._current()
+
+    async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement in the transaction."""
+        if self._transaction not in (None, self._current()):
+            raise NotInTransaction
+        connection = await self.connection()
+        try:
+            return await self._fetch(connection, statement, values)
+        finally:
+            self._transaction = self._transaction or self._current()
+
+    async def connection(self) -> AsyncConnection:
+        """Return the connection of the transaction."""
+        connection = self._connection
+        if is_session(connection):
+            connection = await connection.connection()
+        _check(connection)
+        return connection
+
+    def translate(self, error: Exception) -> IncidentKitError:
+        """Return the error that a caller sees for an exception of SQLAlchemy."""
+        if isinstance(error, ResourceClosedError) or type(error) is InvalidRequestError:
+            return NotInTransaction()
+        return translate_misuse(error) or self._translate(error)
+
+    def _current(self) -> object:
+        connection = self._connection
+        if is_session(connection):
+            return connection.sync_session.get_transaction()
+        return connection.sync_connection and connection.sync_connection.get_transaction()
+
+
+def _dialect_name(connection: AsyncConnection | AsyncSession) -> str:
+    if is_connection(connection):
+        return connection.engine.dialect.name
+    try:
+        return connection.sync_session.get_bind().dialect.name
+    except UnboundExecutionError:
+        raise TypeError("Only a session on one database can be joined, or its connection") from None
+
+
+def _check(connection: AsyncConnection) -> None:
+    if connection.sync_connection is None or connection.closed or commits_by_itself(connection):
+        raise NotInTransaction
+
+
+async def _fetch_to_completion(
+    connection: AsyncConnection, statement: Executable, values: Mapping[str, Any]
+) -> Rows:
+    """Run a statement on SQLite to completion; a cancellation meanwhile is raised afterwards.
+
+    SQLAlchemy throws away a connection whose statement is canceled, and with it the transaction.
+    The file would stay locked until the cursor of that statement is collected as garbage.
+    """
+    was_in_transaction = await in_sqlite_transaction(connection)
+    task = asyncio.ensure_future(fetch_rows(connection, statement, values))
+    canceled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            canceled = error
+    if canceled is None:
+        return task.result()
+    try:
+        if not task.cancelled():
+            # Retrieve a failure that no one else will.
+            task.exception()
+        with suppress(Exception):
+            if was_in_transaction and not await in_sqlite_transaction(connection):
+                # The host does not learn that the transaction has ended, and must not go on in
+                # another one.
+                await connection.invalidate()
+        raise canceled
+    finally:
+        # Or its traceback would keep this frame, and the rows.
+        del canceled, task
+
+
+class HostExecutor:
+    """Runs statements on a host's connection, and neither begins nor ends its transaction.
+
+    A failed call is undone by a savepoint where it can consist of several statements, so that the
+    host may go on and commit.
+
+    Args:
+        connection: The connection.
+    """
+
+    in_host_transaction = True
+
+    def __init__(self, connection: HostConnection) -> None:
+        self._connection = connection
+        # Statements of one call must not come between those of another.
+        self._turn = asyncio.Lock()
+
+    async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that only reads."""
+        return await self._run(lambda fetch: fetch(statement, values))
+
+    async def write(self, work: Work[_T]) -> _T:
+        """Run statements that write."""
+        return await self._run(work)
+
+    async def transact(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none."""
+        return await self._run(lambda fetch: _all_or_none(fetch, work))
+
+    async def _run(self, work: Work[_T]) -> _T:
+        async with self._turn:
+            try:
+                return await work(self._connection.fetch)
+            except IncidentKitError:
+                raise
+            except Exception as error:
+                raise self._connection.translate(error) from error
+
+
+class SqliteHostExecutor:
+    """The same on SQLite, where a write first becomes the only writer of the database.
+
+    Args:
+        connection: The connection.
+    """
+
+    in_host_transaction = True
+
+    def __init__(self, connection: SqlalchemyConnection) -> None:
+        self._connection = connection
+        self._executor = HostExecutor(connection)
+
+    async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that only reads."""
+        return await self._executor.read(statement, values)
+
+    async def write(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none."""
+
+        async def alone(fetch: Fetch) -> _T:
+            # A row that is read from here on cannot change before it is written.
+            await fetch(LOCK, {})
+            if not await in_sqlite_transaction(await self._connection.connection()):
+                raise NotInTransaction
+            return await _all_or_none(fetch, work)
+
+        return await self._executor.write(alone)
+
+    transact = write
+
+
+async def _all_or_none(fetch: Fetch, work: Work[_T]) -> _T:
+    """Run work, and undo all of it if it fails, since the host may go on and commit."""
+    # A savepoint that a cancellation leaves behind ends with the transaction.
+    await fetch(_SAVE, {})
+    try:
+        done = await work(fetch)
+    except BaseException:
+        # Fails if the connection or the whole transaction is lost.
+        with suppress(Exception):
+            await fetch(_UNDO, {})
+            await fetch(_KEEP, {})
+        raise
+    await fetch(_KEEP, {})
+    return done

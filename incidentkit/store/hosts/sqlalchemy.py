@@ -1,0 +1,77 @@
+"""What a host's engines and connections of SQLAlchemy have in common, on either database.
+
+``sqlalchemy.ext.asyncio`` is loaded by hosts that use it, and never from here: it loads the ORM.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from sqlalchemy import Executable
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from incidentkit.domain.errors import StoreError, StoreUnavailable
+from incidentkit.store.execution import Rows
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+
+def is_engine(value: object) -> TypeGuard[AsyncEngine]:
+    """Return whether a value is SQLAlchemy's ``AsyncEngine``."""
+    return _is_a("AsyncEngine", value)
+
+
+def is_connection(value: object) -> TypeGuard[AsyncConnection]:
+    """Return whether a value is SQLAlchemy's ``AsyncConnection``."""
+    return _is_a("AsyncConnection", value)
+
+
+def is_session(value: object) -> TypeGuard[AsyncSession]:
+    """Return whether a value is SQLAlchemy's ``AsyncSession``."""
+    return _is_a("AsyncSession", value)
+
+
+def _is_a(name: str, value: object) -> bool:
+    # An instance exists only if the module of its class is loaded.
+    module = sys.modules.get("sqlalchemy.ext.asyncio")
+    return module is not None and isinstance(value, getattr(module, name))
+
+
+async def fetch_rows(
+    connection: AsyncConnection, statement: Executable, values: Mapping[str, Any]
+) -> Rows:
+    """Run a statement on a connection of SQLAlchemy."""
+    result = await connection.execute(statement, values)
+    return result.all() if result.returns_rows else ()
+
+
+def translate_misuse(error: Exception) -> StoreError | None:
+    """Return the error for an exception of SQLAlchemy itself; None if it is a driver's."""
+    if isinstance(error, PoolTimeoutError):
+        return StoreUnavailable("no connection became free in time")
+    if isinstance(error, InvalidRequestError):
+        return StoreError("the transaction has failed before, or was ended")
+    return None
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Return whether SQLAlchemy found the connection dead."""
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def commits_by_itself(connection: AsyncConnection) -> bool:
+    """Return whether each statement on the connection is a transaction of its own."""
+    begun = connection.sync_connection
+    options: Mapping[str, Any] = {} if begun is None else begun.get_execution_options()
+    default = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    return bool(options.get("isolation_level", default) == "AUTOCOMMIT")
+
+
+async def in_sqlite_transaction(connection: AsyncConnection) -> bool:
+    """Return whether SQLite itself is in a transaction, which SQLAlchemy may not know."""
+    raw: Any = await connection.get_raw_connection()
+    return bool(raw.driver_connection.in_transaction)

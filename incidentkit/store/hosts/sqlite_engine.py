@@ -1,0 +1,179 @@
+"""Runs statements on a host's SQLAlchemy engine on SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sqlalchemy import Executable, StaticPool
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+
+from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
+from incidentkit.store.execution import Rows, Work
+from incidentkit.store.hosts.sqlalchemy import (
+    fetch_rows,
+    in_sqlite_transaction,
+    translate_misuse,
+)
+from incidentkit.store.options import StoreOptions
+from incidentkit.store.sqlite.errors import translate_error
+from incidentkit.store.sqlite.file import probe
+from incidentkit.store.sqlite.statements import LOCK
+from incidentkit.store.sqlite.url import MEMORY
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+_T = TypeVar("_T")
+
+OPTIONS: Final = StoreOptions()
+"""How long calls wait; the time limits of the engine itself are the host's."""
+
+
+class SqliteEngineExecutor:
+    """Runs statements on an engine that stays the host's.
+
+    A call whose caller is canceled still runs to completion: SQLAlchemy throws a connection away if
+    a statement on it is canceled, and a database in memory with it.
+
+    Args:
+        engine: Connections and log are as the host has set them. It is never disposed of.
+    """
+
+    in_host_transaction = False
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._url = file_url(engine)
+        self._host_engine = engine
+        self._engine: AsyncEngine | None = None
+        self._running: set[asyncio.Task[Any]] = set()
+        self._writing = asyncio.Lock()
+        # Whether a transaction of the host on the only connection can be told from none.
+        self._tells = False
+
+    async def open(self) -> None:
+        """Get ready to connect, and look whether the file can be opened."""
+        # Writers of one process queue here, which is fairer and faster than SQLite's polling. The
+        # lock is new at each opening, which may be on another event loop.
+        self._writing = asyncio.Lock()
+        self._engine = self._host_engine
+        self._tells = False
+        if self._url.database not in MEMORY:
+            await self._run(probe(self._url))
+            return
+        await self._run(self._connect())
+        # From Python 3.12 on, a driver can be set to be in a transaction all the time.
+        self._tells = not _shared_by_a_transaction(self._host_engine)
+
+    async def close(self) -> None:
+        """Wait for running calls, and use the engine no more."""
+        self._engine = None
+        if self._running:
+            await asyncio.wait(self._running)
+
+    async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that only reads."""
+        return await self._run(self._execute(statement, values))
+
+    async def write(self, work: Work[_T]) -> _T:
+        """Run statements that write in one transaction, with no other writer from its start."""
+        return await self._run(self._transact(work), writes=True)
+
+    transact = write
+
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run a statement that inserts, once for each row, in one transaction."""
+        # SQLAlchemy accepts several sets of values for a statement that returns no rows.
+        values: Any = rows
+        await self.write(lambda fetch: fetch(statement, values))
+
+    async def _connect(self) -> None:
+        async with self._connection():
+            pass
+
+    async def _execute(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        async with self._connection() as connection:
+            return await fetch_rows(connection, statement, values)
+
+    async def _transact(self, work: Work[_T]) -> _T:
+        async with self._transaction() as connection:
+            return await work(partial(fetch_rows, connection))
+
+    def _connection(self) -> AsyncConnection:
+        if self._engine is None:
+            raise ClientClosed
+        if self._tells and _shared_by_a_transaction(self._engine):
+            raise StoreUnavailable("a transaction of the application has the only connection")
+        return self._engine.connect()
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+        """Lend a connection that is the only writer until it commits."""
+        async with self._connection() as connection:
+            await connection.execute(LOCK)
+            if await in_sqlite_transaction(connection):
+                yield connection
+                await connection.commit()
+                return
+            # The connection commits after each statement unless a transaction is begun by hand.
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                await connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                # After some errors, such as a full disk, SQLite has already rolled back.
+                with suppress(DBAPIError):
+                    await connection.exec_driver_sql("ROLLBACK")
+                raise
+
+    async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
+        """Run work to completion, even if the caller is canceled."""
+        # In memory there is one connection, on which a read would see an unfinished write.
+        alone = writes or self._url.database in MEMORY
+        task = asyncio.ensure_future(self._in_turn(work) if alone else work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        seconds = OPTIONS.pool_timeout + OPTIONS.statement_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(task)
+        except (IncidentKitError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            raise translate_misuse(error) or translate_error(error) from error
+        finally:
+            # The caller may be gone: retrieve a failure that no one else will.
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+    async def _in_turn(self, work: Coroutine[Any, Any, _T]) -> _T:
+        try:
+            async with asyncio.timeout(OPTIONS.pool_timeout):
+                await self._writing.acquire()
+        except BaseException:
+            work.close()
+            raise
+        try:
+            return await work
+        finally:
+            self._writing.release()
+
+
+def file_url(engine: AsyncEngine) -> URL:
+    """Return the URL of a host's engine without the parameters of its connections."""
+    return engine.url if "uri" in engine.url.query else engine.url.set(query={})
+
+
+def _shared_by_a_transaction(engine: AsyncEngine) -> bool:
+    """Return whether the engine has one connection, and a transaction is in progress on it.
+
+    Taking that connection and giving it back would end the transaction.
+    """
+    pool = engine.pool
+    if not isinstance(pool, StaticPool) or "connection" not in vars(pool):
+        return False
+    driver: Any = pool.connection.driver_connection
+    return driver is not None and bool(driver.in_transaction)

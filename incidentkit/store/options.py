@@ -1,0 +1,51 @@
+"""Sizes and time limits of a store."""
+
+from __future__ import annotations
+
+from attrs import Attribute, field, frozen
+
+from incidentkit.domain.errors import InvalidSettings
+
+
+def _at_least(low: int, option: Attribute[int], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InvalidSettings(option.name, f"must be an integer from {low}")
+
+
+def _from_zero(_: object, option: Attribute[int], value: object) -> None:
+    _at_least(0, option, value)
+
+
+def _from_one(_: object, option: Attribute[int], value: object) -> None:
+    _at_least(1, option, value)
+
+
+def _positive(_: object, option: Attribute[float], value: object) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise InvalidSettings(option.name, "must be a positive number of seconds")
+
+
+@frozen
+class StoreOptions:
+    """How a store uses its database.
+
+    Attributes:
+        pool_size: Connections that stay open, at least 1; on SQLite, connections for reading.
+        max_overflow: Further connections under load, at least 0; ignored on SQLite.
+        connect_timeout: Seconds to wait for a new connection.
+        pool_timeout: Seconds to wait for a free connection.
+        statement_timeout: Seconds that a statement may take. On SQLite: seconds to wait for
+            another process that is writing; added to ``pool_timeout``, the seconds that a call
+            waits for a read, or for its write to begin.
+        echo: Log every statement, without its values, to the logger ``incidentkit.store``.
+
+    Raises:
+        InvalidSettings: With the name of the faulty option.
+    """
+
+    pool_size: int = field(default=5, validator=_from_one)
+    max_overflow: int = field(default=10, validator=_from_zero)
+    connect_timeout: float = field(default=5.0, validator=_positive)
+    pool_timeout: float = field(default=5.0, validator=_positive)
+    statement_timeout: float = field(default=10.0, validator=_positive)
+    echo: bool = False

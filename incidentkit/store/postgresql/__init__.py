@@ -1,0 +1,1 @@
+"""PostgreSQL: its statements, and an asyncpg pool."""

@@ -1,0 +1,169 @@
+"""Incidents on PostgreSQL: each write is one statement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any, Final, TypeVar
+
+from incidentkit.domain.commands import NewIncident, StatusChange
+from incidentkit.domain.errors import (
+    DuplicateOpenIncident,
+    IncidentNotFound,
+    StoreError,
+    StoreUnavailable,
+)
+from incidentkit.domain.transitions import Transitions
+from incidentkit.domain.values import OPEN, Incident, IncidentEvent
+from incidentkit.store.dialect import EVENTS
+from incidentkit.store.execution import Fetch
+from incidentkit.store.ports import Incidents
+from incidentkit.store.postgresql import errors, statements
+from incidentkit.store.sql.rows import read_event, read_incident
+from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
+
+_T = TypeVar("_T")
+
+ROWS: Final = 2000
+"""Maximum number of incidents that one statement stores."""
+
+ATTEMPTS: Final = 10
+"""Maximum number of tries of a change that other transactions overtake."""
+
+
+class PostgresDialect:
+    """The statements of PostgreSQL."""
+
+    claim_key = statements.CLAIM_KEY
+    delete_expired_keys = statements.DELETE_EXPIRED_KEYS
+    select_changes = SELECT_CHANGES
+    words_match = statements.WORDS_MATCH
+    indexes_pairs = True
+    keeps_plans = True
+
+    async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
+        """Insert the incident with its event, or count an occurrence of the open one."""
+        rows = await fetch(
+            statements.INSERT_INCIDENT[incident.dedup_key is not None],
+            {
+                "incident_message": incident.incident_message,
+                "incident_type": incident.incident_type.value,
+                "source": incident.source.value,
+                "dedup_key": incident.dedup_key,
+                "actor": actor,
+            },
+        )
+        return read_incident(rows[0])
+
+    async def create_many(
+        self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
+    ) -> Incidents:
+        """Insert incidents with their events, many with each statement."""
+        stored: dict[int, Incident] = {}
+        keyless = [n for n, incident in enumerate(incidents) if incident.dedup_key is None]
+        for numbers in _chunks(keyless, ROWS):
+            values = values_to_insert([(incidents[n], actor) for n in numbers])
+            rows = await fetch(statements.INSERT_INCIDENTS, values)
+            stored.update(zip(numbers, map(read_incident, rows), strict=True))
+        while len(stored) < len(incidents):
+            # Each key once; a later statement counts its repetitions.
+            first: dict[str, int] = {}
+            for n, incident in enumerate(incidents):
+                if incident.dedup_key is not None and n not in stored:
+                    first.setdefault(incident.dedup_key, n)
+            for keys in _chunks(sorted(first), ROWS):
+                values = {
+                    "messages": [incidents[first[key]].incident_message for key in keys],
+                    "sources": [incidents[first[key]].source.value for key in keys],
+                    "dedup_keys": keys,
+                    "actors": [actor] * len(keys),
+                }
+                for row in await fetch(statements.INSERT_OR_COUNT, values):
+                    counted = read_incident(row)
+                    stored[first[counted.dedup_key or ""]] = counted
+        return [stored[n] for n in range(len(incidents))]
+
+    async def update_status(
+        self, fetch: Fetch, change: StatusChange, transitions: Transitions, actor: str | None
+    ) -> Incident:
+        """Change the status with its event; if no row was changed, find out why."""
+        values = {
+            "incident_id": change.incident_id,
+            "status": change.status.value,
+            "from_statuses": [status.value for status in transitions.sources(change.status)],
+            "expected_version": change.expected_version,
+            "note": change.note,
+            "actor": actor,
+        }
+        for _ in range(ATTEMPTS):
+            rows = await fetch(statements.UPDATE_STATUS, values)
+            if rows:
+                return read_incident(rows[0])
+            rows = await fetch(SELECT_INCIDENT, {"incident_id": change.incident_id})
+            if not rows:
+                raise IncidentNotFound(change.incident_id)
+            incident = read_incident(rows[0])
+            if not transitions.check(incident, change):
+                if change.note is not None:
+                    await self.note(fetch, change.incident_id, change.note, actor)
+                return incident
+            # Either another incident with its key is open, or it has just been changed again.
+            if change.status is OPEN and await fetch(
+                statements.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
+            ):
+                raise DuplicateOpenIncident(incident)
+        raise StoreUnavailable(f"other transactions overtook a change {ATTEMPTS} times")
+
+    async def note(
+        self, fetch: Fetch, incident_id: int, note: str, actor: str | None
+    ) -> IncidentEvent:
+        """Insert a note and return its event."""
+        values = {"incident_id": incident_id, "note": note, "actor": actor}
+        rows = await fetch(statements.INSERT_NOTE, values)
+        if not rows:
+            raise IncidentNotFound(incident_id)
+        return read_event(rows[0])
+
+    async def purge(
+        self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
+    ) -> tuple[int, bool]:
+        """Remove incidents with their events, and insert the events of their purge."""
+        wanted = {"ended_before": ended_before, "limit": limit}
+        ids = [incident_id for (incident_id,) in await fetch(statements.SELECT_PURGEABLE, wanted)]
+        if not ids:
+            return 0, False
+        # Separate statements, which see everything committed before the rows were locked.
+        await fetch(statements.DELETE_EVENTS, {"incident_ids": ids, "events": EVENTS})
+        deleted = await fetch(statements.DELETE_INCIDENTS, {"incident_ids": ids, "actor": actor})
+        count = int(deleted[0][0])
+        return count, len(ids) == limit or count < len(ids)
+
+    async def check_order(self, fetch: Fetch) -> None:
+        """Raise if events have numbers of transactions that this server has yet to assign."""
+        if await fetch(statements.SELECT_STRANDED, {}):
+            raise StoreError(
+                "it was copied from another server, whose transactions had larger numbers: "
+                "run `incidentkit db upgrade`"
+            )
+
+    def words(self, text: str) -> str:
+        """Return the text: the database finds its words, by the rule for messages."""
+        return text
+
+    def lost_race(self, error: BaseException | None) -> bool:
+        """Return whether another incident with the same key was opened at the same time."""
+        return errors.lost_race(error)
+
+
+def values_to_insert(given: Sequence[tuple[NewIncident, str | None]]) -> dict[str, Any]:
+    """Return the values for incidents without deduplication keys, each with its actor."""
+    return {
+        "messages": [incident.incident_message for incident, _ in given],
+        "statuses": [incident.incident_type.value for incident, _ in given],
+        "sources": [incident.source.value for incident, _ in given],
+        "actors": [actor for _, actor in given],
+    }
+
+
+def _chunks(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (values[start : start + size] for start in range(0, len(values), size))

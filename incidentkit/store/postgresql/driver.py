@@ -1,0 +1,66 @@
+"""Statements and URLs as asyncpg takes them.
+
+A statement is compiled once, when it first runs; SQLAlchemy takes no part in a call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Final, TypeAlias
+
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+from attrs import frozen
+from sqlalchemy import Dialect, Executable
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+
+from incidentkit.domain.errors import InvalidSettings
+from incidentkit.store.execution import Rows
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+
+_new_dialect: Any = PGDialect_asyncpg
+_DIALECT: Final[Dialect] = _new_dialect()
+
+
+@frozen
+class Compiled:
+    """A statement as asyncpg takes it.
+
+    Attributes:
+        text: The SQL.
+        parameters: The names of its parameters, in order.
+    """
+
+    text: str
+    parameters: tuple[str, ...]
+
+
+@cache
+def compile_statement(statement: Executable) -> Compiled:
+    """Return the statement as asyncpg takes it."""
+    clause: Any = statement
+    compiled = clause.compile(dialect=_DIALECT)
+    return Compiled(compiled.string, tuple(compiled.positiontup or ()))
+
+
+async def fetch_rows(
+    connection: Connection, statement: Executable, values: Mapping[str, Any]
+) -> Rows:
+    """Run a statement on a connection of asyncpg."""
+    compiled = compile_statement(statement)
+    return await connection.fetch(compiled.text, *[values[name] for name in compiled.parameters])
+
+
+def asyncpg_dsn(database_url: str) -> str:
+    """Return the URL as asyncpg takes it: without SQLAlchemy's driver name and its ``ssl=``."""
+    server, mark, query = database_url.partition("://")[2].partition("?")
+    parameters = [re.sub(r"^ssl=", "sslmode=", parameter) for parameter in query.split("&")]
+    return f"postgresql://{server}{mark}{'&'.join(parameters)}"
+
+
+def unreadable_url() -> InvalidSettings:
+    """Return the error for a URL that asyncpg cannot parse."""
+    return InvalidSettings("database_url", "is not a URL that PostgreSQL's driver can read")

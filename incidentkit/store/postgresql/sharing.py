@@ -1,0 +1,176 @@
+"""Statements that calls share on PostgreSQL while they wait for a connection.
+
+Calls that could wait for another transaction run alone, since they would keep the others waiting:
+creates with a deduplication key, changes back to ``new``, and changes of a locked incident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Final
+
+from sqlalchemy import Executable
+
+from incidentkit.batching import Batcher
+from incidentkit.domain.commands import NewIncident, StatusChange
+from incidentkit.domain.errors import StoreError
+from incidentkit.domain.queries import ListQuery
+from incidentkit.domain.transitions import Transitions
+from incidentkit.domain.values import OPEN, Incident
+from incidentkit.store.execution import Executor, Fetch, Rows
+from incidentkit.store.page import Page
+from incidentkit.store.postgresql import statements
+from incidentkit.store.postgresql.dialect import PostgresDialect, values_to_insert
+from incidentkit.store.postgresql.errors import refused
+from incidentkit.store.sql.rows import INCIDENT_COLUMNS, PAGE, read_incident, read_page
+from incidentkit.store.sql.statements import (
+    DEEP,
+    NEAR,
+    SELECT_INCIDENT,
+    page_statement,
+    page_values,
+)
+
+BATCH: Final = 100
+"""Maximum number of calls that share a statement."""
+
+SMALL: Final = 100
+"""Maximum ``limit`` of a page that is read together with others: all rows of a statement are taken
+in without a pause."""
+
+PAGES: Final = 32
+"""Maximum number of pages that are read together."""
+
+_ID: Final = INCIDENT_COLUMNS.index("incident_id")
+
+
+class PostgresSharing:
+    """Gathers calls that wait at the same time, and answers them from one statement.
+
+    Args:
+        dialect: Runs a call that is alone.
+        executor: Runs the statements.
+        in_transactions: Whether a shared write runs in a transaction although it is one statement:
+            with a host's engine, a listener may fail after the statement. Uncommitted, its calls
+            can then be tried one by one.
+    """
+
+    def __init__(
+        self, dialect: PostgresDialect, executor: Executor, *, in_transactions: bool = False
+    ) -> None:
+        self._dialect = dialect
+        self._executor = executor
+        self._run = executor.transact if in_transactions else executor.write
+        self._gets = Batcher(self._get_all, size=BATCH)
+        self._lists = Batcher(self._list_all, size=PAGES)
+        self._creates = Batcher(self._create_all, size=BATCH)
+        self._updates = Batcher(self._update_all, size=BATCH)
+
+    async def get(self, incident_id: int) -> Incident | None:
+        """Read one incident."""
+        return await self._gets(incident_id)
+
+    async def list(self, query: ListQuery) -> Page | None:
+        """Read one page; None if it is too large, or lies too deep, to be read with others."""
+        if query.limit > SMALL or query.offset + query.limit > DEEP:
+            return None
+        return await self._lists(query)
+
+    async def create(self, incident: NewIncident, actor: str | None) -> Incident | None:
+        """Store one incident; None if the call must run alone."""
+        return None if incident.dedup_key is not None else await self._creates((incident, actor))
+
+    async def update_status(
+        self, change: StatusChange, transitions: Transitions, actor: str | None
+    ) -> Incident | None:
+        """Change one status; None if the call must run alone."""
+        if change.status is OPEN:
+            return None
+        return await self._updates((change, transitions, actor))
+
+    async def _get_all(self, ids: Sequence[int]) -> Sequence[Incident | StoreError | None]:
+        if len(ids) == 1:
+            rows = await self._executor.read(SELECT_INCIDENT, {"incident_id": ids[0]})
+        else:
+            values = {"incident_ids": list(map(str, ids))}
+            rows = await self._executor.read(statements.SELECT_INCIDENTS, values)
+        by_id = {row[_ID]: row for row in rows}
+        return [_read_or_refuse(by_id.get(incident_id)) for incident_id in ids]
+
+    async def _list_all(self, queries: Sequence[ListQuery]) -> Sequence[Page]:
+        if len(queries) == 1:
+            (query,) = queries
+            near = query.offset + query.limit <= NEAR
+            statement = page_statement(query, "near" if near else "any")
+            return [read_page(await self._executor.read(statement, page_values(query)))]
+        values = {
+            "statuses": [query.status and query.status.value for query in queries],
+            "sources": [query.source and query.source.value for query in queries],
+            "limits": [str(query.limit) for query in queries],
+            "offsets": [str(query.offset) for query in queries],
+        }
+        rows = await self._executor.read(statements.SELECT_PAGES, values)
+        return [read_page(list(page)) for _, page in groupby(rows, itemgetter(PAGE))]
+
+    async def _create_all(
+        self, given: Sequence[tuple[NewIncident, str | None]]
+    ) -> Sequence[Incident | None]:
+        if len(given) == 1:
+            ((incident, actor),) = given
+
+            async def work(fetch: Fetch) -> Incident:
+                return await self._dialect.create(fetch, incident, actor)
+
+            return [await self._executor.write(work)]
+        rows = await self._write_all(statements.INSERT_INCIDENTS, values_to_insert(given))
+        return [None] * len(given) if rows is None else [read_incident(row) for row in rows]
+
+    async def _update_all(
+        self, given: Sequence[tuple[StatusChange, Transitions, str | None]]
+    ) -> Sequence[Incident | None]:
+        # Of several changes of one incident, the first: they run one after the other.
+        some = {each[0].incident_id: each for each in reversed(given)}
+        changes = [change for change, _, _ in some.values()]
+        values = {
+            "incident_ids": list(map(str, some)),
+            "statuses": [change.status.value for change in changes],
+            "from_statuses": [
+                " ".join(transitions.sources(change.status))
+                for change, transitions, _ in some.values()
+            ],
+            "expected_versions": [
+                None if change.expected_version is None else str(change.expected_version)
+                for change in changes
+            ],
+            "notes": [change.note for change in changes],
+            "actors": [actor for _, _, actor in some.values()],
+        }
+        rows = await self._write_all(statements.UPDATE_STATUSES, values)
+        done = {row[_ID]: read_incident(row) for row in rows or ()}
+        return [
+            done.get(each[0].incident_id) if some[each[0].incident_id] is each else None
+            for each in given
+        ]
+
+    async def _write_all(self, statement: Executable, values: Mapping[str, Any]) -> Rows | None:
+        """Run a statement that writes for several calls; None if the database refused it."""
+
+        async def work(fetch: Fetch) -> Rows:
+            return await fetch(statement, values)
+
+        try:
+            return await self._run(work)
+        except StoreError as error:
+            # One of the calls may be at fault: each is tried alone.
+            if not refused(error):
+                raise
+            return None
+
+
+def _read_or_refuse(row: Any) -> Incident | StoreError | None:
+    try:
+        return None if row is None else read_incident(row)
+    except StoreError as error:
+        return error

@@ -1,0 +1,383 @@
+"""Every operation on incidents, over a dialect and an executor."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Protocol, TypeVar
+
+from attrs import evolve
+
+from incidentkit.domain.commands import NewIncident, StatusChange
+from incidentkit.domain.errors import IdempotencyKeyReused, StoreUnavailable, UnknownCursor
+from incidentkit.domain.queries import ListQuery, SearchQuery
+from incidentkit.domain.rules import EventCursor
+from incidentkit.domain.transitions import ANY_TRANSITION, Transitions
+from incidentkit.domain.values import (
+    MAX_ID,
+    MAX_LIMIT,
+    OPEN,
+    Incident,
+    IncidentEvent,
+    IncidentOrder,
+    SearchPage,
+)
+from incidentkit.store.bookmarks import Bookmarks
+from incidentkit.store.dialect import EVENTS, Dialect
+from incidentkit.store.execution import Answer, Executor, Fetch, Rows, Work
+from incidentkit.store.idempotency import Idempotency
+from incidentkit.store.page import Page
+from incidentkit.store.ports import Events, Incidents, Place
+from incidentkit.store.sql import statements
+from incidentkit.store.sql.rows import (
+    INCIDENT_COLUMNS,
+    STORED_AT,
+    TOKEN,
+    read_event,
+    read_incident,
+    read_page,
+)
+from incidentkit.store.sql.search import (
+    Shape,
+    count_found,
+    select_page,
+    select_page_among_first,
+    select_page_by_words,
+)
+from incidentkit.wire import decode_incident, decode_incidents, encode_incident, encode_incidents
+
+_T = TypeVar("_T")
+
+SCAN: Final = 500
+"""Number of incidents whose messages a search scans before it uses the index of words."""
+
+LIMITS: Final = (100, MAX_LIMIT + 1)
+"""Constant LIMITs that let PostgreSQL reuse one plan for every smaller limit."""
+
+PLACES_KEPT: Final = timedelta(days=30)
+"""How long the cursor of a purged event stays valid."""
+
+EXPIRED_KEYS: Final = 10
+"""Maximum number of expired idempotency keys that a write with a key removes."""
+
+
+class Sharing(Protocol):
+    """Answers calls that wait at the same time from one statement.
+
+    Each method returns None for a call that must run alone; ``get`` answers every call.
+    """
+
+    async def get(self, incident_id: int) -> Incident | None:
+        """Read one incident; None if there is none with this id."""
+        ...
+
+    async def list(self, query: ListQuery) -> Page | None:
+        """Read one page."""
+        ...
+
+    async def create(self, incident: NewIncident, actor: str | None) -> Incident | None:
+        """Store one incident."""
+        ...
+
+    async def update_status(
+        self, change: StatusChange, transitions: Transitions, actor: str | None
+    ) -> Incident | None:
+        """Change one status."""
+        ...
+
+
+class Records:
+    """The operations on incidents.
+
+    Args:
+        dialect: The statements of the database.
+        executor: Runs them: on connections of its own, or on a host's connection.
+        sharing: Lets calls share statements; None: each call runs its own.
+        bookmarks: Where deep pages begin; None: deep pages are always read from the top.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        executor: Executor,
+        *,
+        sharing: Sharing | None = None,
+        bookmarks: Bookmarks | None = None,
+    ) -> None:
+        self._dialect = dialect
+        self._executor = executor
+        self._sharing = sharing
+        self._bookmarks = bookmarks
+
+    def create(
+        self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
+    ) -> Answer[Incident]:
+        """Store the incident with its event, or count an occurrence of the open one."""
+
+        def work(fetch: Fetch) -> Awaitable[Incident]:
+            return self._dialect.create(fetch, incident, actor)
+
+        if once is not None:
+            return self._write_once(work, once, encode_incident, decode_incident)
+        if self._sharing is not None:
+            return _shared_or_alone(
+                self._sharing.create(incident, actor), lambda: self._executor.write(work)
+            )
+        return self._executor.write(work)
+
+    def create_many(
+        self,
+        incidents: Sequence[NewIncident],
+        *,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Answer[Incidents]:
+        """Store incidents, all or none, as :meth:`create` does for each in turn."""
+
+        def work(fetch: Fetch) -> Awaitable[Incidents]:
+            return self._dialect.create_many(fetch, incidents, actor)
+
+        if once is not None:
+            return self._write_once(work, once, encode_incidents, decode_incidents)
+        return self._executor.transact(work)
+
+    async def update_status(
+        self,
+        change: StatusChange,
+        *,
+        transitions: Transitions = ANY_TRANSITION,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident:
+        """Change the status with its event, and return the incident."""
+
+        def work(fetch: Fetch) -> Awaitable[Incident]:
+            return self._dialect.update_status(fetch, change, transitions, actor)
+
+        def update() -> Answer[Incident]:
+            if once is not None:
+                return self._write_once(work, once, encode_incident, decode_incident)
+            # The database refuses to open an incident beside another one with its key, which would
+            # end a host's transaction.
+            if change.status is OPEN and self._executor.in_host_transaction:
+                return self._executor.transact(work)
+            return self._executor.write(work)
+
+        if once is None and self._sharing is not None:
+            incident = await self._sharing.update_status(change, transitions, actor)
+            if incident is not None:
+                return incident
+        try:
+            return await update()
+        except StoreUnavailable as error:
+            if not self._dialect.lost_race(error.__cause__):
+                raise
+        # Nothing was changed, and the winner of the race is visible now.
+        return await update()
+
+    def note(
+        self, incident_id: int, note: str, *, actor: str | None = None
+    ) -> Answer[IncidentEvent]:
+        """Add a note to the history, and return its event."""
+        return self._executor.write(
+            lambda fetch: self._dialect.note(fetch, incident_id, note, actor)
+        )
+
+    def purge(
+        self, ended_before: datetime, limit: int, *, actor: str | None = None
+    ) -> Answer[tuple[int, bool]]:
+        """Remove incidents and insert the events of their purge, in one transaction."""
+
+        async def work(fetch: Fetch) -> tuple[int, bool]:
+            purged_before = datetime.now(UTC) - PLACES_KEPT
+            old = {"purged_before": purged_before, "limit": 2 * EVENTS}
+            await fetch(statements.DELETE_OLD_PLACES, old)
+            return await self._dialect.purge(fetch, ended_before, limit, actor)
+
+        return self._executor.transact(work)
+
+    async def purgeable(self, ended_before: datetime) -> int:
+        """Count the incidents that ended before a time."""
+        values = {"ended_before": ended_before}
+        ((count,),) = await self._executor.read(statements.COUNT_PURGEABLE, values)
+        return int(count)
+
+    def _write_once(
+        self,
+        write: Work[_T],
+        once: Idempotency,
+        encode: Callable[[_T], bytes],
+        decode: Callable[[str], _T],
+    ) -> Answer[_T]:
+        """Write, or return the answer of the first write with the same key."""
+
+        async def work(fetch: Fetch) -> _T:
+            key, fingerprint = once.key, once.fingerprint
+            await fetch(self._dialect.delete_expired_keys, {"limit": EXPIRED_KEYS})
+            # Waits for another transaction that holds the key.
+            claim = {"idempotency_key": key, "fingerprint": fingerprint}
+            while not await fetch(self._dialect.claim_key, claim):
+                rows = await fetch(statements.SELECT_ANSWER, {"idempotency_key": key})
+                for first_fingerprint, answer in rows:
+                    if first_fingerprint != fingerprint:
+                        raise IdempotencyKeyReused(key)
+                    return decode(answer)
+                # The key had expired, and another transaction has just removed it.
+            written = await write(fetch)
+            values = {"key": key, "answer": encode(written).decode()}
+            await fetch(statements.UPDATE_ANSWER, values)
+            return written
+
+        return self._executor.transact(work)
+
+    async def get(self, incident_id: int) -> Incident | None:
+        """Read one incident."""
+        if self._sharing is not None:
+            return await self._sharing.get(incident_id)
+        values = {"incident_id": incident_id}
+        rows = await self._executor.read(statements.SELECT_INCIDENT, values)
+        return read_incident(rows[0]) if rows else None
+
+    async def list(self, query: ListQuery) -> Page:
+        """Read one page and its token, from one snapshot."""
+        if self._sharing is not None:
+            page = await self._sharing.list(query)
+            if page is not None:
+                return page
+        last = query.offset + query.limit
+        if last > statements.DEEP:
+            return await self._list_deep(query)
+        near = self._dialect.keeps_plans and last <= statements.NEAR
+        return read_page(await self._read_page(query, "near" if near else "any"))
+
+    async def _list_deep(self, query: ListQuery) -> Page:
+        """Read a deep page, from a bookmark if one is valid."""
+        if self._bookmarks is None:
+            return read_page(await self._read_page(query, "deep"))
+        rows = await self._read_onward(self._bookmarks, query)
+        if rows is None:
+            rows = await self._read_page(query, "deep")
+        incident_id = rows[0][INCIDENT_COLUMNS.index("incident_id")]
+        if incident_id is not None:
+            self._bookmarks.add(query, incident_id, rows[0][TOKEN])
+        return read_page(rows)
+
+    async def _read_onward(self, bookmarks: Bookmarks, query: ListQuery) -> Rows | None:
+        """Read a page from the nearest bookmark; None if there is none, or it is outdated."""
+        nearest = bookmarks.before(query)
+        if nearest is None:
+            return None
+        (offset, start_id), token = nearest
+        start = {
+            "start_id": start_id,
+            "start_token": token,
+            "offset": query.offset - offset,
+        }
+        rows = await self._read_page(query, "onward", start)
+        return rows if rows[0][TOKEN] == token else None
+
+    def _read_page(
+        self, query: ListQuery, kind: statements.PageKind, start: Mapping[str, Any] | None = None
+    ) -> Answer[Rows]:
+        values = {**statements.page_values(query), **(start or {})}
+        return self._executor.read(statements.page_statement(query, kind), values)
+
+    async def token(self) -> str | None:
+        """Read the token of the incidents."""
+        ((token,),) = await self._executor.read(statements.SELECT_TOKEN, {})
+        return token if token is None else str(token)
+
+    async def search(self, query: SearchQuery) -> SearchPage:
+        """Read one page in one statement, or two with words; the total takes one more."""
+        statuses, sources = sorted(query.status or ()), sorted(query.source or ())
+        oldest_first = query.order is IncidentOrder.OLDEST
+        shape = Shape(
+            statuses=len(statuses),
+            sources=len(sources),
+            oldest_first=oldest_first,
+            words_match=None if query.text is None else self._dialect.words_match,
+            pairs=self._dialect.indexes_pairs,
+            most=(
+                min(limit for limit in LIMITS if limit > query.limit)
+                if self._dialect.keeps_plans
+                else None
+            ),
+        )
+        values: dict[str, Any] = {
+            "words": query.text and self._dialect.words(query.text),
+            # One more row tells whether there is another page.
+            "limit": query.limit + 1,
+            "scan": SCAN,
+            **{f"status_{n}": status.value for n, status in enumerate(statuses)},
+            **{f"source_{n}": source.value for n, source in enumerate(sources)},
+        }
+        # Ids start at 1, so that with 0 a place is a bound of the time alone.
+        low, high = (query.created_after, 0), (query.created_before, 0)
+        total = None
+        if query.total:
+            bounded = values | _between(low, high)
+            ((total,),) = await self._executor.read(count_found(shape), bounded)
+        if query.after is not None:
+            place = (query.after.created_at, query.after.incident_id)
+            low, high = (max(low, place), high) if oldest_first else (low, min(high, place))
+            shape = evolve(shape, onward=not shape.pairs and low < high)
+        values |= _between(low, high)
+        rows = await self._find(shape, values, query.limit)
+        incidents = [read_incident(row) for row in rows[: query.limit]]
+        following = None
+        if len(rows) > query.limit:
+            last = rows[query.limit - 1]
+            following = query.cursor(last[STORED_AT], incidents[-1].incident_id)
+        return SearchPage(incidents, following, total)
+
+    async def _find(self, shape: Shape, values: Mapping[str, Any], limit: int) -> Rows:
+        """Read the rows of a page of a search, and one more if there is another page."""
+        if shape.words_match is None:
+            return await self._executor.read(select_page(shape), values)
+        rows = await self._executor.read(select_page_among_first(shape), values)
+        if len(rows) > limit:
+            return rows
+        return await self._executor.read(select_page_by_words(shape), values)
+
+    async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> Events:
+        """Read events of an incident, oldest first, after the one with this event id."""
+        values = {"incident_id": incident_id, "event_id": after, "limit": limit}
+        rows = await self._executor.read(statements.SELECT_HISTORY, values)
+        return [read_event(row) for row in rows]
+
+    async def changes(self, after: Place, limit: int) -> Events:
+        """Read events of all incidents after a place, in the order of their commits."""
+        transaction_id, event_id = after
+        values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
+        rows = await self._executor.read(self._dialect.select_changes, values)
+        return [read_event(row) for row in rows]
+
+    async def latest_change(self) -> IncidentEvent | None:
+        """Read the last of all events that :meth:`changes` has."""
+        rows = await self._executor.read(statements.SELECT_LATEST_CHANGE, {})
+        return read_event(rows[0]) if rows else None
+
+    async def check_order(self) -> None:
+        """Raise unless new events come after the existing ones."""
+        await self._dialect.check_order(self._executor.read)
+
+    async def place(self, cursor: EventCursor) -> Place:
+        """Return the place of the event that a cursor stands for.
+
+        Raises:
+            UnknownCursor: If this database never had this event.
+        """
+        values = {"event_id": cursor.event_id, "nonce": cursor.nonce}
+        for transaction_id, event_id in await self._executor.read(statements.SELECT_PLACE, values):
+            return transaction_id, event_id
+        raise UnknownCursor
+
+
+async def _shared_or_alone(shared: Awaitable[_T | None], alone: Callable[[], Awaitable[_T]]) -> _T:
+    """Return the answer of a shared statement, or run the call alone."""
+    answer = await shared
+    return await alone() if answer is None else answer
+
+
+def _between(low: tuple[datetime, int], high: tuple[datetime, int]) -> dict[str, Any]:
+    return {"low_at": low[0], "low_id": low[1], "high_at": high[0], "high_id": high[1]}

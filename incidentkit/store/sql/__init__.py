@@ -1,0 +1,1 @@
+"""Tables, rows and statements, as values: no event loop and no database."""

@@ -1,0 +1,145 @@
+"""Rows of the tables, as models: the one order of columns, and how the database holds a value.
+
+The columns of an incident stand in the order of the fields of :class:`Incident`, those of an event
+in the order of :class:`IncidentEvent`, with the numbers of its cursor in front. Lists of columns,
+readers and the JSON of a row are all derived from it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import partial
+from typing import Any, Final, get_type_hints
+
+from attrs import fields
+from sqlalchemy import DateTime, Dialect
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.types import TypeDecorator
+
+from incidentkit.domain.cursor import encode_cursor
+from incidentkit.domain.errors import StoreError
+from incidentkit.domain.values import EventKind, Incident, IncidentEvent, IncidentStatus
+from incidentkit.store.page import Page
+from incidentkit.wire import encode_rows
+
+INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident))
+
+CURSOR_COLUMNS: Final = ("transaction_id", "event_id", "nonce")
+EVENT_COLUMNS: Final = (
+    *CURSOR_COLUMNS,
+    *(field.name for field in fields(IncidentEvent) if field.name != "cursor"),
+)
+
+TOKEN: Final = len(INCIDENT_COLUMNS)
+"""The index of the token in a row of a page, after the incident."""
+
+PAGE: Final = TOKEN + 1
+"""The index of the page's number in a row of several pages, after the token."""
+
+STORED_AT: Final = len(INCIDENT_COLUMNS)
+"""The index, in a row of a search, of ``created_at`` with its fraction of a second."""
+
+_MEMBERS: Final = {
+    name: {member.value: member for member in hint}
+    for name, hint in get_type_hints(Incident).items()
+    if isinstance(hint, type) and issubclass(hint, StrEnum)
+}
+ENUMS: Final = frozenset(_MEMBERS)
+"""The columns of an incident that are enums of the database. They travel as text, so that asyncpg
+does not look up their types."""
+
+_ENUMS: Final[Sequence[tuple[int, Mapping[str, StrEnum]]]] = [
+    (INCIDENT_COLUMNS.index(name), members) for name, members in _MEMBERS.items()
+]
+_INCIDENT_ID: Final = INCIDENT_COLUMNS.index("incident_id")
+_CREATED_AT: Final = INCIDENT_COLUMNS.index("created_at")
+_LAST_SEEN_AT: Final = INCIDENT_COLUMNS.index("last_seen_at")
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware time in UTC; SQLite holds it as the text ``YYYY-MM-DD HH:MM:SS``."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        """Choose whole seconds on SQLite, so that text sorts like time."""
+        if dialect.name == "sqlite":
+            whole_seconds: Any = sqlite.DATETIME
+            return dialect.type_descriptor(whole_seconds(truncate_microseconds=True))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Remove the time zone for SQLite, which has none."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Add UTC to a time from SQLite."""
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.replace(tzinfo=UTC)
+
+
+def read_incident(row: Sequence[Any]) -> Incident:
+    """Return the incident at the start of a row.
+
+    Raises:
+        StoreError: If an incident cannot have these values: the schema has been changed.
+    """
+    try:
+        values = list(row[: len(INCIDENT_COLUMNS)])
+        for column, members in _ENUMS:
+            values[column] = members[values[column]]
+        # Null until the incident was reported again.
+        if values[_LAST_SEEN_AT] is None:
+            values[_LAST_SEEN_AT] = values[_CREATED_AT]
+        return Incident(*values)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise StoreError("a row holds what no incident can have") from error
+
+
+def read_event(row: Sequence[Any]) -> IncidentEvent:
+    """Return the event of a row.
+
+    Raises:
+        StoreError: If an event cannot have these values: the schema has been changed.
+    """
+    try:
+        transaction_id, event_id, nonce, incident_id, kind, from_status, to_status, *others = row
+        return IncidentEvent(
+            encode_cursor(transaction_id, event_id, nonce, incident_id),
+            incident_id,
+            EventKind(kind),
+            None if from_status is None else IncidentStatus(from_status),
+            None if to_status is None else IncidentStatus(to_status),
+            *others,
+        )
+    except (AttributeError, TypeError, ValueError, struct.error) as error:
+        raise StoreError("a row holds what no event can have") from error
+
+
+def read_page(rows: Sequence[Any]) -> Page:
+    """Return the page of some rows; an empty page is one row, with the token alone.
+
+    Raises:
+        StoreError: When its incidents are used, if an incident cannot have the values of a row.
+    """
+    token = rows[0][TOKEN]
+    found = [row[:TOKEN] for row in rows if row[_INCIDENT_ID] is not None]
+    return Page(partial(_read_incidents, found), token, partial(_encode_incidents, found))
+
+
+def _read_incidents(rows: Sequence[Any]) -> list[Incident]:
+    return [read_incident(row) for row in rows]
+
+
+def _encode_incidents(rows: Sequence[Any]) -> bytes:
+    try:
+        return encode_rows(rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError("a row holds what no incident can have") from error

@@ -1,0 +1,1 @@
+"""SQLite: its statements, and a file or a database in memory."""

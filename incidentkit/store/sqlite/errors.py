@@ -1,0 +1,45 @@
+"""What a caller sees of an error of SQLite. The one table of its error codes."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Final
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from incidentkit.domain.errors import SchemaOutOfDate, StoreError, StoreUnavailable
+from incidentkit.store.schema import SCHEMA_REVISION
+
+PRIMARY_CODE: Final = 0xFF
+"""The bits of an SQLite error code that hold its kind."""
+
+UNAVAILABLE: Final = {
+    sqlite3.SQLITE_BUSY: "another process kept it locked for too long",
+    sqlite3.SQLITE_LOCKED: "another process kept it locked for too long",
+    sqlite3.SQLITE_CANTOPEN: "the file cannot be opened",
+    sqlite3.SQLITE_READONLY: "the file cannot be written",
+    sqlite3.SQLITE_IOERR: "the file cannot be read or written",
+    sqlite3.SQLITE_FULL: "the disk is full",
+}
+"""The reason of a :class:`~incidentkit.StoreUnavailable`, by the primary code."""
+
+
+def translate_error(error: Exception) -> StoreError:
+    """Return the error that a caller sees, for an exception of SQLAlchemy or of a time limit.
+
+    The exception belongs to it as its cause: ``raise translate_error(error) from error``.
+    """
+    if isinstance(error, TimeoutError):
+        return StoreUnavailable("it did not answer in time")
+    if isinstance(error, PoolTimeoutError):
+        return StoreUnavailable("no connection became free in time")
+    if not isinstance(error, DBAPIError):
+        return StoreError("a row holds what no incident can have")
+    code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
+    if code == sqlite3.SQLITE_ERROR and "no such" in str(error.orig):
+        return SchemaOutOfDate(None, SCHEMA_REVISION)
+    if code in UNAVAILABLE:
+        return StoreUnavailable(UNAVAILABLE[code])
+    name = getattr(error.orig, "sqlite_errorname", None)
+    return StoreError(name or "unexpected failure of the driver")

@@ -1,0 +1,70 @@
+"""Connections to an SQLite file, or to a database in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from typing import Any
+
+from sqlalchemy import Engine, NullPool, QueuePool, StaticPool, create_engine, event
+from sqlalchemy.engine import URL
+
+from incidentkit.store.options import StoreOptions
+from incidentkit.store.sqlite.errors import PRIMARY_CODE
+from incidentkit.store.sqlite.url import MEMORY
+
+logger = logging.getLogger("incidentkit.store")
+
+
+async def probe(url: URL) -> None:
+    """Raise what SQLite raises if the file cannot be opened.
+
+    aiosqlite leaves a thread behind when it fails to connect, and that thread fails in turn if the
+    event loop ends at once.
+    """
+
+    def connect() -> None:
+        engine = create_engine(url.set(drivername="sqlite"), poolclass=NullPool)
+        engine.connect().close()
+
+    await asyncio.to_thread(connect)
+
+
+def open_engine(url: URL, options: StoreOptions) -> Engine:
+    """Return an engine on the database, whose connections commit by themselves."""
+    memory = url.database in MEMORY
+    engine = create_engine(
+        url.set(drivername="sqlite"),
+        isolation_level="AUTOCOMMIT",
+        # A database in memory has one connection: a rollback would end the work of every caller.
+        skip_autocommit_rollback=True,
+        pool_reset_on_return=None,
+        connect_args={"timeout": options.statement_timeout, "check_same_thread": False},
+        hide_parameters=True,
+        poolclass=StaticPool if memory else QueuePool,
+        # One connection more, for the writer.
+        **({} if memory else {"pool_size": options.pool_size + 1, "max_overflow": 0}),
+    )
+    event.listen(engine, "connect", _prepare_connection)
+    if options.echo:
+        event.listen(engine, "before_cursor_execute", _log_statement)
+    return engine
+
+
+def _prepare_connection(connection: Any, _: object) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.OperationalError as error:
+        # SQLite does not wait here. The file keeps its mode until a later connection asks again.
+        if error.sqlite_errorcode & PRIMARY_CODE != sqlite3.SQLITE_BUSY:
+            raise
+    # Not NORMAL, which can lose the last commits in a power failure.
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _log_statement(*arguments: Any) -> None:
+    logger.info("%s", arguments[2])

@@ -1,0 +1,279 @@
+"""Runs statements on an SQLite file, in threads of the store.
+
+A call goes to a thread once, whatever it takes. Writes that wait at the same time share a
+transaction; quick reads share the way to a thread while every connection is in use. A call that has
+begun runs to completion even if its caller is canceled. The time limits hold for calls that have
+not begun: a write that has begun is waited for, so that an error never hides a stored write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from threading import Lock
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+
+from incidentkit.batching import Batcher
+from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
+from incidentkit.store.execution import Fetch, Rows, Work
+from incidentkit.store.options import StoreOptions
+from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
+from incidentkit.store.sqlite.errors import translate_error
+from incidentkit.store.sqlite.file import open_engine, probe
+from incidentkit.store.sqlite.url import MEMORY
+
+_T = TypeVar("_T")
+
+WRITES: Final = 100
+"""Maximum number of writes that share a transaction."""
+
+READS: Final = 10
+"""Maximum number of quick reads that run one after the other in a thread."""
+
+_QUICK: Final = frozenset(
+    (
+        SELECT_INCIDENT,
+        SELECT_TOKEN,
+        *(statement for key, statement in SELECT_PAGE.items() if key[-1] == "any"),
+    )
+)
+"""Reads so short that other reads can wait for them."""
+
+
+class ThreadsExecutor:
+    """Runs statements in threads, on connections of one engine.
+
+    Args:
+        url: The file, or a database in memory, which lives as long as the executor is open.
+        options: Sizes and time limits.
+    """
+
+    in_host_transaction = False
+
+    def __init__(self, url: URL, options: StoreOptions) -> None:
+        self._url = url
+        self._options = options
+        self._patience = options.pool_timeout + options.statement_timeout
+        self._threads: _Threads | None = None
+        self._closing = False
+
+    async def open(self) -> None:
+        """Open the file, and create it if it does not exist."""
+        memory = self._url.database in MEMORY
+        try:
+            if not memory:
+                await probe(self._url)
+        except DBAPIError as error:
+            raise translate_error(error) from error
+        self._closing = False
+        self._threads = _Threads(open_engine(self._url, self._options), self._options, one=memory)
+
+    async def close(self) -> None:
+        """Wait for running calls, then close every connection."""
+        self._closing = True
+        if self._threads is not None:
+            await self._threads.close()
+            # Not earlier: if this call is canceled, the next one closes what is still open.
+            self._threads = None
+
+    async def run(self, work: Callable[[Connection], _T]) -> _T:
+        """Run work on a connection, in the thread that writes."""
+        try:
+            return await self._opened().run(work)
+        except DBAPIError as error:
+            raise translate_error(error) from error
+
+    async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that only reads."""
+        threads = self._opened()
+        try:
+            async with asyncio.timeout(self._patience):
+                read = threads.reads if statement in _QUICK else threads.slow_reads
+                return await read((statement, values))
+        except IncidentKitError:
+            raise
+        except Exception as error:
+            raise translate_error(error) from error
+
+    async def write(self, work: Work[_T]) -> _T:
+        """Run statements that write in one transaction, with no other writer from its start."""
+        write = _Write(work)
+        answer = self._opened().writes(write)
+        try:
+            done, _ = await asyncio.wait((answer,), timeout=self._patience)
+            if done or not write.claim():
+                written: _T = await answer
+                return written
+        except IncidentKitError:
+            raise
+        except Exception as error:
+            raise translate_error(error) from error
+        finally:
+            # Has no effect on a write that has begun, or has ended.
+            write.claim()
+            answer.cancel()
+        raise StoreUnavailable("it did not answer in time")
+
+    transact = write
+
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run a statement that inserts, once for each row, in one transaction."""
+        # SQLAlchemy accepts several sets of values for a statement that returns no rows.
+        values: Any = rows
+        await self.write(lambda fetch: fetch(statement, values))
+
+    def _opened(self) -> _Threads:
+        if self._threads is None or self._closing:
+            raise ClientClosed
+        return self._threads
+
+
+class _Write:
+    """A write that is either begun by the writing thread, or given up by its caller."""
+
+    def __init__(self, work: Work[Any]) -> None:
+        self.work = work
+        self._begun = False
+        self._claimed = Lock()
+
+    def claim(self) -> bool:
+        """Decide between the two, and return whether that was still undecided."""
+        return self._claimed.acquire(blocking=False)
+
+    def begin(self) -> bool:
+        """Return whether to run it; once begun, it may run again."""
+        self._begun = self._begun or self.claim()
+        return self._begun
+
+
+class _Threads:
+    """The threads of an executor, and their connections.
+
+    Args:
+        engine: The connections.
+        options: Their number.
+        one: Whether a single connection serves reads and writes.
+    """
+
+    def __init__(self, engine: Engine, options: StoreOptions, *, one: bool) -> None:
+        self._engine = engine
+        self._writer = ThreadPoolExecutor(1, "incidentkit-sqlite")
+        self._readers = (
+            self._writer if one else ThreadPoolExecutor(options.pool_size, "incidentkit-sqlite")
+        )
+        # One thread for each batch that may run: a further batch would only wait for a thread.
+        running = 1 if one else options.pool_size
+        self.writes: Batcher[_Write, Any] = Batcher(self._write_all, patient=True, size=WRITES)
+        self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
+            self._read_all, running=running, patient=True, size=READS
+        )
+        self.slow_reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
+            self._read_all, running=running, patient=True, size=1
+        )
+
+    async def close(self) -> None:
+        """Wait for running work, then close every connection."""
+        await self.reads.finish()
+        await self.slow_reads.finish()
+        await self.writes.finish()
+        await self.run(lambda _: None)
+        self._writer.shutdown()
+        self._readers.shutdown()
+        self._engine.dispose()
+
+    async def run(self, work: Callable[[Connection], _T]) -> _T:
+        """Run work on a connection, in the writing thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
+
+    async def _write_all(self, given: Sequence[_Write]) -> Sequence[Any]:
+        return await self.run(lambda connection: _transact(connection, given))
+
+    async def _read_all(
+        self, given: Sequence[tuple[Executable, Mapping[str, Any]]]
+    ) -> Sequence[Rows | Exception]:
+        def read(connection: Connection) -> list[Rows | Exception]:
+            return [_outcome(partial(_fetch, connection, *each)) for each in given]
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._lend, read)
+
+    def _lend(self, work: Callable[[Connection], _T]) -> _T:
+        with self._engine.connect() as connection:
+            return work(connection)
+
+
+def _transact(connection: Connection, given: Sequence[_Write]) -> list[Any]:
+    """Run in one transaction the writes that were not given up, and undo each that fails."""
+
+    async def fetch(statement: Executable, values: Mapping[str, Any]) -> Rows:
+        return _fetch(connection, statement, values)
+
+    # The connection commits after each statement unless a transaction is begun by hand.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    driver: Any = connection.connection.driver_connection
+    outcomes: list[Any] = []
+    try:
+        for write in given:
+            if not write.begin():
+                outcomes.append(None)
+                continue
+            outcome = _outcome(partial(_run_in_savepoint, connection, write.work, fetch))
+            if not driver.in_transaction:
+                break
+            outcomes.append(outcome)
+        else:
+            connection.exec_driver_sql("COMMIT")
+            return outcomes
+    except BaseException:
+        with suppress(DBAPIError):
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+    # SQLite rolled back the whole transaction, as it does when the disk is full: the other writes
+    # run without this one.
+    place = len(outcomes)
+    others = [*given[:place], *given[place + 1 :]]
+    done = _transact(connection, others) if others else []
+    return [*done[:place], outcome, *done[place:]]
+
+
+def _run_in_savepoint(connection: Connection, work: Work[_T], fetch: Fetch) -> _T:
+    """Run one write of a transaction, and undo it if it fails."""
+    connection.exec_driver_sql("SAVEPOINT incidentkit")
+    try:
+        done = _run(work(fetch))
+    except BaseException:
+        with suppress(DBAPIError):
+            connection.exec_driver_sql("ROLLBACK TO incidentkit")
+            connection.exec_driver_sql("RELEASE incidentkit")
+        raise
+    connection.exec_driver_sql("RELEASE incidentkit")
+    return done
+
+
+def _run(work: Awaitable[_T]) -> _T:
+    """Run work to completion that awaits only statements, which never suspend here."""
+    steps = work.__await__()
+    try:
+        next(steps)
+    except StopIteration as end:
+        done: _T = end.value
+        return done
+    raise RuntimeError("The work awaits something other than a statement")
+
+
+def _outcome(call: Callable[[], _T]) -> _T | Exception:
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001
+        return error
+
+
+def _fetch(connection: Connection, statement: Executable, values: Mapping[str, Any]) -> Rows:
+    result = connection.execute(statement, values)
+    return result.all() if result.returns_rows else ()

@@ -1,0 +1,84 @@
+"""A store: the operations on incidents, on connections that it opens and closes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Executable
+
+from incidentkit.domain.errors import SchemaOutOfDate
+from incidentkit.store.bookmarks import Bookmarks
+from incidentkit.store.dialect import Dialect
+from incidentkit.store.execution import OwnExecutor
+from incidentkit.store.ports import StoreOperations
+from incidentkit.store.records import Records, Sharing
+from incidentkit.store.schema import check_revision
+from incidentkit.store.sql.statements import SELECT_REVISION
+
+
+class Store(Records):
+    """Incidents in a database: each write is committed when it returns.
+
+    Args:
+        dialect: The statements of the database.
+        executor: Runs them, on connections that it opens and closes.
+        join: Returns the operations on a host's connection.
+        share: Makes the sharing of statements, for each opening; None: every call runs alone.
+        upgrade: Brings the schema up to date; None: an outdated schema is an error.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        executor: OwnExecutor,
+        *,
+        join: Callable[[object], StoreOperations],
+        share: Callable[[], Sharing] | None = None,
+        upgrade: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(dialect, executor)
+        self._connections = executor
+        self._join = join
+        self._share = share
+        self._upgrade = upgrade
+
+    async def open(self) -> None:
+        """Connect, and check the schema or bring it up to date."""
+        # Both are of one opening: the next may be on another event loop, or find another database
+        # at the same address.
+        self._sharing = None if self._share is None else self._share()
+        self._bookmarks = Bookmarks()
+        try:
+            await self._connections.open()
+            await self._check_or_upgrade()
+            await self.check_order()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _check_or_upgrade(self) -> None:
+        try:
+            await self.check()
+        except SchemaOutOfDate:
+            if self._upgrade is None:
+                raise
+            await self._upgrade()
+            await self.check()
+
+    async def close(self) -> None:
+        """Wait for running calls, and release every connection; once closed, do nothing."""
+        await self._connections.close()
+
+    async def check(self) -> None:
+        """Raise unless the database answers and has the schema that this version works on."""
+        rows = await self._connections.read(SELECT_REVISION, {})
+        check_revision(rows[0][0] if rows else None)
+
+    def join(self, connection: object) -> StoreOperations:
+        """Return the operations in the transaction of a host's connection."""
+        return self._join(connection)
+
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run a statement that inserts, once for each row, in one transaction."""
+        await self._connections.append(statement, rows)
