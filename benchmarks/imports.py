@@ -1,4 +1,4 @@
-"""What it takes to import incidentkit, beside the packages that it loads."""
+"""Measures the import of incidentkit against that of attrs and cattrs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS: Final = "import incidentkit"
 
 
 def run(*, rounds: int) -> Result:
-    """Measure it, in processes of their own that take turns, without the start of Python."""
+    """Measure imports in interleaved processes, without the start of Python."""
     seconds: dict[str, list[float]] = {NOTHING: [], PACKAGES: [], OURS: []}
     for number in range(rounds + 1):
         for code, its_seconds in seconds.items():
@@ -29,5 +29,5 @@ def run(*, rounds: int) -> Result:
     packages, ours = (statistics.median(seconds[code]) - empty for code in (PACKAGES, OURS))
     row = at_most("`import incidentkit`", "`import attrs, cattrs`", WANTED, ours / packages)
     cells = [[f"`{code}`", f"{statistics.median(seconds[code]) * 1000:.0f}"] for code in seconds]
-    table = [["a process that does only", "median, ms"], *cells]
+    table = [["a process that only runs", "median, ms"], *cells]
     return Result([row], {"Import": table}, rounds=f"{rounds} rounds")
