@@ -141,7 +141,10 @@ def main() -> None:
     if BEFORE in arguments.subjects:
         if len(arguments.subjects) > 1 or arguments.page or arguments.base is None:
             parser.error(f"{BEFORE} needs --base, and runs alone")
-        _before(arguments)
+        try:
+            _before(arguments)
+        except before.BaseError as error:
+            parser.error(str(error))
         return
     kept = results.load()
     if not arguments.page:

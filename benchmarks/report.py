@@ -78,41 +78,53 @@ def write(results: Mapping[str, Result]) -> None:
 
 def _summary(results: Mapping[str, Result]) -> str:
     """Return a sentence on each rival, and one on growth, as far as there are figures."""
-    over_http = results["http"].rows if "http" in results else []
-    of_plain = [row.value for row in over_http if row.against == PLAIN and _is_rate(row)]
-    of_floor = [row.value for row in over_http if row.against == FLOOR]
+    of_plain = _rates(results, "http", PLAIN)
+    of_floor = _rates(results, "http", FLOOR)
+    on_sqlite = _rates(results, "sqlite", PLAIN)
     grown = [
         row
         for name in ("growth", "search")
-        if name in results
-        for row in results[name].rows
+        for row in _rows(results, name)
         if row.against.startswith(GROWN_FROM)
     ]
     sentences = []
     if of_plain:
+        sqlite = f", and {_range(on_sqlite)} times as many on SQLite" if on_sqlite else ""
         sentences.append(
-            f"incidentkit answers {min(of_plain):.2f} to {max(of_plain):.2f} times as many "
-            "requests per second as the same service written with FastAPI, Pydantic and "
-            "SQLAlchemy's ORM (`plain`)."
+            f"On PostgreSQL, incidentkit answers {_range(of_plain)} times as many requests per "
+            "second as the same service written with FastAPI, Pydantic and SQLAlchemy's ORM "
+            f"(`plain`){sqlite}."
         )
     if of_floor:
         sentences.append(
-            f"It answers {min(of_floor):.2f} to {max(of_floor):.2f} times as many as a bare route "
-            "with one asyncpg statement per request (`floor`), because concurrent requests share "
-            "statements."
+            f"It answers {_range(of_floor)} times as many as a bare route with one asyncpg "
+            "statement per request (`floor`), because concurrent requests share statements."
         )
     if grown:
         sentences.append(
             f"With {grown[0].what.partition(' ')[0]} incidents in the table, a list, a get, a "
-            "create, a page of a search and the latest changes of the feed take at most "
-            f"{max(row.value for row in grown):.2f} times as long as with "
+            "create, a page of an unfiltered search and the latest changes of the feed take at "
+            f"most {max(row.value for row in grown):.2f} times as long as with "
             f"{grown[0].against.removeprefix(GROWN_FROM)}."
         )
     return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False) + "\n"
 
 
-def _is_rate(row: Row) -> bool:
-    return row.target.startswith(">=")
+def _rates(results: Mapping[str, Result], subject: str, against: str) -> list[float]:
+    """Return the ratios of rates against a rival, of a subject that may be missing."""
+    return [row.value for row in _rows(results, subject) if _is_rate(row, against)]
+
+
+def _rows(results: Mapping[str, Result], subject: str) -> list[Row]:
+    return results[subject].rows if subject in results else []
+
+
+def _is_rate(row: Row, against: str) -> bool:
+    return row.against == against and row.target.startswith(">=")
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def _chart(results: Mapping[str, Result]) -> str:
@@ -120,9 +132,8 @@ def _chart(results: Mapping[str, Result]) -> str:
     bars = [
         (row.what, row.value)
         for name in CHART_SUBJECTS
-        if name in results
-        for row in results[name].rows
-        if row.against == PLAIN and _is_rate(row)
+        for row in _rows(results, name)
+        if _is_rate(row, PLAIN)
     ]
     if not bars:
         return ""

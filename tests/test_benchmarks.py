@@ -181,7 +181,7 @@ def test_the_code_is_compared_with_another_checkout(tmp_path: Path) -> None:
     for name in ("incidentkit", "migrations"):
         shutil.copytree(services.ROOT / name, old / name)
     file = tmp_path / "compared.json"
-    rows = before.start(str(old), rounds=2, seconds=0.05, incidents=300, many=100, json_file=file)
+    rows = before.start(str(old), rounds=1, seconds=0.05, incidents=300, many=100, json_file=file)
     names = [row.name for row in rows]
     assert {*before.ON_POSTGRESQL, *before.ON_SQLITE, *before.ALONE, *before.TOGETHER} <= {*names}
     assert {"open SQLite: peak memory", "import incidentkit: modules"} <= {*names}
