@@ -36,7 +36,7 @@ from tests.servers import PostgresServer, RedisServer
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 
     from benchmarks.services import Service
 
@@ -75,6 +75,7 @@ CPU: Final = "CPU time"
 MEMORY: Final = "peak memory"
 OTHERS: Final = "modules of others"
 MODULES: Final = "modules"
+OPENING: Final = (WALL, CPU, MEMORY, OTHERS)
 UNITS: Final = {WALL: "ms", CPU: "ms", MEMORY: "MiB", OTHERS: "modules", MODULES: "modules"}
 
 PROBE: Final = """\
@@ -306,9 +307,11 @@ class Comparison:
 
     async def over_http(self, scenarios: Mapping[str, str], running: Mapping[str, Service]) -> None:
         """Compare services under load: their rate, and the CPU time of one request."""
-        for name in self.wanted(list(scenarios)):
+        for name, scenario in scenarios.items():
+            if not self.wanted(_with_cpu([name])):
+                continue
 
-            async def one(side: str, number: int, scenario: str = scenarios[name]) -> Round:
+            async def one(side: str, number: int, scenario: str = scenario) -> Round:
                 load = running[side].load
                 return await load(scenario, self.incidents, self.seconds, number)
 
@@ -340,7 +343,7 @@ class Comparison:
 
     async def costs(self, name: str, kinds: Sequence[str], code: Mapping[str, str]) -> None:
         """Compare what code costs in a new interpreter."""
-        rows = {f"{name}: {kind}": kind for kind in kinds}
+        rows = dict(zip(_cost_rows(name, kinds), kinds, strict=True))
         if not (wanted := self.wanted(list(rows))):
             return
         checkouts = {side.name: side for side in self.sides}
@@ -379,14 +382,29 @@ async def compare(comparison: Comparison) -> None:
         await comparison.costs(code, (CPU, MODULES), both)
     await _sqlite(comparison)
     await _alone(comparison)
+    await _together(comparison)
     await _postgresql(comparison)
+    if not comparison.rows:
+        raise BaseError(f"no row contains {comparison.only!r}")
+
+
+def _with_cpu(names: Iterable[str]) -> list[str]:
+    """Return each row over HTTP with the row of its CPU time."""
+    return [row for name in names for row in (name, f"{name}, {CPU}")]
+
+
+def _cost_rows(name: str, kinds: Iterable[str]) -> list[str]:
+    return [f"{name}: {kind}" for kind in kinds]
 
 
 async def _sqlite(comparison: Comparison) -> None:
+    over_http = _with_cpu(ON_SQLITE)
+    if not comparison.wanted([*over_http, *_cost_rows("open SQLite", OPENING)]):
+        return
     urls = await comparison.files()
     opening = {side: OPEN.format(url=url) for side, url in urls.items()}
-    await comparison.costs("open SQLite", (WALL, CPU, MEMORY, OTHERS), opening)
-    if comparison.wanted(list(ON_SQLITE)):
+    await comparison.costs("open SQLite", OPENING, opening)
+    if comparison.wanted(over_http):
         with ExitStack() as stack:
             running = {
                 side.name: stack.enter_context(
@@ -411,13 +429,16 @@ async def _alone(comparison: Comparison) -> None:
 
 
 async def _postgresql(comparison: Comparison) -> None:
+    over_http = _with_cpu(ON_POSTGRESQL)
+    if not comparison.wanted([*over_http, *_cost_rows("open PostgreSQL", OPENING)]):
+        return
     with ExitStack() as stack:
         postgres = stack.enter_context(PostgresServer())
         redis = stack.enter_context(RedisServer("--appendonly", "no"))
         databases = await comparison.databases(postgres.url, "http")
         opening = {side: OPEN.format(url=url) for side, url in databases.items()}
-        await comparison.costs("open PostgreSQL", (WALL, CPU, MEMORY, OTHERS), opening)
-        if comparison.wanted(list(ON_POSTGRESQL)):
+        await comparison.costs("open PostgreSQL", OPENING, opening)
+        if comparison.wanted(over_http):
             server = redis.url.rpartition("/")[0]
             running = {
                 side.name: stack.enter_context(
@@ -431,6 +452,10 @@ async def _postgresql(comparison: Comparison) -> None:
                 for number, side in enumerate(comparison.sides, 1)
             }
             await comparison.over_http(ON_POSTGRESQL, running)
+
+
+async def _together(comparison: Comparison) -> None:
+    """Measure many callers, with all cores."""
     if comparison.wanted(list(TOGETHER)):
         with PostgresServer() as postgres:
             databases = await comparison.databases(postgres.url, "together")
