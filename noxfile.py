@@ -106,7 +106,7 @@ def simulate(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure everything, or the subjects that are named, and write docs/performance.md anew."""
+    """Measure everything or the named subjects, and rewrite docs/performance.md."""
     session.install("--editable", ".[all]", *groups("bench"))
     session.run("python", "-m", "benchmarks", *session.posargs)
 

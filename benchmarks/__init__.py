@@ -1,1 +1,1 @@
-"""How fast incidentkit is, beside others: `python -m benchmarks --help`."""
+"""Measures the speed of incidentkit against alternatives: `python -m benchmarks --help`."""

@@ -1,23 +1,25 @@
-"""Measure, and write `docs/performance.md` anew: `nox -s bench`, or `nox -s bench -- SUBJECT`.
+"""Measures, and rewrites `docs/performance.md`: `nox -s bench`, or `nox -s bench -- SUBJECT`.
 
-A subject that is not named keeps the figures that were measured last.
+A subject that is not named keeps its latest figures. `before` is apart from the others: it compares
+the code with another checkout of it, prints a table and leaves the page alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import asyncpg
 from attrs import evolve
 
-from benchmarks import growth, imports, in_process, over_http, report, results, search
+from benchmarks import before, growth, imports, in_process, over_http, report, results, search
 from benchmarks.services import load_program
 from tests.servers import PostgresServer, RedisServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from benchmarks.results import Result
 
@@ -61,7 +63,9 @@ SUBJECTS: Final[dict[str, Callable[..., Result]]] = {
     "search": _search,
     "imports": _imports,
 }
-"""What can be measured, by the name that the command line has for it."""
+"""The subjects of the page, by their names on the command line."""
+
+BEFORE: Final = "before"
 
 
 async def _server_versions() -> dict[str, str]:
@@ -75,32 +79,77 @@ async def _server_versions() -> dict[str, str]:
     return {"PostgreSQL": version, name: str(info.get("valkey_version", info["redis_version"]))}
 
 
-def main() -> None:
-    """Read the command line, measure and write."""
+def _before(arguments: argparse.Namespace) -> None:
+    rounds, seconds, incidents, many = (
+        (3, 0.3, 2_000, 2_000) if arguments.quick else (11, 2.0, 100_000, 100_000)
+    )
+    before.start(
+        arguments.base,
+        rounds=rounds,
+        seconds=seconds,
+        incidents=incidents,
+        many=many,
+        only=arguments.only,
+        json_file=arguments.json,
+    )
+
+
+def _measure(names: Iterable[str], kept: dict[str, Result], *, quick: bool) -> None:
+    """Measure subjects, and store the figures of each as soon as it is done."""
+    versions = results.versions() | asyncio.run(_server_versions())
+    for name in names:
+        measured = SUBJECTS[name](quick=quick)
+        kept[name] = evolve(
+            measured,
+            versions=versions,
+            machine=results.machine(),
+            load=load_program(),
+            measured_at=results.today(),
+        )
+        results.save(_in_order(kept))
+        for row in measured.rows:
+            print(f"{row.what}, against {row.against}: {row.value} (wanted {row.target})")
+
+
+def _in_order(kept: dict[str, Result]) -> dict[str, Result]:
+    return {name: kept[name] for name in SUBJECTS if name in kept}
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)}")
-    parser.add_argument("--quick", action="store_true", help="less of everything, to see it work")
-    parser.add_argument("--page", action="store_true", help="write the page, and measure nothing")
+    names = ", ".join(SUBJECTS)
+    parser.add_argument(
+        "subjects", nargs="*", metavar="SUBJECT", help=f"{names}; or {BEFORE}, alone"
+    )
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    parser.add_argument(
+        "--page", action="store_true", help="rewrite the page from stored figures, measure nothing"
+    )
+    alone = parser.add_argument_group(BEFORE)
+    alone.add_argument("--base", help="the other checkout: a folder or a git revision")
+    alone.add_argument("--only", default="", metavar="TEXT", help="only rows that contain TEXT")
+    alone.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
+    return parser
+
+
+def main() -> None:
+    """Read the command line, measure, and write the page."""
+    parser = _parser()
     arguments = parser.parse_args()
-    unknown = set(arguments.subjects) - set(SUBJECTS)
-    if unknown:
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
+    if unknown := set(arguments.subjects) - {*SUBJECTS, BEFORE}:
+        parser.error(f"no such subject: {', '.join(sorted(unknown))}")
+    if BEFORE in arguments.subjects:
+        if len(arguments.subjects) > 1 or arguments.page or arguments.base is None:
+            parser.error(f"{BEFORE} needs --base, and runs alone")
+        try:
+            _before(arguments)
+        except before.BaseError as error:
+            parser.error(str(error))
+        return
     kept = results.load()
-    versions = results.versions()
     if not arguments.page:
-        versions |= asyncio.run(_server_versions())
-        for name in arguments.subjects or SUBJECTS:
-            measured = SUBJECTS[name](quick=arguments.quick)
-            kept[name] = evolve(
-                measured,
-                versions=versions,
-                machine=results.machine(),
-                measured_at=results.today(),
-            )
-            results.save({each: kept[each] for each in SUBJECTS if each in kept})
-            for row in measured.rows:
-                print(f"{row.what}, against {row.against}: {row.value} (wanted {row.target})")
-    report.write({each: kept[each] for each in SUBJECTS if each in kept}, load_program())
+        _measure(arguments.subjects or SUBJECTS, kept, quick=arguments.quick)
+    report.write(_in_order(kept))
 
 
 if __name__ == "__main__":

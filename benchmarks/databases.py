@@ -1,4 +1,4 @@
-"""The databases to measure on: the same incidents for incidentkit and for its rivals."""
+"""Creates the measured databases: the same incidents for incidentkit and for its rivals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ COMMON_INDEXES: Final = (
     "ix_Incident_incident_type_source",
     "ix_Incident_incident_message",
 )
-"""Those of incidentkit's on the columns of that table."""
+"""The indexes of incidentkit that cover columns of that table only."""
 
 FILL: Final = (
     'INSERT INTO "Incident" (incident_message, incident_type, source, created_at) '
@@ -51,7 +51,7 @@ FILL: Final = (
 
 
 async def make(ours: str, rivals: list[str], incidents: int) -> None:
-    """Make incidentkit's schema in one database and the rivals' in others, and fill all alike."""
+    """Create incidentkit's schema in one database, the rivals' in others, and fill all alike."""
     await upgrade(ours)
     connection = await asyncpg.connect(ours)
     indexes = await connection.fetch(
@@ -73,7 +73,7 @@ async def make(ours: str, rivals: list[str], incidents: int) -> None:
 
 
 async def fill(connection: asyncpg.Connection[asyncpg.Record], incidents: int) -> None:
-    """Put incidents into an empty table: one a second, of every status and source."""
+    """Fill an empty table with incidents, one per second, of every status and source."""
     statuses = "(ARRAY['new', 'completed', 'failed'])[1 + i % 3]"
     sources = "(ARRAY['operator', 'monitoring', 'partner'])[1 + i / 3 % 3]"
     await connection.execute(
@@ -90,7 +90,7 @@ async def fill(connection: asyncpg.Connection[asyncpg.Record], incidents: int) -
 
 
 def fill_sqlite(ours: Path, plain: Path, incidents: int) -> None:
-    """Fill a file that has incidentkit's schema, and make another with the rival's table."""
+    """Fill a file with incidentkit's schema, and create another with the rival's table."""
     filling = FILL.format(
         size=incidents,
         type="CASE i % 3 WHEN 0 THEN 'new' WHEN 1 THEN 'completed' ELSE 'failed' END",
@@ -104,7 +104,7 @@ def fill_sqlite(ours: Path, plain: Path, incidents: int) -> None:
             COMMON_INDEXES[:4],
         ).fetchall()
     with closing(sqlite3.connect(plain)) as connection, connection:
-        # As incidentkit's is, for both to have the same sync of the disk.
+        # The mode that incidentkit uses, so that both sync to the disk equally often.
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(RIVAL_SQLITE_TABLE)
         for (index,) in indexes:

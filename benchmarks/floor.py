@@ -1,7 +1,7 @@
-"""The rival `floor`: what the driver and the server allow.
+"""The rival `floor`: the limit of driver and server with one statement per request.
 
-A bare Starlette route, asyncpg and SQL by hand, nothing else: no validation, no history, no token,
-no cache, no log. The connections skip the query that resets them, which halves the round trips.
+A bare Starlette route, asyncpg and handwritten SQL: no validation, no history, no token, no cache,
+no log. Its pool skips the query that resets a connection, which halves the round trips.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ FIXED = json.dumps(
     ],
     separators=(",", ":"),
 ).encode()
-"""As many bytes as a page of incidentkit's has."""
+"""A response of the same size as a page of incidentkit."""
 
 
 async def _keep_state(_: Any) -> None:
-    """Reset nothing: the statements leave nothing behind."""
+    """Skip the reset: the statements leave no state behind."""
 
 
 def _wire(row: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 async def fixed(_: Request) -> Response:
-    """Return the same bytes to everybody."""
+    """Return the same bytes to every request."""
     return Response(FIXED, media_type="application/json")
 
 

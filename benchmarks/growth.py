@@ -1,4 +1,4 @@
-"""What grows, and what must not cost more for it: the table, a history, readers, processes."""
+"""Measures how costs change as things grow: the table, a history, readers, processes."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ READERS: Final = (1, 10, 100)
 PROCESSES: Final = (1, 2, 4, 8, 16)
 FOREIGN_KEYS: Final = 1_000_000
 FAR_DOWN: Final = {
-    "deep": "`page=50000` and on, not cached",
-    "deep_changed": "`page=50000` and on, with a change of status before each",
+    "deep": "pages from 50,000 on, not cached",
+    "deep_changed": "pages from 50,000 on, each after a status change",
 }
 
 
 async def run(*, sizes: list[int], rounds: int, seconds: float, quick: bool) -> Result:
-    """Measure all of it.
+    """Measure every kind of growth.
 
     Args:
-        sizes: Incidents of the tables, the smallest first.
-        rounds: Rounds of each comparison; one is a call.
-        seconds: Seconds for which processes are kept busy.
-        quick: Whether less of everything will do.
+        sizes: Incidents in the tables, smallest first.
+        rounds: Rounds of each comparison, one call each.
+        seconds: How long processes are kept busy.
+        quick: Whether to use fewer keys.
     """
-    result = Result([], rounds=f"{rounds} calls of each kind, in turn")
+    result = Result([], rounds=f"{rounds} calls of each kind, interleaved")
     with one_core(), PostgresServer() as postgres, RedisServer("--appendonly", "no") as redis:
         databases = await _databases(postgres.url, sizes, [])
         await _sizes(result, databases, sizes, rounds)
@@ -68,7 +68,7 @@ async def run(*, sizes: list[int], rounds: int, seconds: float, quick: bool) -> 
 
 
 async def _databases(server: str, sizes: list[int], rivals: list[str]) -> list[str]:
-    """Make a database of each size, and fill rivals' as the largest."""
+    """Create a database of each size; rivals get the largest."""
     databases = [await create_database(server, f"n{size}") for size in sizes]
     for size, database in zip(sizes, databases, strict=True):
         await make(database, rivals if size == sizes[-1] else [], size)
@@ -99,7 +99,7 @@ async def _sizes(result: Result, databases: list[str], sizes: list[int], rounds:
         kinds: dict[str, Callable[[int, int], Awaitable[object]]] = {
             name: partial(_one, clients, name, sizes) for name in _calls(sizes[0])
         }
-        kinds["search, by a cursor in the middle"] = lambda place, _: clients[place].search(
+        kinds["search, from a cursor in the middle"] = lambda place, _: clients[place].search(
             after=cursors[place]
         )
         for name, call in kinds.items():
@@ -111,8 +111,8 @@ async def _sizes(result: Result, databases: list[str], sizes: list[int], rounds:
             what = f"{sizes[-1]:,} incidents: {name}"
             against = f"the time with {sizes[0]:,}"
             result.rows.append(at_most(what, against, FLAT, medians[-1] / medians[0]))
-    result.details["Incidents in the table"] = table
-    result.series["milliseconds by incidents in the table"] = lines
+    result.details["Time by number of incidents"] = table
+    result.series["milliseconds per call, by number of incidents"] = lines
 
 
 def _one(
@@ -122,14 +122,14 @@ def _one(
 
 
 async def _cursor(client: IncidentClient, size: int) -> str | None:
-    """Return the cursor of a page in the middle of all."""
+    """Return a cursor from the middle of all incidents."""
     (incident,) = (await client.store.list(ListQuery(size // 2, 1))).incidents
     page = await client.search(created_before=incident.created_at, limit=1)
     return page.next
 
 
 async def _hits(result: Result, database: str, rounds: int) -> None:
-    """Let keys occur again and again: the thousandth repetition costs what the first does."""
+    """Repeat deduplication keys: the thousandth repetition must cost what the first does."""
     keys = max(2, rounds // 20)
     async with IncidentClient.open(database) as client:
 
@@ -143,13 +143,13 @@ async def _hits(result: Result, database: str, rounds: int) -> None:
                     await occur(place, number)
         medians = await medians_in_turn(occur, len(HITS), keys)
     points = [[hits, median * 1000] for hits, median in zip(HITS, medians, strict=True)]
-    result.series["milliseconds of a repetition, by those before"] = {"create": points}
-    what = f"a repetition after {HITS[-1]:,}"
+    result.series["milliseconds per repetition, by earlier repetitions"] = {"create": points}
+    what = f"a repetition after {HITS[-1]:,} others"
     result.rows.append(at_most(what, "the time of the first", FLAT, medians[-1] / medians[0]))
 
 
 async def _readers(result: Result, database: str, rounds: int) -> None:
-    """Let readers follow the changes, and see how soon all have one."""
+    """Measure how soon all waiting readers have a change."""
     points: list[list[float]] = []
     async with IncidentClient.open(database) as client:
         for readers in READERS:
@@ -167,9 +167,9 @@ async def _readers(result: Result, database: str, rounds: int) -> None:
                 seconds.append(time.perf_counter() - started)
                 latest = pages[0].next
             points.append([readers, statistics.median(seconds) * 1000])
-    result.series["milliseconds until every reader has a change"] = {"readers": points}
-    result.details["Readers of the feed"] = [
-        ["readers", "until all have a change, ms"],
+    result.series["milliseconds until every reader has the change"] = {"readers": points}
+    result.details["Feed latency"] = [
+        ["readers", "until all have the change, ms"],
         *([f"{readers:.0f}", f"{median:.2f}"] for readers, median in points),
     ]
 
@@ -177,7 +177,7 @@ async def _readers(result: Result, database: str, rounds: int) -> None:
 async def _foreign_keys(
     result: Result, database: str, redis: RedisServer, rounds: int, *, quick: bool
 ) -> None:
-    """Fill a Redis with keys of somebody else, which must cost a write and a list nothing."""
+    """Fill Redis with unrelated keys, which must not slow down a write and a list."""
     count = FOREIGN_KEYS // 10 if quick else FOREIGN_KEYS
     server = redis.url.rpartition("/")[0]
     with closing(redis.client()) as filler:
@@ -195,26 +195,26 @@ async def _foreign_keys(
             await clients[place].list()
 
         medians = await medians_in_turn(write_and_list, 2, rounds)
-    what = f"a write and a list, beside {count:,} foreign keys in Redis"
-    result.rows.append(at_most(what, "the time beside none", FLAT, medians[1] / medians[0]))
+    what = f"a write and a list, with {count:,} unrelated keys in Redis"
+    result.rows.append(at_most(what, "the time with none", FLAT, medians[1] / medians[0]))
 
 
 async def _processes(result: Result, database: str, redis: str, seconds: float) -> None:
-    """Let processes with a client each list and write, and count what all of them do."""
+    """Count the calls of several client processes that list and write together."""
     rates: dict[int, list[float]] = {processes: [] for processes in PROCESSES}
     for _ in range(3):
         for processes, measured in rates.items():
             measured.append(await _together(processes, database, redis, seconds))
     points = [[float(processes), statistics.median(of)] for processes, of in rates.items()]
-    result.series["calls a second of all client processes"] = {"95 % list, 5 % create": points}
+    result.series["calls per second of all client processes"] = {"95 % list, 5 % create": points}
     result.details["Client processes on one database"] = [
-        ["processes", "calls/s of all"],
+        ["processes", "calls/s in total"],
         *([f"{processes:.0f}", f"{rate:,.0f}"] for processes, rate in points),
     ]
 
 
 async def _together(processes: int, database: str, redis: str, seconds: float) -> float:
-    """Start processes, let all go once they are ready, and return what they did a second."""
+    """Start processes, release them once all are ready, and return their calls per second."""
     running = [
         await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "benchmarks.growth", database, redis, str(seconds)),
@@ -256,7 +256,7 @@ async def _work(database: str, redis: str, seconds: float) -> float:
 async def _far_down(  # noqa: PLR0913, PLR0917
     result: Result, database: str, rival: str, redis: str, size: int, seconds: float
 ) -> None:
-    """Ask for pages from the 50,000th on, as the origin's clients can, each of them once."""
+    """Request deep pages by number, as the origin's clients can, each of them once."""
     server = redis.rpartition("/")[0]
     with TemporaryDirectory() as folder, ExitStack() as stack:
         sides = {
@@ -286,7 +286,7 @@ def start(
     rounds: int | None = None,
     seconds: float | None = None,
 ) -> Result:
-    """Measure on the event loop that the service runs on."""
+    """Measure on uvloop, the event loop of the service."""
     sizes = sizes or ([1_000, 10_000, 600_000] if quick else [1_000, 100_000, 1_000_000])
     rounds = rounds or (40 if quick else 400)
     seconds = seconds or (1.0 if quick else 4.0)

@@ -1,4 +1,4 @@
-"""The SDK in process, beside asyncpg and SQLAlchemy's ORM: one read, and many creates."""
+"""Measures the SDK in process against asyncpg and SQLAlchemy's ORM: reads, and a bulk create."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Base(DeclarativeBase):
 
 
 class IncidentRow(Base):
-    """The table, as an application would map it."""
+    """The table, mapped as an application would map it."""
 
     __tablename__ = "Incident"
 
@@ -60,23 +60,23 @@ class IncidentRow(Base):
 
 
 async def run(*, rounds: int, calls: int, many: int) -> Result:
-    """Measure all of it.
+    """Measure reads by one and by many callers, and a bulk create.
 
     Args:
         rounds: Rounds of each side.
-        calls: Reads of a round.
-        many: Incidents that are created together.
+        calls: Reads in a round.
+        many: Incidents of one bulk create.
     """
     result = Result(
         [], rounds=f"{rounds} rounds of {calls:,} calls; 3 of {many:,} incidents for create_many"
     )
     table = [["concurrency", "side", "calls/s", "p50, ms", "p95, ms", "p99, ms"]]
-    result.details["One read by id, in process"] = table
+    result.details["Reads by id, in process"] = table
     with one_core():
         async with _sides(INCIDENTS) as sides:
             measured = await _reads(table, sides, 1, rounds, calls)
     what = "SDK in process, get, concurrency 1"
-    against = "the time of asyncpg on a pool without reset"
+    against = "asyncpg's time, on a pool without reset"
     of_orm = ratio(measured["incidentkit"], measured["ORM"])
     of_asyncpg = 1 / ratio(measured["incidentkit"], measured["asyncpg, no reset"])
     result.rows.append(at_least(what, "SQLAlchemy ORM", OF_ORM, of_orm))
@@ -89,7 +89,7 @@ async def run(*, rounds: int, calls: int, many: int) -> Result:
 
 @frozen
 class _Sides:
-    """What is compared, each on a database of its own but for those of asyncpg and the ORM."""
+    """The compared sides; asyncpg and the ORM share a database."""
 
     client: IncidentClient
     pool: asyncpg.Pool[asyncpg.Record]
@@ -121,13 +121,13 @@ async def _sides(incidents: int) -> AsyncIterator[_Sides]:
 
 
 async def _keep_state(_: Any) -> None:
-    """Reset nothing, which saves a round trip."""
+    """Skip the reset, which saves a round trip."""
 
 
 async def _reads(
     table: list[list[str]], sides: _Sides, concurrency: int, rounds: int, calls: int
 ) -> dict[str, list[Round]]:
-    """Let all sides read by id, add what it took to the table, and return it."""
+    """Read by id on every side, add the figures to the table, and return the rounds."""
 
     async def with_orm(incident_id: int) -> object:
         async with sides.new_session() as session:
@@ -198,7 +198,7 @@ async def _many(result: Result, sides: _Sides, many: int) -> None:
     compared = ratio(measured["create_many"], measured["COPY"])
     what = f"`create_many` of {many:,}, with history and token"
     result.rows.append(at_least(what, "asyncpg's COPY", OF_COPY, compared))
-    result.details["Many at once"] = [
+    result.details["Bulk create"] = [
         ["side", "incidents/s"],
         *(
             [name, f"{sum(r.rate for r in each) / len(each):,.0f}"]
@@ -208,5 +208,5 @@ async def _many(result: Result, sides: _Sides, many: int) -> None:
 
 
 def start(*, rounds: int, calls: int, many: int) -> Result:
-    """Measure on the event loop that the service runs on."""
+    """Measure on uvloop, the event loop of the service."""
     return uvloop.run(run(rounds=rounds, calls=calls, many=many))

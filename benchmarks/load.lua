@@ -1,10 +1,10 @@
--- What wrk sends: `wrk -s load.lua URL -- SCENARIO INCIDENTS SEED`, and its report as one line of JSON.
+-- The requests that wrk sends: `wrk -s load.lua URL -- SCENARIO INCIDENTS SEED`. The report is one line of JSON.
 
--- wrk asks for one request before the first that it sends, to look at it.
+-- wrk asks for one request that it only inspects, before the first that it sends.
 local scenario, incidents, seed, sent = nil, 1, 1, -1
 local thread
 
--- Changes that were sent, global because only that can be read from outside.
+-- Changes sent so far; global, because only globals can be read from outside the thread.
 changes = 0
 
 local statuses = {"new", "completed", "failed"}
@@ -19,9 +19,9 @@ local function list()
   return wrk.format("GET", "/incident/get?page=1&limit=10")
 end
 
--- Each incident gets another status than the one it has: the first time round `completed`, or
--- `failed` if it was completed from the start, as every third was. The seed says how many changes
--- there have been.
+-- Gives each incident a status that it does not have: in the first pass `completed`, or `failed`
+-- for every third incident, which was completed from the start. The seed is the number of changes
+-- made before.
 local function update()
   local turn = seed + changes
   changes = changes + 1
@@ -30,8 +30,8 @@ local function update()
   return wrk.format("PATCH", "/incident/update-status?incident_id=" .. id .. "&status=" .. statuses[2 + round % 2])
 end
 
--- A change, which makes every page that is cached a thing of the past, and then no page twice: 20
--- numbers, 16 sizes and 16 filters.
+-- One change, which invalidates every cached page, and then each page once: 20 numbers, 16 sizes
+-- and 16 filters.
 local function list_uncached()
   local turn = (sent - 1) % 5121
   if turn == 0 then
@@ -68,7 +68,7 @@ local function mixed()
   return list()
 end
 
--- Far down, and no page twice.
+-- Deep pages, each of them once.
 local function deep()
   return wrk.format("GET", "/incident/get?page=" .. (50000 + seed + sent) .. "&limit=10")
 end

@@ -1,6 +1,6 @@
-"""A load where there is no wrk: `python -m benchmarks.load URL CONNECTIONS SECONDS SCENARIO ...`.
+"""Makes the load where wrk is missing: `python -m benchmarks.load URL CONNECTIONS SECONDS ...`.
 
-It sends what `load.lua` sends and prints the same line, and takes more of the machine for it.
+It sends the same requests as `load.lua` and prints the same line, but uses more CPU time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FIRST_ERROR: Final = 400
 
 
 class Load:
-    """What is sent, one request after the other.
+    """The requests of a scenario, one after the other.
 
     Args:
-        scenario: Its name.
-        incidents: How many there are.
-        seed: Where the requests begin.
+        scenario: The name of the scenario.
+        incidents: Incidents in the database.
+        seed: Where the sequence of requests begins.
     """
 
     def __init__(self, scenario: str, incidents: int, seed: int) -> None:
@@ -103,7 +103,7 @@ def _get(path: str) -> bytes:
 
 
 async def run(url: str, connections: int, seconds: float, load: Load) -> dict[str, float]:
-    """Keep so many connections busy for so many seconds, and return what came of it."""
+    """Keep connections busy for some seconds, and return the figures."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     ends_at = time.perf_counter() + seconds
     times: list[float] = []
@@ -112,7 +112,7 @@ async def run(url: str, connections: int, seconds: float, load: Load) -> dict[st
     async def connection() -> None:
         nonlocal errors
         reader, writer = await asyncio.open_connection(host, port)
-        # One request at least, should the time be over before all are connected.
+        # At least one request, even if the time is over before all are connected.
         while True:
             started = time.perf_counter()
             writer.write(load.request())
@@ -137,7 +137,7 @@ async def run(url: str, connections: int, seconds: float, load: Load) -> dict[st
 
 
 def main() -> None:
-    """Read the command line and run."""
+    """Read the command line, and run the load."""
     url, connections, seconds, scenario, incidents, seed = sys.argv[1:]
     load = Load(scenario, int(incidents), int(seed))
     print(json.dumps(asyncio.run(run(url, int(connections), float(seconds), load))))

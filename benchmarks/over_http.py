@@ -1,4 +1,4 @@
-"""The service beside its rivals: with PostgreSQL and Redis, and on SQLite with neither."""
+"""Measures the service against its rivals: on PostgreSQL with Redis, and on SQLite alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WANTED: Final = {
     "update": ("update-status, with history and token", 8.0, 1.5),
     "mixed": ("95 % list, 5 % update-status", 8.0, None),
 }
-"""By scenario, its name and what it has to reach against `plain` and against `floor`."""
+"""The name of each scenario, and its targets against `plain` and against `floor`."""
 
 ON_SQLITE_WANTED: Final = {"list_cached": ("list, cached", 5.0), "create": ("create", 3.0)}
 COLUMNS: Final = ("what", "side", "calls/s", "p50, ms", "p95, ms", "p99, ms", "CPU")
@@ -40,11 +40,11 @@ FLAT: Final = 1.05
 
 
 async def run(*, rounds: int, seconds: float) -> Result:
-    """Measure every scenario beside the rivals, and the most memory that each needed.
+    """Measure every scenario against the rivals, and the peak memory of each service.
 
     Args:
-        rounds: Rounds of each scenario and each side.
-        seconds: Seconds of a round.
+        rounds: Rounds per scenario and side.
+        seconds: Length of a round.
     """
     result = Result([], rounds=f"{rounds} rounds of {seconds:g} seconds")
     with ExitStack() as stack:
@@ -68,20 +68,20 @@ async def run(*, rounds: int, seconds: float) -> Result:
         await _scenarios(result, sides, rounds, seconds)
         _memory(result, sides)
         result.details["Peak memory"] += [
-            ["PostgreSQL, with all three databases, at the end", _mebibytes(memory_of(postgres))],
-            ["Redis, likewise", _mebibytes(memory_of(redis))],
+            ["PostgreSQL, all three databases, at the end", _mebibytes(memory_of(postgres))],
+            ["Redis, at the end", _mebibytes(memory_of(redis))],
         ]
     return result
 
 
 async def run_soak(*, seconds: float, looks: int) -> Result:
-    """Watch the memory of a worker under a load of every kind.
+    """Watch the memory of a worker under mixed load.
 
     Args:
-        seconds: For how long.
-        looks: How often it is looked at, at least 10 times.
+        seconds: Length of the run.
+        looks: Samples to take, at least 10.
     """
-    result = Result([], rounds=f"one run of {seconds:g} seconds, looked at {looks} times")
+    result = Result([], rounds=f"one run of {seconds:g} seconds, sampled {looks} times")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         postgres = stack.enter_context(PostgresServer(durable=True))
@@ -101,7 +101,7 @@ async def _scenarios(
     for place, (scenario, (what, of_plain, of_floor)) in enumerate(WANTED.items()):
 
         async def one(number: int, name: str, scenario: str = scenario) -> Round:
-            # No list of the floor is cached: what it has to offer is the same bytes again.
+            # The floor caches no list; its limit is a response of fixed bytes.
             asked = "fixed" if (name, scenario) == ("floor", "list_cached") else scenario
             return await sides[name].load(asked, INCIDENTS, seconds, number)
 
@@ -118,7 +118,7 @@ async def _scenarios(
             table.append([what, name, *_cells(each)])
             rates[name].append([place, summary(each)["rate"]])
     result.details["PostgreSQL and Redis, 32 connections"] = table
-    result.series["requests a second"] = rates
+    result.series["requests per second"] = rates
 
 
 def _cells(rounds: list[Round]) -> list[str]:
@@ -147,7 +147,7 @@ def _mebibytes(size: int) -> str:
 
 
 async def _soak(result: Result, side: Service, seconds: float, looks: int) -> None:
-    """Watch the memory under a load of every kind, after a first tenth of it."""
+    """Sample the memory under mixed load; the first tenth of the samples does not count."""
     step = seconds / looks
     points: list[list[float]] = []
     for number in range(looks):
@@ -158,19 +158,19 @@ async def _soak(result: Result, side: Service, seconds: float, looks: int) -> No
         points.append([(number + 1) * step, side.memory() / 2**20])
     early, late = points[looks // 10 : 3 * looks // 10], points[-looks // 5 :]
     grown = max(memory for _, memory in late) / max(memory for _, memory in early)
-    what = f"memory at the end of {seconds / 60:g} minutes"
-    result.rows.append(at_most(what, "that near the beginning", FLAT, grown))
+    what = f"memory after {seconds / 60:g} minutes of load"
+    result.rows.append(at_most(what, "memory near the start", FLAT, grown))
     result.series["memory under load, MiB"] = {"incidentkit": points}
     table = [[f"{second:.0f}", f"{memory:.0f}"] for second, memory in points[:: looks // 10]]
     result.details["Memory under load"] = [["seconds", "MiB"], *table]
 
 
 async def run_sqlite(*, rounds: int, seconds: float) -> Result:
-    """Measure on SQLite, with no servers.
+    """Measure on SQLite, without servers.
 
     Args:
-        rounds: Rounds of each scenario and each side.
-        seconds: Seconds of a round.
+        rounds: Rounds per scenario and side.
+        seconds: Length of a round.
     """
     result = Result([], rounds=f"{rounds} rounds of {seconds:g} seconds")
     with ExitStack() as stack:

@@ -1,8 +1,8 @@
-"""The rival `plain`: the origin's service as one would write it today.
+"""The rival `plain`: the origin's service, written today with common packages.
 
-FastAPI, Pydantic, SQLAlchemy's ORM and redis-py, each used as its documentation shows it. It keeps
-the origin's contract and no more: no history, no token, no shared rules. The table has the indexes
-that incidentkit's has on the same columns; :mod:`benchmarks.databases` makes them.
+FastAPI, Pydantic, SQLAlchemy's ORM and redis-py, each used as its documentation shows. It keeps
+the origin's contract and nothing beyond it: no history, no token, no shared rules. Its table has
+incidentkit's indexes on the same columns; :mod:`benchmarks.databases` creates them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logging.basicConfig(level=logging.INFO)
 
 
 class Status(StrEnum):
-    """Where an incident stands."""
+    """The status of an incident."""
 
     NEW = "new"
     COMPLETED = "completed"
@@ -40,7 +40,7 @@ class Status(StrEnum):
 
 
 class Source(StrEnum):
-    """Who reported an incident."""
+    """The source of an incident."""
 
     OPERATOR = "operator"
     MONITORING = "monitoring"
@@ -76,7 +76,7 @@ class IncidentRow(Base):
 
 
 class NewIncident(BaseModel):
-    """What a create holds."""
+    """The body of a create."""
 
     model_config = ConfigDict(str_strip_whitespace=True)
 
@@ -93,7 +93,7 @@ class NewIncident(BaseModel):
 
 
 class Incident(BaseModel):
-    """What an answer holds."""
+    """The body of an answer."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -123,7 +123,7 @@ redis: Redis | None = (
     else None
 )
 pages: dict[str, str] = {}
-"""The cache where there is no Redis."""
+"""The cache when there is no Redis."""
 
 
 async def session() -> AsyncIterator[AsyncSession]:
@@ -136,7 +136,7 @@ Session = Annotated[AsyncSession, Depends(session)]
 
 
 def log_route(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Log each request and how long it took."""
+    """Log each request with its duration."""
 
     @functools.wraps(endpoint)
     async def logged(*arguments: Any, **named: Any) -> Any:
@@ -149,7 +149,7 @@ def log_route(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitabl
 
 
 async def cached(key: str) -> Any:
-    """Return the page that is cached under the key, or None."""
+    """Return the page cached under the key, or None."""
     text = pages.get(key) if redis is None else await redis.get(key)
     return None if text is None else json.loads(text)
 
@@ -163,7 +163,7 @@ async def cache(key: str, page: list[dict[str, Any]]) -> None:
 
 
 async def clear() -> None:
-    """Forget every page, as the origin does."""
+    """Drop every cached page, as the origin does."""
     if redis is None:
         pages.clear()
         return
@@ -237,7 +237,7 @@ async def update_status(incident_id: int, status: Status, session: Session) -> I
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Check Redis, and close what was opened."""
+    """Check that Redis answers, and close all connections at the end."""
     if redis is not None:
         await redis.ping()
     yield

@@ -1,4 +1,4 @@
-"""What was measured: rows for the table, and figures for the plots, kept as JSON."""
+"""The results: rows of the table and figures of the plots, stored as JSON."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PACKAGES: Final = (
 
 @frozen
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
-        what: What was compared.
-        target: What is wanted, such as ``>= 10 x``.
-        against: Whom it was compared with.
-        value: What was measured, a ratio unless the unit says otherwise.
-        reached: Whether it is what is wanted.
+        what: The name of the measurement.
+        against: The side that it is compared with.
+        target: The target, such as ``>= 10``.
+        value: The measured value, a ratio unless the unit says otherwise.
+        reached: Whether the target is met.
         unit: The unit of the value.
     """
 
@@ -44,17 +44,18 @@ class Row:
 
 @frozen
 class Result:
-    """What one subject gave.
+    """The results of one subject.
 
     Attributes:
-        rows: Its lines of the table.
-        details: Tables of figures by title: a head, and then rows of cells.
-        series: Lines of plots by title: by the name of a line, its points.
-        notes: What was measured, in sentences.
-        versions: Of what took part.
-        machine: On what.
-        measured_at: When, as a date.
-        rounds: How many rounds, and how long one was, in words.
+        rows: Its rows of the table.
+        details: Tables of figures by title: a header, then rows of cells.
+        series: Plots by title: the points of each line, by the name of the line.
+        notes: Remarks, in sentences.
+        rounds: The number of rounds and the length of one, in words.
+        versions: The versions of Python, packages and servers.
+        machine: The machine, without its name.
+        load: The program that made the load over HTTP.
+        measured_at: The date of the run.
     """
 
     rows: list[Row]
@@ -64,23 +65,24 @@ class Result:
     rounds: str = ""
     versions: dict[str, str] = field(factory=dict)
     machine: str = ""
+    load: str = ""
     measured_at: str = ""
 
 
 def at_least(what: str, against: str, target: float, value: float, unit: str = "x") -> Row:
-    """Return the row of what must not be less, rounded down."""
+    """Return a row whose value must not be below the target; the value is rounded down."""
     value = math.floor(value * 100) / 100
     return Row(what, against, f">= {target:g}", value, value >= target, unit)
 
 
 def at_most(what: str, against: str, target: float, value: float, unit: str = "x") -> Row:
-    """Return the row of what must not be more, rounded up."""
+    """Return a row whose value must not be above the target; the value is rounded up."""
     value = math.ceil(value * 100) / 100
     return Row(what, against, f"<= {target:g}", value, value <= target, unit)
 
 
 def machine() -> str:
-    """Return what the machine is, without its name."""
+    """Describe the machine, without its name."""
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -99,7 +101,7 @@ def versions() -> dict[str, str]:
 
 
 def load() -> dict[str, Result]:
-    """Return what was measured last of each subject."""
+    """Return the latest results of each subject."""
     if not FILE.exists():
         return {}
     kept: dict[str, Any] = json.loads(FILE.read_text("utf-8"))
@@ -110,12 +112,12 @@ def load() -> dict[str, Result]:
 
 
 def save(results: dict[str, Result]) -> None:
-    """Keep what was measured."""
+    """Store the results."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = json.dumps({name: asdict(each) for name, each in results.items()}, indent=1)
     FILE.write_text(text + "\n", "utf-8")
 
 
 def today() -> str:
-    """Return the date."""
+    """Return the date in UTC."""
     return datetime.now(UTC).date().isoformat()

@@ -1,4 +1,4 @@
-"""Rounds in which the sides that are compared take turns, and what comes of them."""
+"""Interleaved rounds, and the statistics made of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from attrs import frozen
+from attrs import field, frozen
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 PERCENTILES: Final = (50, 95, 99)
 
 WARM_UP: Final = 10
-"""Single calls that come first and are not counted."""
+"""Single calls that run first and are not counted."""
 
 
 class VoidRoundError(RuntimeError):
-    """A round had an error, so that its figures mean nothing."""
+    """A call in a round failed, so the figures of the run are void."""
 
 
 @frozen
 class Round:
-    """What one side did in one round.
+    """The figures of one side in one round.
 
     Attributes:
-        rate: Calls a second.
+        rate: Calls per second.
         latency: Milliseconds by percentile.
-        cpu: Seconds of a processor for each second, of the process that is measured.
+        cpu: Cores that the measured process kept busy: CPU seconds per second.
         errors: Calls that failed.
-        servers: The same as ``cpu`` of PostgreSQL and of Redis.
+        servers: The same as ``cpu``, for PostgreSQL and for Redis.
+        costs: Other costs of one call, by name.
     """
 
     rate: float
@@ -40,23 +41,29 @@ class Round:
     cpu: float = 0.0
     errors: int = 0
     servers: Sequence[float] = ()
+    costs: Mapping[str, float] = field(factory=dict)
 
 
 async def interleave(
-    sides: Mapping[str, Callable[[int], Awaitable[Round]]], rounds: int
+    sides: Mapping[str, Callable[[int], Awaitable[Round]]],
+    rounds: int,
+    *,
+    alternate: bool = False,
 ) -> dict[str, list[Round]]:
-    """Let the sides take turns, so that whatever else the machine does falls on all alike.
+    """Run the sides in turn, so that other load on the machine affects all of them alike.
 
     Args:
-        sides: By name, what runs one round; it is told which.
-        rounds: Rounds of each side. One more comes first, and is not counted.
+        sides: A function for each side that runs one round, given its number.
+        rounds: Rounds of each side. One more runs first, as a warm-up that is not counted.
+        alternate: Whether every other round runs the sides in reverse order.
 
     Raises:
-        VoidRoundError: If a round had an error.
+        VoidRoundError: If a call failed.
     """
     measured: dict[str, list[Round]] = {name: [] for name in sides}
     for number in range(rounds + 1):
-        for name, run in sides.items():
+        turns = list(sides.items())
+        for name, run in reversed(turns) if alternate and number % 2 else turns:
             done = await run(number)
             if done.errors:
                 raise VoidRoundError(f"{done.errors} calls of {name} failed")
@@ -68,7 +75,7 @@ async def interleave(
 async def medians_in_turn(
     call: Callable[[int, int], Awaitable[object]], places: int, rounds: int
 ) -> list[float]:
-    """Return the median of the seconds that a call takes at each place, in turn."""
+    """Return the median seconds of a call at each place, with the places taken in turn."""
     seconds: list[list[float]] = [[] for _ in range(places)]
     for number in range(WARM_UP + rounds):
         for place in range(places):
@@ -81,11 +88,11 @@ async def medians_in_turn(
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """Keep this process, and what it starts meanwhile, on one processor, where the system can.
+    """Pin this process, and every process that it starts meanwhile, to one core.
 
-    Of calls that are made one after the other, what they take is compared then, and not where the
-    system has put the process behind each connection: to wake another processor takes longer than
-    many a statement.
+    Waking another core takes longer than many a statement does. Without pinning, sequential calls
+    measure where the scheduler has placed the process behind each connection. On a system that
+    cannot pin processes, this does nothing.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield
@@ -99,18 +106,18 @@ def one_core() -> Iterator[None]:
 
 
 def ratio(ours: Sequence[Round], others: Sequence[Round]) -> float:
-    """Return the median of the ratios of the rates, round by round."""
+    """Return the median of the round-by-round ratios of the rates."""
     return statistics.median(one.rate / other.rate for one, other in zip(ours, others, strict=True))
 
 
 def percentiles(seconds: Sequence[float]) -> dict[int, float]:
-    """Return the percentiles of some times, in milliseconds."""
+    """Return percentiles of durations, in milliseconds."""
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return {percent: cuts[percent - 1] * 1000 for percent in PERCENTILES}
 
 
 def summary(rounds: Sequence[Round]) -> dict[str, float]:
-    """Return the medians of what some rounds were like."""
+    """Return the median of each figure over rounds."""
     return {
         "rate": statistics.median(each.rate for each in rounds),
         "cpu": statistics.median(each.cpu for each in rounds),

@@ -1,7 +1,7 @@
-"""What the size of the tables costs a search, and the feed.
+"""Measures searches and the feed by the size of the tables.
 
-In each table a hundred incidents have failed and have a rare word; all have a common one. The older
-half is of one second, as an import leaves it. Each has an event.
+In each table a hundred incidents have failed and contain a rare word; all contain a common one. The
+older half was created in one second, as an import leaves it. Each incident has one event.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from benchmarks.databases import create_database
 from benchmarks.results import Result, at_most
 from benchmarks.rounds import medians_in_turn, one_core
 from incidentkit import IncidentClient
-from incidentkit.domain.cursor import encode_cursor
 from incidentkit.store.migrate import upgrade
 from tests.servers import PostgresServer
 
@@ -33,18 +32,18 @@ if TYPE_CHECKING:
 
 FLAT: Final = 1.2
 MUST_BE_FLAT: Final = (
-    "search, the first page",
-    "search, a page in the middle",
-    "search, the last page",
-    "the feed, its end",
+    "search, first page",
+    "search, middle page",
+    "search, last page",
+    "feed, latest changes",
 )
-READ_MUCH: Final = ("search, a common word", "search, the total")
+READ_MUCH: Final = ("search, a common word", "search, with the total")
 
 RARE: Final = 100
-"""Incidents of a table that are of a rare kind."""
+"""Incidents of the rare kind in each table."""
 
 LATEST: Final = 20
-"""Changes behind the place in the feed that is gone on from."""
+"""Changes that follow the cursor from which the feed is read."""
 
 START: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -63,7 +62,7 @@ FILL_FEED: Final = (
 
 
 async def fill_postgresql(url: str, size: int) -> None:
-    """Make the schema and so many incidents."""
+    """Create the schema and the incidents."""
     await upgrade(url)
     connection = await asyncpg.connect(url)
     await connection.execute(
@@ -78,7 +77,7 @@ async def fill_postgresql(url: str, size: int) -> None:
         ),
         timeout=600,
     )
-    # As if each were of a transaction before all that the server has had.
+    # Numbered as if each transaction came before all of the server's own.
     feed = FILL_FEED.format(transaction=f"incident_id - {size + 1}")
     await connection.execute(feed, timeout=600)
     await connection.execute('VACUUM ANALYZE "Incident", incident_event', timeout=600)
@@ -86,7 +85,7 @@ async def fill_postgresql(url: str, size: int) -> None:
 
 
 def fill_sqlite(path: Path, size: int) -> None:
-    """Make the schema and so many incidents."""
+    """Create the schema and the incidents."""
     asyncio.run(upgrade(f"sqlite+aiosqlite:///{path}"))
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(
@@ -103,35 +102,35 @@ def fill_sqlite(path: Path, size: int) -> None:
 
 
 async def calls(client: IncidentClient, size: int) -> dict[str, Call]:
-    """Return what is timed, by name."""
-    microseconds = (START - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
-    middle = encode_cursor(microseconds, size // 2, 0)
+    """Return the timed calls by name."""
+    # The second newest of these is the last incident of the older half.
+    middle = (await client.search(created_before=START + timedelta(seconds=2), limit=2)).next
     (last_seen,) = await client.history(size - LATEST)
 
     def search(**filters: Any) -> Call:
         return lambda: client.search(**filters)
 
     return {
-        "search, the first page": search(),
-        "search, a page in the middle": search(after=middle),
-        "search, the last page": search(order="oldest"),
+        "search, first page": search(),
+        "search, middle page": search(after=middle),
+        "search, last page": search(order="oldest"),
         "search, one rare status": search(status="failed"),
         "search, two statuses, one source": search(status={"failed", "new"}, source="partner"),
         "search, a rare word": search(text="needle"),
         "search, a common word": search(text="disk"),
-        "search, the total": search(total=True),
-        "the feed, its end": lambda: client.read_changes(last_seen.cursor),
+        "search, with the total": search(total=True),
+        "feed, latest changes": lambda: client.read_changes(last_seen.cursor),
     }
 
 
 async def run(*, sizes: Sequence[int], rounds: int) -> Result:
-    """Measure every search, and the feed, on both databases.
+    """Measure every search and the feed on both databases.
 
     Args:
-        sizes: Incidents of the tables, at least 100, the smallest first.
-        rounds: Calls of each kind; a twentieth of them of what reads much.
+        sizes: Incidents in the tables, at least 100, smallest first.
+        rounds: Calls of each kind; calls that read much get a twentieth.
     """
-    result = Result([], rounds=f"{rounds} calls of each kind, in turn")
+    result = Result([], rounds=f"{rounds} calls of each kind, interleaved")
     with ExitStack() as stack:
         stack.enter_context(one_core())
         folder = Path(stack.enter_context(TemporaryDirectory()))
@@ -158,7 +157,7 @@ async def _compare(
     rounds: int,
     database: str,
 ) -> None:
-    """Add the figures of one database, from all sizes in turn."""
+    """Add the figures of one database, with the sizes interleaved."""
     by_size = [await calls(client, size) for client, size in zip(clients, sizes, strict=True)]
     table = [["read", *(f"{size:,}, ms" for size in sizes)]]
     for name in by_size[0]:
@@ -172,10 +171,10 @@ async def _compare(
             what = f"{sizes[-1]:,} incidents on {database}: {name}"
             against = f"the time with {sizes[0]:,}"
             result.rows.append(at_most(what, against, FLAT, medians[-1] / medians[0]))
-    result.details[f"Searches and the feed on {database}, by incidents in the table"] = table
+    result.details[f"Searches and the feed on {database}, by number of incidents"] = table
 
 
 def start(*, quick: bool, sizes: Sequence[int] | None = None, rounds: int | None = None) -> Result:
-    """Measure on the event loop that the service runs on."""
+    """Measure on uvloop, the event loop of the service."""
     sizes = sizes or ([1_000, 10_000, 100_000] if quick else [1_000, 100_000, 1_000_000])
     return uvloop.run(run(sizes=sizes, rounds=rounds or (40 if quick else 400)))

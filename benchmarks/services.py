@@ -1,4 +1,4 @@
-"""The services that are compared, each a process with one worker, and the load on them."""
+"""The compared services, each a process with one worker, and the load on them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ UVICORN: Final = ("--loop", "uvloop", "--http", "httptools", "--no-access-log")
 
 
 class Service:
-    """A service that runs.
+    """A running service.
 
     Attributes:
-        url: Where it is.
-        servers: What it uses, whose processors are to be watched.
-        changes: How many changes of status were asked of it.
+        url: Its address.
+        servers: The servers that it uses; their CPU time is measured too.
+        changes: Status changes requested so far.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
@@ -46,21 +46,21 @@ class Service:
         self._process = psutil.Process(process.pid)
 
     def cpu(self) -> float:
-        """Return the seconds of a processor that it has used."""
+        """Return the CPU seconds used so far."""
         times = self._process.cpu_times()
         return float(times.user + times.system)
 
     def peak(self) -> int:
-        """Return the most memory that it ever had, in bytes."""
+        """Return the peak resident memory, in bytes."""
         status = Path(f"/proc/{self._process.pid}/status").read_text("ascii")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
     def memory(self) -> int:
-        """Return the memory that it has, in bytes."""
+        """Return the resident memory, in bytes."""
         return int(self._process.memory_info().rss)
 
     async def load(self, scenario: str, incidents: int, seconds: float, seed: int) -> Round:
-        """Send requests from another process, as fast as they are answered."""
+        """Send requests from a separate process, each connection as fast as it gets answers."""
         changing = scenario in ("update", "mixed", "list_uncached", "deep_changed")
         if changing:
             seed = self.changes
@@ -77,19 +77,19 @@ class Service:
 
 
 def cpu_of(server: Server) -> float:
-    """Return the seconds of a processor that all processes of a server have used."""
+    """Return the CPU seconds that all processes of a server have used."""
     main, *others = (process.cpu_times() for process in server.processes())
     ended = main.children_user + main.children_system
     return ended + sum(times.user + times.system for times in (main, *others))
 
 
 def memory_of(server: Server) -> int:
-    """Return the memory that all processes of a server have, in bytes, what they share once."""
+    """Return the memory of all processes of a server, in bytes, counting shared pages once."""
     return sum(process.memory_full_info().pss for process in server.processes())
 
 
 def load_program() -> str:
-    """Return what makes the load."""
+    """Return the program that makes the load."""
     return "wrk" if shutil.which("wrk") else "benchmarks/load.py"
 
 
@@ -116,14 +116,14 @@ async def _run_load(
 
 
 @contextmanager
-def ours(database: str, redis: str | None, log: Path) -> Iterator[Service]:
-    """Run incidentkit's own command, with its defaults but for the size of the pool."""
+def ours(database: str, redis: str | None, log: Path, checkout: Path = ROOT) -> Iterator[Service]:
+    """Run `incidentkit serve` from a checkout, with every default but the size of the pool."""
     environment = {"INCIDENTKIT_DATABASE_URL": database}
     if redis is not None:
         environment["INCIDENTKIT_REDIS_URL"] = redis
     if database.startswith("postgresql"):
         environment |= {"INCIDENTKIT_POOL_SIZE": str(POOL), "INCIDENTKIT_MAX_OVERFLOW": "0"}
-    with _running(("-m", "incidentkit", "serve"), environment, log) as service:
+    with _running(("-m", "incidentkit", "serve"), environment, log, checkout) as service:
         yield service
 
 
@@ -149,15 +149,15 @@ def floor(database: str, log: Path) -> Iterator[Service]:
 
 @contextmanager
 def _running(
-    command: tuple[str, ...], environment: Mapping[str, str], log: Path
+    command: tuple[str, ...], environment: Mapping[str, str], log: Path, folder: Path = ROOT
 ) -> Iterator[Service]:
     port = free_port()
     url = f"http://{HOST}:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *command, "--port", str(port)],
-            cwd=ROOT,
-            env={**os.environ, **environment},
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder), **environment},
             stdout=output,
             stderr=output,
         )

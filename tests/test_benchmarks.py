@@ -1,14 +1,28 @@
-"""The benchmarks run, count what fails, and say the same of the same figures."""
+"""The benchmarks run, notice failed calls, and write the same page from the same figures."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from attrs import evolve
 
-from benchmarks import growth, imports, in_process, over_http, remarks, report, results, search
+from benchmarks import (
+    before,
+    growth,
+    imports,
+    in_process,
+    over_http,
+    remarks,
+    report,
+    results,
+    search,
+    services,
+)
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.results import Result, at_least, at_most
 from benchmarks.rounds import Round, VoidRoundError, interleave, percentiles, ratio
@@ -23,13 +37,13 @@ def of(*rates: float) -> list[Round]:
 
 
 def test_a_ratio_is_that_of_rounds_side_by_side() -> None:
-    """Each round is held against the one beside it, and the middle of these ratios counts."""
+    """A ratio is the median of the ratios of rounds that ran side by side."""
     assert ratio(of(10, 200, 30), of(10, 50, 10)) == 3
     assert percentiles([number / 1000 for number in range(101)])[95] == 95
 
 
 async def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
-    """The sides run A B A B, and what they do while they warm up is left out."""
+    """The sides run A B A B, and the warm-up round is left out."""
     turns: list[tuple[str, int]] = []
 
     def side(name: str) -> object:
@@ -45,7 +59,7 @@ async def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
 
 
 async def test_a_round_with_an_error_voids_the_run() -> None:
-    """Figures of calls that failed are not kept."""
+    """A failed call makes the whole run void."""
 
     async def run(_: int) -> Round:
         return evolve(of(1)[0], errors=1)
@@ -57,31 +71,40 @@ async def test_a_round_with_an_error_voids_the_run() -> None:
 def test_the_page_is_the_same_for_the_same_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page has each row with its command, says what is not reached, and has the plots."""
+    """The page has a summary, a chart, each row with its command, and each missed target."""
     monkeypatch.setattr(report, "FOLDER", tmp_path / "performance")
     monkeypatch.setattr(report, "PAGE", tmp_path / "performance.md")
     monkeypatch.setitem(remarks.REMARKS, "slow / `plain`", "The reason.")
     measured = Result(
-        [at_least("quick", "`floor`", 1.5, 1.509), at_most("slow", "`plain`", 1.2, 1.201)],
+        [
+            at_least("quick", "`floor`", 1.5, 1.509),
+            at_least("quick", "`plain`", 4, 4.567),
+            at_least("quicker", "`plain`", 4, 8),
+            at_most("slow", "`plain`", 1.2, 1.201),
+        ],
         {"A table": [["side", "figure"], ["one", "1"]]},
         {"growth": {"one": [[1, 2], [1000, 3]]}, report.BARS: {"plain": [[0, 1]]}},
         rounds="3 rounds",
+        load="wrk",
     )
     pages = []
     for _ in range(2):
-        report.write({"http": measured}, "wrk")
+        report.write({"http": measured})
         plots = [path.read_bytes() for path in sorted((tmp_path / "performance").glob("*.svg"))]
         pages.append((report.PAGE.read_text("utf-8"), plots))
     assert pages[0] == pages[1]
     page, plots = pages[0]
-    assert "| quick | `floor` | >= 1.5 | 1.50 | reached | `nox -s bench -- http` |" in page
-    assert "| slow | `plain` | <= 1.2 | 1.21 | **not reached** |" in page
+    assert "| quick | `floor` | >= 1.5 | 1.50 | met | `nox -s bench -- http` |" in page
+    assert "| slow | `plain` | <= 1.2 | 1.21 | **missed** |" in page
     assert "**slow, against `plain`.** The reason." in page
-    assert len(plots) == 2
+    assert "4.56 to 8.00 times as many requests per second" in " ".join(page.split())
+    assert page.index("(performance/summary.svg)") < page.index("| quick |")
+    assert "`wrk` keeps 32 connections busy" in " ".join(page.split())
+    assert len(plots) == 3
 
 
 def test_the_page_shows_what_was_measured_last() -> None:
-    """The figures that are kept are those of the page, and each command on it is one there is."""
+    """The page shows the stored figures, and a remark on every missed target."""
     kept = results.load()
     page = report.PAGE.read_text("utf-8")
     assert list(kept) == [name for name in SUBJECTS if name in kept]
@@ -89,18 +112,18 @@ def test_the_page_shows_what_was_measured_last() -> None:
         for row in measured.rows:
             assert f"| {row.what} | {row.against} | {row.target} | {row.value:.2f} |" in page
             reached = row.reached or f"{row.what} / {row.against}" in remarks.REMARKS
-            assert reached, f"{row.what} of {name} is not reached, and nothing is said of it"
+            assert reached, f"{row.what} of {name} is missed without a remark"
 
 
 def check(measured: Result) -> None:
-    """Fail unless there are figures, and something to draw or to show."""
+    """Fail unless there are positive figures and a table of details."""
     assert measured.rows
     assert all(row.value > 0 for row in measured.rows)
     assert measured.details
 
 
 def test_the_service_and_its_rivals_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every scenario runs on every side without an error, in short."""
+    """Every scenario runs on every side without an error, in a short form."""
     monkeypatch.setattr(over_http, "INCIDENTS", 300)
     monkeypatch.setattr(over_http, "ON_SQLITE", 100)
     check(asyncio.run(over_http.run(rounds=1, seconds=0.05)))
@@ -109,13 +132,13 @@ def test_the_service_and_its_rivals_are_measured(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_sdk_is_measured_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads and creates run beside asyncpg and the ORM, in short."""
+    """Reads and creates run beside asyncpg and the ORM, in a short form."""
     monkeypatch.setattr(in_process, "INCIDENTS", 300)
     check(in_process.start(rounds=1, calls=64, many=100))
 
 
 def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What grows is measured at every size, in short."""
+    """Everything that grows is measured at every size, in a short form."""
     monkeypatch.setattr(growth, "HITS", (1, 3))
     monkeypatch.setattr(growth, "READERS", (1, 3))
     monkeypatch.setattr(growth, "PROCESSES", (1, 2))
@@ -124,10 +147,58 @@ def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_searches_are_measured() -> None:
-    """Every search runs on both databases, in short."""
+    """Every search runs on both databases, in a short form."""
     check(search.start(quick=True, sizes=[100, 200], rounds=2))
 
 
 def test_imports_are_measured() -> None:
-    """The import is measured beside that of the packages."""
+    """The import is measured against that of attrs and cattrs."""
     check(imports.run(rounds=1))
+
+
+def row_of(new: list[float], old: list[float], unit: str = "calls/s") -> before.Row:
+    """A row of a comparison with the code before."""
+    return before.Row("a row", unit, new, old)
+
+
+def test_slower_takes_the_median_and_the_upper_quartile() -> None:
+    """A row counts as slower if its median is below 0.95 and its upper quartile below 1."""
+    old = [100.0] * 5
+    assert row_of([90, 92, 94, 96, 99], old).slower
+    assert not row_of([90, 92, 96, 97, 98], old).slower
+    assert not row_of([90, 92, 94, 101, 102], old).slower
+
+
+def test_a_ratio_above_one_is_better_for_costs_too() -> None:
+    """Rates are divided new by old, times and memory old by new."""
+    assert row_of([30], [10]).ratios == [3]
+    assert row_of([10], [30], "ms").ratios == [3]
+
+
+def test_the_code_is_compared_with_another_checkout(tmp_path: Path) -> None:
+    """Every row is measured on both sides, each from its own folder, in a short form."""
+    old = tmp_path / "old"
+    for name in ("incidentkit", "migrations"):
+        shutil.copytree(services.ROOT / name, old / name)
+    file = tmp_path / "compared.json"
+    rows = before.start(str(old), rounds=1, seconds=0.05, incidents=300, many=100, json_file=file)
+    names = [row.name for row in rows]
+    assert {*before.ON_POSTGRESQL, *before.ON_SQLITE, *before.ALONE, *before.TOGETHER} <= {*names}
+    assert {"open SQLite: peak memory", "import incidentkit: modules"} <= {*names}
+    assert all(ratio > 0 for row in rows for ratio in row.ratios)
+    assert [row["name"] for row in json.loads(file.read_text("utf-8"))["rows"]] == names
+
+
+def test_a_base_may_be_a_git_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revision is unpacked into a folder, and anything else is refused with the reason."""
+    repository = tmp_path / "repository"
+    (repository / "incidentkit").mkdir(parents=True)
+    (repository / "incidentkit" / "__init__.py").touch()
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "A commit"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(services, "ROOT", repository)
+    unpacked = before.check_out("HEAD", tmp_path / "unpacked")
+    assert (unpacked / "incidentkit" / "__init__.py").is_file()
+    with pytest.raises(before.BaseError, match="nowhere is neither a checkout nor a git revision"):
+        before.check_out("nowhere", tmp_path / "other")
