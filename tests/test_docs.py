@@ -305,10 +305,11 @@ def _timeless(text: str, days: set[str]) -> str:
     return re.sub(r"\b[0-9a-f]{32}\b", "<id>", text)
 
 
-def test_the_session_of_the_readme() -> None:
-    """The commands of the README do what it shows, with nothing configured."""
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_the_session_of_a_first_page(name: str) -> None:
+    """The commands of the README and of the start page do what they show, unconfigured."""
     with Session() as terminals:
-        terminals.run("README.md")
+        terminals.run(name)
 
 
 def test_the_session_of_the_tutorial(empty_postgres_url: str, redis_url: str) -> None:
@@ -369,6 +370,7 @@ def test_every_session_is_run() -> None:
     """No page has commands that are said to be run and are not."""
     assert {name for name in NAMES if has_session(name)} == {
         "README.md",
+        "docs/index.md",
         "docs/tutorial.md",
         *SESSIONS,
         "docs/how-to/deploy.md",
