@@ -586,6 +586,22 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert {*incidentkit.__all__} - {"__version__"} <= described
 
 
+def test_every_public_method_has_an_example() -> None:
+    """Each method of a client, and each public function, is called by a program on some page."""
+    verbs = (incidentkit.IncidentClient, incidentkit.JoinedIncidents)
+    names = {name for class_ in verbs for name in dir(class_) if not name.startswith("_")}
+    reference = page("docs/reference/python.md")
+    names |= set(re.findall(r"autofunction:: (?:[\w.]+\.)?(\w+)", reference))
+    names -= {"connected"}  # It says what its name says.
+    programs = "\n".join(fence.text for fence in FENCES if fence.language == "python")
+    assert {name for name in names if not re.search(rf"\b{name}\b[(,]", programs)} <= {
+        "cache_available",
+        "keep_out_of_autogenerate",
+    }
+    assert ".cache_available" in programs
+    assert "include_name=keep_out_of_autogenerate" in programs
+
+
 def test_the_routes_are_those_of_the_service() -> None:
     """The table of routes has every method and path, and each parameter has its row."""
     table = [
