@@ -1,9 +1,11 @@
-"""How Sphinx builds these pages: `nox -s docs`."""
+"""Configure Sphinx for these pages; `nox -s docs` builds them."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_overloads
+
+from sphinx.pycode import ModuleAnalyzer
 
 from incidentkit import __version__
 
@@ -16,15 +18,21 @@ project_copyright: Final = f"2026, {author}"
 version: Final = __version__
 release: Final = __version__
 
-extensions: Final = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions: Final = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_design",
+]
 exclude_patterns: Final = ["_build"]
+myst_enable_extensions: Final = ["colon_fence"]
 myst_heading_anchors: Final = 3
 
 autodoc_member_order: Final = "bysource"
 autodoc_default_options: Final = {"members": True}
 napoleon_google_docstring: Final = True
 napoleon_numpy_docstring: Final = False
-# Attributes as fields of their class: attrs declares them without docstrings of their own.
+# Document attributes as fields of their class: attrs declares them without docstrings.
 napoleon_use_ivar: Final = True
 python_maximum_signature_line_length: Final = 80
 python_use_unqualified_type_names: Final = True
@@ -34,14 +42,14 @@ html_title: Final = f"{project} {version}"
 html_copy_source: Final = False
 html_show_sphinx: Final = False
 
-# What other packages define; no inventory of theirs is fetched, so that a build needs no network.
+# Names that other packages define. The build fetches no inventories, so it needs no network.
 nitpick_ignore_regex: Final = [
     ("py:class", r"(asyncio|asyncpg|collections|datetime|enum|os|redis|starlette)\..*"),
     ("py:class", "AsyncEngine|Callable.*|Pool|Record|Starlette|datetime"),
     ("py:mod", "contextvars"),
 ]
 
-# Names that a module gives to types for its own use.
+# Private type aliases, and what a reader should see instead.
 ALIASES: Final = {
     "Events": "list[IncidentEvent]",
     "Graph": "Mapping[str, Collection[str]]",
@@ -53,7 +61,7 @@ ALIASES: Final = {
 
 
 def spell_out(*event: Any) -> tuple[str | None, str | None]:
-    """Write out the aliases in a signature."""
+    """Replace private aliases in a signature by the types they stand for."""
     *_, arguments, returns = event
     alias = re.compile(rf"\b({'|'.join(ALIASES)})\b")
 
@@ -63,6 +71,19 @@ def spell_out(*event: Any) -> tuple[str | None, str | None]:
     return spelled(arguments), spelled(returns)
 
 
+def show_overloads(_: Sphinx, what: str, name: str, documented: Any, *__: Any) -> None:
+    """Let autodoc find the overloads of an inherited method.
+
+    It looks them up under the class on the page, but the source has them under the base class.
+    """
+    if what == "method" and get_overloads(documented):
+        analyzer = ModuleAnalyzer.for_module(documented.__module__)
+        analyzer.analyze()
+        on_the_page = ".".join(name.split(".")[-2:])
+        analyzer.overloads.setdefault(on_the_page, analyzer.overloads[documented.__qualname__])
+
+
 def setup(app: Sphinx) -> None:
-    """Listen to autodoc."""
+    """Register the hooks with autodoc."""
+    app.connect("autodoc-process-signature", show_overloads)
     app.connect("autodoc-process-signature", spell_out)

@@ -1,11 +1,13 @@
 """Record incidents inside an asyncio program, in an SQLite file and without a server.
 
+Run it in a checkout:
+
 .. code-block:: console
 
-    $ pip install incidentkit
+    $ python -m pip install .
     $ python examples/embedded.py
 
-The file is `incidentkit.db` in the current folder; `incidentkit list` shows what is in it.
+It writes to `incidentkit.db` in the current folder; `incidentkit list` shows the incidents.
 """
 
 import asyncio
@@ -24,7 +26,7 @@ async def check_disk(incidents: IncidentClient, host: str, used_percent: int) ->
 
 
 async def main() -> None:
-    """Record what is wrong, show it, and close the newest."""
+    """Check some disks, list the open incidents, and complete the newest."""
     async with IncidentClient.open("sqlite+aiosqlite:///incidentkit.db") as incidents:
         async with asyncio.TaskGroup() as checks:
             for host, used_percent in {"db-1": 97, "db-2": 41, "web-1": 93}.items():
@@ -38,7 +40,7 @@ async def main() -> None:
         print(f"Incident {closed.incident_id} is {closed.incident_type}")
 
         try:
-            await incidents.create("null", source="nobody")
+            await incidents.create("null", source="customer")
         except InvalidIncident as invalid:
             for error in invalid.errors:
                 print(f"{error.field} {error.reason}")

@@ -1,13 +1,15 @@
-"""Mount the incident service in a FastAPI application, which records incidents itself too.
+"""Mount the incident service in a FastAPI application that also records incidents itself.
+
+Run it in a checkout:
 
 .. code-block:: console
 
-    $ pip install 'incidentkit[all]' fastapi
+    $ python -m pip install '.[all]' fastapi
     $ uvicorn --app-dir examples fastapi_host:app
     $ curl -X POST http://127.0.0.1:8000/orders/7/ship
     $ curl http://127.0.0.1:8000/incidents/incident/get
 
-Swagger UI of the application is at `/docs`, that of the service at `/incidents/docs`.
+The application has its Swagger UI at `/docs`, the service at `/incidents/docs`.
 """
 
 from collections.abc import AsyncIterator
@@ -25,7 +27,7 @@ service = create_app(incidents)
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Open what the application uses; an application does not start what it mounts."""
+    """Open the client; FastAPI does not run the lifespan of a mounted application."""
     async with incidents_lifespan(service):
         yield
 
@@ -36,7 +38,7 @@ app.mount("/incidents", service)
 
 @app.post("/orders/{order_id}/ship")
 async def ship(order_id: int) -> None:
-    """Fail, and leave an incident about it."""
+    """Fail, and record an incident about the failure."""
     incident = await incidents.create(
         f"Order {order_id} could not be shipped", source="operator", incident_type="failed"
     )

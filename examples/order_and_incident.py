@@ -1,12 +1,14 @@
-"""Store an order and its incident in one transaction: they are kept together, or vanish together.
+"""Store an order and its incident in one transaction: both are committed, or neither is.
+
+Run it in a checkout:
 
 .. code-block:: console
 
-    $ pip install incidentkit
+    $ python -m pip install .
     $ python examples/order_and_incident.py
 
-Both are in the file `shop.db` in the current folder; the tables of the incidents are made in it
-when the client opens.
+Both are stored in `shop.db` in the current folder. When the client opens, it creates the incident
+tables there.
 """
 
 import asyncio
@@ -23,7 +25,7 @@ class Base(DeclarativeBase):
 
 
 class Order(Base):
-    """What somebody wants."""
+    """An order of a customer."""
 
     __tablename__ = "orders"
 
@@ -32,11 +34,11 @@ class Order(Base):
 
 
 class CardRefused(Exception):
-    """The order cannot be paid."""
+    """The payment of an order was refused."""
 
 
 async def place(engine: AsyncEngine, incidents: IncidentClient, item: str, *, paid: bool) -> None:
-    """Store an order that has to be packed by hand, and an incident that tells so."""
+    """Store an order, with an incident that asks to pack it by hand."""
     async with AsyncSession(engine) as session, session.begin():
         order = Order(item=item)
         session.add(order)
@@ -48,7 +50,7 @@ async def place(engine: AsyncEngine, incidents: IncidentClient, item: str, *, pa
 
 
 async def main() -> None:
-    """Place an order that is kept and one that is not, and show what is left."""
+    """Place one order that is paid and one that is refused, then show the tables."""
     engine = create_async_engine("sqlite+aiosqlite:///shop.db")
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)

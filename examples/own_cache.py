@@ -1,8 +1,10 @@
-"""Give the client a cache of one's own: here one that counts what another one saves.
+"""Pass your own cache to the client: here a wrapper that counts the hits of another cache.
+
+Run it in a checkout:
 
 .. code-block:: console
 
-    $ pip install incidentkit
+    $ python -m pip install .
     $ python examples/own_cache.py
 """
 
@@ -14,9 +16,10 @@ from incidentkit.store import store_from_url
 
 
 class CountingCache:
-    """Counts how many pages were asked for and found; any object with these methods is a cache.
+    """Count the pages that were requested and found.
 
-    A cache may raise: the client logs it, reads from the database, and comes back later.
+    Any object with these methods is a cache. It may raise: the client logs the failure, reads from
+    the database, and tries the cache again later.
     """
 
     def __init__(self, cache: IncidentCache) -> None:
@@ -32,11 +35,11 @@ class CountingCache:
         return page
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Keep the page for at most `ttl` seconds."""
+        """Store the page for at most `ttl` seconds."""
         await self._cache.set(key, value, ttl)
 
     async def clear(self) -> None:
-        """Forget every page: the client asks for that after every change."""
+        """Remove every page; the client calls this after every change."""
         await self._cache.clear()
 
     async def ping(self) -> None:
@@ -44,12 +47,12 @@ class CountingCache:
         await self._cache.ping()
 
     async def close(self) -> None:
-        """Give back every connection."""
+        """Close every connection."""
         await self._cache.close()
 
 
 async def main() -> None:
-    """Let two clients list incidents again and again, with a change in between."""
+    """List incidents with two clients, and create one in between."""
     cache = CountingCache(MemoryCache())
     one, other = (IncidentClient(store_from_url(), cache=cache) for _ in range(2))
     async with one, other:
@@ -58,7 +61,7 @@ async def main() -> None:
             for _ in range(5):
                 await one.list(status="new")
                 await other.list(status="new")
-            # Changes that follow each other at once may share a clearing of the cache.
+            # Wait, since changes in quick succession may share one clear of the cache.
             await asyncio.sleep(0.05)
     print(f"The cache was asked for a page {cache.asked} times and had it {cache.found} times")
 

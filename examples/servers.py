@@ -1,15 +1,17 @@
-"""Record incidents in PostgreSQL and cache lists in Redis, as the environment names them.
+"""Record incidents in the PostgreSQL, and cache lists in the Redis, of the environment.
+
+Run it in a checkout:
 
 .. code-block:: console
 
-    $ pip install 'incidentkit[redis]'
+    $ python -m pip install '.[redis]'
     $ export POSTGRES_HOST=localhost POSTGRES_USER=postgres POSTGRES_PASSWORD=change_me
     $ export POSTGRES_DB=incidents REDIS_HOST=localhost
     $ incidentkit db upgrade
     $ python examples/servers.py
 
-A file `.env` in the current folder does instead of the variables, and so do
-INCIDENTKIT_DATABASE_URL and INCIDENTKIT_REDIS_URL.
+Instead of these variables you can set INCIDENTKIT_DATABASE_URL and INCIDENTKIT_REDIS_URL, or put
+either into a file `.env` in the current folder.
 """
 
 import asyncio
@@ -26,7 +28,7 @@ async def main() -> None:
         from_redis = await incidents.list(source="partner")
         print(f"Incident {incident.incident_id} is the newest of {len(from_database)}")
         print("Both lists are the same" if from_redis == from_database else "It has just changed")
-        # A Redis that is away fails nothing: lists are read from the database meanwhile.
+        # Without Redis nothing fails: lists are read from the database.
         print("Lists are cached" if incidents.cache_available else "Lists are not cached")
 
 

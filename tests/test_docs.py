@@ -20,10 +20,11 @@ import re
 import runpy
 import shlex
 import shutil
+import sqlite3
 import textwrap
 import time
 import tomllib
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, closing, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -306,10 +307,11 @@ def _timeless(text: str, days: set[str]) -> str:
     return re.sub(r"\b[0-9a-f]{32}\b", "<id>", text)
 
 
-def test_the_session_of_the_readme() -> None:
-    """The commands of the README do what it shows, with nothing configured."""
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_the_session_of_a_first_page(name: str) -> None:
+    """The commands of the README and of the start page do what they show, unconfigured."""
     with Session() as terminals:
-        terminals.run("README.md")
+        terminals.run(name)
 
 
 def test_the_session_of_the_tutorial(empty_postgres_url: str, redis_url: str) -> None:
@@ -318,7 +320,12 @@ def test_the_session_of_the_tutorial(empty_postgres_url: str, redis_url: str) ->
         terminals.run("docs/tutorial.md")
 
 
-SESSIONS: Final = ("docs/how-to/history.md", "docs/how-to/purge.md")
+SESSIONS: Final = (
+    "docs/how-to/history.md",
+    "docs/how-to/purge.md",
+    "docs/reference/command-line.md",
+    "docs/reference/rest.md",
+)
 """Pages whose commands need no server."""
 
 
@@ -370,6 +377,7 @@ def test_every_session_is_run() -> None:
     """No page has commands that are said to be run and are not."""
     assert {name for name in NAMES if has_session(name)} == {
         "README.md",
+        "docs/index.md",
         "docs/tutorial.md",
         *SESSIONS,
         "docs/how-to/deploy.md",
@@ -465,6 +473,20 @@ async def test_the_statement_that_shifts_times(
         await connection.close()
 
 
+async def test_the_query_of_the_database_page(migrated_postgres_url: str, sqlite_url: str) -> None:
+    """It counts open incidents on both databases."""
+    (fence,) = fences("docs/reference/database.md", "sql")
+    for url in (migrated_postgres_url, sqlite_url):
+        async with incidentkit.IncidentClient.open(url) as incidents:
+            await incidents.create("Disk is full on db-1", source="monitoring")
+            await incidents.create("Line is down", source="monitoring", incident_type="failed")
+    connection = await asyncpg.connect(migrated_postgres_url)
+    assert [tuple(row) for row in await connection.fetch(fence.text)] == [("monitoring", 1)]
+    await connection.close()
+    with closing(sqlite3.connect(sqlite_url.partition(":///")[2])) as file:
+        assert file.execute(fence.text).fetchall() == [("monitoring", 1)]
+
+
 async def test_the_privileges_of_the_service_are_enough(migrated_postgres_url: str) -> None:
     """With the grants of the page the service's statements work, and the clean-up cleans up."""
     grants, prune = fences("docs/how-to/deploy.md", "sql")
@@ -549,7 +571,9 @@ def test_the_tree_of_errors_is_the_one_of_the_classes() -> None:
             yield from tree(class_, indent + ("    " if last else "│   "))
 
     expected = [IncidentKitError.__name__, *tree(IncidentKitError)]
-    (fence,) = fences("docs/reference/errors.md", "text")
+    (fence,) = [
+        fence for fence in fences("docs/reference/errors.md", "text") if "output" not in fence.words
+    ]
     assert fence.text.splitlines() == expected
     classes = [re.findall(r"\w+", line)[0] for line in expected[1:]]
     table = rows("docs/reference/errors.md", "error")
@@ -561,6 +585,22 @@ def test_every_public_name_is_in_the_reference() -> None:
     reference = page("docs/reference/python.md") + page("docs/reference/errors.md")
     described = set(re.findall(r"auto(?:class|exception|function):: (?:[\w.]+\.)?(\w+)", reference))
     assert {*incidentkit.__all__} - {"__version__"} <= described
+
+
+def test_every_public_method_has_an_example() -> None:
+    """Each method of a client, and each public function, is called by a program on some page."""
+    verbs = (incidentkit.IncidentClient, incidentkit.JoinedIncidents)
+    names = {name for class_ in verbs for name in dir(class_) if not name.startswith("_")}
+    reference = page("docs/reference/python.md")
+    names |= set(re.findall(r"autofunction:: (?:[\w.]+\.)?(\w+)", reference))
+    names -= {"connected"}  # It says what its name says.
+    programs = "\n".join(fence.text for fence in FENCES if fence.language == "python")
+    assert {name for name in names if not re.search(rf"\b{name}\b[(,]", programs)} <= {
+        "cache_available",
+        "keep_out_of_autogenerate",
+    }
+    assert ".cache_available" in programs
+    assert "include_name=keep_out_of_autogenerate" in programs
 
 
 def test_the_routes_are_those_of_the_service() -> None:
@@ -617,7 +657,7 @@ def test_the_schema_is_the_declared_one() -> None:
     name = "docs/reference/database.md"
     columns = {code(cells[0])[0] for cells in rows(name, "column")}
     assert columns == {column.name for table in metadata.tables.values() for column in table.c}
-    named = set(code(page(name)))
+    named = set(code(FENCE.sub("", page(name))))
     for table in metadata.tables.values():
         assert f'"{table.name}"' in named or table.name in named
         assert {str(index.name) for index in table.indexes} <= named
