@@ -115,7 +115,7 @@ class Incidents(ABC):
         else:
             fields: dict[str, Any] = {"source": source, "incident_type": incident_type}
             incident = NewIncident(incident_message, dedup_key=dedup_key, **fields)
-        once = idempotency(idempotency_key, "create", incident)
+        once = None if idempotency_key is None else idempotency(idempotency_key, "create", incident)
         transactions = self._transactions
         return await transactions.write(
             transactions.store.create(incident, actor=ACTOR.get(), once=once)
@@ -139,7 +139,11 @@ class Incidents(ABC):
             IdempotencyKeyReused: If the key was used with other parameters.
         """
         checked = check_many(incidents)
-        once = idempotency(idempotency_key, "create_many", checked)
+        once = (
+            None
+            if idempotency_key is None
+            else idempotency(idempotency_key, "create_many", checked)
+        )
         transactions = self._transactions
         store = transactions.store
         if not checked:
@@ -175,7 +179,11 @@ class Incidents(ABC):
             IdempotencyKeyReused: If the key was used with other parameters.
         """
         change = StatusChange(incident_id, status, note, expected_version)
-        once = idempotency(idempotency_key, "update_status", change)
+        once = (
+            None
+            if idempotency_key is None
+            else idempotency(idempotency_key, "update_status", change)
+        )
         transactions = self._transactions
         return await transactions.write(
             transactions.store.update_status(

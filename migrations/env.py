@@ -1,38 +1,38 @@
-"""How Alembic runs our migrations: from its own command line, or from incidentkit."""
+"""Run the migrations with Alembic: from its own command line, or from incidentkit."""
 
 from __future__ import annotations
 
 import asyncio
 from logging.config import fileConfig
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alembic import context
+from sqlalchemy import Connection
 
 from incidentkit.settings import Settings
 from incidentkit.store import migrate
 from incidentkit.store.migrate import adopt, migration_engine
 from incidentkit.store.schema import VERSION_TABLE
-from incidentkit.store.sql.tables import TEXT_INDEX, metadata
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
+from incidentkit.store.sql.tables import TEXT_INDEX, metadata, schema_on_postgresql
 
 LOCK_KEY = 0x696E636964656E74
 """The advisory lock of a migration on PostgreSQL: "incident" in ASCII."""
 
 
 def is_ours(name: str | None, type_: str, _: Any) -> bool:
-    """Keep autogenerate to our own tables: the database may be a host's."""
+    """Keep autogenerate to incidentkit's tables: the database may be a host's."""
     if type_ == "index":
         return name != TEXT_INDEX
     return type_ != "table" or name in metadata.tables
 
 
 def run_migrations(connection: Connection) -> None:
-    """Run what the command asked for in one transaction, alone in the database."""
+    """Run the requested migrations in one transaction, alone in the database."""
     context.configure(
         connection=connection,
-        target_metadata=metadata,
+        target_metadata=(
+            schema_on_postgresql() if connection.dialect.name == "postgresql" else metadata
+        ),
         version_table=VERSION_TABLE,
         include_name=is_ours,
         render_as_batch=connection.dialect.name == "sqlite",
@@ -51,12 +51,12 @@ def run_migrations(connection: Connection) -> None:
 
 
 def wait_for_locks(connection: Connection, seconds: float) -> None:
-    """Bound the wait for a lock: readers queue behind a migration that waits for the table."""
+    """Limit the wait for a lock: readers queue behind a migration that waits for the table."""
     connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
 
 
 async def connect_and_run() -> None:
-    """Run on the configured database."""
+    """Run the migrations on the configured database."""
     engine = migration_engine(Settings.from_env().database_url)
     async with engine.connect() as connection:
         await connection.run_sync(run_migrations)
@@ -64,7 +64,7 @@ async def connect_and_run() -> None:
 
 
 if context.is_offline_mode():
-    raise SystemExit("--sql is not supported: a migration looks at the rows that it finds")
+    raise SystemExit("--sql is not supported: migrations inspect existing rows")
 if (given := context.config.attributes.get("connection")) is not None:
     run_migrations(given)
 else:

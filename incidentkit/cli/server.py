@@ -151,7 +151,7 @@ def check_installed() -> None:
 def in_memory(database_url: str) -> bool:
     """Return whether each process would have a database of its own."""
     from incidentkit.store.database import database_kind  # noqa: PLC0415
-    from incidentkit.store.sqlite import MEMORY, sqlite_url  # noqa: PLC0415
+    from incidentkit.store.sqlite.url import MEMORY, sqlite_url  # noqa: PLC0415
 
     sqlite = database_kind(database_url) == "sqlite"
     return sqlite and sqlite_url(database_url).database in MEMORY

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Executable
@@ -16,10 +16,6 @@ Fetch: TypeAlias = Callable[[Executable, Mapping[str, Any]], Awaitable[Rows]]
 
 Work: TypeAlias = Callable[[Fetch], Awaitable[_T]]
 """Several statements, run by the function that it is given."""
-
-
-Answer: TypeAlias = Coroutine[Any, Any, _T]
-"""What a method returns that hands on the coroutine of another one, and adds no frame to it."""
 
 
 class Executor(Protocol):

@@ -26,19 +26,20 @@ class Idempotency:
 
 
 def idempotency(
-    idempotency_key: str | None, verb: str, parameters: AttrsInstance | Sequence[AttrsInstance]
-) -> Idempotency | None:
-    """Return what makes a write happen once; None without a key.
+    idempotency_key: str, verb: str, parameters: AttrsInstance | Sequence[AttrsInstance]
+) -> Idempotency:
+    """Return what makes a write happen once.
 
     Raises:
         InvalidIncident: If the key does not have 1 to 255 characters.
     """
-    if idempotency_key is None:
-        return None
     key = rules.check("idempotency_key", rules.name, idempotency_key)
-    many = isinstance(parameters, Sequence)
-    said = [verb, [_values(each) for each in parameters] if many else _values(parameters)]
-    text = json.dumps(said, ensure_ascii=False, separators=(",", ":"))
+    said = (
+        [_values(each) for each in parameters]
+        if isinstance(parameters, Sequence)
+        else _values(parameters)
+    )
+    text = json.dumps([verb, said], ensure_ascii=False, separators=(",", ":"))
     return Idempotency(key, sha256(text.encode()).hexdigest())
 
 

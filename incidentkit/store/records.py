@@ -24,7 +24,7 @@ from incidentkit.domain.values import (
 )
 from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.dialect import EVENTS, Dialect
-from incidentkit.store.execution import Answer, Executor, Fetch, Rows, Work
+from incidentkit.store.execution import Executor, Fetch, Rows, Work
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
 from incidentkit.store.ports import Events, Incidents, Place
@@ -109,37 +109,37 @@ class Records:
         self._sharing = sharing
         self._bookmarks = bookmarks
 
-    def create(
+    async def create(
         self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
-    ) -> Answer[Incident]:
+    ) -> Incident:
         """Store the incident with its event, or count an occurrence of the open one."""
 
         def work(fetch: Fetch) -> Awaitable[Incident]:
             return self._dialect.create(fetch, incident, actor)
 
         if once is not None:
-            return self._write_once(work, once, encode_incident, decode_incident)
+            return await self._write_once(work, once, encode_incident, decode_incident)
         if self._sharing is not None:
-            return _shared_or_alone(
-                self._sharing.create(incident, actor), lambda: self._executor.write(work)
-            )
-        return self._executor.write(work)
+            stored = await self._sharing.create(incident, actor)
+            if stored is not None:
+                return stored
+        return await self._executor.write(work)
 
-    def create_many(
+    async def create_many(
         self,
         incidents: Sequence[NewIncident],
         *,
         actor: str | None = None,
         once: Idempotency | None = None,
-    ) -> Answer[Incidents]:
+    ) -> Incidents:
         """Store incidents, all or none, as :meth:`create` does for each in turn."""
 
         def work(fetch: Fetch) -> Awaitable[Incidents]:
             return self._dialect.create_many(fetch, incidents, actor)
 
         if once is not None:
-            return self._write_once(work, once, encode_incidents, decode_incidents)
-        return self._executor.transact(work)
+            return await self._write_once(work, once, encode_incidents, decode_incidents)
+        return await self._executor.transact(work)
 
     async def update_status(
         self,
@@ -154,14 +154,14 @@ class Records:
         def work(fetch: Fetch) -> Awaitable[Incident]:
             return self._dialect.update_status(fetch, change, transitions, actor)
 
-        def update() -> Answer[Incident]:
+        async def update() -> Incident:
             if once is not None:
-                return self._write_once(work, once, encode_incident, decode_incident)
+                return await self._write_once(work, once, encode_incident, decode_incident)
             # The database refuses to open an incident beside another one with its key, which would
             # end a host's transaction.
             if change.status is OPEN and self._executor.in_host_transaction:
-                return self._executor.transact(work)
-            return self._executor.write(work)
+                return await self._executor.transact(work)
+            return await self._executor.write(work)
 
         if once is None and self._sharing is not None:
             incident = await self._sharing.update_status(change, transitions, actor)
@@ -175,17 +175,15 @@ class Records:
         # Nothing was changed, and the winner of the race is visible now.
         return await update()
 
-    def note(
-        self, incident_id: int, note: str, *, actor: str | None = None
-    ) -> Answer[IncidentEvent]:
+    async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
         """Add a note to the history, and return its event."""
-        return self._executor.write(
+        return await self._executor.write(
             lambda fetch: self._dialect.note(fetch, incident_id, note, actor)
         )
 
-    def purge(
+    async def purge(
         self, ended_before: datetime, limit: int, *, actor: str | None = None
-    ) -> Answer[tuple[int, bool]]:
+    ) -> tuple[int, bool]:
         """Remove incidents and insert the events of their purge, in one transaction."""
 
         async def work(fetch: Fetch) -> tuple[int, bool]:
@@ -194,7 +192,7 @@ class Records:
             await fetch(statements.DELETE_OLD_PLACES, old)
             return await self._dialect.purge(fetch, ended_before, limit, actor)
 
-        return self._executor.transact(work)
+        return await self._executor.transact(work)
 
     async def purgeable(self, ended_before: datetime) -> int:
         """Count the incidents that ended before a time."""
@@ -202,13 +200,13 @@ class Records:
         ((count,),) = await self._executor.read(statements.COUNT_PURGEABLE, values)
         return int(count)
 
-    def _write_once(
+    async def _write_once(
         self,
         write: Work[_T],
         once: Idempotency,
         encode: Callable[[_T], bytes],
         decode: Callable[[str], _T],
-    ) -> Answer[_T]:
+    ) -> _T:
         """Write, or return the answer of the first write with the same key."""
 
         async def work(fetch: Fetch) -> _T:
@@ -228,7 +226,7 @@ class Records:
             await fetch(statements.UPDATE_ANSWER, values)
             return written
 
-        return self._executor.transact(work)
+        return await self._executor.transact(work)
 
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident."""
@@ -276,11 +274,11 @@ class Records:
         rows = await self._read_page(query, "onward", start)
         return rows if rows[0][TOKEN] == token else None
 
-    def _read_page(
+    async def _read_page(
         self, query: ListQuery, kind: statements.PageKind, start: Mapping[str, Any] | None = None
-    ) -> Answer[Rows]:
+    ) -> Rows:
         values = {**statements.page_values(query), **(start or {})}
-        return self._executor.read(statements.page_statement(query, kind), values)
+        return await self._executor.read(statements.page_statement(query, kind), values)
 
     async def token(self) -> str | None:
         """Read the token of the incidents."""
@@ -371,12 +369,6 @@ class Records:
         for transaction_id, event_id in await self._executor.read(statements.SELECT_PLACE, values):
             return transaction_id, event_id
         raise UnknownCursor
-
-
-async def _shared_or_alone(shared: Awaitable[_T | None], alone: Callable[[], Awaitable[_T]]) -> _T:
-    """Return the answer of a shared statement, or run the call alone."""
-    answer = await shared
-    return await alone() if answer is None else answer
 
 
 def _between(low: tuple[datetime, int], high: tuple[datetime, int]) -> dict[str, Any]:

@@ -227,7 +227,9 @@ class SqliteHostExecutor:
 
         return await self._executor.write(alone)
 
-    transact = write
+    async def transact(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none, as :meth:`write` does."""
+        return await self.write(work)
 
 
 async def _all_or_none(fetch: Fetch, work: Work[_T]) -> _T:

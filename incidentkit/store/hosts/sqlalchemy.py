@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Executable
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
@@ -18,19 +18,20 @@ from incidentkit.store.execution import Rows
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+    from typing_extensions import TypeIs
 
 
-def is_engine(value: object) -> TypeGuard[AsyncEngine]:
+def is_engine(value: object) -> TypeIs[AsyncEngine]:
     """Return whether a value is SQLAlchemy's ``AsyncEngine``."""
     return _is_a("AsyncEngine", value)
 
 
-def is_connection(value: object) -> TypeGuard[AsyncConnection]:
+def is_connection(value: object) -> TypeIs[AsyncConnection]:
     """Return whether a value is SQLAlchemy's ``AsyncConnection``."""
     return _is_a("AsyncConnection", value)
 
 
-def is_session(value: object) -> TypeGuard[AsyncSession]:
+def is_session(value: object) -> TypeIs[AsyncSession]:
     """Return whether a value is SQLAlchemy's ``AsyncSession``."""
     return _is_a("AsyncSession", value)
 

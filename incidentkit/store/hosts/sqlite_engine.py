@@ -83,7 +83,9 @@ class SqliteEngineExecutor:
         """Run statements that write in one transaction, with no other writer from its start."""
         return await self._run(self._transact(work), writes=True)
 
-    transact = write
+    async def transact(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none, as :meth:`write` does."""
+        return await self.write(work)
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""

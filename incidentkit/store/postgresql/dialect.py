@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
+from sqlalchemy import Executable
+
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
@@ -34,9 +36,9 @@ ATTEMPTS: Final = 10
 class PostgresDialect:
     """The statements of PostgreSQL."""
 
-    claim_key = statements.CLAIM_KEY
-    delete_expired_keys = statements.DELETE_EXPIRED_KEYS
-    select_changes = SELECT_CHANGES
+    claim_key: Executable = statements.CLAIM_KEY
+    delete_expired_keys: Executable = statements.DELETE_EXPIRED_KEYS
+    select_changes: Executable = SELECT_CHANGES
     words_match = statements.WORDS_MATCH
     indexes_pairs = True
     keeps_plans = True

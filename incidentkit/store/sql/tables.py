@@ -39,6 +39,12 @@ def _one_of(name: str, enum: type[StrEnum]) -> str:
     return f"{name} IN ({', '.join(repr(member.value) for member in enum)})"
 
 
+_PARTIAL_INDEXES: Final = {
+    "ux_Incident_dedup_key": text("incident_type = 'new' AND dedup_key IS NOT NULL"),
+    "ix_Incident_ended_at": text("ended_at IS NOT NULL"),
+}
+"""The conditions of the partial indexes."""
+
 incident_table: Final = Table(
     "Incident",
     metadata,
@@ -88,15 +94,13 @@ incident_table: Final = Table(
         "ux_Incident_dedup_key",
         "dedup_key",
         unique=True,
-        postgresql_where=text("incident_type = 'new' AND dedup_key IS NOT NULL"),
-        sqlite_where=text("incident_type = 'new' AND dedup_key IS NOT NULL"),
+        sqlite_where=_PARTIAL_INDEXES["ux_Incident_dedup_key"],
     ),
     Index(
         "ix_Incident_ended_at",
         "ended_at",
         "incident_id",
-        postgresql_where=text("ended_at IS NOT NULL"),
-        sqlite_where=text("ended_at IS NOT NULL"),
+        sqlite_where=_PARTIAL_INDEXES["ix_Incident_ended_at"],
     ),
     sqlite_autoincrement=True,
 )
@@ -183,6 +187,18 @@ TEXT_TABLES: Final = (
 
 TEXT_INDEX: Final = "ix_Incident_incident_message"
 """The full-text index on PostgreSQL, on a function made by the same migration."""
+
+
+def schema_on_postgresql() -> MetaData:
+    """Return the declared schema, with the conditions of partial indexes as PostgreSQL takes them.
+
+    They are not declared with the tables: SQLAlchemy would load its dialect of PostgreSQL to check
+    them, also for an SQLite file.
+    """
+    for index in incident_table.indexes:
+        if index.name in _PARTIAL_INDEXES:
+            index.dialect_kwargs["postgresql_where"] = _PARTIAL_INDEXES[str(index.name)]
+    return metadata
 
 
 def keep_out_of_autogenerate(name: str | None, type_: str, _: Any) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from sqlalchemy import Executable
+
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
 from incidentkit.domain.transitions import Transitions
@@ -22,9 +24,9 @@ from incidentkit.store.sqlite import statements
 class SqliteDialect:
     """The statements of SQLite."""
 
-    claim_key = statements.CLAIM_KEY
-    delete_expired_keys = statements.DELETE_EXPIRED_KEYS
-    select_changes = SELECT_CHANGES_BY_ID
+    claim_key: Executable = statements.CLAIM_KEY
+    delete_expired_keys: Executable = statements.DELETE_EXPIRED_KEYS
+    select_changes: Executable = SELECT_CHANGES_BY_ID
     words_match = statements.WORDS_MATCH
     indexes_pairs = False
     keeps_plans = False

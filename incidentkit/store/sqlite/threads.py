@@ -121,7 +121,9 @@ class ThreadsExecutor:
             answer.cancel()
         raise StoreUnavailable("it did not answer in time")
 
-    transact = write
+    async def transact(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none, as :meth:`write` does."""
+        return await self.write(work)
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
