@@ -24,6 +24,9 @@ class Memory(Generic[_T]):
         size: Returns the bytes of a value. One that has more than fit is not kept.
         max_bytes: How many bytes are kept, counting a value, its key and a fixed cost for each.
         clock: Returns the time in seconds, never going back.
+
+    Attributes:
+        size: The number of bytes that are kept.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class Memory(Generic[_T]):
         self._clock = clock
         # With the time until which it is kept, and what it costs.
         self._values: OrderedDict[str, tuple[_T, float, int]] = OrderedDict()
-        self._bytes = 0
+        self.size = 0
 
     def get(self, key: str) -> _T | None:
         """Return the value unless it is too old."""
@@ -54,8 +57,8 @@ class Memory(Generic[_T]):
         if cost > self._max_bytes:
             return
         self._values[key] = (value, self._clock() + ttl, cost)
-        self._bytes += cost
-        while self._bytes > self._max_bytes:
+        self.size += cost
+        while self.size > self._max_bytes:
             self._remove(next(iter(self._values)))
 
     def discard(self, key: str, value: _T) -> None:
@@ -66,11 +69,11 @@ class Memory(Generic[_T]):
     def clear(self) -> None:
         """Forget every value."""
         self._values.clear()
-        self._bytes = 0
+        self.size = 0
 
     def _remove(self, key: str) -> None:
         if key in self._values:
-            self._bytes -= self._values.pop(key)[2]
+            self.size -= self._values.pop(key)[2]
 
 
 class MemoryCache:

@@ -132,7 +132,8 @@ class PageCache:
         """
         self._changes += 1
         self._trusted = None
-        self._memory.clear()
+        if self._memory.size:
+            self._memory.clear()
         if self._shared is not None:
             self._clears(self._shared)
 

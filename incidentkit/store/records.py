@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from attrs import evolve
@@ -113,10 +114,7 @@ class Records:
         self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
     ) -> Incident:
         """Store the incident with its event, or count an occurrence of the open one."""
-
-        def work(fetch: Fetch) -> Awaitable[Incident]:
-            return self._dialect.create(fetch, incident, actor)
-
+        work = partial(self._dialect.create, incident=incident, actor=actor)
         if once is not None:
             return await self._write_once(work, once, encode_incident, decode_incident)
         if self._sharing is not None:
@@ -133,10 +131,7 @@ class Records:
         once: Idempotency | None = None,
     ) -> Incidents:
         """Store incidents, all or none, as :meth:`create` does for each in turn."""
-
-        def work(fetch: Fetch) -> Awaitable[Incidents]:
-            return self._dialect.create_many(fetch, incidents, actor)
-
+        work = partial(self._dialect.create_many, incidents=incidents, actor=actor)
         if once is not None:
             return await self._write_once(work, once, encode_incidents, decode_incidents)
         return await self._executor.transact(work)
@@ -150,9 +145,9 @@ class Records:
         once: Idempotency | None = None,
     ) -> Incident:
         """Change the status with its event, and return the incident."""
-
-        def work(fetch: Fetch) -> Awaitable[Incident]:
-            return self._dialect.update_status(fetch, change, transitions, actor)
+        work = partial(
+            self._dialect.update_status, change=change, transitions=transitions, actor=actor
+        )
 
         async def update() -> Incident:
             if once is not None:
@@ -177,9 +172,8 @@ class Records:
 
     async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
         """Add a note to the history, and return its event."""
-        return await self._executor.write(
-            lambda fetch: self._dialect.note(fetch, incident_id, note, actor)
-        )
+        work = partial(self._dialect.note, incident_id=incident_id, note=note, actor=actor)
+        return await self._executor.write(work)
 
     async def purge(
         self, ended_before: datetime, limit: int, *, actor: str | None = None

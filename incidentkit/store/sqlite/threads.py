@@ -190,20 +190,20 @@ class _Threads:
         self._readers.shutdown()
         self._engine.dispose()
 
-    async def run(self, work: Callable[[Connection], _T]) -> _T:
+    def run(self, work: Callable[[Connection], _T]) -> asyncio.Future[_T]:
         """Run work on a connection, in the writing thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
+        return asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
 
-    async def _write_all(self, given: Sequence[_Write]) -> Sequence[Any]:
-        return await self.run(lambda connection: _transact(connection, given))
+    def _write_all(self, given: Sequence[_Write]) -> asyncio.Future[list[Any]]:
+        return self.run(lambda connection: _transact(connection, given))
 
-    async def _read_all(
+    def _read_all(
         self, given: Sequence[tuple[Executable, Mapping[str, Any]]]
-    ) -> Sequence[Rows | Exception]:
+    ) -> asyncio.Future[list[Rows | Exception]]:
         def read(connection: Connection) -> list[Rows | Exception]:
             return [_outcome(partial(_fetch, connection, *each)) for each in given]
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._lend, read)
+        return asyncio.get_running_loop().run_in_executor(self._readers, self._lend, read)
 
     def _lend(self, work: Callable[[Connection], _T]) -> _T:
         with self._engine.connect() as connection:
