@@ -29,8 +29,7 @@ from incidentkit import (
 )
 from incidentkit.cache import MemoryCache
 from incidentkit.store import store_from_url
-from incidentkit.store.postgresql import PostgresStore
-from incidentkit.store.sqlite import SqliteStore
+from incidentkit.store.store import Store
 from tests.servers import RedisServer
 
 if TYPE_CHECKING:
@@ -443,14 +442,14 @@ async def test_a_page_in_redis_serves_every_process(
 ) -> None:
     """What one client has read another one takes from Redis, and keeps for the next time."""
     pages_read = 0
-    read = PostgresStore.list
+    read = Store.list
 
-    async def counted(store: PostgresStore, query: ListQuery) -> Page:
+    async def counted(store: Store, query: ListQuery) -> Page:
         nonlocal pages_read
         pages_read += 1
         return await read(store, query)
 
-    monkeypatch.setattr(PostgresStore, "list", counted)
+    monkeypatch.setattr(Store, "list", counted)
     async with (
         IncidentClient.open(migrated_postgres_url, redis_url) as one,
         IncidentClient.open(migrated_postgres_url, redis_url) as two,
@@ -545,7 +544,7 @@ async def test_connecting_at_once_opens_one_store(sqlite_url: str) -> None:
     """Several tasks that connect the same client share what is opened, and one close ends it."""
     opened = 0
 
-    class CountingStore(SqliteStore):
+    class CountingStore(Store):
         async def open(self) -> None:
             nonlocal opened
             opened += 1
@@ -563,7 +562,7 @@ async def test_a_failed_write_without_a_caller_is_logged(
     """A write that fails after its caller gave up leaves one line, without values."""
     goes_on = asyncio.Event()
 
-    class FailingStore(SqliteStore):
+    class FailingStore(Store):
         async def create(self, incident: NewIncident, **_: object) -> Incident:  # noqa: ARG002
             await goes_on.wait()
             raise StoreUnavailable("it is gone")

@@ -19,8 +19,8 @@ from incidentkit import (
     StoreError,
     acting_as,
 )
-from incidentkit import models as rules
-from incidentkit.store import postgresql
+from incidentkit.domain import commands
+from incidentkit.store.postgresql import dialect as postgresql
 from tests.test_feed import take
 from tests.test_repetition import run_sql
 
@@ -134,7 +134,7 @@ async def test_what_is_no_incident_is_refused(
     with pytest.raises(InvalidIncident) as raised:
         await incidents.create_many(wrong)
     assert [error.field for error in raised.value.errors] == ["incidents[1]", "incidents[2]"]
-    monkeypatch.setattr(rules, "MAX_MANY", 10)
+    monkeypatch.setattr(commands, "MAX_MANY", 10)
     endless = (NewIncident(f"Disk {n} is full", "monitoring") for n in count())
     with pytest.raises(InvalidIncident, match="incidents must be at most 10"):
         await incidents.create_many(endless)

@@ -10,8 +10,8 @@ import pytest
 
 from incidentkit import IncidentClient, IncidentSource, IncidentStatus, ListQuery, NewIncident
 from incidentkit.store.bookmarks import MAX_BOOKMARKS, Bookmarks
-from incidentkit.store.postgresql import PostgresStore
-from incidentkit.store.statements import DEEP, SELECT_PAGE
+from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
+from incidentkit.store.store import Store
 from tests.test_repetition import run_sql
 from tests.test_sharing import counted, fill, plan
 
@@ -148,7 +148,7 @@ async def test_after_a_change_nothing_is_passed_over_in_vain(migrated_postgres_u
     await fill(migrated_postgres_url)
     values = {"status": None, "source": None, "limit": 10, "offset": 0, "start_id": 5000}
     async with IncidentClient.open(migrated_postgres_url) as client:
-        assert isinstance(client.store, PostgresStore)
+        assert isinstance(client.store, Store)
         token = await client.store.token()
         statement = SELECT_PAGE[False, False, "onward"]
         assert len(await client.store._read(statement, values | {"start_token": token})) == 10

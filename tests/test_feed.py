@@ -38,8 +38,8 @@ from incidentkit import (
 from incidentkit.domain.cursor import decode_cursor, encode_cursor
 from incidentkit.feed import ChangeFeed
 from incidentkit.store import migrate
-from incidentkit.store.postgresql import compile_statement
-from incidentkit.store.statements import SELECT_CHANGES, SELECT_HISTORY, SELECT_LATEST_CHANGE
+from incidentkit.store.postgresql.driver import compile_statement
+from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_HISTORY, SELECT_LATEST_CHANGE
 from tests import follower
 from tests.servers import PostgresServer
 

@@ -27,8 +27,8 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.store import RequestRecord, StoreOptions
-from incidentkit.store.ports import BEGINNING
 from incidentkit.store.migrate import downgrade, upgrade
+from incidentkit.store.ports import BEGINNING
 from tests.hosts import begin_by_itself, host_engine, run_sql
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from tests.strategies import statuses
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from incidentkit.operations import IncidentOperations
+    from incidentkit.incidents import Incidents
 
 THOROUGH = os.environ.get("INCIDENTKIT_TEST_PROFILE") == "thorough"
 
@@ -139,7 +139,7 @@ class JoinMachine(RuleBasedStateMachine):
 
     # Where a call is made
 
-    def somewhere(self, inside: bool) -> tuple[IncidentOperations, list[State]]:
+    def somewhere(self, inside: bool) -> tuple[Incidents, list[State]]:
         """Return the verbs, and who sees what they do: in the transaction, or outside of it."""
         if inside and not self.layers:
             self.begin_a_transaction()
@@ -323,7 +323,7 @@ class JoinMachine(RuleBasedStateMachine):
         rows = await run_sql(self.url, "SELECT idempotency_key FROM incident_idempotency_key")
         assert {key for (key,) in rows} == set(state.answers)
 
-    async def _sees(self, verbs: IncidentOperations, state: State) -> None:
+    async def _sees(self, verbs: Incidents, state: State) -> None:
         assert await verbs.list(limit=1000) == state.newest()
         assert await verbs.list(status="new") == state.newest(IncidentStatus.NEW)[:10]
         for incident_id, incident in state.incidents.items():

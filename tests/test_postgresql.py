@@ -18,9 +18,10 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.domain.commands import StatusChange
+from incidentkit.opening import store_on
 from incidentkit.store import RequestRecord, StoreOptions
 from incidentkit.store.migrate import upgrade
-from incidentkit.store.postgresql import PostgresStore
+from incidentkit.store.store import Store
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ def server() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-async def store(server: PostgresServer) -> AsyncIterator[PostgresStore]:
+async def store(server: PostgresServer) -> AsyncIterator[Store]:
     """An impatient store on that server."""
-    store = PostgresStore(server.url, QUICK)
+    store = store_on(server.url, QUICK)
     await store.open()
     yield store
     server.resume()
@@ -52,7 +53,7 @@ async def store(server: PostgresServer) -> AsyncIterator[PostgresStore]:
 
 
 async def test_a_killed_server_is_unavailable_and_comes_back(
-    server: PostgresServer, store: PostgresStore
+    server: PostgresServer, store: Store
 ) -> None:
     """While the server is dead calls fail typed and at once; after its restart they work again."""
     kept = await store.create(DISK_FULL)
@@ -72,7 +73,7 @@ async def test_a_killed_server_is_unavailable_and_comes_back(
 
 
 async def test_a_read_survives_a_restart_between_calls(
-    server: PostgresServer, store: PostgresStore
+    server: PostgresServer, store: Store
 ) -> None:
     """The first read after a restart succeeds, although its pooled connection is dead."""
     kept = await store.create(DISK_FULL)
@@ -82,7 +83,7 @@ async def test_a_read_survives_a_restart_between_calls(
 
 
 async def test_a_connection_that_the_server_ends_is_replaced(
-    server: PostgresServer, store: PostgresStore
+    server: PostgresServer, store: Store
 ) -> None:
     """A backend that an administrator terminates is replaced without anybody noticing."""
     kept = await store.create(DISK_FULL)
@@ -96,7 +97,7 @@ async def test_a_connection_that_the_server_ends_is_replaced(
 
 
 async def test_a_connection_that_is_out_of_step_is_replaced(
-    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection whose driver lost track of it is closed, and a read goes on with another."""
     kept = await store.create(DISK_FULL)
@@ -119,7 +120,7 @@ async def test_a_connection_that_is_out_of_step_is_replaced(
 
 
 async def test_a_hung_server_is_unavailable_within_the_timeouts(
-    server: PostgresServer, store: PostgresStore
+    server: PostgresServer, store: Store
 ) -> None:
     """A server that accepts and never answers ends each call within its timeouts."""
     await store.create(DISK_FULL)
@@ -136,7 +137,7 @@ async def test_a_cancelled_call_does_not_wait_for_a_hung_server(
     server: PostgresServer, call: str
 ) -> None:
     """A caller that gives up on a hung server gets its own timeout, without waiting for more."""
-    store = PostgresStore(server.url, StoreOptions(pool_timeout=3600, statement_timeout=3600))
+    store = store_on(server.url, StoreOptions(pool_timeout=3600, statement_timeout=3600))
     await store.open()
     record = RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id")
     server.pause()
@@ -150,7 +151,7 @@ async def test_a_cancelled_call_does_not_wait_for_a_hung_server(
     await store.close()
 
 
-async def test_a_slow_statement_is_ended(server: PostgresServer, store: PostgresStore) -> None:
+async def test_a_slow_statement_is_ended(server: PostgresServer, store: Store) -> None:
     """A statement that waits too long fails typed, and its connection is usable after."""
     kept = await store.create(DISK_FULL)
     host = await asyncpg.connect(server.url)
@@ -162,7 +163,7 @@ async def test_a_slow_statement_is_ended(server: PostgresServer, store: Postgres
     assert await store.get(kept.incident_id) == kept
 
 
-async def test_waiting_for_a_connection_ends(server: PostgresServer, store: PostgresStore) -> None:
+async def test_waiting_for_a_connection_ends(server: PostgresServer, store: Store) -> None:
     """With every connection busy, a further call fails typed instead of waiting for ever."""
     host = await asyncpg.connect(server.url)
     async with host.transaction():
@@ -174,14 +175,14 @@ async def test_waiting_for_a_connection_ends(server: PostgresServer, store: Post
 
 async def test_an_unknown_parameter_is_told(server: PostgresServer) -> None:
     """A parameter of the URL that the server does not know is the fault, not the schema."""
-    store = PostgresStore(f"{server.url}?nonsense=1", QUICK)
+    store = store_on(f"{server.url}?nonsense=1", QUICK)
     with pytest.raises(StoreError, match="parameter of the URL") as caught:
         await store.open()
     assert not isinstance(caught.value, SchemaOutOfDate)
 
 
 async def test_no_more_connections_than_the_pool_may_have(
-    server: PostgresServer, store: PostgresStore
+    server: PostgresServer, store: Store
 ) -> None:
     """Under load there are at most `pool_size` + `max_overflow` connections."""
     await store.create(DISK_FULL)
@@ -211,7 +212,7 @@ async def test_a_wrong_account_or_database_is_told(
 ) -> None:
     """A server that refuses the login says which half is wrong, and nothing more."""
     host = server.url.partition("@")[2].partition("/")[0]
-    store = PostgresStore("postgresql://" + account.format(host=host), QUICK)
+    store = store_on("postgresql://" + account.format(host=host), QUICK)
     with pytest.raises(StoreUnavailable, match=reason) as caught:
         await store.open()
     assert host not in str(caught.value)
@@ -223,7 +224,7 @@ async def test_each_call_is_so_many_statements(migrated_postgres_url: str) -> No
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         sent: list[str] = []
         store = incidents.store
-        assert isinstance(store, PostgresStore)
+        assert isinstance(store, Store)
         assert store._leases is not None
         connection = await store._leases.take()
         connection.add_query_logger(lambda query: sent.append(query.query.split()[0]))

@@ -23,7 +23,7 @@ from incidentkit import (
     VersionConflict,
 )
 from incidentkit.store.migrate import migration_engine
-from incidentkit.store.postgresql import PostgresStore
+from incidentkit.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -276,7 +276,7 @@ async def test_a_commit_whose_answer_was_lost_is_repeated_without_a_duplicate(
     """If the connection dies after the commit, the retry gets the answer of the first attempt."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         store = incidents.store
-        assert isinstance(store, PostgresStore)
+        assert isinstance(store, Store)
         write, lost = store._write, 0
 
         async def lose_the_answer(*arguments: Any, **options: Any) -> Any:

@@ -14,10 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from incidentkit import IncidentClient, InvalidSettings
-from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.settings import Settings
+from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.store.options import StoreOptions
-from incidentkit.store.postgresql import asyncpg_dsn
+from incidentkit.store.postgresql.driver import asyncpg_dsn
 from tests.strategies import characters
 
 if TYPE_CHECKING:

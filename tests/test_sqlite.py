@@ -21,8 +21,9 @@ from incidentkit import (
     VersionConflict,
     acting_as,
 )
+from incidentkit.opening import store_on
 from incidentkit.store import StoreOptions
-from incidentkit.store.sqlite import SqliteStore
+from incidentkit.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -188,7 +189,7 @@ async def test_a_write_that_was_given_up_is_not_done_later(sqlite_url: str, path
 
 async def test_a_close_that_is_cancelled_can_be_repeated(sqlite_url: str, path: str) -> None:
     """A host that gives up waiting for the end may ask for it again, and nothing stays open."""
-    store = SqliteStore(sqlite_url)
+    store = store_on(sqlite_url)
     await store.open()
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -206,7 +207,7 @@ async def test_a_close_that_is_cancelled_can_be_repeated(sqlite_url: str, path: 
 async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
     """However long it takes, its caller hears that it is stored; who gave up has nothing there."""
     async with IncidentClient.open(sqlite_url) as client:
-        assert isinstance(client.store, SqliteStore)
+        assert isinstance(client.store, Store)
         begun, gate = Event(), Event()
 
         def hold(*arguments: Any) -> None:
@@ -256,7 +257,7 @@ async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
     """A read by id that is asked for with a search is answered while the search still runs."""
     async with IncidentClient.open(sqlite_url) as client:
         (incident,) = await create(client, 1)
-        assert isinstance(client.store, SqliteStore)
+        assert isinstance(client.store, Store)
         gate = Event()
 
         def hold(*arguments: Any) -> None:

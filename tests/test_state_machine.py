@@ -50,8 +50,7 @@ from incidentkit import (
 from incidentkit.cache import INDEX_KEY
 from incidentkit.cache.pages import PageCache
 from incidentkit.domain.values import MAX_ID
-from incidentkit.store.postgresql import PostgresStore
-from incidentkit.store.sqlite import SqliteStore
+from incidentkit.store.store import Store
 from tests.strategies import padding, sources, statuses, stripped_messages
 
 if TYPE_CHECKING:
@@ -652,7 +651,7 @@ def world(
     """Each database, with pages in the process alone and with a Redis that has all its time."""
     redis = request.param == "redis"
     with closing(World(database, request.getfixturevalue("redis_url") if redis else None)) as world:
-        for store in (SqliteStore, PostgresStore):
+        for store in (Store, Store):
             monkeypatch.setattr(store, "list", counted(store.list, world, "pages_read"))
         monkeypatch.setattr(PageCache, "list", counted(PageCache.list, world, "lists"))
         yield world

@@ -27,11 +27,13 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.domain.commands import StatusChange
-from incidentkit.store import RequestRecord, StoreOptions, sqlite, store_from_url
+from incidentkit.opening import store_on
+from incidentkit.store import RequestRecord, StoreOptions, store_from_url
 from incidentkit.store.migrate import downgrade, migration_engine, upgrade
-from incidentkit.store.postgresql import PostgresStore, compile_statement
-from incidentkit.store.sqlite import SqliteStore
-from incidentkit.store.statements import SELECT_PAGE
+from incidentkit.store.postgresql.driver import compile_statement
+from incidentkit.store.sql.statements import SELECT_PAGE
+from incidentkit.store.sqlite import threads as sqlite
+from incidentkit.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -168,7 +170,7 @@ async def test_every_list_is_read_from_an_index(
     compiled = compile_statement(SELECT_PAGE[by_status, by_source, "near"])
     values = {"status": "new", "source": "partner", "limit": 10, "offset": 5}
     arguments = [values[name] for name in compiled.parameters]
-    if isinstance(store, PostgresStore):
+    if isinstance(store, Store):
         connection = await asyncpg.connect(url)
         await connection.execute(
             'INSERT INTO "Incident" (incident_message, incident_type, source) '
@@ -326,11 +328,11 @@ def test_other_urls_are_refused(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "kind"),
     [
-        ("postgresql://localhost/x", PostgresStore),
-        ("postgres://localhost/x", PostgresStore),
-        ("postgresql+asyncpg://localhost/x?ssl=require", PostgresStore),
-        ("sqlite+aiosqlite:///x.db", SqliteStore),
-        ("sqlite://", SqliteStore),
+        ("postgresql://localhost/x", Store),
+        ("postgres://localhost/x", Store),
+        ("postgresql+asyncpg://localhost/x?ssl=require", Store),
+        ("sqlite+aiosqlite:///x.db", Store),
+        ("sqlite://", Store),
     ],
 )
 def test_the_url_chooses_the_store(url: str, kind: type[IncidentStore]) -> None:
@@ -409,7 +411,7 @@ async def test_a_row_that_breaks_the_schema_is_a_typed_error(url: str) -> None:
     store = store_from_url(url)
     await store.open()
     await store.create(DISK_FULL)
-    if isinstance(store, PostgresStore):
+    if isinstance(store, Store):
         await _run_sql(url, 'ALTER TABLE "Incident" ALTER source DROP NOT NULL')
         await _run_sql(url, 'UPDATE "Incident" SET source = NULL')
     else:
@@ -448,7 +450,7 @@ async def test_a_caller_is_not_kept_longer_than_its_timeouts(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A statement on SQLite that goes on and on is left by its caller, and not by close."""
-    store = SqliteStore(sqlite_url)
+    store = store_on(sqlite_url)
     await store.open()
     store._patience = 0.1
     goes_on = threading.Event()

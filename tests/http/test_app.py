@@ -19,7 +19,6 @@ from starlette.routing import Mount
 
 from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.http import create_app, lifespan
-from incidentkit.store.sqlite import SqliteStore
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
 if TYPE_CHECKING:

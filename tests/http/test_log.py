@@ -18,7 +18,6 @@ from incidentkit import IncidentClient, SchemaOutOfDate, StoreError, StoreUnavai
 from incidentkit.http import create_app, lifespan
 from incidentkit.http.log import BATCH, CAPACITY, RequestLog, log_route
 from incidentkit.store.request_log import RequestRecord
-from incidentkit.store.sqlite import SqliteStore
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, serving
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ from incidentkit.domain.values import MAX_ID, MAX_LIMIT
 from incidentkit.http import create_app
 from incidentkit.http.requests import MAX_BODY
 from incidentkit.store.page import Page
-from incidentkit.store.sqlite import SqliteStore
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, validate
 from tests.strategies import padding, stripped_messages
 

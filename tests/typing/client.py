@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from incidentkit.cache import IncidentCache
     from incidentkit.cache.redis import RedisCache
     from incidentkit.store.ports import IncidentStore
-    from incidentkit.store.postgresql import PostgresStore
-    from incidentkit.store.sqlite import SqliteStore
 
 
 class OwnClient(IncidentClient):
