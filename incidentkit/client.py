@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
-from incidentkit.defaults import DEFAULT_DATABASE_URL
 from incidentkit.domain import rules
 from incidentkit.domain.actor import ACTOR
 from incidentkit.domain.errors import CacheUnavailable, ClientClosed, StoreUnavailable
@@ -13,6 +12,7 @@ from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import DEFAULT_LIMIT, LATEST, MAX_WAIT, Incident
 from incidentkit.joined import JoinedIncidents
 from incidentkit.operations import IncidentOperations
+from incidentkit.store.database import DEFAULT_DATABASE_URL
 
 if TYPE_CHECKING:
     import asyncio

@@ -1,14 +1,17 @@
-"""The JSON form of incidents, the same over HTTP and in the cache."""
+"""The wire format: incidents as JSON, the same over HTTP and in caches."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from enum import StrEnum
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from attrs import fields_dict
+from cattrs import Converter
+from cattrs.gen import make_dict_structure_fn
 
 from incidentkit.domain.commands import NewIncident, NewNote
 from incidentkit.domain.errors import FieldError, InvalidIncident
@@ -20,12 +23,6 @@ from incidentkit.domain.values import (
     IncidentStatus,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from enum import StrEnum
-
-    from cattrs import Converter
-
 _quote: Final = json.encoder.encode_basestring
 _text_of: Final = datetime.__str__
 _QUOTED: Final = {name.value: f'"{name.value}"' for name in (*IncidentStatus, *IncidentSource)}
@@ -34,7 +31,7 @@ TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 
 def _time_to_wire(value: datetime) -> str:
-    # Not strftime, whose %Y has no leading zeros on some platforms.
+    # Not strftime(): on some platforms its %Y has no leading zeros.
     return value.astimezone(UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
 
 
@@ -69,25 +66,23 @@ def _from_wire(value: object, model: type[NewIncident | NewNote]) -> NewIncident
 def wire_converter() -> Converter:
     """Return the converter between models and JSON values.
 
-    The rules of the wire:
+    The rules of the wire format:
 
-    - a field has the name that it has in Python and in the table;
+    - a field has the same name in JSON, in Python and in the table;
     - a time is ``YYYY-MM-DD HH:MM:SS`` in UTC;
     - a status, a source and a kind are their plain values;
-    - None is ``null``, and no field of an answer is ever missing;
-    - numbers and strings are taken only as what they are: ``"7"`` is no id;
-    - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown field is refused,
-      a missing one named.
+    - None is ``null``, and an answer has every field;
+    - numbers and strings are not converted into each other: ``"7"`` is not an id;
+    - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown or missing field
+      is an error that names it.
     """
-    from cattrs import Converter  # noqa: PLC0415
-
     converter = Converter(detailed_validation=False)
     converter.register_unstructure_hook(datetime, _time_to_wire)
     converter.register_structure_hook(datetime, _time_from_wire)
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
     for enum in (IncidentStatus, IncidentSource, EventKind):
-        # Or the hook for str would be theirs, too.
+        # Without a hook of their own, the hook for str would apply.
         converter.register_structure_hook(enum, _member_from_wire)
     converter.register_structure_hook(NewIncident, _from_wire)
     converter.register_structure_hook(NewNote, _from_wire)
@@ -97,9 +92,7 @@ def wire_converter() -> Converter:
 
 
 def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
-    """Return what reads a model without filling in what is missing."""
-    from cattrs.gen import make_dict_structure_fn  # noqa: PLC0415
-
+    """Return a hook that reads a model and raises KeyError for a missing field."""
     structure = make_dict_structure_fn(model, converter)
     names = fields_dict(model)
 
@@ -127,15 +120,15 @@ def encode_incidents(incidents: Iterable[Incident]) -> bytes:
 
 
 def encode_rows(rows: Iterable[Iterable[Any]]) -> bytes:
-    """Return incidents, given as the values of their fields, as a JSON array.
+    """Return incidents, each given as the values of its fields, as a JSON array.
 
-    A status and a source are given as text, a time as an aware datetime; no ``last_seen_at`` is
-    ``created_at``.
+    A status and a source are strings, a time is an aware datetime, and a ``last_seen_at`` of None
+    stands for ``created_at``.
 
     Raises:
-        KeyError: For a status or a source that is none.
-        TypeError: For another value that no incident can have.
-        ValueError: Likewise.
+        KeyError: For an unknown status or source.
+        TypeError: For a value of another type than its field has.
+        ValueError: For a naive time.
     """
     return f"[{','.join([_to_json(*row) for row in rows])}]".encode()
 
@@ -167,7 +160,7 @@ def _to_json(  # noqa: PLR0913, PLR0917
     last_seen_at: datetime | None,
     ended_at: datetime | None,
 ) -> str:
-    """Do what the converter and :func:`dump_json` do, in a fraction of the time."""
+    """Return the same text as the converter and :func:`dump_json`, in a fraction of the time."""
     created = _second(created_at)
     last_seen = created if last_seen_at is None else _second(last_seen_at)
     key = "null" if dedup_key is None else _quote(dedup_key)
@@ -182,7 +175,7 @@ def _to_json(  # noqa: PLR0913, PLR0917
 
 def _second(value: datetime) -> str:
     if value.tzinfo is not UTC:
-        # As drivers return it that go by the time zone of a session.
+        # Some drivers return times in the time zone of the session.
         if value.tzinfo is None:
             raise ValueError("a time must be an aware datetime")
         value = value.astimezone(UTC)
@@ -200,10 +193,10 @@ def encode_event(event: IncidentEvent) -> bytes:
 
 
 def decode_incident(data: bytes | str) -> Incident:
-    """Read what :func:`encode_incident` wrote; fields that are unknown are left out.
+    """Read the output of :func:`encode_incident`; unknown fields are ignored.
 
     Raises:
-        ValueError: If it is no incident.
+        ValueError: If it is not a JSON object of an incident.
     """
     try:
         return wire_converter().structure(json.loads(data), Incident)
@@ -212,10 +205,10 @@ def decode_incident(data: bytes | str) -> Incident:
 
 
 def decode_incidents(data: bytes | str) -> list[Incident]:
-    """Read what :func:`encode_incidents` wrote; fields that are unknown are left out.
+    """Read the output of :func:`encode_incidents`; unknown fields are ignored.
 
     Raises:
-        ValueError: If it is no array of incidents.
+        ValueError: If it is not a JSON array of incidents.
     """
     try:
         value = json.loads(data)

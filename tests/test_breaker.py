@@ -161,8 +161,12 @@ async def test_an_outage_is_logged_once(
     await breaker.get(KEY)
     await breaker.get(KEY)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "The cache is unavailable (ConnectionError), lists are read without it"),
-        ("INFO", "The cache is back"),
+        (
+            "WARNING",
+            "The cache is unavailable: FaultyCache failed with ConnectionError. "
+            "Lists are read from the database",
+        ),
+        ("INFO", "The cache is available again: FaultyCache"),
     ]
     assert "secret" not in caplog.text
 

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from incidentkit import __version__
 from incidentkit.cli import main
-from incidentkit.cli.server import LineFormatter
+from incidentkit.cli.log import LineFormatter
 from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.store.tables import REVISIONS, SCHEMA_REVISION
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REDIS_AWAY = (
-    "Error: The cache is unavailable: it failed, and INCIDENTKIT_REDIS_REQUIRED forbids going on "
-    "without it"
+    "Error: The cache is unavailable: Redis at 127.0.0.1:{port}/0 failed with ConnectionError: "
+    "start it, or unset INCIDENTKIT_REDIS_REQUIRED"
 )
+NO_SCHEMA = "The database has no incidentkit schema yet: run `incidentkit db upgrade`.\n"
 DISK_FULL = ("create", "Disk is full on db-1", "--source", "monitoring")
 
 texts = st.text(st.characters(exclude_categories=()))
@@ -357,7 +358,7 @@ def test_a_redis_that_is_required_and_away_is_one_line(
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
     url = f"redis://:secret@127.0.0.1:{unused_port}/0"
     (line,) = errors("list", "--redis-url", url, exit_code=1)
-    assert line == REDIS_AWAY
+    assert line == REDIS_AWAY.format(port=unused_port)
 
 
 # Schema
@@ -457,7 +458,7 @@ def test_watch_takes_one_place_to_begin() -> None:
     assert result.exit_code == 2
     foreign = encode_cursor(1, 2, 3, 4)
     assert errors("watch", "--after", foreign, exit_code=1) == [
-        "Error: The cursor is not one of this database"
+        "Error: The cursor is unknown in this database: start again without a cursor"
     ]
 
 
@@ -488,7 +489,7 @@ def test_an_age_without_a_unit_is_refused(age: str) -> None:
 def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> None:
     """An empty database says what to run, is upgraded, and can be taken down again."""
     database = ("--database-url", empty_postgres_url)
-    assert "Nothing" in output("db", "current", *database)
+    assert output("db", "current", *database) == NO_SCHEMA
     for command in (["db", "check"], ["list"], ["serve", "--port", "0"]):
         exit_code, _, err = outcome(start(*command, *database))
         assert exit_code == 1
@@ -511,8 +512,8 @@ def test_db_works_on_sqlite(sqlite_url: str) -> None:
     """The same commands serve SQLite."""
     database = ("--database-url", sqlite_url)
     assert output("db", "upgrade", *database) == f"{SCHEMA_REVISION} (head)\n"
-    assert "Nothing" in output("db", "downgrade", "base", "--yes", *database)
-    assert "Nothing" in output("db", "downgrade", "base", *database)
+    assert output("db", "downgrade", "base", "--yes", *database) == NO_SCHEMA
+    assert output("db", "downgrade", "base", *database) == NO_SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -535,8 +536,8 @@ def test_db_does_not_remove_incidents_unasked(sqlite_url: str, at: str, revision
         output("db", "downgrade", at, *database)
     (line,) = errors("db", "downgrade", revision, *database, exit_code=2)
     assert line == (
-        f"Error: {revision} removes the table of incidents with all its rows: "
-        "add --yes if that is meant"
+        f"Error: a downgrade to {revision} drops the incident table with all its rows: "
+        "add --yes to confirm"
     )
     output("db", "upgrade", *database)
     assert len(json.loads(output("list", "--json", *database))) == 1
@@ -556,8 +557,8 @@ def test_db_asks_on_a_terminal_before_it_removes_incidents(answer: bytes, sqlite
         _, err = program.communicate(timeout=DEADLINE)
     os.close(terminal)
     os.close(keyboard)
-    assert b"removes the table of incidents with all its rows. Go on?" in err
-    removed = "Nothing" in output("db", "current", *database)
+    assert b"drops the incident table with all its rows. Continue?" in err
+    removed = NO_SCHEMA == output("db", "current", *database)
     assert (program.returncode == 0) is removed is (answer == b"y")
 
 
@@ -724,7 +725,7 @@ def test_a_full_disk_is_one_line() -> None:
     with Path("/dev/full").open("wb") as full:
         exit_code, _, err = outcome(start("list", stdout=full))
     assert exit_code == 1
-    assert err == "Error: The output cannot be written: No space left on device\n"
+    assert err == "Error: Cannot write to stdout: No space left on device\n"
 
 
 def test_no_stdout_is_no_failure() -> None:
@@ -809,7 +810,7 @@ def test_serve_does_not_start_without_a_redis_that_is_required(
     monkeypatch.setenv("INCIDENTKIT_REDIS_URL", f"redis://127.0.0.1:{unused_port}/0")
     exit_code, _, err = outcome(start("serve", "--port", "0"))
     assert exit_code == 1
-    assert err.splitlines()[-1] == REDIS_AWAY
+    assert err.splitlines()[-1] == REDIS_AWAY.format(port=unused_port)
     assert "Traceback" not in err
 
 

@@ -83,11 +83,19 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
     ),
     (
         DuplicateOpenIncident(DISK),
-        "Incident 7 cannot be opened again: another one with its dedup_key is open",
+        "Incident 7 cannot be reopened: another incident with its dedup_key is open",
         {"incident": DISK},
     ),
-    (UnknownCursor(), "The cursor is not one of this database", {}),
-    (NotInTransaction(), "The connection is not in a transaction that can be joined", {}),
+    (
+        UnknownCursor(),
+        "The cursor is unknown in this database: start again without a cursor",
+        {},
+    ),
+    (
+        NotInTransaction(),
+        "The connection has no open transaction to join: begin one first",
+        {},
+    ),
     (IncidentNotFound(7), "Incident 7 not found", {"incident_id": 7}),
     (
         ClientClosed(),
@@ -122,15 +130,15 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
     (
         SchemaOutOfDate(None, "9b3f6d20c7e8"),
         (
-            "The database's schema is not there, this version of incidentkit needs 9b3f6d20c7e8: "
-            "run `incidentkit db upgrade`"
+            "The database has no incidentkit schema; this version of incidentkit needs revision "
+            "9b3f6d20c7e8: run `incidentkit db upgrade`"
         ),
         {"current": None, "expected": "9b3f6d20c7e8", "command": "incidentkit db upgrade"},
     ),
     (
         SchemaOutOfDate("dadc1db062ae", "9b3f6d20c7e8", command="make schema"),
         (
-            "The database's schema is at revision dadc1db062ae, this version of incidentkit needs "
+            "The database is at revision dadc1db062ae; this version of incidentkit needs revision "
             "9b3f6d20c7e8: run `make schema`"
         ),
         {"current": "dadc1db062ae", "expected": "9b3f6d20c7e8", "command": "make schema"},

@@ -443,7 +443,9 @@ def test_page_limit_and_id_are_integers_and_nothing_like_them(value: Any) -> Non
         "page": ID,
         "limit": "must be an integer from 1 to 1000",
     }
-    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {"incident_id": ID}
+    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {
+        "incident_id": ID
+    }
 
 
 @given(st.integers(max_value=0) | st.integers(min_value=MAX + 1))
@@ -455,7 +457,9 @@ def test_numbers_out_of_bounds_are_refused(value: int) -> None:
     """What no database can count to is refused, were it 5,000 digits long."""
     assert faults(lambda: ListQuery(page=value)) == {"page": ID}
     assert faults(lambda: ListQuery(limit=value)) == {"limit": "must be an integer from 1 to 1000"}
-    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {"incident_id": ID}
+    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {
+        "incident_id": ID
+    }
 
 
 @pytest.mark.parametrize(("limit", "accepted"), [(1, True), (1000, True), (1001, False)])
@@ -478,7 +482,7 @@ def test_integers_of_another_type_become_plain_ones() -> None:
     query = ListQuery(Page.SECOND)
     assert query.cache_key == "incidents:2:10:any:any"
     assert type(query.page) is int
-    assert type(check_incident_id(Page.SECOND)) is int
+    assert type(rules.incident_id(Page.SECOND)) is int
 
 
 @given(strangers.filter(lambda value: value is not None))

@@ -14,9 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from incidentkit import IncidentClient, InvalidSettings
-from incidentkit.defaults import DEFAULT_DATABASE_URL
 from incidentkit.settings import Settings
 from incidentkit.store.base import StoreOptions
+from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.store.postgresql import asyncpg_dsn
 from tests.strategies import characters
 

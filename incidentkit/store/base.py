@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from attrs import field, frozen
 
-from incidentkit.defaults import DEFAULT_DATABASE_URL
 from incidentkit.domain.errors import InvalidSettings
+from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
 from incidentkit.wire import encode_incidents
 
 if TYPE_CHECKING:
@@ -31,16 +31,6 @@ Events: TypeAlias = "list[IncidentEvent]"
 """An alias because inside the protocol ``list`` is the verb."""
 
 Incidents: TypeAlias = "list[Incident]"
-
-DatabaseKind: TypeAlias = Literal["postgresql", "sqlite"]
-
-_KINDS: Final[dict[str, DatabaseKind]] = {
-    "postgresql": "postgresql",
-    "postgres": "postgresql",
-    "postgresql+asyncpg": "postgresql",
-    "sqlite": "sqlite",
-    "sqlite+aiosqlite": "sqlite",
-}
 
 
 @frozen
@@ -322,19 +312,6 @@ class IncidentStore(StoreOperations, Protocol):
 
     async def log_requests(self, records: Sequence[RequestRecord]) -> None:
         """Append records to the table ``request_log``."""
-
-
-def database_kind(database_url: str) -> DatabaseKind:
-    """Return which database a URL is for.
-
-    Raises:
-        InvalidSettings: If it is for neither.
-    """
-    scheme, separator, _ = database_url.partition("://")
-    if not separator or scheme not in _KINDS:
-        reason = "must start with postgresql:// or sqlite+aiosqlite:///"
-        raise InvalidSettings("database_url", reason)
-    return _KINDS[scheme]
 
 
 def store_from_url(

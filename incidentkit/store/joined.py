@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from incidentkit.domain.commands import StatusChange
     from incidentkit.domain.transitions import Transitions
     from incidentkit.domain.values import Incident
-    from incidentkit.store.base import DatabaseKind, StoreOperations
+    from incidentkit.store.base import StoreOperations
+    from incidentkit.store.database import DatabaseKind
     from incidentkit.store.operations import Fetch, Rows
 
 _T = TypeVar("_T")

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store import postgresql, postgresql_statements, sqlite
-from incidentkit.store.base import database_kind
+from incidentkit.store.database import database_kind
 from incidentkit.store.tables import (
     REVISIONS,
     SCHEMA_REVISION,

@@ -1,0 +1,33 @@
+"""Which database a URL names."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeAlias
+
+from incidentkit.domain.errors import InvalidSettings
+
+DEFAULT_DATABASE_URL: Final = "sqlite+aiosqlite:///incidentkit.db"
+"""The default database: a file in the current folder."""
+
+DatabaseKind: TypeAlias = Literal["postgresql", "sqlite"]
+
+_KINDS: Final[dict[str, DatabaseKind]] = {
+    "postgresql": "postgresql",
+    "postgres": "postgresql",
+    "postgresql+asyncpg": "postgresql",
+    "sqlite": "sqlite",
+    "sqlite+aiosqlite": "sqlite",
+}
+
+
+def database_kind(database_url: str) -> DatabaseKind:
+    """Return the kind of database that a URL names.
+
+    Raises:
+        InvalidSettings: If the URL names another kind, or is not a URL.
+    """
+    scheme, separator, _ = database_url.partition("://")
+    if not separator or scheme not in _KINDS:
+        reason = "must start with postgresql:// or sqlite+aiosqlite:///"
+        raise InvalidSettings("database_url", reason)
+    return _KINDS[scheme]
