@@ -462,6 +462,23 @@ async def test_a_client_of_ones_own_stays_open(
         assert await redis.client_id() == connection
 
 
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("redis://cache", "cache"),
+        ("rediss://ann:hunter2@cache:6390/15?socket_timeout=1", "cache:6390/15"),
+        ("redis://[::1]:6379/0", "[::1]:6379/0"),
+        ("redis+cluster://:hunter2@a:1,[::1]:2", "a:1,[::1]:2"),
+        ("redis+sentinel://:hunter2@a:1,b:2/main/3?sentinel_password=hunter2", "a:1,b:2/main/3"),
+        ("unix:///run/redis.sock?password=hunter2", "/run/redis.sock"),
+        ("unix://:hunter/2@/run/redis.sock", "/run/redis.sock"),
+    ],
+)
+def test_messages_name_the_servers_without_the_account(url: str, place: str) -> None:
+    """The place of a cache has hosts, ports and database, and no user, password or parameter."""
+    assert RedisCache.from_url(url).place == f"Redis at {place}"
+
+
 async def test_many_calls_share_a_few_connections(shared_url: str) -> None:
     """Many concurrent calls travel together, and all succeed."""
     async with opened(f"{shared_url}?client_name=many") as cache:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import click
 import httpx
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
@@ -595,21 +596,42 @@ def test_the_version_is_the_package_s() -> None:
     assert output("--version") == f"incidentkit {__version__}\n"
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_does_not_wait_for_what_it_does_not_need(option: str) -> None:
-    """Neither a database library nor a server is imported to print a help or a version."""
+def loaded_by(*arguments: str) -> set[str]:
+    """Return the modules that a command of its own process loads."""
     program = f"""
 import sys
 from incidentkit.cli import main
 try:
-    main([{option!r}])
+    main({arguments!r})
 finally:
     print(*sorted(sys.modules), file=sys.stderr)
 """
     ended = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    imported = set(ended.stderr.decode().split())
-    assert "incidentkit.cli" in imported
-    assert not imported & {"sqlalchemy", "alembic", "asyncpg", "starlette", "uvicorn", "redis"}
+    return set(ended.stderr.decode().split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["create", "--help"], ["serve", "--help"], ["db", "--help"]],
+)
+def test_help_loads_no_driver_and_no_server(arguments: list[str]) -> None:
+    """A help or a version is printed without a database library, a cache or a server."""
+    loaded = loaded_by(*arguments)
+    assert "incidentkit.cli" in loaded
+    assert not loaded & {"sqlalchemy", "alembic", "asyncpg", "starlette", "uvicorn", "redis"}
+
+
+@pytest.mark.parametrize("arguments", [DISK_FULL, ("list",), ("db", "current")])
+def test_only_serve_loads_the_server(arguments: tuple[str, ...]) -> None:
+    """No command but `serve` loads Uvicorn or Starlette."""
+    assert not loaded_by(*arguments) & {"starlette", "uvicorn"}
+
+
+def test_help_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The help of `serve` is shown without the packages of the server."""
+    for package in ("starlette", "uvicorn"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert "--workers" in output("serve", "--help")
 
 
 # Streams and signals
@@ -788,6 +810,19 @@ def test_serve_uses_the_redis_of_its_option(
         assert running.end(signal.SIGTERM) == 0
     output(*DISK_FULL, *servers)
     assert len(json.loads(output("list", "--json", *servers))) == 1
+
+
+def test_serve_hands_its_options_to_workers_unseen(sqlite_url: str, tmp_path: Path) -> None:
+    """A URL reaches the workers neither by their arguments nor by their environment."""
+    output(*DISK_FULL, "--database-url", sqlite_url)
+    with service(tmp_path / "log", "--database-url", sqlite_url, "--workers", "2") as running:
+        children = psutil.Process(running.program.pid).children()
+        shown = [text for child in children for text in child.cmdline()]
+        assert sum("spawn_main" in text for text in shown) == 2
+        shown += [text for child in children for text in child.environ().values()]
+        assert not [text for text in shown if sqlite_url in text]
+        assert len(httpx.get(f"{running.url}/incident/get").json()) == 1
+        assert running.end(signal.SIGTERM) == 0
 
 
 def test_serve_says_once_that_redis_is_away(

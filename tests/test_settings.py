@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -418,6 +419,23 @@ def test_settings_can_be_logged(variables: dict[str, str]) -> None:
     settings = Settings.from_mapping(variables)
     assert "hunter2" not in f"{settings!r}{settings}"
     assert "://" not in repr(settings)
+
+
+def test_settings_can_be_pickled() -> None:
+    """Settings keep every value on their way to the workers of the service."""
+    settings = Settings.from_mapping(
+        {
+            "INCIDENTKIT_DATABASE_URL": "postgresql://ann:pw@db/incidents",
+            "INCIDENTKIT_REDIS_URL": "redis://:pw@cache/0",
+            "INCIDENTKIT_REDIS_REQUIRED": "1",
+            "INCIDENTKIT_MAX_STALENESS": "0.5",
+            "INCIDENTKIT_TRANSITIONS": "new:completed,new:failed",
+            "INCIDENTKIT_REQUEST_LOG": "database",
+            "DB_POOL_SIZE": "7",
+        }
+    )
+    assert settings != Settings()
+    assert pickle.loads(pickle.dumps(settings)) == settings
 
 
 # The process's environment and the file
