@@ -112,5 +112,5 @@ class CircuitBreaker:
             unavailable = CacheUnavailable(f"{self._place} {how}")
             if not self._open:
                 self._open = True
-                logger.warning("%s. Lists are read from the database", unavailable)
+                logger.warning("%s; lists are read from the database", unavailable)
             raise unavailable from error

@@ -64,7 +64,7 @@ class IdempotencyKeyReused(InvalidIncident):
     """The idempotency key was used with other parameters in the last 24 hours.
 
     Attributes:
-        errors: What is wrong with the field ``idempotency_key``.
+        errors: The fault of the field ``idempotency_key``.
         idempotency_key: The key.
     """
 
@@ -230,7 +230,7 @@ class StoreError(IncidentKitError):
     """The database cannot be used in its current state; a retry does not help.
 
     Attributes:
-        reason: What failed, without addresses, credentials or values.
+        reason: The failure, without addresses, credentials or values.
     """
 
     def __init__(self, reason: str) -> None:
