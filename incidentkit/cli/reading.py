@@ -68,9 +68,15 @@ def list_incidents(settings: Settings, *, as_json: bool, **query: Any) -> None:
     help="Only incidents from this source; repeat it for several.",
 )
 @click.option(
-    "--created-after", type=Time(), help="Only incidents created at this time or later, in UTC."
+    "--created-after",
+    type=Time(),
+    help="Only incidents created at this time, in UTC unless it has an offset, or later.",
 )
-@click.option("--created-before", type=Time(), help="Only incidents created earlier, in UTC.")
+@click.option(
+    "--created-before",
+    type=Time(),
+    help="Only incidents created before this time, in UTC unless it has an offset.",
+)
 @click.option("--text", help="Words, or beginnings of words, that the message must all contain.")
 @click.option(
     "--order",
