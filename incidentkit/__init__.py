@@ -1,7 +1,4 @@
-"""Record and follow incidents in the database that your application already runs.
-
-Importing the package loads nothing else: each name is loaded when it is first used (PEP 562).
-"""
+"""Record and follow incidents in the database that your application already runs."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,47 +39,51 @@ if TYPE_CHECKING:
     from incidentkit.incidents import Incidents
     from incidentkit.joined import JoinedIncidents
     from incidentkit.version import __version__
+else:
+    from incidentkit.lazy import face
 
-_MODULES = {
-    "client": ("IncidentClient",),
-    "domain.actor": ("acting_as",),
-    "domain.commands": ("NewIncident",),
-    "domain.errors": (
-        "CacheUnavailable",
-        "ClientClosed",
-        "DuplicateOpenIncident",
-        "FieldError",
-        "IdempotencyKeyReused",
-        "IllegalTransition",
-        "IncidentConflict",
-        "IncidentKitError",
-        "IncidentNotFound",
-        "InvalidIncident",
-        "InvalidSettings",
-        "MissingDependency",
-        "NotInTransaction",
-        "SchemaOutOfDate",
-        "StoreError",
-        "StoreUnavailable",
-        "UnknownCursor",
-        "VersionConflict",
-    ),
-    "domain.queries": ("ListQuery",),
-    "domain.values": (
-        "ChangePage",
-        "EventKind",
-        "Incident",
-        "IncidentEvent",
-        "IncidentOrder",
-        "IncidentSource",
-        "IncidentStatus",
-        "SearchPage",
-    ),
-    "incidents": ("Incidents",),
-    "joined": ("JoinedIncidents",),
-    "version": ("__version__",),
-}
-_HOMES = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+    __getattr__, __dir__ = face(
+        globals(),
+        {
+            "incidentkit.client": ("IncidentClient",),
+            "incidentkit.domain.actor": ("acting_as",),
+            "incidentkit.domain.commands": ("NewIncident",),
+            "incidentkit.domain.errors": (
+                "CacheUnavailable",
+                "ClientClosed",
+                "DuplicateOpenIncident",
+                "FieldError",
+                "IdempotencyKeyReused",
+                "IllegalTransition",
+                "IncidentConflict",
+                "IncidentKitError",
+                "IncidentNotFound",
+                "InvalidIncident",
+                "InvalidSettings",
+                "MissingDependency",
+                "NotInTransaction",
+                "SchemaOutOfDate",
+                "StoreError",
+                "StoreUnavailable",
+                "UnknownCursor",
+                "VersionConflict",
+            ),
+            "incidentkit.domain.queries": ("ListQuery",),
+            "incidentkit.domain.values": (
+                "ChangePage",
+                "EventKind",
+                "Incident",
+                "IncidentEvent",
+                "IncidentOrder",
+                "IncidentSource",
+                "IncidentStatus",
+                "SearchPage",
+            ),
+            "incidentkit.incidents": ("Incidents",),
+            "incidentkit.joined": ("JoinedIncidents",),
+            "incidentkit.version": ("__version__",),
+        },
+    )
 
 __all__ = [
     "CacheUnavailable",
@@ -119,15 +120,3 @@ __all__ = [
     "__version__",
     "acting_as",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(__import__(_HOMES[name], fromlist=[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
-"""``python -m incidentkit``."""
+"""Run the command line as ``python -m incidentkit``."""
 
-from incidentkit.cli import main
+from incidentkit.cli.program import main
 
 if __name__ == "__main__":
     main()

@@ -1,48 +1,48 @@
-"""Calls that wait at the same time and share one run: a statement, or a round trip.
+"""Let concurrent calls share one run: a statement, or a round trip.
 
-A call joins only a run that has not started. So no answer is older than the call that gets it, and
-where there is no load a call starts a run of its own at once.
+A call joins only a run that has not started. No answer is therefore older than the call that gets
+it, and without load a call starts its own run at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextvars import Context
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from incidentkit.domain.errors import IncidentKitError
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Hashable, Sequence
-
 PATIENCE: Final = 0.1
-"""Seconds that calls wait for runs before theirs, which may have met a server that hangs."""
+"""Maximum seconds that calls wait for earlier runs, whose server may hang."""
 
-_K = TypeVar("_K", bound="Hashable")
+_K = TypeVar("_K", bound=Hashable)
 _I = TypeVar("_I")
 _T = TypeVar("_T")
 
 
 class Batcher(Generic[_I, _T]):
-    """Gathers the items of calls into batches, of which only some run at a time.
+    """Gathers the items of calls into batches, and runs a limited number of batches at a time.
 
-    While as many run as may, calls gather for the next batch, for :data:`PATIENCE` at most. A
-    batch runs in a context of its own, in which no context variable of a caller is set. A call
-    that is cancelled leaves the others; one that is cancelled before its batch starts takes its
-    item along. It belongs to the event loop that it is first used in.
+    While the maximum number of batches is running, calls gather for the next batch, for at most
+    :data:`PATIENCE`. A batch belongs to no caller: it runs in its own context, without the context
+    variables of any caller. A cancelled call does not affect the others; if its batch has not
+    started, the batch does not contain its item. A batcher belongs to the event loop of its first
+    call.
 
     Args:
-        run: Takes the items of a batch and returns an answer for each: an exception is raised to
-            that call alone. What it raises itself, each call of the batch raises.
-        running: Batches that run at a time, at least 1.
-        patient: Whether calls wait for the batches before theirs as long as these take.
-        size: Items that a batch has at most, at least 1; None means any number.
-        when_idle: Called when the last batch has ended and no call waits.
-        abandon: Whether a batch is cancelled once every call in it has been.
-        forget: Whether what waits is forgotten if a batch is cancelled, as at the end of the loop;
-            for what nobody waits for.
+        run: Takes the items of a batch and returns an answer for each. An answer that is an
+            exception is raised in its call alone. An exception raised by ``run`` is raised in
+            every call of the batch.
+        running: Maximum number of batches that run at a time, at least 1.
+        patient: Whether calls wait for earlier batches for as long as these take.
+        size: Maximum number of items in a batch, at least 1; None: no maximum.
+        when_idle: Called when the last batch has ended and no call is waiting.
+        abandon: Whether a batch is cancelled once all its calls are cancelled.
+        forget: Whether waiting items are dropped if a batch is cancelled, as at the end of the
+            event loop; for items whose answer is not awaited.
     """
 
     def __init__(  # noqa: PLR0913
@@ -65,7 +65,7 @@ class Batcher(Generic[_I, _T]):
         self._forget = forget
         self._waiting: list[tuple[_I, asyncio.Future[_T]]] = []
         self._running: set[asyncio.Task[None]] = set()
-        # The youngest of these, if it has yet to take what waits.
+        # The newest of these, until it takes the waiting items.
         self._starting: asyncio.Task[None] | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,11 +77,11 @@ class Batcher(Generic[_I, _T]):
         answer: asyncio.Future[_T] = self._loop.create_future()
         self._waiting.append((item, answer))
         if self._starting is None:
-            self._go_on()
+            self._schedule()
         return answer
 
     def __len__(self) -> int:
-        """Return how many calls wait for a batch to start."""
+        """Return the number of calls that wait for a batch to start."""
         return len(self._waiting)
 
     async def finish(self) -> None:
@@ -90,26 +90,25 @@ class Batcher(Generic[_I, _T]):
             if self._running:
                 await asyncio.wait(self._running)
             else:
-                # The end of a batch of one is about to begin the next.
+                # A batch of one has answered; its end, in the next turn, starts the next batch.
                 await asyncio.sleep(0)
 
-    def _go_on(self) -> None:
-        """Begin a batch for what waits, or see to it that one begins."""
+    def _schedule(self) -> None:
+        """Start a batch for the waiting items, now or when the patience ends."""
         if len(self._running) < self._limit:
-            self._begin()
+            self._start()
         elif self._patience is None and not self._patient:
             loop = asyncio.get_running_loop()
-            self._patience = loop.call_later(PATIENCE, self._begin, context=Context())
+            self._patience = loop.call_later(PATIENCE, self._start, context=Context())
 
     def _stop_timer(self) -> None:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         self._stop_timer()
-        # Not made by the loop, whose factory might run it at once; and in no context of a caller,
-        # since it is the batch of several.
+        # Not loop.create_task(): an eager task factory would run the batch at once, with one item.
         context = Context()
         self._starting = task = asyncio.Task(self._work(), loop=self._loop, context=context)
         self._running.add(task)
@@ -118,24 +117,24 @@ class Batcher(Generic[_I, _T]):
     def _end(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if task is self._starting:
-            # It never began, as when somebody cancels every task of the loop.
+            # Cancelled before its first step, as when every task of the loop is cancelled.
             self._starting = None
         if self._forget and task.cancelled():
             self._waiting.clear()
             self._stop_timer()
         if self._waiting:
             if self._starting is None:
-                self._go_on()
+                self._schedule()
         elif not self._running and self._when_idle is not None:
             self._when_idle()
 
     async def _work(self) -> None:
-        # Not before now, so that the calls of one moment share the batch.
+        # Take the items only now, so that all calls of this turn of the loop share the batch.
         task, self._starting = self._starting, None
         count = len(self._waiting) if self._size is None else self._size
         waiting, self._waiting = self._waiting[:count], self._waiting[count:]
         if self._waiting:
-            self._go_on()
+            self._schedule()
         batch = [(item, answer) for item, answer in waiting if not answer.done()]
         if task is None or not batch:
             return
@@ -143,8 +142,7 @@ class Batcher(Generic[_I, _T]):
             _cancel_with([answer for _, answer in batch], task)
         results = await _run(batch, self._run)
         if len(batch) == 1:
-            # Who calls alone, and again at once, need not wait for its end. Of many more gather
-            # until then.
+            # Free the slot now for a lone caller. With many, keep it: the next batch grows.
             self._running.discard(task)
         for (_, answer), result in zip(batch, results, strict=True):
             if answer.done():
@@ -156,39 +154,39 @@ class Batcher(Generic[_I, _T]):
 
 
 def _cancel_with(answers: list[asyncio.Future[_T]], batch: asyncio.Task[None]) -> None:
-    """See to it that a batch is cancelled if every one of its answers is."""
+    """Cancel a batch once all its answers are cancelled."""
 
-    def look(_: asyncio.Future[_T]) -> None:
+    def check(_: asyncio.Future[_T]) -> None:
         if all(answer.cancelled() for answer in answers):
             batch.cancel()
 
     for answer in answers:
-        answer.add_done_callback(look)
+        answer.add_done_callback(check)
 
 
 async def _run(
     batch: list[tuple[_I, asyncio.Future[_T]]],
     run: Callable[[list[_I]], Awaitable[Sequence[_T | Exception]]],
 ) -> Sequence[_T | Exception]:
-    """Run a batch, and return what each of its calls is to have."""
+    """Run a batch, and return the answer for each call; an exception is raised in the call."""
     try:
         answers = await run([item for item, _ in batch])
     except Exception as error:  # noqa: BLE001
-        return [error, *(_like(error) for _ in batch[1:])]
+        return [error, *(_copy_of(error) for _ in batch[1:])]
     except BaseException:
         for _, answer in batch:
             answer.cancel()
         raise
     if len(answers) != len(batch):
-        # Nobody knows whose they are.
+        # It is unknown which answer belongs to which call.
         return [RuntimeError(f"{len(answers)} answers for {len(batch)} calls")] * len(batch)
     return answers
 
 
-def _like(error: Exception) -> Exception:
-    """Return an error like this one: what a caller notes in one is its own."""
+def _copy_of(error: Exception) -> Exception:
+    """Return a copy for another call, so that a note added by one caller is not seen by others."""
     if type(error).__module__ != IncidentKitError.__module__:
-        # Only of ours it is known how another one is made.
+        # Only our own exceptions can be copied safely.
         return error
     other = copy(error).with_traceback(error.__traceback__)
     if hasattr(error, "__notes__"):
@@ -198,10 +196,10 @@ def _like(error: Exception) -> Exception:
 
 
 class Coalescer(Generic[_K, _T]):
-    """Lets calls with the same key share a run. Other keys neither share nor wait.
+    """Lets calls with the same key share a run; calls with different keys are independent.
 
     Args:
-        run: What is to be run for a key. What it raises, every call that shares the run raises.
+        run: Returns the answer for a key. An exception is raised in every call that shares the run.
     """
 
     def __init__(self, run: Callable[[_K], Awaitable[_T]]) -> None:
@@ -209,7 +207,7 @@ class Coalescer(Generic[_K, _T]):
         self._batchers: dict[_K, Batcher[None, _T]] = {}
 
     def __call__(self, key: _K) -> asyncio.Future[_T]:
-        """Return what a run returns that starts during this call."""
+        """Return the answer of a run that starts during this call."""
         batcher = self._batchers.get(key)
         if batcher is None:
             batcher = self._batchers[key] = Batcher(
@@ -223,7 +221,7 @@ class Coalescer(Generic[_K, _T]):
             await asyncio.gather(*(batcher.finish() for batcher in self._batchers.values()))
 
     def _forget(self, key: _K, batcher: Batcher[None, _T] | None) -> None:
-        # An older one may end its last runs after a younger one has begun.
+        # A newer batcher may have replaced this one while its last runs were ending.
         if self._batchers.get(key) is batcher:
             del self._batchers[key]
 

@@ -1,6 +1,7 @@
 """The choice of a backend: the only module that names databases.
 
-A backend is loaded when it is chosen, so that an application loads only what it uses.
+A backend is loaded when it is chosen, so that an application loads only what it uses: ``on_postgresql``
+and ``on_sqlite`` are lazy faces.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING
 
+import incidentkit.store.postgresql as on_postgresql
+import incidentkit.store.sqlite as on_sqlite
 from incidentkit.cache.base import IncidentCache
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
@@ -31,8 +34,8 @@ def store_from_url(
         InvalidSettings: If the URL names another kind of database, or cannot be parsed.
     """
     if database_kind(database_url) == "postgresql":
-        return _on_postgresql(database_url, options)
-    return _on_sqlite(database_url, options)
+        return on_postgresql.postgresql_store(database_url, options)
+    return on_sqlite.sqlite_store(database_url, options, migrations)
 
 
 def store_on(database: object, options: StoreOptions | None = None) -> IncidentStore:
@@ -52,20 +55,8 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
         raise InvalidSettings("options", "are only for a URL: an engine or a pool has its own")
     dialect = getattr(database, "dialect", None)
     if getattr(dialect, "name", "postgresql") == "postgresql":
-        return _on_postgresql(database, None)
-    return _on_sqlite(database, None)
-
-
-def _on_postgresql(database: object, options: StoreOptions | None) -> IncidentStore:
-    from incidentkit.store.postgresql.opening import postgresql_store  # noqa: PLC0415
-
-    return postgresql_store(database, options)
-
-
-def _on_sqlite(database: object, options: StoreOptions | None) -> IncidentStore:
-    from incidentkit.store.sqlite.opening import sqlite_store  # noqa: PLC0415
-
-    return sqlite_store(database, options, migrations)
+        return on_postgresql.postgresql_store(database)
+    return on_sqlite.sqlite_store(database, None, migrations)
 
 
 def migrations() -> Migrations:

@@ -1,4 +1,4 @@
-"""The JSON form of incidents, the same over HTTP and in the cache."""
+"""The wire format: incidents as JSON, the same over HTTP and in caches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 
 def _time_to_wire(value: datetime) -> str:
-    # Not strftime, whose %Y has no leading zeros on some platforms.
+    # Not strftime(): on some platforms its %Y has no leading zeros.
     return value.astimezone(UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
 
 
@@ -68,15 +68,15 @@ def _from_wire(value: object, model: type[NewIncident | NewNote]) -> NewIncident
 def wire_converter() -> Converter:
     """Return the converter between models and JSON values.
 
-    The rules of the wire:
+    The rules of the wire format:
 
-    - a field has the name that it has in Python and in the table;
+    - a field has the same name in JSON, in Python and in the table;
     - a time is ``YYYY-MM-DD HH:MM:SS`` in UTC;
     - a status, a source and a kind are their plain values;
-    - None is ``null``, and no field of an answer is ever missing;
-    - numbers and strings are taken only as what they are: ``"7"`` is no id;
-    - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown field is refused,
-      a missing one named.
+    - None is ``null``, and an answer has every field;
+    - numbers and strings are not converted into each other: ``"7"`` is not an id;
+    - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown or missing field
+      is an error that names it.
     """
     converter = Converter(detailed_validation=False)
     converter.register_unstructure_hook(datetime, _time_to_wire)
@@ -84,7 +84,7 @@ def wire_converter() -> Converter:
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
     for enum in (IncidentStatus, IncidentSource, EventKind):
-        # Or the hook for str would be theirs, too.
+        # Without a hook of their own, the hook for str would apply.
         converter.register_structure_hook(enum, _member_from_wire)
     converter.register_structure_hook(NewIncident, _from_wire)
     converter.register_structure_hook(NewNote, _from_wire)
@@ -94,7 +94,7 @@ def wire_converter() -> Converter:
 
 
 def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
-    """Return what reads a model without filling in what is missing."""
+    """Return a hook that reads a model and raises KeyError for a missing field."""
     structure = make_dict_structure_fn(model, converter)
     names = fields_dict(model)
 
@@ -122,15 +122,15 @@ def encode_incidents(incidents: Iterable[Incident]) -> bytes:
 
 
 def encode_rows(rows: Iterable[Iterable[Any]]) -> bytes:
-    """Return incidents, given as rows of a database, as a JSON array.
+    """Return incidents, each given as the values of its fields, as a JSON array.
 
-    A row has the values of the fields of :class:`Incident`, in their order: a status and a source
-    as text, a time as an aware datetime. No ``last_seen_at`` stands for ``created_at``.
+    A status and a source are strings, a time is an aware datetime, and a ``last_seen_at`` of None
+    stands for ``created_at``.
 
     Raises:
         KeyError: For an unknown status or source.
-        TypeError: For another value that no incident can have.
-        ValueError: Likewise.
+        TypeError: For a value of another type than its field has.
+        ValueError: For a naive time.
     """
     return f"[{','.join([_row_to_json(*row) for row in rows])}]".encode()
 
@@ -141,7 +141,7 @@ def _incident_to_json(incident: Incident) -> str:
 
 def _second(value: datetime) -> str:
     if value.tzinfo is not UTC:
-        # As a driver returns it that follows the time zone of its session.
+        # Some drivers return times in the time zone of the session.
         if value.tzinfo is None:
             raise ValueError("a time must be an aware datetime")
         value = value.astimezone(UTC)
@@ -196,10 +196,10 @@ def encode_event(event: IncidentEvent) -> bytes:
 
 
 def decode_incident(data: bytes | str) -> Incident:
-    """Read what :func:`encode_incident` wrote; fields that are unknown are left out.
+    """Read the output of :func:`encode_incident`; unknown fields are ignored.
 
     Raises:
-        ValueError: If it is no incident.
+        ValueError: If it is not a JSON object of an incident.
     """
     try:
         return wire_converter().structure(json.loads(data), Incident)
@@ -208,10 +208,10 @@ def decode_incident(data: bytes | str) -> Incident:
 
 
 def decode_incidents(data: bytes | str) -> list[Incident]:
-    """Read what :func:`encode_incidents` wrote; fields that are unknown are left out.
+    """Read the output of :func:`encode_incidents`; unknown fields are ignored.
 
     Raises:
-        ValueError: If it is no array of incidents.
+        ValueError: If it is not a JSON array of incidents.
     """
     try:
         value = json.loads(data)

@@ -1,4 +1,4 @@
-"""Concurrent calls share a run, and never one that began before them."""
+"""Concurrent calls share a run, and never one that started before them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """Answers with how often it was asked for a key, once it is let."""
+    """Answers with the number of runs for a key, once its gate is open."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
@@ -40,38 +40,38 @@ class Source:
         return number
 
     def gate(self, *numbers: int) -> None:
-        """Let these runs wait until their gate is opened."""
+        """Make these runs wait until their gate is opened."""
         for number in numbers:
             self.gates[number] = asyncio.Event()
 
 
 @pytest.fixture
 def source() -> Source:
-    """What is asked."""
+    """The source of the answers."""
     return Source()
 
 
 @pytest.fixture
 def ask(source: Source, monkeypatch: pytest.MonkeyPatch) -> Coalescer[str, int]:
-    """The source, with runs that wait for each other as long as it takes."""
+    """A coalescer on the source, without a limit on the wait for earlier runs."""
     monkeypatch.setattr(batching, "PATIENCE", 60.0)
     return Coalescer(source)
 
 
 async def turns() -> None:
-    """Let everything go on that can."""
+    """Run all tasks that are ready."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
 async def test_calls_of_one_moment_share_a_run(ask: Coalescer[str, int]) -> None:
-    """Many calls at once are one run, whose answer they all get."""
+    """Concurrent calls share one run and its answer."""
     assert await asyncio.gather(*(ask("a") for _ in range(100))) == [1] * 100
     assert await ask("a") == 2
 
 
 async def test_a_run_under_way_is_not_joined(ask: Coalescer[str, int], source: Source) -> None:
-    """Calls during a run gather for the next one, which starts when the first has ended."""
+    """Calls during a run gather for the next one, which starts when the first ends."""
     source.gate(1)
     first = asyncio.ensure_future(ask("a"))
     await turns()
@@ -83,7 +83,7 @@ async def test_a_run_under_way_is_not_joined(ask: Coalescer[str, int], source: S
 
 
 async def test_keys_do_not_wait_for_each_other(ask: Coalescer[str, int], source: Source) -> None:
-    """A run for one key neither serves nor delays another key."""
+    """A run for one key neither answers nor delays another key."""
     source.gate(1)
     first = asyncio.ensure_future(ask("a"))
     await turns()
@@ -95,7 +95,7 @@ async def test_keys_do_not_wait_for_each_other(ask: Coalescer[str, int], source:
 async def test_a_run_that_hangs_does_not_hold_up_the_next(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The patience of a run with the one before it ends."""
+    """After the patience, a run starts beside an earlier one."""
     monkeypatch.setattr(batching, "PATIENCE", 0.01)
     ask = Coalescer(source)
     source.gate(1)
@@ -107,7 +107,7 @@ async def test_a_run_that_hangs_does_not_hold_up_the_next(
 
 
 async def test_a_cancelled_call_leaves_the_others(ask: Coalescer[str, int], source: Source) -> None:
-    """Whoever of several callers is cancelled, first or last, the others get their answer."""
+    """If one of several callers is cancelled, first or last, the others get their answer."""
     for gone in (0, 2):
         source.gate(len(source.started) + 1)
         calls = [asyncio.ensure_future(ask("a")) for _ in range(3)]
@@ -123,7 +123,7 @@ async def test_a_cancelled_call_leaves_the_others(ask: Coalescer[str, int], sour
 async def test_a_run_that_nobody_waits_for_never_starts(
     ask: Coalescer[str, int], source: Source
 ) -> None:
-    """A run whose callers are all gone before it starts does not start; one under way goes on."""
+    """A run whose callers are all cancelled does not start; a running one continues."""
     source.gate(1)
     first = asyncio.ensure_future(ask("a"))
     await turns()
@@ -142,7 +142,7 @@ async def test_a_run_that_nobody_waits_for_never_starts(
 async def test_an_error_is_that_of_everybody_who_shares_it(
     ask: Coalescer[str, int], source: Source
 ) -> None:
-    """Callers of a run that fails get its error, and the next run is a new one."""
+    """All callers of a failed run get its error, and the next call starts a new run."""
     source.error = LookupError("not there")
     outcomes = await asyncio.gather(*(ask("a") for _ in range(3)), return_exceptions=True)
     assert outcomes == [source.error] * 3
@@ -152,7 +152,7 @@ async def test_an_error_is_that_of_everybody_who_shares_it(
 
 @dataclass(frozen=True)
 class RegionDown(StoreUnavailable):
-    """An error of somebody else's store, which nothing can be set in."""
+    """An error of another store, on which no attribute can be set."""
 
     region: str
 
@@ -161,7 +161,7 @@ class RegionDown(StoreUnavailable):
 async def test_a_note_in_an_error_is_for_one_caller_alone(
     ask: Coalescer[str, int], source: Source, *, has_notes: bool
 ) -> None:
-    """Calls that share a run that fails each have an error of their own, and its cause."""
+    """Each caller of a failed run gets its own copy of the error, with the cause."""
     cause = OSError("connection reset")
     source.error = StoreUnavailable("the connection was lost")
     source.error.__cause__ = cause
@@ -183,21 +183,21 @@ async def test_a_note_in_an_error_is_for_one_caller_alone(
 async def test_an_error_that_is_not_ours_is_raised_to_all(
     ask: Coalescer[str, int], source: Source
 ) -> None:
-    """No caller is left waiting, however peculiar the error."""
+    """An error that cannot be copied still reaches every caller."""
     source.error = RegionDown("west")
     errors = await asyncio.gather(*(ask("a") for _ in range(3)), return_exceptions=True)
     assert errors == [source.error] * 3
 
 
 async def test_nothing_is_kept_of_runs_that_have_ended(ask: Coalescer[str, int]) -> None:
-    """However many keys were asked for, none is remembered."""
+    """No key is kept after its runs have ended."""
     await asyncio.gather(*(ask(str(number)) for number in range(100)))
     await turns()
     assert ask._batchers == {}
 
 
 async def test_runs_can_be_waited_for(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`finish` returns once every run has ended, a slow one that was overtaken included."""
+    """`finish` returns once every run has ended, including an overtaken one."""
     monkeypatch.setattr(batching, "PATIENCE", 0.01)
     ask = Coalescer(source)
     source.gate(1)
@@ -213,14 +213,14 @@ async def test_runs_can_be_waited_for(source: Source, monkeypatch: pytest.Monkey
 
 
 class Sums:
-    """Runs batches: answers each number with its double, and keeps what was run together."""
+    """Runs batches: answers each number with its double, and records the batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.gate: asyncio.Event | None = None
 
     async def __call__(self, numbers: list[int]) -> list[int | Exception]:
-        """Refuse 13 alone, and 99 with all that come with it."""
+        """Refuse 13 alone, and 99 with its whole batch."""
         self.batches.append(numbers)
         if self.gate is not None:
             await self.gate.wait()
@@ -230,7 +230,7 @@ class Sums:
 
 
 async def test_a_faulty_item_leaves_its_neighbours() -> None:
-    """What is wrong with one item is raised to its call alone, a failed batch to all."""
+    """An error of one item is raised in its call alone, an error of the batch in all."""
     double: Batcher[int, int] = Batcher(Sums())
     answers = await asyncio.gather(*map(double, (1, 13, 2)), return_exceptions=True)
     assert [str(answer) for answer in answers] == ["2", "the item", "4"]
@@ -239,7 +239,7 @@ async def test_a_faulty_item_leaves_its_neighbours() -> None:
 
 
 async def test_batches_have_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No batch has more items than it may, and no more run at a time than may."""
+    """The size of a batch and the number of running batches are limited."""
     monkeypatch.setattr(batching, "PATIENCE", 60.0)
     sums = Sums()
     sums.gate = asyncio.Event()
@@ -253,7 +253,7 @@ async def test_batches_have_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_an_item_goes_with_its_call_until_its_batch_starts() -> None:
-    """A call that is cancelled while it waits takes its item along, one under way does not."""
+    """A call that is cancelled before its batch starts is not in the batch."""
     sums = Sums()
     sums.gate = asyncio.Event()
     double: Batcher[int, int] = Batcher(sums)
@@ -268,7 +268,7 @@ async def test_an_item_goes_with_its_call_until_its_batch_starts() -> None:
 
 
 async def test_a_batch_that_never_began_keeps_nobody_waiting() -> None:
-    """If the task of a batch is cancelled before its first step, the next one has its calls."""
+    """If the task of a batch is cancelled before its first step, the next batch has its calls."""
     sums = Sums()
     double: Batcher[int, int] = Batcher(sums)
     first = double(1)
@@ -279,7 +279,7 @@ async def test_a_batch_that_never_began_keeps_nobody_waiting() -> None:
 
 
 async def test_a_call_without_neighbours_starts_at_once() -> None:
-    """Where nothing runs a batch starts in the next turn of the loop, without any timer."""
+    """Without load a batch starts in the next turn of the loop, without a timer."""
     sums = Sums()
     double: Batcher[int, int] = Batcher(sums)
     answer = double(1)
@@ -289,7 +289,7 @@ async def test_a_call_without_neighbours_starts_at_once() -> None:
 
 
 async def test_a_batch_that_all_have_left_can_be_ended() -> None:
-    """With `abandon` a batch is cancelled when its last call is, and not before."""
+    """With `abandon` a batch is cancelled with its last call, and not before."""
     sums = Sums()
     sums.gate = asyncio.Event()
     double: Batcher[int, int] = Batcher(sums, abandon=True)
@@ -308,7 +308,7 @@ async def test_a_batch_that_all_have_left_can_be_ended() -> None:
 
 @types.coroutine
 def go_on(first: Any, steps: Coroutine[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Do what is left of a coroutine that has been begun, and waits for something."""
+    """Finish a coroutine that has started and is waiting."""
     while True:
         yield first
         try:
@@ -320,7 +320,7 @@ def go_on(first: Any, steps: Coroutine[Any, Any, Any]) -> Generator[Any, Any, An
 def begin_at_once(
     loop: asyncio.AbstractEventLoop, steps: Any, **options: Any
 ) -> asyncio.Future[Any]:
-    """Take the first step of a task as it is made, as the eager tasks of Python 3.12 do."""
+    """Run the first step of a task at its creation, as eager tasks of Python 3.12 do."""
     try:
         first = steps.send(None)
     except StopIteration as end:
@@ -335,7 +335,7 @@ def begin_at_once(
 
 
 async def test_a_loop_that_begins_tasks_at_once_answers_as_well() -> None:
-    """A host may have chosen eager tasks: calls are answered, and share batches as ever."""
+    """With a host's eager tasks, calls are answered and share batches as before."""
     sums = Sums()
     double: Batcher[int, int] = Batcher(sums)
     loop = asyncio.get_running_loop()
@@ -347,7 +347,7 @@ async def test_a_loop_that_begins_tasks_at_once_answers_as_well() -> None:
 
 
 async def test_a_batch_is_in_nobodys_context() -> None:
-    """What a caller has set in a context variable is not taken for that of its neighbours."""
+    """A batch does not see the context variables of its callers."""
     tenant = ContextVar("tenant", default="nobody")
     seen: list[str] = []
 
@@ -369,7 +369,7 @@ async def test_a_batch_is_in_nobodys_context() -> None:
 
 
 async def test_answers_that_are_too_few_are_nobodys() -> None:
-    """If it cannot be told whose they are, every call of the batch fails, and none hangs."""
+    """With a wrong number of answers, every call of the batch fails and none hangs."""
 
     async def lose_one(items: list[int]) -> list[int]:
         return items[1:]
@@ -381,7 +381,7 @@ async def test_answers_that_are_too_few_are_nobodys() -> None:
 
 
 async def test_what_waits_behind_a_call_that_was_alone_is_waited_for() -> None:
-    """The end comes after every call, also if the first one asks for it with its answer."""
+    """`finish` waits for every call, even if the first one awaits it with its answer."""
     sums = Sums()
     sums.gate = asyncio.Event()
     double: Batcher[int, int] = Batcher(sums)
@@ -400,7 +400,7 @@ async def test_what_waits_behind_a_call_that_was_alone_is_waited_for() -> None:
 
 
 async def test_patience_can_be_endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `patient` no batch begins beside one that hangs, and who has left is not in the next."""
+    """With `patient` no batch starts beside a hanging one; cancelled calls are not in the next."""
     monkeypatch.setattr(batching, "PATIENCE", 0.0)
     sums = Sums()
     sums.gate = asyncio.Event()
@@ -419,7 +419,7 @@ async def test_patience_can_be_endless(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_an_older_batcher_does_not_hide_a_younger_one(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two runs of a key that end together leave the one that began with their answer in sight."""
+    """When two runs of a key end together, the run that their answer started stays known."""
     monkeypatch.setattr(batching, "PATIENCE", 0.0)
     source.gate(1, 2, 3)
     ask = Coalescer(source)

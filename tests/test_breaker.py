@@ -1,4 +1,4 @@
-"""A cache that fails, is slow or hangs is in nobody's way."""
+"""The circuit breaker hides a cache that fails, is slow or hangs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEY = "incidents:1:10:any:any"
 
 
 class FaultyCache(MemoryCache):
-    """A cache that fails or hangs when it is told to, and records what it is asked."""
+    """A cache that fails or hangs on demand, and records its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class FaultyCache(MemoryCache):
         return await super().get(key)
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Fail, hang, or keep the value."""
+        """Fail, hang, or store the value."""
         await self._reached("set")
         await super().set(key, value, ttl)
 
     async def clear(self) -> None:
-        """Fail, hang, or forget every value."""
+        """Fail, hang, or remove every value."""
         await self._reached("clear")
         await super().clear()
 
@@ -70,7 +70,7 @@ class Clock:
 
 @pytest.fixture
 def cache() -> FaultyCache:
-    """A cache that works until told otherwise."""
+    """A cache that works until a test changes it."""
     return FaultyCache()
 
 
@@ -82,12 +82,12 @@ def clock() -> Clock:
 
 @pytest.fixture
 def breaker(cache: FaultyCache, clock: Clock) -> CircuitBreaker:
-    """A breaker before that cache."""
+    """A breaker around that cache."""
     return CircuitBreaker(cache, clock=clock)
 
 
 async def test_a_cache_that_works_is_used(breaker: CircuitBreaker) -> None:
-    """What was kept comes back, and no more once a clear was asked for."""
+    """The breaker stores, returns and clears values."""
     await breaker.set(KEY, b"[]", 10)
     assert await breaker.get(KEY) == b"[]"
     await breaker.clear()
@@ -100,7 +100,7 @@ async def test_a_cache_that_works_is_used(breaker: CircuitBreaker) -> None:
 async def test_a_fault_is_never_the_callers(
     breaker: CircuitBreaker, cache: FaultyCache, call: str, fault: str
 ) -> None:
-    """A cache that fails or hangs makes no call fail, and none last longer than its timeout."""
+    """A cache that fails or hangs makes no call fail, or last longer than the timeout."""
     setattr(cache, fault, True)
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "get": lambda: breaker.get(KEY),
@@ -117,7 +117,7 @@ async def test_a_fault_is_never_the_callers(
 async def test_a_faulty_cache_is_left_alone_for_a_while(
     breaker: CircuitBreaker, cache: FaultyCache, clock: Clock
 ) -> None:
-    """After a failure no call reaches the cache until it is time to try again, then just one."""
+    """After a failure no call reaches the cache until the retry, which is a single call."""
     cache.fails = True
     await breaker.get(KEY)
     cache.calls.clear()
@@ -151,7 +151,7 @@ async def test_a_cache_that_comes_back_is_used_again(
 async def test_an_outage_is_logged_once(
     breaker: CircuitBreaker, cache: FaultyCache, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However many calls an outage meets, the log has one line for it and one for its end."""
+    """An outage is two lines in the log: its start and its end."""
     caplog.set_level("INFO", logger="incidentkit.cache")
     cache.fails = True
     for _ in range(5):
@@ -161,8 +161,14 @@ async def test_an_outage_is_logged_once(
     await breaker.get(KEY)
     await breaker.get(KEY)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "The cache is unavailable (ConnectionError), lists are read without it"),
-        ("INFO", "The cache is back"),
+        (
+            "WARNING",
+            (
+                "The cache is unavailable: FaultyCache failed with ConnectionError; "
+                "lists are read from the database"
+            ),
+        ),
+        ("INFO", "The cache is available again: FaultyCache"),
     ]
     assert "secret" not in caplog.text
 
@@ -170,7 +176,7 @@ async def test_an_outage_is_logged_once(
 async def test_ping_tells_whether_the_cache_answers(
     breaker: CircuitBreaker, cache: FaultyCache
 ) -> None:
-    """`ping` is the one call that raises: CacheUnavailable, without the driver's words."""
+    """`ping` raises CacheUnavailable, without the text of the driver's exception."""
     await breaker.ping()
     cache.fails = True
     with pytest.raises(CacheUnavailable) as caught:
@@ -179,7 +185,7 @@ async def test_ping_tells_whether_the_cache_answers(
 
 
 async def test_a_cancelled_call_is_no_fault(breaker: CircuitBreaker, cache: FaultyCache) -> None:
-    """A caller that gives up does not make the cache count as away."""
+    """A cancelled caller does not count as a failure of the cache."""
     cache.hangs = True
     reading = asyncio.ensure_future(breaker.get(KEY))
     await asyncio.sleep(0)
@@ -190,7 +196,7 @@ async def test_a_cancelled_call_is_no_fault(breaker: CircuitBreaker, cache: Faul
 
 
 class RaisingCache(MemoryCache):
-    """A cache that raises when it is called, rather than when it is awaited, or cancels itself."""
+    """A cache that raises when it is called, not when it is awaited, or cancels itself."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
@@ -207,7 +213,7 @@ class RaisingCache(MemoryCache):
 
 @pytest.mark.parametrize("value", ["[]", 1, {}])
 async def test_what_is_no_bytes_is_a_miss(value: Any) -> None:
-    """A cache of one's own that returns something else has nothing."""
+    """An application's cache that returns another type has a miss."""
 
     class OddCache(MemoryCache):
         async def get(self, key: str) -> Any:  # noqa: ARG002
@@ -218,7 +224,7 @@ async def test_what_is_no_bytes_is_a_miss(value: Any) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError(), asyncio.CancelledError()])
 async def test_no_error_of_a_cache_is_the_callers(error: BaseException) -> None:
-    """Whatever a cache raises, also when it is only called, is a failure of the cache."""
+    """Every exception of a cache, even from the call itself, is a failure of the cache."""
     breaker = CircuitBreaker(RaisingCache(error))
     assert await breaker.get(KEY) is None
     assert not breaker.available

@@ -1,4 +1,4 @@
-"""What every cache does, and what the one in Redis does to a Redis that others share."""
+"""The behaviour of every cache, and of the Redis cache in a Redis that others share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHARED = ("redis_url", "redis_cluster_url", "redis_sentinel_url")
 FAILURES = (RedisError, RedisClusterException)
 
 SOON = 2
-"""Seconds: far above what a call may take, and far below what redis-py takes by itself."""
+"""Seconds: far above the time limit of a call, and far below redis-py's own."""
 
 
 @asynccontextmanager
@@ -72,14 +72,14 @@ async def shared(shared_url: str) -> AsyncIterator[RedisCache]:
 
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    """A plain client of the Redis that the cache uses, too."""
+    """A plain client of the Redis that the cache uses."""
     async with Redis.from_url(redis_url) as redis:
         yield redis
 
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[bytes, ...]]]:
-    """Every write to a Redis from now on, as the commands in it."""
+    """Every write to a Redis from now on, as a list of its commands."""
     writes: list[list[tuple[bytes, ...]]] = []
     send = AbstractConnection.send_packed_command
 
@@ -107,7 +107,7 @@ def _own_cluster() -> Iterator[servers.RedisCluster]:
 
 @pytest.fixture
 def own_cluster(_own_cluster: servers.RedisCluster) -> servers.RedisCluster:
-    """A cluster for the tests that harm one."""
+    """A cluster for the tests that damage one."""
     _own_cluster.mend()
     for node in _own_cluster.servers:
         with node.client() as client:
@@ -116,7 +116,7 @@ def own_cluster(_own_cluster: servers.RedisCluster) -> servers.RedisCluster:
 
 
 def key_on(node: servers.RedisServer) -> str:
-    """Return the name of a page that the node of a cluster holds, or would hold."""
+    """Return the name of a page that belongs to this node of a cluster."""
     with node.client() as client:
         for page in range(1000):
             key = f"incidents:{page}:10:any:any"
@@ -127,7 +127,7 @@ def key_on(node: servers.RedisServer) -> str:
 
 
 def move(key: str, nodes: list[servers.RedisServer], target: servers.RedisServer) -> None:
-    """Let another node of a cluster hold the pages of the key's slot, of which there are none."""
+    """Move the key's empty slot to another node of the cluster."""
     with target.client() as client:
         target_id = client.execute_command("CLUSTER MYID")
     for node in nodes:
@@ -136,7 +136,7 @@ def move(key: str, nodes: list[servers.RedisServer], target: servers.RedisServer
 
 
 def text(names: Iterable[bytes | str]) -> set[str]:
-    """Return names as they were given."""
+    """Return names unchanged."""
     return {name if isinstance(name, str) else name.decode() for name in names}
 
 
@@ -163,7 +163,7 @@ async def works(cache: IncidentCache, key: str, value: bytes) -> None:
 
 
 async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
-    """Wait until what is awaited neither fails nor takes long, or raise what it last raised."""
+    """Wait until the call succeeds quickly, or raise its last error."""
     deadline = time.monotonic() + 30
     while True:
         started = time.monotonic()
@@ -179,7 +179,7 @@ async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
 
 
 async def test_a_value_is_kept_as_it_is(cache: IncidentCache) -> None:
-    """What was set comes back byte for byte, also if it is empty, and a later value replaces it."""
+    """A value comes back byte for byte, even an empty one, and a later value replaces it."""
     for value in (b"[]", b"", b"\x00\xff", b"x" * 1_000_000):
         await cache.set(KEY, value, TTL)
         assert await cache.get(KEY) == value
@@ -189,7 +189,7 @@ async def test_a_value_is_kept_as_it_is(cache: IncidentCache) -> None:
 async def test_a_clear_forgets_everything(
     cache: IncidentCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a clear nothing that was set comes back, and new values are kept again."""
+    """A clear removes every value, and new values are kept again."""
     monkeypatch.setattr("incidentkit.cache.redis.BATCH", 10)
     for number in (9, 10, 11, 25):
         pages = [f"incidents:{page}:10:any:any" for page in range(number)]
@@ -203,20 +203,20 @@ async def test_a_clear_forgets_everything(
 
 
 async def test_an_empty_cache_can_be_cleared(cache: IncidentCache) -> None:
-    """A clear with nothing to forget is no error."""
+    """Clearing an empty cache is not an error."""
     await cache.clear()
     await cache.clear()
 
 
 async def test_a_cache_answers_a_ping_and_closes_twice(cache: IncidentCache) -> None:
-    """A cache that works raises nothing when pinged, nor when closed again."""
+    """Pinging a working cache, and closing it twice, raises nothing."""
     await cache.ping()
     await cache.close()
     await cache.close()
 
 
 async def test_memory_is_bounded() -> None:
-    """The cache in the process never holds more than its bytes; what was least used goes first."""
+    """The cache in the process respects its size; the least recently used value goes first."""
     cache = MemoryCache(max_bytes=10_000)
     await cache.set("a", b"x" * 4_000, TTL)
     await cache.set("b", b"x" * 4_000, TTL)
@@ -230,7 +230,7 @@ async def test_memory_is_bounded() -> None:
 
 
 async def test_memory_is_bounded_in_pages_that_are_empty() -> None:
-    """However small the pages are, what keeping them costs counts."""
+    """The fixed cost of an entry limits the number of empty pages."""
     cache = MemoryCache(max_bytes=100_000)
     for page in range(1000):
         await cache.set(f"incidents:{page}:10:any:any", b"[]", TTL)
@@ -239,7 +239,7 @@ async def test_memory_is_bounded_in_pages_that_are_empty() -> None:
 
 
 async def test_memory_forgets_what_is_too_old() -> None:
-    """A value in the process is gone once its seconds have passed."""
+    """A value in the process expires after its seconds."""
     now = 0.0
     cache = MemoryCache(clock=lambda: now)
     await cache.set(KEY, b"[]", 10)
@@ -281,7 +281,7 @@ async def test_redis_holds_the_documented_keys(
 async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
     redis_url: str, redis: Redis, sqlite_url: str
 ) -> None:
-    """After a create or a status change no page is left, and foreign keys are untouched."""
+    """A create or a status change removes every page, and no other key."""
     await redis.set("incidents-of-others", b"1")
     await redis.set("incidents:foreign:key", b"2")
     async with IncidentClient.open(sqlite_url, redis_url) as incidents:
@@ -307,7 +307,7 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
 async def test_each_call_of_a_client_is_so_many_commands(
     redis_url: str, sqlite_url: str, sent: list[list[tuple[bytes, ...]]]
 ) -> None:
-    """A list asks Redis once, unless the page is at hand; a write removes; no other call asks."""
+    """A list asks Redis at most once, a write clears it, and no other call uses it."""
     fill = [b"EXPIRE", b"SADD", b"SCARD", b"SET"]
     async with (
         IncidentClient.open(sqlite_url, redis_url) as incidents,
@@ -341,7 +341,7 @@ async def test_a_call_is_a_few_commands_of_one_key_at_once(
     sent: list[list[tuple[bytes, ...]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A read is one write to Redis, a fill is one to each node, and what is removed costs two."""
+    """A read takes one round trip, a fill one for each node, and a removal two."""
     key, other, index = KEY.encode(), OTHER.encode(), INDEX_KEY.encode()
     cluster = isinstance(shared._redis, RedisCluster)
     nodes = 3 if cluster else 1
@@ -381,7 +381,7 @@ async def test_a_call_is_a_few_commands_of_one_key_at_once(
 async def test_what_others_keep_costs_nothing_and_stays(
     shared: RedisCache, sent: list[list[tuple[bytes, ...]]]
 ) -> None:
-    """The commands of a clear do not grow with foreign keys, which it leaves alone."""
+    """A clear leaves other keys alone, and their number does not change its commands."""
     foreign = {f"incidents:foreign:{number}" for number in range(100)}
     sizes = []
     for _ in range(2):
@@ -396,7 +396,7 @@ async def test_what_others_keep_costs_nothing_and_stays(
 
 
 async def test_whatever_stands_under_a_name_of_ours_makes_way(shared: RedisCache) -> None:
-    """A value of another type is a miss where a page is, and an error only once where names are."""
+    """A key of another type is a miss as a page, and a single error as the index."""
     await shared._redis.lpush(KEY, "not a string")
     assert await shared.get(KEY) is None
     await works(shared, KEY, b"[]")
@@ -420,7 +420,7 @@ async def test_the_index_does_not_outlive_its_pages(shared: RedisCache) -> None:
 async def test_redis_holds_a_bounded_number_of_pages(
     shared: RedisCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of too many pages any one goes, also the newest, and those that stay can be replaced."""
+    """Above the maximum a random page goes, even the newest; the others can be replaced."""
     monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 3)
     pages = {f"incidents:{page}:10:any:any" for page in range(5)}
     kept = set()
@@ -439,7 +439,7 @@ async def test_redis_holds_a_bounded_number_of_pages(
 async def test_a_set_removes_a_bounded_number_of_pages(
     shared: RedisCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many names stand in the index, a call removes no more than so many at a time."""
+    """A call removes at most one batch of pages, however long the index is."""
     for page in range(10):
         await shared.set(f"incidents:{page}:10:any:any", b"[]", TTL)
     monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 3)
@@ -452,7 +452,7 @@ async def test_a_set_removes_a_bounded_number_of_pages(
 async def test_a_client_of_ones_own_stays_open(
     kind: type[Redis | RedisCluster], request: pytest.FixtureRequest
 ) -> None:
-    """A Redis client that was handed over is used, and not closed with the cache."""
+    """An application's Redis client stays open when the cache is closed."""
     url = request.getfixturevalue("redis_url" if kind is Redis else "redis_cluster_url")
     async with kind.from_url(url.replace("redis+cluster", "redis").partition(",")[0]) as redis:
         cache = RedisCache(redis)
@@ -462,14 +462,31 @@ async def test_a_client_of_ones_own_stays_open(
         assert await redis.client_id() == connection
 
 
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("redis://cache", "cache"),
+        ("rediss://ann:hunter2@cache:6390/15?socket_timeout=1", "cache:6390/15"),
+        ("redis://[::1]:6379/0", "[::1]:6379/0"),
+        ("redis+cluster://:hunter2@a:1,[::1]:2", "a:1,[::1]:2"),
+        ("redis+sentinel://:hunter2@a:1,b:2/main/3?sentinel_password=hunter2", "a:1,b:2/main/3"),
+        ("unix:///run/redis.sock?password=hunter2", "/run/redis.sock"),
+        ("unix://:hunter/2@/run/redis.sock", "/run/redis.sock"),
+    ],
+)
+def test_messages_name_the_servers_without_the_account(url: str, place: str) -> None:
+    """The place of a cache has hosts, ports and database, and no user, password or parameter."""
+    assert RedisCache.from_url(url).place == f"Redis at {place}"
+
+
 async def test_many_calls_share_a_few_connections(shared_url: str) -> None:
-    """Many concurrent calls travel together, and all succeed."""
+    """Many concurrent calls share round trips, and all succeed."""
     async with opened(f"{shared_url}?client_name=many") as cache:
         await cache.set(KEY, b"[]", TTL)
         values = await asyncio.gather(*(cache.get(KEY) for _ in range(200)))
         assert values == [b"[]"] * 200
         await asyncio.gather(*(cache.set(f"incidents:{n}:10:any:any", b"", 9) for n in range(50)))
-        # One node of a cluster has one more, on which it was asked for the others.
+        # The cluster has one connection more to one node: the one for discovery.
         assert max(await connections(cache._redis, "many")) <= 3
 
 
@@ -482,7 +499,7 @@ async def test_many_calls_share_a_few_connections(shared_url: str) -> None:
     ],
 )
 async def test_a_redis_that_is_away_is_an_error_at_once(url: str) -> None:
-    """Every call on a Redis that nobody reaches raises, and does not wait for it."""
+    """Every call on an unreachable Redis raises without waiting."""
     started = time.monotonic()
     async with opened(url) as cache:
         for call in (cache.ping(), cache.get(KEY), cache.set(KEY, b"[]", TTL), cache.clear()):
@@ -495,7 +512,7 @@ async def test_a_redis_that_is_away_is_an_error_at_once(url: str) -> None:
 async def test_a_node_of_a_cluster_that_is_away_costs_its_own_pages_only(
     own_cluster: servers.RedisCluster, harm: str
 ) -> None:
-    """A dead or hanging node makes calls on it fail in time, others go on, and it may come back."""
+    """Calls on a dead or hanging node fail in time, others succeed, and the node recovers."""
     away, *others = own_cluster.servers
     lost, *kept = map(key_on, (away, *others))
     async with opened(own_cluster.url) as cache, opened(own_cluster.url) as new:
@@ -517,7 +534,7 @@ async def test_a_node_of_a_cluster_that_is_away_costs_its_own_pages_only(
 
 
 async def test_slots_of_a_cluster_may_move(own_cluster: servers.RedisCluster) -> None:
-    """Pages of slots that another node has taken over are kept and read there."""
+    """Pages of a slot that moved to another node are kept and read there."""
     origin, _, target = own_cluster.servers
     async with opened(own_cluster.url) as cache:
         for _ in range(8):
@@ -531,7 +548,7 @@ async def test_slots_of_a_cluster_may_move(own_cluster: servers.RedisCluster) ->
 
 
 async def test_slots_of_a_dead_node_may_be_taken_over(own_cluster: servers.RedisCluster) -> None:
-    """Once another node has the slots of one that died, their pages are kept and read there."""
+    """Once another node has the slots of a dead one, their pages are kept and read there."""
     dead, *others = own_cluster.servers
     key = key_on(dead)
     async with opened(own_cluster.url) as cache:
@@ -546,7 +563,7 @@ async def test_slots_of_a_dead_node_may_be_taken_over(own_cluster: servers.Redis
 async def test_a_cluster_may_move_to_other_addresses(
     own_cluster: servers.RedisCluster, redis_cluster_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When no node is left where it was, the hosts of the URL are asked again."""
+    """When all nodes have moved, the cache asks the hosts of the URL again."""
     monkeypatch.setattr("incidentkit.cache.redis.SOCKET_TIMEOUT", 0.25)
     ports = [own_cluster.servers[0].port, int(redis_cluster_url.rpartition(":")[2])]
     arguments = Connection._connection_arguments
@@ -566,7 +583,7 @@ async def test_a_cluster_may_move_to_other_addresses(
 
 
 async def test_no_connection_is_left_after_a_failure(own_cluster: servers.RedisCluster) -> None:
-    """A cache that is closed after a call was sent on to a node that hangs leaves nothing open."""
+    """Closing the cache after a redirect to a hanging node leaves no connection open."""
     origin, hung, other = own_cluster.servers
     key = key_on(origin)
     async with RedisCluster(servers.HOST, other.port) as redis:
@@ -585,7 +602,7 @@ async def test_no_connection_is_left_after_a_failure(own_cluster: servers.RedisC
 
 
 async def test_the_successor_of_a_dead_master_is_found() -> None:
-    """Once Sentinel has replaced a master that died, pages are kept by its successor."""
+    """Once Sentinel has replaced a dead master, pages are kept in its successor."""
     with servers.RedisSentinel(down_after=1) as behind:
         url = behind.url.replace("://", "://127.0.0.1:1,")
         async with opened(url) as cache, opened(url) as new:
@@ -600,7 +617,7 @@ async def test_the_successor_of_a_dead_master_is_found() -> None:
 
 
 def unopened(redis: Redis | RedisCluster) -> tuple[Connection, list[Connection]]:
-    """Return a connection for pages, and those on which it is asked where pages are kept."""
+    """Return a connection for pages, and the connections for discovery."""
     if isinstance(redis, RedisCluster):
         asked = [node.acquire_connection() for node in redis.startup_nodes]
         return asked[0], asked
@@ -625,7 +642,7 @@ def unopened(redis: Redis | RedisCluster) -> tuple[Connection, list[Connection]]
     ],
 )
 def test_every_host_of_a_url_is_asked(url: str, hosts: list[tuple[str, int]]) -> None:
-    """The servers are looked for on each host, at the usual port where the URL has none."""
+    """Discovery asks each host of the URL, by default at the usual port."""
     _, asked = unopened(cache_from_url(url)._redis)
     assert [(each.host, each.port) for each in asked] == hosts
 
@@ -646,7 +663,7 @@ def test_every_host_of_a_url_is_asked(url: str, hosts: list[tuple[str, int]]) ->
 def test_urls_have_accounts_databases_and_parameters(
     tls: bool, url: str, database: int, account: tuple[str | None, str | None]
 ) -> None:
-    """Account and database are the servers', Sentinels may have an account, the rest is for all."""
+    """Account and database are the server's, Sentinels have their own, the rest is shared."""
     url = ("rediss" if tls else "redis") + url + "&client_name=x" + "&ssl_cert_reqs=none" * tls
     redis = cache_from_url(url)._redis
     connection, (asked,) = unopened(redis)
@@ -701,7 +718,7 @@ def test_urls_have_accounts_databases_and_parameters(
 )
 @pytest.mark.parametrize("build", [cache_from_url, RedisCache.from_url])
 def test_other_urls_are_refused(build: Callable[[str], RedisCache], url: str) -> None:
-    """A URL of which a part means nothing is a typed error that does not repeat it."""
+    """A URL with a meaningless part is a typed error that does not show it."""
     with pytest.raises(InvalidSettings) as caught:
         build(url)
     assert caught.value.name == "redis_url"
@@ -712,7 +729,7 @@ def test_other_urls_are_refused(build: Callable[[str], RedisCache], url: str) ->
 
 @pytest.mark.parametrize("name", ["redis_url", "redis_cluster_url", "redis_sentinel_url"])
 def test_a_closed_cache_serves_on_another_loop(request: pytest.FixtureRequest, name: str) -> None:
-    """A cache that many have waited for can be closed, and used on one loop after another."""
+    """A cache under load can be closed, and used on one event loop after another."""
     cache = cache_from_url(request.getfixturevalue(name))
 
     async def use() -> None:
@@ -727,7 +744,7 @@ def test_a_closed_cache_serves_on_another_loop(request: pytest.FixtureRequest, n
 
 
 async def test_a_client_that_decodes_its_answers_serves(redis_url: str) -> None:
-    """A Redis client of one's own that returns texts keeps values as one that returns bytes."""
+    """An application's Redis client that decodes answers works as well."""
     async with Redis.from_url(redis_url, decode_responses=True) as redis:
         cache = RedisCache(redis)
         await cache.set(KEY, '["é"]'.encode(), TTL)

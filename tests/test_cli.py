@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import click
 import httpx
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
@@ -30,7 +31,7 @@ from hypothesis import strategies as st
 
 from incidentkit import __version__
 from incidentkit.cli import main
-from incidentkit.cli.server import LineFormatter
+from incidentkit.cli.log import LineFormatter
 from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
@@ -40,9 +41,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REDIS_AWAY = (
-    "Error: The cache is unavailable: it failed, and INCIDENTKIT_REDIS_REQUIRED forbids going on "
-    "without it"
+    "Error: The cache is unavailable: Redis at 127.0.0.1:{port}/0 failed with ConnectionError: "
+    "start it, or unset INCIDENTKIT_REDIS_REQUIRED"
 )
+NO_SCHEMA = "The database has no incidentkit schema yet: run `incidentkit db upgrade`.\n"
 DISK_FULL = ("create", "Disk is full on db-1", "--source", "monitoring")
 
 texts = st.text(st.characters(exclude_categories=()))
@@ -102,7 +104,7 @@ def test_what_a_terminal_would_obey_is_shown_as_an_escape(text: str, shown: str)
 
 @given(texts)
 def test_harmless_text_is_one_line_without_controls(text: str) -> None:
-    """Whatever the text, nothing is left in it that a terminal would not just print."""
+    """Harmless text is one line without control, format or separator characters."""
     shown = harmless(text)
     assert not {unicodedata.category(character) for character in shown} & {
         *("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -113,7 +115,7 @@ def test_harmless_text_is_one_line_without_controls(text: str) -> None:
 
 @given(texts.map(harmless), st.integers(len(ELLIPSIS), 30))
 def test_shortened_text_fits(text: str, columns: int) -> None:
-    """A text that is too wide keeps as much of its start as there is room for."""
+    """A text that is too wide is cut at its end, as late as possible."""
     shown = shorten(text, columns)
     assert width(shown) <= columns
     assert shown == text or text.startswith(shown.removesuffix(ELLIPSIS))
@@ -121,7 +123,7 @@ def test_shortened_text_fits(text: str, columns: int) -> None:
 
 
 def test_wide_characters_take_two_columns_and_accents_none() -> None:
-    """The width is what a terminal takes, not the number of code points."""
+    """The width counts terminal columns, not code points."""
     assert width("日本") == 4
     assert width("e\u0301") == 1
     assert shorten("日本語日本語", 10) == "日本語..."
@@ -131,7 +133,7 @@ def test_wide_characters_take_two_columns_and_accents_none() -> None:
 
 
 def test_create_shows_the_incident() -> None:
-    """A new incident is shown with the id and the time that the database gave it."""
+    """A new incident is shown with the id and the time from the database."""
     lines = dict(re.split(r" {2,}", line) for line in output(*DISK_FULL).splitlines())
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", lines.pop("created_at"))
     assert lines.pop("last_seen_at").endswith(" UTC")
@@ -204,7 +206,7 @@ def test_list_is_filtered_and_paged() -> None:
 
 
 def test_an_empty_list_prints_nothing_but_says_so() -> None:
-    """For people there is a word on stderr, for programs an empty array."""
+    """An empty list is a message on stderr for people, and an empty array for programs."""
     result = run("list")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "No incidents.\n")
     assert output("list", "--json") == "[]\n"
@@ -217,14 +219,14 @@ def test_a_dash_reads_the_message_from_stdin() -> None:
 
 
 def test_stdin_that_is_not_utf8_is_refused() -> None:
-    """Bytes that are no text are bad usage."""
+    """A message that is not UTF-8 is a usage error."""
     result = run("create", "-", "--source", "operator", stdin=b"caf\xe9 au lait")
     assert result.exit_code == 2
     assert "stdin is not UTF-8" in result.stderr
 
 
 def test_stdin_that_is_closed_is_refused() -> None:
-    """A dash without a stdin is bad usage."""
+    """A dash without a stdin is a usage error."""
     command = f"{sys.executable} -m incidentkit create - --source operator <&-"
     ended = subprocess.run(["/bin/sh", "-c", command], check=False, capture_output=True, text=True)
     assert ended.returncode == 2
@@ -246,13 +248,13 @@ def test_redis_is_told_of_what_the_command_line_changes(redis_url: str, sqlite_u
 
 
 def test_a_missing_incident_is_a_failure() -> None:
-    """Reading or changing an incident that is not there exits with 1 and one line."""
+    """Reading or changing a missing incident exits with 1 and one line."""
     assert errors("get", "7", exit_code=1) == ["Error: Incident 7 not found"]
     assert errors("update-status", "7", "failed", exit_code=1) == ["Error: Incident 7 not found"]
 
 
 def test_every_faulty_field_is_named() -> None:
-    """What is not valid exits with 2 and one line for each fault."""
+    """Invalid values exit with 2 and one line for each field."""
     lines = errors("create", "hi", "--source", "me", "--incident-type", "old", exit_code=2)
     assert [line.split()[1] for line in lines] == ["incident_message", "source", "incident_type"]
     lines = errors("list", "--page", "0", "--limit", "1001", "--status", "x", exit_code=2)
@@ -279,7 +281,7 @@ def test_every_faulty_field_is_named() -> None:
     ],
 )
 def test_bad_usage_points_at_the_help(arguments: list[str]) -> None:
-    """What is not a command, an option or a number exits with 2 and names the help."""
+    """An unknown command or option, or an invalid number, exits with 2 and names the help."""
     lines = errors(*arguments, exit_code=2)
     assert lines[0].startswith("Usage: incidentkit")
     assert "--help" in lines[1]
@@ -298,7 +300,7 @@ def test_bad_usage_points_at_the_help(arguments: list[str]) -> None:
 def test_a_bad_setting_is_named_without_its_value(
     variable: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A setting that cannot be used exits with 2, and its value, maybe a secret, is not told."""
+    """An invalid setting exits with 2, and its value, which may be a secret, is not shown."""
     monkeypatch.setenv(variable, value)
     (line,) = errors("list", exit_code=2)
     assert named in line
@@ -306,14 +308,14 @@ def test_a_bad_setting_is_named_without_its_value(
 
 
 def test_a_bad_setting_of_an_option_names_the_option() -> None:
-    """Who gave the option is told its name."""
+    """An error in the value of an option names the option."""
     (line,) = errors("list", "--database-url", "mysql://secret", exit_code=2)
     assert line.startswith("Error: --database-url")
     assert "secret" not in line
 
 
 def test_settings_come_from_a_file_too(tmp_path: Path) -> None:
-    """A `.env` in the current folder is read, and one that cannot be is named."""
+    """A `.env` in the current folder is read; an unreadable one is an error that names it."""
     file = tmp_path / ".env"
     file.write_text("DB_POOL_SIZE=0")
     (line,) = errors("list", exit_code=2)
@@ -325,7 +327,7 @@ def test_settings_come_from_a_file_too(tmp_path: Path) -> None:
 def test_an_option_replaces_what_the_environment_names(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Redis that is required may be the option's, and a variable that it replaces be faulty."""
+    """An option satisfies INCIDENTKIT_REDIS_REQUIRED, and replaces a faulty variable."""
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
     monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", "mysql://db")
     database = ("--database-url", "sqlite+aiosqlite:///option.db")
@@ -336,7 +338,7 @@ def test_an_option_replaces_what_the_environment_names(
 
 @pytest.mark.parametrize("option", ["--database-url", "--redis-url"])
 def test_an_empty_option_is_refused(option: str) -> None:
-    """An option whose value a shell lost does not mean another database."""
+    """An empty option is an error: it does not select the default database."""
     (line,) = errors("list", option, " ", exit_code=2)
     assert line.startswith(f"Error: {option}")
     assert line.endswith(" is empty")
@@ -344,7 +346,7 @@ def test_an_empty_option_is_refused(option: str) -> None:
 
 @pytest.mark.parametrize("command", [("list",), ("db", "current"), ("serve", "--port", "0")])
 def test_a_database_that_is_away_is_one_line(command: tuple[str, ...], unused_port: int) -> None:
-    """The database's being away exits with 1, without a traceback and without its URL."""
+    """An unreachable database exits with 1 and one line, without a traceback or its URL."""
     url = f"postgresql://user:secret@127.0.0.1:{unused_port}/incidents"
     line = "Error: The database is unavailable: the connection was refused or lost\n"
     assert outcome(start(*command, "--database-url", url)) == (1, "", line)
@@ -357,7 +359,7 @@ def test_a_redis_that_is_required_and_away_is_one_line(
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
     url = f"redis://:secret@127.0.0.1:{unused_port}/0"
     (line,) = errors("list", "--redis-url", url, exit_code=1)
-    assert line == REDIS_AWAY
+    assert line == REDIS_AWAY.format(port=unused_port)
 
 
 # Schema
@@ -399,7 +401,7 @@ def test_a_command_can_be_repeated() -> None:
 
 
 def test_a_change_that_is_not_allowed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version, and a change that the transitions lack, are told in one line."""
+    """Another version, or a change that the transitions do not allow, is an error of one line."""
     output(*DISK_FULL)
     expected = ("update-status", "1", "failed", "--expected-version", "2")
     assert errors(*expected, exit_code=1) == ["Error: Incident 1 has moved on: it is at version 1"]
@@ -411,7 +413,7 @@ def test_a_change_that_is_not_allowed_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_search_shows_a_page_and_how_to_go_on() -> None:
-    """`search` takes filters several times, and tells the total and the next page on stderr."""
+    """`search` takes several filters, and writes the total and the next cursor to stderr."""
     for source in ("monitoring", "partner", "operator"):
         output("create", f"Disk of {source} is full", "--source", source)
     arguments = ("search", "--text", "DISK", "--source", "partner", "--source", "operator")
@@ -440,29 +442,29 @@ def test_search_shows_a_page_and_how_to_go_on() -> None:
     ],
 )
 def test_a_faulty_search_says_what_it_should_be(arguments: tuple[str, str], line: str) -> None:
-    """A value that breaks a rule is one line, and a usage error."""
+    """A value that breaks a rule is a usage error of one line."""
     assert errors("search", *arguments, exit_code=2) == [line]
 
 
 def test_a_faulty_time_is_refused() -> None:
-    """A time is one of ISO 8601."""
+    """A time that is not in ISO 8601 is a usage error."""
     result = run("search", "--created-after", "yesterday")
     assert result.exit_code == 2
     assert "must be a time such as 2026-11-23" in result.stderr
 
 
 def test_watch_takes_one_place_to_begin() -> None:
-    """A cursor and the start exclude each other, and a foreign cursor is refused."""
+    """`--after` and `--from-start` exclude each other, and a foreign cursor is an error."""
     result = run("watch", "--from-start", "--after", "latest")
     assert result.exit_code == 2
     foreign = encode_cursor(1, 2, 3, 4)
     assert errors("watch", "--after", foreign, exit_code=1) == [
-        "Error: The cursor is not one of this database"
+        "Error: The cursor is unknown in this database: start again without a cursor"
     ]
 
 
 def test_purge_removes_what_ended_long_ago() -> None:
-    """`purge` tells how many it removed, and takes an age with its unit."""
+    """`purge` takes an age with its unit, and shows the number of removed incidents."""
     output(*DISK_FULL)
     output("update-status", "1", "failed")
     result = run("purge", "--older-than", "90d")
@@ -486,9 +488,9 @@ def test_an_age_without_a_unit_is_refused(age: str) -> None:
 
 
 def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> None:
-    """An empty database says what to run, is upgraded, and can be taken down again."""
+    """An error names the command for an empty database, which is upgraded and downgraded."""
     database = ("--database-url", empty_postgres_url)
-    assert "Nothing" in output("db", "current", *database)
+    assert output("db", "current", *database) == NO_SCHEMA
     for command in (["db", "check"], ["list"], ["serve", "--port", "0"]):
         exit_code, _, err = outcome(start(*command, *database))
         assert exit_code == 1
@@ -508,11 +510,11 @@ def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> No
 
 
 def test_db_works_on_sqlite(sqlite_url: str) -> None:
-    """The same commands serve SQLite."""
+    """The same commands work on SQLite."""
     database = ("--database-url", sqlite_url)
     assert output("db", "upgrade", *database) == f"{SCHEMA_REVISION} (head)\n"
-    assert "Nothing" in output("db", "downgrade", "base", "--yes", *database)
-    assert "Nothing" in output("db", "downgrade", "base", *database)
+    assert output("db", "downgrade", "base", "--yes", *database) == NO_SCHEMA
+    assert output("db", "downgrade", "base", *database) == NO_SCHEMA
 
 
 @pytest.mark.parametrize(
@@ -535,8 +537,8 @@ def test_db_does_not_remove_incidents_unasked(sqlite_url: str, at: str, revision
         output("db", "downgrade", at, *database)
     (line,) = errors("db", "downgrade", revision, *database, exit_code=2)
     assert line == (
-        f"Error: {revision} removes the table of incidents with all its rows: "
-        "add --yes if that is meant"
+        f"Error: a downgrade to {revision} drops the incident table with all its rows: "
+        "add --yes to confirm"
     )
     output("db", "upgrade", *database)
     assert len(json.loads(output("list", "--json", *database))) == 1
@@ -544,7 +546,7 @@ def test_db_does_not_remove_incidents_unasked(sqlite_url: str, at: str, revision
 
 @pytest.mark.parametrize("answer", [b"y", b"n"])
 def test_db_asks_on_a_terminal_before_it_removes_incidents(answer: bytes, sqlite_url: str) -> None:
-    """Who sits before a terminal is asked, and only a yes removes the table."""
+    """On a terminal a downgrade asks for confirmation, and only a yes drops the table."""
     database = ("--database-url", sqlite_url)
     output(*DISK_FULL, *database)
     keyboard, terminal = pty.openpty()
@@ -556,13 +558,13 @@ def test_db_asks_on_a_terminal_before_it_removes_incidents(answer: bytes, sqlite
         _, err = program.communicate(timeout=DEADLINE)
     os.close(terminal)
     os.close(keyboard)
-    assert b"removes the table of incidents with all its rows. Go on?" in err
-    removed = "Nothing" in output("db", "current", *database)
+    assert b"drops the incident table with all its rows. Continue?" in err
+    removed = output("db", "current", *database) == NO_SCHEMA
     assert (program.returncode == 0) is removed is (answer == b"y")
 
 
 def test_an_unknown_revision_is_bad_usage(sqlite_url: str) -> None:
-    """A revision that is not there exits with 2."""
+    """An unknown revision exits with 2."""
     for command in ("upgrade", "downgrade"):
         (line,) = errors("db", command, "nonsense", "--database-url", sqlite_url, exit_code=2)
         assert "revision cannot be reached" in line
@@ -580,7 +582,7 @@ def _commands(group: click.Group, *path: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("command", [[], *_commands(main)])
 def test_every_command_has_help(command: list[str]) -> None:
-    """The help says what the command and each of its options does."""
+    """The help describes the command and each of its options."""
     text = output(*command, "--help")
     assert text == output(*command, "-h")
     usage = " ".join(["incidentkit", *command])
@@ -594,21 +596,42 @@ def test_the_version_is_the_package_s() -> None:
     assert output("--version") == f"incidentkit {__version__}\n"
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_does_not_wait_for_what_it_does_not_need(option: str) -> None:
-    """Neither a database library nor a server is imported to print a help or a version."""
+def loaded_by(*arguments: str) -> set[str]:
+    """Return the modules that a command of its own process loads."""
     program = f"""
 import sys
 from incidentkit.cli import main
 try:
-    main([{option!r}])
+    main({arguments!r})
 finally:
     print(*sorted(sys.modules), file=sys.stderr)
 """
     ended = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    imported = set(ended.stderr.decode().split())
-    assert "incidentkit.cli" in imported
-    assert not imported & {"sqlalchemy", "alembic", "asyncpg", "starlette", "uvicorn", "redis"}
+    return set(ended.stderr.decode().split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["create", "--help"], ["serve", "--help"], ["db", "--help"]],
+)
+def test_help_loads_no_driver_and_no_server(arguments: list[str]) -> None:
+    """A help or a version is printed without a database library, a cache or a server."""
+    loaded = loaded_by(*arguments)
+    assert "incidentkit.cli" in loaded
+    assert not loaded & {"sqlalchemy", "alembic", "asyncpg", "starlette", "uvicorn", "redis"}
+
+
+@pytest.mark.parametrize("arguments", [DISK_FULL, ("list",), ("db", "current")])
+def test_only_serve_loads_the_server(arguments: tuple[str, ...]) -> None:
+    """No command but `serve` loads Uvicorn or Starlette."""
+    assert not loaded_by(*arguments) & {"starlette", "uvicorn"}
+
+
+def test_help_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The help of `serve` is shown without the packages of the server."""
+    for package in ("starlette", "uvicorn"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert "--workers" in output("serve", "--help")
 
 
 # Streams and signals
@@ -632,7 +655,7 @@ def _lines_on_a_terminal(columns: int, *arguments: str) -> list[str]:
 
 
 def test_messages_are_shortened_for_a_terminal_only() -> None:
-    """A line is no wider than the terminal; a pipe, `get` and JSON have the message in full."""
+    """`list` fits the width of a terminal; a pipe, `get` and JSON have the message in full."""
     message = "Platte voll 日本語 " * 20
     output("create", message, "--source", "operator")
     head, line = _lines_on_a_terminal(100, "list")
@@ -647,7 +670,7 @@ def test_messages_are_shortened_for_a_terminal_only() -> None:
 
 
 def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream whose encoding lacks a character gets its escape, and JSON is UTF-8 all the same."""
+    """A character that the encoding of stdout lacks is escaped; JSON is always UTF-8."""
     output("create", "日本 €uro", "--source", "operator")
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
     for arguments, shown in [(["list"], r"\u65e5\u672c \u20acuro"), (["list", "--json"], "日本")]:
@@ -661,7 +684,7 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
 
 @contextmanager
 def watching(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `incidentkit watch`; an interrupt has to end it with 130, and without a word."""
+    """Run `incidentkit watch`; an interrupt must end it with 130 and without output."""
     with start("watch", *arguments) as program:
         try:
             yield program
@@ -678,7 +701,7 @@ def line_of(program: subprocess.Popen[bytes]) -> str:
 
 
 def test_watch_shows_a_change_on_a_line_that_no_terminal_obeys() -> None:
-    """Whatever an actor is called and a note says, a change is one line without controls."""
+    """A change is one line without control characters, in the actor and the note too."""
     output("create", "Disk is full\x1b[31m", "--source", "partner", "--actor", "ann\x1b[2J")
     with watching("--from-start") as program:
         time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
@@ -691,12 +714,12 @@ def test_watch_shows_a_change_on_a_line_that_no_terminal_obeys() -> None:
 
 @pytest.mark.parametrize("cursor", ["nonsense", ""])
 def test_watch_refuses_what_is_no_cursor(cursor: str) -> None:
-    """A cursor that is none, also an empty one, is not taken for the latest."""
+    """An invalid cursor, such as an empty one, is refused."""
     assert errors("watch", "--after", cursor, exit_code=2) == ["Error: after is not a cursor"]
 
 
 def test_watch_begins_with_what_comes() -> None:
-    """Without an option, what happened before the start is not shown."""
+    """Without an option, changes from before the start are not shown."""
     output(*DISK_FULL)
     with watching("--json") as program:
         assert program.stdout is not None
@@ -709,7 +732,7 @@ def test_watch_begins_with_what_comes() -> None:
     "arguments", [["list"], ["list", "--json"], ["watch", "--from-start"], ["--help"]]
 )
 def test_a_closed_pipe_ends_the_command_quietly(arguments: list[str]) -> None:
-    """`incidentkit list | head -1` does not complain."""
+    """A closed pipe, as with `incidentkit list | head -1`, is not reported."""
     output(*DISK_FULL)
     reader, writer = os.pipe()
     os.close(reader)
@@ -719,16 +742,16 @@ def test_a_closed_pipe_ends_the_command_quietly(arguments: list[str]) -> None:
 
 
 def test_a_full_disk_is_one_line() -> None:
-    """Output that cannot be written is a failure that is said."""
+    """A full disk exits with 1 and one line."""
     output(*DISK_FULL)
     with Path("/dev/full").open("wb") as full:
         exit_code, _, err = outcome(start("list", stdout=full))
     assert exit_code == 1
-    assert err == "Error: The output cannot be written: No space left on device\n"
+    assert err == "Error: Cannot write to stdout: No space left on device\n"
 
 
 def test_no_stdout_is_no_failure() -> None:
-    """A command whose stdout is closed does its work."""
+    """A command whose stdout is closed succeeds."""
     command = f"{sys.executable} -m incidentkit {{}} >&-"
     for arguments in ("create 'Disk is full' --source operator", "list", "list --json"):
         ended = subprocess.run(
@@ -739,7 +762,7 @@ def test_no_stdout_is_no_failure() -> None:
 
 
 def test_an_interrupt_ends_a_command_quietly() -> None:
-    """Ctrl+C while the database does not answer exits with 130 and without a word."""
+    """Ctrl+C while the database does not answer exits with 130 and without output."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(DEADLINE)
         url = f"postgresql://user@127.0.0.1:{silent.getsockname()[1]}/incidents"
@@ -758,7 +781,7 @@ def test_an_interrupt_ends_a_command_quietly() -> None:
 def test_serve_answers_until_it_is_told_to_end(
     number: signal.Signals, workers: str, sqlite_url: str, tmp_path: Path
 ) -> None:
-    """The service uses the database that its options name, logs each request once, and exits 0."""
+    """The service uses the database of its option, logs each request once, and exits with 0."""
     output(*DISK_FULL, "--database-url", sqlite_url)
     log = tmp_path / "log"
     with service(log, "--database-url", sqlite_url, "--workers", workers) as running:
@@ -778,7 +801,7 @@ def test_serve_answers_until_it_is_told_to_end(
 def test_serve_uses_the_redis_of_its_option(
     redis_url: str, sqlite_url: str, tmp_path: Path
 ) -> None:
-    """The cache is the one that the option names."""
+    """The service uses the Redis of its option."""
     servers = ("--database-url", sqlite_url, "--redis-url", redis_url)
     with service(tmp_path / "log", *servers) as running:
         ready = httpx.get(f"{running.url}/health/ready")
@@ -789,10 +812,23 @@ def test_serve_uses_the_redis_of_its_option(
     assert len(json.loads(output("list", "--json", *servers))) == 1
 
 
+def test_serve_hands_its_options_to_workers_unseen(sqlite_url: str, tmp_path: Path) -> None:
+    """A URL reaches the workers neither by their arguments nor by their environment."""
+    output(*DISK_FULL, "--database-url", sqlite_url)
+    with service(tmp_path / "log", "--database-url", sqlite_url, "--workers", "2") as running:
+        children = psutil.Process(running.program.pid).children()
+        shown = [text for child in children for text in child.cmdline()]
+        assert sum("spawn_main" in text for text in shown) == 2
+        shown += [text for child in children for text in child.environ().values()]
+        assert not [text for text in shown if sqlite_url in text]
+        assert len(httpx.get(f"{running.url}/incident/get").json()) == 1
+        assert running.end(signal.SIGTERM) == 0
+
+
 def test_serve_says_once_that_redis_is_away(
     unused_port: int, sqlite_url: str, tmp_path: Path
 ) -> None:
-    """The service starts without a Redis that it does not need, with one warning."""
+    """Without a Redis that is not required, the service starts and logs one warning."""
     away = f"redis://127.0.0.1:{unused_port}/0"
     servers = ("--database-url", sqlite_url, "--redis-url", away)
     with service(tmp_path / "log", *servers) as running:
@@ -804,17 +840,17 @@ def test_serve_says_once_that_redis_is_away(
 def test_serve_does_not_start_without_a_redis_that_is_required(
     unused_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With INCIDENTKIT_REDIS_REQUIRED a Redis that is away is an error of the start."""
+    """With INCIDENTKIT_REDIS_REQUIRED, the service does not start without Redis."""
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
     monkeypatch.setenv("INCIDENTKIT_REDIS_URL", f"redis://127.0.0.1:{unused_port}/0")
     exit_code, _, err = outcome(start("serve", "--port", "0"))
     assert exit_code == 1
-    assert err.splitlines()[-1] == REDIS_AWAY
+    assert err.splitlines()[-1] == REDIS_AWAY.format(port=unused_port)
     assert "Traceback" not in err
 
 
 def test_serve_on_a_port_that_is_taken_is_one_line() -> None:
-    """A port that something else listens on exits with 1 and is named."""
+    """A port in use exits with 1 and one line that names it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         exit_code, _, err = outcome(start("serve", "--port", port))
@@ -823,7 +859,7 @@ def test_serve_on_a_port_that_is_taken_is_one_line() -> None:
 
 
 def test_serve_on_a_host_that_is_not_there_is_one_line() -> None:
-    """A name without an address exits with 1 and is named."""
+    """A host name without an address exits with 1 and one line that names it."""
     exit_code, _, err = outcome(start("serve", "--host", "nowhere.invalid"))
     assert exit_code == 1
     assert re.fullmatch(r"Error: Cannot listen on nowhere\.invalid port 8000: [^(]+\n", err)
@@ -842,7 +878,7 @@ main()
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_serve_whose_app_does_not_start_is_a_failure(workers: str, unused_port: int) -> None:
-    """What goes wrong after the check of the servers ends the service with 1."""
+    """A failed start of the app ends the service with 1."""
     url = f"postgresql://user:secret@127.0.0.1:{unused_port}/incidents"
     arguments = ["serve", "--port", "0", "--workers", workers, "--database-url", url]
     exit_code, _, err = outcome(start(*arguments, program=["-c", UNCHECKED]))
@@ -852,7 +888,7 @@ def test_serve_whose_app_does_not_start_is_a_failure(workers: str, unused_port: 
 
 
 def test_log_lines_are_harmless() -> None:
-    """Neither a message nor an exception's text can forge a line or reach the terminal."""
+    """Neither a message nor an exception can forge a line or control the terminal."""
     formatter = LineFormatter("%(levelname)s %(message)s")
     record = logging.LogRecord("x", logging.INFO, "x.py", 1, "a\nb \x1b[2J", (), None)
     assert formatter.format(record) == r"INFO a\nb \x1b[2J"
@@ -864,7 +900,7 @@ def test_log_lines_are_harmless() -> None:
 def test_serve_names_the_extra_that_is_not_installed(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the server's packages the command says how to install them."""
+    """Without a package of the server, the error names the extra to install."""
     monkeypatch.setitem(sys.modules, package, None)
     (line,) = errors("serve", exit_code=1)
     assert line == f"Error: {package} is not installed: pip install 'incidentkit[server]'"

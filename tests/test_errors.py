@@ -1,4 +1,4 @@
-"""The tree of errors, and what each of them carries."""
+"""The tree of errors, and the attributes of each."""
 
 from __future__ import annotations
 
@@ -83,11 +83,19 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
     ),
     (
         DuplicateOpenIncident(DISK),
-        "Incident 7 cannot be opened again: another one with its dedup_key is open",
+        "Incident 7 cannot be reopened: another incident with its dedup_key is open",
         {"incident": DISK},
     ),
-    (UnknownCursor(), "The cursor is not one of this database", {}),
-    (NotInTransaction(), "The connection is not in a transaction that can be joined", {}),
+    (
+        UnknownCursor(),
+        "The cursor is unknown in this database: start again without a cursor",
+        {},
+    ),
+    (
+        NotInTransaction(),
+        "The connection has no open transaction to join: begin one first",
+        {},
+    ),
     (IncidentNotFound(7), "Incident 7 not found", {"incident_id": 7}),
     (
         ClientClosed(),
@@ -122,15 +130,15 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
     (
         SchemaOutOfDate(None, "9b3f6d20c7e8"),
         (
-            "The database's schema is not there, this version of incidentkit needs 9b3f6d20c7e8: "
-            "run `incidentkit db upgrade`"
+            "The database has no incidentkit schema; this version of incidentkit needs revision "
+            "9b3f6d20c7e8: run `incidentkit db upgrade`"
         ),
         {"current": None, "expected": "9b3f6d20c7e8", "command": "incidentkit db upgrade"},
     ),
     (
         SchemaOutOfDate("dadc1db062ae", "9b3f6d20c7e8", command="make schema"),
         (
-            "The database's schema is at revision dadc1db062ae, this version of incidentkit needs "
+            "The database is at revision dadc1db062ae; this version of incidentkit needs revision "
             "9b3f6d20c7e8: run `make schema`"
         ),
         {"current": "dadc1db062ae", "expected": "9b3f6d20c7e8", "command": "make schema"},
@@ -143,7 +151,7 @@ each_error = pytest.mark.parametrize(
 
 
 def tree(error: type[Exception]) -> dict[str, Any]:
-    """Return the names of the errors below this one, each with those below it."""
+    """Return the names of the errors below this one, as a tree."""
     return {
         child.__name__: tree(child)
         for child in error.__subclasses__()
@@ -157,7 +165,7 @@ def names(branches: dict[str, Any]) -> list[str]:
 
 
 def test_one_small_tree() -> None:
-    """Whoever catches a class of errors catches just those below it."""
+    """Catching a class of errors catches exactly the errors below it."""
     assert tree(IncidentKitError) == {
         "InvalidIncident": {"IdempotencyKeyReused": {}},
         "IncidentNotFound": {},
@@ -177,7 +185,7 @@ def test_one_small_tree() -> None:
 
 
 def test_tree_in_the_documentation_is_the_tree() -> None:
-    """The picture that opens the module shows every error, in its place."""
+    """The tree in the docstring of the module shows every error in its place."""
     picture = re.findall(
         r"^ {4}([│├└─ ]*)(\w+)", incidentkit.domain.errors.__doc__ or "", re.MULTILINE
     )
@@ -206,12 +214,12 @@ def test_tree_in_the_documentation_is_the_tree() -> None:
 def test_errors_are_also_the_builtin_ones_that_they_refine(
     error: type[IncidentKitError], builtin: type[Exception]
 ) -> None:
-    """Code that knows nothing of incidentkit catches them by the builtin class."""
+    """Code that does not know incidentkit can catch the builtin class."""
     assert issubclass(error, builtin)
 
 
 def test_examples_here_are_of_every_error() -> None:
-    """No error of the tree goes without the tests below."""
+    """The tests below cover every error."""
     tested = {type(error).__name__ for error, *_ in ERRORS}
     assert tested == {"IncidentKitError", *names(tree(IncidentKitError))}
 
@@ -230,7 +238,7 @@ def test_error_says_what_is_wrong_and_carries_it(
 def test_error_crosses_processes(
     error: IncidentKitError, text: str, fields: dict[str, Any], protocol: int
 ) -> None:
-    """Pickling gives the same error with the same parts, as a process pool needs."""
+    """An error can be pickled with its attributes, as a process pool needs it."""
     other = pickle.loads(pickle.dumps(error, protocol))
     assert type(other) is type(error)
     assert str(other) == text
@@ -239,20 +247,20 @@ def test_error_crosses_processes(
 
 @each_error
 def test_error_can_be_copied(error: IncidentKitError, text: str, fields: dict[str, Any]) -> None:
-    """Copies, deep ones too, are the same error with the same parts."""
+    """A copy, shallow or deep, is the same error with the same attributes."""
     for other in (copy.copy(error), copy.deepcopy(error)):
         assert type(other) is type(error)
         assert str(other) == text
         assert {name: getattr(other, name) for name in fields} == fields
 
 
-# Characters of no reason: a value that shines through an error is then easily found.
+# Characters that are in no reason, so that a value in an error is found.
 secrets = st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=1, max_size=8)
 
 
 @given(secrets, st.sampled_from(["{:.4}", "{}\x00", "{}\ud800", "{:0<1001}"]))
 def test_error_repeats_nothing_of_the_message(secret: str, form: str) -> None:
-    """A refused message, status, source or number is in no text of the error."""
+    """The text of an error does not show the refused value."""
     value: Any = form.format(secret)
     not_text: Any = [value]
     for make in (

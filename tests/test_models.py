@@ -1,4 +1,4 @@
-"""The rules that the values of an incident and of a list obey."""
+"""The rules for the values of an incident and of a list."""
 # ruff: noqa: RUF001  (letters that look like others are what is tested)
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ aware_datetimes = st.datetimes(
 
 
 def faults(make: Callable[[], object]) -> dict[str, str]:
-    """Return the reason for each faulty field, in the order in which they are told."""
+    """Return the reason for each faulty field, in the order of the error."""
     with pytest.raises(InvalidIncident) as caught:
         make()
     errors = caught.value.errors
@@ -104,7 +104,7 @@ def faults(make: Callable[[], object]) -> dict[str, str]:
 
 
 def message_fault(message: Any) -> str:
-    """Return the reason for which the message, alone in its incident, is refused."""
+    """Return the reason for the only fault, which is the message."""
     found = faults(lambda: NewIncident(message, IncidentSource.OPERATOR))
     assert list(found) == ["incident_message"]
     return found["incident_message"]
@@ -117,7 +117,7 @@ def message_fault(message: Any) -> str:
 def test_message_is_stored_stripped_and_otherwise_unaltered(
     before: str, message: str, after: str
 ) -> None:
-    """Surrounding white space goes, and not one other code point changes."""
+    """Surrounding white space is removed, and no other code point changes."""
     incident = NewIncident(before + message + after, "operator")
     assert incident.incident_message == message
     assert type(incident.incident_message) is str
@@ -129,7 +129,7 @@ def test_message_is_stored_stripped_and_otherwise_unaltered(
 @example("full" + " " * 1000)
 @example("\u200bfull")
 def test_only_length_decides_over_ordinary_text(text: str) -> None:
-    """Text that a database stores is accepted exactly if 5 to 1000 code points are left of it."""
+    """A storable text is accepted exactly if 5 to 1000 code points remain."""
     length = len(text.strip())
     if 5 <= length <= 1000:
         assert NewIncident(text, "partner").incident_message == text.strip()
@@ -159,7 +159,7 @@ def test_shortest_and_longest_message(character: str, length: int, *, accepted: 
 def test_forbidden_words_are_refused_however_they_are_written(
     before: str, word: str, after: str
 ) -> None:
-    """No case, width or ornament of its letters, and no blank around it, lets a word through."""
+    """A forbidden word is refused in any case, width or style, and with blanks around it."""
     assert message_fault(before + word + after) == FORBIDDEN
 
 
@@ -177,7 +177,7 @@ def test_forbidden_words_may_stand_in_a_longer_message(word: str, rest: str) -> 
 @example("Disk is full", "\ud83d\ude00", "")
 @example(" " * 10, "\x00", "")
 def test_what_no_database_stores_is_refused(before: str, poison: str, after: str) -> None:
-    """A NUL or a lone surrogate anywhere in the message is refused for what it is."""
+    """A NUL or a lone surrogate anywhere in the message is named in the error."""
     assert message_fault(before + poison + after) == (NUL if "\x00" in poison else SURROGATE)
 
 
@@ -186,7 +186,7 @@ def test_what_no_database_stores_is_refused(before: str, poison: str, after: str
 @example(b"Disk is full")
 @example(["Disk is full"])
 def test_message_of_another_type_is_refused(value: object) -> None:
-    """What is no string is no message, even if it could be made one."""
+    """A value that is not a string is refused, even if it could be converted."""
     assert message_fault(value) == NOT_A_STRING
 
 
@@ -212,12 +212,12 @@ def test_values_of_the_enums_are_the_origins() -> None:
 
 
 def test_incident_starts_as_new() -> None:
-    """Who names no status gets `new`."""
+    """The default status is `new`."""
     assert NewIncident("Disk is full", "operator").incident_type is IncidentStatus.NEW
 
 
 def test_member_of_an_enum_of_the_hosts_own_is_accepted() -> None:
-    """A string enum of the host's that has our values serves as well as ours."""
+    """A host's own string enum with the same values is accepted."""
 
     class Severity(StrEnum):
         OPEN = "new"
@@ -227,7 +227,7 @@ def test_member_of_an_enum_of_the_hosts_own_is_accepted() -> None:
 
 @given(strangers)
 def test_anything_else_is_no_status_and_no_source(value: Any) -> None:
-    """A wrong status or source, of whatever type, is told with all the allowed values."""
+    """The error for a wrong status or source lists all allowed values."""
     assert faults(lambda: NewIncident("Disk is full", value, value)) == {
         "source": SOURCE,
         "incident_type": STATUS,
@@ -238,7 +238,7 @@ def test_anything_else_is_no_status_and_no_source(value: Any) -> None:
 def test_source_is_no_status_nor_the_other_way_round(
     source: IncidentSource, status: IncidentStatus
 ) -> None:
-    """A member of the one enum is refused where the other is wanted."""
+    """A member of the wrong enum is refused."""
     assert faults(lambda: NewIncident("Disk is full", status, source)) == {
         "source": SOURCE,
         "incident_type": STATUS,
@@ -278,7 +278,7 @@ def test_every_faulty_field_is_told_in_the_order_of_the_fields(
 
 
 def test_mapping_makes_the_same_incident_as_a_call() -> None:
-    """Named values are checked and normalised as arguments are, and left as they were."""
+    """Named values are checked and normalised like arguments, and the mapping is not changed."""
     values = {"incident_message": "  Disk is full ", "source": "partner"}
     incident = NewIncident.from_mapping(values)
     assert incident == NewIncident("Disk is full", IncidentSource.PARTNER, IncidentStatus.NEW)
@@ -299,7 +299,7 @@ def test_mapping_makes_the_same_incident_as_a_call() -> None:
 def test_mapping_has_all_required_fields_and_no_other(
     present: set[str], unknown: list[object]
 ) -> None:
-    """Every unknown key, of whatever type, and every missing field is named in one error."""
+    """One error names every unknown key, of any type, and every missing field."""
     complete = {
         "incident_message": "Disk is full",
         "source": "operator",
@@ -369,7 +369,7 @@ def test_equal_values_make_equal_and_hashable_models(
 
 
 def test_changed_copy_is_checked_again() -> None:
-    """`attrs.evolve` gives a copy that obeys the rules, too."""
+    """`attrs.evolve` checks the rules again."""
     incident = NewIncident("Disk is full", "operator")
     assert evolve(incident, incident_message=" Network is down ").incident_message == (
         "Network is down"
@@ -384,7 +384,7 @@ def test_changed_copy_is_checked_again() -> None:
 
 @given(aware_datetimes)
 def test_created_at_is_the_whole_second_in_utc(given_time: datetime) -> None:
-    """A time of any zone becomes UTC, and loses what is less than a second."""
+    """A time of any zone becomes UTC, in whole seconds."""
     incident = Incident(1, "Disk", IncidentStatus.NEW, IncidentSource.PARTNER, given_time)
     assert incident.created_at.tzinfo is UTC
     assert incident.created_at.microsecond == 0
@@ -392,7 +392,7 @@ def test_created_at_is_the_whole_second_in_utc(given_time: datetime) -> None:
 
 
 def test_created_at_without_a_zone_is_refused() -> None:
-    """A naive time is not guessed at."""
+    """A naive time is an error."""
     naive = datetime(2025, 1, 1, 12)  # noqa: DTZ001
     with pytest.raises(ValueError, match="must be an aware datetime"):
         Incident(1, "Disk", IncidentStatus.NEW, IncidentSource.PARTNER, naive)
@@ -415,7 +415,7 @@ def test_created_at_without_a_zone_is_refused() -> None:
 def test_page_times_limit_fits_the_database(
     page: int, limit: int, status: IncidentStatus | None, source: IncidentSource | None
 ) -> None:
-    """Any page and limit in their own bounds are accepted exactly if their product is, too."""
+    """A page and a limit are accepted exactly if they and their product are in bounds."""
     if page * limit > MAX:
         assert faults(lambda: ListQuery(page, limit, status, source)) == {
             "page": f"times limit must be at most {MAX}"
@@ -430,7 +430,7 @@ def test_page_times_limit_fits_the_database(
 
 
 def test_list_starts_at_the_newest_ten_of_all() -> None:
-    """Who asks for nothing in particular gets the first ten, unfiltered."""
+    """The defaults are the first ten incidents without a filter."""
     query = ListQuery()
     assert (query.page, query.limit, query.status, query.source) == (1, 10, None, None)
     assert query.offset == 0
@@ -438,12 +438,14 @@ def test_list_starts_at_the_newest_ten_of_all() -> None:
 
 @given(not_integers)
 def test_page_limit_and_id_are_integers_and_nothing_like_them(value: Any) -> None:
-    """A bool, a float and a string of digits are no numbers here, for all that Python says."""
+    """A bool, a float and a string of digits are not integers here."""
     assert faults(lambda: ListQuery(value, value)) == {
         "page": ID,
         "limit": "must be an integer from 1 to 1000",
     }
-    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {"incident_id": ID}
+    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {
+        "incident_id": ID
+    }
 
 
 @given(st.integers(max_value=0) | st.integers(min_value=MAX + 1))
@@ -452,10 +454,12 @@ def test_page_limit_and_id_are_integers_and_nothing_like_them(value: Any) -> Non
 @example(MAX + 1)
 @example(10**5000)
 def test_numbers_out_of_bounds_are_refused(value: int) -> None:
-    """What no database can count to is refused, were it 5,000 digits long."""
+    """A number beyond 64 bits is refused, even one with 5,000 digits."""
     assert faults(lambda: ListQuery(page=value)) == {"page": ID}
     assert faults(lambda: ListQuery(limit=value)) == {"limit": "must be an integer from 1 to 1000"}
-    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {"incident_id": ID}
+    assert faults(lambda: rules.check("incident_id", rules.incident_id, value)) == {
+        "incident_id": ID
+    }
 
 
 @pytest.mark.parametrize(("limit", "accepted"), [(1, True), (1000, True), (1001, False)])
@@ -470,7 +474,7 @@ def test_limit_ends_at_a_thousand(limit: int, *, accepted: bool) -> None:
 
 
 def test_integers_of_another_type_become_plain_ones() -> None:
-    """A member of an integer enum counts as its number, and is kept as a plain one."""
+    """A member of an integer enum becomes a plain integer."""
 
     class Page(IntEnum):
         SECOND = 2
@@ -478,12 +482,12 @@ def test_integers_of_another_type_become_plain_ones() -> None:
     query = ListQuery(Page.SECOND)
     assert query.cache_key == "incidents:2:10:any:any"
     assert type(query.page) is int
-    assert type(check_incident_id(Page.SECOND)) is int
+    assert type(rules.incident_id(Page.SECOND)) is int
 
 
 @given(strangers.filter(lambda value: value is not None))
 def test_every_faulty_argument_of_a_list_is_told(value: Any) -> None:
-    """A list's faults come in one error, too, in the order of its arguments."""
+    """One error has all faults of a list, in the order of its arguments."""
     assert list(faults(lambda: ListQuery(0, 0, value, value)).items()) == [
         ("page", ID),
         ("limit", "must be an integer from 1 to 1000"),
@@ -522,13 +526,13 @@ def test_different_lists_have_different_cache_keys(queries: list[ListQuery]) -> 
 @example(1)
 @example(MAX)
 def test_id_in_its_bounds_is_returned(value: int) -> None:
-    """Every number that the database can give is an id."""
+    """Every positive number of 64 bits is a valid id."""
     assert rules.check("incident_id", rules.incident_id, value) == value
 
 
 @given(st.integers(1, MAX), statuses)
 def test_status_change_accepts_member_and_value(value: int, status: IncidentStatus) -> None:
-    """A change of status takes the member or its string, and goes on with the member."""
+    """A status change takes a member or its string, and keeps the member."""
     for given_status in (status, str(status.value)):
         change = StatusChange(value, given_status)
         assert change.incident_id == value
@@ -545,6 +549,6 @@ def test_status_change_tells_both_faults(value: Any) -> None:
 
 
 def test_a_message_of_any_length_is_refused_at_once() -> None:
-    """Megabytes of combining characters, slow to normalise, are too long before anything else."""
+    """A message of megabytes is refused by its length, before it is normalised."""
     with pytest.raises(InvalidIncident, match="characters"):
         NewIncident("a" + "\u0315\u0300" * 2_000_000, source="operator")

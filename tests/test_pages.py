@@ -1,4 +1,4 @@
-"""When a cached page is served: only while the database has its token."""
+"""A cached page is served only while the database has its token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY = QUERY.cache_key
 
 
 class Source:
-    """A store with one incident, whose status shows how often it was changed."""
+    """A store with one incident, whose status alternates with each change."""
 
     def __init__(self) -> None:
         self.changes = 0
@@ -28,13 +28,13 @@ class Source:
         self.asked: list[str] = []
 
     def page(self) -> list[Incident]:
-        """Return what a list has to be now."""
+        """Return the correct list."""
         message = f"Changed {self.changes} times"
         status, source = IncidentStatus.NEW, IncidentSource.PARTNER
         return [Incident(1, message, status, source, datetime(2026, 1, 1, tzinfo=UTC))]
 
     async def token(self) -> str | None:
-        """Return a token that was never there before."""
+        """Return a new token."""
         self.asked.append("token")
         if self.fails:
             raise StoreUnavailable("it is away")
@@ -50,7 +50,7 @@ class Source:
 
 @pytest.fixture
 def source() -> Source:
-    """Where pages are read."""
+    """The store that pages are read from."""
     return Source()
 
 
@@ -69,7 +69,7 @@ def pages(source: Source, shared: FaultyCache) -> PageCache:
 async def test_a_page_of_the_process_costs_one_token(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """A page that is current is read once, and then served for a token and nothing else."""
+    """A current page is read once; then a list costs one reading of the token."""
     assert await pages.list(QUERY) == source.page()
     await pages.finish()
     source.asked.clear()
@@ -83,7 +83,7 @@ async def test_a_page_of_the_process_costs_one_token(
 async def test_a_page_of_another_process_costs_one_token(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """A page that another process has stored is served for a token, and kept."""
+    """A page stored by another process is served for one reading of the token, and kept."""
     other = PageCache(source, shared)
     await other.list(QUERY)
     await other.finish()
@@ -95,14 +95,14 @@ async def test_a_page_of_another_process_costs_one_token(
 
 
 async def test_a_page_that_nobody_has_costs_one_read(source: Source) -> None:
-    """Without a page in any cache no token is asked for but the page's own."""
+    """Without a cached page, a list costs one reading of the page and no token."""
     pages = PageCache(source)
     await pages.list(QUERY)
     assert source.asked == ["list"]
 
 
 async def test_a_change_by_anybody_shows_in_the_next_list(pages: PageCache, source: Source) -> None:
-    """A token that has changed makes every page of before a miss, without a clear."""
+    """A changed token makes every older page a miss, without a clear."""
     for _ in range(3):
         assert await pages.list(QUERY) == source.page()
         assert await pages.list(OTHER) == source.page()
@@ -112,7 +112,7 @@ async def test_a_change_by_anybody_shows_in_the_next_list(pages: PageCache, sour
 async def test_a_late_page_is_never_served(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """A page of before a change that is stored after it, in either cache, is a miss."""
+    """A page from before a change that is stored after it, in either cache, is a miss."""
     await pages.list(QUERY)
     await pages.finish()
     late = await shared.get(KEY)
@@ -126,7 +126,7 @@ async def test_a_late_page_is_never_served(
 async def test_a_page_under_another_key_is_never_served(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """A value whose own key is another one is a miss, although its token is current."""
+    """A value with another key is a miss, even if its token is current."""
     wrong = seal(OTHER.cache_key, await source.token(), b"[]")
     await shared.set(KEY, wrong, 10)
     assert await pages.list(QUERY) == source.page()
@@ -135,7 +135,7 @@ async def test_a_page_under_another_key_is_never_served(
 async def test_a_null_token_matches_nothing(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """While the database cannot tell its token, each list is read from it."""
+    """While the token is unknown, each list is read from the database."""
     source.null = True
     for _ in range(3):
         assert await pages.list(QUERY) == source.page()
@@ -148,7 +148,7 @@ async def test_a_null_token_matches_nothing(
 
 
 async def test_concurrent_lists_share_a_token_and_a_page(pages: PageCache, source: Source) -> None:
-    """Lists of one moment read a page once, then a token once for all pages, each its own copy."""
+    """Concurrent lists share a reading of the page or of the token; each gets its own copy."""
     first, *others = await asyncio.gather(*(pages.list(QUERY) for _ in range(50)))
     assert source.asked.count("list") == 1
     first.clear()
@@ -160,7 +160,7 @@ async def test_concurrent_lists_share_a_token_and_a_page(pages: PageCache, sourc
 
 
 async def test_a_list_does_not_join_one_under_way() -> None:
-    """A list that begins after a change shows it, although one of before is still being read."""
+    """A list that starts after a change shows it, even while an older one is being read."""
     goes_on = asyncio.Event()
 
     class SlowSource(Source):
@@ -185,7 +185,7 @@ async def test_a_list_does_not_join_one_under_way() -> None:
 
 
 async def test_max_staleness_is_the_age_of_a_token(source: Source) -> None:
-    """A token is trusted for that many seconds since it was asked for, and no longer."""
+    """A token is trusted for `max_staleness` seconds from the start of its reading."""
     clock = Clock()
     pages = PageCache(source, max_staleness=10, clock=clock)
     before = await pages.list(QUERY)
@@ -193,7 +193,7 @@ async def test_max_staleness_is_the_age_of_a_token(source: Source) -> None:
     clock.now = 9
     assert await pages.list(QUERY) == before
     assert source.asked == ["list"]
-    # A page that is read tells a newer token, by which the older page is a miss.
+    # Reading a page yields a newer token, which makes the older page a miss.
     assert await pages.list(OTHER) == source.page()
     assert await pages.list(QUERY) == source.page()
     assert source.asked == ["list"] * 3
@@ -205,7 +205,7 @@ async def test_max_staleness_is_the_age_of_a_token(source: Source) -> None:
 
 
 async def test_max_staleness_does_not_hide_ones_own_changes(source: Source) -> None:
-    """After a change by this process no token of before is trusted, also one still being read."""
+    """After a change by this process no older token is trusted, even one still being read."""
     goes_on = asyncio.Event()
 
     class SlowSource(Source):
@@ -233,7 +233,7 @@ async def test_max_staleness_does_not_hide_ones_own_changes(source: Source) -> N
 
 
 async def test_a_write_removes_the_pages(pages: PageCache, shared: FaultyCache) -> None:
-    """After a change by this process no page is left in the shared cache."""
+    """A change by this process clears the shared cache."""
     await pages.list(QUERY)
     await pages.list(OTHER)
     await pages.finish()
@@ -246,7 +246,7 @@ async def test_a_write_removes_the_pages(pages: PageCache, shared: FaultyCache) 
 async def test_a_page_from_before_a_write_is_not_kept(
     pages: PageCache, shared: FaultyCache
 ) -> None:
-    """What was read before a change by this process is not put into the shared cache after it."""
+    """A page from before a change by this process is not written to the shared cache."""
     await pages.list(QUERY)
     await pages.list(OTHER)  # Waits for the pause after the first.
     pages.forget()
@@ -258,7 +258,7 @@ async def test_a_page_from_before_a_write_is_not_kept(
 
 
 async def test_concurrent_writes_share_a_clear(pages: PageCache, shared: FaultyCache) -> None:
-    """Writes that end at the same time clear once."""
+    """Concurrent changes share one clear."""
     for _ in range(50):
         pages.forget()
     await pages.finish()
@@ -269,7 +269,7 @@ async def test_concurrent_writes_share_a_clear(pages: PageCache, shared: FaultyC
 async def test_a_faulty_shared_cache_changes_no_answer(
     pages: PageCache, source: Source, shared: FaultyCache, fault: str
 ) -> None:
-    """While the shared cache fails or hangs, lists are right and pages of the process serve."""
+    """While the shared cache fails or hangs, lists stay correct and the process's pages serve."""
     setattr(shared, fault, True)
     for _ in range(3):
         assert await pages.list(QUERY) == source.page()
@@ -283,7 +283,7 @@ async def test_a_faulty_shared_cache_changes_no_answer(
 
 
 async def test_a_database_that_is_away_is_told(pages: PageCache, source: Source) -> None:
-    """A page is never served on trust: without a token from the database the call fails."""
+    """No page is served without a token from the database: the call fails."""
     await pages.list(QUERY)
     source.fails = True
     with pytest.raises(StoreUnavailable):
@@ -293,7 +293,7 @@ async def test_a_database_that_is_away_is_told(pages: PageCache, source: Source)
 
 
 async def test_a_cancelled_list_leaves_the_others(pages: PageCache, source: Source) -> None:
-    """Of several callers of one page, one that gives up takes nothing from the others."""
+    """A cancelled caller does not affect the others that share its reading."""
     calls = [asyncio.ensure_future(pages.list(QUERY)) for _ in range(3)]
     await asyncio.sleep(0)
     calls[0].cancel()
@@ -301,7 +301,7 @@ async def test_a_cancelled_list_leaves_the_others(pages: PageCache, source: Sour
 
 
 async def test_without_a_shared_cache_there_is_none_to_tell_of(source: Source) -> None:
-    """Pages in the process alone need no ping, and have no availability."""
+    """Without a shared cache there is nothing to ping, and no availability."""
     pages = PageCache(source)
     await pages.ping()
     await pages.probe()

@@ -11,35 +11,35 @@ from incidentkit.cli.protocol import JoiningTransport
 
 
 class Wire:
-    """A transport that keeps what was done with it."""
+    """A transport that records its calls."""
 
     def __init__(self) -> None:
         self.done: list[bytes | str] = []
 
     def write(self, data: bytes) -> None:
-        """Keep the data."""
+        """Record the data."""
         self.done.append(data)
 
     def close(self) -> None:
-        """Keep that it was closed."""
+        """Record the close."""
         self.done.append("closed")
 
     def is_closing(self) -> bool:
-        """Tell whether it was closed."""
+        """Return whether it was closed."""
         return "closed" in self.done
 
     def get_extra_info(self, name: str) -> str:
-        """Return what is known of the connection."""
+        """Return a fact about the connection."""
         return f"the {name}"
 
 
 def joining(wire: Any) -> JoiningTransport:
-    """Join what is written to it."""
+    """Return a joining transport on it."""
     return JoiningTransport(wire)
 
 
 async def test_the_writes_of_one_turn_are_one() -> None:
-    """Head and body, written one after the other, are one write; the next turn has its own."""
+    """Writes in one turn of the event loop become one; the next turn has its own."""
     wire = Wire()
     transport = joining(wire)
     transport.write(b"head ")
@@ -52,7 +52,7 @@ async def test_the_writes_of_one_turn_are_one() -> None:
 
 
 async def test_what_was_written_comes_before_the_end() -> None:
-    """Closing first writes what waits, and nothing is written twice."""
+    """Closing first writes the waiting data, and nothing is written twice."""
     wire = Wire()
     transport = joining(wire)
     transport.write(b"all of it")
@@ -63,7 +63,7 @@ async def test_what_was_written_comes_before_the_end() -> None:
 
 
 async def test_nothing_is_written_to_who_has_gone() -> None:
-    """What waits when the connection ends is dropped; uvloop raises for a write after that."""
+    """Waiting data is dropped when the connection ends: uvloop would raise for it."""
     wire = Wire()
     transport = joining(wire)
     transport.write(b"too late")
@@ -73,7 +73,7 @@ async def test_nothing_is_written_to_who_has_gone() -> None:
 
 
 async def test_no_more_waits_than_the_buffer_holds() -> None:
-    """More than uvicorn lets a slow reader have is written at once, so that uvicorn notices."""
+    """Data above Uvicorn's buffer limit is written at once, so that Uvicorn pauses the app."""
     wire = Wire()
     transport = joining(wire)
     transport.write(bytes(HIGH_WATER_LIMIT))
@@ -83,5 +83,5 @@ async def test_no_more_waits_than_the_buffer_holds() -> None:
 
 
 async def test_all_else_is_the_transports_own() -> None:
-    """What is known of the connection is asked of the connection."""
+    """Other attributes are those of the transport."""
     assert joining(Wire()).get_extra_info("peername") == "the peername"

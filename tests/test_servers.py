@@ -1,4 +1,4 @@
-"""The test servers start, stop, crash and freeze as the tests of faults need it."""
+"""The test servers start, stop, crash and freeze as the fault tests need it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _runs(pid: int) -> bool:
 
 @both
 async def test_data_outlives_a_crash_and_a_restart(kind: type[Server]) -> None:
-    """What a client wrote is there after the server was killed, and after it was restarted."""
+    """Written data survives a kill and a restart of the server."""
     with kind() as server:
         await _write(server)
         server.kill()
@@ -75,7 +75,7 @@ async def test_data_outlives_a_crash_and_a_restart(kind: type[Server]) -> None:
 
 @both
 async def test_a_paused_server_is_silent_until_it_is_resumed(kind: type[Server]) -> None:
-    """A paused server takes connections but does not answer, and goes on once resumed."""
+    """A paused server accepts connections without answering, and continues once resumed."""
     with kind() as server:
         await _write(server)
         server.pause()
@@ -87,7 +87,7 @@ async def test_a_paused_server_is_silent_until_it_is_resumed(kind: type[Server])
 
 @both
 def test_nothing_is_left_after_a_server_was_closed(kind: type[Server]) -> None:
-    """Leaving the `with` block ends every process of the server, a paused one's too."""
+    """Leaving the `with` block ends every process of the server, even if it is paused."""
     others = _children()
     with kind() as server:
         pids = _children() - others
@@ -101,7 +101,7 @@ def test_nothing_is_left_after_a_server_was_closed(kind: type[Server]) -> None:
 def test_nothing_is_left_of_servers_that_work_together(
     kind: type[RedisCluster | RedisSentinel],
 ) -> None:
-    """Leaving the `with` block ends every server and removes its folder, a paused one's too."""
+    """Leaving the `with` block ends every server, even a paused one, and removes its folder."""
     others = _children()
     with kind() as group:
         pids = _children() - others
@@ -117,7 +117,7 @@ def test_nothing_is_left_of_servers_that_work_together(
 def test_nothing_is_left_of_servers_that_do_not_work_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Servers that run but do not find each other are ended."""
+    """Servers that cannot form a cluster are ended."""
 
     def give_up(_condition: object) -> None:
         raise ServerError
@@ -135,7 +135,7 @@ def test_nothing_is_left_after_the_tests_were_killed(
     kind: type[Server],
     paused: bool,
 ) -> None:
-    """A server and its folder do not outlive the process that started it, however it dies."""
+    """A server and its folder do not outlive a killed process that started it."""
     program = f"""
 import signal
 from tests.servers import {kind.__name__}
@@ -165,7 +165,7 @@ signal.pause()
 
 @both
 def test_a_server_that_cannot_start_shows_its_log(kind: type[Server]) -> None:
-    """When the port is taken, the error carries what the server itself said about it."""
+    """The error for a port in use contains the log of the server."""
     server = kind()
     taken = socket.create_server((HOST, server.port))
     with taken, pytest.raises(ServerError, match=r"[Aa]ddress already in use"):

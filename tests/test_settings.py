@@ -1,8 +1,9 @@
-"""What the environment and a `.env` file say of the servers to use."""
+"""Settings from the environment and from a `.env` file."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,12 +50,12 @@ names = values.map(str.strip)
 
 
 def database_url(**variables: str) -> str:
-    """Return the URL of the database that the variables mean."""
+    """Return the database URL that the variables select."""
     return Settings.from_mapping(variables).database_url
 
 
 def redis_url(**variables: str) -> str | None:
-    """Return the URL of the Redis that the variables mean."""
+    """Return the Redis URL that the variables select."""
     return Settings.from_mapping(variables).redis_url
 
 
@@ -69,7 +70,7 @@ def fault(variables: Mapping[str, str]) -> InvalidSettings:
 
 
 def test_without_configuration_there_is_an_sqlite_file_and_no_redis() -> None:
-    """Who sets nothing gets a file in the working folder, no Redis, and moderate pools."""
+    """The defaults are a file in the working folder, no Redis, and moderate pools."""
     settings = Settings.from_env()
     assert settings == Settings.from_mapping({}) == Settings()
     assert settings.database_url == SQLITE
@@ -82,12 +83,12 @@ def test_without_configuration_there_is_an_sqlite_file_and_no_redis() -> None:
 @pytest.mark.parametrize("empty", ["", " ", "\t\n"])
 @pytest.mark.parametrize("name", VARIABLES)
 def test_empty_variable_counts_as_not_set(name: str, empty: str) -> None:
-    """A variable with nothing in it, as Compose files leave them, changes nothing."""
+    """An empty variable, as Compose files leave them, counts as not set."""
     assert Settings.from_mapping({name: empty}) == Settings()
 
 
 def test_other_variables_mean_nothing() -> None:
-    """Neither a host's own variables nor other spellings of ours are read."""
+    """Variables with other names or in other spellings are ignored."""
     variables = {"DATABASE_URL": "postgresql://other", "postgres_host": "db", "REDIS_URL": "x"}
     assert Settings.from_mapping(variables) == Settings()
 
@@ -130,7 +131,7 @@ def test_other_variables_mean_nothing() -> None:
     ],
 )
 def test_any_of_the_origins_variables_means_postgresql(variables: dict[str, str], url: str) -> None:
-    """One POSTGRES_* variable is enough, and the others have the values that libpq gives them."""
+    """One POSTGRES_* variable is enough; the others default to libpq's values."""
     assert database_url(**variables) == url
 
 
@@ -166,7 +167,7 @@ async def test_driver_reaches_the_host(
 def test_odd_names_and_passwords_reach_the_server_unaltered(
     user: str, password: str, database: str
 ) -> None:
-    """No character of a name or a password ends its part of the URL, or is read as another."""
+    """Names and passwords with any characters survive the URL unchanged."""
     url = database_url(
         POSTGRES_HOST="db",
         POSTGRES_USER=user,
@@ -185,7 +186,7 @@ def test_odd_names_and_passwords_reach_the_server_unaltered(
 
 @pytest.mark.parametrize("url", ["postgresql://ann@db/incidents", "sqlite+aiosqlite:///:memory:"])
 def test_own_database_variable_wins_over_the_origins(url: str) -> None:
-    """INCIDENTKIT_DATABASE_URL decides alone when it is set."""
+    """INCIDENTKIT_DATABASE_URL overrules every POSTGRES_* variable."""
     assert database_url(INCIDENTKIT_DATABASE_URL=url, POSTGRES_HOST="db", POSTGRES_DB="x") == url
 
 
@@ -207,7 +208,7 @@ def test_own_database_variable_wins_over_the_origins(url: str) -> None:
     ],
 )
 def test_pool_and_echo_are_the_origins(variables: dict[str, str], options: StoreOptions) -> None:
-    """The origin's variables for its pool size the store's, and DB_ECHO turns its log on."""
+    """DB_POOL_SIZE and DB_MAX_OVERFLOW set the size of the pool, DB_ECHO its log."""
     assert Settings.from_mapping(variables).store == options
 
 
@@ -228,13 +229,13 @@ def test_pool_and_echo_are_the_origins(variables: dict[str, str], options: Store
     ],
 )
 def test_host_alone_means_redis(variables: dict[str, str], url: str | None) -> None:
-    """REDIS_HOST asks for Redis; its port and database number alone do not."""
+    """REDIS_HOST selects Redis; REDIS_PORT and REDIS_DB alone do not."""
     assert redis_url(**variables) == url
     assert database_url(**variables) == SQLITE
 
 
 def test_own_redis_variable_wins_over_the_origins() -> None:
-    """INCIDENTKIT_REDIS_URL decides alone when it is set."""
+    """INCIDENTKIT_REDIS_URL overrules every REDIS_* variable."""
     url = "rediss://:pw@cache:6390/2"
     assert redis_url(INCIDENTKIT_REDIS_URL=url, REDIS_HOST="other", REDIS_DB="1") == url
 
@@ -258,7 +259,7 @@ def test_own_redis_variable_wins_over_the_origins() -> None:
     ],
 )
 def test_redis_url_of_which_a_part_means_nothing_is_refused(url: str) -> None:
-    """What redis-py would pass over, or only find on the first call, is refused unseen at once."""
+    """A URL that redis-py would partly ignore, or reject on first use, is refused at once."""
     with pytest.raises(InvalidSettings) as caught:
         IncidentClient.open(SQLITE, url)
     assert caught.value.name == "redis_url"
@@ -279,19 +280,19 @@ def test_redis_url_of_which_a_part_means_nothing_is_refused(url: str) -> None:
     ],
 )
 def test_redis_url_may_have_any_part_of_redis_pys(url: str) -> None:
-    """Users, passwords, databases, TLS, sockets and redis-py's own parameters are taken."""
+    """A URL may have a user, password, database, TLS, socket and redis-py's parameters."""
     assert IncidentClient.open(SQLITE, url)._cache is not None
 
 
 @pytest.mark.parametrize(("text", "required"), [("1", True), ("true", True), ("0", False)])
 def test_redis_may_be_required(text: str, *, required: bool) -> None:
-    """INCIDENTKIT_REDIS_REQUIRED tells whether a client opens without Redis."""
+    """INCIDENTKIT_REDIS_REQUIRED decides whether a client opens without Redis."""
     variables = {"INCIDENTKIT_REDIS_REQUIRED": text, "REDIS_HOST": "cache"}
     assert Settings.from_mapping(variables).redis_required is required
 
 
 def test_redis_that_is_required_has_to_be_named() -> None:
-    """A Redis that must answer and is none is refused, by the environment but not by the rest."""
+    """INCIDENTKIT_REDIS_REQUIRED without a Redis is refused."""
     variables = {"INCIDENTKIT_REDIS_REQUIRED": "1", "REDIS_PORT": "6379"}
     error = fault(variables)
     assert error.name == "INCIDENTKIT_REDIS_REQUIRED"
@@ -302,7 +303,7 @@ def test_redis_that_is_required_has_to_be_named() -> None:
 
 @pytest.mark.parametrize("place", ["log", "database"])
 def test_request_log_has_two_places(place: str) -> None:
-    """INCIDENTKIT_REQUEST_LOG names where requests are recorded."""
+    """INCIDENTKIT_REQUEST_LOG is `log` or `database`."""
     settings = Settings.from_mapping({"INCIDENTKIT_REQUEST_LOG": place})
     assert settings.request_log == place
 
@@ -358,7 +359,7 @@ FLAG = "must be true or false"
     ],
 )
 def test_fault_names_the_variable_and_its_rule(name: str, value: str, reason: str) -> None:
-    """A value that cannot be used is told by its variable and the rule that it breaks."""
+    """An error names the variable and the rule that its value breaks."""
     error = fault({"REDIS_HOST": "cache", name: value})
     assert (error.name, error.reason) == (name, reason)
     assert str(error) == f"{name} {reason}"
@@ -386,7 +387,7 @@ SECRET = "hunter2-Zürich"
     ],
 )
 def test_fault_never_repeats_the_value(name: str) -> None:
-    """Neither the error nor the traceback that is logged for it shows what stood there."""
+    """Neither the error nor its traceback shows the value."""
     error = fault({"REDIS_HOST": "cache", "POSTGRES_PASSWORD": SECRET, name: SECRET})
     assert error.name == name
     shown = f"{error}{error!r}{''.join(traceback.format_exception(error))}"
@@ -397,7 +398,7 @@ def test_fault_never_repeats_the_value(name: str) -> None:
 def test_url_of_another_kind_is_refused_without_showing_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A URL of a server that is not supported is told without its credentials."""
+    """The error for an unsupported URL does not show its credentials."""
     monkeypatch.setenv(name, f"mysql://ann:{SECRET}@db/incidents")
     with pytest.raises(InvalidSettings, match=rf"^{name} must start with .*://") as caught:
         IncidentClient.from_env()
@@ -414,17 +415,34 @@ def test_url_of_another_kind_is_refused_without_showing_it(
     ],
 )
 def test_settings_can_be_logged(variables: dict[str, str]) -> None:
-    """The text of the settings holds no URL, and so no password."""
+    """The text of the settings shows no URL, and therefore no password."""
     settings = Settings.from_mapping(variables)
     assert "hunter2" not in f"{settings!r}{settings}"
     assert "://" not in repr(settings)
+
+
+def test_settings_can_be_pickled() -> None:
+    """Settings keep every value on their way to the workers of the service."""
+    settings = Settings.from_mapping(
+        {
+            "INCIDENTKIT_DATABASE_URL": "postgresql://ann:pw@db/incidents",
+            "INCIDENTKIT_REDIS_URL": "redis://:pw@cache/0",
+            "INCIDENTKIT_REDIS_REQUIRED": "1",
+            "INCIDENTKIT_MAX_STALENESS": "0.5",
+            "INCIDENTKIT_TRANSITIONS": "new:completed,new:failed",
+            "INCIDENTKIT_REQUEST_LOG": "database",
+            "DB_POOL_SIZE": "7",
+        }
+    )
+    assert settings != Settings()
+    assert pickle.loads(pickle.dumps(settings)) == settings
 
 
 # The process's environment and the file
 
 
 def test_file_is_read_from_the_working_folder() -> None:
-    """A `.env` file there configures a client that is told nothing else."""
+    """A `.env` file in the working folder is read by default."""
     Path(".env").write_text(
         "# the origin's file\n"
         "POSTGRES_DB=incidents\n"
@@ -445,7 +463,7 @@ def test_file_is_read_from_the_working_folder() -> None:
 
 
 def test_process_wins_over_the_file_variable_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the process sets replaces the same variable of the file, and leaves the others."""
+    """A variable of the process overrides the one in the file; the others stay."""
     Path(".env").write_text("POSTGRES_HOST=file\nPOSTGRES_DB=file\nDB_POOL_SIZE=7\n", "utf-8")
     monkeypatch.setenv("POSTGRES_HOST", "process")
     assert Settings.from_env() == Settings(
@@ -458,14 +476,14 @@ def test_process_wins_over_the_file_variable_by_variable(monkeypatch: pytest.Mon
 def test_empty_variable_of_the_process_leaves_the_files(
     empty: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A variable that is empty in the process is not set there, so that the file's holds."""
+    """An empty variable of the process does not override the one in the file."""
     Path(".env").write_text("POSTGRES_HOST=file\n", "utf-8")
     monkeypatch.setenv("POSTGRES_HOST", empty)
     assert Settings.from_env().database_url == "postgresql://postgres@file:5432/postgres"
 
 
 def test_overrides_win_over_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a caller gives replaces a variable of the process and of the file before it is read."""
+    """An override replaces a variable of the process and of the file, even an invalid one."""
     Path(".env").write_text("INCIDENTKIT_DATABASE_URL=mysql://file\nREDIS_HOST=file\n", "utf-8")
     monkeypatch.setenv("INCIDENTKIT_REDIS_URL", "http://process")
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
@@ -477,7 +495,7 @@ def test_overrides_win_over_both(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_own_variable_in_the_file_wins_over_the_origins_in_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Which variable is meant is decided before which place it is read from."""
+    """INCIDENTKIT_DATABASE_URL in the file overrules POSTGRES_* in the process."""
     Path(".env").write_text("INCIDENTKIT_DATABASE_URL=postgresql://own/db\n", "utf-8")
     monkeypatch.setenv("POSTGRES_HOST", "origin")
     assert Settings.from_env().database_url == "postgresql://own/db"
@@ -497,14 +515,14 @@ def test_file_may_be_elsewhere(
 
 
 def test_file_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With None for the file, the process's environment alone counts."""
+    """With None for the file, only the environment of the process is read."""
     Path(".env").write_text("POSTGRES_HOST=file\nREDIS_HOST=file\n", "utf-8")
     monkeypatch.setenv("REDIS_HOST", "process")
     assert Settings.from_env(None) == Settings(redis_url="redis://process:6379/0")
 
 
 def test_missing_file_is_no_fault(tmp_path: Path) -> None:
-    """A file that is not there, or is a folder, is the same as an empty one."""
+    """A missing file, or a folder of that name, counts as an empty file."""
     assert Settings.from_env("nowhere/.env") == Settings()
     Path(".env").mkdir()
     assert Settings.from_env() == Settings()
@@ -512,7 +530,7 @@ def test_missing_file_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    """A file that is no text is named, and nothing of it is shown."""
+    """The error for a file that is not UTF-8 names it, and shows no content."""
     Path(".env").write_bytes(b"POSTGRES_PASSWORD=hunter2\xff\n")
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_env()
@@ -526,7 +544,7 @@ def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that the system keeps back is named with the system's reason."""
+    """The error for an unreadable file names it with the reason of the system."""
 
     def refuse(_: object) -> None:
         raise PermissionError(13, "Permission denied", "secret/.env")
@@ -539,14 +557,14 @@ def test_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_fault_in_the_file_is_told_like_any_other() -> None:
-    """A faulty variable of the file is named, too."""
+    """The error for a faulty variable in the file names the variable."""
     Path(".env").write_text("REDIS_HOST=cache\nREDIS_PORT=cache:6379\n", "utf-8")
     with pytest.raises(InvalidSettings, match=f"^REDIS_PORT {PORT}$"):
         Settings.from_env()
 
 
 def test_environment_of_the_process_is_never_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a file sets nothing that the rest of the application would see."""
+    """Reading a file does not change the environment of the process."""
     monkeypatch.setenv("POSTGRES_HOST", "process")
     Path(".env").write_text("POSTGRES_HOST=file\nREDIS_HOST=file\nOTHER_OF_THE_HOST=1\n", "utf-8")
     before = dict(os.environ)
@@ -557,7 +575,7 @@ def test_environment_of_the_process_is_never_changed(monkeypatch: pytest.MonkeyP
 async def test_client_uses_what_the_environment_names(
     monkeypatch: pytest.MonkeyPatch, sqlite_url: str, tmp_path: Path
 ) -> None:
-    """`IncidentClient.from_env` opens the configured database, or else the file beside it."""
+    """`IncidentClient.from_env` opens the configured database, or the default file."""
     async with IncidentClient.from_env() as incidents:
         await incidents.create("Disk is full", source="monitoring")
     assert (tmp_path / "incidentkit.db").is_file()
@@ -575,7 +593,7 @@ async def test_client_uses_what_the_environment_names(
     ],
 )
 def test_a_variable_that_is_overruled_is_not_judged(variables: dict[str, str]) -> None:
-    """What Kubernetes sets beside a service of that name is ignored where a URL is given."""
+    """A variable that another one overrules is not checked: Kubernetes sets some of them."""
     settings = Settings.from_mapping(variables)
     assert settings.database_url == variables.get("INCIDENTKIT_DATABASE_URL", DEFAULT_DATABASE_URL)
     assert settings.redis_url == variables.get("INCIDENTKIT_REDIS_URL")
@@ -583,7 +601,7 @@ def test_a_variable_that_is_overruled_is_not_judged(variables: dict[str, str]) -
 
 @pytest.mark.parametrize("name", ["POSTGRES_USER", "POSTGRES_PASSWORD", "POSTGRES_DB"])
 def test_a_value_that_is_no_text_is_refused_by_name(name: str) -> None:
-    """Bytes of the environment that are not UTF-8 are an error that names the variable."""
+    """The error for a variable that is not UTF-8 names it."""
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_mapping({name: "x\udcff"})
     assert caught.value.name == name

@@ -40,7 +40,7 @@ def url(request: pytest.FixtureRequest) -> str:
 def test_a_status_is_reached_from_those_that_the_graph_names(
     graph: dict[IncidentStatus, set[IncidentStatus]],
 ) -> None:
-    """Each pair is allowed exactly if the graph has it, or it is no change."""
+    """A pair is allowed exactly if the graph has it, or both statuses are the same."""
     transitions = Transitions(graph)
     for before, after in product(IncidentStatus, repeat=2):
         allowed = before is after or after in graph.get(before, ())
@@ -64,7 +64,7 @@ async def test_what_the_graph_lacks_is_refused(url: str) -> None:
 
 
 async def test_the_version_is_looked_at_first(url: str) -> None:
-    """Who expects another version learns that, before whether the change would be allowed."""
+    """A wrong version is reported before a change that is not allowed."""
     async with IncidentClient.open(url, transitions={}) as incidents:
         incident = await incidents.create("Disk is full", source="monitoring")
         with pytest.raises(VersionConflict):
@@ -82,7 +82,7 @@ async def test_a_graph_is_the_clients_own(url: str) -> None:
 
 
 async def test_racing_changes_keep_to_the_graph(url: str) -> None:
-    """However changes race, no step is taken that the graph lacks."""
+    """Concurrent changes take only steps of the graph."""
     async with IncidentClient.open(url, transitions=ONE_WAY) as incidents:
         incident = await incidents.create("Disk is full", source="monitoring")
         calls = [
@@ -125,7 +125,7 @@ def test_the_environment_has_pairs() -> None:
 
 @pytest.mark.parametrize("value", ["new", "new:done", "new>failed", ":", ",", "new:failed,"])
 def test_faulty_pairs_are_refused(value: str) -> None:
-    """The variable is named, and what it has to be."""
+    """The error names the variable and its rule."""
     with pytest.raises(InvalidSettings, match="must be pairs such as new:completed") as caught:
         Settings.from_mapping({"INCIDENTKIT_TRANSITIONS": value})
     assert caught.value.name == "INCIDENTKIT_TRANSITIONS"

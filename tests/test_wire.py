@@ -1,4 +1,4 @@
-"""The JSON form of incidents, over HTTP and in the cache."""
+"""The wire format of incidents, over HTTP and in the cache."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ JSON_OF_NO_FIELD: list[object] = [None, True, 1.0, [], {}]
 
 
 def on_the_wire(**changes: object) -> bytes:
-    """Return an array of one incident, some of whose values are changed."""
+    """Return an array of one incident with some changed values."""
     return dump_json([json.loads(DISK_ON_THE_WIRE) | changes])
 
 
@@ -108,7 +108,7 @@ def test_what_other_programs_read(stored: list[Incident]) -> None:
     )
 )
 def test_time_on_the_wire_is_utc_with_leading_zeros(incident: Incident) -> None:
-    """A time is `YYYY-MM-DD HH:MM:SS` in UTC, in the first century as in this one."""
+    """A time is `YYYY-MM-DD HH:MM:SS` in UTC, in every century."""
     text = json.loads(encode_incident(incident))["created_at"]
     assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}", text)
     assert datetime.fromisoformat(f"{text}+00:00") == incident.created_at
@@ -119,7 +119,7 @@ def test_time_on_the_wire_is_utc_with_leading_zeros(incident: Incident) -> None:
 
 @given(st.lists(incidents, max_size=5))
 def test_incidents_come_back_as_they_were(stored: list[Incident]) -> None:
-    """Reading what was written gives equal incidents whose values have their own types."""
+    """Encoding and decoding gives equal incidents with values of the right types."""
     read = decode_incidents(encode_incidents(stored))
     assert read == stored
     for copy, incident in zip(read, stored, strict=True):
@@ -140,7 +140,7 @@ def test_incidents_come_back_as_they_were(stored: list[Incident]) -> None:
 @example(b"[NaN]")
 @example(b"[1e999]")
 def test_any_bytes_are_incidents_or_a_value_error(data: bytes) -> None:
-    """Bytes that are no array of incidents raise ValueError, and never anything else."""
+    """Bytes that are not an array of incidents raise ValueError, and nothing else."""
     with suppress(ValueError):
         assert decode_incidents(data) == []
 
@@ -153,21 +153,21 @@ def test_any_bytes_are_incidents_or_a_value_error(data: bytes) -> None:
 @example({"incidents": []})
 @example("[]")
 def test_other_json_is_refused(value: Any) -> None:
-    """JSON that is no array of incidents raises ValueError."""
+    """JSON that is not an array of incidents raises ValueError."""
     with pytest.raises(ValueError, match="not a JSON array of incidents"):
         decode_incidents(json.dumps(value).encode())
 
 
 @pytest.mark.parametrize("message", ["", "test", "x" * 1001, " padded "])
 def test_stored_message_is_read_whatever_it_is(message: str) -> None:
-    """The rules are for what is created: a message that the origin stored is served."""
+    """The rules apply to new incidents only: a message that the origin stored is served."""
     read = decode_incidents(on_the_wire(incident_message=message))
     assert [incident.incident_message for incident in read] == [message]
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_incident_without_a_field_is_refused(field: str) -> None:
-    """No field is made up for one that is missing."""
+    """A missing field is an error, not a default."""
     incident = json.loads(DISK_ON_THE_WIRE)
     del incident[field]
     with pytest.raises(ValueError, match="not a JSON array of incidents"):
@@ -204,7 +204,7 @@ def test_incident_without_a_field_is_refused(field: str) -> None:
     ],
 )
 def test_incident_with_another_value_is_refused(field: str, value: object) -> None:
-    """Numbers, strings, members and times are taken only as what they are."""
+    """Numbers, strings, members and times are not converted into each other."""
     assert decode_incidents(on_the_wire()) == [DISK]
     with pytest.raises(ValueError, match="not a JSON array of incidents"):
         decode_incidents(on_the_wire(**{field: value}))
@@ -214,13 +214,13 @@ def test_incident_with_another_value_is_refused(field: str, value: object) -> No
 
 
 def test_new_incident_is_read_by_the_rules_of_new_incidents() -> None:
-    """An object from the wire is normalised, and takes the default, as any new incident."""
+    """An object from the wire is normalised and completed like any new incident."""
     value = {"incident_message": " Disk is full ", "source": "operator"}
     assert wire_converter().structure(value, NewIncident) == NewIncident("Disk is full", "operator")
 
 
 def test_faults_of_a_new_incident_from_the_wire_are_all_told() -> None:
-    """Unknown, missing and faulty fields come out of the converter as one typed error."""
+    """Unknown, missing and faulty fields are one typed error."""
     with pytest.raises(InvalidIncident) as caught:
         wire_converter().structure({"incident_type": "done", "status": "new"}, NewIncident)
     assert caught.value.errors == (
@@ -233,7 +233,7 @@ def test_faults_of_a_new_incident_from_the_wire_are_all_told() -> None:
 
 @pytest.mark.parametrize("value", [None, True, 1, "incident_message", [], [["source", "partner"]]])
 def test_new_incident_is_an_object(value: object) -> None:
-    """JSON of another kind is told as a fault of the body."""
+    """JSON that is not an object is a fault of the body."""
     with pytest.raises(InvalidIncident) as caught:
         wire_converter().structure(value, NewIncident)
     assert caught.value.errors == (FieldError("body", "must be a JSON object"),)
@@ -241,7 +241,7 @@ def test_new_incident_is_an_object(value: object) -> None:
 
 @given(incidents, st.integers(-14, 14))
 def test_the_time_zone_of_a_row_is_that_of_nobody(incident: Incident, hours: int) -> None:
-    """Rows whose driver goes by the zone of a session are on the wire as those in UTC are."""
+    """Times in the time zone of a session become UTC on the wire."""
     zone = timezone(timedelta(hours=hours, minutes=30))
     assume(1 < incident.created_at.year < 9999)
     times = [incident.created_at, incident.last_seen_at, incident.ended_at]
@@ -255,7 +255,7 @@ def test_the_time_zone_of_a_row_is_that_of_nobody(incident: Incident, hours: int
 
 
 def test_a_time_that_is_no_moment_is_refused() -> None:
-    """A naive time, as drivers have for `infinity`, is not taken for one in UTC."""
+    """A naive time, as drivers return for `infinity`, is an error."""
     naive = DISK.created_at.replace(tzinfo=None)
     row = [1, "Disk", "new", "partner", naive, 1, None, 1, None, None]
     with pytest.raises(ValueError, match="aware"):

@@ -1,4 +1,4 @@
-"""Where pages of the list are kept for a while: in the process, in Redis, or in one's own."""
+"""Caches for pages of the list: in the process, in Redis, or one of the application's own."""
 
 from incidentkit.cache.base import INDEX_KEY, TTL, IncidentCache
 from incidentkit.cache.memory import MemoryCache

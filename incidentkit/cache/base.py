@@ -1,4 +1,4 @@
-"""What a cache does, and the choice of one from a URL."""
+"""The protocol of a cache, and the constants that every cache shares."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ TTL: Final = 3600
 """Seconds that a page is kept."""
 
 INDEX_KEY: Final = "incidentkit:pages"
-"""Where a shared cache may keep the names of the pages that it holds: outside ``incidents:*``."""
+"""Key under which a shared cache can keep the names of its pages: outside ``incidents:*``."""
 
 
 class IncidentCache(Protocol):
-    """Where pages of the list are kept, by name.
+    """Keeps pages of the list, by name.
 
-    A cache may raise anything and may be slow: the client bounds the time of each call, and goes
-    on without the cache while it fails.
+    A cache may raise any exception and may be slow: the client limits the time of each call, and
+    continues without the cache while it fails.
     """
 
     async def get(self, key: str) -> bytes | None:
-        """Return what :meth:`set` kept under the key since the last :meth:`clear`, or None."""
+        """Return the value that :meth:`set` stored since the last :meth:`clear`, or None."""
         ...
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Keep the value under the key for at most ``ttl`` seconds."""
+        """Store a value for at most ``ttl`` seconds."""
 
     async def clear(self) -> None:
-        """Forget every value, whichever process kept it."""
+        """Remove every value, including those that other processes stored."""
 
     async def ping(self) -> None:
         """Raise unless the cache answers."""
 
     async def close(self) -> None:
-        """Give back every connection; calling it again does nothing."""
+        """Release every connection; a second call does nothing."""

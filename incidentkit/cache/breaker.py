@@ -1,42 +1,40 @@
-"""What keeps a cache that fails, is slow or hangs from being in the way."""
+"""A circuit breaker: skips a cache that fails, is slow or hangs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
+from incidentkit.cache.base import IncidentCache
 from incidentkit.domain.errors import CacheUnavailable
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from incidentkit.cache.base import IncidentCache
 
 logger = logging.getLogger("incidentkit.cache")
 
 CALL_TIMEOUT: Final = 0.5
-"""Seconds that a call on the cache may take."""
+"""Maximum seconds for one call of the cache."""
 
 RETRY_AFTER: Final = 1.0
-"""Seconds for which a cache that failed is left alone."""
+"""Seconds from a failure to the next attempt."""
 
 _T = TypeVar("_T")
 
 
 class CircuitBreaker:
-    """A cache whose failures are nobody's but the log's.
+    """Wraps a cache: failures are logged, never raised.
 
-    - A call has :data:`CALL_TIMEOUT` seconds. One that fails opens the circuit: the cache is left
-      alone for :data:`RETRY_AFTER` seconds, in which it has nothing and keeps nothing. Then one
-      call tries it again.
-    - A failure is logged once, and once more when the cache is back.
+    - A call fails after :data:`CALL_TIMEOUT` seconds. A failure opens the circuit: for
+      :data:`RETRY_AFTER` seconds, the cache finds nothing and stores nothing. Then one call tries
+      it again.
+    - The first failure is logged, and then the recovery.
 
     Args:
-        cache: What may fail.
-        clock: Returns the time in seconds, never going back.
+        cache: The cache that may fail. If it has an attribute ``place``, messages name it by that,
+            otherwise by its class.
+        clock: Returns the time in seconds; it must be monotonic.
     """
 
     def __init__(
@@ -44,42 +42,43 @@ class CircuitBreaker:
     ) -> None:
         self._cache = cache
         self._clock = clock
+        self._place: str = getattr(cache, "place", type(cache).__name__)
         self._open = False
         self._retry_at = 0.0
 
     @property
     def available(self) -> bool:
-        """Whether the cache is in use, rather than left alone after a failure."""
+        """Whether the circuit is closed: the cache has not failed since its last success."""
         return not self._open
 
     async def get(self, key: str) -> bytes | None:
-        """Return the value, or None if there is none, or no cache to ask."""
+        """Return the value, or None if it is missing or the cache fails."""
         value: object = await self._try(self._cache.get, key)
-        # A cache of one's own may return anything.
+        # An application's own cache may return any object.
         return value if isinstance(value, bytes) else None
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Keep the value for at most ``ttl`` seconds, if the cache works."""
+        """Store a value for at most ``ttl`` seconds, if the cache works."""
         await self._try(self._cache.set, key, value, ttl)
 
     async def clear(self) -> None:
-        """Forget every value, if the cache works."""
+        """Remove every value, if the cache works."""
         await self._try(self._cache.clear)
 
     async def probe(self) -> None:
-        """Learn whether the cache answers, unless it is to be left alone."""
+        """Ping the cache to update :attr:`available`, unless it failed just now."""
         await self._try(self._cache.ping)
 
     async def ping(self) -> None:
-        """Ask the cache whether it answers.
+        """Ping the cache.
 
         Raises:
-            CacheUnavailable: If it does not.
+            CacheUnavailable: If it does not answer.
         """
         await self._call(self._cache.ping)
 
     async def close(self) -> None:
-        """Close the cache; a failure to do so is of no consequence."""
+        """Close the cache, and ignore a failure."""
         with suppress(CacheUnavailable):
             await self._call(self._cache.close)
 
@@ -87,7 +86,7 @@ class CircuitBreaker:
         if self._open:
             if self._clock() < self._retry_at:
                 return None
-            # Nobody else tries meanwhile.
+            # Only this call tries; concurrent ones skip the cache.
             self._retry_at = self._clock() + RETRY_AFTER
         try:
             answer = await self._call(call, *arguments)
@@ -95,7 +94,7 @@ class CircuitBreaker:
             return None
         if self._open:
             self._open = False
-            logger.info("The cache is back")
+            logger.info("The cache is available again: %s", self._place)
         return answer
 
     async def _call(self, call: Callable[..., Awaitable[_T]], *arguments: object) -> _T:
@@ -106,12 +105,12 @@ class CircuitBreaker:
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
                 raise
-            reason = "it did not answer in time" if isinstance(error, TimeoutError) else "it failed"
             self._retry_at = self._clock() + RETRY_AFTER
+            # The class only: the text of the exception may hold a password.
+            failed = f"failed with {type(error).__name__}"
+            how = "did not answer in time" if isinstance(error, TimeoutError) else failed
+            unavailable = CacheUnavailable(f"{self._place} {how}")
             if not self._open:
                 self._open = True
-                logger.warning(
-                    "The cache is unavailable (%s), lists are read without it",
-                    type(error).__name__,
-                )
-            raise CacheUnavailable(reason) from error
+                logger.warning("%s; lists are read from the database", unavailable)
+            raise unavailable from error

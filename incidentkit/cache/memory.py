@@ -1,32 +1,36 @@
-"""Pages kept in the process."""
+"""A least-recently-used cache in the process."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from collections.abc import Callable
+from typing import Final, Generic, NamedTuple, TypeVar
 
 DEFAULT_MAX_BYTES: Final = 8 * 1024 * 1024
 
 ENTRY_BYTES: Final = 400
-"""What a page costs beside its key and its value, about."""
+"""Approximate cost of an entry in addition to its key and its value."""
 
 _T = TypeVar("_T")
 
 
-class Memory(Generic[_T]):
-    """A bounded number of bytes by name; what was used longest ago makes room first.
+class _Entry(NamedTuple, Generic[_T]):
+    value: _T
+    expires_at: float
+    cost: int
+
+
+class LruCache(Generic[_T]):
+    """Keeps values up to a total size; the least recently used ones make room.
 
     Args:
-        size: Returns the bytes of a value. One that has more than fit is not kept.
-        max_bytes: How many bytes are kept, counting a value, its key and a fixed cost for each.
-        clock: Returns the time in seconds, never going back.
+        size: Returns the size of a value in bytes. A value larger than the cache is not kept.
+        max_bytes: Maximum total size of the values, their keys and a fixed cost for each entry.
+        clock: Returns the time in seconds; it must be monotonic.
 
     Attributes:
-        size: The number of bytes that are kept.
+        kept_bytes: Total size of the entries.
     """
 
     def __init__(
@@ -35,76 +39,77 @@ class Memory(Generic[_T]):
         self._size = size
         self._max_bytes = max_bytes
         self._clock = clock
-        # With the time until which it is kept, and what it costs.
-        self._values: OrderedDict[str, tuple[_T, float, int]] = OrderedDict()
-        self.size = 0
+        self._entries: OrderedDict[str, _Entry[_T]] = OrderedDict()
+        self.kept_bytes = 0
 
     def get(self, key: str) -> _T | None:
-        """Return the value unless it is too old."""
-        kept = self._values.get(key)
-        if kept is None:
+        """Return the value, or None if it is missing or has expired."""
+        entry = self._entries.get(key)
+        if entry is None:
             return None
-        if self._clock() >= kept[1]:
+        if self._clock() >= entry.expires_at:
             self._remove(key)
             return None
-        self._values.move_to_end(key)
-        return kept[0]
+        self._entries.move_to_end(key)
+        return entry.value
 
     def set(self, key: str, value: _T, ttl: float) -> None:
-        """Keep the value for so many seconds, and make room for it."""
+        """Keep a value for ``ttl`` seconds, and evict others to make room."""
         self._remove(key)
         cost = ENTRY_BYTES + len(key) + self._size(value)
         if cost > self._max_bytes:
             return
-        self._values[key] = (value, self._clock() + ttl, cost)
-        self.size += cost
-        while self.size > self._max_bytes:
-            self._remove(next(iter(self._values)))
+        self._entries[key] = _Entry(value, self._clock() + ttl, cost)
+        self.kept_bytes += cost
+        while self.kept_bytes > self._max_bytes:
+            self._remove(next(iter(self._entries)))
 
     def discard(self, key: str, value: _T) -> None:
-        """Forget the value, unless there is another one under the key by now."""
-        if self._values.get(key, (None,))[0] is value:
+        """Remove the value, unless the key has another value by now."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.value is value:
             self._remove(key)
 
     def clear(self) -> None:
-        """Forget every value."""
-        self._values.clear()
-        self.size = 0
+        """Remove every value."""
+        self._entries.clear()
+        self.kept_bytes = 0
 
     def _remove(self, key: str) -> None:
-        if key in self._values:
-            self.size -= self._values.pop(key)[2]
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.kept_bytes -= entry.cost
 
 
 class MemoryCache:
-    """A bounded cache in the process; what was used longest ago makes room first.
+    """A least-recently-used cache in the process.
 
     Args:
-        max_bytes: How many bytes are kept, counting a value, its key and a fixed cost for each
-            page. A value larger than that is not kept.
-        clock: Returns the time in seconds, never going back.
+        max_bytes: Maximum total size of the values, their keys and a fixed cost for each page. A
+            larger value is not kept.
+        clock: Returns the time in seconds; it must be monotonic.
     """
 
     def __init__(
         self, max_bytes: int = DEFAULT_MAX_BYTES, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._values: Memory[bytes] = Memory(len, max_bytes, clock=clock)
+        self._values: LruCache[bytes] = LruCache(len, max_bytes, clock=clock)
 
     async def get(self, key: str) -> bytes | None:
-        """Return the value unless it is too old."""
+        """Return the value, or None if it is missing or has expired."""
         return self._values.get(key)
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Keep the value, and make room for it."""
+        """Keep a value for ``ttl`` seconds, and evict others to make room."""
         self._values.set(key, value, ttl)
 
     async def clear(self) -> None:
-        """Forget every value."""
+        """Remove every value."""
         self._values.clear()
 
     async def ping(self) -> None:
-        """Do nothing: the process answers."""
+        """Do nothing: the process is always there."""
 
     async def close(self) -> None:
-        """Forget every value."""
+        """Remove every value."""
         self._values.clear()

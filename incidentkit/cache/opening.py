@@ -1,4 +1,4 @@
-"""The choice of a cache by its URL."""
+"""The choice of a cache by URL."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Final
 from incidentkit.domain.errors import InvalidSettings, MissingDependency
 
 if TYPE_CHECKING:
-    from incidentkit.cache.redis import RedisCache
+    from incidentkit.cache.redis import RedisCache  # loads redis-py, which is an extra
 
 _SCHEME: Final = re.compile(r"rediss?(\+cluster|\+sentinel)?|unix")
 
 
 def check_redis_url(redis_url: str) -> None:
-    """Return if the URL is one for a Redis, whatever else it holds.
+    """Check the scheme of a URL, and no other part of it.
 
     Raises:
-        InvalidSettings: If it is for something else.
+        InvalidSettings: If it is not the scheme of a Redis.
     """
     scheme, separator, _ = redis_url.partition("://")
     if not separator or not _SCHEME.fullmatch(scheme):
@@ -29,7 +29,7 @@ def check_redis_url(redis_url: str) -> None:
 
 
 def cache_from_url(redis_url: str) -> RedisCache:
-    """Return the cache, not yet connected, for the URL of a Redis.
+    """Return the cache that a URL names, not yet connected.
 
     Raises:
         InvalidSettings: If the URL cannot be used.

@@ -1,8 +1,9 @@
-"""What makes every list true: when a cached page may be served.
+"""Serve pages of the list from caches, and never a stale one.
 
-This is the one place that decides it. A page carries the token that the incidents had when it was
-read, in one snapshot with it; it is served only if they have that token during the call. So a page
-in a cache can be late, lost, old or another's, and is then not served.
+This is the only module that decides whether a cached page may be served. A page carries the token
+that the incidents had in the same snapshot of the database. It is served only if the incidents have
+that token during the call. A cache can therefore deliver late, lose, mix up or never clear pages:
+they are not served.
 """
 
 from __future__ import annotations
@@ -10,61 +11,56 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from incidentkit.batching import Batcher, Coalescer
-from incidentkit.cache.base import TTL
+from incidentkit.cache.base import TTL, IncidentCache
 from incidentkit.cache.breaker import CircuitBreaker
-from incidentkit.cache.memory import DEFAULT_MAX_BYTES, Memory
+from incidentkit.cache.memory import DEFAULT_MAX_BYTES, LruCache
+from incidentkit.domain.queries import ListQuery
+from incidentkit.domain.values import Incident
 from incidentkit.store.page import Page
 from incidentkit.wire import decode_incidents, dump_json
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from incidentkit.cache.base import IncidentCache
-    from incidentkit.domain.queries import ListQuery
-    from incidentkit.domain.values import Incident
-
 Incidents: TypeAlias = "list[Incident]"
-"""An alias because inside the class ``list`` is the verb."""
+"""An alias, because ``list`` is a method in the classes below."""
 
 INTERVAL: Final = 0.01
-"""Seconds from one change of the shared cache by this process, for which nobody waits, to the next
-of its kind."""
+"""Minimum seconds between two background writes, or two clears, of the shared cache."""
 
-KEPT: Final = 10
-"""Pages that are put into the shared cache at a time; of more than these the others are left out.
-A page that is asked for often has its turn, and pages that are not would only displace it."""
+MAX_WRITES: Final = 10
+"""Maximum number of pages in one background write; further pages are skipped. A page that is
+requested often gets its turn, and the others would only evict it."""
 
-BESIDE_JSON: Final = 3
-"""How many times as much as its JSON the incidents of a page take in memory, at most about."""
+OBJECTS_PER_JSON: Final = 3
+"""Approximate size of the incidents of a page in memory, in sizes of its JSON."""
 
 logger = logging.getLogger("incidentkit.cache")
 
 
 class PageStore(Protocol):
-    """The part of a store that pages are read from."""
+    """The part of a store that :class:`PageCache` needs."""
 
     async def list(self, query: ListQuery) -> Page:
-        """Return a page and the token of the incidents, from one snapshot."""
+        """Return a page with the token of the incidents, from one snapshot."""
         ...
 
     async def token(self) -> str | None:
-        """Return the token of the incidents; None means that it cannot be told."""
+        """Return the token of the incidents; None: it is unknown."""
         ...
 
 
 def seal(key: str, token: str | None, page: bytes) -> bytes:
-    """Return what a cache holds under the key, a JSON object that says whose page it is."""
+    """Return the value for a cache: a JSON object of the page, its key and its token."""
     return _head(key, token) + page + b"}"
 
 
 def unseal(value: bytes, key: str, token: str | None) -> bytes | None:
-    """Return the page if it is the one of this key and token, or None.
+    """Return the page in a value from a cache, or None if its key or its token differs.
 
-    None for the token matches nothing.
+    A token that is None matches no value.
     """
     head = _head(key, token)
     if token is None or not value.startswith(head) or not value.endswith(b"}"):
@@ -77,18 +73,18 @@ def _head(key: str, token: str | None) -> bytes:
 
 
 def _size(page: Page) -> int:
-    return len(page.json) * (1 + BESIDE_JSON)
+    return len(page.json) * (1 + OBJECTS_PER_JSON)
 
 
 class PageCache:
-    """Pages of the list in the process, and in a cache that several processes share.
+    """Keeps pages of the list in the process, and in a cache that several processes share.
 
     Args:
-        store: Where pages and tokens are read.
-        shared: A cache that may fail, be slow or hang; None means that there is none.
-        max_staleness: Seconds for which a token is trusted once it was read. 0 means that each
-            call reads one, or shares a reading that has not started.
-        clock: Returns the time in seconds, never going back.
+        store: Reads pages and tokens from the database.
+        shared: A cache that may fail, be slow or hang; None: no shared cache.
+        max_staleness: Seconds for which a token is trusted after its reading. 0: each call reads
+            the token, or shares a reading that has not started.
+        clock: Returns the time in seconds; it must be monotonic.
     """
 
     def __init__(
@@ -100,73 +96,73 @@ class PageCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._memory = Memory(_size, DEFAULT_MAX_BYTES, clock=clock)
+        self._memory = LruCache(_size, DEFAULT_MAX_BYTES, clock=clock)
         self._shared = None if shared is None else CircuitBreaker(shared, clock=clock)
         self._max_staleness = max_staleness
         self._clock = clock
         self._reads = Coalescer(self._read)
         self._tokens: Batcher[None, str | None] = Batcher(self._read_token)
         self._clears = Batcher(_clear, forget=True)
-        self._keeps: Batcher[tuple[str, Page, int], None] = Batcher(self._keep, forget=True)
+        self._writes: Batcher[tuple[str, Page, int], None] = Batcher(self._write, forget=True)
         self._trusted: tuple[str | None, float] | None = None
         self._changes = 0
 
     @property
     def available(self) -> bool | None:
-        """Whether the shared cache is in use; None if there is none."""
+        """Whether the shared cache works; None if there is none."""
         return None if self._shared is None else self._shared.available
 
     async def list(self, query: ListQuery) -> Incidents:
-        """Return the incidents of the page, in a list of the caller's own."""
+        """Return the incidents of the page, in a new list."""
         return (await self.page(query)).incidents.copy()
 
     async def page(self, query: ListQuery) -> Page:
-        """Return the page as the database has it at some instant during this call."""
-        return await self._kept(query.cache_key) or await self._reads(query)
+        """Return the page as the database has it at a moment during this call."""
+        return await self._current(query.cache_key) or await self._reads(query)
 
     def forget(self) -> None:
-        """Remove every page, since this process has changed an incident.
+        """Remove every page after this process has changed an incident.
 
-        Nothing hangs on it but memory, and the time for which a token is trusted. So nobody waits
-        for the shared cache.
+        The removal frees memory and ends the trust in the last token. Lists are correct without
+        it, so the shared cache is cleared in the background.
         """
         self._changes += 1
         self._trusted = None
-        if self._memory.size:
+        if self._memory.kept_bytes:
             self._memory.clear()
         if self._shared is not None:
             self._clears(self._shared)
 
     async def ping(self) -> None:
-        """Ask the shared cache, if there is one, whether it answers.
+        """Ping the shared cache, if there is one.
 
         Raises:
-            CacheUnavailable: If it does not.
+            CacheUnavailable: If it does not answer.
         """
         if self._shared is not None:
             await self._shared.ping()
 
     async def probe(self) -> None:
-        """Learn whether the shared cache answers, unless it has just failed."""
+        """Ping the shared cache to update :attr:`available`, unless it failed just now."""
         if self._shared is not None:
             await self._shared.probe()
 
     async def finish(self) -> None:
-        """Wait for lists that are under way, and until the shared cache has what it is to have."""
+        """Wait for running lists, and for background writes to the shared cache."""
         await self._reads.finish()
         await self._tokens.finish()
-        await self._keeps.finish()
+        await self._writes.finish()
         await self._clears.finish()
 
     async def close(self) -> None:
-        """Wait for what is under way, then forget every page and close the shared cache."""
+        """Wait as :meth:`finish` does, then remove every page and close the shared cache."""
         await self.finish()
         self._memory.clear()
         if self._shared is not None:
             await self._shared.close()
 
-    async def _kept(self, key: str) -> Page | None:
-        """Return the page in the process if it is current; otherwise forget it, for ever."""
+    async def _current(self, key: str) -> Page | None:
+        """Return the page in the process if it is current; otherwise remove it, for good."""
         page = self._memory.get(key)
         if page is None:
             return None
@@ -177,16 +173,16 @@ class PageCache:
 
     async def _read(self, query: ListQuery) -> Page:
         key = query.cache_key
-        # It may have been read by a call before this one.
-        kept = await self._kept(key)
-        if kept is not None:
-            return kept
+        # A call before this one may have read the page.
+        current = await self._current(key)
+        if current is not None:
+            return current
         if self._shared is None:
             return await self._fill(query)
-        # Asked for at the same time. Where the shared cache does not have the page nobody waits
-        # for it; to cancel it would cost the database more than to answer.
+        # Read the token and the page concurrently. Without a page nothing awaits the token, and
+        # cancelling its statement would cost the database more than answering it.
         token = self._token()
-        token.add_done_callback(_take_note)
+        token.add_done_callback(_retrieve_exception)
         value = await self._shared.get(key)
         page = None if value is None else _decode(value, key, await token)
         if page is None:
@@ -198,13 +194,12 @@ class PageCache:
         key, now, changes = query.cache_key, self._clock(), self._changes
         page = await self._store.list(query)
         self._trust(page.token, now, changes)
-        # Of what is kept the bytes alone: objects would be looked at by every garbage collection.
+        # Keep the bytes alone: every garbage collection would visit the objects.
         self._memory.set(
             key, Page(partial(decode_incidents, page.json), page.token, page.json), TTL
         )
-        if self._shared is not None and len(self._keeps) < KEPT:
-            # Nobody waits for it.
-            self._keeps((key, page, changes))
+        if self._shared is not None and len(self._writes) < MAX_WRITES:
+            self._writes((key, page, changes))
         return page
 
     def _token(self) -> asyncio.Future[str | None]:
@@ -216,7 +211,7 @@ class PageCache:
         return token
 
     def _trust(self, token: str | None, since: float, changes: int) -> None:
-        """Keep the newest token, unless this process has changed an incident meanwhile."""
+        """Trust the newest token, unless this process has changed an incident meanwhile."""
         if changes == self._changes and (self._trusted is None or since > self._trusted[1]):
             self._trusted = token, since
 
@@ -226,22 +221,22 @@ class PageCache:
         self._trust(token, now, changes)
         return [token] * len(calls)
 
-    async def _keep(self, given: Sequence[tuple[str, Page, int]]) -> Sequence[None]:
+    async def _write(self, pages: Sequence[tuple[str, Page, int]]) -> Sequence[None]:
         if self._shared is not None:
-            # What was read before this process changed something has an old token.
+            # A page that was read before a change by this process has an old token: skip it.
             sealed = [
                 (key, seal(key, page.token, page.json))
-                for key, page, changes in given
+                for key, page, changes in pages
                 if changes == self._changes
             ]
             await asyncio.gather(*(self._shared.set(key, value, TTL) for key, value in sealed))
         await asyncio.sleep(INTERVAL)
-        return [None] * len(given)
+        return [None] * len(pages)
 
 
 async def _clear(calls: Sequence[CircuitBreaker]) -> Sequence[None]:
     await calls[0].clear()
-    # Under a storm of writes one for many of them will do.
+    # Under many writes, one clear serves all that arrive meanwhile.
     await asyncio.sleep(INTERVAL)
     return [None] * len(calls)
 
@@ -253,11 +248,11 @@ def _decode(value: bytes, key: str, token: str | None) -> Page | None:
     try:
         return Page(decode_incidents(page), token, page)
     except ValueError:
-        logger.warning("The cache holds something else under %s", key)
+        logger.warning("Ignoring the value of %s in the shared cache: it is not a page", key)
         return None
 
 
-def _take_note(token: asyncio.Future[str | None]) -> None:
-    """Take note of a failure that nobody may wait for."""
+def _retrieve_exception(token: asyncio.Future[str | None]) -> None:
+    """Retrieve a failure, so that asyncio does not log it if nothing awaits the token."""
     if not token.cancelled():
         token.exception()

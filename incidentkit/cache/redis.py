@@ -1,12 +1,13 @@
-"""Pages kept in Redis, shared by every process that uses it."""
+"""A cache in Redis, shared by every process that uses it."""
 
 from __future__ import annotations
 
 import re
 from asyncio import Semaphore
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
@@ -23,23 +24,30 @@ from incidentkit.batching import Batcher
 from incidentkit.cache.base import INDEX_KEY
 from incidentkit.domain.errors import InvalidSettings
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-    from typing import TypeAlias
-
-    _Opened: TypeAlias = tuple[Redis | RedisCluster, tuple[Callable[[], Awaitable[None]], ...]]
+_Opened: TypeAlias = tuple[Redis | RedisCluster, tuple[Callable[[], Awaitable[None]], ...]]
+"""A client, and the functions that close it."""
 
 SOCKET_TIMEOUT: Final = 0.25
-"""Seconds to wait for a connection, and for each answer."""
+"""Maximum seconds for a connection, and for each answer."""
 
 MAX_CONNECTIONS: Final = 20
-"""Connections to one server, for the pages."""
+"""Maximum number of connections to one server."""
 
 MAX_PAGES: Final = 1000
-"""Pages that are kept at a time."""
+"""Maximum number of pages in Redis."""
 
 BATCH: Final = 1000
-"""Pages that are removed at once."""
+"""Maximum number of pages in one command."""
+
+UNREADABLE_URL: Final = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    RedisError,
+    RedisClusterException,
+)
+"""Exceptions of redis-py, and of this module, for a URL that cannot be used."""
 
 _DATABASE: Final = re.compile(r"/?|/[0-9]+")
 
@@ -50,18 +58,22 @@ _SERVICE: Final = re.compile(r"([^/]+//[^/?#]*)/([^/?#@]+)([/?#].*)?")
 class RedisCache:
     """A cache in a Redis, in a Redis Cluster, or in a Redis behind Sentinel.
 
-    The names of the pages are kept in a set, ``incidentkit:pages``: a clear removes just what
-    stands there, whatever else the Redis holds. Each command has one key and takes effect by
-    itself, so that after a failure a page may be without its name, and stay until it is too old.
+    The set ``incidentkit:pages`` holds the names of the pages: a clear removes these keys and no
+    other. Each command takes effect separately. After a failure, a page may therefore be missing
+    in the set; it then stays until it expires.
 
-    The methods raise what redis-py raises.
+    The methods raise the exceptions of redis-py.
 
     Args:
-        redis: A client of one's own, which stays open when the cache is closed. Give it short
+        redis: A client of the application, which stays open when the cache is closed. Give it short
             timeouts and no retries: redis-py's defaults hold a call for up to a minute.
+
+    Attributes:
+        place: Names the servers in messages, without user and password.
     """
 
     def __init__(self, redis: Redis | RedisCluster) -> None:
+        self.place = "the application's Redis"
         self._open: Callable[[], _Opened] = lambda: (redis, ())
         self._use(redis, ())
 
@@ -70,11 +82,11 @@ class RedisCache:
     ) -> None:
         self._redis = redis
         self._closers = closers
-        # Pages that are asked for, or kept, at the same time travel together. A call that the
-        # client gives up may hang for ever.
+        # Pages that are read, or written, at the same time share a round trip. A round trip whose
+        # callers have all timed out may never end: cancel it.
         self._gets = Batcher(self._get_all, running=2, size=BATCH, abandon=True)
         self._sets = Batcher(self._set_all, size=BATCH, abandon=True)
-        # Where a pool lets its callers wait, a cluster's node refuses them a connection.
+        # Callers wait for a connection in a pool. A cluster's node has no queue: it raises.
         self._turn = (
             Semaphore(redis.connection_kwargs["max_connections"])
             if isinstance(redis, RedisCluster)
@@ -83,43 +95,42 @@ class RedisCache:
 
     @classmethod
     def from_url(cls, redis_url: str) -> RedisCache:
-        """Return a cache with connections of its own.
+        """Return a cache that opens its own connections.
 
         Args:
             redis_url: ``redis://user:password@host:port/db``, ``unix:///path?db=0`` for a socket,
                 ``redis+cluster://user:password@host:port,host:port`` with some of the nodes, or
                 ``redis+sentinel://user:password@host:port,host:port/service/db`` with the
-                Sentinels. ``rediss`` in place of ``redis`` is TLS. Parameters are as redis-py
-                takes them; ``sentinel_username`` and ``sentinel_password`` are for the Sentinels.
+                Sentinels. ``rediss`` in place of ``redis`` selects TLS. The query takes
+                redis-py's parameters, and ``sentinel_username`` and ``sentinel_password`` for the
+                Sentinels.
 
         Raises:
-            InvalidSettings: If any part of the URL cannot be used.
+            InvalidSettings: If a part of the URL cannot be used.
         """
         kind = redis_url.partition("://")[0].partition("+")[2]
         open_by = {"": _open_server, "cluster": _open_cluster, "sentinel": _open_sentinel}
         try:
             opened = open_by[kind](redis_url)
-        except (
-            *(ValueError, TypeError, AttributeError, KeyError),
-            *(RedisError, RedisClusterException),
-        ):
-            # The exception may have the password in its text.
+        except UNREADABLE_URL:
+            # Without its cause, whose text may hold the password.
             raise InvalidSettings("redis_url", "is not a URL that redis-py can use") from None
         cache = cls(opened[0])
+        cache.place = _place(redis_url)
         cache._open = partial(open_by[kind], redis_url)
         cache._use(*opened)
         return cache
 
     async def get(self, key: str) -> bytes | None:
-        """Return the value, or None if there is none, or one that is no string."""
+        """Return the value, or None if the key is missing or holds another type."""
         return await self._gets(key)
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
-        """Keep the value and its name, and if there are too many, remove some at random."""
+        """Store a value and its name, and remove random pages above the maximum."""
         await self._sets((key, value, ttl))
 
     async def clear(self) -> None:
-        """Remove every page whose name stands in the set, and the set."""
+        """Remove every page whose name is in the set, and the set."""
         while await self._remove(BATCH) == BATCH:
             pass
 
@@ -128,7 +139,7 @@ class RedisCache:
         await self._send(("PING",))
 
     async def close(self) -> None:
-        """Close the connections that are the cache's own; the next ones may be on another loop."""
+        """Close the cache's own connections; later calls open new ones, on any event loop."""
         try:
             async with AsyncExitStack() as closing:
                 for closer in self._closers:
@@ -138,12 +149,12 @@ class RedisCache:
 
     async def _get_all(self, keys: Sequence[str]) -> Sequence[bytes | None]:
         if isinstance(self._redis, RedisCluster):
-            # Each node has some of them.
+            # The keys are on different nodes.
             values = await self._send(*(("GET", key) for key in keys), raise_on_error=False)
         else:
             (values,) = await self._send(("MGET", *keys))
         if len(values) != len(keys):
-            raise ResponseError("not the answer to this question")
+            raise ResponseError("the answer has another number of values than the question")
         return [_value(value) for value in values]
 
     async def _set_all(self, given: Sequence[tuple[str, bytes, float]]) -> Sequence[None]:
@@ -162,7 +173,7 @@ class RedisCache:
         return [None] * len(given)
 
     async def _remove(self, count: int) -> int:
-        """Remove so many pages, or all if there are less, and return how many there were."""
+        """Remove up to ``count`` pages, and return the number of names that were removed."""
         (names,) = await self._send_with_index(("SPOP", INDEX_KEY, count))
         if isinstance(self._redis, RedisCluster):
             await self._send(*(("UNLINK", name) for name in names))
@@ -171,7 +182,7 @@ class RedisCache:
         return len(names)
 
     async def _send_with_index(self, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
-        """Send commands that need the set of names; if it is no set, remove it and raise."""
+        """Send commands on the set of names; if the key is not a set, remove it and raise."""
         try:
             return await self._send(*commands)
         except ResponseError as error:
@@ -182,7 +193,7 @@ class RedisCache:
     async def _send(
         self, *commands: tuple[str | bytes | int, ...], raise_on_error: bool = True
     ) -> list[Any]:
-        """Send the commands at once, to each server its own, and return the answers."""
+        """Send all commands in one pipeline, and return the answers."""
         async with self._turn:
             pipeline = self._redis.pipeline(transaction=False)
             for command in commands:
@@ -191,26 +202,26 @@ class RedisCache:
                 return await pipeline.execute(raise_on_error)
             except (RedisConnectionError, RedisTimeoutError):
                 if isinstance(self._redis, RedisCluster):
-                    await _look_for_nodes(self._redis)
+                    await _discover_nodes(self._redis)
                 raise
 
 
-async def _look_for_nodes(cluster: RedisCluster) -> None:
-    """Ask a cluster for its nodes anew, which redis-py only does where it is to try again."""
+async def _discover_nodes(cluster: RedisCluster) -> None:
+    """Ask a cluster for its nodes again; redis-py does so only before a retry."""
     for first in cluster.get_nodes()[:1]:
-        # What has no key, such as the first question of a client, would always go to this one.
+        # Commands without a key, such as this question, always go to the first node.
         cluster.nodes_manager.move_node_to_end_of_cached_nodes(first.name)
     await cluster.nodes_manager.initialize()
 
 
 class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Connections to the master; who finds all of them in use waits for one."""
+    """Connections to the master; callers wait for one that is free."""
 
 
 def _open_server(redis_url: str) -> _Opened:
     options = _options(redis_url)
     _check_options(options)
-    # The client bounds the time of a call, waiting for a connection included.
+    # The client limits the time of each call, including the wait for a connection.
     options.setdefault("timeout", None)
     redis = Redis.from_pool(BlockingConnectionPool(**options))
     return redis, (redis.aclose,)
@@ -222,12 +233,12 @@ def _open_cluster(redis_url: str) -> _Opened:
     options["ssl"] = options.pop("connection_class", None) is SSLConnection
     redis = RedisCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in hosts],
-        # All the nodes that were found may move to other addresses.
+        # Start again from the nodes in the URL: all nodes found later may move.
         dynamic_startup_nodes=False,
         **options,
     )
     nodes = redis.nodes_manager
-    # A client that is to look for its nodes anew takes itself for closed.
+    # A client that is about to discover its nodes counts as closed: close the nodes too.
     return redis, (redis.aclose, nodes.aclose, partial(nodes.aclose, "startup_nodes"))
 
 
@@ -238,15 +249,15 @@ def _open_sentinel(redis_url: str) -> _Opened:
     _check_options(options)
     options["ssl"] = options.pop("connection_class", None) is SSLConnection
     options.setdefault("timeout", None)
-    servers_own = {"db", "username", "password", "max_connections", "timeout"}
-    asking = {name: value for name, value in options.items() if name not in servers_own} | account
-    sentinel = Sentinel(hosts, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+    server_only = {"db", "username", "password", "max_connections", "timeout"}
+    shared = {name: value for name, value in options.items() if name not in server_only}
+    sentinel = Sentinel(hosts, sentinel_kwargs=shared | account)  # type: ignore[no-untyped-call]
     redis = sentinel.master_for(unquote(service), connection_pool_class=_SentinelPool, **options)
     return redis, (redis.aclose, sentinel.aclose)
 
 
 def _options_of_hosts(redis_url: str, *, port: int) -> tuple[list[tuple[str, int]], dict[str, Any]]:
-    """Return the hosts and ports of a URL that has several, and what holds for all of them."""
+    """Return the hosts with their ports of a URL that has several, and the shared options."""
     scheme, account, hosts, rest = _groups(_HOSTS, redis_url)
     each = [_options(f"{scheme}://{account}{host}{rest}") for host in hosts.split(",")]
     return [(one.pop("host"), one.pop("port", port)) for one in each], each[0]
@@ -255,12 +266,12 @@ def _options_of_hosts(redis_url: str, *, port: int) -> tuple[list[tuple[str, int
 def _groups(pattern: re.Pattern[str], text: str) -> tuple[str, ...]:
     match = pattern.fullmatch(text)
     if match is None:
-        raise ValueError("A part is missing")
+        raise ValueError("a part is missing")
     return match.groups("")
 
 
 def _options(redis_url: str) -> dict[str, Any]:
-    """Return the options of a URL, and ours where it has none."""
+    """Return the options in a URL, and our defaults for the others."""
     _check_parts(redis_url)
     return {
         "max_connections": MAX_CONNECTIONS,
@@ -272,31 +283,36 @@ def _options(redis_url: str) -> dict[str, Any]:
 
 
 def _check_parts(redis_url: str) -> None:
-    """Raise ValueError for what redis-py would pass over without a word."""
+    """Raise ValueError for a part that redis-py would silently ignore."""
     parts = urlsplit(redis_url)
-    # An unencoded "#" or "/" in a password ends up in one of these.
+    # A "#" or "/" that is not encoded in a password ends up in the fragment or the path.
     right_path = bool(parts.path) if parts.scheme == "unix" else _DATABASE.fullmatch(parts.path)
     if not right_path or parts.fragment:
-        raise ValueError("The path or the fragment is not one of a Redis URL")
+        raise ValueError("the path or the fragment is not one of a Redis URL")
     if not all(value for _, value in parse_qsl(parts.query, keep_blank_values=True)):
-        raise ValueError("A parameter is empty")
+        raise ValueError("a parameter is empty")
+
+
+def _place(redis_url: str) -> str:
+    """Return the servers in a URL that was accepted, without user, password and parameters."""
+    servers = re.split("[?#]", redis_url.partition("://")[2])[0]
+    return f"Redis at {servers.rpartition('@')[2]}"
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Raise what only the first call would, for what a connection does not take."""
+    """Reject now an option that redis-py would reject on first use."""
     if options["max_connections"] < 1:
-        raise ValueError("No connection could be made")
-    pools_own = {"connection_class", "max_connections", "timeout"}
-    options.get("connection_class", Connection)(
-        **{name: value for name, value in options.items() if name not in pools_own}
-    )
+        raise ValueError("max_connections must be at least 1")
+    pool_only = {"connection_class", "max_connections", "timeout"}
+    connection_class = options.get("connection_class", Connection)
+    connection_class(**{name: value for name, value in options.items() if name not in pool_only})
 
 
 def _value(answer: object) -> Any:
-    """Return what a GET was answered: None for a value that is no string, or an error."""
+    """Return the bytes in an answer to GET, or the error; None if the key holds another type."""
     if isinstance(answer, ResponseError) and _has_another_type(answer):
         return None
-    # A client of one's own may decode its answers.
+    # An application's client may decode its answers.
     return answer.encode() if isinstance(answer, str) else answer
 
 

@@ -1,174 +1,118 @@
-"""The REST service under uvicorn."""
+"""The REST service under Uvicorn."""
 
 from __future__ import annotations
 
 import asyncio
-import logging.config
-import os
+import gc
+import logging
 import select
 import signal
 import socket
 import sys
-from contextlib import contextmanager
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Final
 
 import click
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.supervisors import Multiprocess
 
+from incidentkit.cli.log import LOGGING, configure_logging
 from incidentkit.cli.text import harmless
-from incidentkit.domain.errors import MissingDependency
+from incidentkit.client import IncidentClient
+from incidentkit.http.app import create_app
+from incidentkit.settings import Settings
+from incidentkit.store.sqlite.url import in_memory
 from incidentkit.version import __version__
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from incidentkit.client import IncidentClient
-    from incidentkit.settings import Settings
 
 logger = logging.getLogger("incidentkit")
 
 GRACE: Final = 10
-"""Seconds that requests have to end when the service is told to stop."""
-
-MAX_LINES: Final = 1000
-"""Lines of the log that wait to be written together, at most."""
-
-LOGGING: Final[dict[str, Any]] = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {
-        "line": {
-            "()": "incidentkit.cli.server.LineFormatter",
-            "fmt": "%(asctime)s %(levelname)-7s %(message)s",
-            "datefmt": "%Y-%m-%dT%H:%M:%S%z",
-        }
-    },
-    "handlers": {
-        "stderr": {
-            "class": "incidentkit.cli.server.LineHandler",
-            "formatter": "line",
-            "stream": "ext://sys.stderr",
-        }
-    },
-    "root": {"level": "WARNING", "handlers": ["stderr"]},
-    "loggers": {"incidentkit": {"level": "INFO"}, "uvicorn": {"level": "INFO"}},
-}
+"""Seconds that running requests have to finish after a signal to stop."""
 
 
-class LineHandler(logging.StreamHandler[TextIO]):
-    """Writes the lines of one turn of the event loop at once: each write is a call of the system.
+def run(settings: Settings, host: str, port: int, workers: int) -> bool:
+    """Run the service until a signal stops it; return False if something else did.
 
-    A line of level WARNING or above is written at once, and what waits before it.
-    """
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        super().__init__(stream)
-        self._lines: list[str] = []
-        # The lines show neither, and looking them up takes time.
-        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Take a line, and see to it that it is written."""
-        try:
-            self._lines.append(self.format(record) + self.terminator)
-        except Exception:  # noqa: BLE001
-            self.handleError(record)
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            # As when the service starts, and ends, and in other threads.
-            self.flush()
-            return
-        if record.levelno >= logging.WARNING or len(self._lines) >= MAX_LINES:
-            self.flush()
-        elif len(self._lines) == 1:
-            loop.call_soon(self.flush)
-
-    def flush(self) -> None:
-        """Write what waits."""
-        self.acquire()
-        try:
-            lines, self._lines = self._lines, []
-            if lines:
-                self.stream.write("".join(lines))
-            super().flush()
-        finally:
-            self.release()
-
-
-class LineFormatter(logging.Formatter):
-    """Puts each record on one line, whatever a client sent; only a traceback takes more."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._second = (0, "")
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """Return the time in whole seconds, which many a record shares with the one before."""
-        second = int(record.created)
-        if self._second[0] != second:
-            self._second = second, super().formatTime(record, datefmt)
-        return self._second[1]
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and a traceback if there is one."""
-        if record.exc_info or record.exc_text or record.stack_info:
-            return super().format(record)
-        # Most are lines alone, and there is one for each request.
-        record.message = record.getMessage()
-        record.asctime = self.formatTime(record, self.datefmt)
-        return self.formatMessage(record)
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Return the line, with the id of the request that it is about."""
-        line = super().formatMessage(record)
-        request_id = getattr(record, "request_id", None)
-        if request_id is not None:
-            line += f" {request_id}"
-        # Starlette gives what failed at its start as a text.
-        return _harmless_lines(line) if record.message.startswith("Traceback") else harmless(line)
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Return the traceback, without what a terminal would obey."""
-        return _harmless_lines(super().formatException(ei))
-
-
-def _harmless_lines(text: str) -> str:
-    return "\n".join(map(harmless, text.strip().split("\n")))
-
-
-def check_installed() -> None:
-    """Raise unless the extra ``server`` is installed.
+    Args:
+        settings: The servers that the service uses.
+        host: The address to listen on.
+        port: The port, 0 to 65535; 0 picks a free one.
+        workers: Number of processes, at least 1.
 
     Raises:
-        MissingDependency: With the package that is not there.
+        UsageError: If several processes would each have a database of their own.
+        ClickException: If the address or the port cannot be used.
+        IncidentKitError: If the database, or a required cache, cannot be used.
     """
-    for package in ("starlette", "uvicorn"):
-        if find_spec(package) is None:
-            raise MissingDependency(package, extra="server")
+    if workers > 1 and in_memory(settings.database_url):
+        raise click.UsageError(
+            "several --workers cannot share a database in memory: use a file or PostgreSQL"
+        )
+    configure_logging()
+    client = IncidentClient.from_settings(settings)
+    asyncio.run(check_servers(client, with_cache=settings.redis_required))
+    port = _free_port(host, port)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    logger.info("incidentkit %s on %s, documentation on %s/docs", __version__, url, url)
+    # Uvicorn restores this handler, and raises the signal again, once it has stopped: the default
+    # handler would end the process with an exit code other than 0.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    config = uvicorn.Config(
+        partial(make_app, settings),
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        lifespan="on",
+        log_config=LOGGING,
+        access_log=False,
+        http="incidentkit.cli.protocol:Protocol",
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE,
+    )
+    try:
+        return _run_one(config) if workers == 1 else _run_several(config)
+    except SystemExit as end:
+        return not end.code
 
 
-def in_memory(database_url: str) -> bool:
-    """Return whether each process would have a database of its own."""
-    from incidentkit.store.database import database_kind  # noqa: PLC0415
-    from incidentkit.store.sqlite.url import MEMORY, sqlite_url  # noqa: PLC0415
-
-    sqlite = database_kind(database_url) == "sqlite"
-    return sqlite and sqlite_url(database_url).database in MEMORY
+def _run_one(config: uvicorn.Config) -> bool:
+    server = uvicorn.Server(config)
+    with suppress(KeyboardInterrupt):
+        server.run()
+    return server.started
 
 
-def configure_logging() -> None:
-    """Write the records of the service, and warnings of all else, to stderr."""
-    logging.config.dictConfig(LOGGING)
+def _run_several(config: uvicorn.Config) -> bool:
+    """Run the workers; each gets the settings with the pickled configuration."""
+    with _signal_catcher() as caught:
+        with suppress(KeyboardInterrupt):
+            Multiprocess(config, sockets=[config.bind_socket()]).run()
+        # Multiprocess also returns when a worker cannot start.
+        return caught()
+
+
+def make_app(settings: Settings) -> Starlette:
+    """Return the app on the servers that the settings name; each worker makes one."""
+    app = create_app(
+        IncidentClient.from_settings(settings),
+        request_log=settings.request_log,
+        cache_required=settings.redis_required,
+    )
+    # The objects of the loaded modules live as long as the process: no collection visits them.
+    gc.freeze()
+    return app
 
 
 async def check_servers(client: IncidentClient, *, with_cache: bool) -> None:
-    """Open the client once, so that what is wrong is told before there is a server.
+    """Open the client once, so that an error is reported before the server starts.
 
     Args:
-        client: Closed, and closed again.
-        with_cache: Whether the cache has to answer. If it need not, it is left to the service to
-            say that it does not.
+        client: A client that is not open; it is closed again.
+        with_cache: Whether the cache must answer. Otherwise the service logs that it does not.
     """
     try:
         await (client.connect() if with_cache else client.store.open())
@@ -176,48 +120,9 @@ async def check_servers(client: IncidentClient, *, with_cache: bool) -> None:
         await client.close()
 
 
-def run(settings: Settings, host: str, port: int, workers: int) -> bool:
-    """Run the service until a signal ends it, and return whether one did.
-
-    Args:
-        settings: Whose servers the service uses.
-        host: The address to listen on.
-        port: The port, 0 to 65535; 0 takes one that is free.
-        workers: Processes, at least 1.
-    """
-    import uvicorn  # noqa: PLC0415
-
-    port = _free_port(host, port)
-    os.environ["INCIDENTKIT_DATABASE_URL"] = settings.database_url
-    if settings.redis_url is not None:
-        os.environ["INCIDENTKIT_REDIS_URL"] = settings.redis_url
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    logger.info("incidentkit %s on %s, documentation on %s/docs", __version__, url, url)
-    # Without a handler the signal that ends the service would end the process, with its code.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with _signal_catcher() as caught:
-        try:
-            uvicorn.run(
-                "incidentkit.http.asgi:app",
-                host=host,
-                port=port,
-                workers=workers,
-                lifespan="on",
-                log_config=LOGGING,
-                access_log=False,
-                http="incidentkit.cli.protocol:Protocol",
-                proxy_headers=False,
-                timeout_graceful_shutdown=GRACE,
-            )
-        except SystemExit as end:
-            return not end.code
-        # With several workers, uvicorn also returns when one of them could not start.
-        return workers == 1 or caught()
-
-
 @contextmanager
 def _signal_catcher() -> Iterator[Callable[[], bool]]:
-    """Give a function that tells whether a signal came, whoever handled it."""
+    """Yield a function that returns whether a signal arrived, whichever handler it has."""
     reader, writer = socket.socketpair()
     with reader, writer:
         writer.settimeout(0)
@@ -229,13 +134,17 @@ def _signal_catcher() -> Iterator[Callable[[], bool]]:
 
 
 def _free_port(host: str, port: int) -> int:
-    """Return the port, or a free one for 0, if it can be listened on."""
+    """Return the port, or a free one for 0.
+
+    Raises:
+        ClickException: If the address or the port cannot be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as listener:
             return int(listener.getsockname()[1])
     except OSError as error:
-        # create_server() adds the address to the reason, in Python's own notation.
+        # create_server() appends the address to the reason, as a Python tuple.
         reason = (error.strerror or "").partition(" (while")[0]
         raise click.ClickException(
             f"Cannot listen on {harmless(host)} port {port}: {reason}"

@@ -1,16 +1,13 @@
-"""Incidents as text for people; programs get the wire format."""
+"""Format incidents and events as text for people; programs get the wire format."""
 
 from __future__ import annotations
 
 import unicodedata
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import Final
 
+from incidentkit.domain.values import Incident, IncidentEvent
 from incidentkit.wire import wire_converter
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from incidentkit.domain.values import Incident, IncidentEvent
 
 COLUMNS: Final = ("incident_id", "created_at", "incident_type", "source", "incident_message")
 MORE: Final = ("version", "occurrences", "last_seen_at", "ended_at", "dedup_key")
@@ -22,11 +19,11 @@ MIN_MESSAGE_WIDTH: Final = 20
 
 
 def harmless(text: str) -> str:
-    """Return one line that no terminal takes for anything but text.
+    """Return the text as one line that a terminal only prints.
 
-    Control and format characters, line and paragraph separators, surrogates, and what is not
-    assigned stand as Python escapes: an escape sequence would move the cursor, a bidirectional
-    override would turn the line around, and a zero-width character would hide.
+    Control and format characters, line and paragraph separators, surrogates and unassigned code
+    points become Python escapes: an escape sequence could move the cursor, a bidirectional override
+    could reverse the line, and a zero-width character would be invisible.
     """
     return text if text.isprintable() else "".join(map(_visible, text))
 
@@ -38,7 +35,7 @@ def _visible(character: str) -> str:
 
 
 def width(text: str) -> int:
-    """Return how many columns of a terminal a harmless text takes."""
+    """Return the number of terminal columns that a harmless text takes."""
     return len(text) if text.isascii() else sum(map(_character_width, text))
 
 
@@ -49,7 +46,7 @@ def _character_width(character: str) -> int:
 
 
 def shorten(text: str, columns: int) -> str:
-    """Return the text, or as much of its start as fits into the columns with an ellipsis."""
+    """Return the text, cut at its end and marked with an ellipsis if it is too wide."""
     if width(text) <= columns:
         return text
     room, end = columns - len(ELLIPSIS), 0
@@ -62,9 +59,8 @@ def table(incidents: Sequence[Incident], columns: int | None = None) -> str:
     """Return one line for each incident, under a line of headings.
 
     Args:
-        incidents: In the order of the lines.
-        columns: How wide the terminal is: messages are shortened to fit. None means that they
-            are not.
+        incidents: The incidents, in the order of the lines.
+        columns: Width of the terminal, to which messages are shortened; None: show them in full.
     """
     rows = [COLUMNS, *(_cells(incident, COLUMNS) for incident in incidents)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)]
@@ -77,7 +73,7 @@ def table(incidents: Sequence[Incident], columns: int | None = None) -> str:
 
 
 def details(incident: Incident) -> str:
-    """Return one line for each field of the incident that has a value, the message in full."""
+    """Return one line for each field that has a value, with the message in full."""
     names = (*COLUMNS[:-1], *MORE, COLUMNS[-1])
     longest = max(map(len, names))
     cells = zip(names, _cells(incident, names), strict=True)
@@ -92,7 +88,7 @@ def events(history: Sequence[IncidentEvent]) -> str:
 
 
 def change_line(change: IncidentEvent) -> str:
-    """Return one line for a change of any incident."""
+    """Return one line for a change, with the incident's id."""
     at, kind, before, after, actor, note = _cells(change, EVENT_COLUMNS)
     status = " -> ".join(filter(None, (before, after)))
     words = (at, str(change.incident_id), kind, status, actor and f"by {actor}", note)
@@ -100,7 +96,7 @@ def change_line(change: IncidentEvent) -> str:
 
 
 def _cells(model: Incident | IncidentEvent, names: Sequence[str]) -> tuple[str, ...]:
-    """Return what a terminal shows of the fields; of one that is None nothing."""
+    """Return the fields as harmless text; a field that is None is empty."""
     fields = wire_converter().unstructure(model)
     return tuple(
         "" if fields[name] is None else harmless(f"{fields[name]}{' UTC' if name in TIMES else ''}")

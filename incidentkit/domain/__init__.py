@@ -1,1 +1,1 @@
-"""What an incident is: values, rules, commands and queries, without a database or an event loop."""
+"""The domain: values, rules, commands and queries, without a database or an event loop."""

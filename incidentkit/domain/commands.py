@@ -1,4 +1,4 @@
-"""What a caller asks to be changed, checked when it is made."""
+"""Commands: the changes that a caller requests, checked when they are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that incidentkit raises on purpose.
+"""The exceptions that incidentkit raises.
 
 .. code-block:: text
 
@@ -20,7 +20,8 @@
         ├── StoreUnavailable
         └── SchemaOutOfDate
 
-Exceptions of a database or cache driver never escape: they are the ``__cause__`` of one of these.
+Exceptions of a database or cache driver are not raised to callers: they are the ``__cause__`` of
+one of these.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class IdempotencyKeyReused(InvalidIncident):
     """The idempotency key was used with other parameters in the last 24 hours.
 
     Attributes:
-        errors: What is wrong with the field ``idempotency_key``.
+        errors: The fault of the field ``idempotency_key``.
         idempotency_key: The key.
     """
 
@@ -89,10 +90,10 @@ class IncidentNotFound(IncidentKitError, LookupError):
 
 
 class IncidentConflict(IncidentKitError):
-    """The incident as it is does not let the change happen; nothing was changed.
+    """The current state of the incident does not allow the change; nothing was changed.
 
     Attributes:
-        incident: The incident as it is.
+        incident: The incident in its current state.
     """
 
     def __init__(self, incident: Incident) -> None:
@@ -104,10 +105,10 @@ class IncidentConflict(IncidentKitError):
 
 
 class VersionConflict(IncidentConflict):
-    """The incident is not of the expected version: somebody else has changed it.
+    """The incident does not have the expected version: another change came first.
 
     Attributes:
-        incident: The incident as it is, with its version.
+        incident: The incident in its current state, with its version.
     """
 
     def __str__(self) -> str:
@@ -121,8 +122,8 @@ class IllegalTransition(IncidentConflict):
     """The client's transitions do not allow this change of the status.
 
     Attributes:
-        incident: The incident as it is, with its status.
-        to_status: The status that it was to get.
+        incident: The incident in its current state, with its status.
+        to_status: The status that was requested.
     """
 
     def __init__(self, incident: Incident, to_status: IncidentStatus) -> None:
@@ -138,35 +139,35 @@ class IllegalTransition(IncidentConflict):
 
 
 class DuplicateOpenIncident(IncidentConflict):
-    """The incident cannot be opened again: another one with its deduplication key is open.
+    """The incident cannot be reopened: another one with its deduplication key is open.
 
     Attributes:
-        incident: The incident that was to be opened, as it is.
+        incident: The incident that should be reopened, in its current state.
     """
 
     def __str__(self) -> str:
         return (
-            f"Incident {self.incident.incident_id} cannot be opened again: "
-            "another one with its dedup_key is open"
+            f"Incident {self.incident.incident_id} cannot be reopened: "
+            "another incident with its dedup_key is open"
         )
 
 
 class UnknownCursor(IncidentKitError, LookupError):
     """The change that the cursor stands for never happened in this database.
 
-    The database is another one, a copy that went its own way, or was restored to a time before
-    the change. What comes after it cannot be told.
+    The cursor is from another database or from a copy, or this database was restored to a time
+    before the change. The changes after it are unknown: start again with None.
     """
 
     def __str__(self) -> str:
-        return "The cursor is not one of this database"
+        return "The cursor is unknown in this database: start again without a cursor"
 
 
 class NotInTransaction(IncidentKitError):
-    """What was to be joined is not a transaction, or has ended."""
+    """The connection to join has no open transaction."""
 
     def __str__(self) -> str:
-        return "The connection is not in a transaction that can be joined"
+        return "The connection has no open transaction to join: begin one first"
 
 
 class ClientClosed(IncidentKitError):
@@ -198,7 +199,7 @@ class MissingDependency(IncidentKitError, ImportError):
 
     Attributes:
         package: The package that could not be imported.
-        extra: The extra of incidentkit that brings it.
+        extra: The extra of incidentkit that installs it.
     """
 
     def __init__(self, package: str, extra: str) -> None:
@@ -211,10 +212,10 @@ class MissingDependency(IncidentKitError, ImportError):
 
 
 class CacheUnavailable(IncidentKitError):
-    """The cache does not answer, and the settings say that it must.
+    """The cache does not answer, and the client requires it.
 
     Attributes:
-        reason: What failed, without addresses or credentials.
+        reason: Which cache failed, and how; without user and password.
     """
 
     def __init__(self, reason: str) -> None:
@@ -226,10 +227,10 @@ class CacheUnavailable(IncidentKitError):
 
 
 class StoreError(IncidentKitError):
-    """The database cannot be used as it is; trying again will not mend it.
+    """The database cannot be used in its current state; a retry does not help.
 
     Attributes:
-        reason: What failed, without addresses, credentials or values.
+        reason: The failure, without addresses, credentials or values.
     """
 
     def __init__(self, reason: str) -> None:
@@ -241,9 +242,9 @@ class StoreError(IncidentKitError):
 
 
 class StoreUnavailable(StoreError):
-    """The database cannot be reached, or did not answer in time; trying again may succeed.
+    """The database cannot be reached, or did not answer in time; a retry may succeed.
 
-    A write that ends so may or may not have been stored.
+    A write that raises this may or may not be stored.
     """
 
     def __str__(self) -> str:
@@ -254,9 +255,9 @@ class SchemaOutOfDate(StoreError):
     """The database's schema is not the one that this version of incidentkit works on.
 
     Attributes:
-        current: The revision found, or None if the database has none of ours.
+        current: The revision of the database; None: it has no incidentkit schema.
         expected: The revision that this version of incidentkit needs.
-        command: The command that mends it.
+        command: The command to run.
     """
 
     def __init__(
@@ -269,8 +270,8 @@ class SchemaOutOfDate(StoreError):
         self.args = (current, expected, command)
 
     def __str__(self) -> str:
-        found = f"at revision {self.current}" if self.current else "not there"
+        found = f"is at revision {self.current}" if self.current else "has no incidentkit schema"
         return (
-            f"The database's schema is {found}, this version of incidentkit needs "
-            f"{self.expected}: run `{self.command}`"
+            f"The database {found}; this version of incidentkit needs revision {self.expected}: "
+            f"run `{self.command}`"
         )

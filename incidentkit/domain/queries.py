@@ -1,4 +1,4 @@
-"""What a caller asks to read, checked when it is made."""
+"""Queries: the reads that a caller requests, checked when they are made."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ _T = TypeVar("_T")
 
 @frozen
 class Fault:
-    """What a field holds between its conversion and the error that names it.
+    """Stands in a field for a faulty value until the error that names the field is raised.
 
     Attributes:
         reason: The rule that the given value breaks.
@@ -356,7 +356,7 @@ class EventCursor(NamedTuple):
     Attributes:
         transaction_id: The transaction that recorded it.
         event_id: Its id.
-        nonce: A random number: tells events with the same id in two databases apart.
+        nonce: A random number that distinguishes events with the same id in two databases.
         incident_id: The incident that changed.
     """
 
@@ -384,7 +384,7 @@ def changes_cursor(value: str | None) -> str | None:
 
 
 class SearchCursor(NamedTuple):
-    """What the cursor of a search says: the last incident of the page before.
+    """The content of a search cursor: the last incident of the page before.
 
     Attributes:
         created_at: Its time, with the fraction of a second that the database holds.
@@ -398,7 +398,7 @@ class SearchCursor(NamedTuple):
 
 
 def optional_search_cursor(value: str | None) -> SearchCursor | None:
-    """Return what the cursor of a search says, or None."""
+    """Return the content of a search cursor, or None."""
     if value is None:
         return None
     microseconds, incident_id_, number = decode_cursor(_string(value), len(SearchCursor._fields))

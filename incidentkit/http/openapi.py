@@ -150,7 +150,7 @@ _DETAILS: Final = {
     400: "The body is not well-formed JSON (line 1, column 2)",
     404: "Incident not found",
     409: "Incident 7 cannot go from completed to new",
-    410: "The cursor is not one of this database",
+    410: "The cursor is unknown in this database: start again without a cursor",
     412: "Incident 7 has moved on: it is at version 1",
     413: f"The body must have at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",

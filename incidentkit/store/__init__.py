@@ -1,7 +1,4 @@
-"""Where incidents are kept: SQLite or PostgreSQL, chosen by URL.
-
-Each name is loaded when it is first used (PEP 562).
-"""
+"""Where incidents are kept: SQLite or PostgreSQL, chosen by URL."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,18 +9,27 @@ if TYPE_CHECKING:
     from incidentkit.store.ports import IncidentStore, StoreOperations
     from incidentkit.store.request_log import RequestRecord
     from incidentkit.store.sql.tables import keep_out_of_autogenerate
+else:
+    from incidentkit.lazy import face
 
-_HOMES = {
-    "Idempotency": "incidentkit.store.idempotency",
-    "IncidentStore": "incidentkit.store.ports",
-    "Page": "incidentkit.store.page",
-    "RequestRecord": "incidentkit.store.request_log",
-    "StoreOperations": "incidentkit.store.ports",
-    "StoreOptions": "incidentkit.store.options",
-    "keep_out_of_autogenerate": "incidentkit.store.sql.tables",
-    "store_from_url": "incidentkit.opening",
-    "store_on": "incidentkit.opening",
-}
+    __getattr__, __dir__ = face(
+        globals(),
+        {
+            "incidentkit.opening": (
+                "store_from_url",
+                "store_on",
+            ),
+            "incidentkit.store.idempotency": ("Idempotency",),
+            "incidentkit.store.options": ("StoreOptions",),
+            "incidentkit.store.page": ("Page",),
+            "incidentkit.store.ports": (
+                "IncidentStore",
+                "StoreOperations",
+            ),
+            "incidentkit.store.request_log": ("RequestRecord",),
+            "incidentkit.store.sql.tables": ("keep_out_of_autogenerate",),
+        },
+    )
 
 __all__ = [
     "Idempotency",
@@ -36,15 +42,3 @@ __all__ = [
     "store_from_url",
     "store_on",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(__import__(_HOMES[name], fromlist=[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -128,7 +128,9 @@ def test_a_foreign_cursor_is_gone(serve: Serve, headers: dict[str, str]) -> None
     after = encode_cursor(1, 2, 3, 4)
     answer = api.get("/incident/changes", params={"after": after}, headers=headers)
     assert answer.status_code == 410
-    assert answer.json()["detail"] == "The cursor is not one of this database"
+    assert answer.json()["detail"] == (
+        "The cursor is unknown in this database: start again without a cursor"
+    )
     again = api.get("/incident/changes", headers={**headers, "Last-Event-ID": after})
     assert again.status_code == 410
 

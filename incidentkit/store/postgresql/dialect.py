@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable
 
+import incidentkit.store.postgresql.statements as sql
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
@@ -20,7 +21,7 @@ from incidentkit.domain.values import OPEN, Incident, IncidentEvent
 from incidentkit.store.dialect import EVENTS
 from incidentkit.store.execution import Fetch
 from incidentkit.store.ports import Incidents
-from incidentkit.store.postgresql import errors, statements
+from incidentkit.store.postgresql.errors import lost_race
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
 
@@ -36,17 +37,17 @@ ATTEMPTS: Final = 10
 class PostgresDialect:
     """The statements of PostgreSQL."""
 
-    claim_key: Executable = statements.CLAIM_KEY
-    delete_expired_keys: Executable = statements.DELETE_EXPIRED_KEYS
+    claim_key: Executable = sql.CLAIM_KEY
+    delete_expired_keys: Executable = sql.DELETE_EXPIRED_KEYS
     select_changes: Executable = SELECT_CHANGES
-    words_match = statements.WORDS_MATCH
+    words_match = sql.WORDS_MATCH
     indexes_pairs = True
     keeps_plans = True
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
         rows = await fetch(
-            statements.INSERT_INCIDENT[incident.dedup_key is not None],
+            sql.INSERT_INCIDENT[incident.dedup_key is not None],
             {
                 "incident_message": incident.incident_message,
                 "incident_type": incident.incident_type.value,
@@ -65,7 +66,7 @@ class PostgresDialect:
         keyless = [n for n, incident in enumerate(incidents) if incident.dedup_key is None]
         for numbers in _chunks(keyless, ROWS):
             values = values_to_insert([(incidents[n], actor) for n in numbers])
-            rows = await fetch(statements.INSERT_INCIDENTS, values)
+            rows = await fetch(sql.INSERT_INCIDENTS, values)
             stored.update(zip(numbers, map(read_incident, rows), strict=True))
         while len(stored) < len(incidents):
             # Each key once; a later statement counts its repetitions.
@@ -80,7 +81,7 @@ class PostgresDialect:
                     "dedup_keys": keys,
                     "actors": [actor] * len(keys),
                 }
-                for row in await fetch(statements.INSERT_OR_COUNT, values):
+                for row in await fetch(sql.INSERT_OR_COUNT, values):
                     counted = read_incident(row)
                     stored[first[counted.dedup_key or ""]] = counted
         return [stored[n] for n in range(len(incidents))]
@@ -98,7 +99,7 @@ class PostgresDialect:
             "actor": actor,
         }
         for _ in range(ATTEMPTS):
-            rows = await fetch(statements.UPDATE_STATUS, values)
+            rows = await fetch(sql.UPDATE_STATUS, values)
             if rows:
                 return read_incident(rows[0])
             rows = await fetch(SELECT_INCIDENT, {"incident_id": change.incident_id})
@@ -111,7 +112,7 @@ class PostgresDialect:
                 return incident
             # Either another incident with its key is open, or it has just been changed again.
             if change.status is OPEN and await fetch(
-                statements.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
+                sql.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
             ):
                 raise DuplicateOpenIncident(incident)
         raise StoreUnavailable(f"other transactions overtook a change {ATTEMPTS} times")
@@ -121,7 +122,7 @@ class PostgresDialect:
     ) -> IncidentEvent:
         """Insert a note and return its event."""
         values = {"incident_id": incident_id, "note": note, "actor": actor}
-        rows = await fetch(statements.INSERT_NOTE, values)
+        rows = await fetch(sql.INSERT_NOTE, values)
         if not rows:
             raise IncidentNotFound(incident_id)
         return read_event(rows[0])
@@ -131,18 +132,18 @@ class PostgresDialect:
     ) -> tuple[int, bool]:
         """Remove incidents with their events, and insert the events of their purge."""
         wanted = {"ended_before": ended_before, "limit": limit}
-        ids = [incident_id for (incident_id,) in await fetch(statements.SELECT_PURGEABLE, wanted)]
+        ids = [incident_id for (incident_id,) in await fetch(sql.SELECT_PURGEABLE, wanted)]
         if not ids:
             return 0, False
         # Separate statements, which see everything committed before the rows were locked.
-        await fetch(statements.DELETE_EVENTS, {"incident_ids": ids, "events": EVENTS})
-        deleted = await fetch(statements.DELETE_INCIDENTS, {"incident_ids": ids, "actor": actor})
+        await fetch(sql.DELETE_EVENTS, {"incident_ids": ids, "events": EVENTS})
+        deleted = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": ids, "actor": actor})
         count = int(deleted[0][0])
         return count, len(ids) == limit or count < len(ids)
 
     async def check_order(self, fetch: Fetch) -> None:
         """Raise if events have numbers of transactions that this server has yet to assign."""
-        if await fetch(statements.SELECT_STRANDED, {}):
+        if await fetch(sql.SELECT_STRANDED, {}):
             raise StoreError(
                 "it was copied from another server, whose transactions had larger numbers: "
                 "run `incidentkit db upgrade`"
@@ -154,7 +155,7 @@ class PostgresDialect:
 
     def lost_race(self, error: BaseException | None) -> bool:
         """Return whether another incident with the same key was opened at the same time."""
-        return errors.lost_race(error)
+        return lost_race(error)
 
 
 def values_to_insert(given: Sequence[tuple[NewIncident, str | None]]) -> dict[str, Any]:

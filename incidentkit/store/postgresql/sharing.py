@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import Executable
 
+import incidentkit.store.postgresql.statements as sql
 from incidentkit.batching import Batcher
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import StoreError
@@ -21,7 +22,6 @@ from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, Incident
 from incidentkit.store.execution import Executor, Fetch, Rows
 from incidentkit.store.page import Page
-from incidentkit.store.postgresql import statements
 from incidentkit.store.postgresql.dialect import PostgresDialect, values_to_insert
 from incidentkit.store.postgresql.errors import refused
 from incidentkit.store.sql.rows import INCIDENT_COLUMNS, PAGE, read_incident, read_page
@@ -95,7 +95,7 @@ class PostgresSharing:
             rows = await self._executor.read(SELECT_INCIDENT, {"incident_id": ids[0]})
         else:
             values = {"incident_ids": list(map(str, ids))}
-            rows = await self._executor.read(statements.SELECT_INCIDENTS, values)
+            rows = await self._executor.read(sql.SELECT_INCIDENTS, values)
         by_id = {row[_ID]: row for row in rows}
         return [_read_or_refuse(by_id.get(incident_id)) for incident_id in ids]
 
@@ -111,7 +111,7 @@ class PostgresSharing:
             "limits": [str(query.limit) for query in queries],
             "offsets": [str(query.offset) for query in queries],
         }
-        rows = await self._executor.read(statements.SELECT_PAGES, values)
+        rows = await self._executor.read(sql.SELECT_PAGES, values)
         return [read_page(list(page)) for _, page in groupby(rows, itemgetter(PAGE))]
 
     async def _create_all(
@@ -124,7 +124,7 @@ class PostgresSharing:
                 return await self._dialect.create(fetch, incident, actor)
 
             return [await self._executor.write(work)]
-        rows = await self._write_all(statements.INSERT_INCIDENTS, values_to_insert(given))
+        rows = await self._write_all(sql.INSERT_INCIDENTS, values_to_insert(given))
         return [None] * len(given) if rows is None else [read_incident(row) for row in rows]
 
     async def _update_all(
@@ -147,7 +147,7 @@ class PostgresSharing:
             "notes": [change.note for change in changes],
             "actors": [actor for _, _, actor in some.values()],
         }
-        rows = await self._write_all(statements.UPDATE_STATUSES, values)
+        rows = await self._write_all(sql.UPDATE_STATUSES, values)
         done = {row[_ID]: read_incident(row) for row in rows or ()}
         return [
             done.get(each[0].incident_id) if some[each[0].incident_id] is each else None

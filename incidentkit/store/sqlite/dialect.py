@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Executable
 
+import incidentkit.store.sqlite.statements as sql
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
 from incidentkit.domain.transitions import Transitions
@@ -18,23 +19,22 @@ from incidentkit.store.execution import Fetch
 from incidentkit.store.ports import Incidents
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
-from incidentkit.store.sqlite import statements
 
 
 class SqliteDialect:
     """The statements of SQLite."""
 
-    claim_key: Executable = statements.CLAIM_KEY
-    delete_expired_keys: Executable = statements.DELETE_EXPIRED_KEYS
+    claim_key: Executable = sql.CLAIM_KEY
+    delete_expired_keys: Executable = sql.DELETE_EXPIRED_KEYS
     select_changes: Executable = SELECT_CHANGES_BY_ID
-    words_match = statements.WORDS_MATCH
+    words_match = sql.WORDS_MATCH
     indexes_pairs = False
     keeps_plans = False
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
         rows = await fetch(
-            statements.INSERT_INCIDENT[incident.dedup_key is not None],
+            sql.INSERT_INCIDENT[incident.dedup_key is not None],
             {
                 "incident_message": incident.incident_message,
                 "incident_type": incident.incident_type.value,
@@ -53,7 +53,7 @@ class SqliteDialect:
             "actor": actor,
             "note": incident.incident_message if differs else None,
         }
-        await fetch(statements.INSERT_EVENT, event)
+        await fetch(sql.INSERT_EVENT, event)
         return stored
 
     async def create_many(
@@ -72,11 +72,11 @@ class SqliteDialect:
                 await self.note(fetch, change.incident_id, change.note, actor)
             return incident
         if change.status is OPEN and await fetch(
-            statements.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
+            sql.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
         ):
             raise DuplicateOpenIncident(incident)
         status = {"id": change.incident_id, "status": change.status.value}
-        rows = await fetch(statements.UPDATE_STATUS, status)
+        rows = await fetch(sql.UPDATE_STATUS, status)
         event = {
             "incident_id": change.incident_id,
             "kind": EventKind.STATUS_CHANGED.value,
@@ -85,7 +85,7 @@ class SqliteDialect:
             "actor": actor,
             "note": change.note,
         }
-        await fetch(statements.INSERT_EVENT, event)
+        await fetch(sql.INSERT_EVENT, event)
         return read_incident(rows[0])
 
     async def note(
@@ -101,23 +101,23 @@ class SqliteDialect:
             "actor": actor,
             "note": note,
         }
-        return read_event((await fetch(statements.INSERT_AND_RETURN_EVENT, event))[0])
+        return read_event((await fetch(sql.INSERT_AND_RETURN_EVENT, event))[0])
 
     async def purge(
         self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
     ) -> tuple[int, bool]:
         """Remove incidents with their events, and insert the events of their purge."""
         wanted = {"ended_before": ended_before, "limit": limit}
-        rows = await fetch(statements.SELECT_PURGEABLE, wanted)
+        rows = await fetch(sql.SELECT_PURGEABLE, wanted)
         statuses: dict[int, Any] = {incident_id: status for incident_id, status in rows}
         if not statuses:
             return 0, False
         some = {"incident_ids": list(statuses), "events": EVENTS}
-        await fetch(statements.INSERT_PLACES, some)
-        await fetch(statements.DELETE_EVENTS, some)
-        left = await fetch(statements.SELECT_WITH_EVENTS, {"incident_ids": list(statuses)})
+        await fetch(sql.INSERT_PLACES, some)
+        await fetch(sql.DELETE_EVENTS, some)
+        left = await fetch(sql.SELECT_WITH_EVENTS, {"incident_ids": list(statuses)})
         gone = sorted(statuses.keys() - {incident_id for (incident_id,) in left})
-        await fetch(statements.DELETE_INCIDENTS, {"incident_ids": gone})
+        await fetch(sql.DELETE_INCIDENTS, {"incident_ids": gone})
         for incident_id in gone:
             event = {
                 "incident_id": incident_id,
@@ -127,7 +127,7 @@ class SqliteDialect:
                 "actor": actor,
                 "note": None,
             }
-            await fetch(statements.INSERT_EVENT, event)
+            await fetch(sql.INSERT_EVENT, event)
         return len(gone), len(statuses) == limit or len(gone) < len(statuses)
 
     async def check_order(self, fetch: Fetch) -> None:

@@ -1,0 +1,91 @@
+"""Commands that migrate the database's schema."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import click
+
+from incidentkit.cli.failures import Refused
+from incidentkit.cli.options import takes_database
+from incidentkit.cli.output import write
+from incidentkit.opening import migrations
+from incidentkit.settings import Settings
+from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
+
+
+@click.group()
+def db() -> None:
+    """Bring the database's schema up to date, or look at it.
+
+    \b
+    Examples:
+      incidentkit db upgrade
+      incidentkit db downgrade -1
+    """  # noqa: D301
+
+
+@db.command()
+@click.argument("revision", default="head")
+@takes_database
+def upgrade(settings: Settings, revision: str) -> None:
+    """Bring the schema up to REVISION, by default the newest; no row is lost.
+
+    Takes over a database of the origin as it is. Safe to run from several places at once.
+    """
+    asyncio.run(migrations().upgrade(settings.database_url, revision))
+    _write_revision(settings)
+
+
+@db.command(context_settings={"ignore_unknown_options": True})
+@click.argument("revision", default="-1")
+@click.option("--yes", is_flag=True, help="Drop the incident table without asking.")
+@takes_database
+def downgrade(settings: Settings, revision: str, *, yes: bool) -> None:
+    """Bring the schema down to REVISION, by default by one step.
+
+    Incidents are kept down to the origin's revision, dadc1db062ae. Below it, `base` drops the
+    incident table with all its rows, after a confirmation.
+    """
+    at = None if yes else asyncio.run(migrations().current(settings.database_url))
+    if at is not None and _drops_incidents(revision, at):
+        warning = f"a downgrade to {revision} drops the incident table with all its rows"
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise Refused([f"{warning}: add --yes to confirm"])
+        click.confirm(f"{warning.capitalize()}. Continue?", abort=True, err=True)
+    asyncio.run(migrations().downgrade(settings.database_url, revision))
+    _write_revision(settings)
+
+
+def _drops_incidents(revision: str, at: str) -> bool:
+    """Return whether a downgrade to a revision, absolute or relative, ends below the origin's."""
+    start, dash, steps = revision.rpartition("-")
+    if not (dash and steps.isdecimal()):
+        return revision.rpartition("@")[2] == "base"
+    known = [number for number, name in enumerate(REVISIONS) if name.startswith(start or at)]
+    # Any other start counts from the newest, as in `head-1`, or is refused by Alembic.
+    return int(steps) > (known[0] if known else len(REVISIONS) - 1)
+
+
+@db.command()
+@takes_database
+def current(settings: Settings) -> None:
+    """Show the revision of the schema."""
+    _write_revision(settings)
+
+
+@db.command()
+@takes_database
+def check(settings: Settings) -> None:
+    """Exit with 1, and say what to do, unless the schema has the newest revision."""
+    asyncio.run(migrations().check(settings.database_url))
+    write("The schema is up to date.")
+
+
+def _write_revision(settings: Settings) -> None:
+    revision = asyncio.run(migrations().current(settings.database_url))
+    if revision is None:
+        write("The database has no incidentkit schema yet: run `incidentkit db upgrade`.")
+    else:
+        write(f"{revision} (head)" if revision == SCHEMA_REVISION else revision)

@@ -1,0 +1,121 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from functools import wraps
+from typing import Any, Final
+
+import click
+
+from incidentkit.domain.actor import acting_as
+from incidentkit.domain.errors import InvalidSettings
+from incidentkit.domain.values import IncidentSource, IncidentStatus
+from incidentkit.settings import Settings
+
+STATUSES: Final = f"[{'|'.join(IncidentStatus)}]"
+SOURCES: Final = f"[{'|'.join(IncidentSource)}]"
+
+DATABASE_URL: Final = "INCIDENTKIT_DATABASE_URL"
+REDIS_URL: Final = "INCIDENTKIT_REDIS_URL"
+"""The variables that ``--database-url`` and ``--redis-url`` override."""
+
+_database_option: Final = click.option(
+    "--database-url",
+    metavar="URL",
+    help="postgresql://user:password@host:port/database or sqlite+aiosqlite:///file; overrides "
+    "the environment.",
+)
+_redis_option: Final = click.option(
+    "--redis-url", metavar="URL", help="redis://host:port/db; overrides the environment."
+)
+
+
+def takes_database(command: Callable[..., None]) -> Callable[..., None]:
+    """Pass the settings to a command; ``--database-url`` overrides the environment."""
+
+    @_database_option
+    @wraps(command)
+    def with_settings(database_url: str | None, **arguments: Any) -> None:
+        command(_settings({DATABASE_URL: database_url}), **arguments)
+
+    return with_settings
+
+
+def takes_servers(command: Callable[..., None]) -> Callable[..., None]:
+    """Pass the settings to a command; both options of servers override the environment."""
+
+    @_redis_option
+    @_database_option
+    @wraps(command)
+    def with_settings(database_url: str | None, redis_url: str | None, **arguments: Any) -> None:
+        command(_settings({DATABASE_URL: database_url, REDIS_URL: redis_url}), **arguments)
+
+    return with_settings
+
+
+def _settings(options: dict[str, str | None]) -> Settings:
+    overrides = {name: url for name, url in options.items() if url is not None}
+    for name, url in overrides.items():
+        if not url.strip():
+            raise InvalidSettings(name, "is empty")
+    return Settings.from_env(overrides=overrides)
+
+
+def takes_actor(command: Callable[..., None]) -> Callable[..., None]:
+    """Run a command as the actor that ``--actor`` names."""
+
+    @click.option("--actor", metavar="NAME", help="Who makes the change, for the history.")
+    @wraps(command)
+    def as_actor(actor: str | None, **arguments: Any) -> None:
+        with nullcontext() if actor is None else acting_as(actor):
+            command(**arguments)
+
+    return as_actor
+
+
+takes_idempotency_key: Final = click.option(
+    "--idempotency-key",
+    metavar="KEY",
+    help="Makes the command safe to repeat: for 24 hours, the same key changes nothing more and "
+    "shows the first result again.",
+)
+
+takes_json: Final = click.option(
+    "--json", "as_json", is_flag=True, help="Write JSON on one line, for programs."
+)
+
+
+class Time(click.ParamType[datetime]):
+    """A time in ISO 8601; UTC unless it has an offset."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        """Return the aware time."""
+        try:
+            time = datetime.fromisoformat(str(value))
+        except ValueError:
+            self.fail("must be a time such as 2026-11-23 or 2026-11-23T09:30:00Z", param, ctx)
+        return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
+class Age(click.ParamType[timedelta]):
+    """A number of minutes, hours, days or weeks, such as ``90d``."""
+
+    name = "age"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
+        """Return the length of time."""
+        match = re.fullmatch(r"([0-9]{1,5})([mhdw])", str(value))
+        if match is None:
+            self.fail("must be a number with m, h, d or w, such as 90d", param, ctx)
+        unit = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}[match[2]]
+        return timedelta(**{unit: int(match[1])})

@@ -1,0 +1,170 @@
+"""Commands that show incidents, their histories and their changes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import click
+
+from incidentkit.cli.options import SOURCES, STATUSES, Time, takes_json, takes_servers
+from incidentkit.cli.output import write, write_incident, write_table
+from incidentkit.cli.running import run
+from incidentkit.cli.text import change_line, events
+from incidentkit.client import IncidentClient
+from incidentkit.domain.values import DEFAULT_LIMIT, LATEST, MAX_LIMIT, IncidentOrder
+from incidentkit.settings import Settings
+from incidentkit.wire import (
+    dump_json,
+    encode_event,
+    encode_events,
+    encode_incidents,
+    wire_converter,
+)
+
+_takes_limit: Final = click.option(
+    "--limit",
+    type=int,
+    default=DEFAULT_LIMIT,
+    show_default=True,
+    help=f"Incidents per page, 1 to {MAX_LIMIT}.",
+)
+
+
+@click.command("list")
+@click.option("--page", type=int, default=1, show_default=True, help="1 is the newest page.")
+@_takes_limit
+@click.option("--status", metavar=STATUSES, help="Only incidents with this status.")
+@click.option("--source", metavar=SOURCES, help="Only incidents from this source.")
+@takes_json
+@takes_servers
+def list_incidents(settings: Settings, *, as_json: bool, **query: Any) -> None:
+    """Show one page of incidents, newest first.
+
+    On a terminal, messages are shortened to its width.
+
+    \b
+    Examples:
+      incidentkit list --status new --source monitoring
+      incidentkit list --limit 1000 --json | jq '.[].incident_message'
+    """  # noqa: D301
+    page = run(settings, lambda incidents: incidents.list(**query))
+    if as_json:
+        write(encode_incidents(page))
+    else:
+        write_table(page)
+
+
+@click.command()
+@click.option(
+    "--status",
+    multiple=True,
+    metavar=STATUSES,
+    help="Only incidents with this status; repeat it for several.",
+)
+@click.option(
+    "--source",
+    multiple=True,
+    metavar=SOURCES,
+    help="Only incidents from this source; repeat it for several.",
+)
+@click.option(
+    "--created-after",
+    type=Time(),
+    help="Only incidents created at this time, in UTC unless it has an offset, or later.",
+)
+@click.option(
+    "--created-before",
+    type=Time(),
+    help="Only incidents created before this time, in UTC unless it has an offset.",
+)
+@click.option("--text", help="Words, or beginnings of words, that the message must all contain.")
+@click.option(
+    "--order",
+    metavar=f"[{'|'.join(IncidentOrder)}]",
+    default=IncidentOrder.NEWEST.value,
+    show_default=True,
+    help="Which incidents come first.",
+)
+@_takes_limit
+@click.option("--after", metavar="CURSOR", help="Continue with the page after this cursor.")
+@click.option("--total", is_flag=True, help="Count the incidents of all pages.")
+@takes_json
+@takes_servers
+def search(settings: Settings, *, as_json: bool, **query: Any) -> None:
+    """Find incidents, and show one page of them.
+
+    The total and the option for the next page go to stderr; --json has both in its object.
+
+    \b
+    Examples:
+      incidentkit search --status new --status failed --text "disk db-1"
+      incidentkit search --created-after 2026-11-01 --order oldest --total
+    """  # noqa: D301
+    for name in ("status", "source"):
+        query[name] = query[name] or None
+    page = run(settings, lambda incidents: incidents.search(**query))
+    if as_json:
+        write(dump_json(wire_converter().unstructure(page)))
+        return
+    write_table(page.incidents)
+    if page.total is not None:
+        click.echo(f"{page.total} in total.", err=True)
+    if page.next is not None:
+        click.echo(f"For the next page: --after {page.next}", err=True)
+
+
+@click.command()
+@click.argument("incident_id", type=int)
+@takes_json
+@takes_servers
+def get(settings: Settings, incident_id: int, *, as_json: bool) -> None:
+    """Show one incident, with its message in full."""
+    incident = run(settings, lambda incidents: incidents.get(incident_id))
+    write_incident(incident, as_json=as_json)
+
+
+@click.command()
+@click.argument("incident_id", type=int)
+@click.option(
+    "--limit",
+    type=int,
+    default=MAX_LIMIT,
+    show_default=True,
+    help=f"Maximum number of events, 1 to {MAX_LIMIT}.",
+)
+@click.option("--after", metavar="CURSOR", help="Continue after the event with this cursor.")
+@takes_json
+@takes_servers
+def history(settings: Settings, incident_id: int, *, as_json: bool, **query: Any) -> None:
+    """Show what happened to an incident, oldest first.
+
+    Use --json to see the cursor of each event.
+    """
+    found = run(settings, lambda incidents: incidents.history(incident_id, **query))
+    write(encode_events(found) if as_json else events(found))
+
+
+@click.command()
+@click.option("--after", metavar="CURSOR", help="Continue after the change with this cursor.")
+@click.option("--from-start", is_flag=True, help="Start with the very first change.")
+@takes_json
+@takes_servers
+def watch(settings: Settings, *, after: str | None, from_start: bool, as_json: bool) -> None:
+    """Show every change of every incident as it happens, until interrupted.
+
+    Starts with the next change unless an option says otherwise. With --json, each line is one
+    change, with its cursor.
+
+    \b
+    Example:
+      incidentkit watch --json | jq 'select(.to_status == "failed")'
+    """  # noqa: D301
+    if from_start and after is not None:
+        raise click.UsageError("--after and --from-start exclude each other")
+    start = None if from_start else LATEST if after is None else after
+
+    async def work(incidents: IncidentClient) -> None:
+        async for change in incidents.changes(start):
+            write(encode_event(change) if as_json else change_line(change))
+
+    run(settings, work)

@@ -1,0 +1,46 @@
+"""The command that runs the REST service."""
+
+from __future__ import annotations
+
+import click
+
+from incidentkit.cli.loading import run_server
+from incidentkit.cli.options import takes_servers
+from incidentkit.settings import Settings
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="The port to listen on; 0 picks a free one.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of processes that answer requests.",
+)
+@takes_servers
+def serve(settings: Settings, host: str, port: int, workers: int) -> None:
+    """Run the REST service until it is interrupted or terminated.
+
+    Brings SQLite's schema up to date first, and only checks PostgreSQL's: run
+    `incidentkit db upgrade` once for each new version. On SIGINT or SIGTERM it answers the
+    requests that it has received, and exits with 0. Needs the extra `server`:
+    pip install 'incidentkit[server]'.
+
+    \b
+    Examples:
+      incidentkit serve
+      incidentkit serve --host 0.0.0.0 --port 80 --workers 4
+    """  # noqa: D301
+    if not host:
+        # Python's sockets take an empty host for every address of the machine.
+        raise click.UsageError("--host is empty: name an address, such as 127.0.0.1")
+    ended_well = run_server(settings, host, port, workers)
+    click.get_current_context().exit(0 if ended_well else 1)

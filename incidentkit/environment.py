@@ -1,0 +1,194 @@
+"""The environment variables that incidentkit reads, and the rule of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from ipaddress import IPv6Address
+from typing import Any, Final, Literal, TypeAlias, cast
+
+import environ
+
+from incidentkit.cache.base import TTL
+from incidentkit.cache.opening import check_redis_url
+from incidentkit.domain.errors import InvalidSettings
+from incidentkit.domain.transitions import Graph
+from incidentkit.domain.values import IncidentStatus
+from incidentkit.store.database import database_kind
+
+RequestLog: TypeAlias = Literal["log", "database"]
+
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]+")
+_FLAGS: Final = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off"), False),
+}
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        # int() takes more than digits, and time that grows with the square of their number.
+        digits = value.isascii() and value.isdigit() and len(value) <= len(str(high))
+        if not digits or not low <= int(value) <= high:
+            raise ValueError(f"must be an integer from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _seconds(value: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) or float(value) > TTL:
+        raise ValueError(f"must be a number of seconds from 0 to {TTL}")
+    return float(value)
+
+
+def _flag(value: str) -> bool:
+    flag = _FLAGS.get(value.lower())
+    if flag is None:
+        raise ValueError("must be true or false")
+    return flag
+
+
+def _transitions(value: str) -> Graph:
+    graph: dict[str, list[str]] = {}
+    for pair in value.split(","):
+        before, colon, after = pair.strip().partition(":")
+        if not colon or not {before, after} <= {*IncidentStatus}:
+            statuses = ", ".join(IncidentStatus)
+            raise ValueError(f"must be pairs such as new:completed, with commas, of: {statuses}")
+        graph.setdefault(before, []).append(after)
+    return graph
+
+
+def _request_log(value: str) -> RequestLog:
+    if value not in ("log", "database"):
+        raise ValueError("must be one of: log, database")
+    return cast("RequestLog", value)
+
+
+def _database_url(value: str) -> str:
+    database_kind(value)
+    return value
+
+
+def _redis_url(value: str) -> str:
+    check_redis_url(value)
+    return value
+
+
+def _host(value: str) -> str:
+    """Return the host in the form that a URL takes."""
+    if _HOST.fullmatch(value):
+        return value
+    bracketed = value.startswith("[") and value.endswith("]")
+    address, percent, zone = (value[1:-1] if bracketed else value).partition("%")
+    try:
+        IPv6Address(address)
+    except ValueError:
+        raise ValueError("must be a host name or an IP address") from None
+    if not percent:
+        return f"[{address}]"
+    if not _HOST.fullmatch(zone):
+        raise ValueError("must be a host name or an IP address")
+    return f"[{address}%25{zone}]"
+
+
+def _host_or_socket(value: str) -> str:
+    """Return the host in the form that a URL takes, or the folder of a Unix socket unchanged."""
+    # asyncpg takes a comma as the separator between two hosts.
+    if value.startswith("/") and "," not in value and value.isprintable():
+        return value
+    try:
+        return _host(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or the absolute path of a socket's folder") from None
+
+
+def _variable(name: str, default: object, parse: Callable[[str], Any], help_: str) -> Any:
+    """Declare a variable; an error shows its name and its rule, and never its value."""
+
+    def convert(value: object) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return parse(value.strip())
+        except InvalidSettings as error:
+            raise InvalidSettings(name, error.reason) from None
+        except ValueError as error:
+            raise InvalidSettings(name, str(error)) from None
+
+    return environ.var(default=default, name=name, converter=convert, help=help_)
+
+
+_PORT: Final = _integer(1, 65535)
+
+
+@environ.config(prefix="", frozen=True)
+class Environment:
+    """Every variable that incidentkit reads."""
+
+    database_url: str | None = _variable(
+        "INCIDENTKIT_DATABASE_URL",
+        None,
+        _database_url,
+        "postgresql://user:password@host:port/database or sqlite+aiosqlite:///file; "
+        "wins over POSTGRES_*",
+    )
+    redis_url: str | None = _variable(
+        "INCIDENTKIT_REDIS_URL",
+        None,
+        _redis_url,
+        "redis://host:port/db, redis+cluster://host:port,host:port or "
+        "redis+sentinel://host:port,host:port/service/db; wins over REDIS_*",
+    )
+    redis_required: bool = _variable(
+        "INCIDENTKIT_REDIS_REQUIRED",
+        "false",
+        _flag,
+        "refuse to start unless a Redis is named and answers",
+    )
+    max_staleness: float = _variable(
+        "INCIDENTKIT_MAX_STALENESS",
+        "0",
+        _seconds,
+        "seconds, 0 to 3600, by which a list may lag behind a change by another process",
+    )
+    transitions: Graph | None = _variable(
+        "INCIDENTKIT_TRANSITIONS",
+        None,
+        _transitions,
+        "the status changes that are allowed, such as new:completed,new:failed; all if not set",
+    )
+    request_log: RequestLog = _variable(
+        "INCIDENTKIT_REQUEST_LOG",
+        "log",
+        _request_log,
+        "where the REST service records requests: log (the logger incidentkit.http), or database "
+        "(the table request_log as well)",
+    )
+    postgres_host: str | None = _variable(
+        "POSTGRES_HOST",
+        None,
+        _host_or_socket,
+        "PostgreSQL's host, or the absolute path of its socket's folder",
+    )
+    postgres_port: int | None = _variable("POSTGRES_PORT", None, _PORT, "PostgreSQL's port")
+    postgres_db: str | None = _variable("POSTGRES_DB", None, str, "the database")
+    postgres_user: str | None = _variable("POSTGRES_USER", None, str, "the user")
+    # Surrounding white space is part of a password.
+    postgres_password: str | None = environ.var(
+        default=None, name="POSTGRES_PASSWORD", help="the password"
+    )
+    redis_host: str | None = _variable("REDIS_HOST", None, _host, "Redis' host")
+    redis_port: int = _variable("REDIS_PORT", 6379, _PORT, "Redis' port")
+    redis_db: int = _variable("REDIS_DB", 0, _integer(0, 1_000_000), "Redis' database number")
+    pool_size: int = _variable(
+        "DB_POOL_SIZE", 5, _integer(1, 10_000), "database connections that stay open"
+    )
+    max_overflow: int = _variable(
+        "DB_MAX_OVERFLOW",
+        10,
+        _integer(0, 10_000),
+        "further connections under load; ignored on SQLite",
+    )
+    echo: bool = _variable("DB_ECHO", "false", _flag, "log each SQL statement, without its values")
