@@ -39,15 +39,13 @@ _T = TypeVar("_T")
 class Transactions(Protocol):
     """Where the verbs read and write.
 
-    Attributes:
-        store: The operations on incidents.
-
-    Raises:
-        ClientClosed: On any use, if the client is not open.
+    Every use raises :class:`~incidentkit.ClientClosed` if the client is not open.
     """
 
     @property
-    def store(self) -> StoreOperations: ...
+    def store(self) -> StoreOperations:
+        """The operations on incidents."""
+        ...
 
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
         """Run an operation of the store that writes."""

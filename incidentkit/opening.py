@@ -1,7 +1,7 @@
 """The choice of a backend: the only module that names databases.
 
-A backend is loaded when it is chosen, so that an application loads only what it uses: ``on_postgresql``
-and ``on_sqlite`` are lazy faces.
+A backend is loaded when it is chosen, so that an application loads only what it uses: the package
+``backends`` has a lazy face.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING
 
-import incidentkit.store.postgresql as on_postgresql
-import incidentkit.store.sqlite as on_sqlite
+import incidentkit.store.backends as backend
 from incidentkit.cache.base import IncidentCache
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
@@ -34,8 +33,8 @@ def store_from_url(
         InvalidSettings: If the URL names another kind of database, or cannot be parsed.
     """
     if database_kind(database_url) == "postgresql":
-        return on_postgresql.postgresql_store(database_url, options)
-    return on_sqlite.sqlite_store(database_url, options, migrations)
+        return backend.postgresql_store(database_url, options)
+    return backend.sqlite_store(database_url, options, migrations)
 
 
 def store_on(database: object, options: StoreOptions | None = None) -> IncidentStore:
@@ -55,8 +54,8 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
         raise InvalidSettings("options", "are only for a URL: an engine or a pool has its own")
     dialect = getattr(database, "dialect", None)
     if getattr(dialect, "name", "postgresql") == "postgresql":
-        return on_postgresql.postgresql_store(database)
-    return on_sqlite.sqlite_store(database, None, migrations)
+        return backend.postgresql_store(database)
+    return backend.sqlite_store(database, None, migrations)
 
 
 def migrations() -> Migrations:

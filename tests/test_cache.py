@@ -257,8 +257,7 @@ async def test_redis_holds_the_documented_keys(
         incident = await incidents.create("Disk is full", source="monitoring")
         await incidents.list()
         await incidents.list(page=2, limit=5, status="failed", source="partner")
-        assert incidents._pages is not None
-        await incidents._pages.finish()
+        await incidents._opened().pages.finish()
         time = incident.created_at.strftime("%Y-%m-%d %H:%M:%S")
         token = await incidents.store.token()
         assert (
@@ -293,11 +292,10 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
         for write in writes:
             for page in range(1, 5):
                 await incidents.list(page=page)
-            assert incidents._pages is not None
-            await incidents._pages.finish()
+            await incidents._opened().pages.finish()
             assert len(await redis.keys("incidents:*")) == 5
             await write()
-            await incidents._pages.finish()
+            await incidents._opened().pages.finish()
             assert sorted(await redis.keys("*")) == [
                 b"incidents-of-others",
                 b"incidents:foreign:key",
@@ -330,8 +328,7 @@ async def test_each_call_of_a_client_is_so_many_commands(
         for client, call, _ in calls:
             sent.clear()
             await call()
-            assert client._pages is not None
-            await client._pages.finish()
+            await client._opened().pages.finish()
             counted.append(sorted(verb for write in sent for verb, *_ in write))
     assert counted == [expected for *_, expected in calls]
 

@@ -431,8 +431,7 @@ async def test_parts_of_ones_own(sqlite_url: str) -> None:
     async with IncidentClient(store, cache=cache) as incidents:
         assert await incidents.list() == []
         assert incidents.store is store
-        assert incidents._pages is not None
-        await incidents._pages.finish()
+        await incidents._opened().pages.finish()
         page, token = await cache.get(KEY), await store.token()
         assert json.loads(page or b"") == {"key": KEY, "token": token, "incidents": []}
 
@@ -457,8 +456,7 @@ async def test_a_page_in_redis_serves_every_process(
     ):
         incident = await one.create("Disk is full", source="operator")
         assert await one.list() == [incident]
-        assert one._pages is not None
-        await one._pages.finish()
+        await one._opened().pages.finish()
         assert await two.list() == [incident]
         assert pages_read == 1
         await redis.flushdb()
@@ -466,7 +464,7 @@ async def test_a_page_in_redis_serves_every_process(
         assert pages_read == 1
         done = await two.update_status(incident.incident_id, "completed")
         assert await one.list() == [done]
-        await one._pages.finish()
+        await one._opened().pages.finish()
         assert await two.list() == [done]
         assert pages_read == 2
 

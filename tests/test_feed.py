@@ -191,7 +191,7 @@ async def test_a_change_wakes_who_waits(on_a_file: IncidentClient) -> None:
 
 
 def _is_pausing(incidents: IncidentClient, readers: int) -> bool:
-    feed: Any = incidents._feed
+    feed: Any = incidents._opened().feed
     return len(feed._change._waiters) == readers
 
 
@@ -238,7 +238,7 @@ async def test_readers_that_come_one_by_one_look_together(
         await until(lambda number=number: _is_pausing(incidents, number))  # type: ignore[misc]
     monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 0.02)
     store: Any = incidents.store
-    feed: Any = incidents._feed
+    feed: Any = incidents._opened().feed
     reads, looks = 0, 0
     read, wake = store.changes, feed.wake
 
@@ -336,7 +336,7 @@ async def test_errors_that_stay_end_the_feed(incidents: IncidentClient) -> None:
             raise SchemaOutOfDate(None, "x")
 
     store: Any = Broken()
-    incidents._feed = ChangeFeed(store)
+    incidents._opened()._feed = ChangeFeed(store)
     with pytest.raises(SchemaOutOfDate):
         await take(incidents, 1)
 
@@ -403,7 +403,7 @@ async def test_closing_ends_who_waits_for_the_database(
 
     monkeypatch.setattr(store, "changes", failing)
     following = asyncio.ensure_future(take(incidents, 1))
-    feed: Any = incidents._feed
+    feed: Any = incidents._opened().feed
     await until(lambda: len(feed._closed._waiters) == 1)
     await incidents.close()
     with pytest.raises(ClientClosed):

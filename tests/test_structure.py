@@ -19,8 +19,8 @@ PACKAGE: Final = Path(incidentkit.__file__).parent
 
 CHOOSERS: Final[dict[str, str]] = {
     "incidentkit.cache.opening": "imports the cache that a URL names, so that redis stays optional",
-    "incidentkit.cli": "a command imports what it runs, so that `--help` is quick",
-    "incidentkit.store.opening": "imports the backend that a URL or a host's object names",
+    "incidentkit.cli.loading": "loads the server, which only `serve` needs",
+    "incidentkit.opening": "loads the session, the settings and the migrations when they are used",
 }
 """Modules that may import inside functions, each with its reason."""
 

@@ -72,13 +72,10 @@ def translate_error(error: BaseException) -> StoreError:
     known = SQLSTATES.get(sqlstate or "") or SQLSTATES.get((sqlstate or "")[:2])
     if known is not None:
         return known[0](known[1])
-    if isinstance(error, DBAPIError) and (error.connection_invalidated or sqlstate is None):
+    wrapped = isinstance(error, DBAPIError) and (error.connection_invalidated or not sqlstate)
+    if wrapped or any(isinstance(cause, (*LOST, OSError)) for cause in causes):
         return StoreUnavailable(_REFUSED_OR_LOST)
-    if any(isinstance(cause, (*LOST, OSError)) for cause in causes):
-        return StoreUnavailable(_REFUSED_OR_LOST)
-    if sqlstate is not None:
-        return StoreError(f"SQLSTATE {sqlstate}")
-    return StoreError("unexpected failure of the driver")
+    return StoreError(f"SQLSTATE {sqlstate}" if sqlstate else "unexpected failure of the driver")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -59,7 +59,7 @@ class Leases:
             self._check = loop.call_later(LEASE, self._give_back_idle)
 
     def discard(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
-        """Give back a connection without waiting, while the server may still cancel its statement."""
+        """Give back a connection without waiting for the server to cancel its statement."""
         task = asyncio.ensure_future(self._give_back(connection))
         self._giving_back.add(task)
         task.add_done_callback(self._giving_back.discard)

@@ -107,9 +107,11 @@ class PoolExecutor:
 
     async def transact(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction."""
-        async with self._connection() as connection:
-            async with connection.transaction(isolation="read_committed"):
-                return await work(partial(fetch_rows, connection))
+        async with (
+            self._connection() as connection,
+            connection.transaction(isolation="read_committed"),
+        ):
+            return await work(partial(fetch_rows, connection))
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""

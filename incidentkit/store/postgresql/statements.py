@@ -15,7 +15,7 @@ from typing import Final
 
 from sqlalchemy import TextClause, text
 
-from incidentkit.store.sql.functions import POSTGRESQL_TOKEN
+from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS
 from incidentkit.store.sql.search import WordsMatch
 from incidentkit.store.sql.statements import DEEP
@@ -385,7 +385,7 @@ _PAGES: Final = " UNION ALL ".join(
 
 SELECT_PAGES: Final = text(f"""
     WITH current AS MATERIALIZED (
-        SELECT {POSTGRESQL_TOKEN} AS token
+        SELECT {TOKEN_ON_POSTGRESQL} AS token
     ),
     wanted AS MATERIALIZED (
         SELECT *

@@ -54,7 +54,7 @@ class current_token(FunctionElement[str]):  # noqa: N801
     inherit_cache = True
 
 
-POSTGRESQL_TOKEN: Final = """(
+TOKEN_ON_POSTGRESQL: Final = """(
     SELECT CASE WHEN count(*) FILTER (WHERE slot < 16) = 16 THEN
         encode(sha256(string_agg(uuid_send(token), CAST('' AS bytea) ORDER BY slot)), 'hex')
     END
@@ -66,7 +66,7 @@ after the table was emptied by hand: the token of fewer rows could come back."""
 
 @compiles(current_token)
 def _current_token(*_: Any, **__: Any) -> str:
-    return POSTGRESQL_TOKEN
+    return TOKEN_ON_POSTGRESQL
 
 
 @compiles(current_token, "sqlite")

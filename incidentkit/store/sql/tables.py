@@ -176,8 +176,8 @@ token_table: Final = Table(
     Column("token", Uuid, nullable=False),
     PrimaryKeyConstraint("slot", name="pk_incident_token"),
 )
-"""Random tokens. Every transaction that changes an incident replaces one of them, by triggers of the
-migration ``e4a81c3f5d27``."""
+"""Random tokens. Every transaction that changes an incident replaces one of them, by triggers of
+the migration ``e4a81c3f5d27``."""
 
 TEXT_TABLES: Final = (
     "incident_text",

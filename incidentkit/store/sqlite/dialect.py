@@ -109,7 +109,7 @@ class SqliteDialect:
         """Remove incidents with their events, and insert the events of their purge."""
         wanted = {"ended_before": ended_before, "limit": limit}
         rows = await fetch(sql.SELECT_PURGEABLE, wanted)
-        statuses: dict[int, Any] = {incident_id: status for incident_id, status in rows}
+        statuses: dict[int, Any] = dict(rows)
         if not statuses:
             return 0, False
         some = {"incident_ids": list(statuses), "events": EVENTS}

@@ -1,0 +1,21 @@
+"""The stores of each database, composed of a dialect and an executor."""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from incidentkit.store.backends.postgresql import postgresql_store
+    from incidentkit.store.backends.sqlite import sqlite_store
+else:
+    from incidentkit.lazy import face
+
+    __getattr__, __dir__ = face(
+        globals(),
+        {
+            "incidentkit.store.backends.postgresql": ("postgresql_store",),
+            "incidentkit.store.backends.sqlite": ("sqlite_store",),
+        },
+    )
+
+__all__ = [
+    "postgresql_store",
+    "sqlite_store",
+]
