@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from incidentkit import IncidentClient, IncidentSource, IncidentStatus, ListQuery, NewIncident
 from incidentkit.store.bookmarks import MAX_BOOKMARKS, Bookmarks
 from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
-from incidentkit.store.store import Store
 from tests.test_repetition import run_sql
 from tests.test_sharing import counted, fill, plan
 
@@ -148,9 +147,10 @@ async def test_after_a_change_nothing_is_passed_over_in_vain(migrated_postgres_u
     await fill(migrated_postgres_url)
     values = {"status": None, "source": None, "limit": 10, "offset": 0, "start_id": 5000}
     async with IncidentClient.open(migrated_postgres_url) as client:
-        assert isinstance(client.store, Store)
+        store: Any = client.store
+        executor = store._connections
         token = await client.store.token()
         statement = SELECT_PAGE[False, False, "onward"]
-        assert len(await client.store._read(statement, values | {"start_token": token})) == 10
-        (alone,) = await client.store._read(statement, values | {"start_token": "another"})
+        assert len(await executor.read(statement, values | {"start_token": token})) == 10
+        (alone,) = await executor.read(statement, values | {"start_token": "another"})
         assert (alone[0], alone[-1]) == (None, token)

@@ -21,6 +21,7 @@ from incidentkit.domain.commands import StatusChange
 from incidentkit.opening import store_on
 from incidentkit.store import RequestRecord, StoreOptions
 from incidentkit.store.migrate import upgrade
+from incidentkit.store.postgresql.pool import PoolExecutor
 from incidentkit.store.store import Store
 from tests.servers import PostgresServer
 
@@ -225,10 +226,12 @@ async def test_each_call_is_so_many_statements(migrated_postgres_url: str) -> No
         sent: list[str] = []
         store = incidents.store
         assert isinstance(store, Store)
-        assert store._leases is not None
-        connection = await store._leases.take()
+        assert isinstance(store._connections, PoolExecutor)
+        leases = store._connections._leases
+        assert leases is not None
+        connection = await leases.take()
         connection.add_query_logger(lambda query: sent.append(query.query.split()[0]))
-        await store._leases.put(connection)
+        await leases.put(connection)
         calls: list[tuple[Callable[[], Awaitable[object]], list[str]]] = [
             (lambda: store.create(DISK_FULL), ["WITH"]),
             (lambda: incidents.create("Disk is full", source="partner", dedup_key="a"), ["WITH"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import subprocess
@@ -12,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import incidentkit
+import incidentkit.store
 from incidentkit import IncidentKitError
 
 DRIVERS_AND_SERVERS = [
@@ -55,13 +57,23 @@ def run_python(code: str, *, without: tuple[str, ...] = ()) -> str:
     return process.stdout
 
 
-def test_all_is_sorted_and_complete() -> None:
-    """`__all__` lists every public name of the package, in order, and no other."""
-    submodules = {
-        name for name, value in vars(incidentkit).items() if isinstance(value, ModuleType)
+@pytest.mark.parametrize("package", [incidentkit, incidentkit.store])
+def test_a_lazy_face_has_the_names_that_type_checkers_see(package: ModuleType) -> None:
+    """`__all__` lists, in order, the names that the face declares to type checkers and loads."""
+    tree = ast.parse(Path(package.__file__ or "").read_text())
+    (choice,) = (node for node in tree.body if isinstance(node, ast.If))
+    declared = {
+        alias.name
+        for node in choice.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
-    public = {name for name in vars(incidentkit) if not name.startswith("_")} - submodules
-    assert incidentkit.__all__ == sorted(public | {"__version__"})
+    assert package.__all__ == sorted(declared)
+    assert declared <= set(dir(package))
+    for name in declared:
+        assert getattr(package, name).__class__ is not ModuleType
+    with pytest.raises(AttributeError, match="has no attribute 'unheard_of'"):
+        package.unheard_of  # noqa: B018
 
 
 def test_every_error_is_public() -> None:
@@ -90,13 +102,16 @@ def test_everything_public_is_documented(name: str) -> None:
 
 
 def test_import_is_light() -> None:
-    """Importing the package loads no driver, no server, and nothing of the command line."""
+    """Importing the client loads no driver, no server, and nothing of the command line."""
     loaded: list[str] = json.loads(
-        run_python("import json, incidentkit; print(json.dumps(sorted(sys.modules)))")
+        run_python(
+            "import json; from incidentkit import IncidentClient; "
+            "print(json.dumps(sorted(sys.modules)))"
+        )
     )
     assert "incidentkit.client" in loaded
     assert {name.partition(".")[0] for name in loaded}.isdisjoint(DRIVERS_AND_SERVERS)
-    parts = {"http", "cli", "settings", "cache.redis", "store.sqlite", "store.postgresql"}
+    parts = {"http", "cli", "settings", "cache.redis", "store.sqlite", "store.postgresql", "store.backends.sqlite"}
     assert {f"incidentkit.{part}" for part in parts}.isdisjoint(loaded)
 
 

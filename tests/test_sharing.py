@@ -237,8 +237,8 @@ async def test_a_cancelled_call_leaves_the_others_and_is_carried_through(
     await asyncio.wait(reads + changes)
     assert sum(call.cancelled() for call in reads + changes) == 4
     assert all(call.result() for call in [*reads[1:9], *changes[1:9]])
-    if incidents._writes:
-        await asyncio.wait(incidents._writes)
+    if incidents._opened()._writes:
+        await asyncio.wait(incidents._opened()._writes)
     assert [one.version for one in await incidents.list(limit=10)] == [2] * 10
 
 

@@ -23,6 +23,7 @@ from incidentkit import (
 )
 from incidentkit.opening import store_on
 from incidentkit.store import StoreOptions
+from incidentkit.store.sqlite.threads import ThreadsExecutor
 from incidentkit.store.store import Store
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ async def test_a_cancelled_write_leaves_the_others(incidents: IncidentClient) ->
     calls[5].cancel()
     await asyncio.wait(calls)
     assert sum(call.cancelled() for call in calls) == 2
-    if incidents._writes:
-        await asyncio.wait(incidents._writes)
+    if incidents._opened()._writes:
+        await asyncio.wait(incidents._opened()._writes)
     assert len(await incidents.list(limit=100)) == 10
 
 
@@ -208,6 +209,8 @@ async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
     """However long it takes, its caller hears that it is stored; who gave up has nothing there."""
     async with IncidentClient.open(sqlite_url) as client:
         assert isinstance(client.store, Store)
+        executor = client.store._connections
+        assert isinstance(executor, ThreadsExecutor)
         begun, gate = Event(), Event()
 
         def hold(*arguments: Any) -> None:
@@ -215,15 +218,15 @@ async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
                 begun.set()
                 gate.wait(30)
 
-        event.listen(client.store._opened()._engine, "before_cursor_execute", hold)
-        patience, client.store._patience = client.store._patience, 2
+        event.listen(executor._opened()._engine, "before_cursor_execute", hold)
+        patience, executor._patience = executor._patience, 2
         first = asyncio.ensure_future(create(client, 1))
         assert await asyncio.to_thread(begun.wait, 30)
-        client.store._patience = 0.1
+        executor._patience = 0.1
         outcomes = await asyncio.gather(
             *(create(client, 1) for _ in range(3)), return_exceptions=True
         )
-        client.store._patience = patience
+        executor._patience = patience
         # Longer than it would have waited for its beginning.
         done, _ = await asyncio.wait((first,), timeout=2.5)
         assert not done
@@ -258,13 +261,15 @@ async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
     async with IncidentClient.open(sqlite_url) as client:
         (incident,) = await create(client, 1)
         assert isinstance(client.store, Store)
+        executor = client.store._connections
+        assert isinstance(executor, ThreadsExecutor)
         gate = Event()
 
         def hold(*arguments: Any) -> None:
             if "LIKE" in arguments[2] or "MATCH" in arguments[2]:
                 gate.wait(30)
 
-        event.listen(client.store._opened()._engine, "before_cursor_execute", hold)
+        event.listen(executor._opened()._engine, "before_cursor_execute", hold)
         search = asyncio.ensure_future(client.search(text="disk"))
         async with asyncio.timeout(10):
             assert await client.get(incident.incident_id) == incident

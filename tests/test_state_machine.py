@@ -651,8 +651,7 @@ def world(
     """Each database, with pages in the process alone and with a Redis that has all its time."""
     redis = request.param == "redis"
     with closing(World(database, request.getfixturevalue("redis_url") if redis else None)) as world:
-        for store in (Store, Store):
-            monkeypatch.setattr(store, "list", counted(store.list, world, "pages_read"))
+        monkeypatch.setattr(Store, "list", counted(Store.list, world, "pages_read"))
         monkeypatch.setattr(PageCache, "list", counted(PageCache.list, world, "lists"))
         yield world
 

@@ -89,7 +89,9 @@ def join(connection: object) -> StoreOperations:
     if is_connection(connection) or is_session(connection):
         host = SqlalchemyConnection(connection, "sqlite", translate_error)
         return Records(SqliteDialect(), SqliteHostExecutor(host))
+    if type(connection).__module__.partition(".")[0] == "asyncpg":
+        raise TypeError("The client is on sqlite, not on postgresql")
     raise TypeError(
-        "Only SQLAlchemy's AsyncConnection and AsyncSession can be joined on SQLite, not "
-        f"{type(connection).__module__}.{type(connection).__qualname__}"
+        "Only SQLAlchemy's AsyncConnection and AsyncSession, and asyncpg's Connection, can be "
+        f"joined, not {type(connection).__name__}"
     )

@@ -141,9 +141,7 @@ class _Lent:
             self._connection = await self._leases.take()
         except asyncpg.UndefinedObjectError as error:
             raise StoreError("it does not know a parameter of the URL") from error
-        except UNREADABLE_URL as error:
-            if isinstance(error, asyncpg.InterfaceError):
-                raise translate_error(error) from error
+        except UNREADABLE_URL:
             # Without its cause, which shows parts of the URL.
             raise unreadable_url() from None
         except Exception as error:
