@@ -28,7 +28,6 @@ from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
 from incidentkit.opening import new_session, settings_from_env, store_on
 from incidentkit.store.database import DEFAULT_DATABASE_URL
-from incidentkit.store.options import StoreOptions
 from incidentkit.store.ports import IncidentStore, StoreOperations
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
 
     from incidentkit.session import Session
     from incidentkit.settings import Settings
+    from incidentkit.store.idempotency import Idempotency, Parameters
+    from incidentkit.store.options import StoreOptions
 
 CHANGES_BATCH: Final = 500
 """Number of changes that a feed reads at a time."""
@@ -63,6 +64,9 @@ class _NotConnected:
 
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
         write.close()
+        raise ClientClosed
+
+    def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
         raise ClientClosed
 
 
@@ -287,7 +291,7 @@ class IncidentClient(Incidents):
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
         """
-        return JoinedIncidents(self._opened().store.join(connection), self._transitions)
+        return JoinedIncidents(self._opened().join(connection), self._transitions)
 
     async def changes(self, after: str | None = None) -> AsyncIterator[IncidentEvent]:
         """Follow every change of every incident, each exactly once, without end.

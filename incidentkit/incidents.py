@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from datetime import datetime
-from typing import Any, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, overload
 
 from attrs import evolve
 
@@ -25,8 +25,11 @@ from incidentkit.domain.values import (
     IncidentStatus,
     SearchPage,
 )
-from incidentkit.store.idempotency import idempotency
 from incidentkit.store.ports import StoreOperations
+
+if TYPE_CHECKING:
+    # What only an open client needs.
+    from incidentkit.store.idempotency import Idempotency, Parameters
 
 IncidentList: TypeAlias = list[Incident]
 """A page; an alias because inside the class ``list`` is the verb."""
@@ -49,6 +52,10 @@ class Transactions(Protocol):
 
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
         """Run an operation of the store that writes."""
+        ...
+
+    def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
+        """Return what makes a write happen once."""
         ...
 
 
@@ -113,8 +120,8 @@ class Incidents(ABC):
         else:
             fields: dict[str, Any] = {"source": source, "incident_type": incident_type}
             incident = NewIncident(incident_message, dedup_key=dedup_key, **fields)
-        once = None if idempotency_key is None else idempotency(idempotency_key, "create", incident)
         transactions = self._transactions
+        once = _once(transactions, idempotency_key, "create", incident)
         return await transactions.write(
             transactions.store.create(incident, actor=ACTOR.get(), once=once)
         )
@@ -137,12 +144,8 @@ class Incidents(ABC):
             IdempotencyKeyReused: If the key was used with other parameters.
         """
         checked = check_many(incidents)
-        once = (
-            None
-            if idempotency_key is None
-            else idempotency(idempotency_key, "create_many", checked)
-        )
         transactions = self._transactions
+        once = _once(transactions, idempotency_key, "create_many", checked)
         store = transactions.store
         if not checked:
             return []
@@ -177,12 +180,8 @@ class Incidents(ABC):
             IdempotencyKeyReused: If the key was used with other parameters.
         """
         change = StatusChange(incident_id, status, note, expected_version)
-        once = (
-            None
-            if idempotency_key is None
-            else idempotency(idempotency_key, "update_status", change)
-        )
         transactions = self._transactions
+        once = _once(transactions, idempotency_key, "update_status", change)
         return await transactions.write(
             transactions.store.update_status(
                 change, transitions=self._transitions, actor=ACTOR.get(), once=once
@@ -344,3 +343,13 @@ class Incidents(ABC):
         if not events and await store.get(query.incident_id) is None:
             raise IncidentNotFound(query.incident_id)
         return events
+
+
+def _once(
+    transactions: Transactions, idempotency_key: str | None, verb: str, parameters: Parameters
+) -> Idempotency | None:
+    """Return what makes a write happen once; None without a key."""
+    if idempotency_key is None:
+        return None
+    key = rules.check("idempotency_key", rules.name, idempotency_key)
+    return transactions.once(key, verb, parameters)

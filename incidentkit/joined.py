@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import Any, TypeVar
-
-from attrs import frozen
-
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import DEFAULT_LIMIT, IncidentSource, IncidentStatus
 from incidentkit.incidents import IncidentList, Incidents, Transactions
-from incidentkit.store.ports import StoreOperations
-
-_T = TypeVar("_T")
-
-
-@frozen
-class _HostTransaction:
-    """Reads and writes in the transaction of a host's connection.
-
-    Attributes:
-        store: The operations on that connection.
-    """
-
-    store: StoreOperations
-
-    async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
-        """Run an operation of the store that writes."""
-        return await write
 
 
 class JoinedIncidents(Incidents):
@@ -42,8 +19,8 @@ class JoinedIncidents(Incidents):
     Every method raises :class:`~incidentkit.NotInTransaction` once the transaction has ended.
     """
 
-    def __init__(self, store: StoreOperations, transitions: Transitions) -> None:
-        self._transactions: Transactions = _HostTransaction(store)
+    def __init__(self, transaction: Transactions, transitions: Transitions) -> None:
+        self._transactions = transaction
         self._transitions = transitions
 
     async def list(

@@ -1,4 +1,4 @@
-"""What an open client consists of: its store, its pages, its feed and its running writes."""
+"""An open client: its store, its pages, its feed and its running writes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from attrs import frozen
+
 from incidentkit.cache.base import IncidentCache
 from incidentkit.cache.pages import PageCache
 from incidentkit.domain.errors import CacheUnavailable, ClientClosed
 from incidentkit.feed import ChangeFeed
-from incidentkit.store.ports import IncidentStore
+from incidentkit.store.idempotency import Idempotency, Parameters, idempotency
+from incidentkit.store.ports import IncidentStore, StoreOperations
 
 _T = TypeVar("_T")
 
@@ -130,6 +133,18 @@ class Session:
             raise ClientClosed
         return self._feed
 
+    def join(self, connection: object) -> HostTransaction:
+        """Return the transaction of a host's connection.
+
+        Raises:
+            ClientClosed: If the client is not open.
+        """
+        return HostTransaction(self.store.join(connection))
+
+    def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
+        """Return what makes a write happen once."""
+        return idempotency(idempotency_key, verb, parameters)
+
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
         """Run a write, wake the feed and forget the pages, even if the caller is canceled."""
         task = asyncio.ensure_future(self._write_and_forget(write))
@@ -150,6 +165,25 @@ class Session:
                 self._feed.wake()
             if self._pages is not None:
                 self._pages.forget()
+
+
+@frozen
+class HostTransaction:
+    """The transaction of a host's connection, which ends when the host ends it.
+
+    Attributes:
+        store: The operations on that connection.
+    """
+
+    store: StoreOperations
+
+    async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
+        """Run an operation of the store that writes."""
+        return await write
+
+    def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
+        """Return what makes a write happen once."""
+        return idempotency(idempotency_key, verb, parameters)
 
 
 def _log_failure(write: asyncio.Task[Any]) -> None:

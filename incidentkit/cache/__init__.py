@@ -1,7 +1,30 @@
-"""Caches for pages of the list: in the process, in Redis, or one of the application's own."""
+"""Where pages of the list are cached: in the process, in Redis, or in a cache of your own."""
 
-from incidentkit.cache.base import INDEX_KEY, TTL, IncidentCache
-from incidentkit.cache.memory import MemoryCache
-from incidentkit.cache.opening import cache_from_url
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from incidentkit.cache.base import INDEX_KEY, TTL, IncidentCache
+    from incidentkit.cache.memory import MemoryCache
+    from incidentkit.cache.opening import cache_from_url
+else:
+    from incidentkit.lazy import face
 
-__all__ = ["INDEX_KEY", "TTL", "IncidentCache", "MemoryCache", "cache_from_url"]
+    __getattr__, __dir__ = face(
+        globals(),
+        {
+            "incidentkit.cache.base": (
+                "INDEX_KEY",
+                "TTL",
+                "IncidentCache",
+            ),
+            "incidentkit.cache.memory": ("MemoryCache",),
+            "incidentkit.cache.opening": ("cache_from_url",),
+        },
+    )
+
+__all__ = [
+    "INDEX_KEY",
+    "IncidentCache",
+    "MemoryCache",
+    "TTL",
+    "cache_from_url",
+]

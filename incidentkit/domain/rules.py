@@ -21,7 +21,7 @@ from enum import StrEnum
 from functools import wraps
 from typing import Any, Final, NamedTuple, TypeVar
 
-from attrs import NOTHING, Attribute, AttrsInstance, fields, fields_dict, frozen
+from attrs import NOTHING, Attribute, AttrsInstance, fields, fields_dict
 
 from incidentkit.domain.cursor import decode_cursor
 from incidentkit.domain.errors import FieldError, InvalidIncident
@@ -54,7 +54,6 @@ _Given = TypeVar("_Given")
 _T = TypeVar("_T")
 
 
-@frozen
 class Fault:
     """Stands in a field for a faulty value until the error that names the field is raised.
 
@@ -62,7 +61,8 @@ class Fault:
         reason: The rule that the given value breaks.
     """
 
-    reason: str
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
 
 
 def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:

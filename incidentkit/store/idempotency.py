@@ -1,15 +1,18 @@
-"""Writes that happen once, however often they are repeated with the same key."""
+"""What makes a write happen once: its key, and a fingerprint of all else."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeAlias
 
-from attrs import AttrsInstance, fields, frozen
+from attrs import fields, frozen
 
-from incidentkit.domain import rules
+from incidentkit.domain.commands import NewIncident, StatusChange
+
+Parameters: TypeAlias = NewIncident | StatusChange | Sequence[NewIncident]
+"""What a write with an idempotency key is asked to do."""
 
 
 @frozen
@@ -25,23 +28,16 @@ class Idempotency:
     fingerprint: str
 
 
-def idempotency(
-    idempotency_key: str, verb: str, parameters: AttrsInstance | Sequence[AttrsInstance]
-) -> Idempotency:
-    """Return what makes a write happen once.
-
-    Raises:
-        InvalidIncident: If the key does not have 1 to 255 characters.
-    """
-    key = rules.check("idempotency_key", rules.name, idempotency_key)
-    said = (
+def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
+    """Return what makes a write happen once: its key, and a digest of all else."""
+    given = (
         [_values(each) for each in parameters]
         if isinstance(parameters, Sequence)
         else _values(parameters)
     )
-    text = json.dumps([verb, said], ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps([verb, given], ensure_ascii=False, separators=(",", ":"))
     return Idempotency(key, sha256(text.encode()).hexdigest())
 
 
-def _values(parameters: AttrsInstance) -> Mapping[str, Any]:
+def _values(parameters: NewIncident | StatusChange) -> Mapping[str, Any]:
     return {field.name: getattr(parameters, field.name) for field in fields(type(parameters))}

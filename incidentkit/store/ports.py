@@ -11,13 +11,13 @@ from incidentkit.domain.queries import ListQuery, SearchQuery
 from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import Incident, IncidentEvent, SearchPage
-from incidentkit.store.idempotency import Idempotency
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    # Loads the wire format, which only an open store needs.
+    # What only an open store needs.
+    from incidentkit.store.idempotency import Idempotency
     from incidentkit.store.page import Page
 
 Place: TypeAlias = tuple[int, int]
