@@ -28,7 +28,6 @@ from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
 from incidentkit.opening import new_session, settings_from_env, store_on
 from incidentkit.store.database import DEFAULT_DATABASE_URL
-from incidentkit.store.ports import IncidentStore, StoreOperations
 
 if TYPE_CHECKING:
     import os
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from incidentkit.settings import Settings
     from incidentkit.store.idempotency import Idempotency, Parameters
     from incidentkit.store.options import StoreOptions
+    from incidentkit.store.ports import IncidentStore, StoreOperations
 
 CHANGES_BATCH: Final = 500
 """Number of changes that a feed reads at a time."""

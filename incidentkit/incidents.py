@@ -25,11 +25,11 @@ from incidentkit.domain.values import (
     IncidentStatus,
     SearchPage,
 )
-from incidentkit.store.ports import StoreOperations
 
 if TYPE_CHECKING:
     # What only an open client needs.
     from incidentkit.store.idempotency import Idempotency, Parameters
+    from incidentkit.store.ports import StoreOperations
 
 IncidentList: TypeAlias = list[Incident]
 """A page; an alias because inside the class ``list`` is the verb."""

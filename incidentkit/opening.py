@@ -13,12 +13,12 @@ import incidentkit.store.backends as backend
 from incidentkit.cache.base import IncidentCache
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
-from incidentkit.store.ports import IncidentStore, Migrations
 
 if TYPE_CHECKING:
     from incidentkit.session import Session
     from incidentkit.settings import Settings
     from incidentkit.store.options import StoreOptions
+    from incidentkit.store.ports import IncidentStore, Migrations
 
 
 def store_from_url(
