@@ -173,7 +173,7 @@ class Simulation:
     def run(self) -> Verdict:
         """Run it to its end."""
         with (
-            patch("incidentkit.cache.pages.PageCache", partial(PageCache, clock=self.loop.time)),
+            patch("incidentkit.session.PageCache", partial(PageCache, clock=self.loop.time)),
             _without_logging(),
         ):
             self.loop.run(self._main())
