@@ -66,7 +66,7 @@ class _NotConnected:
         write.close()
         raise ClientClosed
 
-    def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
+    def once(self, _: str, __: str, ___: Parameters) -> Idempotency:
         raise ClientClosed
 
 

@@ -54,7 +54,7 @@ class Transactions(Protocol):
         """Run an operation of the store that writes."""
         ...
 
-    def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
+    def once(self, idempotency_key: str, verb: str, parameters: Parameters, /) -> Idempotency:
         """Return what makes a write happen once."""
         ...
 

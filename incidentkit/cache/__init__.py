@@ -23,8 +23,8 @@ else:
 
 __all__ = [
     "INDEX_KEY",
+    "TTL",
     "IncidentCache",
     "MemoryCache",
-    "TTL",
     "cache_from_url",
 ]

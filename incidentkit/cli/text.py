@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Final
+
+from attrs import fields_dict
 
 from incidentkit.domain.values import Incident, IncidentEvent
 from incidentkit.wire import wire_converter
 
 COLUMNS: Final = ("incident_id", "created_at", "incident_type", "source", "incident_message")
-MORE: Final = ("version", "occurrences", "last_seen_at", "ended_at", "dedup_key")
-TIMES: Final = ("created_at", "last_seen_at", "ended_at", "at")
+MORE: Final = (
+    *(name for name in fields_dict(Incident) if name not in (*COLUMNS, "dedup_key")),
+    "dedup_key",
+)
+"""The other fields of an incident, in their order; a key may be long, and stands last."""
+
 EVENT_COLUMNS: Final = ("at", "kind", "from_status", "to_status", "actor", "note")
 GAP: Final = "  "
 ELLIPSIS: Final = "..."
@@ -97,8 +104,9 @@ def change_line(change: IncidentEvent) -> str:
 
 def _cells(model: Incident | IncidentEvent, names: Sequence[str]) -> tuple[str, ...]:
     """Return the fields as harmless text; a field that is None is empty."""
-    fields = wire_converter().unstructure(model)
+    values = wire_converter().unstructure(model)
+    zones = {name: " UTC" for name in names if isinstance(getattr(model, name), datetime)}
     return tuple(
-        "" if fields[name] is None else harmless(f"{fields[name]}{' UTC' if name in TIMES else ''}")
+        "" if values[name] is None else harmless(f"{values[name]}{zones.get(name, '')}")
         for name in names
     )

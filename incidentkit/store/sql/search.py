@@ -1,12 +1,12 @@
 """The statements of a search, built once for each shape and without a database.
 
-A page is read in the order of an index, from a place on. Where several statuses or sources are
-asked for, each pair of them is a branch that reads its own index that far, and the branches are
-merged: one index that is not filtered would be read past all that does not match.
+A page is read in the order of an index, starting at a place. With several statuses or sources, each
+pair of them is a branch that reads its own index, and the branches are merged: an index without the
+filters would be read past every incident that does not match.
 
-Words have two ways, since a database cannot know beforehand how many messages have them. If many
-do, enough are met among the first incidents of the page's order. If few do, the index of words has
-them all, and they are sorted.
+Words are found in two ways, since a database cannot tell in advance how many messages contain them.
+If many do, a scan of the first incidents in the order of the page finds enough. If few do, the
+index of words returns all of them, to be sorted.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _columns = incident_table.c
 
 @frozen
 class WordsMatch:
-    """What is true of a message that has the words of the parameter ``words``.
+    """The conditions for a message that contains the words of the parameter ``words``.
 
     Attributes:
-        by_index: In a form that the index of words answers.
-        of_first: In a form for the few rows of ``first``.
+        by_index: The condition in the form that the index of words answers.
+        of_first: The condition in the form for the few rows of ``first``.
     """
 
     by_index: TextClause
@@ -45,19 +45,19 @@ class WordsMatch:
 
 @frozen
 class Shape:
-    """What makes the statement of one search differ from that of another.
+    """The properties of a search that determine its statement.
 
     Attributes:
-        statuses: How many statuses are asked for; 0 means any.
-        sources: How many sources are asked for; 0 means any.
-        oldest_first: Whether the order is that.
-        words_match: Set if words are asked for.
+        statuses: Number of wanted statuses; 0: any status.
+        sources: Number of wanted sources; 0: any source.
+        oldest_first: Whether the oldest incidents come first.
+        words_match: The conditions for words; None: any message.
         pairs: Whether the database looks up a pair of a time and an id in an index. SQLite looks up
-            the time alone, and passes over all incidents of that second.
-        onward: Whether the page goes on from an incident, and not from a time. If there are no
-            pairs, the incidents of the same second are then a range of their own; the place must
-            lie between the times.
-        most: How many the statement says that there are at most; None means that it says nothing.
+            the time alone, and scans all incidents of that second.
+        onward: Whether the page starts after an incident, not at a time. Without ``pairs``, the
+            incidents of the same second are then a range of their own; the place must lie between
+            the times.
+        most: A constant limit that lets the database keep one plan for smaller limits; None: none.
     """
 
     statuses: int
@@ -78,7 +78,7 @@ def _id(name: str) -> ColumnElement[Any]:
 
 
 def _between(columns: Any) -> list[ColumnElement[bool]]:
-    """Return what is true of an incident between the two places."""
+    """Return the conditions for an incident between two places."""
     place = tuple_(columns.created_at, columns.incident_id)
     return [
         place > tuple_(_time("low_at"), _id("low_id")),
@@ -87,7 +87,7 @@ def _between(columns: Any) -> list[ColumnElement[bool]]:
 
 
 def _ranges(shape: Shape) -> list[list[ColumnElement[bool]]]:
-    """Return what is true of an incident between the two places, in each range that is read."""
+    """Return the conditions for an incident between two places, for each range to read."""
     if shape.pairs:
         return [_between(_columns)]
     at, low, high = _columns.created_at, _time("low_at"), _time("high_at")
@@ -112,7 +112,7 @@ def _has_source(number: int, columns: Any = _columns) -> ColumnElement[bool]:
 
 
 def _branches(shape: Shape) -> Iterator[list[ColumnElement[bool]]]:
-    """Yield, for each branch of a status and a source, what an incident of it is."""
+    """Yield the conditions of each branch, one for each pair of a status and a source."""
     statuses, sources = range(shape.statuses or 1), range(shape.sources or 1)
     for status, source, conditions in product(statuses, sources, _ranges(shape)):
         filters = [_has_status(status)] if shape.statuses else []
@@ -121,7 +121,7 @@ def _branches(shape: Shape) -> Iterator[list[ColumnElement[bool]]]:
         yield [*conditions, *filters]
 
 
-# The last column is the time as it is stored, which an incident shows in whole seconds.
+# The last column is the stored time; an incident shows it in whole seconds.
 _FOUND = (*INCIDENT, _columns.created_at.label("stored_at"))
 
 
@@ -131,21 +131,21 @@ def _in_order(statement: Any, columns: Any, shape: Shape, limit: str) -> Any:
         keys = tuple(key.desc() for key in keys)
     statement = statement.order_by(*keys)
     if shape.most is not None and limit == "limit":
-        # The constant tells the planner that the same plan will do for all pages.
+        # A constant limit lets PostgreSQL reuse one plan for every page.
         most = statement.limit(literal_column(str(shape.most))).subquery("most")
         return _in_order(select(*most.c), most.c, evolve(shape, most=None), limit)
     return statement.limit(_id(limit))
 
 
 def _first(shape: Shape, limit: str) -> Any:
-    """Return the statement for the first incidents of a page's order, whatever their words."""
+    """Return the statement for the first incidents in the order of a page, with any words."""
     branches = [
         _in_order(select(*_FOUND).where(*conditions), _columns, shape, limit)
         for conditions in _branches(shape)
     ]
     if len(branches) == 1:
         return branches[0]
-    # SQLite takes an order and a limit only inside a subselect.
+    # SQLite allows an order and a limit only inside a subselect.
     merged = union_all(
         *(select(branch.subquery(f"branch_{number}")) for number, branch in enumerate(branches))
     ).subquery("found")
@@ -161,7 +161,7 @@ def select_page(shape: Shape) -> Executable:
 
 @cache
 def select_page_among_first(shape: Shape) -> Executable:
-    """Return the statement for what has the words among the first ``scan`` incidents."""
+    """Return the statement for incidents with the words among the first ``scan`` incidents."""
     if shape.words_match is None:
         return select_page(shape)
     first = _first(evolve(shape, words_match=None), "scan").cte("first")
@@ -171,10 +171,10 @@ def select_page_among_first(shape: Shape) -> Executable:
 
 
 def _found_by_words(shape: Shape) -> tuple[Any, list[Any]]:
-    """Return what the index of words has, and what else has to be true of it.
+    """Return the incidents that the index of words finds, and the other conditions for them.
 
-    On PostgreSQL the first is done before the second is looked at: or the order of a page, or an
-    index of its filters, would lead it to look for a rare word in message after message.
+    PostgreSQL is made to use the index first. Otherwise the order of a page, or an index of its
+    filters, could lead it to look for a rare word in one message after another.
     """
     with_words = select(*_FOUND)
     if shape.words_match is not None:
@@ -190,7 +190,7 @@ def _found_by_words(shape: Shape) -> tuple[Any, list[Any]]:
 
 @cache
 def select_page_by_words(shape: Shape) -> Executable:
-    """Return the statement for a page of what the index of words has."""
+    """Return the statement for a page of the incidents that the index of words finds."""
     found, conditions = _found_by_words(shape)
     statement = select(*found.c).where(*conditions)
     page: Executable = _in_order(statement, found.c, shape, "limit")
