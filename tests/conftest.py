@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import pytest_asyncio
 from hypothesis import settings
 from redis import Redis
 
+from incidentkit import IncidentClient
 from tests.servers import PostgresServer, RedisCluster, RedisSentinel, RedisServer
 
 if TYPE_CHECKING:
@@ -134,6 +136,42 @@ async def migrated_postgres_url(
 def sqlite_url(tmp_path: Path) -> str:
     """The URL of an SQLite database whose file does not exist yet."""
     return f"sqlite+aiosqlite:///{tmp_path / 'incidents.db'}"
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from incidentkit.store.migrate import upgrade
+
+    path = tmp_path_factory.mktemp("template") / "incidents.db"
+    await upgrade(f"sqlite+aiosqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def migrated_sqlite_url(sqlite_url: str, _migrated_file: Path) -> str:
+    """The URL of an SQLite database with the newest schema and no rows."""
+    shutil.copyfile(_migrated_file, sqlite_url.removeprefix("sqlite+aiosqlite:///"))
+    return sqlite_url
+
+
+@pytest.fixture
+def memory_url() -> str:
+    """The URL of an SQLite database in memory."""
+    return "sqlite+aiosqlite:///:memory:"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database of each kind."""
+    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def incidents(url: str) -> AsyncIterator[IncidentClient]:
+    """An open client on an empty database of each kind."""
+    async with IncidentClient.open(url) as client:
+        yield client
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""What each behaviour starts from, on each embodiment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.conformance.embodiments import EMBODIMENTS
+from tests.conformance.gaps import gap_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.conformance.embodiments import Embodiment, Verbs
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Expect the test of a declared gap to fail with the declared error."""
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return
+    needed = {need for mark in item.iter_markers("needs") for need in mark.args}
+    gap = gap_of(item.callspec.params.get("embodiment", ""), needed)
+    if gap is not None:
+        item.add_marker(pytest.mark.xfail(raises=gap.raises, reason=gap.reason, strict=True))
+
+
+@pytest.fixture(params=EMBODIMENTS)
+def embodiment(request: pytest.FixtureRequest) -> Embodiment:
+    """Each embodiment, on an empty database."""
+    setup = EMBODIMENTS[request.param]
+    return setup.embodiment(str(request.getfixturevalue(setup.url)))
+
+
+@pytest.fixture
+async def incidents(embodiment: Embodiment) -> AsyncIterator[Verbs]:
+    """The verbs on an empty database."""
+    async with embodiment.open() as verbs:
+        yield verbs
+
+
+@pytest.fixture
+async def other(incidents: Verbs, embodiment: Embodiment) -> AsyncIterator[Verbs]:  # noqa: ARG001
+    """The verbs of a second client on the same database."""
+    async with embodiment.open() as verbs:
+        yield verbs

@@ -1,0 +1,175 @@
+"""Creating an incident."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from incidentkit import (
+    Incident,
+    IncidentSource,
+    IncidentStatus,
+    InvalidIncident,
+    NewIncident,
+    StoreError,
+)
+from tests.conformance.gaps import Need, needs
+
+if TYPE_CHECKING:
+    from tests.conformance.embodiments import Embodiment, Verbs
+
+
+async def test_it_returns_what_is_stored(incidents: Verbs) -> None:
+    """A created incident comes back with its id and the time of the database, as `get` has it."""
+    before = datetime.now(UTC).replace(microsecond=0)
+    incident = await incidents.create("Disk is full", source="monitoring")
+    assert incident == Incident(
+        incident_id=1,
+        incident_message="Disk is full",
+        incident_type=IncidentStatus.NEW,
+        source=IncidentSource.MONITORING,
+        created_at=incident.created_at,
+        version=1,
+        dedup_key=None,
+        occurrences=1,
+        last_seen_at=incident.created_at,
+        ended_at=None,
+    )
+    assert before <= incident.created_at <= datetime.now(UTC) + timedelta(seconds=1)
+    assert await incidents.get(1) == incident
+
+
+async def test_values_are_of_their_annotated_types(incidents: Verbs) -> None:
+    """Enums, integers, strings and times in UTC come back as such, whichever verb reads them."""
+    created = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
+    for incident in (created, await incidents.get(1), *await incidents.list()):
+        assert type(incident) is Incident
+        assert type(incident.incident_id) is type(incident.version) is int
+        assert type(incident.incident_message) is type(incident.dedup_key) is str
+        assert type(incident.incident_type) is IncidentStatus
+        assert type(incident.source) is IncidentSource
+        assert incident.created_at.tzinfo is incident.last_seen_at.tzinfo is UTC
+        assert incident.created_at.microsecond == incident.last_seen_at.microsecond == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["\U0001f525" * 1000, '\'; DROP TABLE "Incident"; --', "a\x01b\u202ecd", "100 % :of {it} $1 ?"],
+    ids=["long", "quotes", "control", "placeholders"],
+)
+async def test_a_valid_message_is_stored_unchanged(incidents: Verbs, message: str) -> None:
+    """Neither length, nor quotes, nor odd characters change a message on its way."""
+    incident = await incidents.create(message, source="partner")
+    assert incident.incident_message == message
+    assert (await incidents.get(incident.incident_id)).incident_message == message
+
+
+async def test_surrounding_white_space_is_removed(incidents: Verbs) -> None:
+    """A message is stored without the white space around it."""
+    incident = await incidents.create(" \t Disk is full on db-1\n", source="monitoring")
+    assert incident.incident_message == "Disk is full on db-1"
+
+
+@pytest.mark.parametrize("status", IncidentStatus)
+async def test_it_starts_with_the_given_status(incidents: Verbs, status: IncidentStatus) -> None:
+    """An incident may start with any status, and one that is not `new` has ended at once."""
+    incident = await incidents.create("All is well", source="operator", incident_type=status)
+    assert incident.incident_type is status
+    assert incident.ended_at == (None if status is IncidentStatus.NEW else incident.created_at)
+    assert await incidents.get(incident.incident_id) == incident
+
+
+async def test_a_ready_incident_is_taken(incidents: Verbs) -> None:
+    """`create` takes a NewIncident as it takes its fields, but not both."""
+    new = NewIncident("Disk is full", "operator", "failed")
+    incident = await incidents.create(new)
+    assert (incident.source, incident.incident_type) == ("operator", "failed")
+    call: Any = incidents.create
+    for fields in ({"source": "partner"}, {"incident_type": "failed"}, {"dedup_key": "disk"}):
+        with pytest.raises(TypeError, match="without further fields"):
+            await call(new, **fields)
+    assert await incidents.list() == [incident]
+
+
+async def test_ids_grow_and_equal_incidents_are_two(incidents: Verbs) -> None:
+    """Each call without a key makes another incident, with the next id."""
+    first = await incidents.create("Disk is full", source="monitoring")
+    second = await incidents.create(NewIncident("Disk is full", "monitoring"))
+    assert (first.incident_id, second.incident_id) == (1, 2)
+    assert second.dedup_key is None
+
+
+async def test_every_faulty_field_is_named(incidents: Verbs) -> None:
+    """All that is wrong with a new incident comes in one error, with the allowed values."""
+    wrong: Any = "wrong"
+    with pytest.raises(InvalidIncident) as caught:
+        await incidents.create(
+            " tEsT ", source=wrong, incident_type="open", dedup_key="", idempotency_key=""
+        )
+    fields = [error.field for error in caught.value.errors]
+    assert fields == ["incident_message", "source", "incident_type", "dedup_key"]
+    assert "operator, monitoring, partner" in str(caught.value)
+    assert await incidents.list() == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "faulty"),
+    [
+        *(
+            ({"incident_message": message, "source": "partner"}, "incident_message")
+            for message in ("", "four", "x" * 1001, "NULL", "a\x00bcd", "\ud800abcd", None, 12345)
+        ),
+        ({"incident_message": "Disk is full"}, "source"),
+        ({"incident_message": "Disk is full", "source": None}, "source"),
+        ({"incident_message": "Disk is full", "source": "PARTNER"}, "source"),
+        (
+            {"incident_message": "Disk is full", "source": "partner", "incident_type": None},
+            "incident_type",
+        ),
+    ],
+    ids=repr,
+)
+async def test_a_faulty_value_is_refused(
+    incidents: Verbs, fields: dict[str, Any], faulty: str
+) -> None:
+    """A value that breaks a rule is named, and nothing is stored."""
+    create: Any = incidents.create
+    with pytest.raises(InvalidIncident) as caught:
+        await create(**fields)
+    assert [error.field for error in caught.value.errors] == [faulty]
+    assert await incidents.list() == []
+
+
+async def test_concurrent_calls_are_all_stored(incidents: Verbs) -> None:
+    """Many creates at once, more than there are connections, each get an id of their own."""
+    created = await asyncio.gather(
+        *(incidents.create(f"Disk {n} is full", source="monitoring") for n in range(60))
+    )
+    assert sorted(incident.incident_id for incident in created) == list(range(1, 61))
+    assert [incident.incident_message for incident in created] == [
+        f"Disk {n} is full" for n in range(60)
+    ]
+
+
+@needs(Need.OUTSIDE_SQL)
+async def test_ids_are_never_used_twice(incidents: Verbs, embodiment: Embodiment) -> None:
+    """The id of a deleted incident is not given to another."""
+    await incidents.create("Disk is full", source="monitoring")
+    await embodiment.sql('DELETE FROM "Incident"')
+    assert (await incidents.create("Disk is full", source="monitoring")).incident_id == 2
+
+
+@needs(Need.OUTSIDE_SQL, Need.GOING_ON)
+async def test_an_incident_is_stored_with_its_event_or_not_at_all(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """If its event cannot be written, nothing of a create is left."""
+    await embodiment.sql("ALTER TABLE incident_event RENAME COLUMN note TO remark")
+    with pytest.raises(StoreError):
+        await incidents.create("Line is down", source="monitoring")
+    await embodiment.sql("ALTER TABLE incident_event RENAME COLUMN remark TO note")
+    assert await incidents.list() == []
+    assert await embodiment.sql("SELECT * FROM incident_event") == []
