@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager
+from datetime import UTC
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
@@ -19,6 +20,7 @@ from tests.hosts import AsyncpgHost, host_engine, open_host, run_sql
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
+    from datetime import datetime
 
     from tests.hosts import Host
 
@@ -43,6 +45,10 @@ class Embodiment(ABC):
     def on_sqlite(self) -> bool:
         """Whether statements have to be in the SQL of SQLite; otherwise in that of PostgreSQL."""
         return self.url.startswith("sqlite")
+
+    def moment(self, time: datetime) -> str:
+        """Return a time as a literal of the database's SQL."""
+        return f"'{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}{'' if self.on_sqlite else '+00'}'"
 
     @abstractmethod
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:

@@ -10,8 +10,9 @@ from enum import StrEnum, auto
 from typing import Any
 
 import pytest
+from asyncpg import PostgresError
 from attrs import frozen
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from incidentkit import StoreError
 from tests.conformance.embodiments import EMBODIMENTS
@@ -52,6 +53,9 @@ class Gap:
     raises: Any
     reason: str
 
+
+DBAPI_ERRORS = (DBAPIError, PostgresError)
+"""What the host's own statement raises."""
 
 JOINED = tuple(name for name in EMBODIMENTS if name.startswith("joined"))
 JOINED_ON_POSTGRES = tuple(name for name in JOINED if not name.startswith("joined-sqlite"))
@@ -101,7 +105,7 @@ GAPS = (
     Gap(
         JOINED_ON_POSTGRES,
         Need.GOING_ON,
-        StoreError,
+        pytest.RaisesExc(DBAPI_ERRORS, match="current transaction is aborted"),
         "a statement that fails ends a transaction of PostgreSQL",
     ),
 )

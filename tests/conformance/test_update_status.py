@@ -1,0 +1,239 @@
+"""Changing the status of an incident."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from attrs import evolve
+
+from incidentkit import (
+    EventKind,
+    IllegalTransition,
+    IncidentNotFound,
+    IncidentStatus,
+    StoreError,
+    VersionConflict,
+)
+from tests.conformance.gaps import Need, needs
+from tests.conformance.refusals import refused
+from tests.conformance.test_get import NO_IDS
+
+if TYPE_CHECKING:
+    from incidentkit import IncidentEvent
+    from tests.conformance.embodiments import Embodiment, Verbs
+
+ONE_WAY = {"new": {"completed", "failed"}, "failed": ["new"]}
+"""Transitions that end with `completed`."""
+
+
+def told(event: IncidentEvent) -> tuple[object, ...]:
+    """Return what an event says, without its cursor and its time."""
+    return event.kind, event.from_status, event.to_status, event.actor, event.note
+
+
+async def test_it_changes_the_status_alone(incidents: Verbs) -> None:
+    """The incident comes back with its new status, version and end, and all else as it was."""
+    incident = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
+    await incidents.create("Line is down", source="partner")
+    changed = await incidents.update_status(incident.incident_id, "completed")
+    assert changed == evolve(
+        incident,
+        incident_type=IncidentStatus.COMPLETED,
+        version=2,
+        ended_at=changed.ended_at,
+    )
+    assert await incidents.get(incident.incident_id) == changed
+    assert (await incidents.get(2)).incident_type is IncidentStatus.NEW
+
+
+async def test_a_status_is_a_member_or_its_value(incidents: Verbs) -> None:
+    """The status is given as a member of its enum or as a string."""
+    await incidents.create("Disk is full", source="monitoring")
+    assert (await incidents.update_status(1, IncidentStatus.FAILED)).incident_type == "failed"
+    assert (await incidents.update_status(1, "new")).incident_type is IncidentStatus.NEW
+
+
+async def test_version_and_end_follow_the_status(incidents: Verbs) -> None:
+    """Each change counts the version; the end is when the status left `new`, and goes with it."""
+    incident = await incidents.create("Disk is full", source="monitoring")
+    assert (incident.version, incident.ended_at) == (1, None)
+    failed = await incidents.update_status(incident.incident_id, "failed")
+    assert failed.version == 2
+    assert failed.ended_at is not None
+    assert failed.ended_at >= incident.created_at
+    completed = await incidents.update_status(incident.incident_id, "completed")
+    assert (completed.version, completed.ended_at) == (3, failed.ended_at)
+    again = await incidents.update_status(incident.incident_id, "new")
+    assert (again.version, again.ended_at) == (4, None)
+    await incidents.note(incident.incident_id, "Only a note")
+    assert await incidents.get(incident.incident_id) == again
+
+
+async def test_it_is_in_the_history_with_its_note(incidents: Verbs) -> None:
+    """A change leaves an event with both statuses and the note, without surrounding space."""
+    await incidents.create("Disk is full", source="monitoring")
+    await incidents.update_status(1, "failed", note=" Could not be mended ")
+    await incidents.update_status(1, "completed")
+    assert [told(event) for event in (await incidents.history(1))[1:]] == [
+        (
+            EventKind.STATUS_CHANGED,
+            IncidentStatus.NEW,
+            IncidentStatus.FAILED,
+            None,
+            "Could not be mended",
+        ),
+        (EventKind.STATUS_CHANGED, IncidentStatus.FAILED, IncidentStatus.COMPLETED, None, None),
+    ]
+
+
+async def test_the_status_that_it_has_is_no_change(incidents: Verbs) -> None:
+    """A repeated change leaves incident and history as they are, but for its note."""
+    await incidents.create("Disk is full", source="monitoring")
+    done = await incidents.update_status(1, "completed")
+    assert await incidents.update_status(1, "completed") == done
+    assert len(await incidents.history(1)) == 2
+    assert await incidents.update_status(1, "completed", note="Twice") == done
+    assert [told(event) for event in (await incidents.history(1))[2:]] == [
+        (EventKind.NOTED, None, None, None, "Twice")
+    ]
+    assert await incidents.get(1) == done
+
+
+async def test_only_the_expected_version_is_changed(incidents: Verbs) -> None:
+    """A change that expects another version does nothing, and shows the incident as it is."""
+    await incidents.create("Disk is full", source="monitoring")
+    failed = await incidents.update_status(1, "failed", expected_version=1)
+    for status in ("completed", "failed"):
+        with pytest.raises(VersionConflict) as caught:
+            await incidents.update_status(1, status, note="Never mind", expected_version=1)
+        assert caught.value.incident == failed
+    assert await incidents.get(1) == failed
+    assert len(await incidents.history(1)) == 2
+    done = await incidents.update_status(1, "completed", expected_version=2)
+    assert done.version == 3
+
+
+async def test_of_many_who_expect_the_same_version_one_wins(incidents: Verbs) -> None:
+    """Of concurrent changes of one version exactly one happens."""
+    await incidents.create("Disk is full", source="monitoring")
+    outcomes = await asyncio.gather(
+        *(incidents.update_status(1, "failed", expected_version=1) for _ in range(20)),
+        return_exceptions=True,
+    )
+    won = [one for one in outcomes if not isinstance(one, BaseException)]
+    lost = [one for one in outcomes if isinstance(one, VersionConflict)]
+    assert (len(won), len(lost)) == (1, 19)
+    assert {conflict.incident.version for conflict in lost} == {2}
+    assert len(await incidents.history(1)) == 2
+
+
+async def test_concurrent_changes_are_an_unbroken_chain(incidents: Verbs) -> None:
+    """However changes race, each begins with the status that the one before it left."""
+    await incidents.create("Disk is full", source="monitoring")
+    await asyncio.gather(
+        *(incidents.update_status(1, status) for status in [*IncidentStatus] * 15)
+    )
+    events = await incidents.history(1)
+    for earlier, later in pairwise(events):
+        assert later.from_status is earlier.to_status
+        assert later.to_status is not later.from_status
+    now = await incidents.get(1)
+    assert now.incident_type is events[-1].to_status
+    assert now.version == len(events)
+
+
+async def test_without_a_graph_every_change_is_allowed(incidents: Verbs) -> None:
+    """Unless the client has transitions, each status may follow each."""
+    await incidents.create("Disk is full", source="monitoring")
+    for before, after in product(IncidentStatus, repeat=2):
+        await incidents.update_status(1, before)
+        assert (await incidents.update_status(1, after)).incident_type is after
+
+
+async def test_what_the_graph_lacks_is_refused(embodiment: Embodiment) -> None:
+    """An illegal change does nothing, and names both statuses; a legal one happens."""
+    async with embodiment.open(transitions=ONE_WAY) as incidents:
+        await incidents.create("Disk is full", source="monitoring")
+        done = await incidents.update_status(1, "completed")
+        for status in ("new", "failed"):
+            with pytest.raises(IllegalTransition) as caught:
+                await incidents.update_status(1, status, note="Never mind")
+            assert caught.value.incident == done
+            assert caught.value.to_status == status
+        assert await incidents.update_status(1, "completed") == done
+        assert len(await incidents.history(1)) == 2
+        await incidents.create("Line is down", source="partner", incident_type="failed")
+        assert (await incidents.update_status(2, "new")).version == 2
+
+
+async def test_the_version_is_looked_at_before_the_graph(embodiment: Embodiment) -> None:
+    """Who expects another version learns that, before whether the change would be allowed."""
+    async with embodiment.open(transitions={}) as incidents:
+        await incidents.create("Disk is full", source="monitoring")
+        with pytest.raises(VersionConflict):
+            await incidents.update_status(1, "failed", expected_version=9)
+        with pytest.raises(IllegalTransition):
+            await incidents.update_status(1, "failed", expected_version=1)
+
+
+async def test_racing_changes_keep_to_the_graph(embodiment: Embodiment) -> None:
+    """However changes race, no step is taken that the graph lacks."""
+    async with embodiment.open(transitions=ONE_WAY) as incidents:
+        await incidents.create("Disk is full", source="monitoring")
+        statuses = ("failed", "new", "failed", "completed") * 5
+        outcomes = await asyncio.gather(
+            *(incidents.update_status(1, status) for status in statuses), return_exceptions=True
+        )
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        assert {type(error) for error in errors} <= {IllegalTransition}
+        events = await incidents.history(1)
+        for event in events[1:]:
+            assert event.from_status is not None
+            assert event.to_status in ONE_WAY[event.from_status]
+
+
+async def test_an_unknown_incident_is_not_found(incidents: Verbs) -> None:
+    """What is not there is not found, whatever version is expected."""
+    for incident_id, version in ((1, None), (2**63 - 1, None), (99, 1)):
+        with pytest.raises(IncidentNotFound) as caught:
+            await incidents.update_status(incident_id, "failed", expected_version=version)
+        assert caught.value.incident_id == incident_id
+
+
+async def test_every_faulty_argument_is_named(incidents: Verbs) -> None:
+    """What is no change is refused, with all that is wrong, and nothing is changed."""
+    incident = await incidents.create("Disk is full", source="monitoring")
+    call: Any = incidents.update_status
+    assert await refused(call(0, "open", note="", expected_version=0)) == [
+        "incident_id",
+        "status",
+        "note",
+        "expected_version",
+    ]
+    for wrong in NO_IDS:
+        assert await refused(call(wrong, "failed")) == ["incident_id"]
+    for wrong in ("", "FAILED", None, 1):
+        assert await refused(call(1, wrong)) == ["status"]
+    for wrong in ("", "  \n ", "x" * 1001, "a\x00b", "\ud800", 7):
+        assert await refused(call(1, "failed", note=wrong)) == ["note"]
+    for wrong in (0, -1, True, "1", 1.0, 2**63):
+        assert await refused(call(1, "failed", expected_version=wrong)) == ["expected_version"]
+    assert await incidents.get(1) == incident
+    assert len(await incidents.history(1)) == 1
+
+
+@needs(Need.OUTSIDE_SQL, Need.GOING_ON)
+async def test_a_change_is_stored_with_its_event_or_not_at_all(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """If its event cannot be written, the incident is as it was."""
+    incident = await incidents.create("Disk is full", source="monitoring")
+    await embodiment.sql("ALTER TABLE incident_event RENAME COLUMN note TO remark")
+    with pytest.raises(StoreError):
+        await incidents.update_status(1, "failed")
+    await embodiment.sql("ALTER TABLE incident_event RENAME COLUMN remark TO note")
+    assert await incidents.list() == [incident]
+    assert len(await incidents.history(1)) == 1
