@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conformance.embodiments import EMBODIMENTS
-from tests.conformance.gaps import gap_of
+from tests.conformance.gaps import expected_failure, gaps_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -20,9 +20,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
         return
     needed = {need for mark in item.iter_markers("needs") for need in mark.args}
-    gap = gap_of(item.callspec.params.get("embodiment", ""), needed)
-    if gap is not None:
-        item.add_marker(pytest.mark.xfail(raises=gap.raises, reason=gap.reason, strict=True))
+    gaps = gaps_of(str(item.callspec.params.get("embodiment")), needed)
+    if gaps:
+        item.add_marker(expected_failure(gaps))
 
 
 @pytest.fixture(params=EMBODIMENTS)

@@ -138,7 +138,7 @@ class Joined(Embodiment):
             # SQLAlchemy begins with the first statement. The only lock that anybody holds is that
             # of the other transaction, which does not end meanwhile.
             await host.execute(
-                "PRAGMA busy_timeout = 50" if self.on_sqlite else "SET LOCAL lock_timeout = 50"
+                "PRAGMA busy_timeout = 20" if self.on_sqlite else "SET LOCAL lock_timeout = 20"
             )
             self._hosts.append(host)
             try:

@@ -104,9 +104,7 @@ async def test_a_long_history_is_read_in_parts(incidents: Verbs) -> None:
     for number, event in enumerate(whole, 1):
         assert await incidents.history(1, after=event.cursor) == whole[number:]
     parts: list[IncidentEvent] = []
-    while part := await incidents.history(
-        1, limit=3, after=parts[-1].cursor if parts else None
-    ):
+    while part := await incidents.history(1, limit=3, after=parts[-1].cursor if parts else None):
         assert len(part) <= 3
         parts += part
     assert parts == whole
@@ -126,8 +124,8 @@ async def test_faulty_notes_are_refused(incidents: Verbs) -> None:
     await incidents.create("Disk is full", source="monitoring")
     call: Any = incidents.note
     assert await refused(call(0, "")) == ["incident_id", "note"]
-    for wrong in ("", "  \n ", "x" * 1001, "a\x00b", "\ud800", None, 7):
-        assert await refused(call(1, wrong)) == ["note"]
+    for note in ("", "  \n ", "x" * 1001, "a\x00b", "\ud800", None, 7):
+        assert await refused(call(1, note)) == ["note"]
     for wrong in NO_IDS:
         assert await refused(call(wrong, "It is db-1")) == ["incident_id"]
     assert len(await incidents.history(1)) == 1
@@ -139,10 +137,10 @@ async def test_faulty_arguments_of_a_history_are_refused(incidents: Verbs) -> No
     assert await refused(call(0, limit=1001, after="?")) == ["incident_id", "limit", "after"]
     for wrong in NO_IDS:
         assert await refused(call(wrong)) == ["incident_id"]
-    for wrong in (0, -1, 1001, True, "1", None):
-        assert await refused(call(1, limit=wrong)) == ["limit"]
-    for wrong in ("", "?", 7, "latest", "A" * 43 + "="):
-        assert await refused(call(1, after=wrong)) == ["after"]
+    for limit in (0, -1, 1001, True, "1", None):
+        assert await refused(call(1, limit=limit)) == ["limit"]
+    for after in ("", "?", 7, "latest", "A" * 43 + "="):
+        assert await refused(call(1, after=after)) == ["after"]
 
 
 async def test_a_cursor_of_something_else_is_refused(incidents: Verbs) -> None:

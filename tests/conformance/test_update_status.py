@@ -133,9 +133,7 @@ async def test_of_many_who_expect_the_same_version_one_wins(incidents: Verbs) ->
 async def test_concurrent_changes_are_an_unbroken_chain(incidents: Verbs) -> None:
     """However changes race, each begins with the status that the one before it left."""
     await incidents.create("Disk is full", source="monitoring")
-    await asyncio.gather(
-        *(incidents.update_status(1, status) for status in [*IncidentStatus] * 15)
-    )
+    await asyncio.gather(*(incidents.update_status(1, status) for status in [*IncidentStatus] * 15))
     events = await incidents.history(1)
     for earlier, later in pairwise(events):
         assert later.from_status is earlier.to_status
@@ -215,12 +213,12 @@ async def test_every_faulty_argument_is_named(incidents: Verbs) -> None:
     ]
     for wrong in NO_IDS:
         assert await refused(call(wrong, "failed")) == ["incident_id"]
-    for wrong in ("", "FAILED", None, 1):
-        assert await refused(call(1, wrong)) == ["status"]
-    for wrong in ("", "  \n ", "x" * 1001, "a\x00b", "\ud800", 7):
-        assert await refused(call(1, "failed", note=wrong)) == ["note"]
-    for wrong in (0, -1, True, "1", 1.0, 2**63):
-        assert await refused(call(1, "failed", expected_version=wrong)) == ["expected_version"]
+    for status in ("", "FAILED", None, 1):
+        assert await refused(call(1, status)) == ["status"]
+    for note in ("", "  \n ", "x" * 1001, "a\x00b", "\ud800", 7):
+        assert await refused(call(1, "failed", note=note)) == ["note"]
+    for version in (0, -1, True, "1", 1.0, 2**63):
+        assert await refused(call(1, "failed", expected_version=version)) == ["expected_version"]
     assert await incidents.get(1) == incident
     assert len(await incidents.history(1)) == 1
 
