@@ -29,7 +29,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def embodiment(request: pytest.FixtureRequest) -> Embodiment:
     """Each embodiment, on an empty database."""
     setup = EMBODIMENTS[request.param]
-    return setup.embodiment(str(request.getfixturevalue(setup.url)))
+    return setup.embodiment(*map(request.getfixturevalue, setup.fixtures))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager
 from datetime import UTC
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import asyncpg
@@ -69,6 +70,23 @@ class ByUrl(Embodiment):
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
         """Return a client with connections of its own."""
         return IncidentClient.open(self.url, **options)
+
+
+class WithRedis(Embodiment):
+    """A client that is given a URL, and a Redis for its pages.
+
+    Args:
+        url: The database.
+        redis_url: The Redis, which is empty.
+    """
+
+    def __init__(self, url: str, redis_url: str) -> None:
+        super().__init__(url)
+        self._redis_url = redis_url
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client that shares its cache with others."""
+        return IncidentClient.open(self.url, self._redis_url, **options)
 
 
 class OnPool(Embodiment):
@@ -156,36 +174,40 @@ class Setup:
     """How an embodiment is made.
 
     Attributes:
-        url: The fixture with the URL of its database.
-        embodiment: Makes it from that URL.
+        embodiment: Makes it from the values of the fixtures.
+        fixtures: The names of the fixtures that it needs, first that of the URL of its database.
     """
 
-    url: str
-    embodiment: Callable[[str], Embodiment]
+    embodiment: Callable[..., Embodiment]
+    fixtures: tuple[str, ...]
 
 
-def _joined(url: str, *arguments: str) -> Setup:
-    return Setup(url, lambda url: Joined(url, *arguments))
+def _on_sqlite(embodiment: Callable[..., Embodiment], *fixtures: str) -> Setup:
+    return Setup(embodiment, ("migrated_sqlite_url", *fixtures))
 
 
-ON_SQLITE = "migrated_sqlite_url"
-ON_POSTGRES = "migrated_postgres_url"
+def _on_postgres(embodiment: Callable[..., Embodiment], *fixtures: str) -> Setup:
+    return Setup(embodiment, ("migrated_postgres_url", *fixtures))
+
 
 EMBODIMENTS = {
-    "sqlite-file": Setup(ON_SQLITE, ByUrl),
-    "sqlite-memory": Setup("memory_url", ByUrl),
-    "sqlite-engine": Setup(ON_SQLITE, OnEngine),
-    "postgresql-url": Setup(ON_POSTGRES, ByUrl),
-    "postgresql-pool": Setup(ON_POSTGRES, OnPool),
-    "postgresql-engine-asyncpg": Setup(ON_POSTGRES, OnEngine),
-    "postgresql-engine-psycopg": Setup(ON_POSTGRES, OnPsycopgEngine),
-    "joined-sqlite-connection": _joined(ON_SQLITE, "sqlite-connection"),
-    "joined-sqlite-session": _joined(ON_SQLITE, "sqlite-session"),
-    "joined-postgresql-connection": _joined(ON_POSTGRES, "postgresql-connection"),
-    "joined-postgresql-session": _joined(ON_POSTGRES, "postgresql-session"),
-    "joined-psycopg-connection": _joined(ON_POSTGRES, "postgresql-connection", PSYCOPG),
-    "joined-psycopg-session": _joined(ON_POSTGRES, "postgresql-session", PSYCOPG),
-    "joined-asyncpg-connection": _joined(ON_POSTGRES, "asyncpg-connection"),
-    "joined-asyncpg-pool": _joined(ON_POSTGRES, "asyncpg-pool"),
+    "sqlite-file": _on_sqlite(ByUrl),
+    "sqlite-memory": Setup(ByUrl, ("memory_url",)),
+    "sqlite-redis": _on_sqlite(WithRedis, "redis_url"),
+    "sqlite-engine": _on_sqlite(OnEngine),
+    "postgresql-url": _on_postgres(ByUrl),
+    "postgresql-redis": _on_postgres(WithRedis, "redis_url"),
+    "postgresql-pool": _on_postgres(OnPool),
+    "postgresql-engine": _on_postgres(OnEngine),
+    "psycopg-engine": _on_postgres(OnPsycopgEngine),
+    "joined-sqlite-connection": _on_sqlite(partial(Joined, way="sqlite-connection")),
+    "joined-sqlite-session": _on_sqlite(partial(Joined, way="sqlite-session")),
+    "joined-postgresql-connection": _on_postgres(partial(Joined, way="postgresql-connection")),
+    "joined-postgresql-session": _on_postgres(partial(Joined, way="postgresql-session")),
+    "joined-psycopg-connection": _on_postgres(
+        partial(Joined, way="postgresql-connection", scheme=PSYCOPG)
+    ),
+    "joined-asyncpg-connection": _on_postgres(partial(Joined, way="asyncpg-connection")),
+    "joined-asyncpg-pool": _on_postgres(partial(Joined, way="asyncpg-pool")),
 }
 """Each embodiment by its name."""

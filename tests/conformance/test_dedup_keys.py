@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from attrs import evolve
 
-from incidentkit import DuplicateOpenIncident, EventKind, IncidentStatus, InvalidIncident
+from incidentkit import (
+    DuplicateOpenIncident,
+    EventKind,
+    IncidentStatus,
+    InvalidIncident,
+    StoreUnavailable,
+)
 from tests.conformance.concurrency import run_all
 from tests.conformance.gaps import Need, needs
 from tests.conformance.refusals import refused
@@ -139,7 +145,7 @@ async def test_opening_again_and_creating_race_for_one_place(incidents: Verbs) -
         return_exceptions=True,
     )
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    assert {type(error) for error in errors} <= {DuplicateOpenIncident}
+    assert {type(error) for error in errors} <= {DuplicateOpenIncident, StoreUnavailable}
     assert len(await incidents.list(status="new")) == 1
 
 

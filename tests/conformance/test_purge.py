@@ -133,6 +133,16 @@ async def test_each_is_in_the_feed(incidents: Verbs) -> None:
     ]
 
 
+@needs(Need.OTHER_CLIENT)
+async def test_lists_of_another_client_lose_them_at_once(incidents: Verbs, other: Verbs) -> None:
+    """A list that another client has cached does not show what was purged."""
+    await ended(incidents, 2)
+    for _ in range(2):
+        assert len(await other.list()) == 2
+    await incidents.purge(tomorrow())
+    assert await other.list() == []
+
+
 async def test_beside_writers_nothing_is_lost_or_left(incidents: Verbs) -> None:
     """While others open incidents again, each is purged or kept, and no event is orphaned."""
     ids = await ended(incidents, 10)

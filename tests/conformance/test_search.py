@@ -188,7 +188,7 @@ async def test_each_word_is_the_beginning_of_one(incidents: Verbs) -> None:
 
 
 async def test_a_message_is_found_by_its_own_words(incidents: Verbs) -> None:
-    """A word and its beginning are found, though it may look like a number, a hash or an address."""
+    """A word and its beginning are found, also if it looks like a number, a hash or an address."""
     words = [
         *("9056e4e", "1e5e3", "5e-3x", "0x1f0", "12.5e4", "x" * 300, "абвгд"),
         *("a@example.com", "https://example.com/path?x=1"),
