@@ -12,7 +12,7 @@ from incidentkit import IncidentClient, IncidentSource, IncidentStatus, ListQuer
 from incidentkit.store.bookmarks import MAX_BOOKMARKS, Bookmarks
 from incidentkit.store.postgresql import PostgresStore
 from incidentkit.store.statements import DEEP, SELECT_PAGE
-from tests.test_repetition import run_sql
+from tests.hosts import run_sql
 from tests.test_sharing import counted, fill, plan
 
 if TYPE_CHECKING:
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
 STATUSES = (None, *IncidentStatus)
 SOURCES = (None, *IncidentSource)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a database that a client can be opened on."""
-    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
-    return str(request.getfixturevalue(name))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from incidentkit.store import StoreOptions
 from incidentkit.store import postgresql_statements as writes
 from incidentkit.store.postgresql import PostgresStore, compile_statement
 from incidentkit.store.statements import DEEP, SELECT_PAGE
-from tests.test_repetition import run_sql
+from tests.hosts import run_sql
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
