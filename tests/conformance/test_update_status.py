@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from incidentkit import (
     IllegalTransition,
     IncidentNotFound,
     IncidentStatus,
+    NewIncident,
     StoreError,
     VersionConflict,
 )
@@ -70,6 +72,21 @@ async def test_version_and_end_follow_the_status(incidents: Verbs) -> None:
     assert (again.version, again.ended_at) == (4, None)
     await incidents.note(incident.incident_id, "Only a note")
     assert await incidents.get(incident.incident_id) == again
+
+
+@needs(Need.OUTSIDE_SQL)
+async def test_the_end_is_when_the_status_left_new(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """One that had ended keeps its end when its status changes; one that was open ends now."""
+    incident = await incidents.create("Disk is full", source="monitoring", incident_type="failed")
+    long_ago = datetime(2026, 1, 1, tzinfo=UTC)
+    await embodiment.sql(f'UPDATE "Incident" SET ended_at = {embodiment.moment(long_ago)}')
+    assert (await incidents.update_status(1, "completed")).ended_at == long_ago
+    assert (await incidents.update_status(1, "new")).ended_at is None
+    again = await incidents.update_status(1, "failed")
+    assert again.ended_at is not None
+    assert again.ended_at >= incident.created_at
 
 
 async def test_it_is_in_the_history_with_its_note(incidents: Verbs) -> None:
@@ -141,6 +158,32 @@ async def test_concurrent_changes_are_an_unbroken_chain(incidents: Verbs) -> Non
     now = await incidents.get(1)
     assert now.incident_type is events[-1].to_status
     assert now.version == len(events)
+
+
+async def test_a_refusal_takes_nothing_from_the_calls_beside_it(incidents: Verbs) -> None:
+    """Of many changes at once those that can happen do, each with its own note."""
+    await incidents.create_many([NewIncident("Disk is full", "monitoring")] * 20)
+    outcomes = await asyncio.gather(
+        *(
+            incidents.update_status(
+                n, "completed", note=f"note {n}", expected_version=1 + (n % 3 == 0)
+            )
+            for n in range(1, 23)
+        ),
+        return_exceptions=True,
+    )
+    for number, outcome in enumerate(outcomes, 1):
+        if number > 20:
+            assert isinstance(outcome, IncidentNotFound)
+            continue
+        events = [event.note for event in await incidents.history(number)]
+        if number % 3 == 0:
+            assert isinstance(outcome, VersionConflict)
+            assert events == [None]
+        else:
+            assert outcome == await incidents.get(number)
+            assert outcome.version == 2
+            assert events == [None, f"note {number}"]
 
 
 async def test_without_a_graph_every_change_is_allowed(incidents: Verbs) -> None:
