@@ -69,7 +69,7 @@ class Backends:
 
 
 class Administrator:
-    """Makes and drops databases, on one connection for all tests of a process."""
+    """Creates and drops databases on one connection for all tests of a process."""
 
     def __init__(self, server_url: str, connection: psycopg.Connection) -> None:
         self._server_url = server_url

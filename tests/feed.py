@@ -1,4 +1,4 @@
-"""Following the feed for as long as a test needs."""
+"""Reading the change feed in tests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 async def take(
     incidents: IncidentClient, count: int, after: str | None = None
 ) -> list[IncidentEvent]:
-    """Return the first so many changes of a feed, waiting for them as a follower does.
+    """Follow the feed until it has delivered `count` changes, and return them.
 
-    Another transaction on the same PostgreSQL server may hold them up.
+    Transactions of other tests on the PostgreSQL server may delay them.
     """
     taken: list[IncidentEvent] = []
     changes: Any = incidents.changes(after)

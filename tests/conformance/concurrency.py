@@ -1,4 +1,4 @@
-"""Calls that run at the same time."""
+"""Running calls concurrently."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 async def run_all(*calls: Awaitable[_T]) -> list[_T]:
     """Run calls concurrently to their end and return their results, or raise the first error.
 
-    Unlike `asyncio.gather` it leaves no call running behind an error.
+    Unlike `asyncio.gather` it leaves no call running after an error.
     """
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""What each behaviour starts from, on each embodiment."""
+"""Fixtures of the conformance suite."""
 
 from __future__ import annotations
 

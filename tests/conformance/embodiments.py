@@ -1,7 +1,7 @@
-"""The ways to get at the verbs; the suite runs on each of them.
+"""Embodiments of the verbs: the clients and joined transactions that the suite runs on.
 
-An embodiment is a class with one method, `open`. To add one, write that method and an entry in
-`EMBODIMENTS`; what it cannot do goes into `tests/conformance/gaps.py`.
+To add one, write a class with the method `open` and an entry in `EMBODIMENTS`. Declare what it
+cannot do in `tests/conformance/gaps.py`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from tests.hosts import Host
 
 Verbs: TypeAlias = IncidentClient
-"""The client has every verb; other embodiments are held to its signatures."""
+"""IncidentClient has every verb; other embodiments must have the same signatures."""
 
 PSYCOPG = "postgresql+psycopg"
-"""The scheme of a URL for SQLAlchemy with psycopg."""
+"""The scheme of SQLAlchemy's URLs for psycopg."""
 
 
 class Embodiment(ABC):
-    """One way to get at the verbs, on a database with the newest schema and no rows.
+    """A way to call the verbs, on a database with the newest schema and no rows.
 
     Args:
         url: The database.
@@ -44,28 +44,28 @@ class Embodiment(ABC):
 
     @property
     def on_sqlite(self) -> bool:
-        """Whether statements have to be in the SQL of SQLite; otherwise in that of PostgreSQL."""
+        """Whether `sql` takes the SQL of SQLite rather than that of PostgreSQL."""
         return self.url.startswith("sqlite")
 
     def moment(self, time: datetime) -> str:
-        """Return a time as a literal of the database's SQL."""
+        """Return a time as a literal of the database."""
         return f"'{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}{'' if self.on_sqlite else '+00'}'"
 
     @abstractmethod
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
-        """Return a context that lends the verbs; a second one is a second client.
+        """Return a context manager for the verbs; each one is a client of its own.
 
         Args:
-            **options: Those of `IncidentClient.open`, such as `transitions`.
+            **options: Options of `IncidentClient.open`, such as `transitions`.
         """
 
     async def sql(self, statement: str) -> list[tuple[Any, ...]]:
-        """Run a statement as another program does, and return its rows."""
+        """Run a statement as another program would, and return its rows."""
         return await run_sql(self.url, statement)
 
 
 class ByUrl(Embodiment):
-    """A client that is given a URL."""
+    """A client opened by URL."""
 
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
         """Return a client with connections of its own."""
@@ -73,11 +73,11 @@ class ByUrl(Embodiment):
 
 
 class WithRedis(Embodiment):
-    """A client that is given a URL, and a Redis for its pages.
+    """A client opened by URL, with its pages cached in Redis.
 
     Args:
         url: The database.
-        redis_url: The Redis, which is empty.
+        redis_url: An empty Redis.
     """
 
     def __init__(self, url: str, redis_url: str) -> None:
@@ -85,12 +85,12 @@ class WithRedis(Embodiment):
         self._redis_url = redis_url
 
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
-        """Return a client that shares its cache with others."""
+        """Return a client with a shared cache."""
         return IncidentClient.open(self.url, self._redis_url, **options)
 
 
 class OnPool(Embodiment):
-    """A client that is given the host's pool."""
+    """A client on the host's pool."""
 
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
@@ -103,11 +103,11 @@ class OnPool(Embodiment):
 
 
 class OnEngine(Embodiment):
-    """A client that is given the host's engine."""
+    """A client on the host's engine."""
 
     @property
     def host_url(self) -> str:
-        """The URL that the host gives to SQLAlchemy."""
+        """The URL of the host's engine."""
         return self.url
 
     @asynccontextmanager
@@ -121,21 +121,21 @@ class OnEngine(Embodiment):
 
 
 class OnPsycopgEngine(OnEngine):
-    """A client that is given the host's engine, whose driver is psycopg."""
+    """A client on the host's engine with psycopg as its driver."""
 
     @property
     def host_url(self) -> str:
-        """The URL that the host gives to SQLAlchemy."""
+        """The URL of the host's engine."""
         return self.url.replace("postgresql", PSYCOPG, 1)
 
 
 class Joined(Embodiment):
-    """The verbs in a transaction of the host, which is open while the test runs.
+    """The verbs joined to a transaction of the host, which stays open during the test.
 
     Args:
         url: The database.
-        way: How the host has its transaction, by the name that `tests.hosts` gives it.
-        scheme: The scheme of the URL that the host connects to.
+        way: The kind of connection, one of `tests.hosts.WAYS`.
+        scheme: The scheme of the host's URL.
     """
 
     def __init__(self, url: str, way: str, scheme: str = "postgresql") -> None:
@@ -146,15 +146,15 @@ class Joined(Embodiment):
 
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
-        """Lend the verbs in a transaction of their own, which is rolled back in the end."""
+        """Lend the verbs in a transaction of their own, which is rolled back at the end."""
         async with (
             IncidentClient.open(self.url, **options) as client,
             open_host(self._way, self._host_url) as host,
         ):
             if isinstance(host, AsyncpgHost):
                 await host.begin()
-            # SQLAlchemy begins with the first statement. The only lock that anybody holds is that
-            # of the other transaction, which does not end meanwhile.
+            # SQLAlchemy begins with this statement. Only another transaction of the same test can
+            # hold a lock, and it does not end before the test does: waiting longer is futile.
             await host.execute(
                 "PRAGMA busy_timeout = 20" if self.on_sqlite else "SET LOCAL lock_timeout = 20"
             )
@@ -165,17 +165,17 @@ class Joined(Embodiment):
                 await host.rollback()
 
     async def sql(self, statement: str) -> list[tuple[Any, ...]]:
-        """Run a statement in the transaction that was opened first."""
+        """Run a statement in the first transaction of the test."""
         return await self._hosts[0].execute(statement)
 
 
 @frozen
 class Setup:
-    """How an embodiment is made.
+    """How to make an embodiment.
 
     Attributes:
         embodiment: Makes it from the values of the fixtures.
-        fixtures: The names of the fixtures that it needs, first that of the URL of its database.
+        fixtures: The names of the fixtures; the first is the URL of the database.
     """
 
     embodiment: Callable[..., Embodiment]

@@ -1,7 +1,7 @@
-"""What an embodiment cannot do, declared once, with the reason.
+"""Gaps: everything an embodiment cannot do, declared in one list with the reason.
 
-A test of a declared gap runs all the same: it has to fail, with the error that is declared. A gap
-that works fails the suite, until its declaration is removed.
+The tests of a gap still run, and must fail with the declared error. A declared gap that works fails
+the suite, so remove its declaration.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from tests.conformance.embodiments import EMBODIMENTS
 
 
 class Need(StrEnum):
-    """What a test asks of an embodiment beyond the common verbs."""
+    """Something that a test needs and not every embodiment has."""
 
     LIST_JSON = auto()
     CHANGES = auto()
     PURGE = auto()
     OTHER_CLIENT = auto()
-    """A second client that sees what the first one does, and writes at the same time."""
+    """A second client that sees the writes of the first one and writes concurrently."""
     OUTSIDE_SQL = auto()
-    """Another program that writes to the tables."""
+    """Another program that reads and writes the tables."""
     GOING_ON = auto()
-    """To go on after the database has refused a statement."""
+    """The ability to continue after the database has refused a statement."""
 
 
 def needs(*needs: Need) -> pytest.MarkDecorator:
-    """Return the mark of a test that asks for more than the common verbs."""
+    """Return the mark of a test that needs more than the common verbs."""
     return pytest.mark.needs(*needs)
 
 
 @frozen
 class Gap:
-    """Something that embodiments cannot do.
+    """Something that some embodiments cannot do.
 
     Attributes:
         embodiments: Their names.
         need: What they lack.
-        raises: What happens if it is tried.
-        reason: Why that is so.
+        raises: The error of a test that needs it.
+        reason: Why they lack it.
     """
 
     embodiments: tuple[str, ...]
@@ -66,43 +66,43 @@ GAPS = (
         JOINED,
         Need.LIST_JSON,
         _no_verb("list_json"),
-        "it serves pages from the cache, and a transaction reads none",
+        "list_json serves cached pages, and a joined transaction never reads a cache",
     ),
     Gap(
         JOINED,
         Need.CHANGES,
         _no_verb("changes", "read_changes"),
-        "a change has its place in the feed only once it is committed",
+        "a change gets its place in the feed at the commit",
     ),
     Gap(
         JOINED,
         Need.PURGE,
         _no_verb("purge"),
-        "it commits batch by batch, and the transaction is the host's",
+        "purge commits batch by batch, and only the host may commit",
     ),
     Gap(
         JOINED,
         Need.OTHER_CLIENT,
         pytest.RaisesExc((AssertionError, StoreError)),
-        "another client sees nothing before the commit, and waits for its locks",
+        "before the commit another client sees nothing and waits for locks",
     ),
     Gap(
         ("sqlite-memory",),
         Need.OTHER_CLIENT,
         pytest.RaisesExc((AssertionError, UnknownCursor)),
-        "another client has a database of its own",
+        "each client in memory has a database of its own",
     ),
     Gap(
         ("sqlite-memory",),
         Need.OUTSIDE_SQL,
         pytest.RaisesExc(OperationalError, match="no such table"),
-        "no other program reaches the database",
+        "no other program can open a database in memory",
     ),
     Gap(
         JOINED_ON_POSTGRES,
         Need.GOING_ON,
         pytest.RaisesExc((DBAPIError, PostgresError), match="current transaction is aborted"),
-        "a statement that fails ends a transaction of PostgreSQL",
+        "on PostgreSQL a failed statement aborts the transaction",
     ),
 )
 """All gaps."""
@@ -114,7 +114,7 @@ def gaps_of(embodiment: str, needed: set[Need]) -> list[Gap]:
 
 
 def expected_failure(gaps: list[Gap]) -> pytest.MarkDecorator:
-    """Return the mark of a test that has to fail, with what one of these gaps raises."""
+    """Return the mark of a test that must fail with the error of one of these gaps."""
     return pytest.mark.xfail(
         raises=pytest.RaisesExc(check=lambda error: any(gap.raises.matches(error) for gap in gaps)),
         reason=", and ".join(gap.reason for gap in gaps),

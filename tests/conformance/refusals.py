@@ -1,4 +1,4 @@
-"""Calls that are refused for their arguments."""
+"""Calls that are refused for invalid arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following the changes of all incidents."""
+"""Following changes to all incidents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = needs(Need.CHANGES)
 
 
 async def some_changes(incidents: Verbs) -> None:
-    """Make seven changes of two incidents."""
+    """Make seven changes to two incidents."""
     with acting_as("alice"):
         first = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
         second = await incidents.create("Line is down", source="partner")
@@ -32,8 +32,8 @@ async def some_changes(incidents: Verbs) -> None:
         await incidents.update_status(second.incident_id, "new")
 
 
-async def test_every_change_comes_once_in_order(incidents: Verbs) -> None:
-    """The feed has what the histories have, all of it, in the order in which it happened."""
+async def test_the_feed_has_every_change_once_in_order(incidents: Verbs) -> None:
+    """The feed delivers every event of every history, in the order in which it happened."""
     await some_changes(incidents)
     changes = await take(incidents, 7)
     assert [(change.incident_id, change.kind) for change in changes] == [
@@ -52,8 +52,8 @@ async def test_every_change_comes_once_in_order(incidents: Verbs) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 3, 1000])
-async def test_polling_gives_the_same(incidents: Verbs, limit: int) -> None:
-    """Page after page, of any size, the cursors lead through all changes, each once."""
+async def test_polling_returns_the_same_changes(incidents: Verbs, limit: int) -> None:
+    """Pages of any size deliver every change exactly once."""
     await some_changes(incidents)
     changes: list[IncidentEvent] = []
     after = None
@@ -67,8 +67,8 @@ async def test_polling_gives_the_same(incidents: Verbs, limit: int) -> None:
     assert changes == await take(incidents, 7)
 
 
-async def test_it_goes_on_behind_any_cursor(incidents: Verbs) -> None:
-    """From the cursor of each change, also one of a history, come the changes after it."""
+async def test_reading_resumes_after_any_cursor(incidents: Verbs) -> None:
+    """A cursor from the feed or from a history resumes right after its change."""
     await some_changes(incidents)
     changes = await take(incidents, 7)
     for number, change in enumerate(changes[:-1], 1):
@@ -78,25 +78,25 @@ async def test_it_goes_on_behind_any_cursor(incidents: Verbs) -> None:
 
 
 @needs(Need.OTHER_CLIENT)
-async def test_a_cursor_is_good_for_another_client(incidents: Verbs, other: Verbs) -> None:
-    """What one client has not read another one goes on with."""
+async def test_another_client_can_use_a_cursor(incidents: Verbs, other: Verbs) -> None:
+    """One client resumes where another client stopped."""
     await some_changes(incidents)
     changes = await take(incidents, 7)
     assert await take(other, 4, changes[2].cursor) == changes[3:]
     assert await other.read_changes(changes[-1].cursor) == ChangePage([], changes[-1].cursor)
 
 
-async def test_where_nothing_happened_there_is_nothing(incidents: Verbs) -> None:
-    """Without a change a page is empty and has no cursor, also after waiting for one."""
+async def test_an_empty_feed_has_no_cursor(incidents: Verbs) -> None:
+    """Without changes a page is empty and has no cursor, even after a wait."""
     for after in (None, "latest"):
         for wait in (0, 0.01):
             assert await incidents.read_changes(after, wait=wait) == ChangePage([], None)
 
 
-async def test_latest_is_what_comes_later(incidents: Verbs) -> None:
-    """Whoever starts with the latest does not get what was there."""
+async def test_latest_skips_earlier_changes(incidents: Verbs) -> None:
+    """Starting from `latest` skips earlier changes and delivers later ones."""
     await some_changes(incidents)
-    # Others on the server may hold the feed up for a moment.
+    # Transactions of other tests on the server may delay the feed.
     await take(incidents, 7)
     page = await incidents.read_changes("latest")
     assert page.changes == []
@@ -105,8 +105,8 @@ async def test_latest_is_what_comes_later(incidents: Verbs) -> None:
     assert change.note == "later"
 
 
-async def test_a_change_ends_the_wait_for_it(incidents: Verbs) -> None:
-    """Readers and followers that wait get a change once it is made."""
+async def test_a_change_wakes_waiting_readers(incidents: Verbs) -> None:
+    """Waiting readers and followers receive a change as soon as it is made."""
     waiting = [asyncio.ensure_future(incidents.read_changes(wait=30)) for _ in range(3)]
     following = asyncio.ensure_future(take(incidents, 1))
     created = await incidents.create("Disk is full", source="monitoring")
@@ -116,8 +116,10 @@ async def test_a_change_ends_the_wait_for_it(incidents: Verbs) -> None:
 
 
 @needs(Need.OTHER_CLIENT)
-async def test_changes_of_another_client_are_found(incidents: Verbs, other: Verbs) -> None:
-    """A follower gets what another client writes while it waits."""
+async def test_a_follower_receives_changes_from_another_client(
+    incidents: Verbs, other: Verbs
+) -> None:
+    """A waiting follower receives the changes that another client makes."""
     taking = asyncio.ensure_future(take(incidents, 3))
     try:
         for number in range(3):
@@ -130,8 +132,8 @@ async def test_changes_of_another_client_are_found(incidents: Verbs, other: Verb
 
 
 @needs(Need.PURGE)
-async def test_a_purged_incident_leaves_no_gap(incidents: Verbs) -> None:
-    """Who stood at an event that was purged goes on, and learns of the purge."""
+async def test_a_cursor_survives_the_purge_of_its_incident(incidents: Verbs) -> None:
+    """A cursor of a purged event still resumes, and the purge itself is delivered."""
     await some_changes(incidents)
     changes = await take(incidents, 7)
     await incidents.purge(datetime.now(UTC) + timedelta(hours=1))
@@ -144,10 +146,10 @@ async def test_a_purged_incident_leaves_no_gap(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_a_cursor_of_another_database_is_unknown(
+async def test_a_cursor_from_another_database_is_unknown(
     incidents: Verbs, embodiment: Embodiment
 ) -> None:
-    """The cursor of a change that never happened in this database is refused, by both verbs."""
+    """A cursor of an event that this database never had is refused by both verbs."""
     await incidents.create("Disk is full", source="monitoring")
     (change,) = await take(incidents, 1)
     await embodiment.sql("UPDATE incident_event SET nonce = nonce / 2 + 1")
@@ -157,8 +159,8 @@ async def test_a_cursor_of_another_database_is_unknown(
         await take(incidents, 1, change.cursor)
 
 
-async def test_faulty_arguments_are_refused(incidents: Verbs) -> None:
-    """Each faulty argument is named, by polling and by following alike."""
+async def test_invalid_arguments_are_refused(incidents: Verbs) -> None:
+    """Polling and following name each invalid argument."""
     for _ in range(2):
         await incidents.create("Disk is full", source="monitoring")
     of_a_search = (await incidents.search(limit=1)).next

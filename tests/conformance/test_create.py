@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from tests.conformance.embodiments import Embodiment, Verbs
 
 
-async def test_it_returns_what_is_stored(incidents: Verbs) -> None:
-    """A created incident comes back with its id and the time of the database, as `get` has it."""
+async def test_it_returns_the_stored_incident(incidents: Verbs) -> None:
+    """`create` returns the incident with its id and the database's time, just as `get` does."""
     before = datetime.now(UTC).replace(microsecond=0)
     incident = await incidents.create("Disk is full", source="monitoring")
     assert incident == Incident(
@@ -43,8 +43,8 @@ async def test_it_returns_what_is_stored(incidents: Verbs) -> None:
     assert await incidents.get(1) == incident
 
 
-async def test_values_are_of_their_annotated_types(incidents: Verbs) -> None:
-    """Enums, integers, strings and times in UTC come back as such, whichever verb reads them."""
+async def test_fields_have_their_annotated_types(incidents: Verbs) -> None:
+    """Enums, integers, strings and UTC times keep their types, whichever verb returns them."""
     created = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
     for incident in (created, await incidents.get(1), *await incidents.list()):
         assert type(incident) is Incident
@@ -62,29 +62,29 @@ async def test_values_are_of_their_annotated_types(incidents: Verbs) -> None:
     ids=["long", "quotes", "control", "placeholders"],
 )
 async def test_a_valid_message_is_stored_unchanged(incidents: Verbs, message: str) -> None:
-    """Neither length, nor quotes, nor odd characters change a message on its way."""
+    """Length, quotes and unusual characters do not change a message."""
     incident = await incidents.create(message, source="partner")
     assert incident.incident_message == message
     assert (await incidents.get(incident.incident_id)).incident_message == message
 
 
 async def test_surrounding_white_space_is_removed(incidents: Verbs) -> None:
-    """A message is stored without the white space around it."""
+    """Whitespace around a message is stripped."""
     incident = await incidents.create(" \t Disk is full on db-1\n", source="monitoring")
     assert incident.incident_message == "Disk is full on db-1"
 
 
 @pytest.mark.parametrize("status", IncidentStatus)
 async def test_it_starts_with_the_given_status(incidents: Verbs, status: IncidentStatus) -> None:
-    """An incident may start with any status, and one that is not `new` has ended at once."""
+    """An incident starts with any status; one that is not `new` has already ended."""
     incident = await incidents.create("All is well", source="operator", incident_type=status)
     assert incident.incident_type is status
     assert incident.ended_at == (None if status is IncidentStatus.NEW else incident.created_at)
     assert await incidents.get(incident.incident_id) == incident
 
 
-async def test_a_ready_incident_is_taken(incidents: Verbs) -> None:
-    """`create` takes a NewIncident as it takes its fields, but not both."""
+async def test_it_accepts_a_new_incident(incidents: Verbs) -> None:
+    """`create` accepts a NewIncident instead of fields, but not together with them."""
     new = NewIncident("Disk is full", "operator", "failed")
     incident = await incidents.create(new)
     assert (incident.source, incident.incident_type) == ("operator", "failed")
@@ -95,16 +95,16 @@ async def test_a_ready_incident_is_taken(incidents: Verbs) -> None:
     assert await incidents.list() == [incident]
 
 
-async def test_ids_grow_and_equal_incidents_are_two(incidents: Verbs) -> None:
-    """Each call without a key makes another incident, with the next id."""
+async def test_equal_incidents_get_ids_of_their_own(incidents: Verbs) -> None:
+    """Without a key, each call creates another incident with the next id."""
     first = await incidents.create("Disk is full", source="monitoring")
     second = await incidents.create(NewIncident("Disk is full", "monitoring"))
     assert (first.incident_id, second.incident_id) == (1, 2)
     assert second.dedup_key is None
 
 
-async def test_every_faulty_field_is_named(incidents: Verbs) -> None:
-    """All that is wrong with a new incident comes in one error, with the allowed values."""
+async def test_every_invalid_field_is_named(incidents: Verbs) -> None:
+    """One error names every invalid field and the allowed values."""
     wrong: Any = "wrong"
     with pytest.raises(InvalidIncident, match="operator, monitoring, partner") as caught:
         await incidents.create(" tEsT ", source=wrong, incident_type="open", dedup_key="")
@@ -113,8 +113,8 @@ async def test_every_faulty_field_is_named(incidents: Verbs) -> None:
     assert await incidents.list() == []
 
 
-async def test_faulty_values_are_refused(incidents: Verbs) -> None:
-    """A value that breaks a rule is named, and nothing is stored."""
+async def test_invalid_values_are_refused(incidents: Verbs) -> None:
+    """An invalid value is named, and nothing is stored."""
     create: Any = incidents.create
     for message in ("", "four", "x" * 1001, "NULL", "a\x00bcd", "\ud800abcd", None, 12345):
         assert await refused(create(message, source="partner")) == ["incident_message"]
@@ -127,8 +127,8 @@ async def test_faulty_values_are_refused(incidents: Verbs) -> None:
     assert await incidents.list() == []
 
 
-async def test_concurrent_calls_are_all_stored(incidents: Verbs) -> None:
-    """Many creates at once, more than there are connections, each get an id of their own."""
+async def test_concurrent_creates_are_all_stored(incidents: Verbs) -> None:
+    """More concurrent creates than connections all succeed, each with an id of its own."""
     created = await asyncio.gather(
         *(incidents.create(f"Disk {n} is full", source="monitoring") for n in range(60))
     )
@@ -139,18 +139,18 @@ async def test_concurrent_calls_are_all_stored(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_ids_are_never_used_twice(incidents: Verbs, embodiment: Embodiment) -> None:
-    """The id of a deleted incident is not given to another."""
+async def test_ids_are_never_reused(incidents: Verbs, embodiment: Embodiment) -> None:
+    """The id of a deleted incident is not given to another one."""
     await incidents.create("Disk is full", source="monitoring")
     await embodiment.sql('DELETE FROM "Incident"')
     assert (await incidents.create("Disk is full", source="monitoring")).incident_id == 2
 
 
 @needs(Need.OUTSIDE_SQL, Need.GOING_ON)
-async def test_an_incident_is_stored_with_its_event_or_not_at_all(
+async def test_nothing_is_stored_if_the_event_fails(
     incidents: Verbs, embodiment: Embodiment
 ) -> None:
-    """If its event cannot be written, nothing of a create is left."""
+    """If its event cannot be written, the incident is not stored either."""
     await embodiment.sql("ALTER TABLE incident_event RENAME COLUMN note TO remark")
     with pytest.raises(StoreError):
         await incidents.create("Line is down", source="monitoring")

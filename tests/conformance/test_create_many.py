@@ -1,4 +1,4 @@
-"""Creating many incidents at once: as if one by one, all or none."""
+"""Creating many incidents at once: in order, and all or none."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def disks(number: int) -> list[NewIncident]:
     return [NewIncident(f"Disk {n} is full", "monitoring") for n in range(number)]
 
 
-async def test_they_are_stored_in_their_order(incidents: Verbs) -> None:
-    """Each is stored and returned in its place, with its event and its actor."""
+async def test_incidents_keep_their_order(incidents: Verbs) -> None:
+    """Each incident is stored and returned in its place, with its event and its actor."""
     wanted = [*disks(20), NewIncident("Disk was full", "partner", "completed")]
     with acting_as("import"):
         created = await incidents.create_many(iter(wanted))
@@ -40,16 +40,16 @@ async def test_they_are_stored_in_their_order(incidents: Verbs) -> None:
 
 
 @needs(Need.CHANGES)
-async def test_each_is_in_the_feed(incidents: Verbs) -> None:
-    """The feed has each of them, once."""
+async def test_each_incident_is_in_the_feed(incidents: Verbs) -> None:
+    """The feed delivers the creation of each incident once."""
     created = await incidents.create_many(disks(20))
     changes = await take(incidents, 20)
     assert {change.incident_id for change in changes} == {one.incident_id for one in created}
     assert {change.kind for change in changes} == {EventKind.CREATED}
 
 
-async def test_there_may_be_thousands(incidents: Verbs) -> None:
-    """More than fit into one statement are all stored, in their order."""
+async def test_thousands_are_stored_in_order(incidents: Verbs) -> None:
+    """Thousands of incidents, more than one statement holds, are stored in order."""
     created = await incidents.create_many(disks(2001))
     assert [incident.incident_message for incident in created] == [
         f"Disk {n} is full" for n in range(2001)
@@ -58,8 +58,8 @@ async def test_there_may_be_thousands(incidents: Verbs) -> None:
     assert len(await incidents.history(created[-1].incident_id)) == 1
 
 
-async def test_keys_count_as_they_would_one_by_one(incidents: Verbs) -> None:
-    """A key that comes again counts, with what it said, also one that was open before."""
+async def test_dedup_keys_count_within_one_call(incidents: Verbs) -> None:
+    """A repeated key counts an occurrence with its message, also on an incident already open."""
     await incidents.create("Disk is full", source="monitoring", dedup_key="b")
     keys = ["a", "b", None, "c", "a", "d", "a", "ä"]
     created = await incidents.create_many(
@@ -78,8 +78,8 @@ async def test_keys_count_as_they_would_one_by_one(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_all_or_none(incidents: Verbs, embodiment: Embodiment) -> None:
-    """If the database refuses one of them none is there, nor any event."""
+async def test_one_failure_stores_none(incidents: Verbs, embodiment: Embodiment) -> None:
+    """If the database refuses one incident, neither the others nor their events are stored."""
     again = NewIncident("Disk is full", "monitoring", dedup_key="disk")
     before = await incidents.create(again)
     if embodiment.on_sqlite:
@@ -88,7 +88,7 @@ async def test_all_or_none(incidents: Verbs, embodiment: Embodiment) -> None:
             "LIKE '%19%' BEGIN SELECT RAISE(ABORT, 'no'); END"
         )
     else:
-        # Or what is left for the commit of a joined transaction keeps the table from being altered.
+        # Triggers deferred to the commit of a joined transaction would block ALTER TABLE.
         await embodiment.sql("SET CONSTRAINTS ALL IMMEDIATE")
         await embodiment.sql(
             "ALTER TABLE \"Incident\" ADD CHECK (incident_message NOT LIKE '%19%')"
@@ -99,23 +99,23 @@ async def test_all_or_none(incidents: Verbs, embodiment: Embodiment) -> None:
     assert await embodiment.sql("SELECT count(*) FROM incident_event") == [(1,)]
 
 
-async def test_none_is_none(incidents: Verbs) -> None:
-    """Without an incident nothing is stored, with a key or without."""
+async def test_an_empty_list_stores_nothing(incidents: Verbs) -> None:
+    """Without incidents nothing is stored, with or without an idempotency key."""
     assert await incidents.create_many([]) == []
     assert await incidents.create_many(iter(()), idempotency_key="k") == []
     assert await incidents.list() == []
 
 
-async def test_what_is_no_incident_is_refused(incidents: Verbs) -> None:
-    """What is none is named by its place, ten of them at most, and nothing is stored."""
+async def test_other_objects_are_refused_by_position(incidents: Verbs) -> None:
+    """Objects that are not NewIncidents are named by position, ten at most."""
     wrong: Any = [*disks(1), "Disk is full", None]
     assert await refused(incidents.create_many(wrong)) == ["incidents[1]", "incidents[2]"]
     assert len(await refused(incidents.create_many(wrong * 10))) == 10
     assert await incidents.list() == []
 
 
-async def test_too_many_are_not_even_read(incidents: Verbs) -> None:
-    """An iterator without an end is refused after the 100,000 that are allowed."""
+async def test_an_endless_iterator_is_refused(incidents: Verbs) -> None:
+    """An endless iterator is refused after the 100,000 incidents that are allowed."""
     endless = repeat(NewIncident("Disk is full", "monitoring"))
     with pytest.raises(InvalidIncident, match="incidents must be at most 100000"):
         await incidents.create_many(endless)

@@ -1,4 +1,4 @@
-"""Reports of the same thing, counted on the incident that is open."""
+"""Reports with a deduplication key: counted on the open incident."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ async def report(incidents: Verbs, message: str = "Disk is full") -> Incident:
     return await incidents.create(message, source="monitoring", dedup_key="disk")
 
 
-async def test_a_further_report_is_counted(incidents: Verbs) -> None:
-    """The incident that is open comes back as it was, but for its count, version and time."""
+async def test_a_repeated_report_is_counted(incidents: Verbs) -> None:
+    """The open incident is returned with only its count, version and time updated."""
     first = await report(incidents)
     assert (first.dedup_key, first.occurrences) == ("disk", 1)
     again = await incidents.create("Disk is at 100 %", source="operator", dedup_key="disk")
@@ -41,8 +41,8 @@ async def test_a_further_report_is_counted(incidents: Verbs) -> None:
     assert await incidents.list() == [again]
 
 
-async def test_what_a_further_report_says_is_in_the_history(incidents: Verbs) -> None:
-    """The message of a recurrence is kept as its note, if it differs."""
+async def test_the_message_of_a_repeated_report_becomes_a_note(incidents: Verbs) -> None:
+    """A recurrence keeps its message as a note if it differs from the incident's."""
     await report(incidents)
     await report(incidents, "Disk is at 100 %")
     await report(incidents)
@@ -54,8 +54,10 @@ async def test_what_a_further_report_says_is_in_the_history(incidents: Verbs) ->
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_a_further_report_is_seen_now(incidents: Verbs, embodiment: Embodiment) -> None:
-    """An incident that is reported again was created when it was, and is last seen now."""
+async def test_a_repeated_report_updates_last_seen_at(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """A recurrence updates `last_seen_at` and leaves `created_at`."""
     first = await report(incidents)
     long_ago = datetime(2026, 1, 1, tzinfo=UTC)
     at = embodiment.moment(long_ago)
@@ -65,8 +67,8 @@ async def test_a_further_report_is_seen_now(incidents: Verbs, embodiment: Embodi
     assert again.last_seen_at >= first.created_at
 
 
-async def test_other_keys_are_other_incidents(incidents: Verbs) -> None:
-    """A key counts for itself alone, to the letter."""
+async def test_different_keys_are_different_incidents(incidents: Verbs) -> None:
+    """Keys are compared exactly, with case and whitespace."""
     keys = ("disk", "Disk", "disk ", "d\u0131sk", "x" * 255, None, None)
     for key in keys:
         await incidents.create("Disk is full", source="monitoring", dedup_key=key)
@@ -75,8 +77,8 @@ async def test_other_keys_are_other_incidents(incidents: Verbs) -> None:
     assert {incident.occurrences for incident in listed} == {1}
 
 
-async def test_after_its_end_the_key_opens_a_new_one(incidents: Verbs) -> None:
-    """A key is for the incident that is open; after that has ended, for the next."""
+async def test_a_key_of_an_ended_incident_creates_another(incidents: Verbs) -> None:
+    """Once an incident has ended, its key creates a new one."""
     first = await report(incidents)
     await incidents.update_status(first.incident_id, "completed")
     second = await report(incidents)
@@ -84,8 +86,8 @@ async def test_after_its_end_the_key_opens_a_new_one(incidents: Verbs) -> None:
     assert second.occurrences == 1
 
 
-async def test_it_is_not_opened_beside_another_one(incidents: Verbs) -> None:
-    """An incident cannot be opened again while another one with its key is open."""
+async def test_reopening_beside_an_open_duplicate_is_refused(incidents: Verbs) -> None:
+    """An incident cannot be reopened while another one with its key is open."""
     first = await report(incidents)
     ended = await incidents.update_status(first.incident_id, "completed")
     second = await report(incidents)
@@ -98,8 +100,8 @@ async def test_it_is_not_opened_beside_another_one(incidents: Verbs) -> None:
     assert (await incidents.update_status(first.incident_id, "new")).ended_at is None
 
 
-async def test_one_that_is_open_again_is_counted_on(incidents: Verbs) -> None:
-    """A report counts on an incident that was opened again."""
+async def test_a_reopened_incident_is_counted_on(incidents: Verbs) -> None:
+    """A report counts on an incident that was reopened."""
     first = await report(incidents)
     await incidents.update_status(first.incident_id, "failed")
     await incidents.update_status(first.incident_id, "new")
@@ -108,8 +110,8 @@ async def test_one_that_is_open_again_is_counted_on(incidents: Verbs) -> None:
     assert again.incident_type is IncidentStatus.NEW
 
 
-async def test_reports_at_once_are_one_incident(incidents: Verbs) -> None:
-    """Concurrent reports with one key make one incident, and each is counted once."""
+async def test_concurrent_reports_are_one_incident(incidents: Verbs) -> None:
+    """Concurrent reports with one key create one incident and are each counted once."""
     created = await asyncio.gather(*(report(incidents) for _ in range(40)))
     assert {incident.incident_id for incident in created} == {1}
     assert sorted(incident.occurrences for incident in created) == [*range(1, 41)]
@@ -120,8 +122,10 @@ async def test_reports_at_once_are_one_incident(incidents: Verbs) -> None:
 
 
 @needs(Need.OTHER_CLIENT)
-async def test_reports_of_several_clients_are_one_incident(incidents: Verbs, other: Verbs) -> None:
-    """Concurrent reports of two clients with one key make one incident, each counted once."""
+async def test_concurrent_reports_from_two_clients_are_one_incident(
+    incidents: Verbs, other: Verbs
+) -> None:
+    """Two clients reporting concurrently create one incident; each report is counted once."""
     created = await run_all(*(report(client) for client in (incidents, other) * 50))
     assert {incident.incident_id for incident in created} == {created[0].incident_id}
     assert sorted(incident.occurrences for incident in created) == [*range(1, 101)]
@@ -131,8 +135,8 @@ async def test_reports_of_several_clients_are_one_incident(incidents: Verbs, oth
     assert kinds == [EventKind.CREATED, *[EventKind.RECURRED] * 99]
 
 
-async def test_opening_again_and_creating_race_for_one_place(incidents: Verbs) -> None:
-    """However opening and creating race, there is never more than one open with a key."""
+async def test_racing_reopens_and_creates_leave_one_open(incidents: Verbs) -> None:
+    """When reopening and creating race, exactly one incident with the key is open."""
     ended = []
     for _ in range(8):
         incident = await report(incidents)
@@ -148,7 +152,7 @@ async def test_opening_again_and_creating_race_for_one_place(incidents: Verbs) -
     assert len(await incidents.list(status="new")) == 1
 
 
-async def test_faulty_keys_are_refused(incidents: Verbs) -> None:
+async def test_invalid_keys_are_refused(incidents: Verbs) -> None:
     """A key has 1 to 255 characters."""
     create: Any = incidents.create
     for key in ("", "x" * 256, "a\x00b", "\ud800", 7):
@@ -157,8 +161,8 @@ async def test_faulty_keys_are_refused(incidents: Verbs) -> None:
     assert await incidents.list() == []
 
 
-async def test_a_key_is_for_what_starts_open(incidents: Verbs) -> None:
-    """An incident that has ended from the start takes no key, as nothing could recur on it."""
+async def test_an_ended_incident_takes_no_key(incidents: Verbs) -> None:
+    """An incident that starts as ended takes no key, since it cannot recur."""
     for status in ("completed", "failed"):
         with pytest.raises(InvalidIncident, match="dedup_key needs the incident_type new"):
             await incidents.create(

@@ -1,4 +1,4 @@
-"""What holds of the embodiments and of their declared gaps."""
+"""The embodiments and their declared gaps."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ FURTHER = [
 
 
 @pytest.mark.parametrize("verb", [*COMMON, *FURTHER])
-async def test_a_verb_takes_what_the_clients_verb_takes(incidents: Verbs, verb: str) -> None:
-    """Names, kinds and defaults of the parameters are the same on each embodiment."""
+async def test_verbs_have_the_signatures_of_the_client(incidents: Verbs, verb: str) -> None:
+    """Names, kinds and defaults of parameters are the same on each embodiment."""
     expected = inspect.signature(getattr(IncidentClient, verb)).parameters.values()
     found = inspect.signature(getattr(incidents, verb)).parameters.values()
     assert [(one.name, one.kind, one.default) for one in found] == [
@@ -52,8 +52,8 @@ async def test_a_verb_takes_what_the_clients_verb_takes(incidents: Verbs, verb: 
     ]
 
 
-def test_each_gap_is_met_by_a_test() -> None:
-    """A declared gap names embodiments that exist, and something that a test needs."""
+def test_each_gap_is_tested() -> None:
+    """Each declared gap names existing embodiments and a need that some test has."""
     needed: set[Need] = set()
     for module in pkgutil.iter_modules(conformance.__path__, "tests.conformance."):
         loaded = importlib.import_module(module.name)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 NO_IDS = (0, -1, 2**63, 10**4000, True, "1", 1.0, None)
 
 
-async def test_it_returns_the_incident_as_it_is_now(incidents: Verbs) -> None:
-    """After each change the incident is read as the change left it."""
+async def test_it_returns_the_current_incident(incidents: Verbs) -> None:
+    """`get` returns the incident as the last change left it."""
     first = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
     second = await incidents.create("Line is down", source="partner")
     for change in (
@@ -30,14 +30,14 @@ async def test_it_returns_the_incident_as_it_is_now(incidents: Verbs) -> None:
 
 
 async def test_an_unknown_id_is_not_found(incidents: Verbs) -> None:
-    """An id that no incident has is IncidentNotFound, which carries it, up to the largest id."""
+    """An unknown id, even the largest, raises IncidentNotFound, which carries it."""
     for incident_id in (1, 2**63 - 1):
         with pytest.raises(IncidentNotFound, match=f"Incident {incident_id} not found") as caught:
             await incidents.get(incident_id)
         assert caught.value.incident_id == incident_id
 
 
-async def test_what_is_no_id_is_refused(incidents: Verbs) -> None:
+async def test_invalid_ids_are_refused(incidents: Verbs) -> None:
     """An id is an integer from 1 to 2^63-1."""
     for wrong in NO_IDS:
         assert await refused(incidents.get(wrong)) == ["incident_id"]  # type: ignore[arg-type]

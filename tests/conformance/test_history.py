@@ -1,4 +1,4 @@
-"""Notes, and the history of an incident."""
+"""Notes, histories and actors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 async def test_each_change_leaves_an_event(incidents: Verbs) -> None:
-    """Creation, recurrence, changes of the status and notes come in their order, oldest first."""
+    """Creation, recurrence, status changes and notes are listed oldest first."""
     before = datetime.now(UTC).replace(microsecond=0)
     incident = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
     await incidents.create("Disk is at 100 %", source="monitoring", dedup_key="disk")
@@ -57,8 +57,8 @@ async def test_each_change_leaves_an_event(incidents: Verbs) -> None:
         assert before <= event.at <= datetime.now(UTC) + timedelta(seconds=1)
 
 
-async def test_values_are_of_their_annotated_types(incidents: Verbs) -> None:
-    """An event's enums, integers and strings come back as such."""
+async def test_fields_have_their_annotated_types(incidents: Verbs) -> None:
+    """An event's enums, integers and strings keep their types."""
     await incidents.create("Disk is full", source="monitoring")
     await incidents.update_status(1, "failed", note="It is broken")
     event = (await incidents.history(1))[1]
@@ -69,8 +69,8 @@ async def test_values_are_of_their_annotated_types(incidents: Verbs) -> None:
     assert type(event.from_status) is type(event.to_status) is IncidentStatus
 
 
-async def test_a_note_changes_nothing_else(incidents: Verbs) -> None:
-    """A note is kept without surrounding white space, and leaves the incident as it is."""
+async def test_a_note_leaves_the_incident_unchanged(incidents: Verbs) -> None:
+    """A note is stored without surrounding whitespace and does not change the incident."""
     incident = await incidents.create("Disk is full", source="monitoring")
     event = await incidents.note(1, " \tIt is db-1, 100 % :of it\n")
     assert (event.incident_id, event.kind) == (1, EventKind.NOTED)
@@ -81,7 +81,7 @@ async def test_a_note_changes_nothing_else(incidents: Verbs) -> None:
 
 
 async def test_concurrent_notes_are_all_kept(incidents: Verbs) -> None:
-    """Many notes at once are all in the history, each with its own cursor."""
+    """Concurrent notes are all in the history, each with a cursor of its own."""
     await incidents.create("Disk is full", source="monitoring")
     noted = await asyncio.gather(*(incidents.note(1, f"note {n}") for n in range(30)))
     assert [event.note for event in noted] == [f"note {n}" for n in range(30)]
@@ -92,8 +92,8 @@ async def test_concurrent_notes_are_all_kept(incidents: Verbs) -> None:
     assert len({event.cursor for event in history}) == 30
 
 
-async def test_a_long_history_is_read_in_parts(incidents: Verbs) -> None:
-    """From any cursor the history goes on behind that event, to its end."""
+async def test_a_long_history_is_paged_by_cursor(incidents: Verbs) -> None:
+    """Any cursor resumes the history right after its event."""
     for message in ("Disk is full", "Line is down"):
         await incidents.create(message, source="monitoring")
     for number in range(9):
@@ -110,7 +110,7 @@ async def test_a_long_history_is_read_in_parts(incidents: Verbs) -> None:
     assert parts == whole
 
 
-async def test_nothing_is_known_of_an_incident_that_never_was(incidents: Verbs) -> None:
+async def test_an_unknown_incident_is_not_found(incidents: Verbs) -> None:
     """An unknown id has no history and takes no note."""
     for incident_id in (99, 2**63 - 1):
         for call in (incidents.history(incident_id), incidents.note(incident_id, "Unknown")):
@@ -119,8 +119,8 @@ async def test_nothing_is_known_of_an_incident_that_never_was(incidents: Verbs) 
             assert caught.value.incident_id == incident_id
 
 
-async def test_faulty_notes_are_refused(incidents: Verbs) -> None:
-    """A note has 1 to 1000 characters; a wrong id is named beside it."""
+async def test_invalid_notes_are_refused(incidents: Verbs) -> None:
+    """A note has 1 to 1000 characters; an invalid id is named beside it."""
     await incidents.create("Disk is full", source="monitoring")
     call: Any = incidents.note
     assert await refused(call(0, "")) == ["incident_id", "note"]
@@ -131,8 +131,8 @@ async def test_faulty_notes_are_refused(incidents: Verbs) -> None:
     assert len(await incidents.history(1)) == 1
 
 
-async def test_faulty_arguments_of_a_history_are_refused(incidents: Verbs) -> None:
-    """A wrong id, limit and cursor are named in one error."""
+async def test_invalid_arguments_of_a_history_are_refused(incidents: Verbs) -> None:
+    """One error names an invalid id, limit and cursor."""
     call: Any = incidents.history
     assert await refused(call(0, limit=1001, after="?")) == ["incident_id", "limit", "after"]
     for wrong in NO_IDS:
@@ -143,8 +143,8 @@ async def test_faulty_arguments_of_a_history_are_refused(incidents: Verbs) -> No
         assert await refused(call(1, after=after)) == ["after"]
 
 
-async def test_a_cursor_of_something_else_is_refused(incidents: Verbs) -> None:
-    """A history takes neither the cursor of another incident nor that of a search."""
+async def test_a_cursor_from_elsewhere_is_refused(incidents: Verbs) -> None:
+    """A history refuses the cursor of another incident and that of a search."""
     for _ in range(2):
         await incidents.create("Disk is full", source="monitoring")
     (of_another,) = await incidents.history(2)
@@ -154,9 +154,7 @@ async def test_a_cursor_of_something_else_is_refused(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL, Need.GOING_ON)
-async def test_a_note_that_cannot_be_written_leaves_nothing(
-    incidents: Verbs, embodiment: Embodiment
-) -> None:
+async def test_a_failed_note_leaves_nothing(incidents: Verbs, embodiment: Embodiment) -> None:
     """A note that the database refuses is in no history."""
     incident = await incidents.create("Disk is full", source="monitoring")
     await embodiment.sql("ALTER TABLE incident_event RENAME COLUMN note TO remark")
@@ -170,8 +168,8 @@ async def test_a_note_that_cannot_be_written_leaves_nothing(
 # Actors
 
 
-async def test_the_actor_is_in_the_history(incidents: Verbs) -> None:
-    """Whatever verb changes an incident, its event names who acts."""
+async def test_events_name_the_actor(incidents: Verbs) -> None:
+    """Every verb that changes an incident records the actor in its event."""
     with acting_as("alice"):
         await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
         await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
@@ -182,8 +180,8 @@ async def test_the_actor_is_in_the_history(incidents: Verbs) -> None:
     assert [event.actor for event in await incidents.history(1)] == ["alice"] * 5
 
 
-async def test_the_innermost_actor_counts_and_ends_with_its_block(incidents: Verbs) -> None:
-    """Actors nest, and outside of their blocks nobody is named."""
+async def test_actors_nest(incidents: Verbs) -> None:
+    """The innermost actor is recorded, and none outside the blocks."""
     await incidents.create("Disk is full", source="monitoring")
     with acting_as("alice"):
         with acting_as("bob"):
@@ -199,7 +197,7 @@ async def test_the_innermost_actor_counts_and_ends_with_its_block(incidents: Ver
 
 
 async def test_each_task_has_its_own_actor(incidents: Verbs) -> None:
-    """Concurrent tasks never write under each other's names, and tasks inherit the name."""
+    """Concurrent tasks keep their own actors, and child tasks inherit them."""
     names = [f"user {number}" for number in range(20)]
 
     async def work(name: str) -> int:

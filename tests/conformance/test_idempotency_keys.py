@@ -1,4 +1,4 @@
-"""Writes that are repeated, and happen once."""
+"""Repeated writes with an idempotency key."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 DISK_FULL = NewIncident("Disk is full", "monitoring")
 
 
-async def test_a_repeated_create_returns_the_first_answer(incidents: Verbs) -> None:
-    """With the same key nothing is made again, even after the incident changed."""
+async def test_a_repeated_create_returns_the_first_result(incidents: Verbs) -> None:
+    """The same key creates nothing again, even after the incident changed."""
     first = await incidents.create(DISK_FULL, idempotency_key="report 7")
     await incidents.update_status(first.incident_id, "failed")
     assert await incidents.create(DISK_FULL, idempotency_key="report 7") == first
@@ -39,8 +39,8 @@ async def test_a_repeated_create_returns_the_first_answer(incidents: Verbs) -> N
     assert len(await incidents.history(first.incident_id)) == 2
 
 
-async def test_a_repeated_change_returns_the_first_answer(incidents: Verbs) -> None:
-    """A change of the status is done once, also if another one came in between."""
+async def test_a_repeated_change_returns_the_first_result(incidents: Verbs) -> None:
+    """A status change is made once, even if another change came in between."""
     await incidents.create(DISK_FULL)
     done = await incidents.update_status(
         1, "completed", note="Mended", expected_version=1, idempotency_key="k"
@@ -54,8 +54,8 @@ async def test_a_repeated_change_returns_the_first_answer(incidents: Verbs) -> N
     assert len(await incidents.history(1)) == 3
 
 
-async def test_a_repeated_create_many_returns_the_first_answer(incidents: Verbs) -> None:
-    """With the same key none is made again, and all come back as they were."""
+async def test_a_repeated_create_many_returns_the_first_result(incidents: Verbs) -> None:
+    """The same key returns the same incidents as they were then, and creates none."""
     new = [NewIncident(f"Disk {n} is full", "monitoring") for n in range(3)]
     first = await incidents.create_many(new, idempotency_key="import 7")
     await incidents.update_status(first[1].incident_id, "failed")
@@ -63,7 +63,7 @@ async def test_a_repeated_create_many_returns_the_first_answer(incidents: Verbs)
     assert len(await incidents.list()) == 3
 
 
-async def test_a_counted_occurrence_is_counted_once(incidents: Verbs) -> None:
+async def test_a_repeated_occurrence_is_counted_once(incidents: Verbs) -> None:
     """A retried report of an open incident counts once."""
     disk = NewIncident("Disk is full", "monitoring", dedup_key="disk")
     for _ in range(3):
@@ -73,8 +73,8 @@ async def test_a_counted_occurrence_is_counted_once(incidents: Verbs) -> None:
     assert (await incidents.get(1)).occurrences == 4
 
 
-async def test_retries_at_once_make_one(incidents: Verbs) -> None:
-    """Retries at the same moment all get the one answer."""
+async def test_concurrent_retries_create_one(incidents: Verbs) -> None:
+    """Concurrent retries all return the one result."""
     answers = await asyncio.gather(
         *(incidents.create(DISK_FULL, idempotency_key="k") for _ in range(15))
     )
@@ -84,8 +84,10 @@ async def test_retries_at_once_make_one(incidents: Verbs) -> None:
 
 
 @needs(Need.OTHER_CLIENT)
-async def test_retries_of_several_clients_make_one(incidents: Verbs, other: Verbs) -> None:
-    """Retries at the same moment, from two clients, all get the one answer."""
+async def test_concurrent_retries_from_two_clients_create_one(
+    incidents: Verbs, other: Verbs
+) -> None:
+    """Concurrent retries from two clients all return the one result."""
     line_down = await incidents.create("Line is down", source="partner")
     answers = await run_all(
         *(client.create(DISK_FULL, idempotency_key="k") for client in (incidents, other) * 15)
@@ -94,8 +96,8 @@ async def test_retries_of_several_clients_make_one(incidents: Verbs, other: Verb
     assert await incidents.list() == [answers[0], line_down]
 
 
-async def test_a_key_is_for_one_thing(incidents: Verbs) -> None:
-    """Other parameters, or another verb, under a key that was used are refused; nothing happens."""
+async def test_a_key_cannot_be_reused_for_another_call(incidents: Verbs) -> None:
+    """A used key with other parameters, or for another verb, is refused without effect."""
     incident = await incidents.create(DISK_FULL, idempotency_key="k")
     calls: tuple[Any, ...] = (
         incidents.create("Disk is full", source="operator", idempotency_key="k"),
@@ -112,8 +114,8 @@ async def test_a_key_is_for_one_thing(incidents: Verbs) -> None:
     assert len(await incidents.history(1)) == 1
 
 
-async def test_a_key_of_create_many_is_for_the_same_incidents(incidents: Verbs) -> None:
-    """Under the key of an import neither more incidents nor a single one are stored."""
+async def test_a_key_of_create_many_cannot_be_reused_for_others(incidents: Verbs) -> None:
+    """The key of an import is refused for more incidents and for a single one."""
     await incidents.create_many([DISK_FULL] * 3, idempotency_key="k")
     calls: tuple[Any, ...] = (
         incidents.create_many([DISK_FULL] * 4, idempotency_key="k"),
@@ -125,8 +127,8 @@ async def test_a_key_of_create_many_is_for_the_same_incidents(incidents: Verbs) 
     assert len(await incidents.list()) == 3
 
 
-async def test_what_failed_is_not_an_answer(incidents: Verbs) -> None:
-    """A write that is refused leaves its key free for the next attempt."""
+async def test_a_failed_write_frees_its_key(incidents: Verbs) -> None:
+    """A refused write leaves its key free for the next attempt."""
     with pytest.raises(IncidentNotFound):
         await incidents.update_status(1, "failed", idempotency_key="k")
     await incidents.create(DISK_FULL)
@@ -136,7 +138,7 @@ async def test_what_failed_is_not_an_answer(incidents: Verbs) -> None:
     assert changed.version == 2
 
 
-async def test_faulty_keys_are_refused(incidents: Verbs) -> None:
+async def test_invalid_keys_are_refused(incidents: Verbs) -> None:
     """A key has 1 to 255 characters, for each verb that takes one."""
     await incidents.create(DISK_FULL)
     wrongs: tuple[Any, ...] = ("", "x" * 256, "a\x00b", "\ud800", 7)
@@ -152,8 +154,8 @@ async def test_faulty_keys_are_refused(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_a_key_is_kept_for_a_day(incidents: Verbs, embodiment: Embodiment) -> None:
-    """After 24 hours a key is free again, and others that are as old are removed."""
+async def test_a_key_expires_after_a_day(incidents: Verbs, embodiment: Embodiment) -> None:
+    """After 24 hours a key is free again, and other expired keys are removed."""
     for key in ("k", "other"):
         await incidents.create(DISK_FULL, idempotency_key=key)
 
@@ -172,8 +174,10 @@ async def test_a_key_is_kept_for_a_day(incidents: Verbs, embodiment: Embodiment)
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_an_answer_is_stored_with_its_write(incidents: Verbs, embodiment: Embodiment) -> None:
-    """If the answer cannot be stored, nothing is written."""
+async def test_nothing_is_stored_if_the_result_fails(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """If the result cannot be stored with the key, nothing is written."""
     await embodiment.sql("ALTER TABLE incident_idempotency_key RENAME COLUMN answer TO reply")
     with pytest.raises(StoreError):
         await incidents.create(DISK_FULL, idempotency_key="k")

@@ -24,14 +24,14 @@ async def of_every_kind(incidents: Verbs) -> list[Incident]:
     return created[::-1]
 
 
-async def test_an_empty_list_is_empty(incidents: Verbs) -> None:
+async def test_without_incidents_every_page_is_empty(incidents: Verbs) -> None:
     """Without incidents every page is empty."""
     assert await incidents.list() == []
     assert await incidents.list(page=7, limit=1, status="new", source="partner") == []
 
 
-async def test_the_newest_comes_first(incidents: Verbs) -> None:
-    """Each incident that is created becomes the first of the list."""
+async def test_the_newest_incident_comes_first(incidents: Verbs) -> None:
+    """Each new incident becomes the first of the list."""
     created: list[Incident] = []
     for number in range(4):
         created.insert(0, await incidents.create(f"Disk {number} is full", source="monitoring"))
@@ -39,10 +39,8 @@ async def test_the_newest_comes_first(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_it_is_ordered_by_time_and_then_by_id(
-    incidents: Verbs, embodiment: Embodiment
-) -> None:
-    """The list is ordered by time, and within a second by id, newest first, on every page."""
+async def test_order_is_by_time_and_then_by_id(incidents: Verbs, embodiment: Embodiment) -> None:
+    """Pages are ordered by time and, within a second, by id, newest first."""
     await incidents.create_many([NewIncident("Disk is full", "monitoring")] * 6)
     for year, ids in ((2020, "5, 2"), (2999, "1, 3")):
         at = embodiment.moment(datetime(year, 1, 1, tzinfo=UTC))
@@ -54,8 +52,8 @@ async def test_it_is_ordered_by_time_and_then_by_id(
     assert ids_of_pages == [[3, 1], [6, 4], [5, 2], []]
 
 
-async def test_pages_cut_the_list_up(incidents: Verbs) -> None:
-    """Page after page, of any size, each incident comes once; a page has 10 unless told."""
+async def test_pages_partition_the_list(incidents: Verbs) -> None:
+    """Pages of any size contain each incident once; the default size is 10."""
     created = await incidents.create_many([NewIncident("Disk is full", "monitoring")] * 25)
     everything = await incidents.list(limit=1000)
     assert everything == created[::-1]
@@ -66,8 +64,8 @@ async def test_pages_cut_the_list_up(incidents: Verbs) -> None:
         assert pages[-1] == []
 
 
-async def test_filters_give_exactly_what_matches(incidents: Verbs) -> None:
-    """Each filter, alone or with the other, gives exactly the incidents that have it."""
+async def test_filters_return_exactly_the_matches(incidents: Verbs) -> None:
+    """Each filter, alone or combined, returns exactly the matching incidents."""
     everything = await of_every_kind(incidents)
     for status, source in product((None, *IncidentStatus), (None, *IncidentSource)):
         assert await incidents.list(limit=1000, status=status, source=source) == [
@@ -77,8 +75,8 @@ async def test_filters_give_exactly_what_matches(incidents: Verbs) -> None:
         ]
 
 
-async def test_filters_are_members_or_their_values(incidents: Verbs) -> None:
-    """A status or source is given as a member of its enum or as a string."""
+async def test_filters_are_members_or_strings(incidents: Verbs) -> None:
+    """A status or source is given as an enum member or as a string."""
     await of_every_kind(incidents)
     by_member = await incidents.list(
         status=IncidentStatus.FAILED, source=IncidentSource.PARTNER, page=1, limit=5
@@ -87,16 +85,16 @@ async def test_filters_are_members_or_their_values(incidents: Verbs) -> None:
     assert await incidents.list(1, 5, "failed", "partner") == by_member
 
 
-async def test_pages_of_a_filter_cut_its_matches_up(incidents: Verbs) -> None:
-    """With a filter the pages count the incidents that match."""
+async def test_pages_partition_the_matches_of_a_filter(incidents: Verbs) -> None:
+    """With a filter, pages count only the matching incidents."""
     everything = await of_every_kind(incidents)
     failed = [one for one in everything if one.incident_type is IncidentStatus.FAILED]
     pages = [await incidents.list(page, 2, status="failed") for page in (1, 2, 3)]
     assert pages == [failed[:2], failed[2:], []]
 
 
-async def test_a_change_of_the_status_moves_between_filtered_lists(incidents: Verbs) -> None:
-    """A list that was read before a change shows the change when it is read again."""
+async def test_a_status_change_moves_between_filtered_lists(incidents: Verbs) -> None:
+    """A list that was read before a change shows the change when read again."""
     incident = await incidents.create("Disk is full", source="monitoring")
     assert await incidents.list(status="new") == [incident]
     assert await incidents.list(status="failed") == []
@@ -105,8 +103,8 @@ async def test_a_change_of_the_status_moves_between_filtered_lists(incidents: Ve
     assert await incidents.list(status="failed") == await incidents.list() == [changed]
 
 
-async def test_reading_again_gives_the_same(incidents: Verbs) -> None:
-    """A page that may come from a cache the second time is equal, down to the types."""
+async def test_a_cached_page_is_equal(incidents: Verbs) -> None:
+    """A page read twice, possibly from a cache, is equal down to the types."""
     await of_every_kind(incidents)
     first, second = await incidents.list(), await incidents.list()
     assert first == second
@@ -115,13 +113,13 @@ async def test_reading_again_gives_the_same(incidents: Verbs) -> None:
 
 
 async def test_the_farthest_page_is_empty(incidents: Verbs) -> None:
-    """The largest offset that the rules allow is a page like any other."""
+    """The largest allowed offset returns an empty page."""
     await incidents.create("Disk is full", source="monitoring")
     assert await incidents.list(page=2**63 - 1, limit=1) == []
 
 
-async def test_own_writes_are_read(incidents: Verbs) -> None:
-    """After each write the next list has it, with many readers and writers at once."""
+async def test_each_write_is_in_the_next_list(incidents: Verbs) -> None:
+    """With many concurrent readers and writers, each write is in its writer's next list."""
 
     async def write_and_read(number: int) -> None:
         incident = await incidents.create(f"Incident {number}", source="operator")
@@ -135,8 +133,8 @@ async def test_own_writes_are_read(incidents: Verbs) -> None:
 
 
 @needs(Need.OTHER_CLIENT)
-async def test_what_another_client_writes_is_read(incidents: Verbs, other: Verbs) -> None:
-    """A list is never behind what another client has committed, cached or not."""
+async def test_writes_of_another_client_are_listed(incidents: Verbs, other: Verbs) -> None:
+    """A list is never behind the commits of another client, cached or not."""
     expected: list[Incident] = []
     for number in range(5):
         incident = await incidents.create(f"Incident {number}", source="operator")
@@ -146,10 +144,10 @@ async def test_what_another_client_writes_is_read(incidents: Verbs, other: Verbs
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_what_another_program_writes_is_read(
+async def test_writes_of_another_program_are_listed(
     incidents: Verbs, embodiment: Embodiment
 ) -> None:
-    """A list shows what SQL has changed since it was last read, with every field filled in."""
+    """A list shows rows written by plain SQL, with every field filled in."""
     assert await incidents.list() == []
     await embodiment.sql(
         'INSERT INTO "Incident" (incident_message, incident_type, source) '
@@ -167,8 +165,8 @@ async def test_what_another_program_writes_is_read(
     assert await incidents.list() == []
 
 
-async def test_every_faulty_argument_is_named(incidents: Verbs) -> None:
-    """What is no page is refused, with all that is wrong."""
+async def test_every_invalid_argument_is_named(incidents: Verbs) -> None:
+    """One error names every invalid argument."""
     call: Any = incidents.list
     assert await refused(call(page=0, limit=1001, status="open", source="nobody")) == [
         "page",
@@ -184,8 +182,8 @@ async def test_every_faulty_argument_is_named(incidents: Verbs) -> None:
 
 
 @needs(Need.LIST_JSON)
-async def test_json_is_that_of_the_same_page(incidents: Verbs) -> None:
-    """`list_json` has the incidents of `list`, field by field, the second time, too."""
+async def test_json_has_the_incidents_of_the_page(incidents: Verbs) -> None:
+    """`list_json` returns the incidents of `list`, also from the cache."""
     everything = await of_every_kind(incidents)
     for query in (ListQuery(), ListQuery(2, 2, "failed", "partner"), ListQuery(1, 2, "new")):
         listed = await incidents.list(query.page, query.limit, query.status, query.source)

@@ -1,4 +1,4 @@
-"""Removing what ended long ago."""
+"""Purging ended incidents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = needs(Need.PURGE)
 
 
 def tomorrow() -> datetime:
-    """Return a time before which everything has ended that has."""
+    """Return a time that is later than the end of any ended incident."""
     return datetime.now(UTC) + timedelta(days=1)
 
 
@@ -35,8 +35,8 @@ async def ended(incidents: Verbs, number: int) -> list[int]:
     return [incident.incident_id for incident in await incidents.create_many(new)]
 
 
-async def test_what_has_ended_is_removed_with_its_history(incidents: Verbs) -> None:
-    """What is open stays; of each that goes one event is left, with its status and who did it."""
+async def test_ended_incidents_are_removed_with_their_histories(incidents: Verbs) -> None:
+    """Open incidents stay; a purged one leaves one event, with its status and the actor."""
     still_open = await incidents.create("Line is down", source="partner", dedup_key="line")
     (gone,) = await ended(incidents, 1)
     await incidents.update_status(gone, "failed")
@@ -64,8 +64,10 @@ async def test_what_has_ended_is_removed_with_its_history(incidents: Verbs) -> N
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_only_what_ended_before_goes(incidents: Verbs, embodiment: Embodiment) -> None:
-    """An incident whose end is recent stays, with its history, and no other event is left."""
+async def test_only_incidents_that_ended_before_are_removed(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """An incident that ended later stays, and only its events are left."""
     old, older, recent = await ended(incidents, 3)
     for incident_id, days in ((old, 91), (older, 1000), (recent, 89)):
         await embodiment.sql(
@@ -79,8 +81,8 @@ async def test_only_what_ended_before_goes(incidents: Verbs, embodiment: Embodim
     assert left == [(recent,)]
 
 
-async def test_the_time_itself_is_not_before(incidents: Verbs) -> None:
-    """An incident that ended at that very second stays; one second later it goes."""
+async def test_the_bound_is_exclusive(incidents: Verbs) -> None:
+    """An incident that ended at the given second stays, and goes one second later."""
     (incident_id,) = await ended(incidents, 1)
     end = (await incidents.get(incident_id)).ended_at
     assert end is not None
@@ -88,8 +90,8 @@ async def test_the_time_itself_is_not_before(incidents: Verbs) -> None:
     assert await incidents.purge(end + timedelta(seconds=1)) == 1
 
 
-async def test_progress_is_told(incidents: Verbs) -> None:
-    """`progress` is called with how many are gone, and how many there were to go."""
+async def test_progress_is_reported(incidents: Verbs) -> None:
+    """`progress` receives the number of purged incidents and the total."""
     await ended(incidents, 3)
     calls: list[tuple[int, int]] = []
     count = await incidents.purge(
@@ -101,8 +103,8 @@ async def test_progress_is_told(incidents: Verbs) -> None:
     assert await incidents.purge(tomorrow()) == 0
 
 
-async def test_one_that_was_opened_again_stays(incidents: Verbs) -> None:
-    """What was opened again has not ended."""
+async def test_a_reopened_incident_stays(incidents: Verbs) -> None:
+    """A reopened incident has not ended and is not purged."""
     (incident_id,) = await ended(incidents, 1)
     await incidents.update_status(incident_id, "new")
     assert await incidents.purge(tomorrow()) == 0
@@ -110,10 +112,8 @@ async def test_one_that_was_opened_again_stays(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_an_end_that_nobody_recorded_is_no_end(
-    incidents: Verbs, embodiment: Embodiment
-) -> None:
-    """An incident that another program's SQL ended stays until its end is recorded."""
+async def test_an_unrecorded_end_does_not_count(incidents: Verbs, embodiment: Embodiment) -> None:
+    """An incident that plain SQL ended stays until its end is recorded."""
     incident = await incidents.create("Disk is full", source="monitoring")
     await embodiment.sql("UPDATE \"Incident\" SET incident_type = 'failed'")
     assert (await incidents.get(incident.incident_id)).ended_at is None
@@ -123,8 +123,8 @@ async def test_an_end_that_nobody_recorded_is_no_end(
 
 
 @needs(Need.CHANGES)
-async def test_each_is_in_the_feed(incidents: Verbs) -> None:
-    """The feed loses the changes of what is purged, and tells of each purge."""
+async def test_each_purge_is_in_the_feed(incidents: Verbs) -> None:
+    """The feed drops the events of purged incidents and delivers each purge."""
     ids = await ended(incidents, 2)
     await incidents.purge(tomorrow())
     changes = await take(incidents, 2)
@@ -134,8 +134,8 @@ async def test_each_is_in_the_feed(incidents: Verbs) -> None:
 
 
 @needs(Need.OTHER_CLIENT)
-async def test_lists_of_another_client_lose_them_at_once(incidents: Verbs, other: Verbs) -> None:
-    """A list that another client has cached does not show what was purged."""
+async def test_cached_lists_of_another_client_are_refreshed(incidents: Verbs, other: Verbs) -> None:
+    """A list cached by another client no longer shows purged incidents."""
     await ended(incidents, 2)
     for _ in range(2):
         assert len(await other.list()) == 2
@@ -143,8 +143,8 @@ async def test_lists_of_another_client_lose_them_at_once(incidents: Verbs, other
     assert await other.list() == []
 
 
-async def test_beside_writers_nothing_is_lost_or_left(incidents: Verbs) -> None:
-    """While others open incidents again, each is purged or kept, and no event is orphaned."""
+async def test_racing_reopens_leave_no_orphans(incidents: Verbs) -> None:
+    """When reopening and purging race, each incident is kept or purged, with no orphaned event."""
     ids = await ended(incidents, 10)
 
     async def reopen(incident_id: int) -> int | None:
@@ -165,8 +165,8 @@ async def test_beside_writers_nothing_is_lost_or_left(incidents: Verbs) -> None:
         assert kinds == (stayed if incident_id in kept else gone)
 
 
-async def test_what_is_no_aware_time_is_refused(incidents: Verbs) -> None:
-    """A time without a zone, or what is no time, removes nothing."""
+async def test_invalid_times_are_refused(incidents: Verbs) -> None:
+    """Naive times and other objects are refused, and nothing is purged."""
     await ended(incidents, 1)
     wrongs: tuple[Any, ...] = (None, "2026-01-01", datetime(2026, 1, 1), 90)  # noqa: DTZ001
     for wrong in wrongs:

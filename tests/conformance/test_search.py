@@ -1,4 +1,4 @@
-"""Searching, and iterating over all that matches."""
+"""Searching and iterating."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ async def of_every_kind(incidents: Verbs) -> list[Incident]:
 
 
 async def ids(found: AsyncIterator[Incident]) -> list[int]:
-    """Return the ids of all that an iteration yields."""
+    """Return the ids of all incidents that an iteration yields."""
     return [incident.incident_id async for incident in found]
 
 
 async def messages(incidents: Verbs, text: str) -> list[str]:
-    """Return the messages that a text is found in, oldest first."""
+    """Return the messages that match a text, oldest first."""
     found = await incidents.search(text=text, order="oldest")
     return [incident.incident_message for incident in found.incidents]
 
 
-async def test_nothing_is_found_where_nothing_is(incidents: Verbs) -> None:
-    """Without incidents the first page is empty, and the last."""
+async def test_without_incidents_nothing_is_found(incidents: Verbs) -> None:
+    """Without incidents the only page is empty."""
     assert await incidents.search() == SearchPage([], None, None)
     assert await incidents.search(text="disk", total=True) == SearchPage([], None, 0)
     assert await ids(incidents.iterate()) == []
 
 
-async def test_it_finds_what_is_stored(incidents: Verbs) -> None:
-    """What is found is the incident as `get` has it, also after a change."""
+async def test_it_returns_current_incidents(incidents: Verbs) -> None:
+    """A search returns the incident as `get` does, also after a change."""
     created = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
     assert (await incidents.search()).incidents == [created]
     changed = await incidents.update_status(created.incident_id, "failed")
@@ -62,8 +62,8 @@ async def test_it_finds_what_is_stored(incidents: Verbs) -> None:
     assert (await incidents.search(status="new")).incidents == []
 
 
-async def test_pages_cut_the_matches_up(incidents: Verbs) -> None:
-    """Page after page, of any size and in both orders, each match comes once, with the total."""
+async def test_pages_partition_the_matches(incidents: Verbs) -> None:
+    """Pages of any size, in both orders, contain each match once and report the total."""
     created = await of_every_kind(incidents)
     filters: dict[str, Any] = {"status": ["new", "failed"], "text": "disk"}
     matching = [one for one in created if one.incident_type in ("new", "failed")]
@@ -83,8 +83,8 @@ async def test_pages_cut_the_matches_up(incidents: Verbs) -> None:
         assert found == (matching if order == "oldest" else matching[::-1])
 
 
-async def test_a_page_has_ten_and_no_total_unless_told(incidents: Verbs) -> None:
-    """A page without a limit has the ten newest, and counts nothing."""
+async def test_the_default_page_has_ten_and_no_total(incidents: Verbs) -> None:
+    """By default a page has the ten newest incidents and no total."""
     created = await incidents.create_many([NewIncident("Disk is full", "partner")] * 11)
     page = await incidents.search()
     assert page.incidents == created[:0:-1]
@@ -93,10 +93,8 @@ async def test_a_page_has_ten_and_no_total_unless_told(incidents: Verbs) -> None
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_the_order_is_by_time_and_then_by_id(
-    incidents: Verbs, embodiment: Embodiment
-) -> None:
-    """Matches are ordered by time, and within a second by id, on every page."""
+async def test_order_is_by_time_and_then_by_id(incidents: Verbs, embodiment: Embodiment) -> None:
+    """Matches are ordered by time and, within a second, by id, across pages."""
     await incidents.create_many([NewIncident("Disk is full", "monitoring")] * 6)
     for year, some in ((2020, "5, 2"), (2999, "1, 3")):
         at = embodiment.moment(datetime(year, 1, 1, tzinfo=UTC))
@@ -109,8 +107,8 @@ async def test_the_order_is_by_time_and_then_by_id(
     assert await ids(incidents.iterate(text="disk", batch=2)) == newest
 
 
-async def test_a_filter_is_one_value_or_several(incidents: Verbs) -> None:
-    """A status or source is one or several, members or values; all of them are any."""
+async def test_filters_are_one_value_or_several(incidents: Verbs) -> None:
+    """A status or source is one value or several, as members or strings; all of them mean any."""
     created = await of_every_kind(incidents)
 
     async def count(**filters: Any) -> int:
@@ -126,10 +124,8 @@ async def test_a_filter_is_one_value_or_several(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_times_are_from_the_first_to_before_the_second(
-    incidents: Verbs, embodiment: Embodiment
-) -> None:
-    """`created_after` includes its second, `created_before` does not."""
+async def test_time_bounds_are_half_open(incidents: Verbs, embodiment: Embodiment) -> None:
+    """`created_after` is inclusive and `created_before` exclusive."""
     start = datetime(2026, 1, 1, tzinfo=UTC)
     await incidents.create_many([NewIncident("Disk is full", "partner")] * 4)
     for number in range(1, 5):
@@ -155,8 +151,8 @@ async def test_times_are_from_the_first_to_before_the_second(
     assert await found(1.5, 3.5) == [2, 3]
 
 
-async def test_the_earliest_and_latest_times_are_taken(incidents: Verbs) -> None:
-    """Bounds as far out as a datetime goes, in any zone, find everything or nothing."""
+async def test_extreme_time_bounds_are_accepted(incidents: Verbs) -> None:
+    """The earliest and the latest datetime are accepted as bounds."""
     await incidents.create("Disk is full", source="partner")
     earliest = datetime.min.replace(tzinfo=UTC)
     latest = datetime.max.replace(tzinfo=UTC)
@@ -166,8 +162,8 @@ async def test_the_earliest_and_latest_times_are_taken(incidents: Verbs) -> None
     assert (await incidents.search(created_after=latest)).incidents == []
 
 
-async def test_each_word_is_the_beginning_of_one(incidents: Verbs) -> None:
-    """A text is found where each of its words begins a word, in any letter case."""
+async def test_text_matches_prefixes_of_words(incidents: Verbs) -> None:
+    """A message matches if each word of the text begins one of its words, in any case."""
     said = ["Disk is full", "Disks of DB-1: full!", "Диск db-2 полон", "is_not a disk"]
     await incidents.create_many(NewIncident(message, "partner") for message in said)
     disk, disks, cyrillic, is_not = said
@@ -187,8 +183,8 @@ async def test_each_word_is_the_beginning_of_one(incidents: Verbs) -> None:
         assert await messages(incidents, text) == expected, text
 
 
-async def test_a_message_is_found_by_its_own_words(incidents: Verbs) -> None:
-    """A word and its beginning are found, also if it looks like a number, a hash or an address."""
+async def test_words_of_any_kind_are_found(incidents: Verbs) -> None:
+    """Numbers, hashes and addresses are found in full and by their beginnings."""
     words = [
         *("9056e4e", "1e5e3", "5e-3x", "0x1f0", "12.5e4", "x" * 300, "абвгд"),
         *("a@example.com", "https://example.com/path?x=1"),
@@ -200,8 +196,8 @@ async def test_a_message_is_found_by_its_own_words(incidents: Verbs) -> None:
         assert await messages(incidents, text[:200]) == [message], text
 
 
-async def test_text_is_never_taken_for_an_operator(incidents: Verbs) -> None:
-    """What the full-text indexes have a meaning for is only text here."""
+async def test_operators_in_text_are_plain_text(incidents: Verbs) -> None:
+    """Operators of the full-text indexes are plain text in a search."""
     message = "The disk and a NEAR one"
     await incidents.create(message, source="partner")
     for text in ('disk"*', "disk AND", "a*", "disk:*", "(disk", "NEAR(disk)", "\\disk", "'disk"):
@@ -211,10 +207,8 @@ async def test_text_is_never_taken_for_an_operator(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_text_is_looked_for_in_messages_as_they_are(
-    incidents: Verbs, embodiment: Embodiment
-) -> None:
-    """A message that another program changes or removes is found by what it is now."""
+async def test_the_text_index_follows_messages(incidents: Verbs, embodiment: Embodiment) -> None:
+    """A message changed or deleted by plain SQL is found by its current text only."""
     await incidents.create("Disk is full", source="partner")
     await embodiment.sql("UPDATE \"Incident\" SET incident_message = 'Line is down'")
     assert await messages(incidents, "disk") == []
@@ -223,8 +217,8 @@ async def test_text_is_looked_for_in_messages_as_they_are(
     assert await messages(incidents, "line") == []
 
 
-async def test_what_comes_in_between_moves_no_page(incidents: Verbs) -> None:
-    """What was there from the start comes once, whatever is created between two pages."""
+async def test_inserts_do_not_shift_pages(incidents: Verbs) -> None:
+    """Incidents created between two pages cause no miss and no repeat."""
     created = await incidents.create_many([NewIncident("Disk is full", "partner")] * 5)
     there = [incident.incident_id for incident in created]
     for order in ORDERS:
@@ -243,8 +237,8 @@ async def test_what_comes_in_between_moves_no_page(incidents: Verbs) -> None:
         )
 
 
-async def test_a_cursor_goes_on_with_other_filters(incidents: Verbs) -> None:
-    """The filters may change from one page to the next, the order may not."""
+async def test_a_cursor_keeps_its_order_but_not_its_filters(incidents: Verbs) -> None:
+    """Filters may change between pages; the order may not."""
     created = await of_every_kind(incidents)
     page = await incidents.search(limit=4, order="oldest")
     rest = await incidents.search(order="oldest", status="failed", after=page.next)
@@ -253,8 +247,8 @@ async def test_a_cursor_goes_on_with_other_filters(incidents: Verbs) -> None:
         await incidents.search(order="newest", after=page.next)
 
 
-async def test_a_cursor_goes_on_within_the_times_that_are_asked_for(incidents: Verbs) -> None:
-    """A cursor that lies outside of the times brings nothing from outside of them."""
+async def test_a_cursor_respects_time_bounds(incidents: Verbs) -> None:
+    """A cursor outside the time bounds returns nothing from outside them."""
     await incidents.create_many([NewIncident("Disk is full", "partner")] * 3)
     now = (await incidents.get(1)).created_at
     earlier, later = now - timedelta(hours=1), now + timedelta(hours=1)
@@ -269,8 +263,8 @@ async def test_a_cursor_goes_on_within_the_times_that_are_asked_for(incidents: V
         assert len(found.incidents) == 2
 
 
-async def test_faulty_arguments_are_all_named(incidents: Verbs) -> None:
-    """What cannot be searched for is refused, never ignored."""
+async def test_every_invalid_argument_is_named(incidents: Verbs) -> None:
+    """Invalid arguments are refused and named, never ignored."""
     await incidents.create("Disk is full", source="partner")
     (event,) = await incidents.history(1)
     naive = datetime(2026, 1, 1)  # noqa: DTZ001
@@ -298,8 +292,8 @@ async def test_faulty_arguments_are_all_named(incidents: Verbs) -> None:
         assert await refused(incidents.search(**arguments)) == fields, arguments
 
 
-async def test_iterating_goes_through_all_pages(incidents: Verbs) -> None:
-    """All matches come once, in order, in batches of any size, and stop where they are left."""
+async def test_iterating_yields_every_match(incidents: Verbs) -> None:
+    """Batches of any size yield every match once, in order, and iteration can stop early."""
     created = await of_every_kind(incidents)
     for batch, order in product((1, 4, 9, 100), ORDERS):
         expected = [one.incident_id for one in created if one.source != "partner"]
@@ -314,8 +308,8 @@ async def test_iterating_goes_through_all_pages(incidents: Verbs) -> None:
             break
 
 
-async def test_iterating_refuses_what_a_search_does(incidents: Verbs) -> None:
-    """Faulty arguments are refused with the first step."""
+async def test_iterating_refuses_invalid_arguments(incidents: Verbs) -> None:
+    """Invalid arguments are refused at the first step."""
     faulty: list[dict[str, Any]] = [
         {"status": "open"},
         {"text": ""},

@@ -36,8 +36,8 @@ def told(event: IncidentEvent) -> tuple[object, ...]:
     return event.kind, event.from_status, event.to_status, event.actor, event.note
 
 
-async def test_it_changes_the_status_alone(incidents: Verbs) -> None:
-    """The incident comes back with its new status, version and end, and all else as it was."""
+async def test_only_the_status_changes(incidents: Verbs) -> None:
+    """The incident is returned with its new status, version and end; other fields are unchanged."""
     incident = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
     await incidents.create("Line is down", source="partner")
     changed = await incidents.update_status(incident.incident_id, "completed")
@@ -51,15 +51,15 @@ async def test_it_changes_the_status_alone(incidents: Verbs) -> None:
     assert (await incidents.get(2)).incident_type is IncidentStatus.NEW
 
 
-async def test_a_status_is_a_member_or_its_value(incidents: Verbs) -> None:
-    """The status is given as a member of its enum or as a string."""
+async def test_a_status_is_a_member_or_a_string(incidents: Verbs) -> None:
+    """A status is given as an enum member or as a string."""
     await incidents.create("Disk is full", source="monitoring")
     assert (await incidents.update_status(1, IncidentStatus.FAILED)).incident_type == "failed"
     assert (await incidents.update_status(1, "new")).incident_type is IncidentStatus.NEW
 
 
 async def test_version_and_end_follow_the_status(incidents: Verbs) -> None:
-    """Each change counts the version; the end is when the status left `new`, and goes with it."""
+    """Each change increments the version; leaving `new` sets the end, and reopening clears it."""
     incident = await incidents.create("Disk is full", source="monitoring")
     assert (incident.version, incident.ended_at) == (1, None)
     failed = await incidents.update_status(incident.incident_id, "failed")
@@ -75,10 +75,10 @@ async def test_version_and_end_follow_the_status(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL)
-async def test_the_end_is_when_the_status_left_new(
+async def test_the_end_is_when_the_status_leaves_new(
     incidents: Verbs, embodiment: Embodiment
 ) -> None:
-    """One that had ended keeps its end when its status changes; one that was open ends now."""
+    """An ended incident keeps its end when its status changes; a reopened one ends now."""
     incident = await incidents.create("Disk is full", source="monitoring", incident_type="failed")
     long_ago = datetime(2026, 1, 1, tzinfo=UTC)
     await embodiment.sql(f'UPDATE "Incident" SET ended_at = {embodiment.moment(long_ago)}')
@@ -89,8 +89,8 @@ async def test_the_end_is_when_the_status_left_new(
     assert again.ended_at >= incident.created_at
 
 
-async def test_it_is_in_the_history_with_its_note(incidents: Verbs) -> None:
-    """A change leaves an event with both statuses and the note, without surrounding space."""
+async def test_a_change_is_recorded_with_its_note(incidents: Verbs) -> None:
+    """A change records both statuses and the note, without surrounding whitespace."""
     await incidents.create("Disk is full", source="monitoring")
     await incidents.update_status(1, "failed", note=" Could not be mended ")
     await incidents.update_status(1, "completed")
@@ -106,8 +106,8 @@ async def test_it_is_in_the_history_with_its_note(incidents: Verbs) -> None:
     ]
 
 
-async def test_the_status_that_it_has_is_no_change(incidents: Verbs) -> None:
-    """A repeated change leaves incident and history as they are, but for its note."""
+async def test_repeating_a_status_changes_nothing(incidents: Verbs) -> None:
+    """Setting the current status changes nothing and records only a note."""
     await incidents.create("Disk is full", source="monitoring")
     done = await incidents.update_status(1, "completed")
     assert await incidents.update_status(1, "completed") == done
@@ -119,8 +119,8 @@ async def test_the_status_that_it_has_is_no_change(incidents: Verbs) -> None:
     assert await incidents.get(1) == done
 
 
-async def test_only_the_expected_version_is_changed(incidents: Verbs) -> None:
-    """A change that expects another version does nothing, and shows the incident as it is."""
+async def test_an_unexpected_version_is_refused(incidents: Verbs) -> None:
+    """A change that expects another version does nothing and reports the current incident."""
     await incidents.create("Disk is full", source="monitoring")
     failed = await incidents.update_status(1, "failed", expected_version=1)
     for status in ("completed", "failed"):
@@ -133,8 +133,8 @@ async def test_only_the_expected_version_is_changed(incidents: Verbs) -> None:
     assert done.version == 3
 
 
-async def test_of_many_who_expect_the_same_version_one_wins(incidents: Verbs) -> None:
-    """Of concurrent changes of one version exactly one happens."""
+async def test_one_of_many_with_the_same_version_wins(incidents: Verbs) -> None:
+    """Of concurrent changes to one version exactly one happens."""
     await incidents.create("Disk is full", source="monitoring")
     outcomes = await asyncio.gather(
         *(incidents.update_status(1, "failed", expected_version=1) for _ in range(20)),
@@ -147,8 +147,8 @@ async def test_of_many_who_expect_the_same_version_one_wins(incidents: Verbs) ->
     assert len(await incidents.history(1)) == 2
 
 
-async def test_concurrent_changes_are_an_unbroken_chain(incidents: Verbs) -> None:
-    """However changes race, each begins with the status that the one before it left."""
+async def test_concurrent_changes_form_a_chain(incidents: Verbs) -> None:
+    """Each of several racing changes starts from the status that the previous one set."""
     await incidents.create("Disk is full", source="monitoring")
     await asyncio.gather(*(incidents.update_status(1, status) for status in [*IncidentStatus] * 15))
     events = await incidents.history(1)
@@ -160,8 +160,8 @@ async def test_concurrent_changes_are_an_unbroken_chain(incidents: Verbs) -> Non
     assert now.version == len(events)
 
 
-async def test_a_refusal_takes_nothing_from_the_calls_beside_it(incidents: Verbs) -> None:
-    """Of many changes at once those that can happen do, each with its own note."""
+async def test_a_refused_change_does_not_affect_concurrent_ones(incidents: Verbs) -> None:
+    """Of concurrent changes, the valid ones succeed, each with its own note."""
     await incidents.create_many([NewIncident("Disk is full", "monitoring")] * 20)
     outcomes = await asyncio.gather(
         *(
@@ -186,16 +186,16 @@ async def test_a_refusal_takes_nothing_from_the_calls_beside_it(incidents: Verbs
             assert events == [None, f"note {number}"]
 
 
-async def test_without_a_graph_every_change_is_allowed(incidents: Verbs) -> None:
-    """Unless the client has transitions, each status may follow each."""
+async def test_without_transitions_every_change_is_allowed(incidents: Verbs) -> None:
+    """Without transitions each status may follow each."""
     await incidents.create("Disk is full", source="monitoring")
     for before, after in product(IncidentStatus, repeat=2):
         await incidents.update_status(1, before)
         assert (await incidents.update_status(1, after)).incident_type is after
 
 
-async def test_what_the_graph_lacks_is_refused(embodiment: Embodiment) -> None:
-    """An illegal change does nothing, and names both statuses; a legal one happens."""
+async def test_an_illegal_transition_is_refused(embodiment: Embodiment) -> None:
+    """An illegal change does nothing and reports both statuses; a legal one happens."""
     async with embodiment.open(transitions=ONE_WAY) as incidents:
         await incidents.create("Disk is full", source="monitoring")
         done = await incidents.update_status(1, "completed")
@@ -210,8 +210,8 @@ async def test_what_the_graph_lacks_is_refused(embodiment: Embodiment) -> None:
         assert (await incidents.update_status(2, "new")).version == 2
 
 
-async def test_the_version_is_looked_at_before_the_graph(embodiment: Embodiment) -> None:
-    """Who expects another version learns that, before whether the change would be allowed."""
+async def test_the_version_is_checked_before_the_transition(embodiment: Embodiment) -> None:
+    """A wrong version is reported before an illegal transition."""
     async with embodiment.open(transitions={}) as incidents:
         await incidents.create("Disk is full", source="monitoring")
         with pytest.raises(VersionConflict):
@@ -220,8 +220,8 @@ async def test_the_version_is_looked_at_before_the_graph(embodiment: Embodiment)
             await incidents.update_status(1, "failed", expected_version=1)
 
 
-async def test_racing_changes_keep_to_the_graph(embodiment: Embodiment) -> None:
-    """However changes race, no step is taken that the graph lacks."""
+async def test_racing_changes_respect_the_transitions(embodiment: Embodiment) -> None:
+    """Racing changes never make an illegal transition."""
     async with embodiment.open(transitions=ONE_WAY) as incidents:
         await incidents.create("Disk is full", source="monitoring")
         statuses = ("failed", "new", "failed", "completed") * 5
@@ -237,15 +237,15 @@ async def test_racing_changes_keep_to_the_graph(embodiment: Embodiment) -> None:
 
 
 async def test_an_unknown_incident_is_not_found(incidents: Verbs) -> None:
-    """What is not there is not found, whatever version is expected."""
+    """An unknown id raises IncidentNotFound, whatever version is expected."""
     for incident_id, version in ((1, None), (2**63 - 1, None), (99, 1)):
         with pytest.raises(IncidentNotFound) as caught:
             await incidents.update_status(incident_id, "failed", expected_version=version)
         assert caught.value.incident_id == incident_id
 
 
-async def test_every_faulty_argument_is_named(incidents: Verbs) -> None:
-    """What is no change is refused, with all that is wrong, and nothing is changed."""
+async def test_every_invalid_argument_is_named(incidents: Verbs) -> None:
+    """One error names every invalid argument, and nothing changes."""
     incident = await incidents.create("Disk is full", source="monitoring")
     call: Any = incidents.update_status
     assert await refused(call(0, "open", note="", expected_version=0)) == [
@@ -267,10 +267,8 @@ async def test_every_faulty_argument_is_named(incidents: Verbs) -> None:
 
 
 @needs(Need.OUTSIDE_SQL, Need.GOING_ON)
-async def test_a_change_is_stored_with_its_event_or_not_at_all(
-    incidents: Verbs, embodiment: Embodiment
-) -> None:
-    """If its event cannot be written, the incident is as it was."""
+async def test_nothing_changes_if_the_event_fails(incidents: Verbs, embodiment: Embodiment) -> None:
+    """If its event cannot be written, the incident stays as it was."""
     incident = await incidents.create("Disk is full", source="monitoring")
     await embodiment.sql("ALTER TABLE incident_event RENAME COLUMN note TO remark")
     with pytest.raises(StoreError):
