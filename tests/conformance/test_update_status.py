@@ -181,6 +181,7 @@ async def test_a_refused_change_does_not_affect_concurrent_ones(incidents: Verbs
             assert isinstance(outcome, VersionConflict)
             assert events == [None]
         else:
+            assert not isinstance(outcome, BaseException)
             assert outcome == await incidents.get(number)
             assert outcome.version == 2
             assert events == [None, f"note {number}"]
