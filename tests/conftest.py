@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-from contextlib import ExitStack
+import shutil
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-import asyncpg
+import psycopg
 import pytest
-import pytest_asyncio
 from hypothesis import settings
+from psycopg.sql import SQL, Identifier
 from redis import Redis
 
+from incidentkit import IncidentClient
 from tests.servers import PostgresServer, RedisCluster, RedisSentinel, RedisServer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
+    from typing import LiteralString
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
@@ -64,6 +68,27 @@ class Backends:
         self._started.close()
 
 
+class Administrator:
+    """Creates and drops databases on one connection for all tests of a process."""
+
+    def __init__(self, server_url: str, connection: psycopg.Connection) -> None:
+        self._server_url = server_url
+        self._connection = connection
+
+    @contextmanager
+    def database(self, *, template: str) -> Iterator[str]:
+        """Lend the URL of a new database."""
+        name = f"incidentkit_test_{uuid4().hex}"
+        self._execute("CREATE DATABASE {} TEMPLATE {}", name, template)
+        try:
+            yield urlsplit(self._server_url)._replace(path=f"/{name}").geturl()
+        finally:
+            self._execute("DROP DATABASE {} WITH (FORCE)", name)
+
+    def _execute(self, statement: LiteralString, *names: str) -> None:
+        self._connection.execute(SQL(statement).format(*map(Identifier, names)))
+
+
 _backends = pytest.StashKey[Backends]()
 
 
@@ -102,38 +127,75 @@ def postgres_server_url(pytestconfig: pytest.Config) -> str:
     return pytestconfig.stash[_backends].postgres_url
 
 
+@pytest.fixture(scope="session")
+def _administrator(postgres_server_url: str) -> Iterator[Administrator]:
+    with psycopg.connect(postgres_server_url, autocommit=True) as connection:
+        yield Administrator(postgres_server_url, connection)
+
+
 @pytest.fixture
-async def empty_postgres_url(postgres_server_url: str) -> AsyncIterator[str]:
+def empty_postgres_url(_administrator: Administrator) -> Iterator[str]:
     """The URL of a new, empty PostgreSQL database."""
-    name = await _create_database(postgres_server_url, template="template1")
-    yield _database_url(postgres_server_url, name)
-    await _drop_database(postgres_server_url, name)
+    with _administrator.database(template="template1") as url:
+        yield url
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def _migrated_template(postgres_server_url: str) -> AsyncIterator[str]:
+@pytest.fixture(scope="session")
+def _migrated_template(_administrator: Administrator) -> Iterator[str]:
     from incidentkit.store.migrate import upgrade
 
-    name = await _create_database(postgres_server_url, template="template1")
-    await upgrade(_database_url(postgres_server_url, name))
-    yield name
-    await _drop_database(postgres_server_url, name)
+    with _administrator.database(template="template1") as url:
+        asyncio.run(upgrade(url))
+        yield urlsplit(url).path.strip("/")
 
 
 @pytest.fixture
-async def migrated_postgres_url(
-    postgres_server_url: str, _migrated_template: str
-) -> AsyncIterator[str]:
+def migrated_postgres_url(_administrator: Administrator, _migrated_template: str) -> Iterator[str]:
     """The URL of a new PostgreSQL database with the newest schema and no rows."""
-    name = await _create_database(postgres_server_url, template=_migrated_template)
-    yield _database_url(postgres_server_url, name)
-    await _drop_database(postgres_server_url, name)
+    with _administrator.database(template=_migrated_template) as url:
+        yield url
 
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """The URL of an SQLite database whose file does not exist yet."""
     return f"sqlite+aiosqlite:///{tmp_path / 'incidents.db'}"
+
+
+@pytest.fixture(scope="session")
+def _migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from incidentkit.store.migrate import upgrade
+
+    path = tmp_path_factory.mktemp("template") / "incidents.db"
+    asyncio.run(upgrade(f"sqlite+aiosqlite:///{path}"))
+    return path
+
+
+@pytest.fixture
+def migrated_sqlite_url(sqlite_url: str, _migrated_file: Path) -> str:
+    """The URL of an SQLite database with the newest schema and no rows."""
+    shutil.copyfile(_migrated_file, sqlite_url.removeprefix("sqlite+aiosqlite:///"))
+    return sqlite_url
+
+
+@pytest.fixture
+def memory_url() -> str:
+    """The URL of an SQLite database in memory."""
+    return "sqlite+aiosqlite:///:memory:"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database of each kind."""
+    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture
+async def incidents(url: str) -> AsyncIterator[IncidentClient]:
+    """An open client on an empty database of each kind."""
+    async with IncidentClient.open(url) as client:
+        yield client
 
 
 @pytest.fixture
@@ -171,25 +233,3 @@ def redis_sentinel_url(pytestconfig: pytest.Config, _patience: None) -> str:
     with sentinel.servers[0].client() as client:
         client.flushall()
     return sentinel.url
-
-
-def _database_url(server_url: str, database: str) -> str:
-    return urlsplit(server_url)._replace(path=f"/{database}").geturl()
-
-
-async def _create_database(server_url: str, *, template: str) -> str:
-    name = f"incidentkit_test_{uuid4().hex}"
-    await _execute(server_url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-    return name
-
-
-async def _drop_database(server_url: str, name: str) -> None:
-    await _execute(server_url, f'DROP DATABASE "{name}" WITH (FORCE)')
-
-
-async def _execute(server_url: str, statement: str) -> None:
-    connection = await asyncpg.connect(server_url)
-    try:
-        await connection.execute(statement)
-    finally:
-        await connection.close()

@@ -206,8 +206,11 @@ async def prepared(url: str) -> str:
     return url
 
 
-async def run_sql(url: str, statement: str) -> list[tuple[Any, ...]]:
-    """Run a statement on a connection of its own, commit, and return its rows."""
-    async with host_engine(url, poolclass=NullPool) as engine, engine.begin() as connection:
+async def run_sql(url: str, statement: str, *, commit: bool = True) -> list[tuple[Any, ...]]:
+    """Run a statement on a connection of its own, commit or roll back, and return its rows."""
+    async with host_engine(url, poolclass=NullPool) as engine, engine.connect() as connection:
         result = await connection.execute(text(statement))
-        return [tuple(row) for row in result] if result.returns_rows else []
+        rows = [tuple(row) for row in result] if result.returns_rows else []
+        if commit:
+            await connection.commit()
+        return rows

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from incidentkit import IncidentClient, IncidentSource, IncidentStatus, ListQuery, NewIncident
 from incidentkit.store.bookmarks import MAX_BOOKMARKS, Bookmarks
+from incidentkit.opening import store_on
 from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
-from tests.test_repetition import run_sql
+from tests.hosts import run_sql
 from tests.test_sharing import counted, fill, plan
 
 if TYPE_CHECKING:
@@ -19,13 +21,6 @@ if TYPE_CHECKING:
 
 STATUSES = (None, *IncidentStatus)
 SOURCES = (None, *IncidentSource)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a database that a client can be opened on."""
-    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
-    return str(request.getfixturevalue(name))
 
 
 @pytest.fixture

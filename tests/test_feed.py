@@ -1,4 +1,4 @@
-"""The change feed: every change, each once, in the order of the commits, on both databases."""
+"""How the feed waits, shares reads, and outlives outages, restarts and other histories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -25,10 +25,8 @@ from sqlalchemy.dialects.sqlite import dialect
 from incidentkit import (
     ChangePage,
     ClientClosed,
-    EventKind,
     IncidentClient,
     IncidentEvent,
-    InvalidIncident,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
@@ -41,6 +39,7 @@ from incidentkit.store import migrate
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_HISTORY, SELECT_LATEST_CHANGE
 from tests import follower
+from tests.feed import take
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
@@ -53,20 +52,6 @@ ROUNDS = int(os.environ.get("INCIDENTKIT_TEST_FEED_ROUNDS", "4"))
 """Restarts and cuts; set it to some hundreds for a run of many minutes."""
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of each database, migrated or about to be."""
-    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
-    return str(request.getfixturevalue(name))
-
-
-@pytest.fixture
-async def incidents(url: str) -> AsyncIterator[IncidentClient]:
-    """An open client on an empty database."""
-    async with IncidentClient.open(url) as client:
-        yield client
-
-
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
     """A connection of another program."""
@@ -75,19 +60,6 @@ async def connected(url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record
         yield connection
     finally:
         await connection.close()
-
-
-async def take(
-    incidents: IncidentClient, count: int, after: str | None = None
-) -> list[IncidentEvent]:
-    """Return the first so many changes of a feed."""
-    taken: list[IncidentEvent] = []
-    async with aclosing(incidents.changes(after)) as changes:  # type: ignore[type-var]
-        async for change in changes:
-            taken.append(change)
-            if len(taken) == count:
-                break
-    return taken
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -107,64 +79,6 @@ async def some_changes(incidents: IncidentClient) -> None:
         await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
         await incidents.update_status(first.incident_id, "completed")
         await incidents.update_status(second.incident_id, "new")
-
-
-async def test_every_change_comes_once_in_order(incidents: IncidentClient) -> None:
-    """The feed has what the histories have, all of it, in the order in which it happened."""
-    await some_changes(incidents)
-    changes = await take(incidents, 7)
-    assert [(change.incident_id, change.kind) for change in changes] == [
-        (1, EventKind.CREATED),
-        (2, EventKind.CREATED),
-        (1, EventKind.NOTED),
-        (2, EventKind.STATUS_CHANGED),
-        (1, EventKind.RECURRED),
-        (1, EventKind.STATUS_CHANGED),
-        (2, EventKind.STATUS_CHANGED),
-    ]
-    assert {change.actor for change in changes} == {"alice"}
-    for incident_id in (1, 2):
-        own = [change for change in changes if change.incident_id == incident_id]
-        assert own == await incidents.history(incident_id)
-
-
-async def test_it_goes_on_behind_any_cursor(incidents: IncidentClient, url: str) -> None:
-    """From each cursor another client, at another time, gets just what came later."""
-    await some_changes(incidents)
-    changes = await take(incidents, 7)
-    async with IncidentClient.open(url) as other:
-        for number, change in enumerate(changes[:-1], 1):
-            assert await take(other, 7 - number, change.cursor) == changes[number:]
-        assert await other.read_changes(changes[-1].cursor) == ChangePage([], changes[-1].cursor)
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 1000])
-async def test_polling_gives_the_same(incidents: IncidentClient, limit: int) -> None:
-    """Page after page, of any size, the cursors lead through all changes, each once."""
-    await some_changes(incidents)
-    changes: list[IncidentEvent] = []
-    after = None
-    while len(changes) < 7:
-        page = await incidents.read_changes(after, limit=limit, wait=10)
-        assert len(page.changes) <= limit
-        changes += page.changes
-        after = page.next
-    assert after == changes[-1].cursor
-    assert await incidents.read_changes(after, limit=limit) == ChangePage([], after)
-    assert changes == await take(incidents, 7)
-
-
-async def test_latest_is_what_comes_later(incidents: IncidentClient) -> None:
-    """Whoever starts with the latest does not get what was there, even where nothing was."""
-    assert await incidents.read_changes("latest") == ChangePage([], None)
-    await some_changes(incidents)
-    # Others on the server may hold the feed up for a moment.
-    await take(incidents, 7)
-    page = await incidents.read_changes("latest")
-    assert page.changes == []
-    await incidents.note(1, "later")
-    (change,) = await take(incidents, 1, page.next)
-    assert change.note == "later"
 
 
 @pytest.fixture
@@ -193,15 +107,6 @@ async def test_a_change_wakes_who_waits(on_a_file: IncidentClient) -> None:
 def _is_pausing(incidents: IncidentClient, readers: int) -> bool:
     feed: Any = incidents._opened().feed
     return len(feed._change._waiters) == readers
-
-
-async def test_changes_of_others_are_found(incidents: IncidentClient, url: str) -> None:
-    """A reader gets what another client writes while it waits."""
-    taking = asyncio.ensure_future(take(incidents, 3))
-    async with IncidentClient.open(url) as other:
-        for number in range(3):
-            await other.create(f"Disk {number} is full", source="monitoring")
-    assert [change.incident_id for change in await taking] == [1, 2, 3]
 
 
 async def test_readers_at_one_place_share_a_read(
@@ -288,44 +193,6 @@ async def test_a_reader_that_is_cancelled_leaves_the_others(incidents: IncidentC
         await gone
     await incidents.create("Disk is full", source="monitoring")
     assert len(await stays) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "fields"),
-    [
-        ({"after": ""}, ["after"]),
-        ({"after": "Latest"}, ["after"]),
-        ({"after": encode_cursor(1, 1, 1)}, ["after"]),
-        ({"after": 7, "limit": 0, "wait": 31}, ["after", "limit", "wait"]),
-        ({"limit": 1001}, ["limit"]),
-        ({"wait": -1}, ["wait"]),
-        ({"wait": float("nan")}, ["wait"]),
-        ({"wait": True}, ["wait"]),
-    ],
-)
-async def test_faulty_arguments_are_refused(
-    incidents: IncidentClient, arguments: dict[str, Any], fields: list[str]
-) -> None:
-    """Each faulty argument is named, by polling and by following alike."""
-    with pytest.raises(InvalidIncident) as caught:
-        await incidents.read_changes(**arguments)
-    assert [error.field for error in caught.value.errors] == fields
-    if "after" in arguments:
-        with pytest.raises(InvalidIncident):
-            await take(incidents, 1, arguments["after"])
-
-
-async def test_a_purged_incident_leaves_no_gap(incidents: IncidentClient) -> None:
-    """Who stood at an event that was purged goes on, and learns of the purge."""
-    await some_changes(incidents)
-    changes = await take(incidents, 7)
-    await incidents.purge(datetime.now(UTC) + timedelta(hours=1))
-    rest = await take(incidents, 3, changes[2].cursor)
-    assert [(change.incident_id, change.kind) for change in rest] == [
-        (2, EventKind.STATUS_CHANGED),
-        (2, EventKind.STATUS_CHANGED),
-        (1, EventKind.PURGED),
-    ]
 
 
 async def test_errors_that_stay_end_the_feed(incidents: IncidentClient) -> None:

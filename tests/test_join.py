@@ -17,7 +17,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from incidentkit import (
     ClientClosed,
     DuplicateOpenIncident,
-    EventKind,
     IdempotencyKeyReused,
     IllegalTransition,
     Incident,
@@ -56,17 +55,10 @@ GRAPH = {"new": ["completed", "failed"], "failed": ["new"]}
 """Nothing comes after `completed`."""
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def empty_url(request: pytest.FixtureRequest) -> str:
-    """The URL of a database of each kind."""
-    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
-    return str(request.getfixturevalue(name))
-
-
 @pytest.fixture
-async def url(empty_url: str) -> str:
+async def url(url: str) -> str:
     """The URL of a database of each kind, with the schema and the host's own table."""
-    return await prepared(empty_url)
+    return await prepared(url)
 
 
 @pytest.fixture
@@ -315,50 +307,6 @@ async def test_a_rollback_to_a_savepoint_is_a_change_to_no_list(
 
 
 # What can be done in it
-
-
-async def test_the_transaction_sees_its_own_writes(host: Host, joined: JoinedIncidents) -> None:
-    """Each read in the transaction shows what was written in it before."""
-    late = await joined.create("Order 1 is late", source="partner")
-    lost = await joined.create("Order 2 is lost", source="operator", incident_type="failed")
-    assert {one.incident_id for one in await joined.list()} == {1, 2}
-    assert await joined.list(1, 10, "failed", "operator") == [lost]
-    assert await joined.list(page=3, limit=1) == []
-    assert await joined.get(late.incident_id) == late
-    first, second = [await joined.note(late.incident_id, note) for note in ("One", "Two")]
-    created, *notes = await joined.history(late.incident_id)
-    assert created.kind is EventKind.CREATED
-    assert notes == [first, second]
-    assert await joined.history(late.incident_id, limit=1, after=created.cursor) == [first]
-    await host.rollback()
-
-
-async def test_every_option_works_in_the_transaction(
-    host: Host, client: IncidentClient, joined: JoinedIncidents
-) -> None:
-    """Repetitions are counted, keys answer again, versions count, notes and actors are kept."""
-    created = await joined.create(
-        "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
-    )
-    again = await joined.create(
-        "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
-    )
-    assert again == created
-    with acting_as("monitor"):
-        seen_again = await joined.create("Still late", source="monitoring", dedup_key="order-1")
-    assert (seen_again.incident_id, seen_again.occurrences, seen_again.version) == (1, 2, 2)
-    failed = await joined.update_status(1, "failed", expected_version=2, idempotency_key="other")
-    assert failed.ended_at is not None
-    again = await joined.update_status(1, "failed", expected_version=2, idempotency_key="other")
-    assert again == failed
-    assert await joined.update_status(1, "failed", note="Lost") == failed
-    reopened = await joined.update_status(1, "new")
-    assert (reopened.version, reopened.ended_at) == (4, None)
-    await host.commit()
-    events = await client.history(1)
-    assert kinds(events) == ["created", "recurred", "status_changed", "noted", "status_changed"]
-    assert [event.actor for event in events] == [None, "monitor", None, None, None]
-    assert [event.note for event in events] == [None, "Still late", None, "Lost", None]
 
 
 REFUSED: dict[type[IncidentKitError], Callable[[JoinedIncidents], Awaitable[Any]]] = {

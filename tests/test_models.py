@@ -22,6 +22,7 @@ from incidentkit import (
     InvalidIncident,
     ListQuery,
     NewIncident,
+    acting_as,
 )
 from incidentkit.domain import rules
 from incidentkit.domain.commands import StatusChange
@@ -552,3 +553,11 @@ def test_a_message_of_any_length_is_refused_at_once() -> None:
     """A message of megabytes is refused by its length, before it is normalised."""
     with pytest.raises(InvalidIncident, match="characters"):
         NewIncident("a" + "\u0315\u0300" * 2_000_000, source="operator")
+
+
+@pytest.mark.parametrize("actor", ["", "x" * 256, "a\x00b", None, 7])
+def test_an_actor_that_cannot_be_stored_is_refused(actor: Any) -> None:
+    """A name has 1 to 255 characters, and is refused before anything is done."""
+    with pytest.raises(InvalidIncident) as caught, acting_as(actor):
+        raise AssertionError
+    assert [error.field for error in caught.value.errors] == ["actor"]

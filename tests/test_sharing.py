@@ -25,10 +25,10 @@ from incidentkit import (
 )
 from incidentkit.store import StoreOptions
 from incidentkit.store.postgresql import statements as writes
+from incidentkit.opening import store_on
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
-from incidentkit.store.store import Store
-from tests.test_repetition import run_sql
+from tests.hosts import run_sql
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -329,7 +329,6 @@ async def test_a_deep_page_passes_over_the_index_alone(
     assert "Index Cond: (incident_id = page.incident_id)" in found
     assert "Seq Scan" not in found.replace("Seq Scan on incident_token", "")
     async with IncidentClient.open(migrated_postgres_url) as client:
-        assert isinstance(client.store, Store)
         everything = await client.list(limit=1000)
         deep = [await client.list(page=DEEP // 10 + n, limit=10) for n in (1, 2, 3)]
         rest = await client.list(page=2, limit=1000)

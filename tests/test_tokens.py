@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from sqlalchemy import text
 
 from incidentkit import IncidentClient, IncidentNotFound, ListQuery, NewIncident
 from incidentkit.domain.commands import StatusChange
 from incidentkit.store import StoreOptions, store_from_url
-from incidentkit.store.migrate import migration_engine, upgrade
+from incidentkit.store.migrate import upgrade
+from tests.hosts import run_sql
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -60,13 +60,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest) -> str:
-    """The URL of a database that a store can be opened on."""
-    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
-    return str(request.getfixturevalue(name))
 
 
 @pytest.fixture
@@ -119,15 +112,6 @@ async def _connections(url: str, count: int) -> AsyncIterator[list[Connection]]:
         yield connections
 
 
-async def _run_sql(url: str, statement: str, *, commit: bool = True) -> None:
-    engine = migration_engine(url)
-    async with engine.connect() as connection:
-        await connection.execute(text(statement))
-        if commit:
-            await connection.commit()
-    await engine.dispose()
-
-
 async def _run_script(connection: Connection, *statements: str) -> None:
     for statement in statements:
         await connection.execute(statement)
@@ -166,7 +150,7 @@ async def test_sql_of_others_replaces_the_token(
 ) -> None:
     """A statement that somebody else commits replaces the token as ours do."""
     before = await store.token()
-    await _run_sql(url, statement)
+    await run_sql(url, statement)
     assert await store.token() not in (None, before)
 
 
@@ -190,7 +174,7 @@ async def test_the_conflict_clauses_of_sqlite_replace_the_token(
     async with _open(sqlite_url) as store:
         await store.create(DISK_FULL)
         before = await store.token()
-        await _run_sql(sqlite_url, statement)
+        await run_sql(sqlite_url, statement)
         assert await store.token() not in (None, before)
 
 
@@ -222,9 +206,9 @@ async def test_what_changes_nothing_keeps_the_token(store: IncidentStore, url: s
     with pytest.raises(IncidentNotFound):
         await store.update_status(StatusChange(99, "failed"))
     for statement in (INSERT, UPDATE, DELETE):
-        await _run_sql(url, statement, commit=False)
-    await _run_sql(url, f"{DELETE} WHERE incident_id = 99")
-    await _run_sql(url, f"{CONFLICT} NOTHING")
+        await run_sql(url, statement, commit=False)
+    await run_sql(url, f"{DELETE} WHERE incident_id = 99")
+    await run_sql(url, f"{CONFLICT} NOTHING")
     assert await store.token() == before
     assert await store.list(ListQuery()) == page
 
@@ -290,7 +274,7 @@ async def test_the_next_list_shows_what_others_wrote(
         for statement, after in steps:
             for client in (one, two, one):
                 assert await _messages(client) == expected
-            await _run_sql(url, statement)
+            await run_sql(url, statement)
             expected = after
             for lists in await asyncio.gather(_messages(one), _messages(two)):
                 assert lists == expected
@@ -340,10 +324,10 @@ async def test_a_token_that_is_gone_is_mended_by_writes(url: str) -> None:
         await client.create(DISK_FULL)
         assert await _messages(client) == ["Disk is full"]
         before = await client.store.token()
-        await _run_sql(url, "DELETE FROM incident_token")
+        await run_sql(url, "DELETE FROM incident_token")
         assert await client.store.token() is None
         assert (await client.store.list(ListQuery())).token is None
-        await _run_sql(url, UPDATE)
+        await run_sql(url, UPDATE)
         for _ in range(2):
             assert await _messages(client) == ["By hand"]
         if url.startswith("postgresql"):

@@ -192,8 +192,9 @@ def made_of_parts(memory: MemoryCache, redis: RedisCache) -> None:
     IncidentClient(store, memory)  # type: ignore[call-arg]
 
 
-def kept_protocols(sqlite: SqliteStore, postgresql: PostgresStore, redis: RedisCache) -> None:
+def kept_protocols(store: Store, records: Records, redis: RedisCache) -> None:
     """Our own stores and caches keep the protocols."""
-    stores: list[IncidentStore] = [sqlite, postgresql]
+    stores: list[IncidentStore] = [store]
+    operations: list[StoreOperations] = [store, records]
     caches: list[IncidentCache] = [redis, MemoryCache(max_bytes=1)]
-    del stores, caches
+    del stores, operations, caches

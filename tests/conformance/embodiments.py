@@ -1,0 +1,213 @@
+"""Embodiments of the verbs: the clients and joined transactions that the suite runs on.
+
+To add one, write a class with the method `open` and an entry in `EMBODIMENTS`. Declare what it
+cannot do in `tests/conformance/gaps.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import asynccontextmanager
+from datetime import UTC
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import asyncpg
+from attrs import frozen
+
+from incidentkit import IncidentClient
+from tests.hosts import AsyncpgHost, host_engine, open_host, run_sql
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
+    from datetime import datetime
+
+    from tests.hosts import Host
+
+Verbs: TypeAlias = IncidentClient
+"""IncidentClient has every verb; other embodiments must have the same signatures."""
+
+PSYCOPG = "postgresql+psycopg"
+"""The scheme of SQLAlchemy's URLs for psycopg."""
+
+
+class Embodiment(ABC):
+    """A way to call the verbs, on a database with the newest schema and no rows.
+
+    Args:
+        url: The database.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @property
+    def on_sqlite(self) -> bool:
+        """Whether `sql` takes the SQL of SQLite rather than that of PostgreSQL."""
+        return self.url.startswith("sqlite")
+
+    def moment(self, time: datetime) -> str:
+        """Return a time as a literal of the database."""
+        return f"'{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}{'' if self.on_sqlite else '+00'}'"
+
+    @abstractmethod
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a context manager for the verbs; each one is a client of its own.
+
+        Args:
+            **options: Options of `IncidentClient.open`, such as `transitions`.
+        """
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement as another program would, and return its rows."""
+        return await run_sql(self.url, statement)
+
+
+class ByUrl(Embodiment):
+    """A client opened by URL."""
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client with connections of its own."""
+        return IncidentClient.open(self.url, **options)
+
+
+class WithRedis(Embodiment):
+    """A client opened by URL, with its pages cached in Redis.
+
+    Args:
+        url: The database.
+        redis_url: An empty Redis.
+    """
+
+    def __init__(self, url: str, redis_url: str) -> None:
+        super().__init__(url)
+        self._redis_url = redis_url
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client with a shared cache."""
+        return IncidentClient.open(self.url, self._redis_url, **options)
+
+
+class OnPool(Embodiment):
+    """A client on the host's pool."""
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Lend a client on a pool of asyncpg."""
+        async with (
+            asyncpg.create_pool(self.url, min_size=1) as pool,
+            IncidentClient.open(pool, **options) as client,
+        ):
+            yield client
+
+
+class OnEngine(Embodiment):
+    """A client on the host's engine."""
+
+    @property
+    def host_url(self) -> str:
+        """The URL of the host's engine."""
+        return self.url
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Lend a client on an engine of SQLAlchemy."""
+        async with (
+            host_engine(self.host_url) as engine,
+            IncidentClient.open(engine, **options) as client,
+        ):
+            yield client
+
+
+class OnPsycopgEngine(OnEngine):
+    """A client on the host's engine with psycopg as its driver."""
+
+    @property
+    def host_url(self) -> str:
+        """The URL of the host's engine."""
+        return self.url.replace("postgresql", PSYCOPG, 1)
+
+
+class Joined(Embodiment):
+    """The verbs joined to a transaction of the host, which stays open during the test.
+
+    Args:
+        url: The database.
+        way: The kind of connection, one of `tests.hosts.WAYS`.
+        scheme: The scheme of the host's URL.
+    """
+
+    def __init__(self, url: str, way: str, scheme: str = "postgresql") -> None:
+        super().__init__(url)
+        self._way = way
+        self._host_url = url.replace("postgresql", scheme, 1)
+        self._hosts: list[Host] = []
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Lend the verbs in a transaction of their own, which is rolled back at the end."""
+        async with (
+            IncidentClient.open(self.url, **options) as client,
+            open_host(self._way, self._host_url) as host,
+        ):
+            if isinstance(host, AsyncpgHost):
+                await host.begin()
+            # SQLAlchemy begins with this statement. Only another transaction of the same test can
+            # hold a lock, and it does not end before the test does: waiting longer is futile.
+            await host.execute(
+                "PRAGMA busy_timeout = 20" if self.on_sqlite else "SET LOCAL lock_timeout = 20"
+            )
+            self._hosts.append(host)
+            try:
+                yield cast("Verbs", client.join(host.connection))
+            finally:
+                await host.rollback()
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement in the first transaction of the test."""
+        return await self._hosts[0].execute(statement)
+
+
+@frozen
+class Setup:
+    """How to make an embodiment.
+
+    Attributes:
+        embodiment: Makes it from the values of the fixtures.
+        fixtures: The names of the fixtures; the first is the URL of the database.
+    """
+
+    embodiment: Callable[..., Embodiment]
+    fixtures: tuple[str, ...]
+
+
+def _on_sqlite(embodiment: Callable[..., Embodiment], *fixtures: str) -> Setup:
+    return Setup(embodiment, ("migrated_sqlite_url", *fixtures))
+
+
+def _on_postgres(embodiment: Callable[..., Embodiment], *fixtures: str) -> Setup:
+    return Setup(embodiment, ("migrated_postgres_url", *fixtures))
+
+
+EMBODIMENTS = {
+    "sqlite-file": _on_sqlite(ByUrl),
+    "sqlite-memory": Setup(ByUrl, ("memory_url",)),
+    "sqlite-redis": _on_sqlite(WithRedis, "redis_url"),
+    "sqlite-engine": _on_sqlite(OnEngine),
+    "postgresql-url": _on_postgres(ByUrl),
+    "postgresql-redis": _on_postgres(WithRedis, "redis_url"),
+    "postgresql-pool": _on_postgres(OnPool),
+    "postgresql-engine": _on_postgres(OnEngine),
+    "psycopg-engine": _on_postgres(OnPsycopgEngine),
+    "joined-sqlite-connection": _on_sqlite(partial(Joined, way="sqlite-connection")),
+    "joined-sqlite-session": _on_sqlite(partial(Joined, way="sqlite-session")),
+    "joined-postgresql-connection": _on_postgres(partial(Joined, way="postgresql-connection")),
+    "joined-postgresql-session": _on_postgres(partial(Joined, way="postgresql-session")),
+    "joined-psycopg-connection": _on_postgres(
+        partial(Joined, way="postgresql-connection", scheme=PSYCOPG)
+    ),
+    "joined-asyncpg-connection": _on_postgres(partial(Joined, way="asyncpg-connection")),
+    "joined-asyncpg-pool": _on_postgres(partial(Joined, way="asyncpg-pool")),
+}
+"""Each embodiment by its name."""

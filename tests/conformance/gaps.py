@@ -1,0 +1,122 @@
+"""Gaps: everything an embodiment cannot do, declared in one list with the reason.
+
+The tests of a gap still run, and must fail with the declared error. A declared gap that works fails
+the suite, so remove its declaration.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum, auto
+
+import pytest
+from asyncpg import PostgresError
+from attrs import frozen
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from incidentkit import StoreError, UnknownCursor
+from tests.conformance.embodiments import EMBODIMENTS
+
+
+class Need(StrEnum):
+    """Something that a test needs and not every embodiment has."""
+
+    LIST_JSON = auto()
+    CHANGES = auto()
+    PURGE = auto()
+    OTHER_CLIENT = auto()
+    """A second client that sees the writes of the first one and writes concurrently."""
+    OUTSIDE_SQL = auto()
+    """Another program that reads and writes the tables."""
+    GOING_ON = auto()
+    """The ability to continue after the database has refused a statement."""
+
+
+def needs(*needs: Need) -> pytest.MarkDecorator:
+    """Return the mark of a test that needs more than the common verbs."""
+    return pytest.mark.needs(*needs)
+
+
+@frozen
+class Gap:
+    """Something that some embodiments cannot do.
+
+    Attributes:
+        embodiments: Their names.
+        need: What they lack.
+        raises: The error of a test that needs it.
+        reason: Why they lack it.
+    """
+
+    embodiments: tuple[str, ...]
+    need: Need
+    raises: pytest.RaisesExc[Exception]
+    reason: str
+
+
+JOINED = tuple(name for name in EMBODIMENTS if name.startswith("joined"))
+JOINED_ON_POSTGRES = tuple(name for name in JOINED if not name.startswith("joined-sqlite"))
+
+
+def _no_verb(*names: str) -> pytest.RaisesExc[Exception]:
+    return pytest.RaisesExc(AttributeError, match=f"no attribute '({'|'.join(names)})'")
+
+
+GAPS = (
+    Gap(
+        JOINED,
+        Need.LIST_JSON,
+        _no_verb("list_json"),
+        "list_json serves cached pages, and a joined transaction never reads a cache",
+    ),
+    Gap(
+        JOINED,
+        Need.CHANGES,
+        _no_verb("changes", "read_changes"),
+        "a change gets its place in the feed at the commit",
+    ),
+    Gap(
+        JOINED,
+        Need.PURGE,
+        _no_verb("purge"),
+        "purge commits batch by batch, and only the host may commit",
+    ),
+    Gap(
+        JOINED,
+        Need.OTHER_CLIENT,
+        pytest.RaisesExc((AssertionError, StoreError)),
+        "before the commit another client sees nothing and waits for locks",
+    ),
+    Gap(
+        ("sqlite-memory",),
+        Need.OTHER_CLIENT,
+        pytest.RaisesExc((AssertionError, UnknownCursor)),
+        "each client in memory has a database of its own",
+    ),
+    Gap(
+        ("sqlite-memory",),
+        Need.OUTSIDE_SQL,
+        pytest.RaisesExc(OperationalError, match="no such table"),
+        "no other program can open a database in memory",
+    ),
+    Gap(
+        JOINED_ON_POSTGRES,
+        Need.GOING_ON,
+        pytest.RaisesExc((DBAPIError, PostgresError), match="current transaction is aborted"),
+        "on PostgreSQL a failed statement aborts the transaction",
+    ),
+)
+"""All gaps."""
+
+
+def gaps_of(embodiment: str, needed: set[Need]) -> list[Gap]:
+    """Return the gaps that a test of an embodiment meets."""
+    return [gap for gap in GAPS if embodiment in gap.embodiments and gap.need in needed]
+
+
+def expected_failure(gaps: list[Gap]) -> pytest.MarkDecorator:
+    """Return the mark of a test that must fail with the error of one of these gaps."""
+    return pytest.mark.xfail(
+        raises=pytest.RaisesExc(check=lambda error: any(gap.raises.matches(error) for gap in gaps)),
+        reason=", and ".join(gap.reason for gap in gaps),
+        strict=True,
+    )
