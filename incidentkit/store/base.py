@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 from attrs import field, frozen
 
@@ -11,10 +11,11 @@ from incidentkit.domain.errors import InvalidSettings
 from incidentkit.wire import encode_incidents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from attrs import Attribute
+    from sqlalchemy import Executable
 
     from incidentkit.domain.commands import NewIncident, StatusChange
     from incidentkit.domain.queries import ListQuery, SearchQuery
@@ -41,28 +42,6 @@ _KINDS: Final[dict[str, DatabaseKind]] = {
     "sqlite": "sqlite",
     "sqlite+aiosqlite": "sqlite",
 }
-
-
-@frozen
-class RequestRecord:
-    """One answered HTTP request.
-
-    Attributes:
-        logged_at: When it was answered, aware.
-        method: The HTTP method; ``(other)`` for one that HTTP does not define.
-        route: The path's template, such as ``/incident/get/{incident_id}``; ``(none)`` where no
-            route answered.
-        status: The HTTP status of the answer.
-        duration_ms: From the route's start to its answer, in milliseconds.
-        request_id: The id that the answer carries in ``X-Request-ID``.
-    """
-
-    logged_at: datetime
-    method: str
-    route: str
-    status: int
-    duration_ms: float
-    request_id: str
 
 
 class Page:
@@ -320,8 +299,8 @@ class IncidentStore(StoreOperations, Protocol):
         """
         ...
 
-    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Append records to the table ``request_log``."""
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows with one statement, in one transaction."""
 
 
 def database_kind(database_url: str) -> DatabaseKind:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import asyncpg
-from attrs import asdict
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Executable
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from incidentkit.store.base import RequestRecord, StoreOperations
+    from incidentkit.store.base import StoreOperations
     from incidentkit.store.operations import Fetch, Rows
 
 _T = TypeVar("_T")
@@ -113,11 +112,10 @@ class EngineStore(postgresql.SharedOperations):
 
         return join(connection, "postgresql")
 
-    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Append the records in one transaction."""
-        rows = [asdict(record) for record in records]
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows with one statement, in one transaction."""
         async with self._connection(self._several) as connection:
-            await connection.execute(statements.INSERT_REQUEST_LOG, rows)
+            await connection.execute(statement, rows)
 
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads, once more if its connection turns out to be dead."""

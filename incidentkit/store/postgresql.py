@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from incidentkit.domain.queries import ListQuery
     from incidentkit.domain.transitions import Transitions
     from incidentkit.domain.values import Incident, IncidentEvent
-    from incidentkit.store.base import Idempotency, Page, RequestRecord, StoreOperations
+    from incidentkit.store.base import Idempotency, Page, StoreOperations
     from incidentkit.store.operations import Fetch, Incidents, Rows
 
 _T = TypeVar("_T")
@@ -559,12 +559,12 @@ class PostgresStore(SharedOperations):
 
         return join(connection, "postgresql")
 
-    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Append the records in one batch."""
-        compiled = _compile(statements.INSERT_REQUEST_LOG)
-        rows = [[getattr(record, name) for name in compiled.parameters] for record in records]
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows with one statement, in one transaction."""
+        compiled = _compile(statement)
+        values = [[row[name] for name in compiled.parameters] for row in rows]
         async with self._connection() as connection:
-            await connection.executemany(compiled.text, rows)
+            await connection.executemany(compiled.text, values)
 
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads, once more if its connection turns out to be dead."""

@@ -13,7 +13,6 @@ from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import asdict
 from sqlalchemy import NullPool, QueuePool, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from incidentkit.domain.commands import NewIncident, StatusChange
     from incidentkit.domain.transitions import Transitions
     from incidentkit.domain.values import Incident, IncidentEvent
-    from incidentkit.store.base import RequestRecord, StoreOperations
+    from incidentkit.store.base import StoreOperations
     from incidentkit.store.operations import Fetch, Rows
 
 _T = TypeVar("_T")
@@ -367,15 +366,15 @@ class SqliteStore(SqliteOperations):
 
         return join(connection, "sqlite")
 
-    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Append the records in one transaction."""
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows with one statement, in one transaction."""
         # SQLAlchemy takes several values for a statement that returns no rows.
-        rows: Any = [asdict(record) for record in records]
+        several: Any = rows
 
-        async def append(fetch: Fetch) -> None:
-            await fetch(statements.INSERT_REQUEST_LOG, rows)
+        async def insert(fetch: Fetch) -> None:
+            await fetch(statement, several)
 
-        await self._write(append)
+        await self._write(insert)
 
     async def _read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         threads = self._opened()

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from attrs import asdict
 from sqlalchemy import StaticPool
 from sqlalchemy.exc import DBAPIError
 
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from incidentkit.store.base import RequestRecord, StoreOperations
+    from incidentkit.store.base import StoreOperations
     from incidentkit.store.operations import Fetch, Rows
 
 _T = TypeVar("_T")
@@ -108,14 +107,13 @@ class SqliteEngineStore(SqliteOperations):
 
         return join(connection, "sqlite")
 
-    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Append the records in one transaction."""
-        rows = [asdict(record) for record in records]
-        await self._run(self._append(rows), writes=True)
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows with one statement, in one transaction."""
+        await self._run(self._append(statement, rows), writes=True)
 
-    async def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    async def _append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         async with self._transaction() as connection:
-            await connection.execute(statements.INSERT_REQUEST_LOG, rows)
+            await connection.execute(statement, rows)
 
     def _connection(self) -> AsyncConnection:
         if self._engine is None:

@@ -18,7 +18,6 @@ from sqlalchemy import (
     column,
     delete,
     func,
-    insert,
     literal_column,
     select,
     table,
@@ -49,14 +48,13 @@ from incidentkit.store.tables import (
     incident_event_table,
     incident_table,
     purged_event_table,
-    request_log_table,
 )
 from incidentkit.wire import encode_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sqlalchemy import ColumnElement, Insert, Select, Table
+    from sqlalchemy import ColumnElement, Select, Table
 
 _columns = incident_table.c
 
@@ -304,17 +302,6 @@ SELECT_PAGE: Final = {
 page is one row, with the token alone."""
 
 SELECT_TOKEN: Final = select(current_token().label("token"))
-
-INSERT_REQUEST_LOG: Final[Insert] = (
-    insert(request_log_table)
-    .inline()
-    .values(
-        {
-            name: bindparam(name, type_=request_log_table.c[name].type)
-            for name in ("logged_at", "method", "route", "status", "duration_ms", "request_id")
-        }
-    )
-)
 
 COUNT_PURGEABLE: Final = select(func.count()).where(
     _columns.ended_at < bindparam("ended_before", type_=UtcDateTime())
