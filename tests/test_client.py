@@ -20,7 +20,6 @@ from incidentkit import (
     IncidentClient,
     InvalidSettings,
     ListQuery,
-    NewIncident,
     StoreUnavailable,
 )
 from incidentkit.cache import MemoryCache

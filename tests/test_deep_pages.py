@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 from itertools import product
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from incidentkit import IncidentClient, IncidentSource, IncidentStatus, ListQuery, NewIncident
 from incidentkit.store.bookmarks import MAX_BOOKMARKS, Bookmarks
-from incidentkit.opening import store_on
 from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
 from tests.hosts import run_sql
 from tests.test_sharing import counted, fill, plan

@@ -111,7 +111,15 @@ def test_import_is_light() -> None:
     )
     assert "incidentkit.client" in loaded
     assert {name.partition(".")[0] for name in loaded}.isdisjoint(DRIVERS_AND_SERVERS)
-    parts = {"http", "cli", "settings", "cache.redis", "store.sqlite", "store.postgresql", "store.backends.sqlite"}
+    parts = {
+        "http",
+        "cli",
+        "settings",
+        "cache.redis",
+        "store.sqlite",
+        "store.postgresql",
+        "store.backends.sqlite",
+    }
     assert {f"incidentkit.{part}" for part in parts}.isdisjoint(loaded)
 
 

@@ -11,7 +11,6 @@ from incidentkit import (
     IncidentClient,
     StoreUnavailable,
 )
-from incidentkit.opening import store_on
 
 
 async def test_a_commit_whose_answer_was_lost_is_repeated_without_a_duplicate(

@@ -28,11 +28,17 @@ from incidentkit import (
 )
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.queries import SearchQuery
-from incidentkit.store.postgresql import statements as postgresql_statements
-from incidentkit.store.sqlite import statements as sqlite_statements
 from incidentkit.store.migrate import migration_engine
+from incidentkit.store.postgresql import statements as postgresql_statements
 from incidentkit.store.postgresql.driver import compile_statement
-from incidentkit.store.sql.search import Shape, count_found, select_page, select_page_among_first, select_page_by_words
+from incidentkit.store.sql.search import (
+    Shape,
+    count_found,
+    select_page,
+    select_page_among_first,
+    select_page_by_words,
+)
+from incidentkit.store.sqlite import statements as sqlite_statements
 from tests.hosts import run_sql
 from tests.strategies import sources, statuses
 

@@ -25,7 +25,6 @@ from incidentkit import (
 )
 from incidentkit.store import StoreOptions
 from incidentkit.store.postgresql import statements as writes
-from incidentkit.opening import store_on
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
 from tests.hosts import run_sql

@@ -22,15 +22,14 @@ from incidentkit import (
     StoreError,
     StoreUnavailable,
 )
+from incidentkit.opening import store_on
 from incidentkit.store import RequestRecord, StoreOptions, store_from_url
-from incidentkit.store.sqlite import threads as sqlite
 from incidentkit.store.migrate import downgrade, upgrade
-from incidentkit.opening import store_on
 from incidentkit.store.postgresql.driver import compile_statement
-from incidentkit.opening import store_on
 from incidentkit.store.postgresql.pool import PoolExecutor
-from incidentkit.store.sqlite.threads import ThreadsExecutor
 from incidentkit.store.sql.statements import SELECT_PAGE
+from incidentkit.store.sqlite import threads as sqlite
+from incidentkit.store.sqlite.threads import ThreadsExecutor
 from tests.hosts import run_sql
 
 if TYPE_CHECKING:

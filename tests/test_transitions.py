@@ -14,8 +14,8 @@ from incidentkit import (
     IncidentStatus,
     InvalidSettings,
 )
-from incidentkit.settings import Settings
 from incidentkit.domain.transitions import Transitions
+from incidentkit.settings import Settings
 from tests.strategies import statuses
 
 graphs = st.dictionaries(statuses, st.sets(statuses))

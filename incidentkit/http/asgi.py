@@ -1,8 +1,8 @@
-"""The bundled app, as the environment says: ``uvicorn incidentkit.http.asgi:app``.
+"""The bundled app, configured by the environment: ``uvicorn incidentkit.http.asgi:app``.
 
-The variables are those of :class:`~incidentkit.settings.Settings`; a ``.env`` file in the working
-directory is read too. Unless the process has set up logging before, incidentkit's records of
-level INFO and above, one for each request, go to the standard error output with the request's id.
+The variables are those of :class:`~incidentkit.settings.Settings`, also from a ``.env`` file in the
+working directory. Unless logging is already configured, incidentkit's records of level INFO and
+above, one for each request, go to stderr with the id of the request.
 """
 
 import gc
@@ -29,5 +29,5 @@ app = create_app(
     cache_required=_settings.redis_required,
 )
 
-# What is there now stays, and need not be looked at again and again.
+# The objects loaded so far stay; the garbage collector need not visit them again.
 gc.freeze()

@@ -1,79 +1,85 @@
-"""From a request to the operation that answers it, and back."""
+"""Dispatch: from a request to its operation, and back with the response."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterable
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from incidentkit.domain.actor import acting_as
 from incidentkit.domain.values import NAME_MAX_LENGTH
-from incidentkit.http.log import log_route
-from incidentkit.http.request_id import NAME, request_id
+from incidentkit.http.log import log_answer
+from incidentkit.http.operation import Operation
+from incidentkit.http.problems import problem_response
 from incidentkit.http.requests import read_arguments
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from starlette.responses import Response
-    from starlette.types import Receive, Scope, Send
-
-    from incidentkit.http.routes import Operation
 
 
 class Endpoint:
-    """Answers the requests for an operation."""
+    """Answers requests for one operation: reads and logs each, and answers its errors too.
+
+    Attributes:
+        operation: The operation.
+        route: The operation as a route of Starlette, which answers other methods with 405.
+    """
 
     def __init__(self, operation: Operation) -> None:
         self.operation = operation
-        self._answer = log_route(operation.path)(self._read_and_answer)
+        self.route = Route(operation.path, self, methods=[operation.method], name=operation.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one."""
-        response = await self._answer(Request(scope, receive, send))
-        response.raw_headers.append((NAME, request_id(scope).encode()))
+        """Answer a request."""
+        started = time.perf_counter()
+        request = Request(scope, receive, send)
+        operation = self.operation
+        try:
+            arguments = await read_arguments(request, operation)
+            # A user whom a host's middleware has authenticated is the actor.
+            user = scope.get("user")
+            if user is None or not user.is_authenticated or not user.display_name:
+                response = await operation.answer(request, arguments)
+            else:
+                with acting_as(user.display_name[:NAME_MAX_LENGTH]):
+                    response = await operation.answer(request, arguments)
+        except Exception as error:  # noqa: BLE001
+            response = problem_response(request, error)
+        log_answer(request, operation.path, response, started)
         await response(scope, receive, send)
 
-    async def _read_and_answer(self, request: Request) -> Response:
-        arguments = await read_arguments(request, self.operation)
-        # A user that a host's middleware has authenticated is the actor.
-        user = request.scope.get("user")
-        if user is None or not user.is_authenticated or not user.display_name:
-            return await self.operation.answer(request, arguments)
-        with acting_as(user.display_name[:NAME_MAX_LENGTH]):
-            return await self.operation.answer(request, arguments)
 
+class Dispatcher:
+    """Answers requests for operations, and passes all other requests on.
 
-class Service(Starlette):
-    """An app that looks its operations up by name, where Starlette would try one after another.
+    It stands directly before Starlette's router, so that all middleware of a host is in front of
+    it. It finds an operation by at most two lookups; the router tries one route after another.
 
-    What is none of them, and all that a host's middleware has to see, goes Starlette's own way.
+    Args:
+        app: Takes all other requests.
+        endpoints: The operations.
     """
 
-    def __init__(self, operations: Iterable[Operation], **options: Any) -> None:
-        endpoints = [Endpoint(operation) for operation in operations]
-        super().__init__(routes=[_route(endpoint) for endpoint in endpoints], **options)
-        self.router.redirect_slashes = False
-        self._own_middleware = len(self.user_middleware)
+    def __init__(self, app: ASGIApp, endpoints: Iterable[Endpoint]) -> None:
+        self._app = app
         self._endpoints: dict[tuple[str, str], tuple[Endpoint, str]] = {}
         for endpoint in endpoints:
-            # A parameter can only be the last part of a path.
+            # Only the last part of a path can be a parameter.
             path, _, parameter = endpoint.operation.path.removesuffix("}").partition("/{")
-            for method in _methods(endpoint.operation):
+            for method in endpoint.route.methods or ():
                 key = method, f"{path}/" if parameter else path
                 self._endpoints[key] = endpoint, parameter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        if scope["type"] == "http" and len(self.user_middleware) == self._own_middleware:
-            endpoint = self._find(scope)
-            if endpoint is not None:
-                scope["app"] = self
-                await endpoint(scope, receive, send)
-                return
-        await super().__call__(scope, receive, send)
+        """Answer a request, or pass it on."""
+        endpoint = self._find(scope) if scope["type"] == "http" else None
+        if endpoint is None:
+            await self._app(scope, receive, send)
+            return
+        # For middleware that names requests by their route, as after Starlette's router.
+        scope.setdefault("route", endpoint.route)
+        scope.setdefault("endpoint", endpoint)
+        await endpoint(scope, receive, send)
 
     def _find(self, scope: Scope) -> Endpoint | None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -84,14 +90,5 @@ class Service(Starlette):
         found = self._endpoints.get((scope["method"], parent + slash))
         if found is None:
             return None
-        scope["path_params"] = {found[1]: last}
+        scope["path_params"] = {**scope.get("path_params", {}), found[1]: last}
         return found[0]
-
-
-def _route(endpoint: Endpoint) -> Route:
-    operation = endpoint.operation
-    return Route(operation.path, endpoint, methods=[operation.method], name=operation.name)
-
-
-def _methods(operation: Operation) -> tuple[str, ...]:
-    return ("GET", "HEAD") if operation.method == "GET" else (operation.method,)

@@ -1,4 +1,4 @@
-"""Swagger UI, from files of an installed package: it asks nothing of the internet."""
+"""Swagger UI, from the files of an installed package; the browser loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ MEDIA_TYPES: Final = {
     "favicon-32x32.png": "image/png",
     START_SCRIPT: "text/javascript",
 }
-"""The files that the page needs, all but the script from the package."""
+"""The files of the page; all but the start script are in the package."""
 
-# Every link is relative to the page, wherever it is mounted.
+# Every link is relative, so that the page works wherever the app is mounted.
 _PAGE: Final = f"""\
 <!doctype html>
 <html lang="en">
@@ -66,10 +66,10 @@ SwaggerUIBundle({
 
 @cache
 def assets_folder() -> Path:
-    """Return the folder with the files of Swagger UI.
+    """Return the folder of Swagger UI's files.
 
     Raises:
-        MissingDependency: If the package that has them is not installed.
+        MissingDependency: If their package is not installed.
     """
     try:
         return Path(import_module("swagger_ui_bundle").swagger_ui_path)
@@ -85,11 +85,11 @@ def page() -> Response:
 
 
 def asset(name: str, known: str = "") -> Response:
-    """Return a file of the page, or 304 without it.
+    """Return a file of the page, or 304 if the browser has it.
 
     Args:
-        name: The file's name.
-        known: The tags of the files that the browser has, as ``If-None-Match`` names them.
+        name: The name of the file.
+        known: The entity tags of the files that the browser has, as in ``If-None-Match``.
 
     Raises:
         HTTPException: 404 if the page has no such file.
@@ -105,6 +105,6 @@ def asset(name: str, known: str = "") -> Response:
 
 @cache
 def _file(name: str) -> tuple[bytes, str]:
-    """Return what a file holds, and the tag that tells it from other versions."""
+    """Return the content of a file and its entity tag."""
     content = _START.encode() if name == START_SCRIPT else (assets_folder() / name).read_bytes()
     return content, f'"{sha256(content).hexdigest()[:32]}"'

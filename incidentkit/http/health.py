@@ -1,26 +1,24 @@
-"""Whether the service runs, and whether it can do its work."""
+"""Liveness and readiness: whether the service runs, and whether it can answer requests."""
 
 from __future__ import annotations
 
 import asyncio
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from attrs import frozen
 
+from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import ClientClosed, SchemaOutOfDate, StoreError
+from incidentkit.http.request_log import RequestLog
 from incidentkit.store.schema import SCHEMA_REVISION
-
-if TYPE_CHECKING:
-    from incidentkit.client import IncidentClient
-    from incidentkit.http.log import RequestLog
 
 TIMEOUT: Final = 3.0
 """Seconds after which a database that does not answer counts as unavailable."""
 
 
 class State(StrEnum):
-    """How a part of the service is."""
+    """The state of a part of the service."""
 
     OK = "ok"
     UNAVAILABLE = "unavailable"
@@ -34,7 +32,7 @@ class Health:
     """The state of one part.
 
     Attributes:
-        state: ``off`` means that it is not in use.
+        state: ``off`` if the part is not in use.
     """
 
     state: State
@@ -47,7 +45,7 @@ class SchemaHealth:
     Attributes:
         state: ``unknown`` while the database is unavailable.
         revision: The revision found; None if there is none, or it is unknown.
-        expected: The revision that is needed.
+        expected: The revision that this version of incidentkit needs.
     """
 
     state: State
@@ -61,7 +59,7 @@ class RequestLogHealth:
 
     Attributes:
         state: ``off`` if requests are not recorded in the database.
-        dropped: Records that this process could not store, since it started.
+        dropped: Records that this process has dropped since it started.
     """
 
     state: State
@@ -70,14 +68,14 @@ class RequestLogHealth:
 
 @frozen
 class Readiness:
-    """Whether requests can be answered, and the state of everything that this takes.
+    """Whether the service is ready, and the state of each part.
 
     Attributes:
-        ready: False if the database is unavailable, its schema is out of date, or a cache that is
-            required is unavailable.
+        ready: Whether requests can be answered: false if the database is unavailable, its schema
+            is out of date, or a required cache is unavailable.
         database: Whether the database answers.
-        schema: Whether its schema fits.
-        cache: Whether lists are cached.
+        schema: Whether its schema is current.
+        cache: Whether the cache answers.
         request_log: Whether requests are recorded in the database.
     """
 
@@ -91,12 +89,12 @@ class Readiness:
 async def readiness(
     client: IncidentClient, request_log: RequestLog | None, *, cache_required: bool
 ) -> Readiness:
-    """Ask the database and the cache, and return how everything is.
+    """Ask the database and the cache, and return the state of each part.
 
     Args:
-        client: Whose database and cache.
-        request_log: What writes the requests to the database; None means nothing.
-        cache_required: Whether a cache that is unavailable counts as not ready.
+        client: The client with the database and the cache.
+        request_log: The request log in the database; None: there is none.
+        cache_required: Whether the service is not ready while the cache is unavailable.
     """
     database = State.OK
     schema = SchemaHealth(State.OK, SCHEMA_REVISION, SCHEMA_REVISION)

@@ -1,12 +1,13 @@
-"""The OpenAPI document, made from the models and the table of routes."""
+"""The OpenAPI document, made from the models and the description of the operations."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
 from attrs import NOTHING, fields
 
@@ -35,6 +36,7 @@ from incidentkit.http.health import (
     SchemaHealth,
     State,
 )
+from incidentkit.http.operation import EntityTag, Operation, Parameter
 from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Conflict, Problem
 from incidentkit.http.request_id import HEADER, PATTERN
 from incidentkit.http.requests import MAX_BODY
@@ -43,11 +45,6 @@ from incidentkit.store.schema import SCHEMA_REVISION
 from incidentkit.version import __version__
 from incidentkit.wire import wire_converter
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from incidentkit.http.routes import Operation, Parameter
-
 Json: TypeAlias = dict[str, Any]
 
 FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
@@ -55,53 +52,53 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
         "minLength": MESSAGE_MIN_LENGTH,
         "maxLength": MESSAGE_MAX_LENGTH,
         "description": (
-            "What happened. Surrounding white space is removed first and does not count; what is "
-            f"left must not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))}, in any letter case, "
-            "nor contain a NUL character."
+            "What happened. Surrounding white space is removed and does not count; the rest must "
+            f"not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))} in any letter case, nor "
+            "contain a NUL character."
         ),
     },
     (NewIncident, "dedup_key"): {
         "minLength": 1,
         "maxLength": NAME_MAX_LENGTH,
         "description": (
-            "What it is about. While an incident with this key is open no second one is made: that "
-            "one counts a further occurrence. Only for an incident that starts as new."
+            "The problem that it is about. While an incident with this key is open, a further "
+            "report counts as an occurrence of it. Only for an incident that starts as new."
         ),
     },
     (NewNote, "note"): {
         "minLength": 1,
         "maxLength": NOTE_MAX_LENGTH,
-        "description": "Surrounding white space is removed first and does not count.",
+        "description": "Surrounding white space is removed and does not count.",
     },
     (Incident, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
     (Incident, "created_at"): {"description": "When it was stored, in UTC."},
     (Incident, "version"): {
         "minimum": 1,
-        "description": "One more with each change; also the ETag, in quotes.",
+        "description": "Increases by one with each change; in quotes it is the ETag.",
     },
     (Incident, "occurrences"): {"minimum": 1, "description": "How often it was reported."},
     (Incident, "last_seen_at"): {"description": "When it was last reported, in UTC."},
     (Incident, "ended_at"): {
-        "description": "When its status left new, in UTC; null while it is open, or if that is "
-        "not known."
+        "description": "When its status left new, in UTC; null while it is open, or if the time is "
+        "unknown."
     },
-    (SearchPage, "next"): {"description": "For after=, on the next page; null on the last one."},
-    (SearchPage, "total"): {"description": "Of all pages together; null unless it was asked for."},
+    (SearchPage, "next"): {"description": "The after= of the next page; null on the last one."},
+    (SearchPage, "total"): {"description": "Matches on all pages; null unless requested."},
     (IncidentEvent, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
-    (IncidentEvent, "cursor"): {"description": "Its place among all events, for after=."},
-    (IncidentEvent, "actor"): {"description": "Who did it; null if nobody was named."},
+    (IncidentEvent, "cursor"): {"description": "Its position among all events, for after=."},
+    (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
     (ChangePage, "next"): {
-        "description": "For after=, to go on; null if nothing has ever happened."
+        "description": "The after= to continue with; null while there is no event at all."
     },
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
     (Problem, "status"): {"minimum": 400, "maximum": 599},
     (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},
     (RequestLogHealth, "dropped"): {"minimum": 0},
 }
-"""What the type of a field does not say of its values."""
+"""Rules and descriptions of fields, beyond their types."""
 
 CLOSED: Final = (NewIncident, NewNote)
-"""Models that are refused if they have unknown fields."""
+"""Models whose unknown fields are refused."""
 
 _REQUEST_ID: Final = "0b5c2f6e4d7a4c1f9e3a8d6b7c5f4e21"
 
@@ -144,7 +141,7 @@ _MODELS: Final = {
         request_log=RequestLogHealth(State.OFF, 0),
     ),
 }
-"""An example of each model that a request or an answer holds."""
+"""An example of each model in a request or an answer."""
 
 _DETAILS: Final = {
     400: "The body is not well-formed JSON (line 1, column 2)",
@@ -152,13 +149,13 @@ _DETAILS: Final = {
     409: "Incident 7 cannot go from completed to new",
     410: "The cursor is unknown in this database: start again without a cursor",
     412: "Incident 7 has moved on: it is at version 1",
-    413: f"The body must have at most {MAX_BODY} bytes",
+    413: f"The body must be at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",
     422: f"incident_id must be an integer from 1 to {MAX_ID}",
     500: "The server failed to answer the request",
-    503: "The database is unavailable, or its schema is not the one that is needed",
+    503: "The database is unavailable, or its schema does not match the service",
 }
-"""An example of the detail of each problem."""
+"""An example detail of each problem."""
 
 _ERRORS: Final = {422: (FieldError("incident_id", f"must be an integer from 1 to {MAX_ID}"),)}
 
@@ -169,8 +166,8 @@ def document(operations: Iterable[Operation], root_path: str = "") -> Json:
     """Return the OpenAPI 3.1 document.
 
     Args:
-        operations: What the service answers.
-        root_path: Where the app is mounted, as it stands in a URL.
+        operations: The operations of the app; those that are not documented are left out.
+        root_path: The path at which the app is mounted, quoted for a URL.
     """
     schemas: Json = {}
     paths: Json = {}
@@ -202,7 +199,7 @@ def document(operations: Iterable[Operation], root_path: str = "") -> Json:
 
 _HEADERS: Final[Json] = {
     HEADER: {
-        "description": f"The id of the request: the one that came in {HEADER}, or a new one.",
+        "description": f"The id of the request: the one sent in {HEADER}, or a new one.",
         "required": True,
         "schema": {"type": "string", "pattern": f"^{PATTERN}$"},
         "example": _REQUEST_ID,
@@ -214,13 +211,13 @@ _HEADERS: Final[Json] = {
         "example": '"1"',
     },
     "Location": {
-        "description": "Where the incident is.",
+        "description": "The path of the incident.",
         "required": True,
         "schema": {"type": "string", "format": "uri-reference"},
         "example": "/incident/get/7",
     },
     "Retry-After": {
-        "description": "Seconds after which to try again.",
+        "description": "Seconds to wait before trying again.",
         "required": True,
         "schema": {"type": "integer", "minimum": 1},
         "example": RETRY_AFTER,
@@ -252,7 +249,7 @@ def _operation(operation: Operation, schemas: Json) -> Json:
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
             },
         }
-        for status, means in {operation.status: operation.answers, **operation.also}.items()
+        for status, means in {operation.status: operation.success, **operation.also}.items()
     }
     for status in operation.problems:
         described["responses"][str(status)] = (
@@ -264,8 +261,9 @@ def _operation(operation: Operation, schemas: Json) -> Json:
 
 
 def _parameter(parameter: Parameter, schemas: Json) -> Json:
-    # A query takes more forms of a time than an answer has.
-    schema = _schema(str if parameter.type is datetime else parameter.type, schemas)
+    # A query takes a time in more formats than an answer has.
+    text = parameter.type in {datetime, EntityTag}
+    schema = _schema(str if text else parameter.type, schemas)
     bounds = ("minLength", "maxLength") if parameter.type is str else ("minimum", "maximum")
     values = (parameter.minimum, parameter.maximum, parameter.pattern, parameter.default)
     for keyword, value in zip((*bounds, "pattern", "default"), values, strict=True):
@@ -286,7 +284,7 @@ def _parameter(parameter: Parameter, schemas: Json) -> Json:
 
 
 def _stream(model: type[Any], schemas: Json) -> Json:
-    """Return the content of a stream: OpenAPI 3.1 has no word for the data of its events."""
+    """Return the content of a stream, as text: OpenAPI 3.1 cannot describe its events."""
     example = wire_converter().unstructure(_MODELS[model])
     _schema(model, schemas)
     lines = (
@@ -294,7 +292,7 @@ def _stream(model: type[Any], schemas: Json) -> Json:
         f"event: {example['kind']}",
         f"data: {json.dumps(example)}",
     )
-    described = f"Server-sent events; the data of each is a {model.__name__} in JSON."
+    described = f"Server-sent events; the data of each is {model.__name__} as JSON."
     return {
         MEDIA_TYPE_OF_STREAMS: {
             "schema": {"type": "string", "description": described},
@@ -307,7 +305,7 @@ def _problem_name(status: int) -> str:
     return TITLES[status].replace(" ", "")
 
 
-def _problem(status: int, schemas: Json, beside: type[Any] | None = None) -> Json:
+def _problem(status: int, schemas: Json, members: type[Any] | None = None) -> Json:
     example = wire_converter().unstructure(
         Problem(
             "about:blank",
@@ -319,9 +317,9 @@ def _problem(status: int, schemas: Json, beside: type[Any] | None = None) -> Jso
         )
     )
     schema = _schema(Problem, schemas)
-    if beside is not None:
-        schema = {"allOf": [schema, _schema(beside, schemas)]}
-        example |= wire_converter().unstructure(_MODELS[beside])
+    if members is not None:
+        schema = {"allOf": [schema, _schema(members, schemas)]}
+        example |= wire_converter().unstructure(_MODELS[members])
     return {
         "description": TITLES[status],
         "headers": _headers(HEADER, *_PROBLEM_HEADERS.get(status, ())),
@@ -341,7 +339,7 @@ def _content(type_: Any, schemas: Json) -> Json:
 
 
 def _schema(type_: Any, schemas: Json) -> Json:
-    """Return the JSON Schema of a type; a model's or an enum's is added to the schemas."""
+    """Return the JSON Schema of a type, and add that of a model or an enum to the schemas."""
     if get_origin(type_) in (list, tuple):
         return {"type": "array", "items": _schema(get_args(type_)[0], schemas)}
     if isinstance(type_, UnionType):

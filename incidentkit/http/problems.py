@@ -1,15 +1,15 @@
-"""Errors as answers: problem details by RFC 9457, which say what is wrong and nothing more."""
+"""Answers to errors: problem details (RFC 9457) that reveal nothing of the inside."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping  # noqa: TC003
+from collections.abc import Mapping
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from attrs import define, field, frozen
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from incidentkit.domain.errors import (
@@ -23,19 +23,16 @@ from incidentkit.domain.errors import (
     UnknownCursor,
     VersionConflict,
 )
-from incidentkit.domain.values import Incident  # noqa: TC001
+from incidentkit.domain.values import Incident
 from incidentkit.http.request_id import request_id
 from incidentkit.wire import dump_json, wire_converter
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
 
 logger = logging.getLogger("incidentkit.http")
 
 MEDIA_TYPE: Final = "application/problem+json"
 
 RETRY_AFTER: Final = 5
-"""Seconds after which a client is told to try again."""
+"""Seconds that a client is asked to wait before it tries again."""
 
 RETRY_HEADERS: Final[Mapping[str, str]] = {"Retry-After": str(RETRY_AFTER)}
 
@@ -52,19 +49,19 @@ TITLES: Final[Mapping[int, str]] = {
     500: "Internal Server Error",
     503: "Service Unavailable",
 }
-"""RFC 9110's names, which Python's own follow only from version to version."""
+"""The names by RFC 9110: those in ``http.HTTPStatus`` differ between versions of Python."""
 
 
 @frozen
 class Problem:
-    """What an answer with an error carries.
+    """The content of an answer with an error.
 
     Attributes:
-        type: Always ``about:blank``: the status says what kind of problem it is.
+        type: Always ``about:blank``: the status is the kind of problem.
         title: The name of the status.
         status: The HTTP status.
         detail: What is wrong, in a sentence for people.
-        request_id: The id that the answer carries in ``X-Request-ID``.
+        request_id: The id in the answer's ``X-Request-ID``.
         errors: Every faulty field or parameter with its reason; empty if the fault lies elsewhere.
     """
 
@@ -78,10 +75,10 @@ class Problem:
 
 @frozen
 class Conflict:
-    """What stands in the way of a change.
+    """The incident that does not allow a change.
 
     Attributes:
-        incident: The incident as it is.
+        incident: Its current state.
     """
 
     incident: Incident
@@ -89,14 +86,14 @@ class Conflict:
 
 @define
 class Refusal(Exception):
-    """An answer that is an error.
+    """A request is refused, with this problem.
 
     Attributes:
         status: The HTTP status.
         detail: What is wrong, in a sentence for people.
         errors: Every faulty field or parameter.
-        headers: What the answer's head carries besides.
-        members: What the problem carries besides.
+        headers: Additional headers of the answer.
+        members: Additional members of the problem.
     """
 
     status: int
@@ -107,7 +104,7 @@ class Refusal(Exception):
 
 
 def problem_response(request: Request, error: Exception) -> Response:
-    """Return the answer for an error, and log it if it is the server's fault."""
+    """Return the answer to an error, and log the error if it is the server's fault."""
     id_ = request_id(request.scope)
     refusal = refusal_for(error)
     match error:
@@ -132,7 +129,7 @@ def problem_response(request: Request, error: Exception) -> Response:
 
 
 def refusal_for(error: Exception) -> Refusal:
-    """Return what a client is told of an error."""
+    """Return the refusal that tells a client of an error."""
     match error:
         case Refusal():
             refusal = error
@@ -147,16 +144,16 @@ def refusal_for(error: Exception) -> Refusal:
         case ClientDisconnect():
             refusal = Refusal(400, "The connection was closed before the request was complete")
         case SchemaOutOfDate() | StoreUnavailable():
-            detail = "The database is unavailable, or its schema is not the one that is needed"
+            detail = "The database is unavailable, or its schema does not match the service"
             refusal = Refusal(503, detail, headers=RETRY_HEADERS)
         case ClientClosed():
-            detail = "The service is not open: it has not started, or is shutting down"
+            detail = "The service is not open: it is still starting, or already shutting down"
             refusal = Refusal(503, detail, headers=RETRY_HEADERS)
         case HTTPException(status_code=404):
             refusal = Refusal(404, "There is nothing at this path")
         case HTTPException(status_code=405, headers={"Allow": str(methods)}):
             methods = ", ".join(sorted(methods.split(", ")))
-            refusal = Refusal(405, f"This path takes only {methods}", headers={"Allow": methods})
+            refusal = Refusal(405, f"This path accepts only {methods}", headers={"Allow": methods})
         case _:
             refusal = Refusal(500, "The server failed to answer the request")
     return refusal

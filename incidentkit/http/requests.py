@@ -1,55 +1,50 @@
-"""Strict reading: what is not understood in full is refused, and the answer says why."""
+"""Reads requests strictly: refuses all that it does not understand, and says why."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 from urllib.parse import parse_qsl
 
 from attrs import fields_dict
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.http.operation import EntityTag, Operation, Parameter
 from incidentkit.http.problems import Refusal
 from incidentkit.wire import wire_converter
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from starlette.requests import Request
-
-    from incidentkit.http.routes import Operation, Parameter
-
 MAX_BODY: Final = 64 * 1024
-"""Bytes that the body of a request may have."""
+"""Maximum bytes of a request's body."""
 
 MAX_DIGITS: Final = 19
-"""Digits of 2^63-1, the largest integer that anything here can be."""
+"""The digits of 2^63-1, the largest integer of all parameters and fields."""
 
 MAX_UNKNOWN: Final = 10
-"""How many unknown names an answer repeats."""
-
-KNOWN_QUERIES: Final = 256
-"""Queries whose meaning is kept, so that one which is asked again need not be read again."""
-
-MAX_KNOWN_QUERY: Final = 200
-"""Bytes that such a query has at most."""
-
-_ENTITY_TAG: Final = re.compile(r'"([1-9]\d{0,18})"', re.ASCII)
+"""Maximum number of unknown names listed in one problem."""
 
 MAX_NAME: Final = 64
-"""How many characters of an unknown name an answer repeats."""
+"""Maximum characters of an unknown name in a problem."""
+
+KNOWN_QUERIES: Final = 256
+"""Size of the LRU cache of queries that were read before."""
+
+MAX_KNOWN_QUERY: Final = 200
+"""Maximum bytes of a query in that cache."""
+
+_ENTITY_TAG: Final = re.compile(EntityTag.PATTERN, re.ASCII)
 
 
 async def read_arguments(request: Request, operation: Operation) -> Mapping[str, Any]:
-    """Return the operation's parameters by name, and what its body holds as ``body``.
+    """Return the operation's parameters by name, and the model from its body as ``body``.
 
     Raises:
-        Refusal: If the query or the body cannot be read at all.
+        Refusal: If the query or the body cannot be decoded.
         InvalidIncident: With every faulty parameter and every faulty field of the body.
         ClientDisconnect: If the connection ends before the body does.
     """
@@ -72,7 +67,7 @@ async def read_arguments(request: Request, operation: Operation) -> Mapping[str,
 
 @lru_cache(KNOWN_QUERIES)
 def _read_known(operation: Operation, query: bytes) -> Mapping[str, Any]:
-    """Return the parameters of an operation that has all of them in its query."""
+    """Return the parameters of an operation whose parameters are all in the query."""
     values, faults = _read_parameters(operation, query)
     if faults:
         raise InvalidIncident(faults)
@@ -82,9 +77,10 @@ def _read_known(operation: Operation, query: bytes) -> Mapping[str, Any]:
 def _read_parameters(
     operation: Operation, query_string: bytes, request: Request | None = None
 ) -> tuple[dict[str, Any], list[FieldError]]:
-    """Return the value of each parameter, and every fault if one of them cannot be read.
+    """Return the value of each parameter, and all faults if one parameter cannot be read.
 
-    What can be read, and breaks a rule, the operation refuses by itself.
+    Where all can be read there are no faults here: the operation itself refuses a value that breaks
+    a rule.
     """
     query = read_query(query_string)
     values, faults = _read_each(query, operation.parameters, request)
@@ -98,7 +94,7 @@ def _read_parameters(
 
 
 def _broken_rules(operation: Operation, values: Mapping[str, Any]) -> list[FieldError]:
-    """Return what the operation would say of its parameters."""
+    """Return the faults that the operation would find in its parameters."""
     try:
         if operation.check is not None:
             operation.check(**values)
@@ -110,7 +106,7 @@ def _broken_rules(operation: Operation, values: Mapping[str, Any]) -> list[Field
 def _read_each(
     query: dict[str, list[str]], parameters: Iterable[Parameter], request: Request | None
 ) -> tuple[dict[str, Any], list[FieldError]]:
-    """Return a value for each parameter, the default one where it is missing or repeated."""
+    """Return a value for each parameter: its default if it is missing or repeated."""
     values: dict[str, Any] = {}
     faults: list[FieldError] = []
     for parameter in parameters:
@@ -126,12 +122,12 @@ def _read_each(
             )
         values[name] = parameter.default
         if parameter.many:
-            values[name] = [parameter.read(text) for text in given] or None
+            values[name] = [_read(parameter, text) for text in given] or None
         elif len(given) > 1:
             faults.append(FieldError(name, "must be given only once"))
         elif given and (given[0] or not parameter.may_be_empty):
             try:
-                values[name] = parameter.read(given[0])
+                values[name] = _read(parameter, given[0])
             except ValueError as error:
                 faults.append(FieldError(name, str(error)))
         elif parameter.required:
@@ -139,11 +135,21 @@ def _read_each(
     return values, faults
 
 
-def read_query(query: bytes) -> dict[str, list[str]]:
-    """Return the values of each name in a query, empty ones too.
+def _read(parameter: Parameter, text: str) -> Any:
+    """Return the value of a parameter, or a text for the rules to refuse.
 
     Raises:
-        Refusal: If it is not percent-encoded UTF-8.
+        ValueError: If the text is not such a value.
+    """
+    read = READERS.get(parameter.type)
+    return text if read is None else read(text)
+
+
+def read_query(query: bytes) -> dict[str, list[str]]:
+    """Return the values of each name in a query, including empty values.
+
+    Raises:
+        Refusal: If the query is not percent-encoded UTF-8.
     """
     values: dict[str, list[str]] = {}
     try:
@@ -162,14 +168,14 @@ def read_query(query: bytes) -> dict[str, list[str]]:
 
 
 def read_header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
-    """Return the values of a header, whose name is given as ASGI has it: in lower case."""
+    """Return the values of a header; its name is given in lower case, as ASGI has it."""
     return [value.decode("latin-1") for found, value in headers if found == name]
 
 
 def read_integer(text: str) -> int | str:
-    """Return the integer if the text is one of ASCII digits, of 64 bits, else the text.
+    """Return the integer if the text is up to 19 ASCII digits, else the text.
 
-    The text is then refused by the rule that asks for an integer, with the reason.
+    The rule for the parameter refuses a text.
     """
     if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS:
         return int(text)
@@ -177,29 +183,26 @@ def read_integer(text: str) -> int | str:
 
 
 def read_version(text: str) -> int | str | None:
-    """Return the version that an ``If-Match`` expects, or None for ``*``.
+    """Return the version in an entity tag, or None for ``*``.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the text is not one entity tag.
     """
-    if text == "*":
-        return None
-    tag = _ENTITY_TAG.fullmatch(text)
-    if tag is None:
-        raise ValueError('(If-Match) must be one ETag as an answer had it, such as "3", or *')
-    return read_integer(tag[1])
+    if _ENTITY_TAG.fullmatch(text) is None:
+        raise ValueError('(If-Match) must be one ETag from an answer, such as "3", or *')
+    return None if text == "*" else read_integer(text.strip('"'))
 
 
 def read_flag(text: str) -> bool | str:
-    """Return what ``true`` or ``false`` says, or the text, for the rule to refuse."""
+    """Return the flag for ``true`` or ``false``, else the text, for the rule to refuse."""
     return {"true": True, "false": False}.get(text, text)
 
 
 def read_time(text: str) -> datetime:
-    """Return the time of ISO 8601, in UTC if it names no zone.
+    """Return the time of an ISO 8601 text; without an offset it is in UTC.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the text is in another format.
     """
     try:
         time = datetime.fromisoformat(text)
@@ -213,15 +216,16 @@ READERS: Final[Mapping[type[Any], Callable[[str], Any]]] = {
     int: read_integer,
     bool: read_flag,
     datetime: read_time,
+    EntityTag: read_version,
 }
-"""What reads the text of a parameter by its type."""
+"""The function that reads a parameter's text, by the parameter's type; others stay text."""
 
 
 async def read_json(request: Request) -> object:
     """Return the JSON value that is the request's body.
 
     Raises:
-        Refusal: If the body is something else, or too large.
+        Refusal: If the body is not JSON, not declared to be JSON, or too large.
         ClientDisconnect: If the connection ends before the body does.
     """
     _check_headers(request.scope["headers"])
@@ -234,7 +238,7 @@ async def read_json(request: Request) -> object:
         body += message.get("body", b"")
         more = message.get("more_body", False)
         if len(body) > MAX_BODY:
-            raise Refusal(413, f"The body must have at most {MAX_BODY} bytes")
+            raise Refusal(413, f"The body must be at most {MAX_BODY} bytes")
     try:
         text = body.decode()
     except UnicodeDecodeError:
@@ -251,7 +255,7 @@ async def read_json(request: Request) -> object:
 
 
 def structure(value: object, model: type[Any]) -> Any:
-    """Return the model that a JSON value from :func:`read_json` stands for.
+    """Return the model for a JSON value from :func:`read_json`.
 
     Raises:
         InvalidIncident: With every faulty field.
@@ -275,13 +279,13 @@ def structure(value: object, model: type[Any]) -> Any:
 
 
 def _merge(faults: list[FieldError], error: InvalidIncident) -> list[FieldError]:
-    """Return the faults, and those of the error for other fields."""
+    """Return the faults, and the faults of other fields in the error."""
     faulty = {fault.field for fault in faults}
     return [*faults, *(fault for fault in error.errors if fault.field not in faulty)]
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that knows which of its names were given more than once."""
+    """A JSON object that remembers which names it was given more than once."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -293,14 +297,14 @@ class _Object(dict[str, Any]):
 
 
 def _refuse_body(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Refuse a body where there has to be none, by what is announced of it."""
+    """Refuse a body that the headers announce."""
     for name, value in headers:
         if name == b"transfer-encoding" or (name == b"content-length" and value.strip(b" \t0")):
             raise Refusal(400, "This operation takes no body")
 
 
 def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Refuse a body that is not declared to be plain JSON."""
+    """Refuse a body that is not declared to be uncompressed JSON in UTF-8."""
     declared = ", ".join(read_header(headers, b"content-type"))
     if declared != "application/json":
         media_type, *parameters = declared.split(";")
@@ -331,10 +335,10 @@ _DECODER: Final = json.JSONDecoder(
 
 
 def _unknown(names: Iterable[str], where: str, what: str) -> list[FieldError]:
-    """Return a fault for each of the first few names, and one for all the others."""
+    """Return a fault for each of the first names, and one fault for the rest."""
     names = list(names)
     faults = [
-        # A name may hold lone surrogates, which have no place in an answer.
+        # A name may hold lone surrogates, which UTF-8 cannot encode.
         FieldError(name[:MAX_NAME].encode(errors="replace").decode(), f"is not a known {what}")
         for name in names[:MAX_UNKNOWN]
     ]

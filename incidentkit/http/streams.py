@@ -1,27 +1,22 @@
-"""Server-sent events: changes, as they happen, to readers that may be slow or gone."""
+"""Server-sent events: streams changes to readers that may be slow, or gone."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Final, TypeVar
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import IncidentKitError
+from incidentkit.domain.values import ChangePage
 from incidentkit.http.problems import RETRY_HEADERS, Refusal
+from incidentkit.http.server_hooks import abort, wait_for_stop
 from incidentkit.wire import encode_event
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
-    from contextlib import ExitStack
-
-    from starlette.types import Receive, Scope, Send
-
-    from incidentkit.client import IncidentClient
-    from incidentkit.domain.values import ChangePage
 
 _T = TypeVar("_T")
 
@@ -30,142 +25,116 @@ logger = logging.getLogger("incidentkit.http")
 MEDIA_TYPE: Final = "text/event-stream"
 
 MAX_READERS: Final = 100
-"""Streams, and polls that wait, that an app serves at a time."""
+"""Maximum number of streams and waiting polls of an app."""
 
 BATCH: Final = 100
-"""Changes that are in memory for one reader."""
+"""Maximum number of changes in memory for one reader."""
 
 HEARTBEAT: Final = 15.0
-"""Seconds without a change after which a stream says that it is still there."""
+"""Seconds without a change after which a stream sends a comment."""
 
 SEND_TIMEOUT: Final = 30.0
 """Seconds after which a reader that takes nothing is given up."""
 
 END_TIMEOUT: Final = 1.0
-"""Seconds in which a reader has to take the end of its stream, or loses its connection."""
+"""Seconds that a reader has to take the end of its stream before its connection is dropped."""
 
 RETRY: Final = 2
-"""Seconds after which a browser is told to connect again."""
-
-LOOK: Final = 0.25
-"""Seconds between two looks whether the server is about to stop."""
+"""Seconds after which a browser connects again."""
 
 
 class Readers:
-    """Those who wait for changes: how many there are, and that they have to go.
+    """Counts the readers that wait for changes, and refuses too many of them.
 
-    A server waits for its connections before it stops, and streams never end by themselves. While
-    there are any, this looks whether uvicorn, which handles the process's signals, has been told to
-    stop.
+    Attributes:
+        count: Readers at present.
     """
 
     def __init__(self) -> None:
-        self._places = 0
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._watch: asyncio.Task[None] | None = None
+        self.count = 0
 
     @contextmanager
     def place(self) -> Iterator[None]:
         """Hold a place.
 
         Raises:
-            Refusal: If there is none.
+            Refusal: If every place is taken.
         """
-        if self._places >= MAX_READERS:
-            detail = f"{MAX_READERS} readers wait for changes already"
+        if self.count >= MAX_READERS:
+            detail = f"{MAX_READERS} readers, the maximum, are already waiting for changes"
             raise Refusal(503, detail, headers=RETRY_HEADERS)
-        self._places += 1
+        self.count += 1
         try:
             yield
         finally:
-            self._places -= 1
-
-    async def run(self, work: Coroutine[Any, Any, _T], receive: Receive | None = None) -> _T | None:
-        """Return what a reader's work returns, or None if the server is about to stop.
-
-        Nor is it done once the reader is gone.
-
-        Args:
-            work: What the reader waits for.
-            receive: What tells that the reader is gone; None means that the work is cancelled then.
-        """
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.ensure_future(self._end_with_the_server())
-        ends = {task} if receive is None else {task, asyncio.ensure_future(_gone(receive))}
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._tasks.discard(task)
-            for end in ends:
-                end.cancel()
-            await asyncio.wait(ends)
-        return None if task.cancelled() else task.result()
-
-    async def _end_with_the_server(self) -> None:
-        while self._tasks:
-            if _server_stops():
-                for task in self._tasks:
-                    task.cancel()
-                return
-            await asyncio.sleep(LOOK)
+            self.count -= 1
 
 
-def _server_stops() -> bool:
-    """Return whether uvicorn runs this process and was told to stop."""
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    return bool(getattr(server, "should_exit", False))
+async def run_until_stop(
+    work: Coroutine[Any, Any, _T], scope: Scope, receive: Receive | None = None
+) -> _T | None:
+    """Return the result of a reader's work, or None if it is cancelled because the server stops.
+
+    A server waits for its connections before it stops, and a stream never ends by itself.
+
+    Args:
+        work: What the reader waits for.
+        scope: The reader's request.
+        receive: Also cancel the work when the reader disconnects; None: the caller does that.
+    """
+    task = asyncio.ensure_future(work)
+    ends: list[asyncio.Future[Any]] = [task, asyncio.ensure_future(wait_for_stop(scope))]
+    if receive is not None:
+        ends.append(asyncio.ensure_future(_disconnected(receive)))
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await _cancel(ends)
+    return None if task.cancelled() else task.result()
 
 
 class ChangeStream(Response):
-    """Changes as server-sent events, for as long as the reader takes them.
+    """Sends changes as server-sent events, for as long as the reader takes them.
 
     Args:
-        client: Whose changes.
-        readers: Where it waits.
+        client: Reads the changes.
         page: The first of them.
-        place: What it holds until it ends.
+        place: The reader's place, released at the end of the stream.
     """
 
     media_type = MEDIA_TYPE
 
-    def __init__(
-        self, client: IncidentClient, readers: Readers, page: ChangePage, place: ExitStack
-    ) -> None:
+    def __init__(self, client: IncidentClient, page: ChangePage, place: ExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._client = client
-        self._readers = readers
         self._page = page
         self._place = place
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Send until the reader is gone, too slow, or the server or the client stops."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the reader is gone or too slow, or the server or the client stops."""
         with self._place:
-            await self._stream(receive, send)
+            await self._stream(scope, receive, send)
 
-    async def _stream(self, receive: Receive, send: Send) -> None:
-        stream = asyncio.ensure_future(self._run(send))
-        gone = asyncio.ensure_future(_gone(receive))
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = asyncio.ensure_future(self._run(scope, send))
+        disconnected = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait({stream, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not gone.done() and stream.exception() is None and not stream.result():
-                _abort(receive)
-                await asyncio.wait({gone}, timeout=END_TIMEOUT)
+            await asyncio.wait({stream, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+            cut = not disconnected.done() and stream.exception() is None and not stream.result()
+            if cut and abort(scope):
+                await asyncio.wait({disconnected}, timeout=END_TIMEOUT)
         finally:
-            for task in (stream, gone):
-                task.cancel()
-            await asyncio.wait({stream, gone})
+            await _cancel([stream, disconnected])
         if not stream.cancelled() and (error := stream.exception()) is not None:
             raise error
 
-    async def _run(self, send: Send) -> bool:
-        """Send, and return whether the reader has taken it all."""
+    async def _run(self, scope: Scope, send: Send) -> bool:
+        """Send the stream, and return whether the reader has taken all of it."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             with suppress(IncidentKitError):
-                await self._readers.run(self._send_changes(send))
+                await run_until_stop(self._send_changes(send), scope)
             async with asyncio.timeout(END_TIMEOUT):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
@@ -179,7 +148,7 @@ class ChangeStream(Response):
         page = self._page
         await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
         while True:
-            await self._send(send, _frames(page) or _sign_of_life(page))
+            await self._send(send, _frames(page) or _heartbeat(page))
             page = await self._client.read_changes(page.next, limit=BATCH, wait=HEARTBEAT)
 
     async def _send(self, send: Send, body: bytes) -> None:
@@ -195,24 +164,18 @@ def _frames(page: ChangePage) -> bytes:
     )
 
 
-def _sign_of_life(page: ChangePage) -> bytes:
-    # Whoever began with the latest has to know which that was, to resume behind it.
+def _heartbeat(page: ChangePage) -> bytes:
+    # With the id, a reader that began at the latest change can resume there.
     id_ = b"" if page.next is None else b"id: %b\n" % page.next.encode()
     return id_ + b": nothing new\n\n"
 
 
-def _abort(receive: Receive) -> None:
-    """Let uvicorn drop a connection with what is still to be sent on it.
-
-    ASGI has no word for it, and uvicorn would wait for the reader, also before it stops. Where
-    somebody else is behind `receive`, nothing is done.
-    """
-    transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    abort = getattr(transport, "abort", None)
-    if callable(abort):
-        abort()
-
-
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _cancel(tasks: list[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

@@ -1,4 +1,4 @@
-"""The service under a real server, and a client that holds every answer against its OpenAPI."""
+"""Runs the service under a real server, and checks every answer against the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from incidentkit import IncidentClient
 from incidentkit.http import create_app
 from incidentkit.http.openapi import document
 from incidentkit.http.routes import OPERATIONS
+from incidentkit.http.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,9 +30,16 @@ INCIDENT = {"incident_message": "Disk is full on db-1", "source": "monitoring"}
 DOCUMENT = document(OPERATIONS)
 
 
+def service_on(client: IncidentClient, **options: Any) -> Service:
+    """Return the app around a client, typed so that tests reach its parts."""
+    app = create_app(client, **options)
+    assert isinstance(app, Service)
+    return app
+
+
 @contextmanager
 def serving(app: ASGIApp, **config: Any) -> Iterator[str]:
-    """Run the app under uvicorn in a thread and give its URL; stop it in good order."""
+    """Run the app under uvicorn in a thread and yield its URL; stop it gracefully."""
     server = uvicorn.Server(
         uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", **config)
     )
@@ -50,7 +58,7 @@ def serving(app: ASGIApp, **config: Any) -> Iterator[str]:
 
 
 def check_answer(response: httpx.Response) -> None:
-    """Fail if the OpenAPI document does not say that there is such an answer."""
+    """Fail if the OpenAPI document does not describe such an answer."""
     response.read()
     assert response.headers["X-Request-ID"]
     operation = _operation(response.request)
@@ -68,7 +76,7 @@ def check_answer(response: httpx.Response) -> None:
 
 
 def validate(value: Any, schema: dict[str, Any]) -> None:
-    """Fail if the value is not what a schema of the OpenAPI document says."""
+    """Fail if the value does not match a schema of the OpenAPI document."""
     Draft202012Validator({**schema, "components": DOCUMENT["components"]}).validate(value)
 
 
@@ -93,10 +101,10 @@ def _resolve(described: dict[str, Any]) -> dict[str, Any]:
 
 
 class Serve(Protocol):
-    """Runs an app until the test ends, and returns a client of it."""
+    """Runs an app until the test ends, and returns a client for it."""
 
     def __call__(self, app: ASGIApp, *, checked: bool = True, **config: Any) -> httpx.Client:
-        """Return a client of the app; unless told otherwise it checks each answer."""
+        """Return a client for the app; by default it checks each answer."""
         ...
 
 
@@ -140,7 +148,7 @@ def urls(request: pytest.FixtureRequest) -> tuple[str, str | None]:
 
 
 class Records(logging.Handler):
-    """What is logged, from whichever thread."""
+    """Collects log records from all threads."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The app alone, mounted in a host, and as the environment says."""
+"""The app alone, mounted in a host, and configured by the environment."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ import subprocess
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.responses import Response
 from starlette.routing import Mount
 
 from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.http import create_app, lifespan
+from incidentkit.http.service import Service
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from starlette.types import ASGIApp
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from incidentkit.store import IncidentStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 async def test_the_lifespan_closes_what_it_opened() -> None:
-    """A client that was closed is opened and closed; one that was open stays open."""
+    """A closed client is opened and closed again; an open client stays open."""
     client = IncidentClient.open(MEMORY)
     app = create_app(client)
     connected = []
@@ -45,7 +50,7 @@ async def test_the_lifespan_closes_what_it_opened() -> None:
 
 
 async def test_the_lifespan_closes_the_client_after_an_error() -> None:
-    """A host that fails leaves no client open behind it."""
+    """A host that fails leaves no client open."""
     client = IncidentClient.open(MEMORY)
     with pytest.raises(ZeroDivisionError):
         async with lifespan(create_app(client)):
@@ -54,10 +59,30 @@ async def test_the_lifespan_closes_the_client_after_an_error() -> None:
 
 
 def test_another_request_log() -> None:
-    """Where requests are recorded is one of two places."""
+    """Any other place for the request log is refused."""
     with pytest.raises(InvalidSettings) as raised:
         create_app(IncidentClient.open(MEMORY), request_log="file")  # type: ignore[arg-type]
     assert raised.value.name == "request_log"
+
+
+class NoRequestLog:
+    """A store that cannot append to the request log."""
+
+
+def test_a_request_log_without_a_table() -> None:
+    """A client whose store cannot append rows is refused right away."""
+    client = IncidentClient(cast("IncidentStore", NoRequestLog()))
+    create_app(client)
+    with pytest.raises(InvalidSettings) as raised:
+        create_app(client, request_log="database")
+    assert raised.value.name == "request_log"
+
+
+async def test_the_lifespan_of_another_app() -> None:
+    """An app that create_app() has not made is refused."""
+    with pytest.raises(TypeError):
+        async with lifespan(Starlette()):
+            pytest.fail("The app started")
 
 
 def check_mounted(api: httpx.Client, prefix: str) -> None:
@@ -82,7 +107,7 @@ def check_mounted(api: httpx.Client, prefix: str) -> None:
 
 
 def test_mounted_in_fastapi(serve: Serve) -> None:
-    """A FastAPI host that reuses the lifespan serves the app under its prefix, and its own."""
+    """A FastAPI host that runs the lifespan serves the app under its prefix, and its own routes."""
     client = IncidentClient.open(MEMORY)
     incidents = create_app(client, request_log="database")
     host = FastAPI(lifespan=lambda _: lifespan(incidents))
@@ -100,7 +125,7 @@ def test_mounted_in_fastapi(serve: Serve) -> None:
 
 
 def test_mounted_with_a_client_of_the_host(serve: Serve) -> None:
-    """A host that connects the client by itself needs nothing else, at any depth."""
+    """A host that connects the client itself needs nothing else, at any depth."""
     client = IncidentClient.open(MEMORY)
 
     @asynccontextmanager
@@ -114,7 +139,7 @@ def test_mounted_with_a_client_of_the_host(serve: Serve) -> None:
 
 
 def test_behind_a_proxy(serve: Serve) -> None:
-    """A prefix that a proxy has taken off is put on what the service links to."""
+    """Links of the service have the prefix that a proxy has removed."""
     api = serve(create_app(IncidentClient.open(MEMORY)), root_path="/proxy/")
     created = api.post("/incident/create", json=INCIDENT)
     assert created.headers["Location"] == "/proxy/incident/get/1"
@@ -122,7 +147,7 @@ def test_behind_a_proxy(serve: Serve) -> None:
 
 
 async def test_other_scopes_pass() -> None:
-    """A WebSocket that a host hands down is closed, not answered."""
+    """A WebSocket that a host passes on is closed."""
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -138,7 +163,7 @@ async def test_other_scopes_pass() -> None:
 
 
 async def test_an_error_outside_the_routes() -> None:
-    """A middleware of a host that fails inside the app leaves a problem, too."""
+    """A host's middleware that fails inside the app is answered with a problem, too."""
 
     async def broken(*_: object) -> None:
         raise ZeroDivisionError
@@ -156,6 +181,122 @@ async def test_an_error_outside_the_routes() -> None:
     assert answer.headers["X-Request-ID"] == answer.json()["request_id"] == "mine"
 
 
+async def answers_of(
+    app: ASGIApp, *paths: str, headers: dict[str, str] | None = None
+) -> list[httpx.Response]:
+    """Return the answers of an app to GET, whatever fails in it."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
+        return [await api.get(path, headers=headers) for path in paths]
+
+
+async def test_operations_are_found_inside_the_middleware_of_a_host() -> None:
+    """Middleware sees each request and its route, and no route is tried before an operation."""
+    seen: list[tuple[str, str]] = []
+
+    def middleware(inner: ASGIApp) -> ASGIApp:
+        async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+            await inner(scope, receive, send)
+            if scope["type"] == "http":
+                seen.append((scope["path"], scope["route"].path))
+
+        return outer
+
+    async with IncidentClient.open(MEMORY) as client:
+        app = create_app(client)
+        app.add_middleware(middleware)
+        app.router.routes.clear()
+        answers = await answers_of(app, "/incident/get", "/incident/history/7", "/health/live")
+    assert [answer.status_code for answer in answers] == [200, 404, 200]
+    assert answers[1].json()["detail"] == "Incident not found"
+    assert seen == [
+        ("/incident/get", "/incident/get"),
+        ("/incident/history/7", "/incident/history/{incident_id}"),
+        ("/health/live", "/health/live"),
+    ]
+
+
+async def test_the_path_of_a_mount_keeps_its_parameters() -> None:
+    """Middleware in the app sees the parameters of the host's path, and those of the operation."""
+    seen: list[dict[str, str]] = []
+
+    def middleware(inner: ASGIApp) -> ASGIApp:
+        async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+            await inner(scope, receive, send)
+            seen.append(scope["path_params"])
+
+        return outer
+
+    app = create_app(IncidentClient.open(MEMORY))
+    app.add_middleware(middleware)
+    host = Starlette(routes=[Mount("/{tenant}", app)])
+    await answers_of(host, "/acme/incident/get/7")
+    assert seen == [{"tenant": "acme", "incident_id": "7"}]
+
+
+async def test_an_answer_that_has_begun_is_not_followed_by_a_problem() -> None:
+    """A middleware of a host that fails after its answer has begun is not answered again."""
+
+    def middleware(inner: ASGIApp) -> ASGIApp:
+        async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+            await inner(scope, receive, send)
+            raise ZeroDivisionError
+
+        return outer
+
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    app = create_app(IncidentClient.open(MEMORY))
+    app.add_middleware(middleware)
+    scope = {"type": "http", "method": "GET", "path": "/health/live", "headers": []}
+    with pytest.raises(ZeroDivisionError):
+        await app({**scope, "query_string": b""}, receive, send)
+    assert sent == ["http.response.start", "http.response.body"]
+
+
+async def test_every_answer_has_the_id_of_its_request() -> None:
+    """Answers of a host's own middleware and routes have the id, and keep one of their own."""
+
+    async def fail(_: Request) -> Response:
+        raise ZeroDivisionError
+
+    def own(request: Request) -> Response:
+        return Response(headers=dict(request.query_params))
+
+    def copying(inner: ASGIApp) -> ASGIApp:
+        async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/forbidden":
+                await Response(status_code=403)(scope, receive, send)
+            else:
+                await inner({**scope}, receive, send)
+
+        return outer
+
+    app = create_app(IncidentClient.open(MEMORY))
+    app.add_middleware(copying)
+    app.add_route("/own", own)
+    app.add_route("/fail", fail)
+    paths = ("/incident/get", "/nowhere", "/forbidden", "/own", "/fail")
+    answers = await answers_of(app, *paths)
+    assert [answer.status_code for answer in answers] == [503, 404, 403, 200, 500]
+    ids = [answer.headers.get_list("X-Request-ID") for answer in answers]
+    assert all(len(each) == 1 for each in ids)
+    assert len({each[0] for each in ids}) == len(paths)
+    for answer, (id_,) in zip(answers, ids, strict=True):
+        if "json" in answer.headers.get("Content-Type", ""):
+            assert answer.json()["request_id"] == id_
+    for answer in await answers_of(app, *paths, headers={"X-Request-ID": "mine"}):
+        assert answer.headers.get_list("X-Request-ID") == ["mine"]
+    (answer,) = await answers_of(app, "/own?x-request-id=theirs")
+    assert answer.headers.get_list("X-Request-ID") == ["theirs"]
+
+
 def test_starlette_is_missing() -> None:
     """Without Starlette the import fails with the name of the extra that brings it."""
     program = (
@@ -168,7 +309,7 @@ def test_starlette_is_missing() -> None:
 
 
 def test_another_module_is_missing() -> None:
-    """A module that Starlette itself misses is not taken for Starlette."""
+    """A module that Starlette itself is missing is not reported as Starlette."""
     program = (
         "import sys; sys.modules['anyio'] = None\n"
         "try:\n    import incidentkit.http\n"
@@ -190,7 +331,7 @@ def run(program: str) -> str:
 
 
 def test_the_bundled_app(tmp_path: Path) -> None:
-    """Uvicorn runs the app that the environment describes, and each request is on stderr."""
+    """Uvicorn runs the app as the environment configures it, and each request is on stderr."""
     (tmp_path / ".env").write_text("INCIDENTKIT_REQUEST_LOG=database\n")
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -217,7 +358,7 @@ def test_the_bundled_app(tmp_path: Path) -> None:
 
 
 def test_the_bundled_app_leaves_logging_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where logging is set up already, importing the bundled app changes nothing about it."""
+    """Importing the bundled app leaves a logging configuration unchanged."""
     import logging
 
     monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", MEMORY)
@@ -225,5 +366,6 @@ def test_the_bundled_app_leaves_logging_alone(monkeypatch: pytest.MonkeyPatch) -
     handlers, level = list(logger.handlers), logger.level
     from incidentkit.http.asgi import app
 
-    assert isinstance(app.state.client.store, SqliteStore)
+    assert isinstance(app, Service)
+    assert isinstance(app.client.store, SqliteStore)
     assert (logger.handlers, logger.level) == (handlers, level)

@@ -1,33 +1,39 @@
-"""The change feed over HTTP: as server-sent events, and by polling."""
+"""The change feed over HTTP, by server-sent events and by polling."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import threading
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from incidentkit import IncidentClient
+from incidentkit.cli.protocol import Protocol
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.http import create_app, streams
-from tests.http.conftest import INCIDENT, MEMORY, Records, Serve
+from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, service_on, serving
 from tests.programs import service
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 STREAM = {"Accept": "text/event-stream"}
 HUGE = 20_000_000
-"""Bytes that are more than the buffers on the way to a reader hold."""
+"""More bytes than the buffers on the way to a reader hold."""
+
+GRACE = 20
+"""Seconds after which uvicorn gives up, and logs an error, when it is told to stop."""
 
 
 def update(api: httpx.Client, status: str) -> None:
@@ -37,7 +43,7 @@ def update(api: httpx.Client, status: str) -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what happens in the thread of the server."""
+    """Wait for a condition in the thread of the server."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
@@ -57,7 +63,7 @@ def messages(stream: httpx.Response) -> Iterator[dict[str, str]]:
 
 
 def events(stream: httpx.Response) -> Iterator[dict[str, Any]]:
-    """Yield the changes of a stream, whose fields have to fit."""
+    """Yield the changes of a stream, and check the fields of each event."""
     for block in messages(stream):
         if "data" in block:
             change = json.loads(block["data"])
@@ -66,8 +72,8 @@ def events(stream: httpx.Response) -> Iterator[dict[str, Any]]:
             yield change
 
 
-def test_a_stream_has_what_was_and_what_comes(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """Events come in order, those of before at once and new ones as they happen."""
+def test_a_stream_has_old_and_new_changes(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """Changes come in order: old ones at once, new ones as they happen."""
     api = serve(create_app(IncidentClient.open(*urls)), checked=False)
     api.post("/incident/create", json=INCIDENT)
     with api.stream("GET", "/incident/changes", headers=STREAM) as stream:
@@ -84,7 +90,7 @@ def test_a_stream_has_what_was_and_what_comes(serve: Serve, urls: tuple[str, str
 
 
 def test_a_stream_resumes(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """Last-Event-ID goes on behind that event, before what the query says."""
+    """Last-Event-ID resumes after that event, and takes precedence over the query."""
     api = serve(create_app(IncidentClient.open(*urls)), checked=False)
     api.post("/incident/create", json=INCIDENT)
     update(api, "failed")
@@ -102,10 +108,8 @@ def test_a_stream_resumes(serve: Serve, urls: tuple[str, str | None]) -> None:
             assert [next(changes), next(changes)] == [second, third]
 
 
-def test_a_quiet_stream_says_that_it_is_there(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without changes a comment comes now and then, and at the start, with when to come back."""
+def test_a_quiet_stream_sends_heartbeats(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream starts with the delay to reconnect, and sends comments while nothing changes."""
     monkeypatch.setattr(streams, "HEARTBEAT", 0.01)
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
     with api.stream("GET", "/incident/changes?after=latest", headers=STREAM) as stream:
@@ -116,14 +120,14 @@ def test_a_quiet_stream_says_that_it_is_there(
 
 
 def test_a_head_of_a_stream_ends(api: httpx.Client) -> None:
-    """HEAD answers at once, whatever is accepted."""
+    """HEAD answers at once, even if the request accepts a stream."""
     answer = api.head("/incident/changes", headers=STREAM)
     assert (answer.status_code, answer.content) == (200, b"")
 
 
 @pytest.mark.parametrize("headers", [{}, STREAM])
 def test_a_foreign_cursor_is_gone(serve: Serve, headers: dict[str, str]) -> None:
-    """A cursor of another database is refused with 410 before a stream begins."""
+    """A cursor of another database is refused with 410, before a stream begins."""
     api = serve(create_app(IncidentClient.open(MEMORY)))
     after = encode_cursor(1, 2, 3, 4)
     answer = api.get("/incident/changes", params={"after": after}, headers=headers)
@@ -147,7 +151,7 @@ def test_a_foreign_cursor_is_gone(serve: Serve, headers: dict[str, str]) -> None
 def test_faulty_parameters_are_refused(
     api: httpx.Client, query: str, headers: dict[str, str], fields: list[str]
 ) -> None:
-    """What is not understood is named, for streams and polls alike."""
+    """Faulty parameters are named, for streams and polls alike."""
     for accept in ({}, STREAM):
         answer = api.get(f"/incident/changes?{query}", headers=headers | accept)
         assert answer.status_code == 422
@@ -155,7 +159,7 @@ def test_faulty_parameters_are_refused(
 
 
 def test_polling_goes_from_page_to_page(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """`next` leads on; where nothing is new it stays, and a poll may wait."""
+    """`next` leads to the next page, and stays the same while nothing is new; a poll may wait."""
     api = serve(create_app(IncidentClient.open(*urls)))
     empty = api.get("/incident/changes").json()
     assert empty == {"changes": [], "next": None}
@@ -179,15 +183,15 @@ def test_polling_goes_from_page_to_page(serve: Serve, urls: tuple[str, str | Non
     assert [change["to_status"] for change in page["changes"]] == ["new"]
 
 
-def test_there_are_only_so_many_readers(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reader too many is told to try again; a place that was left is free."""
+def test_the_number_of_readers_is_limited(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reader too many is asked to try again later; a reader that leaves frees its place."""
     monkeypatch.setattr(streams, "MAX_READERS", 2)
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
     with (
         api.stream("GET", "/incident/changes", headers=STREAM) as first,
         api.stream("GET", "/incident/changes", headers=STREAM) as second,
     ):
-        # A generator that is thrown away closes its stream.
+        # A generator that is garbage closes its stream.
         reading = [messages(first), messages(second)]
         for blocks in reading:
             next(blocks)
@@ -204,16 +208,16 @@ def test_there_are_only_so_many_readers(serve: Serve, monkeypatch: pytest.Monkey
         pytest.fail("no place became free")
 
 
-def frozen_reader(api: httpx.Client) -> socket.socket:
-    """Return a connection that asked for a stream, and takes no more than its beginning."""
-    lazy = socket.create_connection((api.base_url.host, api.base_url.port or 80), timeout=60)
+def frozen_reader(url: httpx.URL) -> socket.socket:
+    """Return a connection that asks for a stream, and reads only its first byte."""
+    lazy = socket.create_connection((url.host, url.port or 80), timeout=60)
     lazy.sendall(b"GET /incident/changes HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n")
     assert lazy.recv(1)
     return lazy
 
 
 def is_cut(lazy: socket.socket) -> bool:
-    """Read what there is, and return whether the connection was dropped before all was sent."""
+    """Read to the end, and return whether the connection was dropped before all was sent."""
     received = 0
     try:
         while data := lazy.recv(1 << 20):
@@ -224,15 +228,15 @@ def is_cut(lazy: socket.socket) -> bool:
 
 
 def wait_for(records: Records, message: str) -> None:
-    """Wait until it is logged."""
+    """Wait until the message is logged."""
     while records.next().getMessage() != message:
         pass
 
 
-def test_of_many_at_once_only_so_many_are_readers(
+def test_the_limit_of_readers_holds_for_simultaneous_requests(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many come at the same moment, each beyond the bound is told so with 503."""
+    """Of many simultaneous requests, each one above the limit is answered with 503."""
     monkeypatch.setattr(streams, "MAX_READERS", 3)
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
 
@@ -252,60 +256,69 @@ def test_of_many_at_once_only_so_many_are_readers(
     assert sorted(asyncio.run(statuses())) == [200] * 3 + [503] * 9
 
 
-def test_a_reader_that_takes_nothing_is_given_up(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, records: Records
+@pytest.mark.parametrize("hooks", [True, False])
+def test_a_reader_that_takes_nothing_is_dropped(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, records: Records, hooks: bool
 ) -> None:
-    """Whoever does not read what is sent loses the place and the connection, and nobody else."""
+    """A reader that takes nothing loses its place; the connection too, if the server can drop it.
+
+    No other reader is affected.
+    """
     monkeypatch.setattr(streams, "SEND_TIMEOUT", 0.05)
     monkeypatch.setattr(streams, "HEARTBEAT", 0.01)
     monkeypatch.setattr(streams, "MAX_READERS", 1)
     monkeypatch.setattr(streams, "encode_event", lambda _: b"x" * HUGE)
-    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
+    protocol = {"http": Protocol} if hooks else {}
+    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False, **protocol)
     api.post("/incident/create", json=INCIDENT)
-    with frozen_reader(api) as lazy:
+    with frozen_reader(api.base_url) as lazy:
         wait_for(records, "A reader of changes was too slow")
         for _ in range(1000):
             if api.get("/incident/changes?wait=1").status_code == 200:
                 break
         else:
             pytest.fail("the place never became free")
-        assert is_cut(lazy)
+        if hooks:
+            assert is_cut(lazy)
     assert api.get("/incident/get/1").status_code == 200
-    assert [record for record in records.seen if record.levelno >= logging.ERROR] == []
+    errors = [record.getMessage() for record in records.seen if record.levelno >= logging.ERROR]
+    # Without the hook, uvicorn closes the connection once the reader has taken what was sent.
+    assert errors == ([] if hooks else ["ASGI callable returned without completing response."])
 
 
 def test_a_reader_that_takes_nothing_does_not_hold_a_server_that_stops(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, records: Records
+    monkeypatch: pytest.MonkeyPatch, records: Records
 ) -> None:
-    """When the server is told to stop, a reader that does not take the end of its stream is cut."""
+    """A server that stops drops a reader that does not take the end of its stream."""
     monkeypatch.setattr(streams, "SEND_TIMEOUT", 3600.0)
     monkeypatch.setattr(streams, "END_TIMEOUT", 0.05)
     monkeypatch.setattr(streams, "encode_event", lambda _: b"x" * HUGE)
-    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
-    api.post("/incident/create", json=INCIDENT)
-    with frozen_reader(api) as lazy:
-        monkeypatch.setattr(streams, "_server_stops", lambda: True)
-        wait_for(records, "A reader of changes was too slow")
+    app = create_app(IncidentClient.open(MEMORY))
+    with serving(app, http=Protocol, timeout_graceful_shutdown=GRACE) as url:
+        httpx.post(f"{url}/incident/create", json=INCIDENT)
+        lazy = frozen_reader(httpx.URL(url))
+    with lazy:
         assert is_cut(lazy)
+    assert "A reader of changes was too slow" in [each.getMessage() for each in records.seen]
+    assert [record for record in records.seen if record.levelno >= logging.ERROR] == []
 
 
-def test_a_poll_whose_reader_is_gone_leaves_its_place(
+def test_a_poll_whose_reader_disconnects_frees_its_place(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A poll that waits ends with its connection."""
+    """A waiting poll ends with its connection, and frees its place."""
     monkeypatch.setattr(streams, "MAX_READERS", 1)
-    app = create_app(IncidentClient.open(MEMORY))
+    app = service_on(IncidentClient.open(MEMORY))
     api = serve(app, checked=False)
-    readers = app.state.readers
     with socket.create_connection((api.base_url.host, api.base_url.port or 80)) as poll:
         poll.sendall(b"GET /incident/changes?wait=30 HTTP/1.1\r\nHost: x\r\n\r\n")
-        until(lambda: len(readers._tasks) == 1)
+        until(lambda: app.readers.count == 1)
         assert api.get("/incident/changes?wait=30").status_code == 503
-    until(lambda: not readers._tasks)
+    until(lambda: app.readers.count == 0)
 
 
-def test_a_stream_from_the_latest_says_which_that_was(serve: Serve) -> None:
-    """Who is cut off before the first change can resume behind what was the latest."""
+def test_a_stream_from_the_latest_change_starts_with_its_id(serve: Serve) -> None:
+    """A reader that is disconnected before the first change can resume at the same position."""
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
     api.post("/incident/create", json=INCIDENT)
     (created,) = api.get("/incident/history/1").json()
@@ -315,13 +328,57 @@ def test_a_stream_from_the_latest_says_which_that_was(serve: Serve) -> None:
         assert next(blocks) == {"id": created["cursor"], "": "nothing new"}
 
 
-def test_a_service_that_stops_lets_no_stream_hold_it(tmp_path: Path) -> None:
-    """With readers that wait for ever, the service still ends at once, and with 0."""
-    with service(tmp_path / "service.log") as running, httpx.Client(base_url=running.url) as api:
-        with api.stream("GET", "/incident/changes", headers=STREAM) as stream:
-            blocks = messages(stream)
-            next(blocks)
-            assert running.end(signal.SIGTERM) == 0
-            for _ in blocks:
-                pass
-        assert "graceful" not in running.log.read_text()
+SERVICES = {
+    "incidentkit": ("-m", "incidentkit", "serve", "--port", "0"),
+    "uvicorn": ("-m", "uvicorn", "incidentkit.http.asgi:app", "--port", "0"),
+}
+
+
+@pytest.mark.parametrize("program", SERVICES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_reader_holds_a_service_that_stops(
+    tmp_path: Path, program: str, number: signal.Signals
+) -> None:
+    """A signal completes streams, answers polls, and then ends the service."""
+    log = tmp_path / "service.log"
+    environment = {
+        **os.environ,
+        "INCIDENTKIT_DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/incidents.db",
+        "PYTHONPATH": str(ROOT),
+    }
+    polled: list[Any] = []
+    with (
+        service(log, program=SERVICES[program], env=environment) as running,
+        httpx.Client(base_url=running.url, timeout=60) as api,
+        api.stream("GET", "/incident/changes", headers=STREAM) as stream,
+    ):
+        blocks = messages(stream)
+        next(blocks)
+        poll = threading.Thread(target=poll_until_it_stops, args=(running.url, polled))
+        poll.start()
+        until(lambda: bool(polled))
+        # Most of the time, the poll then waits.
+        time.sleep(0.1)
+        started = time.monotonic()
+        code = running.end(number)
+        assert time.monotonic() - started < GRACE
+        # httpx raises unless the stream is completed.
+        assert all("data" not in block for block in blocks)
+        poll.join()
+    # The service may have stopped before the poll reached it.
+    assert polled[1:] in ([], [{"changes": [], "next": None}])
+    if program == "incidentkit":
+        assert code == 0
+    text = log.read_text()
+    assert "Finished server process" in text
+    assert "graceful" not in text
+    assert "Traceback" not in text
+
+
+def poll_until_it_stops(url: str, polled: list[Any]) -> None:
+    """Poll again and again, and keep the answers; the first item says that it begins."""
+    with httpx.Client(base_url=url, timeout=60) as api:
+        polled.append("begins")
+        with suppress(httpx.TransportError):
+            while True:
+                polled.append(api.get("/incident/changes?wait=30").json())

@@ -1,4 +1,4 @@
-"""Swagger UI comes whole from the service itself, under a policy that allows nothing else."""
+"""Swagger UI is served entirely by the service, under a policy that forbids everything else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEDIA_TYPES = {
 
 
 def test_the_page_is_whole(api: httpx.Client) -> None:
-    """Each link of the page leads to a file of the service, of the right type."""
+    """Each link of the page leads to a file of the service with the right type."""
     page = api.get("/docs")
     assert page.status_code == 200
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
@@ -40,7 +40,7 @@ def test_the_page_is_whole(api: httpx.Client) -> None:
 
 
 def test_the_page_shows_the_document(api: httpx.Client) -> None:
-    """The script starts Swagger UI on the document beside it, without a validator elsewhere."""
+    """The script starts Swagger UI on the service's own document, without an external validator."""
     script = api.get("/docs/start.js").text
     assert 'url: "openapi.json"' in script
     assert "validatorUrl: null" in script
@@ -49,7 +49,7 @@ def test_the_page_shows_the_document(api: httpx.Client) -> None:
 
 @pytest.mark.parametrize("path", ["/docs", *(f"/{link}" for link in MEDIA_TYPES)])
 def test_the_policy(api: httpx.Client, path: str) -> None:
-    """Nothing may be loaded from elsewhere, no inline script run, and no frame show the page."""
+    """The policy forbids external resources, inline scripts, and frames around the page."""
     headers = api.get(path).headers
     policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
     assert policy["default-src"] == "'none'"
@@ -63,7 +63,7 @@ def test_the_policy(api: httpx.Client, path: str) -> None:
 
 @pytest.mark.parametrize("given", ["bytes=abc", "bytes=99999999-", "bytes=0-3", "lines=1"])
 def test_a_range_is_not_taken(api: httpx.Client, given: str) -> None:
-    """A file always comes whole, whatever part of it is asked for."""
+    """A range request is answered with the whole file."""
     answer = api.get("/docs/swagger-ui.css", headers={"Range": given})
     assert answer.status_code == 200
     assert answer.content == api.get("/docs/swagger-ui.css").content
@@ -71,7 +71,7 @@ def test_a_range_is_not_taken(api: httpx.Client, given: str) -> None:
 
 @pytest.mark.parametrize("path", MEDIA_TYPES)
 def test_a_file_that_the_browser_has(api: httpx.Client, path: str) -> None:
-    """A browser asks each time, and gets a file that it has not got a second time."""
+    """A browser revalidates each time, and gets 304 for a file that it has."""
     whole = api.get(path)
     tag = whole.headers["ETag"]
     assert whole.headers["Cache-Control"] == "no-cache"
@@ -93,7 +93,7 @@ def test_no_other_file(api: httpx.Client, name: str) -> None:
 
 
 def test_without_docs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Swagger UI its package is not needed, and the document is still there."""
+    """With docs=False the package of Swagger UI is not needed; the OpenAPI document is served."""
     assets_folder.cache_clear()
     monkeypatch.setitem(sys.modules, "swagger_ui_bundle", None)
     api = serve(create_app(IncidentClient.open(MEMORY), docs=False))
@@ -103,7 +103,7 @@ def test_without_docs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its package Swagger UI is refused, with the extra that brings it."""
+    """Without the package of Swagger UI the error names the extra that installs it."""
     assets_folder.cache_clear()
     monkeypatch.setitem(sys.modules, "swagger_ui_bundle", None)
     with pytest.raises(MissingDependency) as raised:
@@ -113,7 +113,7 @@ def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_package_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that cannot be imported for another reason is not called missing."""
+    """A package that fails to import for another reason is not reported as missing."""
 
     def broken(_: str) -> None:
         raise ModuleNotFoundError(name="elsewhere")

@@ -31,7 +31,7 @@ DEADLINE = 60.0
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[PostgresServer]:
-    """A PostgreSQL of these tests' own, migrated."""
+    """A PostgreSQL server for this module, migrated."""
     with PostgresServer(durable=True) as server:
         asyncio.run(upgrade(server.url))
         yield server
@@ -39,19 +39,19 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="module")
 def redis() -> Iterator[RedisServer]:
-    """A Redis of these tests' own."""
+    """A Redis server for this module."""
     with RedisServer() as server:
         yield server
 
 
 @pytest.fixture
 def api(serve: Serve, postgres: PostgresServer, redis: RedisServer) -> httpx.Client:
-    """A client of the service on those two."""
+    """A client for the service on these two servers."""
     return serve(create_app(IncidentClient.open(postgres.url, redis.url, options=QUICK)))
 
 
 class Load:
-    """Clients that create, change and list until told to stop, and hold every answer to account."""
+    """Clients that create, change and list until they are stopped, and check every answer."""
 
     def __init__(self, base_url: httpx.URL) -> None:
         self.base_url = base_url
@@ -62,7 +62,7 @@ class Load:
         self._changed = threading.Condition()
 
     def reached(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition holds, which is asked after each answer."""
+        """Wait until the condition holds; it is evaluated after each answer."""
         with self._changed:
             assert self._changed.wait_for(condition, DEADLINE), self.answers
 
@@ -72,7 +72,7 @@ class Load:
         self.reached(lambda: self.answers[verb, status] >= target)
 
     def stop(self) -> None:
-        """Tell the clients to end."""
+        """Stop the clients."""
         self._stop.set()
 
     def _answered(self, verb: str, response: httpx.Response) -> Any:
@@ -82,7 +82,7 @@ class Load:
         return response.json()
 
     def run(self) -> None:
-        """Be one client, which knows what it was told last of its own incidents."""
+        """Run one client, which remembers the last acknowledged state of its own incidents."""
         with httpx.Client(base_url=self.base_url, timeout=DEADLINE) as client:
             while not self._stop.is_set():
                 response = client.post("/incident/create", json=INCIDENT)
@@ -110,7 +110,7 @@ class Load:
 
 @contextmanager
 def load_on(api: httpx.Client) -> Iterator[Load]:
-    """Run a load on the service as long as the block lasts."""
+    """Run a load on the service for the duration of the block."""
     load = Load(api.base_url)
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(load.run) for _ in range(CLIENTS)]
@@ -129,7 +129,7 @@ def stored(api: httpx.Client, incident_id: int) -> str:
 
 
 def test_no_fault_of_redis_changes_an_answer(api: httpx.Client, redis: RedisServer) -> None:
-    """While Redis is killed, hung and restarted, every answer is a success and every list true."""
+    """While Redis is killed, hung and restarted, every answer is a success and every list fresh."""
     with load_on(api) as load:
         for fault in (redis.kill, redis.start, redis.pause, redis.resume, redis.restart):
             load.more("list", 200)
@@ -144,7 +144,7 @@ def test_no_fault_of_redis_changes_an_answer(api: httpx.Client, redis: RedisServ
 def test_a_killed_postgresql_is_a_503_and_comes_back(
     api: httpx.Client, postgres: PostgresServer
 ) -> None:
-    """While PostgreSQL is dead or hung answers are 503, then right again, and no write is lost."""
+    """While PostgreSQL is dead or hung the answer is 503; afterwards no write is lost."""
     with load_on(api) as load:
         load.more("create", 201)
         for harm, mend in ((postgres.kill, postgres.start), (postgres.pause, postgres.resume)):

@@ -1,4 +1,4 @@
-"""What the service says of itself to whoever watches over it."""
+"""Liveness and readiness, as a monitor sees them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OK = {
 
 
 def failing_client(error: Exception | None) -> IncidentClient:
-    """Return a client whose database fails its check, or hangs in it for None."""
+    """Return a client whose check raises the error; None: it hangs."""
     client = IncidentClient.open(MEMORY)
 
     async def fail() -> None:
@@ -49,14 +49,14 @@ def failing_client(error: Exception | None) -> IncidentClient:
 
 
 def test_live(api: httpx.Client) -> None:
-    """The service lives as long as it answers."""
+    """A service that answers is live."""
     answer = api.get("/health/live")
     assert answer.status_code == 200
     assert answer.json() == {"state": "ok"}
 
 
 def test_ready(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """With everything in order, each part says so."""
+    """With everything in order, each part is ok."""
     api = serve(create_app(IncidentClient.open(*urls), request_log="database"))
     answer = api.get("/health/ready")
     assert answer.status_code == 200
@@ -66,7 +66,7 @@ def test_ready(serve: Serve, urls: tuple[str, str | None]) -> None:
 
 
 def test_ready_without_a_cache(serve: Serve) -> None:
-    """A service without a cache and a request log is ready, and says that they are off."""
+    """A service without a cache and a request log is ready, and reports both as off."""
     api = serve(create_app(IncidentClient(store_from_url(MEMORY))))
     assert api.get("/health/ready").json() == OK | {"cache": {"state": "off"}}
 
@@ -92,7 +92,7 @@ def test_not_ready(
     database: str,
     schema: tuple[str, str | None],
 ) -> None:
-    """A database that fails, hangs or has another schema makes a 503 problem with the states."""
+    """A database that fails, hangs or has another schema is a 503 problem with the states."""
     monkeypatch.setattr(health, "TIMEOUT", 0.01 if error is None else 10)
     api = serve(create_app(failing_client(error)))
     answer = api.get("/health/ready")
@@ -113,7 +113,7 @@ def test_not_ready(
 
 
 async def test_a_closed_client_is_not_ready() -> None:
-    """Where nobody has opened the client, the database counts as unavailable."""
+    """The database of a closed client counts as unavailable."""
     with pytest.raises(ClientClosed):
         await IncidentClient.open(MEMORY).check()
     found = await readiness(IncidentClient.open(MEMORY), None, cache_required=False)
@@ -122,7 +122,7 @@ async def test_a_closed_client_is_not_ready() -> None:
 
 
 class FlakyCache(MemoryCache):
-    """A cache that fails while it is told to."""
+    """A cache that fails on demand."""
 
     fails = False
 
@@ -136,7 +136,7 @@ class FlakyCache(MemoryCache):
 def test_a_cache_that_is_away(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, required: bool, status: int
 ) -> None:
-    """A cache that fails is noticed at once; it makes the service unready only if required."""
+    """A failing cache is noticed at once; the service is not ready if the cache is required."""
     monkeypatch.setattr("incidentkit.cache.breaker.RETRY_AFTER", 0.0)
     cache = FlakyCache()
     client = IncidentClient(store_from_url(MEMORY), cache=cache)
@@ -154,7 +154,7 @@ def test_a_cache_that_is_away(
 
 
 async def test_a_cache_that_is_required_is_there_from_the_start() -> None:
-    """A service whose cache is required and away does not start."""
+    """A service whose required cache is away does not start."""
 
     class DeadCache(MemoryCache):
         async def ping(self) -> None:

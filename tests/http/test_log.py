@@ -1,4 +1,4 @@
-"""Each request leaves a record, and the log is never in a request's way."""
+"""Every request leaves a record, and the log never delays or fails a request."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from starlette.requests import Request
 
 from incidentkit import IncidentClient, SchemaOutOfDate, StoreError, StoreUnavailable
 from incidentkit.http import create_app, lifespan
-from incidentkit.http.log import BATCH, CAPACITY, RequestLog, log_route
-from incidentkit.store.request_log import RequestRecord
-from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, serving
+from incidentkit.http.dispatch import Endpoint
+from incidentkit.http.operation import Operation
+from incidentkit.http.request_log import BATCH, CAPACITY, RequestLog
+from incidentkit.store import RequestRecord
+from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, service_on, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import httpx
+    from sqlalchemy import Executable
     from starlette.responses import Response
 
 REQUESTS = [
@@ -45,7 +47,7 @@ REQUESTS = [
 
 
 def send(api: httpx.Client) -> list[tuple[str, str, int, str]]:
-    """Send the requests, one after the other, and return what their records have to say."""
+    """Send the requests one after the other, and return what their records must hold."""
     expected = []
     for number, (method, path, route, status) in enumerate(REQUESTS):
         answer = api.request(
@@ -60,7 +62,7 @@ def send(api: httpx.Client) -> list[tuple[str, str, int, str]]:
 
 
 def test_each_request_leaves_one_record(serve: Serve, records: Records) -> None:
-    """A record says method, route, status, time and id, in its text and as attributes."""
+    """A record has method, route, status, duration and id, in its text and as attributes."""
     expected = send(serve(create_app(IncidentClient.open(MEMORY))))
     logged = [record for record in records.seen if record.name == "incidentkit.http"]
     assert {record.levelno for record in logged} == {logging.INFO}
@@ -73,7 +75,7 @@ def test_each_request_leaves_one_record(serve: Serve, records: Records) -> None:
 
 
 async def test_the_same_records_in_the_database(urls: tuple[str, str | None]) -> None:
-    """With request_log="database" every record is in the table when the service has stopped."""
+    """With request_log="database" every record is in the table once the service has stopped."""
     started = datetime.now(UTC).replace(microsecond=0)
     app = create_app(IncidentClient.open(*urls), request_log="database")
     expected = await asyncio.to_thread(_serve_and_send, app)
@@ -109,7 +111,7 @@ async def _rows(url: str) -> list[tuple[Any, ...]]:
 
 
 class LogStore(SqliteStore):
-    """A store whose log does what the test says.
+    """A store whose appends do what the test says.
 
     Args:
         outcomes: What the first calls do: raise the error, or hang for None; later ones succeed.
@@ -118,39 +120,43 @@ class LogStore(SqliteStore):
     def __init__(self, *outcomes: Exception | None) -> None:
         super().__init__(MEMORY)
         self.outcomes = list(outcomes)
-        self.batches: list[list[RequestRecord]] = []
+        self.batches: list[list[Mapping[str, Any]]] = []
         self.calls = 0
 
-    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Keep the records, unless there is an outcome to come first."""
+    async def append(
+        self,
+        statement: Executable,  # noqa: ARG002
+        rows: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Keep the rows, unless an outcome is left."""
         self.calls += 1
         outcome = self.outcomes.pop(0) if self.outcomes else ...
         if outcome is None:
             await asyncio.Event().wait()
         if isinstance(outcome, Exception):
             raise outcome
-        self.batches.append(list(records))
+        self.batches.append(list(rows))
 
     @property
     def stored(self) -> list[int]:
         """The numbers of the records that were stored, in order."""
-        return [record.status for batch in self.batches for record in batch]
+        return [row["status"] for batch in self.batches for row in batch]
 
 
 def record(number: int) -> RequestRecord:
-    """Return a record that is known by a number."""
+    """Return a record with a number to tell it by."""
     return RequestRecord(datetime.now(UTC), "GET", "/", number, 1.0, "id")
 
 
 async def until_idle(log: RequestLog) -> None:
-    """Wait until the log has written what it had, and has no task left."""
+    """Wait until the log has written its records and its task has ended."""
     assert log._task is not None
     async with asyncio.timeout(10):
         await log._task
 
 
 async def test_records_are_written_in_order_and_in_batches() -> None:
-    """Many records are few writes, none is lost, and their order is kept."""
+    """Many records take few writes; none is lost, and their order is kept."""
     store = LogStore()
     log = RequestLog(store, interval=0)
     for number in range(BATCH * 2 + 1):
@@ -162,7 +168,7 @@ async def test_records_are_written_in_order_and_in_batches() -> None:
 
 
 async def test_a_quiet_log_has_no_task() -> None:
-    """Nothing runs while there is nothing to write, and a later record is written all the same."""
+    """No task runs while there is nothing to write; a later record starts one."""
     store = LogStore()
     log = RequestLog(store, interval=0)
     for number in range(3):
@@ -173,7 +179,7 @@ async def test_a_quiet_log_has_no_task() -> None:
 
 
 async def test_records_wait_for_others() -> None:
-    """A record is not written before its interval is over, or the log is closed."""
+    """A record is written when its interval is over, or the log is closed."""
     store = LogStore()
     log = RequestLog(store, interval=3600)
     for number in range(3):
@@ -188,7 +194,7 @@ async def test_records_wait_for_others() -> None:
     "error", [StoreUnavailable("it is away"), SchemaOutOfDate(None, "9b3f6d20c7e8"), TimeoutError()]
 )
 async def test_records_outlast_an_outage(error: Exception, records: Records) -> None:
-    """While the database is away records wait, and the log tells of it twice: away, and back."""
+    """Records wait while the database is away; the log tells when it goes and when it is back."""
     store = LogStore(error, error, error)
     log = RequestLog(store, interval=0)
     log.add(record(1))
@@ -200,13 +206,13 @@ async def test_records_outlast_an_outage(error: Exception, records: Records) -> 
     assert log.failing is False
     first, second = (logged.getMessage() for logged in records.seen)
     assert first.startswith("The request log cannot be written (")
-    assert second == "The request log is written again, dropped so far: 0"
+    assert second == "The request log is being written again; records dropped so far: 0"
 
 
 async def test_records_that_are_refused_are_dropped(
     records: Records,
 ) -> None:
-    """A batch that the database will never take does not hold up the next one."""
+    """A batch that the database refuses does not hold up the next one."""
     store = LogStore(StoreError("no"), RuntimeError("secret"))
     log = RequestLog(store, interval=0)
     for number in range(BATCH * 3):
@@ -216,12 +222,12 @@ async def test_records_that_are_refused_are_dropped(
     assert log.dropped == BATCH * 2
     assert [logged.getMessage() for logged in records.seen] == [
         "The request log cannot be written (records were refused: StoreError)",
-        f"The request log is written again, dropped so far: {BATCH * 2}",
+        f"The request log is being written again; records dropped so far: {BATCH * 2}",
     ]
 
 
 async def test_a_full_log_drops_what_is_new(records: Records) -> None:
-    """At most so many records wait; those that come on top are counted, and told of once."""
+    """Records above the capacity are dropped and counted, and logged once."""
     store = LogStore()
     log = RequestLog(store, interval=0)
     for number in range(CAPACITY + 5):
@@ -231,13 +237,13 @@ async def test_a_full_log_drops_what_is_new(records: Records) -> None:
     assert store.stored == list(range(CAPACITY))
     assert log.failing is False
     assert [logged.getMessage() for logged in records.seen] == [
-        "The request log cannot be written (too many records wait)",
-        "The request log is written again, dropped so far: 5",
+        "The request log cannot be written (too many records are waiting)",
+        "The request log is being written again; records dropped so far: 5",
     ]
 
 
 async def test_a_write_that_hangs_is_given_up() -> None:
-    """A write that does not end is tried again after its time."""
+    """A write that does not end is cancelled, and tried again."""
     store = LogStore(None)
     log = RequestLog(store, interval=0, write_timeout=0.01)
     log.add(record(1))
@@ -247,7 +253,7 @@ async def test_a_write_that_hangs_is_given_up() -> None:
 
 @pytest.mark.parametrize("outcome", [None, StoreUnavailable("it is away")])
 async def test_closing_drops_what_cannot_be_written(outcome: Exception | None) -> None:
-    """Closing takes one more attempt and a limited time, then it drops what is left."""
+    """Closing makes one more attempt in a limited time, then drops the remaining records."""
     store = LogStore(outcome, outcome)
     log = RequestLog(store, interval=3600, close_timeout=0.01)
     log.add(record(1))
@@ -259,15 +265,15 @@ async def test_closing_drops_what_cannot_be_written(outcome: Exception | None) -
 
 
 async def test_closing_does_not_wait_for_a_store_that_ignores_cancellation() -> None:
-    """A write that goes on after its cancellation is left behind, and its end changes nothing."""
+    """A write that ignores its cancellation is left behind, and changes nothing when it ends."""
     released = asyncio.Event()
 
     class Stubborn(LogStore):
-        async def log_requests(self, records: Sequence[RequestRecord]) -> None:
+        async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
             while not released.is_set():
                 with suppress(asyncio.CancelledError):
                     await released.wait()
-            await super().log_requests(records)
+            await super().append(statement, rows)
 
     store = Stubborn()
     log = RequestLog(store, interval=0, close_timeout=0.01)
@@ -286,8 +292,8 @@ async def test_closing_does_not_wait_for_a_store_that_ignores_cancellation() -> 
 
 
 @pytest.mark.parametrize("method", ["BREW", "GET\r\nX", "x" * 1000])
-async def test_a_method_that_is_none(method: str, records: Records) -> None:
-    """What a client invents as a method is not in the record."""
+async def test_an_unknown_method(method: str, records: Records) -> None:
+    """A method that HTTP does not define is not in the record."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -304,8 +310,8 @@ async def test_a_method_that_is_none(method: str, records: Records) -> None:
     assert logged.getMessage().startswith("(other) (none) 405 ")
 
 
-async def test_a_closed_log_starts_anew() -> None:
-    """A record that comes after closing is written like any other."""
+async def test_a_closed_log_takes_new_records() -> None:
+    """A record that is added after closing is written like any other."""
     store = LogStore()
     log = RequestLog(store, interval=0)
     await log.close()
@@ -316,11 +322,11 @@ async def test_a_closed_log_starts_anew() -> None:
     assert log.dropped == 0
 
 
-def test_a_hanging_log_is_in_nobodys_way(serve: Serve) -> None:
-    """While the request log hangs every request is answered, and what is dropped is counted."""
-    client = IncidentClient(LogStore(None))
-    app = create_app(client)
-    app.state.request_log = RequestLog(client.store, capacity=3, interval=0, close_timeout=0.01)
+def test_a_hanging_log_delays_no_request(serve: Serve) -> None:
+    """While the request log hangs every request is answered, and dropped records are counted."""
+    store = LogStore(None)
+    app = service_on(IncidentClient(store))
+    app.request_log = RequestLog(store, capacity=3, interval=0, close_timeout=0.01)
     api = serve(app)
     for _ in range(10):
         assert api.get("/incident/get").status_code == 200
@@ -329,30 +335,31 @@ def test_a_hanging_log_is_in_nobodys_way(serve: Serve) -> None:
     assert ready.json()["request_log"] == {"state": "unavailable", "dropped": 7}
 
 
-def test_a_failing_log_is_in_nobodys_way(serve: Serve) -> None:
-    """While the database refuses its records every request is answered."""
-    client = IncidentClient(LogStore(*[StoreError("no")] * 3))
-    app = create_app(client)
-    app.state.request_log = RequestLog(client.store, interval=0)
+def test_a_failing_log_fails_no_request(serve: Serve) -> None:
+    """While the database refuses records every request is answered."""
+    store = LogStore(*[StoreError("no")] * 3)
+    app = service_on(IncidentClient(store))
+    app.request_log = RequestLog(store, interval=0)
     api = serve(app)
     assert api.post("/incident/create", json=INCIDENT).status_code == 201
     assert len(api.get("/incident/get").json()) == 1
 
 
 async def test_mounted_the_log_needs_no_start() -> None:
-    """An app whose lifespan never runs writes its records by itself, and its lifespan the rest."""
+    """An app writes records without its lifespan; at its end, the lifespan writes the rest."""
     store = LogStore()
     async with IncidentClient(store) as client:
-        app = create_app(client, request_log="database")
-        app.state.request_log.add(record(1))
+        app = service_on(client, request_log="database")
+        assert app.request_log is not None
+        app.request_log.add(record(1))
         async with lifespan(app):
-            app.state.request_log.add(record(2))
+            app.request_log.add(record(2))
         assert store.stored == [1, 2]
 
 
 @pytest.mark.usefixtures("records")
 def test_a_log_handler_that_fails(api: httpx.Client) -> None:
-    """A handler of the host that raises takes no answer away."""
+    """A host's log handler that raises does not fail a request."""
     failed = []
 
     class Broken(logging.Handler):
@@ -370,14 +377,22 @@ def test_a_log_handler_that_fails(api: httpx.Client) -> None:
     assert len(failed) == 1
 
 
-async def test_log_route_answers_for_an_endpoint_that_raises(records: Records) -> None:
-    """A decorated endpoint that raises has the problem as its answer, and its status in the log."""
+async def test_an_operation_that_raises_is_answered_and_logged(records: Records) -> None:
+    """An operation that raises is answered with a problem, and the record has its status."""
+    sent: list[Any] = []
 
-    @log_route("/mine/{id}")
-    async def endpoint(_: Request) -> Response:
+    async def answer(*_: object) -> Response:
         raise StoreUnavailable("it is away")
 
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    endpoint = Endpoint(Operation("GET", "/mine", "mine", "Raise", answer))
     app = create_app(IncidentClient.open(MEMORY))
-    answer = await endpoint(Request({"type": "http", "method": "GET", "headers": [], "app": app}))
-    assert answer.status_code == 503
-    assert records.seen[-1].getMessage().startswith("GET /mine/{id} 503 ")
+    scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"", "app": app}
+    await endpoint(scope, receive, send)
+    assert sent[0]["status"] == 503
+    assert records.seen[-1].getMessage().startswith("GET /mine 503 ")

@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the service does, no more and no less."""
+"""The OpenAPI document describes the service exactly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.values import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
 from incidentkit.http import create_app
 from incidentkit.http.openapi import FIELDS, document
+from incidentkit.http.operation import EntityTag, Parameter
 from incidentkit.http.problems import TITLES
-from incidentkit.http.routes import DOCS, OPERATIONS, Parameter
+from incidentkit.http.routes import DOCS, OPERATIONS
 from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def operations() -> list[dict[str, Any]]:
 
 
 def test_the_document_is_openapi(api: httpx.Client) -> None:
-    """The service hands out a valid OpenAPI 3.1 document, the one that is made from the table."""
+    """The service serves a valid OpenAPI 3.1 document, made from the table of operations."""
     served = api.get("/openapi.json")
     assert served.headers["Content-Type"] == "application/json"
     assert served.json() == DOCUMENT
@@ -43,7 +44,7 @@ def test_the_document_is_openapi(api: httpx.Client) -> None:
 
 
 def test_every_documented_route_is_there() -> None:
-    """The document has the routes of the table, and the app too."""
+    """The document and the app have the routes of the table."""
     documented = {
         (method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item
     }
@@ -66,14 +67,14 @@ def test_every_documented_route_is_there() -> None:
 
 
 def test_operation_ids_are_names() -> None:
-    """Each operation has an id of its own that can be a function's name."""
+    """Each operation has a unique id that is valid as a function's name."""
     ids = [operation["operationId"] for operation in operations()]
     assert len(set(ids)) == len(ids)
     assert all(id_.isidentifier() for id_ in ids)
 
 
 def test_every_answer_is_described_with_an_example() -> None:
-    """Each answer has a schema, an example that obeys it, and a request id."""
+    """Each answer has a schema, an example that matches it, and a request id."""
     for operation in operations():
         for status, answer in operation["responses"].items():
             described = answer
@@ -96,7 +97,7 @@ def test_every_answer_is_described_with_an_example() -> None:
 
 
 def test_the_example_of_a_body_is_an_incident() -> None:
-    """The example of what to create can be created."""
+    """The example body of create is a valid incident."""
     content = DOCUMENT["paths"]["/incident/create"]["post"]["requestBody"]["content"]
     example = content["application/json"]["example"]
     validate(example, content["application/json"]["schema"])
@@ -121,7 +122,7 @@ def test_the_example_of_a_body_is_an_incident() -> None:
     ],
 )
 def test_the_schema_of_a_body_is_the_rule(body: Any) -> None:
-    """What the schema of an incident lets through is what the model takes."""
+    """The schema of a body accepts what the model accepts."""
     try:
         NewIncident.from_mapping(body)
         taken = True
@@ -156,15 +157,17 @@ def _member(parameter: Parameter) -> list[tuple[str, bool]]:
 
 
 def _text(parameter: Parameter) -> list[tuple[str, bool]]:
-    if parameter.name == "expected_version":
-        return [("*", True), ('"1"', True), ("1", False), ('W/"1"', False), ('"0"', False)]
     if parameter.name in ("after", "last_event_id"):
-        # As long as the document says.
+        # Of the length in the document.
         long = parameter.pattern is not None and "43" in parameter.pattern
         return [("AAAA", False), (encode_cursor(1, 1, *([1, 1] if long else [0])), True)]
     assert parameter.minimum == 1
     assert parameter.maximum
     return [("x", True), ("x" * parameter.maximum, True), ("x" * (parameter.maximum + 1), False)]
+
+
+def _tag(_: Parameter) -> list[tuple[str, bool]]:
+    return [("*", True), ('"1"', True), ("1", False), ('W/"1"', False), ('"0"', False)]
 
 
 def _flag(_: Parameter) -> list[tuple[str, bool]]:
@@ -181,7 +184,7 @@ def _moment(_: Parameter) -> list[tuple[str, bool]]:
     ]
 
 
-_VALUES = {int: _number, str: _text, bool: _flag, datetime: _moment}
+_VALUES = {int: _number, str: _text, bool: _flag, datetime: _moment, EntityTag: _tag}
 
 
 @pytest.mark.parametrize(
@@ -197,22 +200,22 @@ _VALUES = {int: _number, str: _text, bool: _flag, datetime: _moment}
 def test_the_bounds_of_a_parameter_are_the_rule(
     api: httpx.Client, path: str, parameter: Parameter, text: str, allowed: bool
 ) -> None:
-    """A value is refused exactly if the document says that it is none."""
+    """A value is refused if and only if the document does not allow it."""
     (item,) = DOCUMENT["paths"][path].items()
     method, operation = item
     name = parameter.header or parameter.name
     if name == "Idempotency-Key":
-        # One key is for one operation.
+        # A key belongs to one operation.
         text = text.replace("x", method[1])
     (described,) = (each for each in operation["parameters"] if each["name"] == name)
     assert described["in"] == parameter.where
-    # Where there is a change already, nobody has to wait for one.
+    # With an incident there is a change, so that a poll need not wait.
     api.post("/incident/create", json=INCIDENT)
     body = {"post": {"note": "It is hot"} if "note" in path else INCIDENT}.get(method)
     if parameter.where == "path":
         answer = api.request(method, path.replace("{incident_id}", text), json=body)
     else:
-        # With one incident a page, every page is within bounds.
+        # With one incident per page, every page is within bounds.
         others = {"patch": "incident_id=1&status=new", "get": "limit=1", "post": ""}[method]
         query, headers = httpx.QueryParams(others), {}
         if parameter.where == "query":
@@ -230,12 +233,12 @@ def test_the_bounds_of_a_parameter_are_the_rule(
     if not text:
         assert described.get("allowEmptyValue", False) is allowed
     elif parameter.type is not datetime:
-        # Of a time the document does not say which days there are.
+        # The document does not say which dates exist.
         assert is_valid(as_json(parameter, text), described["schema"]) is allowed
 
 
 def as_json(parameter: Parameter, text: str) -> object:
-    """Return what the text of a parameter stands for."""
+    """Return the value that the text of a parameter stands for."""
     values: dict[Any, Callable[[str], object]] = {
         int: int,
         bool: lambda value: {"true": True, "false": False}.get(value, value),
@@ -245,7 +248,7 @@ def as_json(parameter: Parameter, text: str) -> object:
 
 
 def is_valid(value: object, schema: dict[str, Any]) -> bool:
-    """Tell whether the value is what the schema says."""
+    """Return whether the value matches the schema."""
     try:
         validate(value, schema)
     except ValidationError:
@@ -254,7 +257,7 @@ def is_valid(value: object, schema: dict[str, Any]) -> bool:
 
 
 def test_the_default_of_a_parameter_is_what_happens(serve: Serve) -> None:
-    """Parameters that are missing have the values of the contract."""
+    """Missing parameters have the default values of the contract."""
     defaults = {
         parameter["name"]: parameter["schema"].get("default")
         for parameter in DOCUMENT["paths"]["/incident/get"]["get"]["parameters"]
@@ -267,8 +270,8 @@ def test_the_default_of_a_parameter_is_what_happens(serve: Serve) -> None:
     assert [incident["incident_id"] for incident in listed] == [*range(11, 1, -1)]
 
 
-def test_what_is_said_of_a_field_is_said_of_one_that_exists() -> None:
-    """No rule of a schema is about a field that its model does not have."""
+def test_every_described_field_exists() -> None:
+    """Every description of a field belongs to a field of its model."""
     for model, name in FIELDS:
         assert name in fields_dict(model)
         assert name in SCHEMAS[model.__name__]["properties"]

@@ -1,4 +1,4 @@
-"""Every error is a problem that a client can use, and that tells nothing of the inside."""
+"""Every error is a problem that helps the client and reveals nothing of the inside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECRET = "postgresql://user:password@db/SELECT"  # the text of an error that mus
 
 
 def failing_client(error: Exception) -> IncidentClient:
-    """Return a client that can be opened, and on which everything else raises the error."""
+    """Return a client that opens, and then raises the error on every call."""
     client = IncidentClient.open(MEMORY)
 
     async def fail(*_: object, **__: object) -> None:
@@ -38,7 +38,7 @@ def every_operation(api: httpx.Client) -> list[httpx.Response]:
     "error", [StoreUnavailable(SECRET), SchemaOutOfDate("dadc1db062ae", "9b3f6d20c7e8", SECRET)]
 )
 def test_a_database_that_is_away(serve: Serve, records: Records, error: Exception) -> None:
-    """While the database cannot be used each route is a 503 that says when to try again."""
+    """While the database is unusable each route answers 503 and when to try again."""
     api = serve(create_app(failing_client(error)))
     for answer in every_operation(api):
         assert answer.status_code == 503
@@ -51,7 +51,7 @@ def test_a_database_that_is_away(serve: Serve, records: Records, error: Exceptio
 
 
 async def test_a_client_that_is_not_open(records: Records) -> None:
-    """Before it is opened, as when it is closed, each route is a 503 and no error of the server."""
+    """On a closed client each route answers 503, and nothing is logged as an error."""
     app = create_app(IncidentClient.open(MEMORY))
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as api:
@@ -74,7 +74,7 @@ async def test_a_client_that_is_not_open(records: Records) -> None:
     "error", [StoreError(SECRET), RuntimeError(SECRET), RecursionError(SECRET)]
 )
 def test_an_error_of_the_server(serve: Serve, records: Records, error: Exception) -> None:
-    """An unexpected error is a 500 without its text, which stands in the log once."""
+    """An unexpected error is a 500 without its text, which is logged once."""
     api = serve(create_app(failing_client(error)))
     answers = every_operation(api)
     logged = [record for record in records.seen if record.levelname == "ERROR"]
@@ -90,7 +90,7 @@ def test_an_error_of_the_server(serve: Serve, records: Records, error: Exception
 
 @pytest.mark.parametrize("given", ["a", "A.b_c-9", "x" * 64])
 def test_a_request_id_is_kept(api: httpx.Client, given: str) -> None:
-    """An id that a client sends comes back with the answer, and in a problem."""
+    """A client's id comes back in the answer, and in a problem."""
     for path in ("/incident/get", "/incident/get/1", "/nowhere", "/docs"):
         answer = api.get(path, headers={"X-Request-ID": given})
         assert answer.headers.get_list("X-Request-ID") == [given]
@@ -100,7 +100,7 @@ def test_a_request_id_is_kept(api: httpx.Client, given: str) -> None:
 
 @pytest.mark.parametrize("given", ["", "x" * 65, "a b", "ä", "a\tb", "<b>", "a,b", "a\x85"])
 def test_a_strange_request_id_is_replaced(api: httpx.Client, given: str) -> None:
-    """An id that could do harm in a log is not taken; the answer carries a new one, of its own."""
+    """An id that could do harm in a log is replaced by a new one."""
     ids = set()
     for _ in range(2):
         answer = api.get("/incident/get/1", headers={b"X-Request-ID": given.encode("latin-1")})
@@ -111,7 +111,7 @@ def test_a_strange_request_id_is_replaced(api: httpx.Client, given: str) -> None
 
 
 def test_no_problem_repeats_a_value(api: httpx.Client) -> None:
-    """What a client sends as a value never comes back in a problem."""
+    """A problem never repeats a value of the request."""
     value = "hunter2"
     body = dict.fromkeys(["source", "incident_type", "x"], value)
     answers = [

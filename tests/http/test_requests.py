@@ -1,4 +1,4 @@
-"""What a client may send is read strictly, and nothing that it sends is a fault of the server."""
+"""Requests are read strictly, and no request makes the server fail."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def post(api: httpx.Client, content: bytes | Iterable[bytes], **headers: str) ->
         (b'{"a":' * 13_000, "The body is nested too deeply"),
     ],
 )
-def test_what_is_no_json(api: httpx.Client, body: bytes, detail: str) -> None:
-    """A body that cannot be JSON is a 400 that says why."""
+def test_a_body_that_is_not_json(api: httpx.Client, body: bytes, detail: str) -> None:
+    """A body that cannot be JSON is a 400 with the reason."""
     answer = post(api, body)
     assert answer.status_code == 400
     assert answer.json()["detail"] == detail
@@ -85,7 +85,7 @@ def test_what_is_no_json(api: httpx.Client, body: bytes, detail: str) -> None:
     ],
 )
 def test_malformed_json(api: httpx.Client, body: str) -> None:
-    """A body with an error of syntax is a 400 that says where."""
+    """A body with a syntax error is a 400 with the position."""
     answer = post(api, body.encode())
     assert answer.status_code == 400
     detail = r"The body is not well-formed JSON \(line \d+, column \d+\)"
@@ -149,8 +149,8 @@ def test_the_place_of_an_error(api: httpx.Client) -> None:
         ),
     ],
 )
-def test_json_that_is_no_incident(api: httpx.Client, body: str, faults: dict[str, str]) -> None:
-    """JSON that breaks rules is a 422 that names every faulty field, each once."""
+def test_json_that_is_not_an_incident(api: httpx.Client, body: str, faults: dict[str, str]) -> None:
+    """JSON that breaks rules is a 422 that names every faulty field once."""
     answer = post(api, body.encode())
     assert answer.status_code == 422
     assert {error["field"]: error["reason"] for error in answer.json()["errors"]} == faults
@@ -159,7 +159,7 @@ def test_json_that_is_no_incident(api: httpx.Client, body: str, faults: dict[str
 
 
 def test_names_of_unknown_fields_are_cut(api: httpx.Client) -> None:
-    """However many unknown fields a body has, the faults of the known ones are all told."""
+    """With many unknown fields in a body, the faults of the known fields are all reported."""
     body = {f"{number}{'x' * 100}": number for number in range(300)} | {"source": "nobody"}
     answer = post(api, json.dumps(body).encode())
     assert answer.status_code == 422
@@ -186,7 +186,7 @@ def test_names_of_unknown_fields_are_cut(api: httpx.Client) -> None:
     ],
 )
 def test_a_content_type_other_than_json(api: httpx.Client, content_type: str) -> None:
-    """A body that is not declared to be JSON in UTF-8 is a 415."""
+    """A body that is not declared as JSON in UTF-8 is a 415."""
     answer = api.post(
         "/incident/create", content=BODY, headers={b"Content-Type": content_type.encode("latin-1")}
     )
@@ -204,7 +204,7 @@ def test_no_content_type_and_two(api: httpx.Client) -> None:
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "", "x"])
 def test_a_compressed_body(api: httpx.Client, encoding: str) -> None:
-    """A Content-Encoding other than identity is a 415 that says which one is taken."""
+    """A Content-Encoding other than identity is a 415 that names the accepted one."""
     answer = post(api, BODY, Content_Encoding=encoding)
     assert answer.status_code == 415
     assert answer.headers["Accept-Encoding"] == "identity"
@@ -221,7 +221,7 @@ def test_a_compressed_body(api: httpx.Client, encoding: str) -> None:
 def test_harmless_parameters_of_the_content_type(
     api: httpx.Client, headers: dict[str, str]
 ) -> None:
-    """UTF-8 may be named, and parameters that mean nothing are no fault."""
+    """UTF-8 may be declared, and meaningless parameters are ignored."""
     answer = api.post("/incident/create", content=b"{}", headers=headers)
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["reason"] == "is required"
@@ -243,7 +243,7 @@ BODYLESS = [
 def test_a_body_where_there_is_none(
     api: httpx.Client, method: str, path: str, *, chunked: bool
 ) -> None:
-    """A body that an operation does not take is refused by its announcement, not ignored."""
+    """A body that an operation does not take is refused, by the headers that announce it."""
     answer = api.request(method, path, content=iter([BODY]) if chunked else BODY)
     assert answer.status_code == 400
     if method != "HEAD":
@@ -255,22 +255,22 @@ def test_a_body_where_there_is_none(
 def test_an_empty_body_where_there_is_none(
     api: httpx.Client, method: str, path: str, length: str
 ) -> None:
-    """A body that is announced to be empty is none."""
+    """A body with a length of 0 counts as no body."""
     answer = api.request(method, path, headers={"Content-Length": length})
     assert answer.status_code in {200, 404}
 
 
 def test_a_body_of_the_limit_is_read(api: httpx.Client) -> None:
-    """A body of exactly the limit is read, one byte more is a 413."""
+    """A body of the maximum size is read; one more byte is a 413."""
     padded = b"{}" + b" " * (MAX_BODY - 2)
     assert post(api, padded).status_code == 422
     answer = post(api, padded + b" ")
     assert answer.status_code == 413
-    assert answer.json()["detail"] == "The body must have at most 65536 bytes"
+    assert answer.json()["detail"] == "The body must be at most 65536 bytes"
 
 
 def test_a_client_that_goes_away(serve: Serve, records: Records) -> None:
-    """A connection that ends in the middle of a body leaves a record and no error in the log."""
+    """A connection that ends within a body leaves a record, and no error in the log."""
     api = serve(create_app(IncidentClient.open(MEMORY)))
     address = (api.base_url.host, api.base_url.port)
     with socket.create_connection(address) as connection:
@@ -287,7 +287,7 @@ def test_a_client_that_goes_away(serve: Serve, records: Records) -> None:
 
 @pytest.mark.parametrize("query", ["%ff", "status=%ED%A0%80", "page=1&%c3=1", "a=%F0%9F"])
 def test_a_query_that_is_not_utf_8(api: httpx.Client, query: str) -> None:
-    """Percent-encoded bytes that are not UTF-8 are a 400, whichever parameter they are in."""
+    """Percent-encoded bytes that are not UTF-8 are a 400, in any parameter."""
     answer = api.get(f"/incident/get?{query}")
     assert answer.status_code == 400
     assert answer.json()["detail"] == "The query is not percent-encoded UTF-8"
@@ -313,7 +313,7 @@ class AlwaysStore(SqliteStore):
         return Page([Incident(1, "An incident", status, source, datetime.now(UTC))], None)
 
     async def token(self) -> str | None:
-        """Return that it cannot be told."""
+        """Return None: there is no token."""
         return None
 
     async def get(self, incident_id: int) -> Incident | None:
@@ -348,7 +348,7 @@ def call(
     chunks: Iterable[bytes] = (),
     headers: Iterable[tuple[bytes, bytes]] = (),
 ) -> tuple[int, Any]:
-    """Return the status and the JSON of an answer, from the app itself, with no server between."""
+    """Call the app without a server, and return the status and the JSON of its answer."""
     pieces = iter(chunks)
     sent: list[Any] = []
 
@@ -378,17 +378,17 @@ def call(
 
 @pytest.mark.parametrize("length", [b"2", b"100000", b"x"])
 def test_a_body_without_end(app: Starlette, length: bytes) -> None:
-    """The limit is counted while the body comes in, whatever length was declared."""
+    """The size of a body is counted as it arrives, whatever its declared length."""
     endless = repeat(b" " * 1000)
     headers = [(b"content-length", length)]
     status, problem = call(app, "POST", "/incident/create", chunks=endless, headers=headers)
     assert status == 413
-    assert problem["detail"] == "The body must have at most 65536 bytes"
+    assert problem["detail"] == "The body must be at most 65536 bytes"
 
 
 @given(chunks=st.lists(st.binary(max_size=100), max_size=4))
 def test_any_bytes_as_a_body(app: Starlette, chunks: list[bytes]) -> None:
-    """Whatever a body is made of, the answer says what is wrong with it."""
+    """Random bytes as a body are a client's fault."""
     status, _ = call(app, "POST", "/incident/create", chunks=chunks)
     assert status in (400, 422)
 
@@ -417,7 +417,7 @@ surrogates = st.text(st.characters(categories=["Cs", "Cc", "L"]), max_size=8)
     | st.dictionaries(surrogates, json_values)
 )
 def test_any_json_as_a_body(app: Starlette, value: Any) -> None:
-    """Whatever JSON a body holds, it is an incident or a client's fault."""
+    """Any JSON as a body is an incident or a client's fault."""
     body = json.dumps(value).encode()
     status, _ = call(app, "POST", "/incident/create", chunks=[body])
     assert status in (201, 400, 422)
@@ -433,7 +433,7 @@ def test_any_json_as_a_body(app: Starlette, value: Any) -> None:
 def test_any_incident_is_taken(
     app: Starlette, *, message: str, left: str, right: str, source: str, escaped: bool
 ) -> None:
-    """Whatever obeys the rules is created, with its message stripped and else unchanged."""
+    """A valid incident is created, with its message stripped and otherwise unchanged."""
     value = {"incident_message": left + message + right, "source": source}
     body = json.dumps(value, ensure_ascii=escaped).encode()
     status, incident = call(app, "POST", "/incident/create", chunks=[body[:20], body[20:]])
@@ -463,7 +463,7 @@ queries = st.binary(max_size=40) | st.lists(st.tuples(names, values), max_size=5
     query=queries,
 )
 def test_any_query(app: Starlette, operation: tuple[str, str], query: bytes) -> None:
-    """Whatever a query is made of, it is understood or a client's fault."""
+    """Any query is valid or a client's fault."""
     status, _ = call(app, *operation, query)
     assert status in (200, 400, 404, 422)
 

@@ -1,4 +1,4 @@
-"""The four routes of the contract, as a client meets them."""
+"""The four routes of the contract, as a client uses them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def test_an_incident_from_its_creation_to_its_end(
     serve: Serve, urls: tuple[str, str | None]
 ) -> None:
-    """What is created is found by its Location, listed, changed, and listed as changed."""
+    """A created incident is found by its Location, listed, changed, and listed as changed."""
     api = serve(create_app(IncidentClient.open(*urls)))
     created = api.post("/incident/create", json=INCIDENT)
     assert created.status_code == 201
@@ -53,7 +53,7 @@ def test_an_incident_from_its_creation_to_its_end(
 
 
 def test_pages_are_newest_first_and_filtered(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """Pages follow each other, newest first, and hold only what the filters let through."""
+    """Pages follow each other, newest first, and hold only incidents that match the filters."""
     api = serve(create_app(IncidentClient.open(*urls)))
     sources = ["operator", "monitoring", "partner", "partner"]
     ids = [
@@ -90,7 +90,7 @@ def test_the_body_may_choose_the_status(serve: Serve) -> None:
 
 
 def test_a_message_keeps_its_characters(serve: Serve) -> None:
-    """White space around a message goes; everything else comes back as it was sent, in UTF-8."""
+    """White space around a message is removed; the rest comes back unchanged, in UTF-8."""
     api = serve(create_app(IncidentClient.open(MEMORY)))
     message = "Диск \u0007 переполнен 🔥 on \u202edb"
     answer = api.post("/incident/create", json=INCIDENT | {"incident_message": f" {message}\n"})
@@ -107,7 +107,7 @@ def test_a_message_keeps_its_characters(serve: Serve) -> None:
     ],
 )
 def test_a_missing_incident(api: httpx.Client, method: str, path: str) -> None:
-    """An incident that is not there is a 404 with exactly the contract's words."""
+    """A missing incident is a 404 with exactly the contract's text."""
     answer = api.request(method, path)
     assert answer.status_code == 404
     assert answer.json()["detail"] == "Incident not found"
@@ -118,8 +118,8 @@ def test_a_missing_incident(api: httpx.Client, method: str, path: str) -> None:
     "text",
     ["0", "-1", str(2**63), "9" * 5000, "1_000", "٣", "+5", " 5", "5 ", "1.0", "0x1", "a", "1\n"],
 )
-def test_what_is_no_id(api: httpx.Client, text: str) -> None:
-    """An id out of range, or anything but ASCII digits, is a 422 that names the field."""
+def test_an_invalid_id(api: httpx.Client, text: str) -> None:
+    """An id out of range, or with anything but ASCII digits, is a 422 that names the field."""
     by_path = api.get(f"/incident/get/{quote(text, safe='')}")
     by_query = api.patch(
         "/incident/update-status", params={"incident_id": text, "status": "failed"}
@@ -170,7 +170,7 @@ def test_a_faulty_query_names_every_fault(
 
 
 def test_a_status_change_names_every_fault(api: httpx.Client) -> None:
-    """What is missing and what breaks a rule are told together."""
+    """Missing and faulty parameters are reported together."""
     answer = api.patch("/incident/update-status?status=&x=1")
     assert answer.status_code == 422
     assert answer.json()["errors"] == [
@@ -184,7 +184,7 @@ def test_a_status_change_names_every_fault(api: httpx.Client) -> None:
     "path", ["/incident/create", "/health/live", "/health/ready", "/openapi.json", "/docs"]
 )
 def test_no_route_ignores_a_parameter(api: httpx.Client, path: str) -> None:
-    """A parameter that a route does not know is refused, never ignored."""
+    """An unknown parameter is refused, never ignored."""
     method = "POST" if path == "/incident/create" else "GET"
     body = INCIDENT if method == "POST" else None
     answer = api.request(method, f"{path}?x=1", json=body)
@@ -193,8 +193,8 @@ def test_no_route_ignores_a_parameter(api: httpx.Client, path: str) -> None:
     assert api.get("/incident/get").json() == []
 
 
-def test_faults_of_query_and_body_are_told_together(api: httpx.Client) -> None:
-    """A create with a faulty query and a faulty body answers with the faults of both."""
+def test_faults_of_query_and_body_are_reported_together(api: httpx.Client) -> None:
+    """A create with a faulty query and a faulty body is answered with the faults of both."""
     answer = api.post(
         "/incident/create?dry_run=1", json={"incident_message": "TEST", "severity": 1}
     )
@@ -208,7 +208,7 @@ def test_faults_of_query_and_body_are_told_together(api: httpx.Client) -> None:
 
 
 def test_names_of_unknown_parameters_are_cut(api: httpx.Client) -> None:
-    """However many unknown names there are and however long, an answer repeats little of them."""
+    """With many long unknown names, an answer repeats only the beginning of a few."""
     answer = api.get("/incident/get?limit=0&" + "&".join(f"{n}{'x' * 200}=1" for n in range(200)))
     assert answer.status_code == 422
     first, *unknown, last = answer.json()["errors"]
@@ -219,7 +219,7 @@ def test_names_of_unknown_parameters_are_cut(api: httpx.Client) -> None:
 
 @pytest.mark.parametrize("path", ["/incident/get", "/health/live", "/docs", "/openapi.json"])
 def test_head_is_get_without_the_body(api: httpx.Client, path: str) -> None:
-    """HEAD answers with the head of the answer to GET."""
+    """HEAD is answered with the headers of GET."""
     get, head = api.get(path), api.head(path)
     assert head.status_code == get.status_code == 200
     assert head.content == b""
@@ -230,8 +230,8 @@ def test_head_is_get_without_the_body(api: httpx.Client, path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "/incident", "/incident/get/", "/incident/create/", "/docs/", "/incident/get/1/2"]
 )
-def test_what_is_not_there(api: httpx.Client, path: str) -> None:
-    """A path that is none, also one with a slash too many, is a 404 problem and no redirect."""
+def test_an_unknown_path(api: httpx.Client, path: str) -> None:
+    """An unknown path, even by one slash, is a 404 problem and not a redirect."""
     answer = api.get(path)
     assert answer.status_code == 404
     assert answer.headers["Content-Type"] == "application/problem+json"
@@ -249,10 +249,10 @@ def test_what_is_not_there(api: httpx.Client, path: str) -> None:
     ],
 )
 def test_a_wrong_method(api: httpx.Client, method: str, path: str, allowed: str) -> None:
-    """A method that a path does not take is a 405 problem that says which ones it takes."""
+    """A method that a path does not accept is a 405 problem with those that it accepts."""
     answer = api.request(method, path)
     assert answer.status_code == 405
     assert answer.headers["Allow"] == allowed
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert answer.json()["title"] == "Method Not Allowed"
-    assert answer.json()["detail"] == f"This path takes only {allowed}"
+    assert answer.json()["detail"] == f"This path accepts only {allowed}"

@@ -1,4 +1,4 @@
-"""Searching over HTTP: the filters, the pages, and what is refused."""
+"""Search over HTTP: filters, pages, and refused queries."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def fill(api: httpx.Client) -> None:
 
 
 def ids(answer: httpx.Response) -> list[int]:
-    """Return which incidents a page has."""
+    """Return the ids of the incidents on a page."""
     assert answer.status_code == 200, answer.text
     return [incident["incident_id"] for incident in answer.json()["incidents"]]
 
 
 def test_filters_and_words(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """Each filter holds, alone and together, and several values of one are any of them."""
+    """Filters work alone and together; of several values for one, any matches."""
     api = serve(create_app(IncidentClient.open(*urls)))
     fill(api)
     search = "/incident/search"
@@ -52,7 +52,7 @@ def test_filters_and_words(serve: Serve, urls: tuple[str, str | None]) -> None:
 
 
 def test_link_leads_through_all_pages(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """`Link` and `next` lead to the next page of the same search, and are not on the last."""
+    """`Link` and `next` lead to the next page of the same search; the last page has neither."""
     api = serve(create_app(IncidentClient.open(*urls)))
     fill(api)
     params: dict[str, Any] = {"limit": 2, "text": "is", "source": ["operator", "partner"]}
@@ -69,7 +69,7 @@ def test_link_leads_through_all_pages(serve: Serve, urls: tuple[str, str | None]
     assert found == [6, 5, 4, 3, 2, 1]
 
 
-def test_link_knows_where_the_app_is(serve: Serve) -> None:
+def test_link_has_the_prefix(serve: Serve) -> None:
     """Behind a proxy under a prefix, the link has the prefix."""
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False, root_path="/prefix")
     fill(api)
@@ -100,9 +100,7 @@ def test_link_knows_where_the_app_is(serve: Serve) -> None:
         ("colour=red&limit=x", ["limit", "colour"]),
     ],
 )
-def test_what_is_not_understood_is_refused(
-    api: httpx.Client, query: str, fields: list[Any]
-) -> None:
+def test_a_faulty_query_is_refused(api: httpx.Client, query: str, fields: list[Any]) -> None:
     """A filter is never accepted and ignored."""
     answer = api.get(f"/incident/search?{query}")
     assert answer.status_code == 422

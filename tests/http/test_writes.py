@@ -1,4 +1,4 @@
-"""What makes writes repeatable over HTTP: keys, entity tags, conflicts; and histories."""
+"""Idempotency keys, entity tags and conflicts over HTTP; histories, notes and actors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def update(api: httpx.Client, status: str, **headers: str) -> httpx.Response:
 
 
 def test_a_repeated_create_has_the_first_answer(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """With an Idempotency-Key a retry gets the same status, body and address, and makes nothing."""
+    """A retry with an Idempotency-Key gets the same answer, and creates nothing."""
     api = serve(create_app(IncidentClient.open(*urls)))
     headers = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
     first = api.post("/incident/create", json=INCIDENT, headers=headers)
@@ -45,7 +45,7 @@ def test_a_repeated_create_has_the_first_answer(serve: Serve, urls: tuple[str, s
 
 
 def test_a_repeated_change_has_the_first_answer(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """With an Idempotency-Key a status is changed once, whatever its If-Match says by then."""
+    """With an Idempotency-Key a status is changed once, even if If-Match no longer holds."""
     api = serve(create_app(IncidentClient.open(*urls)))
     api.post("/incident/create", json=INCIDENT)
     headers = {"Idempotency_Key": "k", "If_Match": '"1"'}
@@ -57,7 +57,7 @@ def test_a_repeated_change_has_the_first_answer(serve: Serve, urls: tuple[str, s
 
 
 def test_a_further_occurrence_is_200(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """The first report of a dedup_key is 201, each further one 200 with the count."""
+    """The first report of a dedup_key is a 201, each further one a 200 with the count."""
     api = serve(create_app(IncidentClient.open(*urls)))
     body = INCIDENT | {"dedup_key": "disk-full:db-1"}
     answers = [api.post("/incident/create", json=body) for _ in range(3)]
@@ -73,7 +73,7 @@ def test_a_further_occurrence_is_200(serve: Serve, urls: tuple[str, str | None])
 
 
 def test_an_entity_tag_guards_a_change(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """If-Match lets a change happen only to the version it names; 412 shows the current one."""
+    """If-Match allows a change of one version only; a 412 shows the current incident."""
     api = serve(create_app(IncidentClient.open(*urls)))
     created = api.post("/incident/create", json=INCIDENT)
     assert created.headers["ETag"] == '"1"'
@@ -89,15 +89,15 @@ def test_an_entity_tag_guards_a_change(serve: Serve, urls: tuple[str, str | None
 
 
 @pytest.mark.parametrize("tag", ["1", '"a"', 'W/"1"', '"1", "2"', '""', '"0"', '"-1"', "**"])
-def test_an_entity_tag_that_is_none_of_ours_is_refused(api: httpx.Client, tag: str) -> None:
-    """If-Match takes a tag as an answer had it, or a star."""
+def test_an_invalid_entity_tag_is_refused(api: httpx.Client, tag: str) -> None:
+    """If-Match takes one strong tag from an answer, or a star."""
     answer = update(api, "failed", If_Match=tag)
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == ["expected_version"]
 
 
 def test_a_header_that_is_given_twice_is_refused(api: httpx.Client) -> None:
-    """Two keys are no key."""
+    """A request with two keys is refused."""
     headers = httpx.Headers([("Idempotency-Key", "a"), ("Idempotency-Key", "b")])
     answer = api.post("/incident/create", json=INCIDENT, headers=headers)
     assert answer.status_code == 422
@@ -107,7 +107,7 @@ def test_a_header_that_is_given_twice_is_refused(api: httpx.Client) -> None:
 
 
 def test_a_change_that_the_graph_lacks_is_409(serve: Serve) -> None:
-    """An illegal change of the status is told with the incident as it is."""
+    """An illegal change of the status is a 409 with the current incident."""
     api = serve(create_app(IncidentClient.open(MEMORY, transitions={"new": ["completed"]})))
     created = api.post("/incident/create", json=INCIDENT).json()
     refused = update(api, "failed")
@@ -118,7 +118,7 @@ def test_a_change_that_the_graph_lacks_is_409(serve: Serve) -> None:
 
 
 def test_histories_and_notes(serve: Serve, urls: tuple[str, str | None]) -> None:
-    """What happened is read oldest first, in parts if so wished; a note is added to it."""
+    """A history is read oldest event first, in pages if wanted; a note is added to it."""
     api = serve(create_app(IncidentClient.open(*urls)))
     api.post("/incident/create", json=INCIDENT)
     api.patch(
@@ -144,23 +144,23 @@ def test_histories_and_notes(serve: Serve, urls: tuple[str, str | None]) -> None
     [({}, "note"), ({"note": " "}, "note"), ({"note": "x", "by": "me"}, "by"), ([], "body")],
 )
 def test_a_faulty_note_is_refused(api: httpx.Client, body: Any, field: str) -> None:
-    """A note is an object with one text."""
+    """A note is an object with one text field."""
     answer = api.post("/incident/note/1", json=body)
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == [field]
 
 
 class ByHeader(AuthenticationBackend):
-    """A host's way of knowing its users."""
+    """A host's authentication."""
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser] | None:
-        """Believe what a header says."""
+        """Take the user from a header."""
         name = conn.headers.get("X-User")
         return (AuthCredentials(), SimpleUser(name)) if name else None
 
 
-def test_who_is_authenticated_is_the_actor(serve: Serve) -> None:
-    """The user of the host's middleware stands in the history, each request's own."""
+def test_the_authenticated_user_is_the_actor(serve: Serve) -> None:
+    """The history has the user that the host's middleware has authenticated for each request."""
     app = create_app(IncidentClient.open(MEMORY))
     api = serve(AuthenticationMiddleware(app, backend=ByHeader()))
     api.post("/incident/create", json=INCIDENT, headers={"X-User": "alice"})
@@ -171,10 +171,10 @@ def test_who_is_authenticated_is_the_actor(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(("name", "actor"), [("x" * 300, "x" * 255), ("", None)])
-def test_a_name_that_does_not_fit_is_no_fault_of_the_request(
+def test_a_name_that_does_not_fit_does_not_fail_the_request(
     serve: Serve, name: str, actor: str | None
 ) -> None:
-    """A user whose name is long, or none, is served; the history has what fits of it."""
+    """A user with a long or an empty name is served; the history has as much as fits."""
 
     class Named(AuthenticationBackend):
         async def authenticate(
@@ -190,7 +190,7 @@ def test_a_name_that_does_not_fit_is_no_fault_of_the_request(
 
 
 async def test_concurrent_requests_keep_their_actors() -> None:
-    """Requests that are answered at the same time never borrow each other's user."""
+    """Concurrent requests never get each other's user."""
     client = IncidentClient.open(MEMORY)
     app = AuthenticationMiddleware(create_app(client), backend=ByHeader())
     async with (

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
     from incidentkit.cache import IncidentCache
     from incidentkit.cache.redis import RedisCache
-    from incidentkit.store.ports import IncidentStore
+    from incidentkit.store.ports import IncidentStore, StoreOperations
+    from incidentkit.store.records import Records
+    from incidentkit.store.store import Store
 
 
 class OwnClient(IncidentClient):

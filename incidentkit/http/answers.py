@@ -1,0 +1,179 @@
+"""The answer to each operation: calls the client, and makes the response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cache, lru_cache
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import parse_qsl, quote, urlencode
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from incidentkit.domain.commands import NewNote
+from incidentkit.domain.queries import ListQuery
+from incidentkit.domain.values import ChangePage, Incident
+from incidentkit.http import docs
+from incidentkit.http.checks import check_changes
+from incidentkit.http.health import Health, State, readiness
+from incidentkit.http.openapi import document
+from incidentkit.http.problems import RETRY_HEADERS, Refusal, etag
+from incidentkit.http.requests import KNOWN_QUERIES
+from incidentkit.http.service import Service
+from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream, run_until_stop
+from incidentkit.wire import (
+    dump_json,
+    encode_event,
+    encode_events,
+    encode_incident,
+    wire_converter,
+)
+
+_list_query: Final = lru_cache(KNOWN_QUERIES)(ListQuery)
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.scope["app"]
+    return service
+
+
+def _json(content: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(content, status, headers, "application/json")
+
+
+def _root_path(request: Request) -> str:
+    """Return the path at which the app is mounted, quoted for a URL; empty if it is not."""
+    return quote(request.scope.get("root_path", "").rstrip("/"))
+
+
+def _incident(
+    incident: Incident, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return _json(encode_incident(incident), status, {"ETag": etag(incident), **(headers or {})})
+
+
+def _link(request: Request, path: str, cursor: str | None) -> dict[str, str]:
+    """Return the ``Link`` to the next page: the same query with another cursor."""
+    if cursor is None:
+        return {}
+    query = parse_qsl(request.scope["query_string"].decode("ascii"), keep_blank_values=True)
+    pairs = [*((name, value) for name, value in query if name != "after"), ("after", cursor)]
+    return {"Link": f'<{_root_path(request)}{path}?{urlencode(pairs)}>; rel="next"'}
+
+
+async def create(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Create an incident, or count another occurrence of an open one."""
+    incident = await _service(request).client.create(
+        arguments["body"], idempotency_key=arguments["idempotency_key"]
+    )
+    location = f"{_root_path(request)}/incident/get/{incident.incident_id}"
+    status = HTTPStatus.CREATED if incident.occurrences == 1 else HTTPStatus.OK
+    return _incident(incident, status, {"Location": location})
+
+
+async def list_(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Answer with one page of the list."""
+    return _json(await _service(request).client.list_json(_list_query(**arguments)))
+
+
+async def get(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Answer with one incident."""
+    return _incident(await _service(request).client.get(**arguments))
+
+
+async def update_status(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Change the status of an incident."""
+    return _incident(await _service(request).client.update_status(**arguments))
+
+
+async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Answer with one page of a search, and the link to the next one."""
+    page = await _service(request).client.search(**arguments)
+    content = dump_json(wire_converter().unstructure(page))
+    return _json(content, headers=_link(request, "/incident/search", page.next))
+
+
+async def history(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Answer with the events of an incident, and the link to the next page of them."""
+    events = await _service(request).client.history(**arguments)
+    cursor = events[-1].cursor if len(events) == arguments["limit"] else None
+    path = f"/incident/history/{arguments['incident_id']}"
+    return _json(encode_events(events), headers=_link(request, path, cursor))
+
+
+async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Answer with changes of all incidents: as a stream, after a wait, or at once."""
+    service = _service(request)
+    client, readers = service.client, service.readers
+    check_changes(**arguments)
+    after, limit, wait = (arguments[name] for name in ("after", "limit", "wait"))
+    if arguments["last_event_id"] is not None:
+        after = arguments["last_event_id"]
+    accepted = ",".join(request.headers.getlist("accept"))
+    if MEDIA_TYPE in accepted and request.method == "GET":
+        with ExitStack() as place:
+            place.enter_context(readers.place())
+            first = await client.read_changes(after, limit=BATCH)
+            return ChangeStream(client, first, place.pop_all())
+    page: ChangePage | None = None
+    if wait:
+        with readers.place():
+            waiting = client.read_changes(after, limit=limit, wait=wait)
+            page = await run_until_stop(waiting, request.scope, request.receive)
+    if page is None:
+        page = await client.read_changes(after, limit=limit)
+    return _json(
+        dump_json(wire_converter().unstructure(page)), headers={"Cache-Control": "no-store"}
+    )
+
+
+async def note(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Add a note to the history of an incident."""
+    body: NewNote = arguments["body"]
+    event = await _service(request).client.note(arguments["incident_id"], body.note)
+    return _json(encode_event(event), HTTPStatus.CREATED)
+
+
+async def live(_: Request, __: Mapping[str, Any]) -> Response:
+    """Answer that the service runs."""
+    return _json(_alive())
+
+
+@cache
+def _alive() -> bytes:
+    return dump_json(wire_converter().unstructure(Health(State.OK)))
+
+
+async def ready(request: Request, _: Mapping[str, Any]) -> Response:
+    """Answer with the state of each part of the service.
+
+    Raises:
+        Refusal: If the service is not ready, with the same states.
+    """
+    service = _service(request)
+    found = await readiness(
+        service.client, service.request_log, cache_required=service.cache_required
+    )
+    members = wire_converter().unstructure(found)
+    if not found.ready:
+        detail = "The service is not ready"
+        raise Refusal(503, detail, headers=RETRY_HEADERS, members=members)
+    return _json(dump_json(members))
+
+
+async def openapi(request: Request, _: Mapping[str, Any]) -> Response:
+    """Answer with the OpenAPI document of the app."""
+    return _json(dump_json(document(_service(request).operations, _root_path(request))))
+
+
+async def docs_page(_: Request, __: Mapping[str, Any]) -> Response:
+    """Answer with Swagger UI."""
+    return docs.page()
+
+
+async def docs_asset(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Answer with a file of Swagger UI."""
+    known = ",".join(request.headers.getlist("if-none-match"))
+    return docs.asset(arguments["asset"], known)

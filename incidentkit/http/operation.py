@@ -1,0 +1,117 @@
+"""Description of an operation: what its requests may hold, and what its answers are.
+
+Routing, the reading of requests and the OpenAPI document all go by this description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cached_property
+from typing import Any, Final, Literal, TypeAlias
+
+from attrs import field, frozen
+from starlette.requests import Request
+from starlette.responses import Response
+
+Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
+
+
+class EntityTag(str):
+    """The version of an incident in quotes, as in ``ETag``; or ``*``, any version."""
+
+    __slots__ = ()
+
+    PATTERN: Final = r'\*|"[1-9]\d{0,18}"'
+
+
+@frozen
+class Parameter:
+    """A parameter in the path, the query or a header.
+
+    Attributes:
+        name: Its name, also as an argument of the client.
+        description: What it means.
+        type: ``int``, ``bool``, ``datetime``, ``str``, :class:`EntityTag`, or an enum of strings.
+        where: Which part of the request holds it.
+        header: The name of the header, if a header holds it.
+        minimum: The smallest integer, or the minimum length of a text.
+        maximum: The largest integer, or the maximum length of a text.
+        pattern: A regular expression for the whole text.
+        default: The value of a missing parameter; None: no value.
+        many: Whether it may be repeated; its value is then a list.
+        required: Whether a request without it is refused.
+        may_be_empty: Whether an empty value counts as missing.
+    """
+
+    name: str
+    description: str
+    type: type[Any]
+    where: Literal["path", "query", "header"] = "query"
+    header: str = ""
+    minimum: int | None = None
+    maximum: int | None = None
+    pattern: str | None = None
+    default: Any = None
+    many: bool = False
+    required: bool = False
+    may_be_empty: bool = False
+
+    @cached_property
+    def header_name(self) -> bytes:
+        """The name of the header in lower case, as ASGI has it."""
+        return self.header.lower().encode()
+
+
+@frozen(eq=False)
+class Operation:
+    """A method of a path.
+
+    Attributes:
+        method: The HTTP method.
+        path: The path's template; only its last part can be a parameter.
+        name: The name of the route, and the id of the operation in the OpenAPI document.
+        summary: What it does.
+        answer: Makes the response from the request and its arguments.
+        status: The status of a successful answer.
+        returns: The model, or list of models, in a successful answer.
+        success: Description of a successful answer.
+        also: Other statuses of a successful answer, with a description of each.
+        headers: Additional headers of a successful answer.
+        streams: The model of each event, if the answer can be a stream of server-sent events.
+        parameters: What the path, the query and the headers may hold.
+        check: Raises :class:`~incidentkit.InvalidIncident` for parameters that ``answer`` would
+            refuse. It is called only if the request has other faults, so that all are reported
+            together. None: there are no rules.
+        body: The model of the request's body; None: a body is refused.
+        problems: The statuses of its errors.
+        members: The model with the additional members of a problem, by status.
+        documented: Whether it is in the OpenAPI document.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    answer: Answer
+    status: int = 200
+    returns: Any = None
+    success: str = ""
+    also: Mapping[int, str] = field(factory=dict)
+    headers: tuple[str, ...] = ()
+    streams: type[Any] | None = None
+    parameters: tuple[Parameter, ...] = ()
+    check: Callable[..., object] | None = None
+    body: type[Any] | None = None
+    problems: tuple[int, ...] = (400, 422, 500)
+    members: Mapping[int, type[Any]] = field(factory=dict)
+    documented: bool = True
+
+    @cached_property
+    def in_query(self) -> frozenset[str]:
+        """The names of the parameters in the query."""
+        return frozenset(one.name for one in self.parameters if one.where == "query")
+
+    @cached_property
+    def only_queried(self) -> bool:
+        """Whether every parameter is in the query."""
+        return all(parameter.where == "query" for parameter in self.parameters)

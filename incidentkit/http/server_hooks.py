@@ -1,0 +1,71 @@
+"""What a server can do for the streams of an app beyond ASGI: stop them, and drop a connection.
+
+A server offers it as an ASGI extension, in the scope of each request::
+
+    scope["extensions"]["incidentkit"] = {"stopping": asyncio.Event(), "abort": transport.abort}
+
+``stopping`` is set once the server was told to stop. ``abort()`` closes the connection at once and
+drops what was not sent yet. Both are optional; ``incidentkit serve`` has both. With any other
+server, a signal that stops the process counts as its stop, and no connection is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, TypedDict
+
+from starlette.types import Scope
+
+from incidentkit.http.stop_signals import on_stop_signal
+
+EXTENSION: Final = "incidentkit"
+
+SETTLE: Final = 0.25
+"""Seconds from a signal until it counts: by then the server takes no new requests."""
+
+
+class ServerHooks(TypedDict, total=False):
+    """The content of the extension."""
+
+    stopping: asyncio.Event
+    abort: Callable[[], None]
+
+
+async def wait_for_stop(scope: Scope) -> None:
+    """Return once the request's server was told to stop."""
+    stopping = _hooks(scope).get("stopping")
+    if stopping is not None:
+        await stopping.wait()
+        return
+    signalled = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        # A loop that is closed has nothing left to stop.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(signalled.set)
+
+    with on_stop_signal(wake):
+        await signalled.wait()
+        # A reader that ends now, and asks again at once, must find the server closed.
+        await asyncio.sleep(SETTLE)
+
+
+def abort(scope: Scope) -> bool:
+    """Drop the request's connection with all that is unsent, and return whether that is possible.
+
+    ASGI has no message for it, and a server that stops waits for a reader who takes nothing.
+    """
+    drop = _hooks(scope).get("abort")
+    if drop is None:
+        return False
+    drop()
+    return True
+
+
+def _hooks(scope: Scope) -> ServerHooks:
+    extensions = scope.get("extensions") or {}
+    hooks: ServerHooks = extensions.get(EXTENSION, {})
+    return hooks
