@@ -38,17 +38,18 @@ import pytest
 import uvicorn
 from alembic import command
 from alembic.config import Config
-from attrs import frozen
+from attrs import asdict, frozen
 from click.testing import CliRunner
 
 import incidentkit
 from incidentkit import IncidentKitError
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
-from incidentkit.http import health, log, problems, requests
+from incidentkit.http import health, problems, request_log, requests
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.settings import Environment
 from incidentkit.store import RequestRecord, StoreOptions, migrate
+from incidentkit.store.request_log import INSERT_REQUEST
 from incidentkit.store.schema import REVISIONS, VERSION_TABLE
 from incidentkit.store.sql.tables import TEXT_TABLES, metadata
 from tests.programs import outcome, service, start
@@ -514,7 +515,8 @@ async def test_the_privileges_of_the_service_are_enough(migrated_postgres_url: s
             record = RequestRecord(
                 datetime(2025, 1, 1, tzinfo=UTC), "GET", "/incident/get", 200, 1.5, "some-id"
             )
-            await incidents.store.log_requests([record])
+            store: Any = incidents.store
+            await store.append(INSERT_REQUEST, [asdict(record)])
         await execute(migrated_postgres_url, prune.text)
         connection = await asyncpg.connect(migrated_postgres_url)
         assert await connection.fetchval("SELECT count(*) FROM request_log") == 0
@@ -684,8 +686,8 @@ def test_the_limits_are_those_of_the_code() -> None:
     )
     assert f"{options.pool_size + options.max_overflow} by default" in deploy
     assert f"at most {redis.MAX_CONNECTIONS} per process" in deploy
-    assert f"up to {log.BATCH}" in deploy
-    assert f"up to {log.CAPACITY} of them wait" in deploy
+    assert f"up to {request_log.BATCH}" in deploy
+    assert f"up to {request_log.CAPACITY} of them wait" in deploy
     assert f"`Retry-After: {problems.RETRY_AFTER}`" in deploy
     assert rest.count(f"{requests.MAX_BODY} bytes") == 2
     assert f"{TTL} seconds" in cache

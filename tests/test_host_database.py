@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
+from attrs import asdict
 from sqlalchemy import NullPool, create_engine, event, inspect, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
@@ -29,6 +30,7 @@ from incidentkit import (
 from incidentkit.store import RequestRecord, StoreOptions
 from incidentkit.store.migrate import downgrade, upgrade
 from incidentkit.store.ports import BEGINNING
+from incidentkit.store.request_log import INSERT_REQUEST
 from tests.hosts import begin_by_itself, host_engine, run_sql
 
 if TYPE_CHECKING:
@@ -175,7 +177,9 @@ async def test_everything_a_client_does_works(client: IncidentClient) -> None:
             await asyncio.sleep(0.01)
     assert await client.store.purge(datetime.now(UTC) + timedelta(hours=1), 10) == (1, False)
     assert await client.list() == [second]
-    await client.store.log_requests([RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id")])
+    store: Any = client.store
+    record = RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id")
+    await store.append(INSERT_REQUEST, [asdict(record)])
 
 
 async def test_concurrent_calls_lose_nothing(client: IncidentClient) -> None:
@@ -203,7 +207,8 @@ async def test_what_the_host_opened_stays_open(
         with pytest.raises(ClientClosed):
             await client.list()
         with pytest.raises(ClientClosed):
-            await client.store.log_requests([])
+            store: Any = client.store
+            await store.append(INSERT_REQUEST, [])
     if isinstance(database, AsyncEngine) and name in ("sqlite", "memory", "engine"):
         assert "Current Checked out connections: 0" in database.pool.status() or name == "memory"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
+from attrs import asdict
 
 from incidentkit import (
     IncidentClient,
@@ -21,7 +22,9 @@ from incidentkit.domain.commands import StatusChange
 from incidentkit.opening import store_on
 from incidentkit.store import RequestRecord, StoreOptions
 from incidentkit.store.migrate import upgrade
+from incidentkit.store.ports import IncidentStore
 from incidentkit.store.postgresql.pool import PoolExecutor
+from incidentkit.store.request_log import INSERT_REQUEST
 from incidentkit.store.store import Store
 from tests.servers import PostgresServer
 
@@ -43,7 +46,7 @@ def server() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-async def store(server: PostgresServer) -> AsyncIterator[Store]:
+async def store(server: PostgresServer) -> AsyncIterator[IncidentStore]:
     """An impatient store on that server."""
     store = store_on(server.url, QUICK)
     await store.open()
@@ -54,7 +57,7 @@ async def store(server: PostgresServer) -> AsyncIterator[Store]:
 
 
 async def test_a_killed_server_is_unavailable_and_comes_back(
-    server: PostgresServer, store: Store
+    server: PostgresServer, store: IncidentStore
 ) -> None:
     """While the server is dead calls fail typed and at once; after its restart they work again."""
     kept = await store.create(DISK_FULL)
@@ -74,7 +77,7 @@ async def test_a_killed_server_is_unavailable_and_comes_back(
 
 
 async def test_a_read_survives_a_restart_between_calls(
-    server: PostgresServer, store: Store
+    server: PostgresServer, store: IncidentStore
 ) -> None:
     """The first read after a restart succeeds, although its pooled connection is dead."""
     kept = await store.create(DISK_FULL)
@@ -84,7 +87,7 @@ async def test_a_read_survives_a_restart_between_calls(
 
 
 async def test_a_connection_that_the_server_ends_is_replaced(
-    server: PostgresServer, store: Store
+    server: PostgresServer, store: IncidentStore
 ) -> None:
     """A backend that an administrator terminates is replaced without anybody noticing."""
     kept = await store.create(DISK_FULL)
@@ -98,7 +101,7 @@ async def test_a_connection_that_the_server_ends_is_replaced(
 
 
 async def test_a_connection_that_is_out_of_step_is_replaced(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: IncidentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection whose driver lost track of it is closed, and a read goes on with another."""
     kept = await store.create(DISK_FULL)
@@ -121,7 +124,7 @@ async def test_a_connection_that_is_out_of_step_is_replaced(
 
 
 async def test_a_hung_server_is_unavailable_within_the_timeouts(
-    server: PostgresServer, store: Store
+    server: PostgresServer, store: IncidentStore
 ) -> None:
     """A server that accepts and never answers ends each call within its timeouts."""
     await store.create(DISK_FULL)
@@ -133,26 +136,26 @@ async def test_a_hung_server_is_unavailable_within_the_timeouts(
     assert await store.get(1) is not None
 
 
-@pytest.mark.parametrize("call", ["get", "log_requests"])
+@pytest.mark.parametrize("call", ["get", "append"])
 async def test_a_cancelled_call_does_not_wait_for_a_hung_server(
     server: PostgresServer, call: str
 ) -> None:
     """A caller that gives up on a hung server gets its own timeout, without waiting for more."""
-    store = store_on(server.url, StoreOptions(pool_timeout=3600, statement_timeout=3600))
+    store: Any = store_on(server.url, StoreOptions(pool_timeout=3600, statement_timeout=3600))
     await store.open()
-    record = RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id")
+    record = asdict(RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id"))
     server.pause()
     try:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await (store.get(1) if call == "get" else store.log_requests([record]))
+                await (store.get(1) if call == "get" else store.append(INSERT_REQUEST, [record]))
     finally:
         server.resume()
     assert await store.list(ListQuery()) is not None
     await store.close()
 
 
-async def test_a_slow_statement_is_ended(server: PostgresServer, store: Store) -> None:
+async def test_a_slow_statement_is_ended(server: PostgresServer, store: IncidentStore) -> None:
     """A statement that waits too long fails typed, and its connection is usable after."""
     kept = await store.create(DISK_FULL)
     host = await asyncpg.connect(server.url)
@@ -164,7 +167,7 @@ async def test_a_slow_statement_is_ended(server: PostgresServer, store: Store) -
     assert await store.get(kept.incident_id) == kept
 
 
-async def test_waiting_for_a_connection_ends(server: PostgresServer, store: Store) -> None:
+async def test_waiting_for_a_connection_ends(server: PostgresServer, store: IncidentStore) -> None:
     """With every connection busy, a further call fails typed instead of waiting for ever."""
     host = await asyncpg.connect(server.url)
     async with host.transaction():
@@ -183,7 +186,7 @@ async def test_an_unknown_parameter_is_told(server: PostgresServer) -> None:
 
 
 async def test_no_more_connections_than_the_pool_may_have(
-    server: PostgresServer, store: Store
+    server: PostgresServer, store: IncidentStore
 ) -> None:
     """Under load there are at most `pool_size` + `max_overflow` connections."""
     await store.create(DISK_FULL)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
+from attrs import asdict
 from sqlalchemy.dialects.sqlite import dialect
 
 from incidentkit import (
@@ -27,6 +28,7 @@ from incidentkit.store import RequestRecord, StoreOptions, store_from_url
 from incidentkit.store.migrate import downgrade, upgrade
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.postgresql.pool import PoolExecutor
+from incidentkit.store.request_log import INSERT_REQUEST
 from incidentkit.store.sql.statements import SELECT_PAGE
 from incidentkit.store.sqlite import threads as sqlite
 from incidentkit.store.sqlite.threads import ThreadsExecutor
@@ -119,14 +121,14 @@ async def test_a_file_that_is_being_written_can_be_opened(sqlite_url: str, tmp_p
     await store.close()
 
 
-async def test_request_records_are_appended(store: IncidentStore, url: str) -> None:
+async def test_request_records_are_appended(store: Any, url: str) -> None:
     """A batch of request records is written to the table `request_log`, in order."""
     at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     records = [
         RequestRecord(at, "GET", "/incident/get", 200, 1.25, f"request-{number}")
         for number in range(3)
     ]
-    await store.log_requests(records)
+    await store.append(INSERT_REQUEST, [asdict(record) for record in records])
     rows = await run_sql(
         url,
         "SELECT method, route, status, duration_ms, request_id FROM request_log "
@@ -135,18 +137,18 @@ async def test_request_records_are_appended(store: IncidentStore, url: str) -> N
     assert rows == [("GET", "/incident/get", 200, 1.25, f"request-{number}") for number in range(3)]
 
 
-async def test_a_batch_of_request_records_is_all_or_nothing(store: IncidentStore, url: str) -> None:
+async def test_a_batch_of_request_records_is_all_or_nothing(store: Any, url: str) -> None:
     """A batch with a record that cannot be stored leaves none of it, and the store works on."""
     at = datetime(2026, 1, 2, tzinfo=UTC)
     broken: Any = None
-    records = [
-        RequestRecord(at, "GET", "/", 200, 1.0, "one"),
-        RequestRecord(at, broken, "/", 200, 1.0, "two"),
+    rows = [
+        asdict(RequestRecord(at, "GET", "/", 200, 1.0, "one")),
+        asdict(RequestRecord(at, broken, "/", 200, 1.0, "two")),
     ]
     with pytest.raises(Exception, match="cannot be used"):
-        await store.log_requests(records)
+        await store.append(INSERT_REQUEST, rows)
     assert await run_sql(url, "SELECT * FROM request_log") == []
-    await store.log_requests(records[:1])
+    await store.append(INSERT_REQUEST, rows[:1])
     assert len(await run_sql(url, "SELECT * FROM request_log")) == 1
 
 
@@ -332,9 +334,9 @@ async def test_a_caller_is_not_kept_longer_than_its_timeouts(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A statement on SQLite that goes on and on is left by its caller, and not by close."""
-    store = store_on(sqlite_url)
+    store: Any = store_on(sqlite_url)
     await store.open()
-    store._patience = 0.1
+    store._connections._patience = 0.1
     goes_on = threading.Event()
 
     def never_ending(*_: Any) -> Any:

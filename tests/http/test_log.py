@@ -19,6 +19,12 @@ from incidentkit.http.dispatch import Endpoint
 from incidentkit.http.operation import Operation
 from incidentkit.http.request_log import BATCH, CAPACITY, RequestLog
 from incidentkit.store import RequestRecord
+from incidentkit.store.backends.sqlite import join
+from incidentkit.store.options import StoreOptions
+from incidentkit.store.sqlite.dialect import SqliteDialect
+from incidentkit.store.sqlite.threads import ThreadsExecutor
+from incidentkit.store.sqlite.url import sqlite_url
+from incidentkit.store.store import Store
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, service_on, serving
 
 if TYPE_CHECKING:
@@ -110,7 +116,7 @@ async def _rows(url: str) -> list[tuple[Any, ...]]:
         ]
 
 
-class LogStore(SqliteStore):
+class LogStore(Store):
     """A store whose appends do what the test says.
 
     Args:
@@ -118,7 +124,9 @@ class LogStore(SqliteStore):
     """
 
     def __init__(self, *outcomes: Exception | None) -> None:
-        super().__init__(MEMORY)
+        super().__init__(
+            SqliteDialect(), ThreadsExecutor(sqlite_url(MEMORY), StoreOptions()), join=join
+        )
         self.outcomes = list(outcomes)
         self.batches: list[list[Mapping[str, Any]]] = []
         self.calls = 0

@@ -26,7 +26,13 @@ from incidentkit import (
 from incidentkit.domain.values import MAX_ID, MAX_LIMIT
 from incidentkit.http import create_app
 from incidentkit.http.requests import MAX_BODY
+from incidentkit.store.backends.sqlite import join
+from incidentkit.store.options import StoreOptions
 from incidentkit.store.page import Page
+from incidentkit.store.sqlite.dialect import SqliteDialect
+from incidentkit.store.sqlite.threads import ThreadsExecutor
+from incidentkit.store.sqlite.url import sqlite_url
+from incidentkit.store.store import Store
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, validate
 from tests.strategies import padding, stripped_messages
 
@@ -293,11 +299,13 @@ def test_a_query_that_is_not_utf_8(api: httpx.Client, query: str) -> None:
     assert answer.json()["detail"] == "The query is not percent-encoded UTF-8"
 
 
-class AlwaysStore(SqliteStore):
+class AlwaysStore(Store):
     """A store without a database: every id up to 100 has an incident."""
 
     def __init__(self) -> None:
-        super().__init__(MEMORY)
+        super().__init__(
+            SqliteDialect(), ThreadsExecutor(sqlite_url(MEMORY), StoreOptions()), join=join
+        )
 
     async def open(self) -> None:
         """Do nothing."""

@@ -17,12 +17,11 @@ from incidentkit.store.page import Page
 from tests.simulation.loop import PROCESS, SERVERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from random import Random
 
     from incidentkit import ListQuery, NewIncident
     from incidentkit.domain.commands import StatusChange
-    from incidentkit.store.request_log import RequestRecord
 
 _T = TypeVar("_T")
 
@@ -231,9 +230,6 @@ class SimulatedStore:
         if changed is None:
             raise IncidentNotFound(change.incident_id)
         return changed
-
-    async def log_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Do nothing."""
 
     def _find(self, incident_id: int) -> Incident | None:
         found = (one for one in self.database.current.incidents if one.incident_id == incident_id)
