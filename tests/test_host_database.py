@@ -206,8 +206,8 @@ async def test_what_the_host_opened_stays_open(
         assert await works(database)
         with pytest.raises(ClientClosed):
             await client.list()
+        store: Any = client.store
         with pytest.raises(ClientClosed):
-            store: Any = client.store
             await store.append(INSERT_REQUEST, [])
     if isinstance(database, AsyncEngine) and name in ("sqlite", "memory", "engine"):
         assert "Current Checked out connections: 0" in database.pool.status() or name == "memory"

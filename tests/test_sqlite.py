@@ -288,3 +288,14 @@ async def test_memory_is_one_connection() -> None:
             events = (await client.read_changes(limit=100)).changes
             assert len(events) >= len(found)
         assert len(await client.list(limit=100)) == 20
+
+
+async def test_a_table_of_the_host_fails_no_write(sqlite_url: str, path: str) -> None:
+    """A table that the host creates under an open client fails none of the client's writes."""
+    async with IncidentClient.open(sqlite_url):
+        pass
+    async with IncidentClient.open(sqlite_url) as client:
+        with closing(sqlite3.connect(path)) as host:
+            host.execute("CREATE TABLE orders (order_id INTEGER)")
+        incident = await client.create("Order 1 is late", source="partner")
+        assert await client.list() == [incident]

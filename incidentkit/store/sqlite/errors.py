@@ -43,3 +43,12 @@ def translate_error(error: Exception) -> StoreError:
         return StoreUnavailable(UNAVAILABLE[code])
     name = getattr(error.orig, "sqlite_errorname", None)
     return StoreError(name or "unexpected failure of the driver")
+
+
+def is_stale_schema(error: DBAPIError) -> bool:
+    """Return whether another connection has changed the schema of the file.
+
+    SQLite has not run the statement, and reads the schema again for the next one.
+    """
+    code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
+    return bool(code == sqlite3.SQLITE_SCHEMA)

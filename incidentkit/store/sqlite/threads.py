@@ -25,7 +25,7 @@ from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnava
 from incidentkit.store.execution import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
-from incidentkit.store.sqlite.errors import translate_error
+from incidentkit.store.sqlite.errors import is_stale_schema, translate_error
 from incidentkit.store.sqlite.file import open_engine, probe
 from incidentkit.store.sqlite.url import MEMORY
 
@@ -277,5 +277,10 @@ def _outcome(call: Callable[[], _T]) -> _T | Exception:
 
 
 def _fetch(connection: Connection, statement: Executable, values: Mapping[str, Any]) -> Rows:
-    result = connection.execute(statement, values)
+    try:
+        result = connection.execute(statement, values)
+    except DBAPIError as error:
+        if not is_stale_schema(error):
+            raise
+        result = connection.execute(statement, values)
     return result.all() if result.returns_rows else ()
