@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Protocol
+from typing import Final, Protocol
 
 from sqlalchemy import Executable
 
@@ -15,7 +15,7 @@ from incidentkit.store.execution import Fetch
 from incidentkit.store.ports import Incidents
 from incidentkit.store.sql.search import WordsMatch
 
-EVENTS: int = 5_000
+EVENTS: Final = 5_000
 """Maximum number of events that one purge removes, so that its transaction stays short."""
 
 

@@ -11,21 +11,29 @@ index of words returns all of them, to be sorted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import evolve, frozen
-from sqlalchemy import BigInteger, bindparam, func, literal_column, or_, select, tuple_, union_all
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Executable,
+    TextClause,
+    bindparam,
+    func,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+    union_all,
+)
 
 from incidentkit.store.sql.rows import UtcDateTime
 from incidentkit.store.sql.statements import INCIDENT, text_parameter
 from incidentkit.store.sql.tables import incident_table
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sqlalchemy import ColumnElement, Executable, TextClause
 
 _columns = incident_table.c
 
