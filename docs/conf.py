@@ -51,9 +51,9 @@ nitpick_ignore_regex: Final = [
 
 # Private type aliases, and what a reader should see instead.
 ALIASES: Final = {
-    "Events": "list[IncidentEvent]",
+    "EventList": "list[IncidentEvent]",
     "Graph": "Mapping[str, Collection[str]]",
-    "Incidents": "list[Incident]",
+    "IncidentList": "list[Incident]",
     "Place": "tuple[int, int]",
     "RequestLog": "Literal['log', 'database']",
     "RequestLogSetting": "Literal['log', 'database']",

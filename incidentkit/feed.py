@@ -11,7 +11,7 @@ from incidentkit.batching import Coalescer
 from incidentkit.domain.errors import ClientClosed
 from incidentkit.domain.rules import EventCursor, event_cursor
 from incidentkit.domain.values import LATEST, ChangePage, IncidentEvent
-from incidentkit.store.ports import BEGINNING, Events, Place
+from incidentkit.store.ports import BEGINNING, EventList, Place
 
 POLL_INTERVAL: Final = 0.25
 """Seconds between two reads that look for changes by other processes, while a reader waits."""
@@ -20,7 +20,7 @@ POLL_INTERVAL: Final = 0.25
 class EventStore(Protocol):
     """The part of a store that a feed reads from."""
 
-    async def changes(self, after: Place, limit: int) -> Events:
+    async def changes(self, after: Place, limit: int) -> EventList:
         """Return events after a place, in the order of their commits."""
         ...
 
@@ -130,7 +130,7 @@ class ChangeFeed:
             after = None if latest is None else latest.cursor
         return (BEGINNING if after is None else await self._store.place(event_cursor(after))), after
 
-    async def _read(self, key: tuple[str | None, Place, int]) -> Events | None:
+    async def _read(self, key: tuple[str | None, Place, int]) -> EventList | None:
         """Return events after a place, or None if the cursor has moved."""
         cursor, place, limit = key
         events = await self._store.changes(place, limit)

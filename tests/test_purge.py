@@ -71,7 +71,7 @@ async def test_an_incident_of_many_events_goes_in_several_steps(
 ) -> None:
     """However long a history is, no step removes more than so many events, and all are removed."""
     for module in ("sqlite.dialect", "postgresql.dialect"):
-        monkeypatch.setattr(f"incidentkit.store.{module}.EVENTS", 4)
+        monkeypatch.setattr(f"incidentkit.store.{module}.PURGED_EVENTS", 4)
     ids = await ended(incidents, url, 100, 100)
     for _ in range(9):
         await incidents.note(ids[0], "one more")

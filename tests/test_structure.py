@@ -1,21 +1,32 @@
-"""The plan of the package holds: no import circles, few imports in functions, short paths."""
+"""The plan of the package holds, and its pictures show it.
+
+There are no import circles, few imports in functions, and short paths.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from xml.etree import ElementTree as ET
+
+import pytest
 
 import incidentkit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+    from xml.etree.ElementTree import Element
 
 PACKAGE: Final = Path(incidentkit.__file__).parent
+DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
+SVG: Final = "{http://www.w3.org/2000/svg}"
 
 CHOOSERS: Final[dict[str, str]] = {
     "incidentkit.cache.opening": "imports the cache that a URL names, so that redis stays optional",
@@ -187,3 +198,151 @@ def test_a_create_moves_between_few_files(sqlite_url: str) -> None:
     assert visited
     assert len(stretches) <= MOVES, stretches
     assert len(set(stretches)) <= FILES, sorted(set(stretches))
+
+
+class Box:
+    """A rectangle of the plan.
+
+    Attributes:
+        names: The modules and packages that it stands for.
+    """
+
+    def __init__(self, rect: Element) -> None:
+        self.names = rect.attrib["data-modules"].split()
+        self.left, self.top, width, height = (
+            float(rect.attrib[name]) for name in ("x", "y", "width", "height")
+        )
+        self.right, self.bottom = self.left + width, self.top + height
+
+    def has(self, x: float, y: float, *, reach: float = 0) -> bool:
+        """Return whether a point is in the rectangle, or within reach of it."""
+        return (
+            self.left - reach <= x <= self.right + reach
+            and self.top - reach <= y <= self.bottom + reach
+        )
+
+
+def boxes(plan: Element) -> list[Box]:
+    """Return the boxes of the plan."""
+    return [Box(rect) for rect in plan.iter(f"{SVG}rect") if "data-modules" in rect.attrib]
+
+
+def box_of(module: str, drawn: Iterable[Box]) -> Box | None:
+    """Return the box of a module: its own, or else that of the nearest package around it.
+
+    The box of the whole package is for its face alone.
+    """
+    homes = {name: box for box in drawn for name in box.names}
+    while module not in homes and module.count(".") > 1:
+        module = module.rpartition(".")[0]
+    return homes.get(module)
+
+
+def ends(arrow: Element) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the first and the last point of an arrow, whose lines are all upright or level."""
+    x, y = 0.0, 0.0
+    points = []
+    for command, numbers in re.findall(r"([MVH])([-\d. ]+)", arrow.attrib["d"]):
+        values = [float(number) for number in numbers.split()]
+        x = values[0] if command in "MH" else x
+        y = values[-1] if command in "MV" else y
+        points.append((x, y))
+    return points[0], points[-1]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Element:
+    """The picture of the plan of the package."""
+    return ET.parse(DOCS / "explanation" / "plan.svg").getroot()
+
+
+def test_every_module_has_a_box_in_the_plan(plan: Element) -> None:
+    """Each module lies in exactly one box of the plan, and the plan has no other module."""
+    drawn = boxes(plan)
+    names = [name for box in drawn for name in box.names]
+    existing = modules(PACKAGE)
+    assert len(names) == len(set(names))
+    assert set(names) <= existing.keys()
+    assert [module for module in existing if box_of(module, drawn) is None] == []
+
+
+def test_a_box_of_the_plan_shows_its_names(plan: Element) -> None:
+    """The last part of each module's name stands in its box."""
+    words = [
+        (float(text.attrib["x"]), float(text.attrib["y"]), set(re.findall(r"\w+", text.text or "")))
+        for text in plan.iter(f"{SVG}text")
+    ]
+    for box in boxes(plan):
+        shown = {word for x, y, found in words if box.has(x, y) for word in found}
+        assert {name.rpartition(".")[2] for name in box.names} <= shown
+
+
+def test_imports_point_down_in_the_plan(plan: Element) -> None:
+    """Every import stays in its box or goes to a box further down, but for one lazy face."""
+    drawn = boxes(plan)
+    upwards = []
+    for module, targets in import_graph(PACKAGE).items():
+        source = box_of(module, drawn)
+        assert source is not None
+        for target in targets:
+            aim = box_of(target, drawn)
+            assert aim is not None
+            if aim is not source and aim.top <= source.top:
+                upwards.append((module, target))
+    assert upwards == [("incidentkit.store", "incidentkit.opening")]
+
+
+def test_the_arrows_of_the_plan_are_imports(plan: Element) -> None:
+    """Each arrow leads from the box of one module to the box of another that it imports."""
+    graph = import_graph(PACKAGE)
+    drawn = boxes(plan)
+    arrows = [path for path in plan.iter(f"{SVG}path") if "data-import" in path.attrib]
+    assert arrows
+    for arrow in arrows:
+        source, target = arrow.attrib["data-import"].split()
+        importing = [module for module in graph if box_of(module, drawn) is box_of(source, drawn)]
+        imported = {name for module in importing for name in graph[module]}
+        assert any(box_of(name, drawn) is box_of(target, drawn) for name in imported), source
+        for name, point in zip((source, target), ends(arrow), strict=True):
+            box = box_of(name, drawn)
+            assert box is not None
+            assert box.has(*point, reach=2), (source, target)
+
+
+def test_the_rows_of_the_plan_are_the_layers_of_the_contracts(plan: Element) -> None:
+    """The plan shows the layers that import-linter checks, in their order."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text("utf-8"))
+    layers = {
+        contract["containers"][0]: contract["layers"]
+        for contract in project["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers"
+    }
+    expected = [{"incidentkit"}]
+    for layer in layers["incidentkit"]:
+        expected.append({f"incidentkit.{name}" for name in layer.split(" | ")})
+        if layer == "store":
+            expected += [
+                {f"incidentkit.store.{name}" for name in inner.split(" | ")}
+                for inner in layers["incidentkit.store"]
+            ]
+    shown: dict[float, set[str]] = {}
+    for box in boxes(plan):
+        shown.setdefault(box.top, set()).update(box.names)
+    rows = [names - {"incidentkit.__main__"} for _, names in sorted(shown.items())]
+    assert rows == expected
+
+
+def test_the_classes_in_the_flow_exist() -> None:
+    """Each class that the picture of a call names is a class of the package."""
+    existing = {
+        node.name
+        for file in modules(PACKAGE).values()
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    flow = ET.parse(DOCS / "explanation" / "flow.svg").getroot()
+    texts = [(text, text.text or "") for text in flow.iter(f"{SVG}text")]
+    shown = {word for _, text in texts for word in re.findall(r"\b(?:[A-Z][a-z]+){2,}\b", text)}
+    shown |= {label for text, label in texts if "name" in text.attrib.get("class", "")}
+    assert {"Store", "Records", "IncidentClient"} <= shown
+    assert shown <= existing

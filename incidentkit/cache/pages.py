@@ -24,7 +24,7 @@ from incidentkit.domain.values import Incident
 from incidentkit.store.page import Page
 from incidentkit.wire import decode_incidents, dump_json
 
-Incidents: TypeAlias = "list[Incident]"
+IncidentList: TypeAlias = "list[Incident]"
 """An alias, because ``list`` is a method in the classes below."""
 
 INTERVAL: Final = 0.01
@@ -112,7 +112,7 @@ class PageCache:
         """Whether the shared cache works; None if there is none."""
         return None if self._shared is None else self._shared.available
 
-    async def list(self, query: ListQuery) -> Incidents:
+    async def list(self, query: ListQuery) -> IncidentList:
         """Return the incidents of the page, in a new list."""
         return (await self.page(query)).incidents.copy()
 

@@ -12,10 +12,10 @@ from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import Incident, IncidentEvent
 from incidentkit.store.execution import Fetch
-from incidentkit.store.ports import Incidents
+from incidentkit.store.ports import IncidentList
 from incidentkit.store.sql.search import WordsMatch
 
-EVENTS: Final = 5_000
+PURGED_EVENTS: Final = 5_000
 """Maximum number of events that one purge removes, so that its transaction stays short."""
 
 
@@ -46,7 +46,7 @@ class Dialect(Protocol):
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
-    ) -> Incidents:
+    ) -> IncidentList:
         """Insert incidents with their events, as :meth:`create` does for each in turn."""
         ...
 

@@ -27,10 +27,10 @@ id."""
 BEGINNING: Final[Place] = (-(2**63), 0)
 """The place before the first event."""
 
-Events: TypeAlias = list[IncidentEvent]
+EventList: TypeAlias = list[IncidentEvent]
 """An alias because inside the protocol ``list`` is the verb."""
 
-Incidents: TypeAlias = list[Incident]
+IncidentList: TypeAlias = list[Incident]
 
 
 class StoreOperations(Protocol):
@@ -59,7 +59,7 @@ class StoreOperations(Protocol):
         *,
         actor: str | None = None,
         once: Idempotency | None = None,
-    ) -> Incidents:
+    ) -> IncidentList:
         """Store incidents, all or none, and return them in the same order.
 
         The result is that of :meth:`create` called for one after the other.
@@ -116,11 +116,11 @@ class StoreOperations(Protocol):
         """
         ...
 
-    async def history(self, incident_id: int, *, after: int = ..., limit: int = ...) -> Events:
+    async def history(self, incident_id: int, *, after: int = ..., limit: int = ...) -> EventList:
         """Return events of an incident, oldest first, after the one with this event id."""
         ...
 
-    async def changes(self, after: Place, limit: int) -> Events:
+    async def changes(self, after: Place, limit: int) -> EventList:
         """Return events of all incidents after a place, in the order of their commits.
 
         Events of one incident are in the order of its changes. No event is ever added before one

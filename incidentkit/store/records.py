@@ -24,11 +24,11 @@ from incidentkit.domain.values import (
     SearchPage,
 )
 from incidentkit.store.bookmarks import Bookmarks
-from incidentkit.store.dialect import EVENTS, Dialect
+from incidentkit.store.dialect import PURGED_EVENTS, Dialect
 from incidentkit.store.execution import Executor, Fetch, Rows, Work
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
-from incidentkit.store.ports import Events, Incidents, Place
+from incidentkit.store.ports import EventList, IncidentList, Place
 from incidentkit.store.sql import statements
 from incidentkit.store.sql.rows import (
     INCIDENT_COLUMNS,
@@ -129,7 +129,7 @@ class Records:
         *,
         actor: str | None = None,
         once: Idempotency | None = None,
-    ) -> Incidents:
+    ) -> IncidentList:
         """Store incidents, all or none, as :meth:`create` does for each in turn."""
         work = partial(self._dialect.create_many, incidents=incidents, actor=actor)
         if once is not None:
@@ -182,7 +182,7 @@ class Records:
 
         async def work(fetch: Fetch) -> tuple[int, bool]:
             purged_before = datetime.now(UTC) - PLACES_KEPT
-            old = {"purged_before": purged_before, "limit": 2 * EVENTS}
+            old = {"purged_before": purged_before, "limit": 2 * PURGED_EVENTS}
             await fetch(statements.DELETE_OLD_PLACES, old)
             return await self._dialect.purge(fetch, ended_before, limit, actor)
 
@@ -331,13 +331,13 @@ class Records:
             return rows
         return await self._executor.read(select_page_by_words(shape), values)
 
-    async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> Events:
+    async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> EventList:
         """Read events of an incident, oldest first, after the one with this event id."""
         values = {"incident_id": incident_id, "event_id": after, "limit": limit}
         rows = await self._executor.read(statements.SELECT_HISTORY, values)
         return [read_event(row) for row in rows]
 
-    async def changes(self, after: Place, limit: int) -> Events:
+    async def changes(self, after: Place, limit: int) -> EventList:
         """Read events of all incidents after a place, in the order of their commits."""
         transaction_id, event_id = after
         values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}

@@ -59,12 +59,16 @@ class Store(Records):
 
     async def _check_or_upgrade(self) -> None:
         try:
-            await self.check()
+            await self._check_schema()
         except SchemaOutOfDate:
             if self._upgrade is None:
                 raise
             await self._upgrade()
-            await self.check()
+            await self._check_schema()
+
+    async def _check_schema(self) -> None:
+        rows = await self._connections.read(SELECT_REVISION, {})
+        check_revision(rows[0][0] if rows else None)
 
     async def close(self) -> None:
         """Wait for running calls, and release every connection; once closed, do nothing."""
@@ -72,8 +76,7 @@ class Store(Records):
 
     async def check(self) -> None:
         """Raise unless the database answers and has the schema that this version works on."""
-        rows = await self._connections.read(SELECT_REVISION, {})
-        check_revision(rows[0][0] if rows else None)
+        await self._check_schema()
 
     def join(self, connection: object) -> StoreOperations:
         """Return the operations in the transaction of a host's connection."""

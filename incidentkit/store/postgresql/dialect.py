@@ -18,9 +18,9 @@ from incidentkit.domain.errors import (
 )
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, Incident, IncidentEvent
-from incidentkit.store.dialect import EVENTS
+from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.execution import Fetch
-from incidentkit.store.ports import Incidents
+from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
@@ -60,7 +60,7 @@ class PostgresDialect:
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
-    ) -> Incidents:
+    ) -> IncidentList:
         """Insert incidents with their events, many with each statement."""
         stored: dict[int, Incident] = {}
         keyless = [n for n, incident in enumerate(incidents) if incident.dedup_key is None]
@@ -136,7 +136,7 @@ class PostgresDialect:
         if not ids:
             return 0, False
         # Separate statements, which see everything committed before the rows were locked.
-        await fetch(sql.DELETE_EVENTS, {"incident_ids": ids, "events": EVENTS})
+        await fetch(sql.DELETE_EVENTS, {"incident_ids": ids, "events": PURGED_EVENTS})
         deleted = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": ids, "actor": actor})
         count = int(deleted[0][0])
         return count, len(ids) == limit or count < len(ids)

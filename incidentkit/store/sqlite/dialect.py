@@ -14,9 +14,9 @@ from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, EventKind, Incident, IncidentEvent, IncidentStatus
-from incidentkit.store.dialect import EVENTS
+from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.execution import Fetch
-from incidentkit.store.ports import Incidents
+from incidentkit.store.ports import IncidentList
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
 
@@ -58,7 +58,7 @@ class SqliteDialect:
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
-    ) -> Incidents:
+    ) -> IncidentList:
         """Insert incidents with their events, one after the other."""
         return [await self.create(fetch, incident, actor) for incident in incidents]
 
@@ -112,7 +112,7 @@ class SqliteDialect:
         statuses: dict[int, Any] = dict(rows)
         if not statuses:
             return 0, False
-        some = {"incident_ids": list(statuses), "events": EVENTS}
+        some = {"incident_ids": list(statuses), "events": PURGED_EVENTS}
         await fetch(sql.INSERT_PLACES, some)
         await fetch(sql.DELETE_EVENTS, some)
         left = await fetch(sql.SELECT_WITH_EVENTS, {"incident_ids": list(statuses)})
