@@ -95,7 +95,7 @@ async def test_keys_do_not_wait_for_each_other(ask: Coalescer[str, int], source:
 async def test_a_run_that_hangs_does_not_hold_up_the_next(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the patience, a run starts beside an earlier one."""
+    """Once patience runs out, the next run starts beside a hanging one."""
     monkeypatch.setattr(batching, "PATIENCE", 0.01)
     ask = Coalescer(source)
     source.gate(1)

@@ -34,12 +34,12 @@ SHARED = ("redis_url", "redis_cluster_url", "redis_sentinel_url")
 FAILURES = (RedisError, RedisClusterException)
 
 SOON = 2
-"""Seconds: far above the time limit of a call, and far below redis-py's own."""
+"""Seconds, far above the time limit of a call and far below redis-py's own."""
 
 
 @asynccontextmanager
 async def opened(redis_url: str) -> AsyncIterator[RedisCache]:
-    """A cache that is closed at the end."""
+    """Open a cache and close it at the end."""
     cache = cache_from_url(redis_url)
     try:
         yield cache
@@ -741,7 +741,7 @@ def test_a_closed_cache_serves_on_another_loop(request: pytest.FixtureRequest, n
 
 
 async def test_a_client_that_decodes_its_answers_serves(redis_url: str) -> None:
-    """An application's Redis client that decodes answers works as well."""
+    """A cache also works on an application's Redis client that decodes its answers."""
     async with Redis.from_url(redis_url, decode_responses=True) as redis:
         cache = RedisCache(redis)
         await cache.set(KEY, '["é"]'.encode(), TTL)

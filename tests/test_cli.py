@@ -133,7 +133,7 @@ def test_wide_characters_take_two_columns_and_accents_none() -> None:
 
 
 def test_create_shows_the_incident() -> None:
-    """A new incident is shown with the id and the time from the database."""
+    """`create` shows the new incident with the id and the time from the database."""
     lines = dict(re.split(r" {2,}", line) for line in output(*DISK_FULL).splitlines())
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", lines.pop("created_at"))
     assert lines.pop("last_seen_at").endswith(" UTC")
@@ -355,7 +355,7 @@ def test_a_database_that_is_away_is_one_line(command: tuple[str, ...], unused_po
 def test_a_redis_that_is_required_and_away_is_one_line(
     unused_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With INCIDENTKIT_REDIS_REQUIRED a command without Redis exits with 1."""
+    """With INCIDENTKIT_REDIS_REQUIRED, a command without Redis exits with 1."""
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
     url = f"redis://:secret@127.0.0.1:{unused_port}/0"
     (line,) = errors("list", "--redis-url", url, exit_code=1)
@@ -389,7 +389,7 @@ def test_what_happened_is_shown_with_who_did_it() -> None:
 
 
 def test_a_command_can_be_repeated() -> None:
-    """With an idempotency key a repeated command shows the first answer and changes nothing."""
+    """With an idempotency key, a repeated command shows the first answer and changes nothing."""
     first = output(*DISK_FULL, "--idempotency-key", "k", "--json")
     assert output(*DISK_FULL, "--idempotency-key", "k", "--json") == first
     change = ("update-status", "1", "failed", "--idempotency-key", "c", "--json")
@@ -682,7 +682,7 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
         assert shown in out
 
 
-# Changes, live
+# Live changes
 
 
 @contextmanager

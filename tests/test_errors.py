@@ -185,7 +185,7 @@ def test_one_small_tree() -> None:
 
 
 def test_tree_in_the_documentation_is_the_tree() -> None:
-    """The tree in the docstring of the module shows every error in its place."""
+    """The tree in the module's docstring shows every error in its place."""
     picture = re.findall(
         r"^ {4}([│├└─ ]*)(\w+)", incidentkit.domain.errors.__doc__ or "", re.MULTILINE
     )

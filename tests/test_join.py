@@ -697,7 +697,7 @@ async def cancelled_during(
 
 
 def is_number(number: int) -> Callable[[list[str]], bool]:
-    """Return a condition that holds once this many statements have begun."""
+    """Return a condition that holds when the statement of this number begins."""
     return lambda so_far: len(so_far) == number
 
 
