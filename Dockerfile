@@ -16,7 +16,7 @@ RUN groupadd --gid 10001 incidentkit \
 COPY --from=build /opt/incidentkit /opt/incidentkit
 ENV PATH="/opt/incidentkit/bin:$PATH" PYTHONUNBUFFERED=1
 
-# Where the SQLite file lies when no database is named: mount a volume here to keep it.
+# Without a configured database, the SQLite file is created here: mount a volume to keep it.
 WORKDIR /data
 USER 10001:10001
 EXPOSE 8000

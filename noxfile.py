@@ -1,4 +1,4 @@
-"""The project's checks: `nox` runs them all, `nox -s tests -- -k cache` a part of one."""
+"""The project's checks: `nox` runs them all, `nox -s tests -- -k cache` runs a part of one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ PROBE = "import ssl, sqlite3, sys, venv; print(*sys.version_info[:2], sep='.')"
 
 
 def installed_pythons() -> dict[str, str]:
-    """Return the interpreters that run, by version: the one that runs nox, and those on PATH.
+    """Return the working interpreters by version: the one that runs nox, and those on PATH.
 
-    Every place on PATH is tried: a version manager's shim may stand before an interpreter, or
-    alone, and not run.
+    Every folder on PATH is tried, because a version manager's shim may come first and not run.
     """
     found: dict[str, str] = {}
     for version in (f"3.{minor}" for minor in range(11, 20)):
@@ -37,7 +36,7 @@ def installed_pythons() -> dict[str, str]:
 
 
 def runs(program: str, version: str) -> bool:
-    """Tell whether a program is a working Python of a version."""
+    """Return whether a program is a working Python of this version."""
     try:
         probe = subprocess.run(
             [program, "-c", PROBE], capture_output=True, text=True, timeout=30, check=False
@@ -54,7 +53,7 @@ def groups(*names: str) -> tuple[str, ...]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, and that imports keep to the plan of the package."""
+    """Check style, formatting, and the import contracts of the package."""
     session.install(*groups("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -74,14 +73,14 @@ def types(session: nox.Session) -> None:
     "python", [nox.param(path, id=version) for version, path in installed_pythons().items()]
 )
 def tests(session: nox.Session) -> None:
-    """Run the tests; unless only some are selected, they have to cover the package."""
+    """Run the tests; unless only some are selected, they must cover the package."""
     session.install("--editable", ".[all]", *groups("bench"))
     bar = ["--cov-fail-under=0"] if selects(session.posargs) else []
     session.run("pytest", "-n", "2", "--cov", *bar, *session.posargs)
 
 
 def selects(arguments: list[str]) -> bool:
-    """Tell whether arguments for pytest leave some of the tests out."""
+    """Return whether arguments for pytest select only some of the tests."""
     return any(
         argument.startswith(("-k", "-m", "--co", "--lf", "--last-failed", "--deselect", "--ignore"))
         or Path(argument.partition("::")[0]).exists()
@@ -114,11 +113,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Kill and pause processes and servers under load, for 300 seconds or as many as are given."""
+    """Kill and pause processes and servers under load for 300 seconds; `-- 60` takes 60."""
     session.install("--editable", ".[all]", *groups("tests"))
     name = "INCIDENTKIT_TEST_FAULTS"
     seconds = session.posargs[0] if session.posargs else os.environ.get(name, "300")
     session.run("pytest", "tests/faults", "--log-cli-level=INFO", env={name: seconds})
-    # One restart or cut a second, about.
+    # About one restart or cut a second.
     rounds = {"INCIDENTKIT_TEST_FEED_ROUNDS": seconds}
     session.run("pytest", "tests/test_feed.py", "-k", "restarts", env=rounds)

@@ -1,4 +1,4 @@
-"""Run the migrations with Alembic: from its own command line, or from incidentkit."""
+"""Run the migrations with Alembic, from its command line or from incidentkit."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.tables import TEXT_INDEX, metadata, schema_on_postgresql
 
 LOCK_KEY = 0x696E636964656E74
-"""The advisory lock of a migration on PostgreSQL: "incident" in ASCII."""
+"""The key of the advisory lock for migrations on PostgreSQL: "incident" in ASCII."""
 
 
 def is_ours(name: str | None, type_: str, _: Any) -> bool:
-    """Keep autogenerate to incidentkit's tables: the database may be a host's."""
+    """Limit autogenerate to incidentkit's tables: the database may be a host's."""
     if type_ == "index":
         return name != TEXT_INDEX
     return type_ != "table" or name in metadata.tables
 
 
 def run_migrations(connection: Connection) -> None:
-    """Run the requested migrations in one transaction, alone in the database."""
+    """Run the requested migrations in one transaction, one process at a time."""
     context.configure(
         connection=connection,
         target_metadata=(
@@ -51,7 +51,7 @@ def run_migrations(connection: Connection) -> None:
 
 
 def wait_for_locks(connection: Connection, seconds: float) -> None:
-    """Limit the wait for a lock: readers queue behind a migration that waits for the table."""
+    """Limit the wait for locks, since readers queue behind a migration that waits for a table."""
     connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
 
 

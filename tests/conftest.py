@@ -1,4 +1,4 @@
-"""The servers of a test run, and what every test starts from."""
+"""The servers of a test run, and the fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ settings.load_profile("ci" if "CI" in os.environ else "default")
 
 
 class Backends:
-    """The servers that the tests share: the caller's own, or ones started when first needed."""
+    """The servers that the tests share: the caller's own, or ones started on first use."""
 
     def __init__(self) -> None:
         self._started = ExitStack()
 
     @cached_property
     def postgres_url(self) -> str:
-        """The URL of the database from which others are made."""
+        """The URL of the PostgreSQL server on which test databases are created."""
         return (
             os.environ.get("INCIDENTKIT_TEST_POSTGRES_URL")
             or self._started.enter_context(PostgresServer()).url
@@ -47,7 +47,7 @@ class Backends:
 
     @cached_property
     def redis_url(self) -> str:
-        """The URL of the first database that the tests may empty."""
+        """The URL of the first Redis database that the tests may empty."""
         return (
             os.environ.get("INCIDENTKIT_TEST_REDIS_URL")
             or self._started.enter_context(RedisServer()).url
@@ -55,16 +55,16 @@ class Backends:
 
     @cached_property
     def redis_cluster(self) -> RedisCluster:
-        """A Redis Cluster of this process."""
+        """This process's Redis Cluster."""
         return self._started.enter_context(RedisCluster())
 
     @cached_property
     def redis_sentinel(self) -> RedisSentinel:
-        """A Redis behind Sentinel of this process."""
+        """This process's Redis behind Sentinel."""
         return self._started.enter_context(RedisSentinel())
 
     def stop(self) -> None:
-        """Stop what was started."""
+        """Stop the servers that were started."""
         self._started.close()
 
 
@@ -77,7 +77,7 @@ class Administrator:
 
     @contextmanager
     def database(self, *, template: str) -> Iterator[str]:
-        """Lend the URL of a new database."""
+        """Create a database, yield its URL, and drop it."""
         name = f"incidentkit_test_{uuid4().hex}"
         self._execute("CREATE DATABASE {} TEMPLATE {}", name, template)
         try:
@@ -93,7 +93,7 @@ _backends = pytest.StashKey[Backends]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Learn where the servers are; a worker of pytest-xdist is told."""
+    """Find the servers; a pytest-xdist worker gets their URLs from the main process."""
     os.environ |= getattr(config, "workerinput", {}).get("incidentkit", {})
     config.stash[_backends] = Backends()
 
@@ -105,7 +105,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a worker of pytest-xdist where the servers are."""
+    """Pass the URLs of the servers to a pytest-xdist worker."""
     backends = node.config.stash[_backends]
     node.workerinput["incidentkit"] = {
         "INCIDENTKIT_TEST_POSTGRES_URL": backends.postgres_url,
@@ -123,7 +123,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def postgres_server_url(pytestconfig: pytest.Config) -> str:
-    """The URL under which a superuser reaches the PostgreSQL server of the run."""
+    """The superuser's URL of the PostgreSQL server of this run."""
     return pytestconfig.stash[_backends].postgres_url
 
 
@@ -200,14 +200,14 @@ async def incidents(url: str) -> AsyncIterator[IncidentClient]:
 
 @pytest.fixture
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a Redis that works all the time that a busy machine takes."""
+    """Raise the timeouts of the cache, so that a busy machine does not exceed them."""
     monkeypatch.setattr("incidentkit.cache.redis.SOCKET_TIMEOUT", 30.0)
     monkeypatch.setattr("incidentkit.cache.breaker.CALL_TIMEOUT", 30.0)
 
 
 @pytest.fixture
 def redis_url(pytestconfig: pytest.Config, _patience: None) -> str:
-    """The URL of an empty Redis database, this worker's own, for which clients have patience."""
+    """The URL of this worker's own, empty Redis database, used with long timeouts."""
     first = urlsplit(pytestconfig.stash[_backends].redis_url)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     url = first._replace(path=f"/{int(first.path.strip('/') or 0) + int(worker)}").geturl()
@@ -218,7 +218,7 @@ def redis_url(pytestconfig: pytest.Config, _patience: None) -> str:
 
 @pytest.fixture
 def redis_cluster_url(pytestconfig: pytest.Config, _patience: None) -> str:
-    """The URL of an empty Redis Cluster, for which clients have patience."""
+    """The URL of an empty Redis Cluster, used with long timeouts."""
     cluster = pytestconfig.stash[_backends].redis_cluster
     for node in cluster.servers:
         with node.client() as client:
@@ -228,7 +228,7 @@ def redis_cluster_url(pytestconfig: pytest.Config, _patience: None) -> str:
 
 @pytest.fixture
 def redis_sentinel_url(pytestconfig: pytest.Config, _patience: None) -> str:
-    """The URL of an empty Redis behind Sentinel, for which clients have patience."""
+    """The URL of an empty Redis behind Sentinel, used with long timeouts."""
     sentinel = pytestconfig.stash[_backends].redis_sentinel
     with sentinel.servers[0].client() as client:
         client.flushall()

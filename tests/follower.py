@@ -1,8 +1,8 @@
-"""Processes of a test of the feed: one that changes incidents, and one that follows the changes.
+"""Two processes for a test of the feed: one changes incidents, the other follows the changes.
 
-``python -m tests.follower write URL FILE NAME`` notes what was acknowledged, until its standard
-input ends. ``python -m tests.follower follow URL FILE`` notes each change, and resumes behind the
-last one in the file; it is there to be killed.
+``python -m tests.follower write URL FILE NAME`` records each acknowledged write until its standard
+input ends. ``python -m tests.follower follow URL FILE`` records each change and resumes after the
+last one in the file; the test kills it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from incidentkit.wire import encode_event
 
 STATUSES = ("new", "completed", "failed")
 INCIDENTS = 4
-"""Incidents that are there, and that all processes change."""
+"""Number of incidents that all processes change."""
 
 BETWEEN = 0.02
-"""Seconds until a call that failed is made again."""
+"""Seconds before a failed call is retried."""
 
 AWAY = (
     OSError,
@@ -36,7 +36,7 @@ AWAY = (
 
 
 async def connect(url: str) -> IncidentClient:
-    """Return an open client, however long the server is away."""
+    """Return an open client; retry until the server answers."""
     client = IncidentClient.open(url)
     while True:
         with suppress(StoreUnavailable):
@@ -46,7 +46,7 @@ async def connect(url: str) -> IncidentClient:
 
 
 async def write(url: str, file: int, name: str) -> None:
-    """Write by itself, and in transactions that began before others changed the same incidents."""
+    """Write directly, and in transactions that began before other changes of the incidents."""
     client = await connect(url)
     ended = asyncio.ensure_future(asyncio.to_thread(sys.stdin.buffer.read))
 
@@ -87,14 +87,14 @@ async def write(url: str, file: int, name: str) -> None:
 
 
 async def follow(url: str, file: int, after: str | None) -> None:
-    """Note every change behind a cursor."""
+    """Record every change after a cursor."""
     client = await connect(url)
     async for change in client.changes(after):
         os.write(file, encode_event(change) + b"\n")
 
 
 def last_cursor(path: Path) -> str | None:
-    """Return the cursor of the last change in a file, if there is one, after half a line is cut."""
+    """Cut off an incomplete line, and return the cursor of the last change in the file, if any."""
     noted = path.read_bytes()
     noted = noted[: noted.rfind(b"\n") + 1]
     path.write_bytes(noted)
@@ -102,7 +102,7 @@ def last_cursor(path: Path) -> str | None:
 
 
 def main(role: str, url: str, path: str, *name: str) -> None:
-    """Be one of the two."""
+    """Run the writer or the follower."""
     with Path(path).open("ab", buffering=0) as file:
         if role == "follow":
             asyncio.run(follow(url, file.fileno(), last_cursor(Path(path))))

@@ -1,4 +1,4 @@
-"""An application that has a transaction of its own open, in each way that can be joined."""
+"""Applications with their own transactions, on each kind of connection that can be joined."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ WAYS = (
 
 
 class Host(ABC):
-    """A connection of an application with a table `orders`; it is in one transaction at a time.
+    """An application's connection, with a table `orders` and one transaction at a time.
 
     Attributes:
         url: The database.
-        connection: What can be joined, once `begin` has returned.
+        connection: The object to join, once `begin` has returned.
     """
 
     url: str
@@ -50,7 +50,7 @@ class Host(ABC):
 
     @abstractmethod
     async def save(self) -> None:
-        """Make a savepoint, inside of those that there are."""
+        """Create a savepoint inside the current ones."""
 
     @abstractmethod
     async def keep(self) -> None:
@@ -62,7 +62,7 @@ class Host(ABC):
 
     @abstractmethod
     async def execute(self, statement: str) -> list[tuple[Any, ...]]:
-        """Run a statement of the application's own, and return its rows."""
+        """Run a statement of the application and return its rows."""
 
     async def order(self, order_id: int) -> None:
         """Store an order."""
@@ -75,7 +75,7 @@ class Host(ABC):
 
 
 class SqlalchemyHost(Host):
-    """One that uses SQLAlchemy's connection, or its session."""
+    """A host on an SQLAlchemy connection or session."""
 
     def __init__(self, url: str, connection: AsyncConnection | AsyncSession) -> None:
         self.url = url
@@ -83,7 +83,7 @@ class SqlalchemyHost(Host):
         self._savepoints: list[Any] = []
 
     async def begin(self) -> None:
-        """Begin a transaction, also on SQLite, where a savepoint alone would be none."""
+        """Begin a transaction with a write: on SQLite, a savepoint alone would not begin one."""
         await self.execute("DELETE FROM orders WHERE order_id = 0")
 
     async def commit(self) -> None:
@@ -97,7 +97,7 @@ class SqlalchemyHost(Host):
         await self.connection.rollback()
 
     async def save(self) -> None:
-        """Make a savepoint."""
+        """Create a savepoint."""
         self._savepoints.append(await self.connection.begin_nested())
 
     async def keep(self) -> None:
@@ -115,7 +115,7 @@ class SqlalchemyHost(Host):
 
 
 class AsyncpgHost(Host):
-    """One that uses asyncpg's connection, its own or one of a pool."""
+    """A host on an asyncpg connection, its own or a pool's."""
 
     def __init__(self, url: str, connection: Any) -> None:
         self.url = url
@@ -137,7 +137,7 @@ class AsyncpgHost(Host):
             await self.take_back()
 
     async def save(self) -> None:
-        """Begin a transaction in the one that there is."""
+        """Create a savepoint, or begin the transaction if there is none."""
         self._transactions.append(self.connection.transaction())
         await self._transactions[-1].start()
 
@@ -155,13 +155,13 @@ class AsyncpgHost(Host):
 
 
 def sqlalchemy_url(url: str) -> str:
-    """Return the URL with the driver that SQLAlchemy has to be told."""
+    """Return the URL with the driver name that SQLAlchemy needs."""
     return url.replace("postgresql://", "postgresql+asyncpg://")
 
 
 @asynccontextmanager
 async def host_engine(url: str, **options: Any) -> AsyncIterator[AsyncEngine]:
-    """Lend an engine."""
+    """Open an engine and dispose of it at the end."""
     engine = create_async_engine(sqlalchemy_url(url), **options)
     try:
         yield engine
@@ -170,7 +170,7 @@ async def host_engine(url: str, **options: Any) -> AsyncIterator[AsyncEngine]:
 
 
 def begin_by_itself(engine: AsyncEngine) -> None:
-    """Make an engine on SQLite begin its transactions as SQLAlchemy's documentation shows."""
+    """Make an SQLite engine emit BEGIN itself, as SQLAlchemy's documentation shows."""
 
     @event.listens_for(engine.sync_engine, "connect")
     def connect(connection: Any, _: object) -> None:
@@ -183,7 +183,7 @@ def begin_by_itself(engine: AsyncEngine) -> None:
 
 @asynccontextmanager
 async def open_host(way: str, url: str) -> AsyncIterator[Host]:
-    """Lend an application's connection to a database that has a table `orders`."""
+    """Open an application's connection to a database that has a table `orders`."""
     async with AsyncExitStack() as stack:
         if way == "asyncpg-connection":
             connection = await asyncpg.connect(url)
@@ -199,7 +199,7 @@ async def open_host(way: str, url: str) -> AsyncIterator[Host]:
 
 
 async def prepared(url: str) -> str:
-    """Return the URL of a database, which now has the schema and the table `orders`."""
+    """Give a database the schema and the table `orders`, and return its URL."""
     if url.startswith("sqlite"):
         await upgrade(url)
     await run_sql(url, "CREATE TABLE orders (order_id INTEGER PRIMARY KEY)")
@@ -207,7 +207,7 @@ async def prepared(url: str) -> str:
 
 
 async def run_sql(url: str, statement: str, *, commit: bool = True) -> list[tuple[Any, ...]]:
-    """Run a statement on a connection of its own, commit or roll back, and return its rows."""
+    """Run a statement on a new connection, commit or roll back, and return its rows."""
     async with host_engine(url, poolclass=NullPool) as engine, engine.connect() as connection:
         result = await connection.execute(text(statement))
         rows = [tuple(row) for row in result] if result.returns_rows else []

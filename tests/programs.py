@@ -1,4 +1,4 @@
-"""Programs of the project, run as their users run them."""
+"""Run the project's programs as a user would."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DEADLINE = 60
-"""Seconds after which a program that should have answered or ended is taken to hang."""
+"""Seconds after which a program that has not answered or ended counts as hanging."""
 
 
 def start(
@@ -29,14 +29,14 @@ def start(
     stderr: int | IO[bytes] = subprocess.PIPE,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a command as a program of its own."""
+    """Start a command in its own process."""
     return subprocess.Popen(
         [sys.executable, *program, *arguments], stdout=stdout, stderr=stderr, env=env
     )
 
 
 def outcome(program: subprocess.Popen[bytes]) -> tuple[int, str, str]:
-    """Return a program's exit code, and what it wrote to stdout and to stderr."""
+    """Wait for a program to end and return its exit code, stdout and stderr."""
     with program:
         try:
             out, err = program.communicate(timeout=DEADLINE)
@@ -72,9 +72,9 @@ def service(
     env: Mapping[str, str] | None = None,
     alive: str = "/health/live",
 ) -> Iterator[Service]:
-    """Run a service that says its address on stderr, and end it if it still runs.
+    """Run a service that logs its address to stderr, and end it if it is still running.
 
-    It is there once it answers on the path `alive`.
+    The service counts as started once the path `alive` answers.
     """
     with (
         log.open("wb") as stderr,

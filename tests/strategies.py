@@ -1,4 +1,4 @@
-"""What hypothesis draws: messages that obey the rules, and the values around them."""
+"""Hypothesis strategies for messages, incidents and arbitrary values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from incidentkit.domain.values import MAX_ID, MESSAGE_MAX_LENGTH, MESSAGE_MIN_LE
 WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\x00")
-"""Every code point that a database stores."""
+"""Every code point that a database can store."""
 
 padding = st.text(WHITE_SPACE, max_size=5)
 
@@ -21,7 +21,7 @@ sources = st.sampled_from(IncidentSource)
 
 
 def stripped_messages(max_size: int = 60) -> st.SearchStrategy[str]:
-    """Messages that are stored as they are."""
+    """Return a strategy for messages that are stored unchanged."""
     inner = st.text(
         characters,
         min_size=MESSAGE_MIN_LENGTH - 2,
@@ -61,4 +61,4 @@ strange_values = (
     | st.sets(st.integers(), max_size=2)
     | st.builds(object)
 )
-"""Anything that a careless caller may pass."""
+"""Anything that a careless caller might pass."""

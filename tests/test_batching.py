@@ -1,4 +1,4 @@
-"""Concurrent calls share a run, and never one that started before them."""
+"""Concurrent calls share a run, but never one that started before they were made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """Answers with the number of runs for a key, once its gate is open."""
+    """Answers each call with the number of its run, once that run's gate is open."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
@@ -53,13 +53,13 @@ def source() -> Source:
 
 @pytest.fixture
 def ask(source: Source, monkeypatch: pytest.MonkeyPatch) -> Coalescer[str, int]:
-    """A coalescer on the source, without a limit on the wait for earlier runs."""
+    """A coalescer on the source that waits a minute for earlier runs."""
     monkeypatch.setattr(batching, "PATIENCE", 60.0)
     return Coalescer(source)
 
 
 async def turns() -> None:
-    """Run all tasks that are ready."""
+    """Run every task that is ready."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -71,7 +71,7 @@ async def test_calls_of_one_moment_share_a_run(ask: Coalescer[str, int]) -> None
 
 
 async def test_a_run_under_way_is_not_joined(ask: Coalescer[str, int], source: Source) -> None:
-    """Calls during a run gather for the next one, which starts when the first ends."""
+    """Calls made during a run share the next one, which starts when the first ends."""
     source.gate(1)
     first = asyncio.ensure_future(ask("a"))
     await turns()
@@ -95,7 +95,7 @@ async def test_keys_do_not_wait_for_each_other(ask: Coalescer[str, int], source:
 async def test_a_run_that_hangs_does_not_hold_up_the_next(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the patience, a run starts beside an earlier one."""
+    """Once patience runs out, the next run starts beside a hanging one."""
     monkeypatch.setattr(batching, "PATIENCE", 0.01)
     ask = Coalescer(source)
     source.gate(1)
@@ -107,7 +107,7 @@ async def test_a_run_that_hangs_does_not_hold_up_the_next(
 
 
 async def test_a_cancelled_call_leaves_the_others(ask: Coalescer[str, int], source: Source) -> None:
-    """If one of several callers is cancelled, first or last, the others get their answer."""
+    """If one of several callers is canceled, first or last, the rest still get their answer."""
     for gone in (0, 2):
         source.gate(len(source.started) + 1)
         calls = [asyncio.ensure_future(ask("a")) for _ in range(3)]
@@ -123,7 +123,7 @@ async def test_a_cancelled_call_leaves_the_others(ask: Coalescer[str, int], sour
 async def test_a_run_that_nobody_waits_for_never_starts(
     ask: Coalescer[str, int], source: Source
 ) -> None:
-    """A run whose callers are all cancelled does not start; a running one continues."""
+    """A waiting run whose callers are all canceled never starts; a running one continues."""
     source.gate(1)
     first = asyncio.ensure_future(ask("a"))
     await turns()
@@ -152,7 +152,7 @@ async def test_an_error_is_that_of_everybody_who_shares_it(
 
 @dataclass(frozen=True)
 class RegionDown(StoreUnavailable):
-    """An error of another store, on which no attribute can be set."""
+    """An immutable error of another store."""
 
     region: str
 
@@ -230,7 +230,7 @@ class Sums:
 
 
 async def test_a_faulty_item_leaves_its_neighbours() -> None:
-    """An error of one item is raised in its call alone, an error of the batch in all."""
+    """An item's error is raised only in its own call; an error of the batch, in every call."""
     double: Batcher[int, int] = Batcher(Sums())
     answers = await asyncio.gather(*map(double, (1, 13, 2)), return_exceptions=True)
     assert [str(answer) for answer in answers] == ["2", "the item", "4"]
@@ -253,7 +253,7 @@ async def test_batches_have_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_an_item_goes_with_its_call_until_its_batch_starts() -> None:
-    """A call that is cancelled before its batch starts is not in the batch."""
+    """A call that is canceled before its batch starts is not in the batch."""
     sums = Sums()
     sums.gate = asyncio.Event()
     double: Batcher[int, int] = Batcher(sums)
@@ -268,7 +268,7 @@ async def test_an_item_goes_with_its_call_until_its_batch_starts() -> None:
 
 
 async def test_a_batch_that_never_began_keeps_nobody_waiting() -> None:
-    """If the task of a batch is cancelled before its first step, the next batch has its calls."""
+    """If a batch's task is canceled before its first step, the next batch takes its calls."""
     sums = Sums()
     double: Batcher[int, int] = Batcher(sums)
     first = double(1)
@@ -279,7 +279,7 @@ async def test_a_batch_that_never_began_keeps_nobody_waiting() -> None:
 
 
 async def test_a_call_without_neighbours_starts_at_once() -> None:
-    """Without load a batch starts in the next turn of the loop, without a timer."""
+    """Without load, a batch starts on the next iteration of the event loop, without a timer."""
     sums = Sums()
     double: Batcher[int, int] = Batcher(sums)
     answer = double(1)
@@ -289,7 +289,7 @@ async def test_a_call_without_neighbours_starts_at_once() -> None:
 
 
 async def test_a_batch_that_all_have_left_can_be_ended() -> None:
-    """With `abandon` a batch is cancelled with its last call, and not before."""
+    """With `abandon`, a batch is canceled along with its last call, and not before."""
     sums = Sums()
     sums.gate = asyncio.Event()
     double: Batcher[int, int] = Batcher(sums, abandon=True)
@@ -335,7 +335,7 @@ def begin_at_once(
 
 
 async def test_a_loop_that_begins_tasks_at_once_answers_as_well() -> None:
-    """With a host's eager tasks, calls are answered and share batches as before."""
+    """With a host's eager task factory, calls still share batches and get their answers."""
     sums = Sums()
     double: Batcher[int, int] = Batcher(sums)
     loop = asyncio.get_running_loop()
@@ -368,7 +368,7 @@ async def test_a_batch_is_in_nobodys_context() -> None:
     assert set(seen) == {"nobody"}
 
 
-async def test_answers_that_are_too_few_are_nobodys() -> None:
+async def test_a_wrong_number_of_answers_fails_every_call() -> None:
     """With a wrong number of answers, every call of the batch fails and none hangs."""
 
     async def lose_one(items: list[int]) -> list[int]:
@@ -381,7 +381,7 @@ async def test_answers_that_are_too_few_are_nobodys() -> None:
 
 
 async def test_what_waits_behind_a_call_that_was_alone_is_waited_for() -> None:
-    """`finish` waits for every call, even if the first one awaits it with its answer."""
+    """`finish` waits for every call, even if the first caller awaits it on getting its answer."""
     sums = Sums()
     sums.gate = asyncio.Event()
     double: Batcher[int, int] = Batcher(sums)
@@ -400,7 +400,7 @@ async def test_what_waits_behind_a_call_that_was_alone_is_waited_for() -> None:
 
 
 async def test_patience_can_be_endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `patient` no batch starts beside a hanging one; cancelled calls are not in the next."""
+    """With `patient`, no batch starts beside a hanging one, and canceled calls are dropped."""
     monkeypatch.setattr(batching, "PATIENCE", 0.0)
     sums = Sums()
     sums.gate = asyncio.Event()
@@ -419,7 +419,7 @@ async def test_patience_can_be_endless(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_an_older_batcher_does_not_hide_a_younger_one(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When two runs of a key end together, the run that their answer started stays known."""
+    """When two runs of a key end together, a run started on their answer is still tracked."""
     monkeypatch.setattr(batching, "PATIENCE", 0.0)
     source.gate(1, 2, 3)
     ask = Coalescer(source)

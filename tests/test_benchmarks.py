@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def of(*rates: float) -> list[Round]:
-    """Rounds of one side."""
+    """Return rounds of one side with these rates."""
     return [Round(rate, {50: 1.0, 95: 2.0, 99: 3.0}) for rate in rates]
 
 
@@ -123,7 +123,7 @@ def check(measured: Result) -> None:
 
 
 def test_the_service_and_its_rivals_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every scenario runs on every side without an error, in a short form."""
+    """A short run measures every scenario on every side without an error."""
     monkeypatch.setattr(over_http, "INCIDENTS", 300)
     monkeypatch.setattr(over_http, "ON_SQLITE", 100)
     check(asyncio.run(over_http.run(rounds=1, seconds=0.05)))
@@ -132,13 +132,13 @@ def test_the_service_and_its_rivals_are_measured(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_sdk_is_measured_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads and creates run beside asyncpg and the ORM, in a short form."""
+    """A short run measures reads and creates beside asyncpg and the ORM."""
     monkeypatch.setattr(in_process, "INCIDENTS", 300)
     check(in_process.start(rounds=1, calls=64, many=100))
 
 
 def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that grows is measured at every size, in a short form."""
+    """A short run measures growth at every size."""
     monkeypatch.setattr(growth, "HITS", (1, 3))
     monkeypatch.setattr(growth, "READERS", (1, 3))
     monkeypatch.setattr(growth, "PROCESSES", (1, 2))
@@ -147,17 +147,17 @@ def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_searches_are_measured() -> None:
-    """Every search runs on both databases, in a short form."""
+    """A short run measures every search on both databases."""
     check(search.start(quick=True, sizes=[100, 200], rounds=2))
 
 
 def test_imports_are_measured() -> None:
-    """The import is measured against that of attrs and cattrs."""
+    """Importing the package is measured against importing attrs and cattrs."""
     check(imports.run(rounds=1))
 
 
 def row_of(new: list[float], old: list[float], unit: str = "calls/s") -> before.Row:
-    """A row of a comparison with the code before."""
+    """Return a row that compares new code with old."""
     return before.Row("a row", unit, new, old)
 
 
@@ -176,7 +176,7 @@ def test_a_ratio_above_one_is_better_for_costs_too() -> None:
 
 
 def test_the_code_is_compared_with_another_checkout(tmp_path: Path) -> None:
-    """Every row is measured on both sides, each from its own folder, in a short form."""
+    """A short run measures every row on both sides, each from its own folder."""
     old = tmp_path / "old"
     for name in ("incidentkit", "migrations"):
         shutil.copytree(services.ROOT / name, old / name)
@@ -190,7 +190,7 @@ def test_the_code_is_compared_with_another_checkout(tmp_path: Path) -> None:
 
 
 def test_a_base_may_be_a_git_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A revision is unpacked into a folder, and anything else is refused with the reason."""
+    """A git revision is unpacked into a folder; anything else is refused with the reason."""
     repository = tmp_path / "repository"
     (repository / "incidentkit").mkdir(parents=True)
     (repository / "incidentkit" / "__init__.py").touch()

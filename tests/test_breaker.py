@@ -58,7 +58,7 @@ class FaultyCache(MemoryCache):
 
 
 class Clock:
-    """A clock that is set by hand, in seconds."""
+    """A clock in seconds that tests set by hand."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -82,7 +82,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def breaker(cache: FaultyCache, clock: Clock) -> CircuitBreaker:
-    """A breaker around that cache."""
+    """A breaker around the cache."""
     return CircuitBreaker(cache, clock=clock)
 
 
@@ -100,7 +100,7 @@ async def test_a_cache_that_works_is_used(breaker: CircuitBreaker) -> None:
 async def test_a_fault_is_never_the_callers(
     breaker: CircuitBreaker, cache: FaultyCache, call: str, fault: str
 ) -> None:
-    """A cache that fails or hangs makes no call fail, or last longer than the timeout."""
+    """A cache that fails or hangs neither fails a call nor delays it beyond the timeout."""
     setattr(cache, fault, True)
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "get": lambda: breaker.get(KEY),
@@ -117,7 +117,7 @@ async def test_a_fault_is_never_the_callers(
 async def test_a_faulty_cache_is_left_alone_for_a_while(
     breaker: CircuitBreaker, cache: FaultyCache, clock: Clock
 ) -> None:
-    """After a failure no call reaches the cache until the retry, which is a single call."""
+    """After a failure, no call reaches the cache until a single call retries it."""
     cache.fails = True
     await breaker.get(KEY)
     cache.calls.clear()
@@ -151,7 +151,7 @@ async def test_a_cache_that_comes_back_is_used_again(
 async def test_an_outage_is_logged_once(
     breaker: CircuitBreaker, cache: FaultyCache, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An outage is two lines in the log: its start and its end."""
+    """An outage writes two log lines: one when it starts and one when it ends."""
     caplog.set_level("INFO", logger="incidentkit.cache")
     cache.fails = True
     for _ in range(5):
@@ -185,7 +185,7 @@ async def test_ping_tells_whether_the_cache_answers(
 
 
 async def test_a_cancelled_call_is_no_fault(breaker: CircuitBreaker, cache: FaultyCache) -> None:
-    """A cancelled caller does not count as a failure of the cache."""
+    """A canceled call does not count as a failure of the cache."""
     cache.hangs = True
     reading = asyncio.ensure_future(breaker.get(KEY))
     await asyncio.sleep(0)
@@ -196,7 +196,7 @@ async def test_a_cancelled_call_is_no_fault(breaker: CircuitBreaker, cache: Faul
 
 
 class RaisingCache(MemoryCache):
-    """A cache that raises when it is called, not when it is awaited, or cancels itself."""
+    """A cache whose `get` raises when called and whose `clear` raises when awaited."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class RaisingCache(MemoryCache):
 
 @pytest.mark.parametrize("value", ["[]", 1, {}])
 async def test_what_is_no_bytes_is_a_miss(value: Any) -> None:
-    """An application's cache that returns another type has a miss."""
+    """A value of the wrong type from an application's cache counts as a miss."""
 
     class OddCache(MemoryCache):
         async def get(self, key: str) -> Any:  # noqa: ARG002
@@ -224,7 +224,7 @@ async def test_what_is_no_bytes_is_a_miss(value: Any) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError(), asyncio.CancelledError()])
 async def test_no_error_of_a_cache_is_the_callers(error: BaseException) -> None:
-    """Every exception of a cache, even from the call itself, is a failure of the cache."""
+    """Any exception from a cache, even one raised before awaiting, counts as its failure."""
     breaker = CircuitBreaker(RaisingCache(error))
     assert await breaker.get(KEY) is None
     assert not breaker.available

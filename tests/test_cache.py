@@ -1,4 +1,4 @@
-"""The behaviour of every cache, and of the Redis cache in a Redis that others share."""
+"""How every cache behaves, and how the Redis cache behaves in a shared Redis."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ SHARED = ("redis_url", "redis_cluster_url", "redis_sentinel_url")
 FAILURES = (RedisError, RedisClusterException)
 
 SOON = 2
-"""Seconds: far above the time limit of a call, and far below redis-py's own."""
+"""Seconds, far above the time limit of a call and far below redis-py's own."""
 
 
 @asynccontextmanager
 async def opened(redis_url: str) -> AsyncIterator[RedisCache]:
-    """A cache that is closed at the end."""
+    """Open a cache and close it at the end."""
     cache = cache_from_url(redis_url)
     try:
         yield cache
@@ -79,7 +79,7 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[bytes, ...]]]:
-    """Every write to a Redis from now on, as a list of its commands."""
+    """Record every write to a Redis from here on, each as a list of its commands."""
     writes: list[list[tuple[bytes, ...]]] = []
     send = AbstractConnection.send_packed_command
 
@@ -116,7 +116,7 @@ def own_cluster(_own_cluster: servers.RedisCluster) -> servers.RedisCluster:
 
 
 def key_on(node: servers.RedisServer) -> str:
-    """Return the name of a page that belongs to this node of a cluster."""
+    """Return the key of a page that belongs to this node of a cluster."""
     with node.client() as client:
         for page in range(1000):
             key = f"incidents:{page}:10:any:any"
@@ -136,7 +136,7 @@ def move(key: str, nodes: list[servers.RedisServer], target: servers.RedisServer
 
 
 def text(names: Iterable[bytes | str]) -> set[str]:
-    """Return names unchanged."""
+    """Return the names as strings."""
     return {name if isinstance(name, str) else name.decode() for name in names}
 
 
@@ -148,7 +148,7 @@ async def keys(redis: Redis | RedisCluster) -> set[str]:
 
 
 async def connections(redis: Redis | RedisCluster, name: str) -> list[int]:
-    """Return how many connections of a name each server has."""
+    """Return how many connections with this name each server has."""
     if isinstance(redis, RedisCluster):
         lists = [await redis.client_list(target_nodes=node) for node in redis.get_nodes()]
     else:
@@ -216,7 +216,7 @@ async def test_a_cache_answers_a_ping_and_closes_twice(cache: IncidentCache) -> 
 
 
 async def test_memory_is_bounded() -> None:
-    """The cache in the process respects its size; the least recently used value goes first."""
+    """The in-process cache respects its size and evicts the least recently used value first."""
     cache = MemoryCache(max_bytes=10_000)
     await cache.set("a", b"x" * 4_000, TTL)
     await cache.set("b", b"x" * 4_000, TTL)
@@ -239,7 +239,7 @@ async def test_memory_is_bounded_in_pages_that_are_empty() -> None:
 
 
 async def test_memory_forgets_what_is_too_old() -> None:
-    """A value in the process expires after its seconds."""
+    """A value in the in-process cache expires after its TTL."""
     now = 0.0
     cache = MemoryCache(clock=lambda: now)
     await cache.set(KEY, b"[]", 10)
@@ -252,7 +252,7 @@ async def test_memory_forgets_what_is_too_old() -> None:
 async def test_redis_holds_the_documented_keys(
     redis_url: str, redis: Redis, sqlite_url: str
 ) -> None:
-    """A list is cached for an hour, with its key and token and the array that REST returns."""
+    """A list is cached for an hour, as its key, its token and the array that REST returns."""
     async with IncidentClient.open(sqlite_url, redis_url) as incidents:
         incident = await incidents.create("Disk is full", source="monitoring")
         await incidents.list()
@@ -305,7 +305,7 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
 async def test_each_call_of_a_client_is_so_many_commands(
     redis_url: str, sqlite_url: str, sent: list[list[tuple[bytes, ...]]]
 ) -> None:
-    """A list asks Redis at most once, a write clears it, and no other call uses it."""
+    """A list reads Redis at most once, a write clears the cache, and no other call uses Redis."""
     fill = [b"EXPIRE", b"SADD", b"SCARD", b"SET"]
     async with (
         IncidentClient.open(sqlite_url, redis_url) as incidents,
@@ -338,7 +338,7 @@ async def test_a_call_is_a_few_commands_of_one_key_at_once(
     sent: list[list[tuple[bytes, ...]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A read takes one round trip, a fill one for each node, and a removal two."""
+    """A read takes one round trip, a fill one per node, and a clear two."""
     key, other, index = KEY.encode(), OTHER.encode(), INDEX_KEY.encode()
     cluster = isinstance(shared._redis, RedisCluster)
     nodes = 3 if cluster else 1
@@ -378,7 +378,7 @@ async def test_a_call_is_a_few_commands_of_one_key_at_once(
 async def test_what_others_keep_costs_nothing_and_stays(
     shared: RedisCache, sent: list[list[tuple[bytes, ...]]]
 ) -> None:
-    """A clear leaves other keys alone, and their number does not change its commands."""
+    """A clear leaves other keys alone, and sends the same commands however many there are."""
     foreign = {f"incidents:foreign:{number}" for number in range(100)}
     sizes = []
     for _ in range(2):
@@ -392,8 +392,8 @@ async def test_what_others_keep_costs_nothing_and_stays(
     assert await keys(shared._redis) == foreign
 
 
-async def test_whatever_stands_under_a_name_of_ours_makes_way(shared: RedisCache) -> None:
-    """A key of another type is a miss as a page, and a single error as the index."""
+async def test_keys_of_another_type_are_replaced(shared: RedisCache) -> None:
+    """A page key of another type is a miss; an index of another type fails a single call."""
     await shared._redis.lpush(KEY, "not a string")
     assert await shared.get(KEY) is None
     await works(shared, KEY, b"[]")
@@ -417,7 +417,7 @@ async def test_the_index_does_not_outlive_its_pages(shared: RedisCache) -> None:
 async def test_redis_holds_a_bounded_number_of_pages(
     shared: RedisCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Above the maximum a random page goes, even the newest; the others can be replaced."""
+    """Above the maximum, a random page is evicted, even the newest; a kept page can be replaced."""
     monkeypatch.setattr("incidentkit.cache.redis.MAX_PAGES", 3)
     pages = {f"incidents:{page}:10:any:any" for page in range(5)}
     kept = set()
@@ -472,18 +472,18 @@ async def test_a_client_of_ones_own_stays_open(
     ],
 )
 def test_messages_name_the_servers_without_the_account(url: str, place: str) -> None:
-    """The place of a cache has hosts, ports and database, and no user, password or parameter."""
+    """A cache's place names hosts, ports and database, but no user, password or parameter."""
     assert RedisCache.from_url(url).place == f"Redis at {place}"
 
 
 async def test_many_calls_share_a_few_connections(shared_url: str) -> None:
-    """Many concurrent calls share round trips, and all succeed."""
+    """Many concurrent calls succeed over at most three connections to each server."""
     async with opened(f"{shared_url}?client_name=many") as cache:
         await cache.set(KEY, b"[]", TTL)
         values = await asyncio.gather(*(cache.get(KEY) for _ in range(200)))
         assert values == [b"[]"] * 200
         await asyncio.gather(*(cache.set(f"incidents:{n}:10:any:any", b"", 9) for n in range(50)))
-        # The cluster has one connection more to one node: the one for discovery.
+        # A cluster has one more connection to one node, for discovery.
         assert max(await connections(cache._redis, "many")) <= 3
 
 
@@ -496,7 +496,7 @@ async def test_many_calls_share_a_few_connections(shared_url: str) -> None:
     ],
 )
 async def test_a_redis_that_is_away_is_an_error_at_once(url: str) -> None:
-    """Every call on an unreachable Redis raises without waiting."""
+    """Every call to an unreachable Redis raises without waiting."""
     started = time.monotonic()
     async with opened(url) as cache:
         for call in (cache.ping(), cache.get(KEY), cache.set(KEY, b"[]", TTL), cache.clear()):
@@ -509,7 +509,7 @@ async def test_a_redis_that_is_away_is_an_error_at_once(url: str) -> None:
 async def test_a_node_of_a_cluster_that_is_away_costs_its_own_pages_only(
     own_cluster: servers.RedisCluster, harm: str
 ) -> None:
-    """Calls on a dead or hanging node fail in time, others succeed, and the node recovers."""
+    """Calls to a dead or hanging node fail quickly, others succeed, and the node recovers."""
     away, *others = own_cluster.servers
     lost, *kept = map(key_on, (away, *others))
     async with opened(own_cluster.url) as cache, opened(own_cluster.url) as new:
@@ -531,7 +531,7 @@ async def test_a_node_of_a_cluster_that_is_away_costs_its_own_pages_only(
 
 
 async def test_slots_of_a_cluster_may_move(own_cluster: servers.RedisCluster) -> None:
-    """Pages of a slot that moved to another node are kept and read there."""
+    """Pages of a slot that has moved are stored and read on its new node."""
     origin, _, target = own_cluster.servers
     async with opened(own_cluster.url) as cache:
         for _ in range(8):
@@ -545,7 +545,7 @@ async def test_slots_of_a_cluster_may_move(own_cluster: servers.RedisCluster) ->
 
 
 async def test_slots_of_a_dead_node_may_be_taken_over(own_cluster: servers.RedisCluster) -> None:
-    """Once another node has the slots of a dead one, their pages are kept and read there."""
+    """Once another node owns a dead node's slots, their pages are stored and read there."""
     dead, *others = own_cluster.servers
     key = key_on(dead)
     async with opened(own_cluster.url) as cache:
@@ -599,7 +599,7 @@ async def test_no_connection_is_left_after_a_failure(own_cluster: servers.RedisC
 
 
 async def test_the_successor_of_a_dead_master_is_found() -> None:
-    """Once Sentinel has replaced a dead master, pages are kept in its successor."""
+    """Once Sentinel has replaced a dead master, pages are stored in its successor."""
     with servers.RedisSentinel(down_after=1) as behind:
         url = behind.url.replace("://", "://127.0.0.1:1,")
         async with opened(url) as cache, opened(url) as new:
@@ -639,7 +639,7 @@ def unopened(redis: Redis | RedisCluster) -> tuple[Connection, list[Connection]]
     ],
 )
 def test_every_host_of_a_url_is_asked(url: str, hosts: list[tuple[str, int]]) -> None:
-    """Discovery asks each host of the URL, by default at the usual port."""
+    """Discovery asks each host of the URL, on the default port unless the URL names one."""
     _, asked = unopened(cache_from_url(url)._redis)
     assert [(each.host, each.port) for each in asked] == hosts
 
@@ -660,7 +660,7 @@ def test_every_host_of_a_url_is_asked(url: str, hosts: list[tuple[str, int]]) ->
 def test_urls_have_accounts_databases_and_parameters(
     tls: bool, url: str, database: int, account: tuple[str | None, str | None]
 ) -> None:
-    """Account and database are the server's, Sentinels have their own, the rest is shared."""
+    """Account and database apply to the server, Sentinels have their own, both share the rest."""
     url = ("rediss" if tls else "redis") + url + "&client_name=x" + "&ssl_cert_reqs=none" * tls
     redis = cache_from_url(url)._redis
     connection, (asked,) = unopened(redis)
@@ -715,7 +715,7 @@ def test_urls_have_accounts_databases_and_parameters(
 )
 @pytest.mark.parametrize("build", [cache_from_url, RedisCache.from_url])
 def test_other_urls_are_refused(build: Callable[[str], RedisCache], url: str) -> None:
-    """A URL with a meaningless part is a typed error that does not show it."""
+    """A URL with an invalid part raises InvalidSettings without showing that part."""
     with pytest.raises(InvalidSettings) as caught:
         build(url)
     assert caught.value.name == "redis_url"
@@ -726,7 +726,7 @@ def test_other_urls_are_refused(build: Callable[[str], RedisCache], url: str) ->
 
 @pytest.mark.parametrize("name", ["redis_url", "redis_cluster_url", "redis_sentinel_url"])
 def test_a_closed_cache_serves_on_another_loop(request: pytest.FixtureRequest, name: str) -> None:
-    """A cache under load can be closed, and used on one event loop after another."""
+    """A cache that was closed works again on another event loop."""
     cache = cache_from_url(request.getfixturevalue(name))
 
     async def use() -> None:
@@ -741,7 +741,7 @@ def test_a_closed_cache_serves_on_another_loop(request: pytest.FixtureRequest, n
 
 
 async def test_a_client_that_decodes_its_answers_serves(redis_url: str) -> None:
-    """An application's Redis client that decodes answers works as well."""
+    """A cache also works on an application's Redis client that decodes its answers."""
     async with Redis.from_url(redis_url, decode_responses=True) as redis:
         cache = RedisCache(redis)
         await cache.set(KEY, '["é"]'.encode(), TTL)

@@ -58,14 +58,14 @@ def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
 
 
 def output(*arguments: str, stdin: str | bytes | None = None) -> str:
-    """Return what a command that succeeds prints."""
+    """Return the output of a command, which must succeed."""
     result = run(*arguments, stdin=stdin)
     assert (result.exit_code, result.stderr) == (0, "")
     return result.stdout
 
 
 def errors(*arguments: str, exit_code: int) -> list[str]:
-    """Return the lines on stderr of a command that fails."""
+    """Return the stderr lines of a command, which must fail."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (exit_code, "")
     return result.stderr.splitlines()
@@ -133,7 +133,7 @@ def test_wide_characters_take_two_columns_and_accents_none() -> None:
 
 
 def test_create_shows_the_incident() -> None:
-    """A new incident is shown with the id and the time from the database."""
+    """`create` shows the new incident with the id and the time from the database."""
     lines = dict(re.split(r" {2,}", line) for line in output(*DISK_FULL).splitlines())
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", lines.pop("created_at"))
     assert lines.pop("last_seen_at").endswith(" UTC")
@@ -148,7 +148,7 @@ def test_create_shows_the_incident() -> None:
 
 
 def test_json_is_the_wire_format_on_one_line() -> None:
-    """Each command's `--json` is the object or the array that the REST service answers."""
+    """Each command's `--json` prints the object or array that REST returns."""
     created = output("create", "Ärger\n日本", "--source", "partner", "--json")
     assert created.endswith("}\n")
     assert len(created.splitlines()) == 1
@@ -172,7 +172,7 @@ def test_json_is_the_wire_format_on_one_line() -> None:
 
 
 def test_list_is_a_table_with_the_newest_first() -> None:
-    """Columns are aligned under their names, and a message takes no more than its line."""
+    """Columns align under their names, newest first, and each message stays on its line."""
     output("create", "one\ntwo \x1b[2J", "--source", "partner", "--incident-type", "completed")
     output(*DISK_FULL)
     head, newest, oldest = output("list").splitlines()
@@ -190,7 +190,7 @@ def test_list_is_a_table_with_the_newest_first() -> None:
 
 
 def test_list_is_filtered_and_paged() -> None:
-    """The options are those of the client's `list`."""
+    """`list` filters and pages as the client's `list` does."""
     for source in ("operator", "partner", "partner"):
         output("create", "Disk is full", "--source", source)
     output("update-status", "2", "failed")
@@ -206,14 +206,14 @@ def test_list_is_filtered_and_paged() -> None:
 
 
 def test_an_empty_list_prints_nothing_but_says_so() -> None:
-    """An empty list is a message on stderr for people, and an empty array for programs."""
+    """An empty list prints a message on stderr, or an empty array with `--json`."""
     result = run("list")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "No incidents.\n")
     assert output("list", "--json") == "[]\n"
 
 
 def test_a_dash_reads_the_message_from_stdin() -> None:
-    """The message may come from another program."""
+    """With `-`, `create` reads the message from stdin."""
     created = output("create", "-", "--source", "operator", "--json", stdin="Diskette voll €\n")
     assert json.loads(created)["incident_message"] == "Diskette voll €"
 
@@ -235,7 +235,7 @@ def test_stdin_that_is_closed_is_refused() -> None:
 
 
 def test_redis_is_told_of_what_the_command_line_changes(redis_url: str, sqlite_url: str) -> None:
-    """With `--redis-url` a cached page does not outlive a change."""
+    """With `--redis-url`, a cached page does not outlive a change."""
     servers = ("--database-url", sqlite_url, "--redis-url", redis_url)
     assert json.loads(output("list", "--json", *servers)) == []
     output(*DISK_FULL, *servers)
@@ -308,7 +308,7 @@ def test_a_bad_setting_is_named_without_its_value(
 
 
 def test_a_bad_setting_of_an_option_names_the_option() -> None:
-    """An error in the value of an option names the option."""
+    """An invalid value of an option is an error that names the option."""
     (line,) = errors("list", "--database-url", "mysql://secret", exit_code=2)
     assert line.startswith("Error: --database-url")
     assert "secret" not in line
@@ -355,14 +355,14 @@ def test_a_database_that_is_away_is_one_line(command: tuple[str, ...], unused_po
 def test_a_redis_that_is_required_and_away_is_one_line(
     unused_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With INCIDENTKIT_REDIS_REQUIRED a command without Redis exits with 1."""
+    """With INCIDENTKIT_REDIS_REQUIRED, a command without Redis exits with 1."""
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
     url = f"redis://:secret@127.0.0.1:{unused_port}/0"
     (line,) = errors("list", "--redis-url", url, exit_code=1)
     assert line == REDIS_AWAY.format(port=unused_port)
 
 
-# Schema
+# History, search and purge
 
 
 def test_what_happened_is_shown_with_who_did_it() -> None:
@@ -389,7 +389,7 @@ def test_what_happened_is_shown_with_who_did_it() -> None:
 
 
 def test_a_command_can_be_repeated() -> None:
-    """With an idempotency key a repeated command shows the first answer and changes nothing."""
+    """With an idempotency key, a repeated command shows the first answer and changes nothing."""
     first = output(*DISK_FULL, "--idempotency-key", "k", "--json")
     assert output(*DISK_FULL, "--idempotency-key", "k", "--json") == first
     change = ("update-status", "1", "failed", "--idempotency-key", "c", "--json")
@@ -401,7 +401,7 @@ def test_a_command_can_be_repeated() -> None:
 
 
 def test_a_change_that_is_not_allowed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version, or a change that the transitions do not allow, is an error of one line."""
+    """A wrong version or a forbidden transition fails with one line that gives the reason."""
     output(*DISK_FULL)
     expected = ("update-status", "1", "failed", "--expected-version", "2")
     assert errors(*expected, exit_code=1) == ["Error: Incident 1 has moved on: it is at version 1"]
@@ -442,7 +442,7 @@ def test_search_shows_a_page_and_how_to_go_on() -> None:
     ],
 )
 def test_a_faulty_search_says_what_it_should_be(arguments: tuple[str, str], line: str) -> None:
-    """A value that breaks a rule is a usage error of one line."""
+    """An invalid search option exits with 2 and one line that says what is wrong."""
     assert errors("search", *arguments, exit_code=2) == [line]
 
 
@@ -487,8 +487,11 @@ def test_an_age_without_a_unit_is_refused(age: str) -> None:
     assert "must be a number with m, h, d or w, such as 90d" in result.stderr
 
 
+# Schema
+
+
 def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> None:
-    """An error names the command for an empty database, which is upgraded and downgraded."""
+    """`db` upgrades and downgrades a database; on an empty one, errors name the command."""
     database = ("--database-url", empty_postgres_url)
     assert output("db", "current", *database) == NO_SCHEMA
     for command in (["db", "check"], ["list"], ["serve", "--port", "0"]):
@@ -530,7 +533,7 @@ def test_db_works_on_sqlite(sqlite_url: str) -> None:
     ],
 )
 def test_db_does_not_remove_incidents_unasked(sqlite_url: str, at: str, revision: str) -> None:
-    """A downgrade below the origin's revision is refused without `--yes`, and keeps the rows."""
+    """A downgrade that would drop the table is refused without `--yes`, and the rows stay."""
     database = ("--database-url", sqlite_url)
     output(*DISK_FULL, *database)
     if at != SCHEMA_REVISION:
@@ -546,7 +549,7 @@ def test_db_does_not_remove_incidents_unasked(sqlite_url: str, at: str, revision
 
 @pytest.mark.parametrize("answer", [b"y", b"n"])
 def test_db_asks_on_a_terminal_before_it_removes_incidents(answer: bytes, sqlite_url: str) -> None:
-    """On a terminal a downgrade asks for confirmation, and only a yes drops the table."""
+    """On a terminal, a downgrade asks for confirmation, and only a yes drops the table."""
     database = ("--database-url", sqlite_url)
     output(*DISK_FULL, *database)
     keyboard, terminal = pty.openpty()
@@ -597,7 +600,7 @@ def test_the_version_is_the_package_s() -> None:
 
 
 def loaded_by(*arguments: str) -> set[str]:
-    """Return the modules that a command of its own process loads."""
+    """Run a command in its own process and return the modules that it loads."""
     program = f"""
 import sys
 from incidentkit.cli import main
@@ -615,7 +618,7 @@ finally:
     [["--help"], ["--version"], ["create", "--help"], ["serve", "--help"], ["db", "--help"]],
 )
 def test_help_loads_no_driver_and_no_server(arguments: list[str]) -> None:
-    """A help or a version is printed without a database library, a cache or a server."""
+    """`--help` and `--version` load no database library, no Redis client and no server."""
     loaded = loaded_by(*arguments)
     assert "incidentkit.cli" in loaded
     assert not loaded & {"sqlalchemy", "alembic", "asyncpg", "starlette", "uvicorn", "redis"}
@@ -623,12 +626,12 @@ def test_help_loads_no_driver_and_no_server(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [DISK_FULL, ("list",), ("db", "current")])
 def test_only_serve_loads_the_server(arguments: tuple[str, ...]) -> None:
-    """No command but `serve` loads Uvicorn or Starlette."""
+    """Commands other than `serve` load neither Uvicorn nor Starlette."""
     assert not loaded_by(*arguments) & {"starlette", "uvicorn"}
 
 
 def test_help_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The help of `serve` is shown without the packages of the server."""
+    """`serve --help` works without the server's packages."""
     for package in ("starlette", "uvicorn"):
         monkeypatch.setitem(sys.modules, package, None)
     assert "--workers" in output("serve", "--help")
@@ -647,7 +650,7 @@ def _lines_on_a_terminal(columns: int, *arguments: str) -> list[str]:
         try:
             while chunk := os.read(reader, 65536):
                 chunks.append(chunk)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # on Linux: the other end is closed
             pass
         os.close(reader)
     assert program.returncode == 0
@@ -655,7 +658,7 @@ def _lines_on_a_terminal(columns: int, *arguments: str) -> list[str]:
 
 
 def test_messages_are_shortened_for_a_terminal_only() -> None:
-    """`list` fits the width of a terminal; a pipe, `get` and JSON have the message in full."""
+    """`list` cuts messages to the terminal's width; a pipe, `get` and JSON show them in full."""
     message = "Platte voll 日本語 " * 20
     output("create", message, "--source", "operator")
     head, line = _lines_on_a_terminal(100, "list")
@@ -670,7 +673,7 @@ def test_messages_are_shortened_for_a_terminal_only() -> None:
 
 
 def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A character that the encoding of stdout lacks is escaped; JSON is always UTF-8."""
+    """A character missing from stdout's encoding is escaped; JSON is always UTF-8."""
     output("create", "日本 €uro", "--source", "operator")
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
     for arguments, shown in [(["list"], r"\u65e5\u672c \u20acuro"), (["list", "--json"], "日本")]:
@@ -679,7 +682,7 @@ def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatc
         assert shown in out
 
 
-# Changes, live
+# Live changes
 
 
 @contextmanager
@@ -695,13 +698,13 @@ def watching(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def line_of(program: subprocess.Popen[bytes]) -> str:
-    """Return the next line that a program shows."""
+    """Return the next line that a program prints."""
     assert program.stdout is not None
     return program.stdout.readline().decode()
 
 
 def test_watch_shows_a_change_on_a_line_that_no_terminal_obeys() -> None:
-    """A change is one line without control characters, in the actor and the note too."""
+    """`watch` shows a change on one line and escapes control characters in every field."""
     output("create", "Disk is full\x1b[31m", "--source", "partner", "--actor", "ann\x1b[2J")
     with watching("--from-start") as program:
         time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
@@ -719,7 +722,7 @@ def test_watch_refuses_what_is_no_cursor(cursor: str) -> None:
 
 
 def test_watch_begins_with_what_comes() -> None:
-    """Without an option, changes from before the start are not shown."""
+    """Without an option, `watch` shows only changes made after it starts."""
     output(*DISK_FULL)
     with watching("--json") as program:
         assert program.stdout is not None
@@ -732,7 +735,7 @@ def test_watch_begins_with_what_comes() -> None:
     "arguments", [["list"], ["list", "--json"], ["watch", "--from-start"], ["--help"]]
 )
 def test_a_closed_pipe_ends_the_command_quietly(arguments: list[str]) -> None:
-    """A closed pipe, as with `incidentkit list | head -1`, is not reported."""
+    """A closed pipe, as in `incidentkit list | head -1`, exits with 1 and without output."""
     output(*DISK_FULL)
     reader, writer = os.pipe()
     os.close(reader)
@@ -742,7 +745,7 @@ def test_a_closed_pipe_ends_the_command_quietly(arguments: list[str]) -> None:
 
 
 def test_a_full_disk_is_one_line() -> None:
-    """A full disk exits with 1 and one line."""
+    """Writing to a full disk exits with 1 and one line."""
     output(*DISK_FULL)
     with Path("/dev/full").open("wb") as full:
         exit_code, _, err = outcome(start("list", stdout=full))
@@ -813,7 +816,7 @@ def test_serve_uses_the_redis_of_its_option(
 
 
 def test_serve_hands_its_options_to_workers_unseen(sqlite_url: str, tmp_path: Path) -> None:
-    """A URL reaches the workers neither by their arguments nor by their environment."""
+    """Workers get the database URL through neither their arguments nor their environment."""
     output(*DISK_FULL, "--database-url", sqlite_url)
     with service(tmp_path / "log", "--database-url", sqlite_url, "--workers", "2") as running:
         children = psutil.Process(running.program.pid).children()
@@ -828,7 +831,7 @@ def test_serve_hands_its_options_to_workers_unseen(sqlite_url: str, tmp_path: Pa
 def test_serve_says_once_that_redis_is_away(
     unused_port: int, sqlite_url: str, tmp_path: Path
 ) -> None:
-    """Without a Redis that is not required, the service starts and logs one warning."""
+    """If an optional Redis is unreachable, the service starts and logs one warning."""
     away = f"redis://127.0.0.1:{unused_port}/0"
     servers = ("--database-url", sqlite_url, "--redis-url", away)
     with service(tmp_path / "log", *servers) as running:
@@ -878,7 +881,7 @@ main()
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_serve_whose_app_does_not_start_is_a_failure(workers: str, unused_port: int) -> None:
-    """A failed start of the app ends the service with 1."""
+    """If the app fails to start, the service exits with 1 and logs the error."""
     url = f"postgresql://user:secret@127.0.0.1:{unused_port}/incidents"
     arguments = ["serve", "--port", "0", "--workers", workers, "--database-url", url]
     exit_code, _, err = outcome(start(*arguments, program=["-c", UNCHECKED]))

@@ -1,4 +1,4 @@
-"""What an application sees of the facade, on both databases, with and without a cache."""
+"""The client as an application sees it, on both databases, with and without a cache."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def urls(request: pytest.FixtureRequest) -> tuple[str, str | None]:
 
 @pytest.fixture
 async def incidents(urls: tuple[str, str | None]) -> AsyncIterator[IncidentClient]:
-    """An open client with nothing in its database."""
+    """An open client on an empty database."""
     async with IncidentClient.open(*urls) as incidents:
         yield incidents
 
 
 async def test_a_cancelled_write_is_carried_through(incidents: IncidentClient) -> None:
-    """A create whose caller gives up is stored whole or not at all, and lists tell the truth."""
+    """A canceled create is stored whole or not at all, and lists agree with the database."""
     await incidents.list(limit=1000)
     for turns in range(10):
         creating = asyncio.ensure_future(incidents.create("Disk is full", source="operator"))
@@ -94,7 +94,7 @@ async def test_a_closed_client_says_so() -> None:
 
 
 async def test_connecting_twice_does_nothing() -> None:
-    """`connect` on an open client keeps what it has."""
+    """`connect` on an open client changes nothing."""
     async with IncidentClient.open(MEMORY) as incidents:
         await incidents.create("Disk is full", source="operator")
         await incidents.connect()
@@ -105,7 +105,7 @@ async def test_connecting_twice_does_nothing() -> None:
 def test_a_client_can_be_opened_again_on_another_loop(
     sqlite_url: str, redis_url: str, *, cached: bool
 ) -> None:
-    """One client object serves one event loop after another, closed in between."""
+    """A client that was closed can be opened again on another event loop."""
     incidents = IncidentClient.open(sqlite_url, redis_url if cached else None)
 
     async def use() -> None:
@@ -120,7 +120,7 @@ def test_a_client_can_be_opened_again_on_another_loop(
 
 
 async def test_closing_waits_for_writes(sqlite_url: str) -> None:
-    """A write that is under way when the client is closed is stored."""
+    """Closing a client waits for a running write, which is stored."""
     incidents = IncidentClient.open(sqlite_url)
     await incidents.connect()
     creating = asyncio.ensure_future(incidents.create("Disk is full", source="operator"))
@@ -134,7 +134,7 @@ async def test_closing_waits_for_writes(sqlite_url: str) -> None:
 async def test_from_env_without_settings_is_sqlite_and_a_cache_in_the_process(
     tmp_path: Path,
 ) -> None:
-    """With nothing configured the incidents are in a file in the working directory."""
+    """Without settings, incidents are stored in a file in the working directory."""
     async with IncidentClient.from_env() as incidents:
         await incidents.create("Disk is full", source="operator")
         assert incidents.cache_available is None
@@ -144,7 +144,7 @@ async def test_from_env_without_settings_is_sqlite_and_a_cache_in_the_process(
 async def test_from_env_uses_the_servers_that_are_named(
     migrated_postgres_url: str, redis_url: str, tmp_path: Path
 ) -> None:
-    """A `.env` file that names servers makes a client of them."""
+    """`from_env` uses the servers that `.env` names."""
     (tmp_path / ".env").write_text(
         f"INCIDENTKIT_DATABASE_URL={migrated_postgres_url}\nINCIDENTKIT_REDIS_URL={redis_url}\n"
     )
@@ -156,8 +156,8 @@ async def test_from_env_uses_the_servers_that_are_named(
         assert incidents.cache_available is None
 
 
-def test_the_command_line_of_another_process_shows_in_the_next_list(sqlite_url: str) -> None:
-    """What another process writes to the file is in this one's next list, cached or not."""
+def test_a_write_of_another_process_shows_in_the_next_list(sqlite_url: str) -> None:
+    """The next list shows an incident from another process, even if the page was cached."""
     program = (
         "import asyncio, sys\n"
         "from incidentkit import IncidentClient\n"
@@ -185,7 +185,7 @@ def test_the_command_line_of_another_process_shows_in_the_next_list(sqlite_url: 
 
 
 async def test_a_close_that_was_cancelled_can_be_repeated(sqlite_url: str) -> None:
-    """The cache is closed by the second one, if the first one did not come so far."""
+    """If a close is canceled before it reaches the cache, the next one closes the cache, once."""
     gate, closed = asyncio.Event(), 0
 
     class Slow(MemoryCache):
@@ -212,7 +212,7 @@ async def test_a_close_that_was_cancelled_can_be_repeated(sqlite_url: str) -> No
 
 
 def test_a_program_that_forgets_to_close_ends(sqlite_url: str) -> None:
-    """A host that never closes its client still comes to its end."""
+    """A program that never closes its client still ends, and prints nothing."""
     program = (
         "import asyncio, sys\n"
         "from incidentkit import IncidentClient\n"
@@ -247,7 +247,7 @@ def redis_server() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def faulty_redis(redis_server: RedisServer) -> Iterator[RedisServer]:
-    """The same, alive at the start and at the end."""
+    """The same Redis, running before and after each test."""
     redis_server.start()
     yield redis_server
     redis_server.resume()
@@ -257,7 +257,7 @@ def faulty_redis(redis_server: RedisServer) -> Iterator[RedisServer]:
 async def test_killing_redis_under_load_changes_no_answer(
     faulty_redis: RedisServer, migrated_postgres_url: str
 ) -> None:
-    """While Redis is killed, hung and restarted, every list is right and no call fails."""
+    """While Redis is killed, paused and restarted, every list is right and no call fails."""
     async with IncidentClient.open(migrated_postgres_url, faulty_redis.url) as incidents:
         stopped = asyncio.Event()
         done: asyncio.Queue[None] = asyncio.Queue()
@@ -294,7 +294,7 @@ async def test_killing_redis_under_load_changes_no_answer(
 async def test_redis_away_at_the_start_is_no_error_unless_it_is_required(
     faulty_redis: RedisServer,
 ) -> None:
-    """A client opens without its Redis, unless it was told that it needs it."""
+    """A client opens without its Redis unless `redis_required` is set."""
     faulty_redis.stop()
     async with IncidentClient.open(MEMORY, faulty_redis.url) as incidents:
         assert incidents.cache_available is False
@@ -307,7 +307,7 @@ async def test_redis_away_at_the_start_is_no_error_unless_it_is_required(
 
 
 async def test_a_page_that_redis_garbled_is_read_again(redis_url: str, sqlite_url: str) -> None:
-    """Whatever stands under our key, the list is the database's."""
+    """A page that was altered in Redis is ignored, and the list comes from the database."""
     async with (
         IncidentClient.open(sqlite_url, redis_url) as writer,
         Redis.from_url(redis_url) as redis,
@@ -332,7 +332,7 @@ async def test_a_page_that_redis_garbled_is_read_again(redis_url: str, sqlite_ur
 
 
 async def test_parts_of_ones_own(sqlite_url: str) -> None:
-    """A client takes a store and a cache that it is given, which another one may share."""
+    """A client uses the store and the cache passed to it."""
     cache = MemoryCache()
     store = store_from_url(sqlite_url)
     async with IncidentClient(store, cache=cache) as incidents:
@@ -346,7 +346,7 @@ async def test_parts_of_ones_own(sqlite_url: str) -> None:
 async def test_a_page_in_redis_serves_every_process(
     redis_url: str, migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one client has read another one takes from Redis, and keeps for the next time."""
+    """A client takes a page that another one has read from Redis, and keeps it in memory."""
     pages_read = 0
     read = Store.list
 
@@ -379,7 +379,7 @@ async def test_a_page_in_redis_serves_every_process(
 def test_a_client_closed_while_lists_run_opens_on_another_loop(
     redis_url: str, migrated_postgres_url: str
 ) -> None:
-    """Lists under way when the client is closed end, and the next opening has a working Redis."""
+    """Closing a client ends its running lists, and a reopened client has a working Redis."""
     incidents = IncidentClient.open(migrated_postgres_url, redis_url, redis_required=True)
 
     async def list_and_close(turns: int) -> None:
@@ -404,7 +404,7 @@ def test_a_client_closed_while_lists_run_opens_on_another_loop(
 
 
 async def test_a_client_that_is_closed_while_it_connects_is_closed(sqlite_url: str) -> None:
-    """However far a connect has come, a close that comes meanwhile waits for it and wins."""
+    """A close during `connect` waits for it, however far it is, and leaves the client closed."""
     for turns in (1, 2, 5, 10):
         incidents = IncidentClient.open(sqlite_url)
         connecting = asyncio.ensure_future(incidents.connect())
@@ -416,7 +416,7 @@ async def test_a_client_that_is_closed_while_it_connects_is_closed(sqlite_url: s
 
 
 async def test_max_staleness_trusts_a_token_for_that_long(sqlite_url: str) -> None:
-    """With `max_staleness` a list may be behind others' changes, and never behind one's own."""
+    """With `max_staleness`, a list may miss other clients' changes but never the client's own."""
     async with (
         IncidentClient.open(sqlite_url, max_staleness=3600) as late,
         IncidentClient.open(sqlite_url) as other,
@@ -431,14 +431,14 @@ async def test_max_staleness_trusts_a_token_for_that_long(sqlite_url: str) -> No
 
 @pytest.mark.parametrize("seconds", [-1, -0.001, 3600.1, float("nan"), float("inf"), True, "1"])
 def test_a_max_staleness_that_cannot_be_used_is_refused(seconds: Any) -> None:
-    """Only a number of seconds up to the hour that a page is kept is taken."""
+    """`max_staleness` must be a number of seconds from 0 to 3600, as long as a page is kept."""
     with pytest.raises(InvalidSettings, match="max_staleness") as caught:
         IncidentClient.open(MEMORY, max_staleness=seconds)
     assert caught.value.name == "max_staleness"
 
 
 async def test_a_database_that_is_away_is_a_typed_error() -> None:
-    """A client cannot be opened on a database that is away, and says so."""
+    """`connect` to an unreachable database raises StoreUnavailable; the client stays closed."""
     incidents = IncidentClient.open("postgresql://postgres@127.0.0.1:1/x")
     with pytest.raises(StoreUnavailable):
         await incidents.connect()
@@ -448,7 +448,7 @@ async def test_a_database_that_is_away_is_a_typed_error() -> None:
 async def test_connecting_at_once_opens_one_store(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several tasks that connect the same client share what is opened, and one close ends it."""
+    """Tasks that connect the same client at once open its store once."""
     opened = 0
 
     store = store_from_url(sqlite_url)
@@ -469,7 +469,7 @@ async def test_connecting_at_once_opens_one_store(
 async def test_a_failed_write_without_a_caller_is_logged(
     sqlite_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write that fails after its caller gave up leaves one line, without values."""
+    """A write that fails after its caller was canceled is logged on one line, without values."""
     goes_on = asyncio.Event()
 
     async def fail(*_: object, **__: object) -> Incident:

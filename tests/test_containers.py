@@ -1,4 +1,4 @@
-"""The Dockerfile and docker-compose.yml, read and followed without a Docker engine."""
+"""Check the Dockerfile and docker-compose.yml without a Docker engine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def last(name: str) -> str:
-    """Return what the last instruction of a name says: that of the image which is run."""
+    """Return the arguments of the last instruction of a name, which belongs to the final image."""
     return [rest for instruction, rest in instructions() if instruction == name][-1]
 
 
@@ -84,7 +84,7 @@ def environment(name: str, variables: Mapping[str, str | None]) -> dict[str, str
 
 
 def test_the_image_does_not_run_as_root() -> None:
-    """The last user is neither root nor a name that could be, and owns the working directory."""
+    """The image runs as a numeric user other than root, who owns the working directory."""
     user = last("USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     assert f"useradd --no-log-init --uid {user.partition(':')[0]} " in last("RUN")
@@ -92,14 +92,14 @@ def test_the_image_does_not_run_as_root() -> None:
 
 
 def test_the_image_starts_the_service_for_all_addresses() -> None:
-    """Both parts of the command are in exec form, so that signals reach the service."""
+    """Entrypoint and command are in exec form, so that signals reach the service."""
     command = [*json.loads(last("ENTRYPOINT")), *json.loads(last("CMD"))]
     assert command == ["incidentkit", "serve", "--host", "0.0.0.0"]
     assert last("EXPOSE") == "8000"
 
 
 def test_the_image_gets_what_it_needs_and_no_more() -> None:
-    """Every file that is copied is there and let through, and the build needs no other."""
+    """Every copied file exists and passes .dockerignore, and the build needs no other."""
     copied = [
         source
         for name, rest in instructions()
@@ -120,7 +120,7 @@ def test_the_image_gets_what_it_needs_and_no_more() -> None:
 
 
 def test_every_variable_reaches_the_service() -> None:
-    """What `.env` says is what the service uses, but for the servers, which are the stack's."""
+    """The service takes its settings from `.env`, except for the stack's own servers."""
     settings = Settings.from_mapping(environment("incidentkit", DOT_ENV))
     assert settings.database_url == "postgresql://me:secret@postgres:5432/mine"
     assert settings.redis_url == "redis://redis:6379/3"
@@ -132,7 +132,7 @@ def test_every_variable_reaches_the_service() -> None:
 
 @pytest.mark.parametrize("variables", [{}, DOT_ENV], ids=["defaults", ".env"])
 def test_the_servers_are_the_ones_that_the_service_uses(variables: dict[str, str]) -> None:
-    """PostgreSQL gets the account that the service and the migration use, `.env` or not."""
+    """PostgreSQL gets the account that service and migration use, with or without `.env`."""
     postgres = environment("postgres", variables)
     assert environment("migrate", variables) == environment("incidentkit", variables)
     settings = Settings.from_mapping(environment("incidentkit", variables))
@@ -147,7 +147,7 @@ def test_the_servers_are_the_ones_that_the_service_uses(variables: dict[str, str
 
 
 def test_the_service_starts_after_the_migration_and_its_servers() -> None:
-    """PostgreSQL is healthy before the migration, which is done before the service starts."""
+    """The migration waits for PostgreSQL, and the service for the migration and its servers."""
     services = compose({})["services"]
     assert services["migrate"]["depends_on"]["postgres"] == {"condition": "service_healthy"}
     assert services["incidentkit"]["depends_on"] == {
@@ -160,7 +160,7 @@ def test_the_service_starts_after_the_migration_and_its_servers() -> None:
 
 
 def test_the_health_check_of_postgres_asks_for_the_database() -> None:
-    """It asks over TCP, which the server that only prepares a new database does not answer."""
+    """The check uses TCP, which the temporary server that sets up a new database refuses."""
     services = compose({})["services"]
     _, command = services["postgres"]["healthcheck"]["test"]
     names = {"POSTGRES_USER": "a b", "POSTGRES_DB": "c d"}
@@ -175,7 +175,7 @@ def test_the_health_check_of_postgres_asks_for_the_database() -> None:
 
 
 def test_the_stack_runs_until_it_is_stopped() -> None:
-    """Servers and service come back after a crash, the migration runs once, and data is kept."""
+    """Servers and service restart after a crash, the migration runs once, and data is kept."""
     project = compose({})
     services = project["services"]
     assert services["migrate"]["restart"] == "no"
@@ -184,7 +184,7 @@ def test_the_stack_runs_until_it_is_stopped() -> None:
         assert services[name]["restart"] == "unless-stopped"
     volume, _, folder = services["postgres"]["volumes"][0].partition(":")
     assert volume in project["volumes"]
-    # From version 18 on the image keeps its data in a folder of the version, below this one.
+    # Since version 18, the image keeps its data in a subfolder named after the version.
     assert (services["postgres"]["image"], folder) == ("postgres:18", "/var/lib/postgresql")
     assert services["incidentkit"]["ports"] == ["8000:8000"]
 
@@ -192,7 +192,7 @@ def test_the_stack_runs_until_it_is_stopped() -> None:
 def test_the_containers_commands_work_together(
     empty_postgres_url: str, redis_url: str, tmp_path: Path
 ) -> None:
-    """The migration's command, the image's command and its health check do what they are for."""
+    """The commands of the migration, the image and its health check work together."""
     postgres, redis = urlsplit(empty_postgres_url), urlsplit(redis_url)
     variables = {
         "POSTGRES_USER": postgres.username,
@@ -227,7 +227,7 @@ def test_the_containers_commands_work_together(
 
 
 def test_the_example_of_a_dot_env_can_be_used_as_it_is() -> None:
-    """Its variables are the ones that are read, with values that are valid."""
+    """`.env.example` names every variable that is read, with valid values."""
     example = ROOT / ".env.example"
     settings = Settings.from_env(example)
     assert settings.database_url == "postgresql://postgres:change_me@localhost:5432/incidents"

@@ -1,4 +1,4 @@
-"""Many incidents at once, where that takes several statements, a host's transaction, or locks."""
+"""Create many incidents in several statements, in a host's transaction, and concurrently."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def disks(number: int) -> list[NewIncident]:
 async def in_small_parts(
     migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[IncidentClient]:
-    """A client on PostgreSQL whose statements have no more than two incidents."""
+    """A client on PostgreSQL that creates at most two incidents per statement."""
     monkeypatch.setattr(postgresql, "ROWS", 2)
     async with IncidentClient.open(migrated_postgres_url) as client:
         yield client
 
 
 async def test_several_statements_keep_the_order(in_small_parts: IncidentClient) -> None:
-    """Each incident of each statement is stored and returned in its place, with its event."""
+    """Incidents from several statements are stored and returned in order, each with its event."""
     created = await in_small_parts.create_many(disks(21))
     assert [incident.incident_message for incident in created] == [
         f"Disk {n} is full" for n in range(21)
@@ -46,7 +46,7 @@ async def test_several_statements_keep_the_order(in_small_parts: IncidentClient)
 
 
 async def test_keys_count_across_statements(in_small_parts: IncidentClient) -> None:
-    """A key that comes again in a later statement counts, with what it said."""
+    """A key repeated in a later statement counts an occurrence, with its message as the note."""
     await in_small_parts.create("Disk is full", source="monitoring", dedup_key="b")
     keys = ["a", "b", None, "c", "a", "d", "a", "ä"]
     created = await in_small_parts.create_many(
@@ -62,7 +62,7 @@ async def test_keys_count_across_statements(in_small_parts: IncidentClient) -> N
 async def test_a_later_statement_takes_back_those_before_it(
     in_small_parts: IncidentClient, migrated_postgres_url: str
 ) -> None:
-    """If the database refuses an incident of the last statement none is there, nor any event."""
+    """If the database rejects an incident in the last statement, nothing at all is stored."""
     await run_sql(
         migrated_postgres_url,
         "ALTER TABLE \"Incident\" ADD CHECK (incident_message NOT LIKE '%19%')",
@@ -74,7 +74,7 @@ async def test_a_later_statement_takes_back_those_before_it(
 
 
 async def test_in_a_transaction_of_the_host(url: str, incidents: IncidentClient) -> None:
-    """Joined, they come and go with the transaction."""
+    """In a joined transaction, incidents are committed or rolled back with it."""
     if url.startswith("postgresql"):
         connection = await asyncpg.connect(url)
         async with connection.transaction():
@@ -99,7 +99,7 @@ async def test_in_a_transaction_of_the_host(url: str, incidents: IncidentClient)
 async def test_two_that_count_the_same_keys_do_not_block_each_other(
     migrated_postgres_url: str,
 ) -> None:
-    """Calls with the same keys in other orders wait for each other, and both succeed."""
+    """Concurrent calls with the same keys in opposite orders all succeed without a deadlock."""
     keys = [f"key-{n}" for n in range(200)]
     async with (
         IncidentClient.open(migrated_postgres_url) as one,

@@ -1,4 +1,4 @@
-"""Pages far down are read from the nearest one that is known, and are true whatever changes."""
+"""Deep pages are read from the nearest bookmark and stay correct through every change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def everything(url: str) -> list[tuple[int, str, str]]:
 async def test_a_page_is_true_whatever_was_read_and_written_before(
     client: IncidentClient, url: str, seed: int
 ) -> None:
-    """Pages far down, in any order, between changes of every kind, are what the table has."""
+    """Deep pages match the table, read in any order and between changes of every kind."""
     chosen = random.Random(seed)
     for _ in range(8):
         incidents = await everything(url)
@@ -78,7 +78,7 @@ async def test_a_page_is_true_whatever_was_read_and_written_before(
 async def test_the_next_page_is_read_from_the_last(
     migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the first page far down passes over all before it, and the first after a change."""
+    """Only the first deep page, and the first one after a change, is read from the top."""
     await fill(migrated_postgres_url)
     async with counted(migrated_postgres_url, monkeypatch) as (client, sent):
         for number in range(3):
@@ -88,7 +88,7 @@ async def test_the_next_page_is_read_from_the_last(
             await client.list(page=DEEP + number, limit=10)
     pages = [statement for statement in sent if "OFFSET" in statement]
     onward = ["AS start" in statement for statement in pages]
-    # After the change it turns out that what was known is no longer true.
+    # After the change, a read finds its bookmark outdated and starts again from the top.
     assert onward == [False, True, True, True, False, True]
 
 
@@ -96,7 +96,7 @@ async def test_the_next_page_is_read_from_the_last(
 async def test_the_next_page_begins_in_the_index(
     migrated_postgres_url: str, filters: tuple[bool, bool]
 ) -> None:
-    """What comes before a page that is known is not read at all."""
+    """A page after a bookmark starts in the index and reads no row before it."""
     await fill(migrated_postgres_url)
     values = {"status": "new", "source": "partner", "limit": 10, "offset": 10}
     values |= {"start_id": 5000, "start_token": "0"}
@@ -107,7 +107,7 @@ async def test_the_next_page_begins_in_the_index(
 
 
 def test_bookmarks_are_bounded() -> None:
-    """However many pages are read, only so many are remembered, the last one always."""
+    """The number of bookmarks is bounded, and the latest one is always kept."""
     bookmarks = Bookmarks()
     for n in range(3 * MAX_BOOKMARKS):
         bookmarks.add(ListQuery(n + 1, 10), n, "token")
@@ -118,7 +118,7 @@ def test_bookmarks_are_bounded() -> None:
 
 
 def test_a_page_that_is_known_is_no_news_when_there_is_no_room() -> None:
-    """To read the same page again makes nobody forget the others."""
+    """Adding a known bookmark again evicts none, even when there is no room for another."""
     bookmarks = Bookmarks()
     for n in range(MAX_BOOKMARKS):
         bookmarks.add(ListQuery(n + 1, 10), n + 1, "token")
@@ -127,7 +127,7 @@ def test_a_page_that_is_known_is_no_news_when_there_is_no_room() -> None:
 
 
 def test_a_page_that_lies_too_far_before_is_of_no_use() -> None:
-    """Where there is more to pass over than is saved, a page is read from the top."""
+    """A bookmark is used only if skipping rows from it is cheaper than from the top."""
     bookmarks = Bookmarks()
     bookmarks.add(ListQuery(201, 10), 7, "token")
     assert bookmarks.before(ListQuery(260, 10)) == ((2000, 7), "token")
@@ -136,7 +136,7 @@ def test_a_page_that_lies_too_far_before_is_of_no_use() -> None:
 
 
 async def test_after_a_change_nothing_is_passed_over_in_vain(migrated_postgres_url: str) -> None:
-    """With another token no incident is read onward: the answer is the token alone."""
+    """A read from an outdated bookmark returns no incident, only the current token."""
     await fill(migrated_postgres_url)
     values = {"status": None, "source": None, "limit": 10, "offset": 0, "start_id": 5000}
     async with IncidentClient.open(migrated_postgres_url) as client:

@@ -1,4 +1,4 @@
-"""The tree of errors, and the attributes of each."""
+"""The exception hierarchy, and the attributes of each error."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ each_error = pytest.mark.parametrize(
 
 
 def tree(error: type[Exception]) -> dict[str, Any]:
-    """Return the names of the errors below this one, as a tree."""
+    """Return the names of an error's subclasses as a tree."""
     return {
         child.__name__: tree(child)
         for child in error.__subclasses__()
@@ -185,7 +185,7 @@ def test_one_small_tree() -> None:
 
 
 def test_tree_in_the_documentation_is_the_tree() -> None:
-    """The tree in the docstring of the module shows every error in its place."""
+    """The tree in the module's docstring shows every error in its place."""
     picture = re.findall(
         r"^ {4}([│├└─ ]*)(\w+)", incidentkit.domain.errors.__doc__ or "", re.MULTILINE
     )
@@ -238,7 +238,7 @@ def test_error_says_what_is_wrong_and_carries_it(
 def test_error_crosses_processes(
     error: IncidentKitError, text: str, fields: dict[str, Any], protocol: int
 ) -> None:
-    """An error can be pickled with its attributes, as a process pool needs it."""
+    """An error can be pickled with its attributes, as a process pool requires."""
     other = pickle.loads(pickle.dumps(error, protocol))
     assert type(other) is type(error)
     assert str(other) == text
@@ -254,7 +254,7 @@ def test_error_can_be_copied(error: IncidentKitError, text: str, fields: dict[st
         assert {name: getattr(other, name) for name in fields} == fields
 
 
-# Characters that are in no reason, so that a value in an error is found.
+# Characters that appear in no error text, so that a leaked value is found.
 secrets = st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=1, max_size=8)
 
 

@@ -1,4 +1,4 @@
-"""How the feed waits, shares reads, and outlives outages, restarts and other histories."""
+"""How the feed waits, shares reads, and handles outages, restarts and restored databases."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 ROUNDS = int(os.environ.get("INCIDENTKIT_TEST_FEED_ROUNDS", "4"))
-"""Restarts and cuts; set it to some hundreds for a run of many minutes."""
+"""Number of server restarts and connection cuts; a few hundred take many minutes."""
 
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-    """A connection of another program."""
+    """Open a connection as another program would."""
     connection = await asyncpg.connect(url)
     try:
         yield connection
@@ -63,7 +63,7 @@ async def connected(url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what happens in other tasks."""
+    """Wait until the condition holds."""
     async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -85,9 +85,9 @@ async def some_changes(incidents: IncidentClient) -> None:
 async def on_a_file(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[IncidentClient]:
-    """A client that looks for changes of others once an hour.
+    """A client on SQLite that polls for other processes' changes once an hour.
 
-    On PostgreSQL a transaction of another test may hold up a change until the second look.
+    On PostgreSQL, another test's transaction may delay a change until the next poll.
     """
     monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 3600)
     async with IncidentClient.open(sqlite_url) as client:
@@ -95,7 +95,7 @@ async def on_a_file(
 
 
 async def test_a_change_wakes_who_waits(on_a_file: IncidentClient) -> None:
-    """A change by the same client ends the waiting of all its readers, without looking again."""
+    """A client's own change wakes all its waiting readers at once, without a poll."""
     incidents = on_a_file
     waiting = [asyncio.ensure_future(incidents.read_changes(wait=30)) for _ in range(5)]
     await until(lambda: _is_pausing(incidents, 5))
@@ -112,7 +112,7 @@ def _is_pausing(incidents: IncidentClient, readers: int) -> bool:
 async def test_readers_at_one_place_share_a_read(
     on_a_file: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many wait for the next change, each look at the database is one."""
+    """Readers that wait at the same place share each read of the database."""
     incidents = on_a_file
     reads = 0
     store: Any = incidents.store
@@ -135,7 +135,7 @@ async def test_readers_at_one_place_share_a_read(
 async def test_readers_that_come_one_by_one_look_together(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many wait, and whenever they came, looking for others' changes is one read a time."""
+    """Readers that arrived one by one share the reads of each poll."""
     monkeypatch.setattr("incidentkit.feed.POLL_INTERVAL", 3600)
     waiting = []
     for number in range(1, 21):
@@ -167,7 +167,7 @@ async def test_readers_that_come_one_by_one_look_together(
 
 
 async def test_closing_ends_who_waits(url: str) -> None:
-    """A client that closes lets no reader hang; a feed that goes on later starts anew."""
+    """Closing a client raises ClientClosed in waiting readers; once reopened, it reads again."""
     client = IncidentClient.open(url)
     await client.connect()
     reading = [asyncio.ensure_future(client.read_changes(wait=30)) for _ in range(3)]
@@ -185,7 +185,7 @@ async def test_closing_ends_who_waits(url: str) -> None:
 
 
 async def test_a_reader_that_is_cancelled_leaves_the_others(incidents: IncidentClient) -> None:
-    """Who gives up waiting takes nobody with it."""
+    """Canceling one reader leaves the other readers waiting."""
     gone, stays = (asyncio.ensure_future(take(incidents, 1)) for _ in range(2))
     await until(lambda: _is_pausing(incidents, 2))
     gone.cancel()
@@ -196,7 +196,7 @@ async def test_a_reader_that_is_cancelled_leaves_the_others(incidents: IncidentC
 
 
 async def test_errors_that_stay_end_the_feed(incidents: IncidentClient) -> None:
-    """What trying again cannot mend is raised to the follower."""
+    """A follower raises an error that a retry cannot fix."""
 
     class Broken:
         async def check_order(self) -> None:
@@ -211,7 +211,7 @@ async def test_errors_that_stay_end_the_feed(incidents: IncidentClient) -> None:
 async def test_an_outage_is_waited_for(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the database is away a follower waits, and then goes on where it was."""
+    """A follower waits out an outage of the database and resumes where it was."""
     monkeypatch.setattr("incidentkit.client.MIN_PAUSE", 0.001)
     store: Any = incidents.store
     read, failures = store.changes, 3
@@ -232,7 +232,7 @@ async def test_an_outage_is_waited_for(
 async def test_an_outage_hides_nothing_from_who_began_with_the_latest(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What others write before the database answers a follower again is not taken for old."""
+    """A follower that starts at `latest` gets a change made during an outage."""
     monkeypatch.setattr("incidentkit.client.MIN_PAUSE", 0.001)
     await some_changes(incidents)
     await take(incidents, 7)
@@ -245,7 +245,7 @@ async def test_an_outage_hides_nothing_from_who_began_with_the_latest(
         if calls != 2:
             return await read(*arguments)
         await incidents.note(1, "during the outage")
-        # Until it is final, and the latest.
+        # Wait until the change is final and the latest one.
         while not (found := await read(*arguments)):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         assert len(found) == 1
@@ -260,7 +260,7 @@ async def test_an_outage_hides_nothing_from_who_began_with_the_latest(
 async def test_closing_ends_who_waits_for_the_database(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A follower that pauses before it asks again does not do so once the client is closed."""
+    """Closing a client ends a follower's pause between retries with ClientClosed."""
     monkeypatch.setattr("incidentkit.client.MIN_PAUSE", 3600)
     monkeypatch.setattr("incidentkit.client.MAX_PAUSE", 3600)
     store: Any = incidents.store
@@ -277,13 +277,13 @@ async def test_closing_ends_who_waits_for_the_database(
         await asyncio.wait_for(following, 60)
 
 
-# Another history of the database
+# Databases with another history
 
 
 async def test_a_copy_of_a_file_that_went_its_own_way_refuses(
     sqlite_url: str, tmp_path: Path
 ) -> None:
-    """A cursor is good in each file that has its change, and refused by one that has not."""
+    """A cursor is valid in each copy of a file that has its change, and refused by one without."""
     async with IncidentClient.open(sqlite_url) as incidents:
         await some_changes(incidents)
     copy = tmp_path / "copy.db"
@@ -307,7 +307,7 @@ async def test_a_copy_of_a_file_that_went_its_own_way_refuses(
 async def test_a_copy_of_a_database_that_went_its_own_way_refuses(
     migrated_postgres_url: str,
 ) -> None:
-    """The same holds on PostgreSQL, within one server."""
+    """On PostgreSQL too, a copied database refuses a cursor whose change it lacks."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         await some_changes(incidents)
     url = urlsplit(migrated_postgres_url)
@@ -333,7 +333,7 @@ async def test_a_copy_of_a_database_that_went_its_own_way_refuses(
 async def test_a_dump_from_a_server_with_larger_numbers_is_put_in_order(
     migrated_postgres_url: str,
 ) -> None:
-    """Until `db upgrade` has mended it it is refused; then cursors are good and order is kept."""
+    """A dump with larger numbers is refused until `db upgrade`, which keeps order and cursors."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         await some_changes(incidents)
         changes = await take(incidents, 7)
@@ -359,7 +359,7 @@ async def test_a_dump_from_a_server_with_larger_numbers_is_put_in_order(
 
 
 async def test_a_cursor_of_a_purged_change_stays_good(migrated_postgres_url: str) -> None:
-    """Also after events were put in order it leads on; one with another number is refused."""
+    """A cursor at a purged change survives `db upgrade`; one with another nonce is refused."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         await some_changes(incidents)
         await take(incidents, 7)
@@ -392,7 +392,7 @@ async def test_a_cursor_of_a_purged_change_stays_good(migrated_postgres_url: str
 async def test_a_purged_place_of_another_history_is_refused(
     sqlite_url: str, tmp_path: Path
 ) -> None:
-    """A restored backup refuses what happened after it, also once that incident is purged."""
+    """A restored backup refuses the cursor of a later change, even once its incident is purged."""
     async with IncidentClient.open(sqlite_url) as incidents:
         await incidents.create("Disk is full", source="partner", incident_type="failed")
     backup = tmp_path / "backup.db"
@@ -409,7 +409,7 @@ async def test_a_purged_place_of_another_history_is_refused(
 
 
 async def test_a_purged_place_is_kept_for_a_month(sqlite_url: str) -> None:
-    """After 30 days a cursor that stands at a purged change is refused, and its row is gone."""
+    """The first purge after 30 days forgets a purged change, and its cursor is refused."""
     async with IncidentClient.open(sqlite_url) as incidents:
         await incidents.create("Disk is full", source="partner", incident_type="failed")
         (change,) = await take(incidents, 1)
@@ -423,10 +423,10 @@ async def test_a_purged_place_is_kept_for_a_month(sqlite_url: str) -> None:
             await incidents.read_changes(change.cursor)
 
 
-async def test_whoever_holds_the_tables_does_not_hold_up_all_others(
+async def test_db_upgrade_gives_up_on_locked_tables(
     migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`db upgrade` does not wait for ever for the tables, while writers would wait behind it."""
+    """`db upgrade` stops waiting for locked tables, so that writers do not queue up behind it."""
     monkeypatch.setattr(migrate, "TABLE_LOCK_TIMEOUT", 0.05)
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         await some_changes(incidents)
@@ -439,7 +439,7 @@ async def test_whoever_holds_the_tables_does_not_hold_up_all_others(
 
 
 async def test_who_waits_while_numbers_are_changed_goes_on(migrated_postgres_url: str) -> None:
-    """A reader from before `db upgrade` put events in order gets what comes after it, once."""
+    """If transaction ids are lowered while a reader waits, it gets the next change, once."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         await some_changes(incidents)
         last = (await take(incidents, 7))[-1]
@@ -447,7 +447,7 @@ async def test_who_waits_while_numbers_are_changed_goes_on(migrated_postgres_url
         await until(lambda: _is_pausing(incidents, 1))
         async with connected(migrated_postgres_url) as connection:
             for table in ("incident_event", '"Incident"'):
-                # Less than the server's own numbers, so that the reader's place is before them.
+                # Below the server's own ids, so that the reader's place is ahead of the events.
                 await connection.execute(f"UPDATE {table} SET transaction_id = transaction_id - 9")
         await incidents.note(1, "later")
         page = await waiting
@@ -458,7 +458,7 @@ async def test_who_waits_while_numbers_are_changed_goes_on(migrated_postgres_url
 async def test_who_waits_notices_that_the_database_was_replaced(
     migrated_postgres_url: str,
 ) -> None:
-    """If a copy from before its cursor takes the database's place, a reader does not go on."""
+    """A waiting reader fails if a copy from before its cursor replaces the database."""
     url = urlsplit(migrated_postgres_url)
     name = url.path.strip("/")
     async with IncidentClient.open(migrated_postgres_url) as incidents:
@@ -490,7 +490,7 @@ def _of(change: IncidentEvent) -> tuple[Any, ...]:
 async def test_a_feed_and_a_history_are_read_from_their_indexes(
     migrated_postgres_url: str, sqlite_url: str
 ) -> None:
-    """However many events there are, a page of them is found by an index, and not sorted."""
+    """Pages of the feed and of a history are read from an index, without sorting."""
     fill = (
         "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, at) "
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
@@ -523,13 +523,13 @@ async def test_a_feed_and_a_history_are_read_from_their_indexes(
             assert steps[0].startswith("SEARCH incident_event USING"), steps
 
 
-# Transactions that overlap, on PostgreSQL
+# Overlapping transactions on PostgreSQL
 
 
 async def test_what_an_old_transaction_commits_late_is_not_missed(
     migrated_postgres_url: str,
 ) -> None:
-    """Changes of younger transactions wait for an older one, whose changes then come first."""
+    """Changes of younger transactions wait for an older one and follow its changes."""
     async with AsyncExitStack() as stack:
         incidents = await stack.enter_async_context(IncidentClient.open(migrated_postgres_url))
         connection = await stack.enter_async_context(connected(migrated_postgres_url))
@@ -544,13 +544,13 @@ async def test_what_an_old_transaction_commits_late_is_not_missed(
 async def test_an_incidents_changes_are_in_order_whoever_began_first(
     migrated_postgres_url: str,
 ) -> None:
-    """An older transaction that changes an incident after a younger one comes after it."""
+    """An incident's changes keep their order, even if an older transaction changes it last."""
     async with AsyncExitStack() as stack:
         incidents = await stack.enter_async_context(IncidentClient.open(migrated_postgres_url))
         connection = await stack.enter_async_context(connected(migrated_postgres_url))
         incident = await incidents.create("Disk is full", source="monitoring")
         async with connection.transaction():
-            # It gets its number here.
+            # The transaction gets its id here.
             await connection.fetchval("SELECT pg_current_xact_id()")
             await incidents.update_status(incident.incident_id, "failed")
             await incidents.note(incident.incident_id, "by a younger one")
@@ -571,7 +571,7 @@ async def test_an_incidents_changes_are_in_order_whoever_began_first(
 
 
 async def test_a_rollback_leaves_nothing(migrated_postgres_url: str) -> None:
-    """What was rolled back never comes, and holds nothing up."""
+    """A change that was rolled back never reaches the feed and delays nothing."""
     async with AsyncExitStack() as stack:
         incidents = await stack.enter_async_context(IncidentClient.open(migrated_postgres_url))
         connection = await stack.enter_async_context(connected(migrated_postgres_url))
@@ -585,7 +585,7 @@ async def test_a_rollback_leaves_nothing(migrated_postgres_url: str) -> None:
 
 
 async def test_many_writers_with_restarts_and_cut_connections() -> None:
-    """No change is missed, none comes twice, none out of order, for readers that resume, too."""
+    """Every reader, even one that resumes, gets each change exactly once and in order."""
     with PostgresServer() as server:
         await migrate.upgrade(server.url)
         await _write_and_follow(server, ROUNDS)
@@ -695,7 +695,7 @@ async def _write_and_follow(server: PostgresServer, rounds: int) -> None:  # noq
 
 
 def test_processes_through_restarts_and_cut_connections(tmp_path: Path) -> None:
-    """Processes follow what processes write: all of it, once, in one order, also when killed."""
+    """Processes that follow the feed get each change once and in one order, even if killed."""
     with PostgresServer() as server, ExitStack() as stack:
         asyncio.run(migrate.upgrade(server.url))
         asyncio.run(_make(server.url, follower.INCIDENTS))
@@ -716,7 +716,7 @@ def test_processes_through_restarts_and_cut_connections(tmp_path: Path) -> None:
         following = [run("follow", server.url, str(feed)) for feed in feeds]
 
         def more(count: int) -> None:
-            """Wait until so many more writes were acknowledged."""
+            """Wait until this many more writes are acknowledged."""
             goal = len(_lines(*logs)) + count
             _wait(lambda: len(_lines(*logs)) >= goal, [*writing, following[0]])
 
@@ -770,13 +770,13 @@ async def _cut_connections(url: str) -> None:
 
 
 def _lines(*files: Path) -> list[str]:
-    """Return the lines of files that are there, without one that is being written."""
+    """Return the complete lines of those files that exist."""
     texts = [file.read_text() if file.exists() else "" for file in files]
     return [line for text in texts for line in text.split("\n")[:-1]]
 
 
 def _wait(condition: Callable[[], bool], running: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for what processes do, none of which may end."""
+    """Wait until the condition holds; fail if a process ends first."""
     deadline = time.monotonic() + 120
     while not condition():
         assert [process.poll() for process in running] == [None] * len(running)

@@ -1,4 +1,4 @@
-"""A client on an engine or a pool that the application has opened itself."""
+"""A client on an engine or pool that the application has opened."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DATABASES = (
     "sqlite-driver-autocommit",
     "sqlite-unpooled",
     "memory",
-    # What Python's documentation recommends, from 3.12 on.
+    # Recommended by Python's documentation since 3.12.
     *(("sqlite-modern", "memory-modern") if hasattr(sqlite3.Connection, "autocommit") else ()),
     "engine",
     "engine-autocommit",
@@ -78,7 +78,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @asynccontextmanager
 async def opened(name: str, url: str) -> AsyncIterator[AsyncEngine | asyncpg.Pool[asyncpg.Record]]:
-    """Lend what a host has opened."""
+    """Open an engine or a pool as a host would."""
     options = OPTIONS.get(name, {})
     if name.startswith("pool"):
         async with asyncpg.create_pool(url, **options) as pool:
@@ -92,7 +92,7 @@ async def opened(name: str, url: str) -> AsyncIterator[AsyncEngine | asyncpg.Poo
 
 
 async def works(database: AsyncEngine | asyncpg.Pool[asyncpg.Record]) -> bool:
-    """Tell whether the host can use what it has opened."""
+    """Return whether the host can use its engine or pool."""
     if isinstance(database, AsyncEngine):
         async with database.connect() as connection:
             return (await connection.execute(text("SELECT 1"))).all() == [(1,)]
@@ -117,7 +117,7 @@ def url(name: str, request: pytest.FixtureRequest) -> str:
 async def database(
     name: str, url: str
 ) -> AsyncIterator[AsyncEngine | asyncpg.Pool[asyncpg.Record]]:
-    """What the host has opened."""
+    """The host's engine or pool."""
     async with opened(name, url) as database:
         yield database
 
@@ -126,7 +126,7 @@ async def database(
 async def client(
     database: AsyncEngine | asyncpg.Pool[asyncpg.Record],
 ) -> AsyncIterator[IncidentClient]:
-    """A client on it."""
+    """A client on the host's engine or pool."""
     async with IncidentClient.open(
         database, transitions={"new": ["failed"], "failed": ["new"]}
     ) as client:
@@ -134,7 +134,7 @@ async def client(
 
 
 async def test_everything_a_client_does_works(client: IncidentClient) -> None:
-    """Writes, reads, keys, conflicts, the feed and the request log are as on a URL."""
+    """Writes, reads, keys, conflicts, the feed and the request log work as on a URL."""
     await client.check()
     with acting_as("shop"):
         created = await client.create(
@@ -183,7 +183,7 @@ async def test_everything_a_client_does_works(client: IncidentClient) -> None:
 
 
 async def test_concurrent_calls_lose_nothing(client: IncidentClient) -> None:
-    """Many calls at once are all carried out, however few connections the host has."""
+    """Many concurrent calls all succeed, however few connections the host has."""
     await asyncio.gather(
         *(client.create("Order 1 is late", source="partner", dedup_key="1") for _ in range(10)),
         *(client.create("Order", source="partner", idempotency_key="key") for _ in range(5)),
@@ -197,7 +197,7 @@ async def test_concurrent_calls_lose_nothing(client: IncidentClient) -> None:
 async def test_what_the_host_opened_stays_open(
     name: str, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """Closing the client closes nothing of the host's, and it can be opened again on it."""
+    """Closing the client leaves the host's engine or pool open, and the client can be reopened."""
     client = IncidentClient.open(database)
     for number in (1, 2):
         async with client:
@@ -217,7 +217,7 @@ async def test_what_the_host_opened_stays_open(
 async def test_nothing_of_the_hosts_is_configured(
     name: str, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """The host's own transactions are what they were, after the client has used its connections."""
+    """The client changes no settings of the host's connections, and its transactions still work."""
     assert isinstance(database, AsyncEngine)
     statements: list[str] = []
     async with IncidentClient.open(database) as client:
@@ -239,7 +239,7 @@ async def test_nothing_of_the_hosts_is_configured(
 async def test_a_caller_that_is_cancelled_leaves_the_database_whole(
     client: IncidentClient, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """However calls are cancelled, the host and the client can go on, and nothing is left open."""
+    """Whenever calls are canceled, host and client stay usable and every incident is whole."""
     await client.create("Order 1 is late", source="partner")
     for turns in range(0, 24, 2):
         calls = [
@@ -256,7 +256,7 @@ async def test_a_caller_that_is_cancelled_leaves_the_database_whole(
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-    # In memory there is one connection, which the host must not take in the middle of a write.
+    # An in-memory database has one connection, which the host must not take during a write.
     running = getattr(client.store, "_running", None)
     if running:
         await asyncio.wait(running)
@@ -270,7 +270,7 @@ async def test_a_caller_that_is_cancelled_leaves_the_database_whole(
 async def test_a_transaction_of_the_host_can_be_joined(
     client: IncidentClient, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """On the host's own engine or pool a transaction is joined, and committed or rolled back."""
+    """A transaction on the host's engine or pool can be joined, then committed or rolled back."""
     for commits in (False, True):
         async with AsyncExitStack() as stack:
             if isinstance(database, AsyncEngine):
@@ -291,13 +291,13 @@ async def test_a_transaction_of_the_host_can_be_joined(
 async def test_options_are_only_for_a_url(
     database: AsyncEngine | asyncpg.Pool[asyncpg.Record],
 ) -> None:
-    """Sizes and timeouts of what the host has opened are the host's."""
+    """Store options beside a host's engine or pool raise InvalidSettings."""
     with pytest.raises(InvalidSettings, match="options are only"):
         IncidentClient.open(database, options=StoreOptions())
 
 
 async def test_other_objects_are_refused(tmp_path: Any) -> None:
-    """What is no URL, engine or pool is refused by what would be accepted."""
+    """Any other object raises InvalidSettings, which names what is accepted."""
     engine = create_engine(f"sqlite:///{tmp_path / 'x.db'}")
     wrongs: list[Any] = [None, 1, engine, AsyncSession(), asyncpg]
     for wrong in wrongs:
@@ -307,7 +307,7 @@ async def test_other_objects_are_refused(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", ["engine", "pool"])
 async def test_another_schema_is_told(name: str, migrated_postgres_url: str) -> None:
-    """A database on PostgreSQL that is not up to date opens with the command that mends it."""
+    """Opening an outdated PostgreSQL schema raises an error that names the command to run."""
     await downgrade(migrated_postgres_url)
     async with opened(name, migrated_postgres_url) as database:
         with pytest.raises(SchemaOutOfDate, match="incidentkit db upgrade"):
@@ -316,7 +316,7 @@ async def test_another_schema_is_told(name: str, migrated_postgres_url: str) -> 
 
 
 async def test_a_file_is_brought_up_to_date(sqlite_url: str) -> None:
-    """An SQLite file is brought up to date through its URL, parameters of its driver aside."""
+    """Opening migrates an SQLite file, even if the engine's URL has parameters for the driver."""
     async with host_engine(f"{sqlite_url}?timeout=20") as engine:
         async with IncidentClient.open(engine) as client:
             await client.create("Order 1 is late", source="partner")
@@ -329,7 +329,7 @@ async def test_a_file_is_brought_up_to_date(sqlite_url: str) -> None:
 async def test_a_connection_that_is_ended_is_replaced(
     name: str, migrated_postgres_url: str
 ) -> None:
-    """A read whose connection the server has ended is sent again, and a write is told."""
+    """A read on a terminated connection is retried; a write succeeds or raises an error."""
     end = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -351,7 +351,7 @@ async def test_a_connection_that_is_ended_is_replaced(
 
 @pytest.mark.parametrize("name", ["engine", "pool"])
 async def test_a_server_that_is_away_is_unavailable(name: str) -> None:
-    """A server that does not answer is told when the client opens."""
+    """Connecting to an unreachable server raises StoreUnavailable."""
     url = "postgresql://postgres@127.0.0.1:1/postgres"
     async with AsyncExitStack() as stack:
         if name == "engine":
@@ -364,13 +364,13 @@ async def test_a_server_that_is_away_is_unavailable(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["engine", "pool"])
 async def test_a_host_that_has_closed_is_told(name: str, migrated_postgres_url: str) -> None:
-    """A pool that the host has closed under an open client is a typed error."""
+    """A pool that the host has closed raises StoreError; a disposed engine still works."""
     async with opened(name, migrated_postgres_url) as database:
         client = IncidentClient.open(database)
         await client.connect()
         await (database.dispose() if isinstance(database, AsyncEngine) else database.close())
         if name == "engine":
-            # Which opens new connections.
+            # A disposed engine opens new connections.
             assert await client.list() == []
         else:
             with pytest.raises(StoreError):
@@ -379,7 +379,7 @@ async def test_a_host_that_has_closed_is_told(name: str, migrated_postgres_url: 
 
 
 async def test_the_only_connection_is_left_to_its_transaction() -> None:
-    """A client on a database in memory does not end the transaction that has its connection."""
+    """While a transaction has an in-memory database's only connection, other calls are refused."""
     async with (
         host_engine("sqlite+aiosqlite:///:memory:") as engine,
         IncidentClient.open(engine) as client,
@@ -398,14 +398,14 @@ async def test_the_only_connection_is_left_to_its_transaction() -> None:
 
 
 async def test_a_pool_that_is_not_open_is_told(migrated_postgres_url: str) -> None:
-    """A pool that nobody has awaited yet is a typed error."""
+    """A pool that was not awaited yet raises StoreError."""
     pool = asyncpg.create_pool(migrated_postgres_url)
     with pytest.raises(StoreError):
         await IncidentClient.open(pool).connect()
 
 
 async def test_a_file_of_another_schema_is_refused(sqlite_url: str) -> None:
-    """A file of a version that is newer than the package is refused on the host's engine, too."""
+    """A file whose schema is newer than the package is refused on a host's engine too."""
     await upgrade(sqlite_url)
     await run_sql(sqlite_url, "UPDATE incidentkit_version SET version_num = 'newer'")
     async with host_engine(sqlite_url) as engine:

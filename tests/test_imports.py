@@ -1,4 +1,4 @@
-"""Importing and opening load what they need, counted in fresh interpreters."""
+"""Importing and opening load only what they need, as counted in fresh interpreters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOOR: Final = "import asyncio, attrs, cattrs, sqlite3, sqlalchemy, sqlalchemy.d
 """The packages that opening an SQLite file builds on."""
 
 BEYOND_FLOOR: Final = 15
-"""Modules of others that opening an up-to-date SQLite file may load on top of the floor."""
+"""How many modules of other packages opening an SQLite file may load beyond the floor."""
 
 OPEN: Final = """\
 import asyncio
@@ -41,7 +41,7 @@ before = set(sys.modules)
 {code}
 print("\\n".join(sorted(set(sys.modules) - before)))
 """
-    # Coverage would start in the new interpreter too, and hide what it loads itself.
+    # Coverage would start in the new interpreter too and hide the modules that it loads.
     environment = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
     environment["PYTHONPATH"] = str(Path(incidentkit.__file__).parent.parent)
     process = subprocess.run(
@@ -73,7 +73,7 @@ def up_to_date_sqlite_url(sqlite_url: str) -> str:
 
 
 def test_importing_the_package_loads_nothing_but_itself() -> None:
-    """`import incidentkit` adds no module of anybody else to `sys.modules`."""
+    """`import incidentkit` adds only its own modules to `sys.modules`."""
     loaded = modules_after("import incidentkit")
     assert "incidentkit" in loaded
     assert of_others(loaded) == set()
@@ -96,13 +96,13 @@ def test_opening_sqlite_loads_only_what_it_uses(up_to_date_sqlite_url: str) -> N
 
 
 def test_opening_sqlite_stays_near_the_floor(up_to_date_sqlite_url: str) -> None:
-    """Opening an up-to-date SQLite file loads at most 15 modules of others beyond the floor."""
+    """Opening an up-to-date SQLite file loads at most 15 other modules beyond the floor."""
     beyond = of_others(modules_after(OPEN.format(url=up_to_date_sqlite_url))) - modules_after(FLOOR)
     assert len(beyond) <= BEYOND_FLOOR, sorted(beyond)
 
 
 def test_opening_postgresql_loads_only_what_it_uses(migrated_postgres_url: str) -> None:
-    """Opening PostgreSQL with the current schema loads no Alembic and nothing of SQLite."""
+    """Opening PostgreSQL with the current schema loads no Alembic and no SQLite driver."""
     loaded = modules_after(OPEN.format(url=migrated_postgres_url))
     assert "asyncpg" in loaded
     unused = {"aiosqlite", "alembic", "mako", "redis", "sqlite3", "starlette", "uvicorn"}

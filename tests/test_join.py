@@ -1,4 +1,4 @@
-"""Incidents in a transaction of the application's own, in each way that it may have one."""
+"""Incidents in the application's own transaction, on each kind of connection."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from incidentkit.joined import JoinedIncidents
 
 GRAPH = {"new": ["completed", "failed"], "failed": ["new"]}
-"""Nothing comes after `completed`."""
+"""`completed` is final."""
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ async def file_url(sqlite_url: str) -> str:
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> str:
-    """Each way that a host may have a transaction."""
+    """Each kind of connection on which a host may have a transaction."""
     return str(request.param)
 
 
@@ -88,7 +88,7 @@ def host_url(way: str, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 async def host(way: str, host_url: str) -> AsyncIterator[Host]:
-    """A host, in each way."""
+    """A host with each kind of connection."""
     async with open_host(way, await prepared(host_url)) as host:
         yield host
 
@@ -102,33 +102,33 @@ async def client(host: Host, redis_url: str) -> AsyncIterator[IncidentClient]:
 
 @pytest.fixture
 async def other(host: Host, redis_url: str) -> AsyncIterator[IncidentClient]:
-    """A client of another process."""
+    """A second client, as another process would open it."""
     async with IncidentClient.open(host.url, redis_url) as client:
         yield client
 
 
 @pytest.fixture
 async def joined(host: Host, client: IncidentClient) -> JoinedIncidents:
-    """The verbs in a transaction that the host has begun."""
+    """Incidents joined to a transaction that the host has begun."""
     return await join(host, client)
 
 
 async def join(host: Host, client: IncidentClient) -> JoinedIncidents:
-    """Begin a transaction, and return the verbs in it."""
+    """Begin a transaction and join it."""
     await host.begin()
     return client.join(host.connection)
 
 
 @pytest.fixture
 def redis(redis_url: str) -> Iterator[Redis]:
-    """What looks into Redis."""
+    """A client to inspect Redis with."""
     with Redis.from_url(redis_url) as redis:
         yield redis
 
 
 @frozen
 class Everything:
-    """All that somebody outside of a transaction can find out."""
+    """Everything that is visible outside a transaction."""
 
     incidents: list[Incident]
     histories: dict[int, list[IncidentEvent]]
@@ -138,7 +138,7 @@ class Everything:
 
     @classmethod
     async def seen_by(cls, client: IncidentClient, url: str) -> Everything:
-        """Return what a client sees, and what is in the tables."""
+        """Return what a client reads and what the tables hold."""
         incidents = await client.list(limit=1000)
         ids = [incident.incident_id for incident in incidents]
         assert [await client.get(incident_id) for incident_id in ids] == incidents
@@ -154,7 +154,7 @@ class Everything:
 
 
 async def feed(client: IncidentClient, count: int) -> list[IncidentEvent]:
-    """Return the feed, once it has so many events; transactions of others may hold it up."""
+    """Return the feed once it has `count` events; other tests' transactions may delay it."""
     async with asyncio.timeout(60):
         while len(events := await client.store.changes(BEGINNING, 1000)) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -162,17 +162,17 @@ async def feed(client: IncidentClient, count: int) -> list[IncidentEvent]:
 
 
 def kinds(events: list[IncidentEvent]) -> list[str]:
-    """Return what happened."""
+    """Return the kinds of the events."""
     return [str(event.kind) for event in events]
 
 
-# What becomes of it
+# Commits, rollbacks and savepoints
 
 
 async def test_a_commit_shows_everything_to_everybody(
     host: Host, client: IncidentClient, other: IncidentClient
 ) -> None:
-    """After the commit, whoever asks sees the incident, its status, its history and its keys."""
+    """After the commit, every client sees the incident, its status, its history and its keys."""
     assert await client.list() == await other.list() == []
     joined = await join(host, client)
     await host.order(1)
@@ -212,7 +212,7 @@ async def test_a_commit_shows_everything_to_everybody(
 async def test_before_the_commit_nobody_sees_anything(
     host: Host, client: IncidentClient, other: IncidentClient
 ) -> None:
-    """While the transaction goes on, everybody else, its own client too, sees what was before."""
+    """Before the commit, every client, even the one that joined, sees the previous state."""
     old = await other.create("Order 1 is late", source="partner", dedup_key="order-1")
     before = await Everything.seen_by(other, host.url)
     joined = await join(host, client)
@@ -235,7 +235,7 @@ async def test_before_the_commit_nobody_sees_anything(
 async def test_a_rollback_leaves_nothing(
     host: Host, client: IncidentClient, other: IncidentClient, redis: Redis
 ) -> None:
-    """After the rollback nothing is left: no row, no event, no key in Redis, no page."""
+    """After a rollback, nothing is left: no row, no event, no key in Redis, no page."""
     old = await other.create("Order 1 is late", source="partner", dedup_key="order-1")
     before = await Everything.seen_by(other, host.url)
     await feed(other, 1)
@@ -266,7 +266,7 @@ async def test_a_rollback_leaves_nothing(
 async def test_a_savepoint_takes_back_what_came_after_it(
     host: Host, client: IncidentClient, other: IncidentClient
 ) -> None:
-    """What a savepoint takes back is gone, what was before and after it is committed."""
+    """A rollback to a savepoint undoes only what followed it; the rest is committed."""
     joined = await join(host, client)
     await host.order(1)
     first = await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
@@ -294,7 +294,7 @@ async def test_a_savepoint_takes_back_what_came_after_it(
 async def test_a_rollback_to_a_savepoint_is_a_change_to_no_list(
     host: Host, client: IncidentClient, other: IncidentClient
 ) -> None:
-    """Lists are right after a part of a transaction was taken back, whatever was cached before."""
+    """After a rollback to a savepoint, lists show what was committed, even if cached before."""
     await other.create("Order 0 is late", source="partner")
     await other.list()
     joined = await join(host, client)
@@ -306,7 +306,7 @@ async def test_a_rollback_to_a_savepoint_is_a_change_to_no_list(
     assert (await other.list())[0] == (await client.list())[0] == created
 
 
-# What can be done in it
+# Calls in a transaction
 
 
 REFUSED: dict[type[IncidentKitError], Callable[[JoinedIncidents], Awaitable[Any]]] = {
@@ -327,7 +327,7 @@ REFUSED: dict[type[IncidentKitError], Callable[[JoinedIncidents], Awaitable[Any]
 async def test_a_refusal_leaves_the_transaction_usable(
     host: Host, client: IncidentClient, other: IncidentClient, error: type[IncidentKitError]
 ) -> None:
-    """After a call that was refused the host goes on and commits, and nothing is left of it."""
+    """After a refused call, the host can commit its transaction, and the call leaves nothing."""
     await other.create("Order 1 is late", source="partner", idempotency_key="used")
     await other.update_status(1, "completed")
     await other.create("Order 2 is late", source="partner", dedup_key="order-2")
@@ -341,7 +341,7 @@ async def test_a_refusal_leaves_the_transaction_usable(
     await host.order(2)
     await host.commit()
     assert await Everything.seen_by(other, host.url) == evolve(before, orders=[1, 2])
-    # The key of a call that was refused is free.
+    # The refused call's key is free.
     again = await other.create("Order 5 is late", source="partner", idempotency_key="key")
     assert again.incident_message == "Order 5 is late"
 
@@ -349,7 +349,7 @@ async def test_a_refusal_leaves_the_transaction_usable(
 async def test_calls_of_several_tasks_take_turns(
     host: Host, client: IncidentClient, joined: JoinedIncidents
 ) -> None:
-    """Tasks may use one join at a time; a call that fails takes back nothing of another."""
+    """Several tasks can share a join: calls take turns, and a failed one undoes no other."""
     calls: list[Awaitable[object]] = []
     for number in range(5):
         calls += [
@@ -367,11 +367,11 @@ async def test_calls_of_several_tasks_take_turns(
     assert (None,) not in keys
 
 
-# What cannot be joined
+# Connections that cannot be joined
 
 
 async def test_a_join_ends_with_its_transaction(host: Host, client: IncidentClient) -> None:
-    """What is called after the commit is refused; it would be in no transaction, or another."""
+    """After the commit or rollback, every call on the join raises NotInTransaction."""
     joined = await join(host, client)
     await joined.create("Order 1 is late", source="partner")
     await host.commit()
@@ -389,7 +389,7 @@ async def test_a_join_ends_with_its_transaction(host: Host, client: IncidentClie
 async def test_a_closed_connection_cannot_be_joined(
     way: str, host_url: str, redis_url: str
 ) -> None:
-    """A connection that was closed or given back is told as one that is in no transaction."""
+    """A connection that was closed or returned to its pool raises NotInTransaction."""
     url = await prepared(host_url)
     async with IncidentClient.open(url, redis_url) as client:
         async with open_host(way, url) as host:
@@ -398,14 +398,14 @@ async def test_a_closed_connection_cannot_be_joined(
             await host.rollback()
         with pytest.raises(NotInTransaction):
             await joined.list()
-        if not way.endswith("session"):  # which may be used again
+        if not way.endswith("session"):  # a session may be used again
             with pytest.raises(NotInTransaction):
                 client.join(host.connection)
         assert await client.list() == []
 
 
 async def test_a_connection_that_was_cut_off_cannot_be_joined(postgres_url: str) -> None:
-    """A connection of asyncpg that is closed in the middle of its transaction is in none."""
+    """An asyncpg connection that is cut off during its transaction raises NotInTransaction."""
     async with (
         IncidentClient.open(postgres_url) as client,
         open_host("asyncpg-connection", postgres_url) as host,
@@ -419,7 +419,7 @@ async def test_a_connection_that_was_cut_off_cannot_be_joined(postgres_url: str)
 
 
 async def test_a_context_that_was_committed_is_no_transaction(url: str) -> None:
-    """Inside `engine.begin()` and `session.begin()`, after a commit, nothing can be joined."""
+    """After a commit inside `engine.begin()` or `session.begin()`, calls raise NotInTransaction."""
     async with IncidentClient.open(url) as client, host_engine(url, poolclass=NullPool) as engine:
         for ended in (False, True):
             async with engine.begin() as connection:
@@ -437,7 +437,7 @@ async def test_a_context_that_was_committed_is_no_transaction(url: str) -> None:
 
 
 async def test_what_commits_by_itself_cannot_be_joined(url: str) -> None:
-    """Neither a connection nor a session whose statements commit by themselves can be joined."""
+    """A connection or session in autocommit mode raises NotInTransaction."""
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(IncidentClient.open(url))
         engine = await stack.enter_async_context(host_engine(url, poolclass=NullPool))
@@ -457,7 +457,7 @@ async def test_what_commits_by_itself_cannot_be_joined(url: str) -> None:
 
 
 async def test_a_driver_that_commits_by_itself_cannot_be_joined(file_url: str) -> None:
-    """On SQLite a driver that was told to begin nothing is found out before anything is written."""
+    """On SQLite, a driver in autocommit mode is detected before anything is written."""
     options: dict[str, Any] = {"connect_args": {"isolation_level": None}, "poolclass": NullPool}
     async with (
         IncidentClient.open(file_url) as client,
@@ -470,7 +470,7 @@ async def test_a_driver_that_commits_by_itself_cannot_be_joined(file_url: str) -
 
 
 async def test_asyncpg_outside_of_a_transaction_cannot_be_joined(postgres_url: str) -> None:
-    """A connection of asyncpg, its own or a pool's, has to be in a transaction."""
+    """An asyncpg connection, pooled or not, must be in a transaction to be joined."""
     async with (
         IncidentClient.open(postgres_url) as client,
         open_host("asyncpg-connection", postgres_url) as connection,
@@ -484,7 +484,7 @@ async def test_asyncpg_outside_of_a_transaction_cannot_be_joined(postgres_url: s
 async def test_other_objects_are_refused_by_what_is_accepted(
     file_url: str, postgres_url: str
 ) -> None:
-    """What is no connection, or one to another kind of database, is a TypeError that tells it."""
+    """Joining another object or another kind of database raises a TypeError that says so."""
     async with (
         IncidentClient.open(file_url) as on_file,
         IncidentClient.open(postgres_url) as on_postgres,
@@ -515,7 +515,7 @@ async def test_other_objects_are_refused_by_what_is_accepted(
 
 
 async def test_a_closed_client_joins_nothing(host: Host) -> None:
-    """A client that is not open says so."""
+    """Joining with a client that is not open raises ClientClosed."""
     client = IncidentClient.open(host.url)
     await host.begin()
     with pytest.raises(ClientClosed):
@@ -526,16 +526,16 @@ async def test_a_closed_client_joins_nothing(host: Host) -> None:
         client.join(host.connection)
 
 
-# What goes wrong in it
+# Failures in a transaction
 
 
 async def test_a_failed_transaction_is_told(host: Host, client: IncidentClient) -> None:
-    """After a statement of the host's that PostgreSQL refused, each call is a typed error."""
+    """After the host's statement fails, calls raise StoreError on PostgreSQL and work on SQLite."""
     joined = await join(host, client)
     with pytest.raises(Exception, match="nonsense"):
         await host.execute("SELECT * FROM nonsense")
     if host.url.startswith("sqlite"):
-        # Which goes on.
+        # On SQLite, the transaction continues.
         await joined.create("Order 1 is late", source="partner")
     else:
         for call in (
@@ -550,7 +550,7 @@ async def test_a_failed_transaction_is_told(host: Host, client: IncidentClient) 
 
 
 async def test_a_missing_schema_is_told(host: Host, client: IncidentClient) -> None:
-    """A host's database without our tables is told as a schema that is out of date."""
+    """A host's database without the incident tables raises SchemaOutOfDate."""
     await run_sql(host.url, 'DROP TABLE "Incident"')
     calls: list[Callable[[JoinedIncidents], Awaitable[object]]] = [
         lambda joined: joined.create("Order 1 is late", source="partner"),
@@ -569,7 +569,7 @@ POSTGRES_WAYS = [way for way in WAYS if not way.startswith("sqlite")]
 
 @pytest.mark.parametrize("way", POSTGRES_WAYS)
 async def test_a_statement_that_takes_too_long_is_unavailable(way: str, postgres_url: str) -> None:
-    """The server's time limits end a call typed, whether it waits for a lock or for its turn."""
+    """The server's statement and lock timeouts raise StoreUnavailable; a new transaction works."""
     async with (
         IncidentClient.open(postgres_url) as client,
         open_host("asyncpg-connection", postgres_url) as holder,
@@ -593,7 +593,7 @@ async def test_a_statement_that_takes_too_long_is_unavailable(way: str, postgres
 
 @pytest.mark.parametrize("way", POSTGRES_WAYS)
 async def test_a_connection_that_is_ended_is_told(way: str, postgres_url: str) -> None:
-    """A call on a connection that the server has ended is a typed error, as each later one is."""
+    """A call on a terminated connection raises a typed error, and so does every later call."""
     async with (
         IncidentClient.open(postgres_url) as client,
         open_host(way, postgres_url) as host,
@@ -612,7 +612,7 @@ async def test_a_connection_that_is_ended_is_told(way: str, postgres_url: str) -
 
 
 async def test_half_a_change_is_never_committed(file_url: str) -> None:
-    """What fails half way on SQLite leaves nothing, even if the host commits all the same."""
+    """On SQLite, a call that fails halfway leaves nothing, even if the host still commits."""
     trigger = (
         "CREATE TRIGGER broken BEFORE INSERT ON incident_event "
         "WHEN new.kind <> 'noted' BEGIN SELECT raise(FAIL, 'broken'); END"
@@ -640,7 +640,7 @@ async def test_half_a_change_is_never_committed(file_url: str) -> None:
 async def test_a_call_that_is_cancelled_is_never_committed_by_halves(
     host: Host, client: IncidentClient
 ) -> None:
-    """A host that cancels a call and tries to commit has all of the call, or nothing of it."""
+    """If a host cancels a call and then commits, the call is stored whole or not at all."""
     for turns in range(0, 40, 3):
         joined = await join(host, client)
         call = asyncio.ensure_future(
@@ -653,7 +653,7 @@ async def test_a_call_that_is_cancelled_is_never_committed_by_halves(
         try:
             await host.commit()
         except Exception:  # noqa: BLE001
-            # The driver may have thrown its connection away.
+            # The driver may have discarded its connection.
             await host.rollback()
         if isinstance(host, AsyncpgHost) and host.connection.is_closed():
             break
@@ -674,9 +674,9 @@ async def cancelled_during(
     """Cancel a call while a statement runs, and return all of its statements.
 
     Args:
-        host: Whose engine is listened to.
+        host: The host whose engine is observed.
         call: The call.
-        is_due: Given the statements so far, the last of which is about to run.
+        is_due: Whether to cancel, given the statements so far; the last is about to run.
     """
     task = asyncio.ensure_future(call)
     statements: list[str] = []
@@ -697,7 +697,7 @@ async def cancelled_during(
 
 
 def is_number(number: int) -> Callable[[list[str]], bool]:
-    """Return what is true of the first so many statements."""
+    """Return a condition that holds when the statement of this number begins."""
     return lambda so_far: len(so_far) == number
 
 
@@ -705,9 +705,9 @@ def is_number(number: int) -> Callable[[list[str]], bool]:
 async def test_a_host_on_a_file_goes_on_after_a_call_that_was_cancelled(
     host: Host, client: IncidentClient
 ) -> None:
-    """On SQLite a cancelled call is in the transaction or not, and leaves what the host has in it.
+    """On SQLite, a canceled call is stored whole or not at all, and the host's own work stays.
 
-    It is cancelled during its first statement, its second one, and so on until its last.
+    The call is canceled during each of its statements in turn.
     """
     cut_short = 0
     while True:
@@ -733,7 +733,7 @@ async def test_a_host_on_a_file_goes_on_after_a_call_that_was_cancelled(
 async def test_a_host_is_told_if_its_transaction_went_with_a_call_that_was_cancelled(
     host: Host, client: IncidentClient
 ) -> None:
-    """If a statement of a cancelled call ends the transaction, the host cannot commit another."""
+    """If a canceled call's statement ends the transaction, the host's next statement fails."""
     await run_sql(
         host.url,
         'CREATE TRIGGER ends BEFORE INSERT ON "Incident" '
@@ -751,7 +751,7 @@ async def test_a_host_is_told_if_its_transaction_went_with_a_call_that_was_cance
 
 @contextmanager
 def locked(host: Host) -> Iterator[None]:
-    """Keep the host's file from being written, as another program does."""
+    """Lock the host's file against writes, as another program would."""
     path = host.url.removeprefix("sqlite+aiosqlite:///")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -763,7 +763,7 @@ def locked(host: Host) -> Iterator[None]:
 async def test_a_call_that_is_cancelled_twice_waits_for_its_statement_all_the_same(
     host: Host, client: IncidentClient
 ) -> None:
-    """While another program keeps the file locked, no cancellation parts the statement."""
+    """While the file is locked, even a call canceled twice waits for its statement to end."""
     await host.execute("SELECT 1")
     joined = client.join(host.connection)
     begun = asyncio.Event()
@@ -794,7 +794,7 @@ async def test_a_call_that_is_cancelled_twice_waits_for_its_statement_all_the_sa
 async def test_a_host_goes_on_if_a_cancelled_call_did_not_get_the_lock(
     host: Host, client: IncidentClient
 ) -> None:
-    """A statement that failed and ended nothing costs the host nothing."""
+    """A canceled call that fails on a locked file leaves the transaction usable."""
     await host.execute("PRAGMA busy_timeout = 100")
     joined = client.join(host.connection)
     with locked(host):
@@ -811,7 +811,7 @@ async def test_a_host_goes_on_if_a_cancelled_call_did_not_get_the_lock(
 async def test_a_host_goes_on_after_a_cancelled_read_that_failed(
     host: Host, client: IncidentClient
 ) -> None:
-    """A read is in no transaction of SQLite's before the first write, and cannot end one."""
+    """A canceled read that fails before the first write leaves the transaction usable."""
     await host.execute("SELECT 1")
     joined = client.join(host.connection)
     await run_sql(host.url, 'ALTER TABLE "Incident" RENAME TO away')
@@ -825,7 +825,7 @@ async def test_a_host_goes_on_after_a_cancelled_read_that_failed(
 async def test_a_cancelled_call_ends_as_cancelled_whatever_else_is(
     host: Host, client: IncidentClient
 ) -> None:
-    """When a program ends and cancels every task, no other error comes of a call."""
+    """When a program ends and cancels every task, a call raises only CancelledError."""
     joined = await join(host, client)
     this = asyncio.current_task()
 
@@ -841,18 +841,18 @@ async def test_a_cancelled_call_ends_as_cancelled_whatever_else_is(
     await host.rollback()
 
 
-# Who else writes at the same time
+# Concurrent writers
 
 
 async def test_writers_of_a_file_lose_nothing(file_url: str) -> None:
-    """Joined transactions and a client that write one SQLite file at a time lose no occurrence."""
+    """Joined transactions and a client that write to one SQLite file lose no occurrence."""
     rounds = 5
 
     async def in_transactions(client: IncidentClient, way: str) -> None:
         async with open_host(way, file_url) as host:
             for _ in range(rounds):
                 joined = await join(host, client)
-                # Which was read before it is written.
+                # Read before writing.
                 await joined.list()
                 await joined.create("Order 1 is late", source="partner", dedup_key="order-1")
                 await host.commit()
@@ -873,7 +873,7 @@ async def test_writers_of_a_file_lose_nothing(file_url: str) -> None:
 
 
 async def test_a_change_on_a_file_is_of_what_is_there_now(file_url: str) -> None:
-    """Of two transactions that expect a version on SQLite, the second finds that it has gone."""
+    """On SQLite, the second of two transactions that expect a version raises VersionConflict."""
     async with (
         IncidentClient.open(file_url) as client,
         open_host("sqlite-connection", file_url) as one,
@@ -894,7 +894,7 @@ async def test_a_change_on_a_file_is_of_what_is_there_now(file_url: str) -> None
 
 
 async def test_a_file_that_stays_locked_is_unavailable(file_url: str, tmp_path: Path) -> None:
-    """A host waits for another writer as long as its own engine does, and is told so."""
+    """A call on a locked file waits for the engine's timeout, then raises StoreUnavailable."""
     options: dict[str, Any] = {"connect_args": {"timeout": 0.05}, "poolclass": NullPool}
     other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
     async with (
@@ -915,7 +915,7 @@ async def test_a_file_that_stays_locked_is_unavailable(file_url: str, tmp_path: 
 
 
 async def test_what_was_read_before_others_wrote_cannot_be_written(file_url: str) -> None:
-    """Where a host's engine begins by itself, a snapshot that is old is told as unavailable."""
+    """If the host's engine emits BEGIN, a write on an old snapshot raises StoreUnavailable."""
     async with (
         IncidentClient.open(file_url) as client,
         host_engine(file_url, poolclass=NullPool) as engine,
@@ -939,7 +939,7 @@ async def test_what_was_read_before_others_wrote_cannot_be_written(file_url: str
 async def test_a_key_that_is_open_in_a_transaction_is_waited_for(
     way: str, postgres_url: str, *, commits: bool
 ) -> None:
-    """A client counts the occurrence of what a transaction has created, or makes it if it ends."""
+    """A create waits for a transaction with its key, then counts on its incident or a new one."""
     async with (
         IncidentClient.open(postgres_url) as client,
         open_host(way, postgres_url) as host,
@@ -969,7 +969,7 @@ async def test_a_key_that_is_open_in_a_transaction_is_waited_for(
 async def test_reopening_beside_one_that_is_being_opened_is_a_conflict(
     way: str, postgres_url: str
 ) -> None:
-    """Two that reopen incidents of one key end with one open, and the other's transaction lives."""
+    """If several calls reopen one key, the first succeeds; the others conflict but can commit."""
     async with (
         IncidentClient.open(postgres_url) as client,
         open_host("asyncpg-connection", postgres_url) as first,
@@ -1005,7 +1005,7 @@ async def test_reopening_beside_one_that_is_being_opened_is_a_conflict(
 async def test_a_transaction_that_must_be_repeated_is_unavailable(
     way: str, level: str, postgres_url: str
 ) -> None:
-    """In a stricter isolation a change of what others changed meanwhile fails, and works again."""
+    """Under stricter isolation, a concurrent change raises StoreUnavailable, and a retry works."""
     async with (
         IncidentClient.open(postgres_url) as client,
         open_host(way, postgres_url) as host,
@@ -1042,14 +1042,14 @@ async def test_a_transaction_that_must_be_repeated_is_unavailable(
 
 
 async def _begin_in(host: Host, level: str) -> None:
-    """Begin a transaction that has read nothing yet, in this isolation."""
+    """Begin a transaction at this isolation level, without reading anything yet."""
     if isinstance(host, AsyncpgHost):
         await host.begin()
     await host.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
 
 
 async def _until_waiting(url: str, count: int) -> None:
-    """Return when so many connections to a database of PostgreSQL wait for another's lock."""
+    """Wait until this many connections to a PostgreSQL database wait for a lock."""
     statement = (
         "SELECT count(*) FROM pg_stat_activity "
         "WHERE datname = current_database() AND wait_event_type = 'Lock'"

@@ -1,5 +1,5 @@
-"""Any course of transactions of a host, and of calls in them and beside them, against a model."""
-# ruff: noqa: D102  (a rule is told by its name)
+"""Random transactions of a host, with calls inside and beside them, compared with a model."""
+# ruff: noqa: D102  (the name of a rule says what it does)
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SETTINGS = settings(
     max_examples=300 if THOROUGH else 12,
     stateful_step_count=60 if THOROUGH else 25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    # To explain a failure is to run it many times over.
+    # Explaining a failure would run it many more times.
     phases=set(Phase) - {Phase.explain},
 )
 
@@ -57,7 +57,7 @@ _T = TypeVar("_T")
 
 @frozen
 class State:
-    """What is in the database, as somebody sees it."""
+    """The content of the database as one observer sees it."""
 
     incidents: dict[int, Incident] = field(factory=dict)
     events: dict[int, list[str]] = field(factory=dict)
@@ -73,7 +73,7 @@ class State:
         )
 
     def newest(self, status: IncidentStatus | None = None) -> list[Incident]:
-        """Return what a list has to be."""
+        """Return the expected list."""
         return sorted(
             (each for each in self.incidents.values() if status in (None, each.incident_type)),
             key=lambda each: (each.created_at, each.incident_id),
@@ -81,7 +81,7 @@ class State:
         )
 
     def open_with(self, dedup_key: str | None) -> Incident | None:
-        """Return the incident that another report of the same counts on."""
+        """Return the open incident on which a create with this key counts an occurrence."""
         if dedup_key is None:
             return None
         found = (each for each in self.newest(IncidentStatus.NEW) if each.dedup_key == dedup_key)
@@ -93,12 +93,12 @@ class State:
 
 
 class JoinMachine(RuleBasedStateMachine):
-    """Rules are what an application does next: in its transaction, or beside it."""
+    """Each rule is a step of an application, inside its transaction or beside it."""
 
     way: str
     url: str
     redis_url: str
-    """Set by the test, in a subclass of its own."""
+    """Set by the test, on its own subclass."""
 
     inside = st.booleans()
     pick = st.integers(0, 5)
@@ -110,7 +110,7 @@ class JoinMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.stack = AsyncExitStack()
         self.committed = State()
-        # One for the transaction, and one for each savepoint in it.
+        # One layer for the transaction, and one for each of its savepoints.
         self.layers: list[State] = []
         self.touched: set[object] = set()
 
@@ -140,7 +140,7 @@ class JoinMachine(RuleBasedStateMachine):
     # Where a call is made
 
     def somewhere(self, inside: bool) -> tuple[Incidents, list[State]]:
-        """Return the verbs, and who sees what they do: in the transaction, or outside of it."""
+        """Return the incidents to call, joined or not, and the states that a change affects."""
         if inside and not self.layers:
             self.begin_a_transaction()
         if inside:
@@ -148,7 +148,7 @@ class JoinMachine(RuleBasedStateMachine):
         return self.client, [self.committed, *self.layers]
 
     def may_write(self, inside: bool, *things: object) -> bool:
-        """Return whether a call there has to wait for nobody."""
+        """Return whether a call there can run without waiting for a lock."""
         if inside:
             self.touched |= set(things)
             return True
@@ -156,7 +156,7 @@ class JoinMachine(RuleBasedStateMachine):
             return True
         return not self.way.startswith("sqlite") and not self.touched & set(things)
 
-    # What is done
+    # Steps
 
     @rule(inside=inside, dedup_key=dedup_keys, key=idempotency_keys, number=st.integers(1, 2))
     def create(self, *, inside: bool, dedup_key: str | None, key: str | None, number: int) -> None:
@@ -262,14 +262,14 @@ class JoinMachine(RuleBasedStateMachine):
     def expect_answer(
         self, call: Coroutine[Any, Any, Incident], answer: tuple[str, Incident], said: str
     ) -> None:
-        """Check that a key that was used gives its answer again, and only to the same call."""
+        """Check that a used key returns its answer to the same call and refuses any other."""
         if answer[0] == said:
             assert self.run(call) == answer[1]
         else:
             with pytest.raises(IdempotencyKeyReused):
                 self.run(call)
 
-    # What becomes of the transaction
+    # The transaction and its savepoints
 
     def begin_a_transaction(self) -> None:
         self.run(self.host.begin())
@@ -301,7 +301,7 @@ class JoinMachine(RuleBasedStateMachine):
             self.layers.pop()
 
     def ended(self) -> None:
-        """Look at everything that is left of a transaction."""
+        """Check everything that a transaction has left behind."""
         self.layers = []
         self.run(self._everybody_sees(self.committed))
 
@@ -310,7 +310,7 @@ class JoinMachine(RuleBasedStateMachine):
             await self._sees(client, state)
             count = sum(map(len, state.events.values()))
             async with asyncio.timeout(60):
-                # Transactions of other tests hold the feed up.
+                # Other tests' transactions may delay the feed.
                 while len(changes := await client.store.changes(BEGINNING, 10_000)) < count:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             for incident_id, events in state.events.items():
@@ -331,7 +331,7 @@ class JoinMachine(RuleBasedStateMachine):
             history = await verbs.history(incident_id)
             assert [str(event.kind) for event in history] == state.events[incident_id]
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def lists_are_what_each_may_see(self) -> None:
@@ -348,7 +348,7 @@ class JoinMachine(RuleBasedStateMachine):
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> str:
-    """Each way that a host may have a transaction."""
+    """Each kind of connection on which a host may have a transaction."""
     return str(request.param)
 
 
@@ -360,7 +360,7 @@ def url(way: str, request: pytest.FixtureRequest) -> str:
 
 
 def test_transactions_are_kept_or_leave_nothing(way: str, url: str, redis_url: str) -> None:
-    """Whatever is committed or rolled back, what everybody sees afterwards is as in a model."""
+    """After every commit and rollback, each client sees what the model predicts."""
     asyncio.run(prepared(url))
 
     class Machine(JoinMachine):

@@ -1,9 +1,9 @@
-"""The origin's table made strict: 64-bit ids, no nulls, checks, an index for each list.
+"""Make the origin's table strict: 64-bit ids, no nulls, checks, and an index for each list.
 
-No row is lost. A null that the origin may have left is filled: the status with ``new``, the source
-with ``operator``, the message with ``(no message)``, and the time with the latest one known of the
-incidents before it, or the epoch. A time that no calendar has counts as null, and an id below 1 is
-replaced by one past the largest.
+No row is lost. Nulls left by the origin are filled: the status with ``new``, the source with
+``operator``, the message with ``(no message)``, and the time with the latest known time of the
+incidents before it, or the epoch. A time that Python cannot represent counts as null, and an id
+below 1 is replaced by one past the largest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ branch_labels = None
 depends_on = None
 
 MAX_INTEGER = 2**31 - 1
-# Python's datetime has no others, in any time zone.
+# The times that Python's datetime can represent in any time zone.
 POSSIBLE_TIMES = "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00'"
 
 STATUSES = ("new", "completed", "failed")
@@ -71,7 +71,7 @@ def downgrade() -> None:
 
 
 def hold_table() -> None:
-    """Keep others out before anything is read, and tell of a view that holds the key's type."""
+    """Lock the table before anything is read, and refuse a view that blocks the id's new type."""
     op.execute('LOCK TABLE "Incident" IN ACCESS EXCLUSIVE MODE')
     view = op.get_bind().scalar(
         sa.text(
@@ -86,13 +86,13 @@ def hold_table() -> None:
     )
     if view is not None:
         raise StoreError(
-            f"the view {view} is in the way, since it reads incident_id, whose type is to change: "
-            "drop it, and make it again afterwards"
+            f"the view {view} is in the way: it reads incident_id, whose type must change; "
+            "drop the view and create it again after the migration"
         )
 
 
 def lower_enum_labels(type_name: str, labels: tuple[str, ...]) -> None:
-    """Rename labels such as NEW: SQLAlchemy stores an enum's names unless told otherwise."""
+    """Rename labels such as NEW: by default, SQLAlchemy stores an enum's names."""
     found = op.get_bind().scalars(
         sa.text("SELECT enumlabel FROM pg_enum WHERE enumtypid = CAST(:name AS regtype)"),
         {"name": type_name},
@@ -101,7 +101,9 @@ def lower_enum_labels(type_name: str, labels: tuple[str, ...]) -> None:
         if label.lower() in labels:
             op.execute(f"ALTER TYPE {type_name} RENAME VALUE '{label}' TO '{label.lower()}'")
         else:
-            raise StoreError(f"the type {type_name} has a label that is not known: {label}")
+            raise StoreError(
+                f"the type {type_name} has a label that incidentkit does not know: {label}"
+            )
 
 
 def read_naive_times_as_utc() -> None:
@@ -154,9 +156,9 @@ def upgrade_postgresql() -> None:
 
 
 def id_sequence() -> str:
-    """Return the sequence that gives the ids; a dump or a copy may have parted it from its column.
+    """Return the sequence of the ids; a dump or a copy may have separated it from its column.
 
-    One that no column owns becomes the column's own, and a column without any gets one.
+    A sequence without an owner becomes the column's own, and a column without one gets a new one.
     """
     bind = op.get_bind()
     in_default = bind.scalar(
@@ -174,7 +176,7 @@ def id_sequence() -> str:
     if in_default is None:
         op.execute(f"CREATE SEQUENCE IF NOT EXISTS {sequence}")
     parameters = {"sequence": sequence}
-    # What owns it: nothing, a column's default, or an identity column that is ever its own.
+    # Owned by nothing (NULL), by a column with a default ('a'), or by an identity column ('i').
     owner = bind.scalar(
         sa.text(
             "SELECT CAST(deptype AS text) FROM pg_depend "
@@ -192,7 +194,7 @@ def id_sequence() -> str:
 
 
 def next_id(sequence: str) -> int:
-    """Return what the sequence gives next."""
+    """Return the next value of the sequence, without taking it."""
     found = op.get_bind().scalar(
         sa.text(
             "SELECT s.last_value + CASE WHEN s.is_called THEN p.seqincrement ELSE 0 END "
@@ -204,7 +206,7 @@ def next_id(sequence: str) -> int:
 
 
 def pass_known_ids(sequence: str) -> None:
-    """Set the sequence past 0 and past ids that were given by hand, as those of a dump are."""
+    """Move the sequence past 0 and past ids that were inserted explicitly, as from a dump."""
     bind = op.get_bind()
     known = bind.scalar(sa.text('SELECT greatest(max(incident_id), 0) FROM "Incident"')) or 0
     if next_id(sequence) <= known:
@@ -219,7 +221,7 @@ def downgrade_postgresql() -> None:
     largest = op.get_bind().scalar(sa.text('SELECT max(incident_id) FROM "Incident"')) or 0
     if max(largest, next_id(sequence) - 1) > MAX_INTEGER:
         raise StoreError(
-            f"an id past {MAX_INTEGER} was given, which does not fit into the origin's table"
+            f"an id past {MAX_INTEGER} has been assigned, which the origin's table cannot hold"
         )
     op.drop_constraint(op.f("ck_Incident_created_at"), "Incident", type_="check")
     op.drop_constraint(op.f("ck_Incident_incident_id"), "Incident", type_="check")

@@ -1,8 +1,8 @@
-"""Histories, repeatable writes, and what a search needs.
+"""Add histories, idempotency keys, and the indexes for searching.
 
-``incident_event`` begins empty: what happened before was not recorded. An incident that has ended
-already counts as ended now, since nobody knows when it did. The columns that are added to
-``"Incident"`` have defaults, so that whoever else writes there can go on.
+``incident_event`` starts empty, because earlier events were not recorded. An incident that has
+already ended gets the time of the migration as its end, because the real one is unknown. The
+columns added to ``"Incident"`` have defaults, so that other writers keep working.
 """
 
 from __future__ import annotations
@@ -116,15 +116,16 @@ def upgrade() -> None:
         upgrade_postgresql_text()
     op.execute(f"UPDATE \"Incident\" SET ended_at = {now.text} WHERE incident_type <> 'new'")
     if not on_sqlite():
-        # Or a later migration could not change the table in the same transaction.
+        # Fire the deferred triggers now, so that a later migration can change the table in this
+        # transaction.
         op.execute("SET CONSTRAINTS ALL IMMEDIATE")
         op.execute("SET CONSTRAINTS ALL DEFERRED")
 
 
 def upgrade_sqlite_times() -> None:
-    """Keep times to the form that sorts as time does, whoever writes them."""
+    """Add triggers that store every time in the form that sorts chronologically."""
     whole = "UPDATE \"Incident\" SET created_at = strftime('%Y-%m-%d %H:%M:%S', created_at)"
-    # Null, and so not true, of what is no time.
+    # NULL, and so not true, for a value that is not a time.
     other = "{0}created_at <> strftime('%Y-%m-%d %H:%M:%S', {0}created_at)"
     op.execute(f"{whole} WHERE {other.format('')}")
     for name, event in zip(TIME_TRIGGERS, ("INSERT", "UPDATE OF created_at"), strict=True):
@@ -135,7 +136,7 @@ def upgrade_sqlite_times() -> None:
 
 
 def upgrade_sqlite_text() -> None:
-    """Index the words of the messages beside the table, which keeps the only copy of them."""
+    """Index the words of the messages in a table without a copy of the messages."""
     op.execute(
         "CREATE VIRTUAL TABLE incident_text USING fts5(incident_message, content='Incident', "
         "content_rowid='incident_id', tokenize='unicode61 remove_diacritics 0')"
@@ -159,8 +160,8 @@ def upgrade_sqlite_text() -> None:
 
 
 def upgrade_postgresql_text() -> None:
-    """Index the words of the messages, by a function that queries have to name."""
-    # In a database of the locale C, lower() and [:alnum:] know only ASCII.
+    """Index the words of the messages by a function, which queries must use too."""
+    # In a database with the locale C, lower() and [:alnum:] know only ASCII.
     collation = "SELECT 1 FROM pg_collation WHERE collname = 'pg_c_utf8'"
     collate = "COLLATE pg_c_utf8" if op.get_bind().scalar(sa.text(collation)) else ""
     op.execute(

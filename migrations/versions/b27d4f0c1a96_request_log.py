@@ -1,4 +1,4 @@
-"""A table for the REST service's log of requests."""
+"""Add a table for the REST service's request log."""
 
 from __future__ import annotations
 

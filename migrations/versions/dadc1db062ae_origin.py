@@ -1,4 +1,4 @@
-"""The origin's table, as its one migration makes it."""
+"""Create the origin's table exactly as the origin's only migration does."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Random tokens that every change of the incidents replaces, by triggers, whoever makes it.
+"""Add random tokens, which triggers replace on every change of the incidents by any program.
 
-On PostgreSQL there are sixteen, and a transaction replaces the one of its backend when it commits,
-so that writers rarely wait for each other, and never for a transaction that goes on. Where its
-isolation does not let it, since another transaction has replaced the same token since its snapshot,
-it adds one, which a later transaction removes. On SQLite, which has one writer at a time, one token
-serves.
+On PostgreSQL there are sixteen. A transaction replaces its backend's token when it commits, so that
+writers rarely wait for each other and never for a transaction that has not reached its commit. If
+another transaction has replaced the same token since its snapshot and its isolation level forbids
+a second change, it adds a token, which a later transaction removes. SQLite has one writer at a time
+and needs only one token.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def upgrade_sqlite() -> None:
     replacement = "INSERT INTO incident_token VALUES (0, lower(hex(randomblob(16))))"
     op.execute(replacement)
     for name, event in SQLITE_TRIGGERS.items():
-        # Not UPDATE or INSERT OR REPLACE: an INSERT OR IGNORE of the incident would overrule it.
+        # Not UPDATE or INSERT OR REPLACE: an INSERT OR IGNORE of an incident would override it.
         op.execute(
             f'CREATE TRIGGER {name} AFTER {event} ON "Incident" '
             f"BEGIN DELETE FROM incident_token; {replacement}; END"
@@ -58,7 +58,7 @@ def upgrade_postgresql() -> None:
     op.execute(
         "INSERT INTO incident_token SELECT slot, gen_random_uuid() FROM generate_series(0, 15) slot"
     )
-    # The writer may have another search path, and no rights to the table of the tokens.
+    # The writer may have another search path and no rights to the token table.
     op.execute(
         f"""
         CREATE FUNCTION incident_token_change() RETURNS trigger
@@ -82,8 +82,8 @@ def upgrade_postgresql() -> None:
         END $$
         """
     )
-    # The condition is looked at with each row, and true for the first one of a transaction, or of
-    # a part of it that was rolled back: the setting goes back with it.
+    # The condition is evaluated for each row. It is true for the first one of a transaction, and
+    # again after a rollback to a savepoint, which also rolls back the setting.
     setting = "'incidentkit.token_change'"
     here = f"CAST(pg_current_xact_id() AS text) || {literal(schema)}"
     op.execute(
@@ -100,13 +100,13 @@ def upgrade_postgresql() -> None:
         'CREATE TRIGGER incident_token_truncate AFTER TRUNCATE ON "Incident" '
         "FOR EACH STATEMENT EXECUTE FUNCTION incident_token_change()"
     )
-    # Also for what logical replication applies.
+    # Fire for changes applied by logical replication too.
     for name in ("incident_token_change", "incident_token_truncate"):
         op.execute(f'ALTER TABLE "Incident" ENABLE ALWAYS TRIGGER {name}')
 
 
 def schema_name() -> str:
-    """Return the schema of the table, as it stands in a statement."""
+    """Return the table's schema, quoted for use in a statement."""
     return str(
         op.get_bind().scalar(
             sa.text(

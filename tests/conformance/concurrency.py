@@ -12,9 +12,9 @@ _T = TypeVar("_T")
 
 
 async def run_all(*calls: Awaitable[_T]) -> list[_T]:
-    """Run calls concurrently to their end and return their results, or raise the first error.
+    """Run calls concurrently to completion and return their results, or raise the first error.
 
-    Unlike `asyncio.gather` it leaves no call running after an error.
+    Unlike `asyncio.gather`, it leaves no call running after an error.
     """
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     for outcome in outcomes:

@@ -33,7 +33,7 @@ PSYCOPG = "postgresql+psycopg"
 
 
 class Embodiment(ABC):
-    """A way to call the verbs, on a database with the newest schema and no rows.
+    """A way to call the verbs on a database with the current schema and no rows.
 
     Args:
         url: The database.
@@ -44,16 +44,16 @@ class Embodiment(ABC):
 
     @property
     def on_sqlite(self) -> bool:
-        """Whether `sql` takes the SQL of SQLite rather than that of PostgreSQL."""
+        """Whether `sql` expects SQL for SQLite rather than for PostgreSQL."""
         return self.url.startswith("sqlite")
 
     def moment(self, time: datetime) -> str:
-        """Return a time as a literal of the database."""
+        """Return a time as an SQL literal."""
         return f"'{time.astimezone(UTC):%Y-%m-%d %H:%M:%S}{'' if self.on_sqlite else '+00'}'"
 
     @abstractmethod
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
-        """Return a context manager for the verbs; each one is a client of its own.
+        """Return a context manager for the verbs; each call opens a new client.
 
         Args:
             **options: Options of `IncidentClient.open`, such as `transitions`.
@@ -68,7 +68,7 @@ class ByUrl(Embodiment):
     """A client opened by URL."""
 
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
-        """Return a client with connections of its own."""
+        """Return a client that opens its own connections."""
         return IncidentClient.open(self.url, **options)
 
 
@@ -94,7 +94,7 @@ class OnPool(Embodiment):
 
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
-        """Lend a client on a pool of asyncpg."""
+        """Open a client on an asyncpg pool."""
         async with (
             asyncpg.create_pool(self.url, min_size=1) as pool,
             IncidentClient.open(pool, **options) as client,
@@ -112,7 +112,7 @@ class OnEngine(Embodiment):
 
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
-        """Lend a client on an engine of SQLAlchemy."""
+        """Open a client on an SQLAlchemy engine."""
         async with (
             host_engine(self.host_url) as engine,
             IncidentClient.open(engine, **options) as client,
@@ -146,15 +146,15 @@ class Joined(Embodiment):
 
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
-        """Lend the verbs in a transaction of their own, which is rolled back at the end."""
+        """Join a new transaction and roll it back at the end."""
         async with (
             IncidentClient.open(self.url, **options) as client,
             open_host(self._way, self._host_url) as host,
         ):
             if isinstance(host, AsyncpgHost):
                 await host.begin()
-            # SQLAlchemy begins with this statement. Only another transaction of the same test can
-            # hold a lock, and it does not end before the test does: waiting longer is futile.
+            # SQLAlchemy begins the transaction with this statement. Only another transaction of
+            # the same test can hold a lock, and it lasts as long as the test: do not wait for it.
             await host.execute(
                 "PRAGMA busy_timeout = 20" if self.on_sqlite else "SET LOCAL lock_timeout = 20"
             )
@@ -171,10 +171,10 @@ class Joined(Embodiment):
 
 @frozen
 class Setup:
-    """How to make an embodiment.
+    """How to create an embodiment.
 
     Attributes:
-        embodiment: Makes it from the values of the fixtures.
+        embodiment: Creates it from the values of the fixtures.
         fixtures: The names of the fixtures; the first is the URL of the database.
     """
 
@@ -210,4 +210,4 @@ EMBODIMENTS = {
     "joined-asyncpg-connection": _on_postgres(partial(Joined, way="asyncpg-connection")),
     "joined-asyncpg-pool": _on_postgres(partial(Joined, way="asyncpg-pool")),
 }
-"""Each embodiment by its name."""
+"""Every embodiment, by name."""

@@ -1,7 +1,7 @@
-"""Gaps: everything an embodiment cannot do, declared in one list with the reason.
+"""Gaps: everything that an embodiment cannot do, declared in one list with the reason.
 
-The tests of a gap still run, and must fail with the declared error. A declared gap that works fails
-the suite, so remove its declaration.
+The tests of a gap still run and must fail with the declared error. If a declared gap works, the
+suite fails: remove its declaration.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from tests.conformance.embodiments import EMBODIMENTS
 
 
 class Need(StrEnum):
-    """Something that a test needs and not every embodiment has."""
+    """A capability that a test needs and that some embodiments lack."""
 
     LIST_JSON = auto()
     CHANGES = auto()
     PURGE = auto()
     OTHER_CLIENT = auto()
-    """A second client that sees the writes of the first one and writes concurrently."""
+    """A second client that sees the first one's writes and writes concurrently."""
     OUTSIDE_SQL = auto()
     """Another program that reads and writes the tables."""
     GOING_ON = auto()
-    """The ability to continue after the database has refused a statement."""
+    """The ability to continue after the database has rejected a statement."""
 
 
 def needs(*needs: Need) -> pytest.MarkDecorator:
@@ -38,7 +38,7 @@ def needs(*needs: Need) -> pytest.MarkDecorator:
 
 @frozen
 class Gap:
-    """Something that some embodiments cannot do.
+    """A capability that some embodiments lack.
 
     Attributes:
         embodiments: Their names.
@@ -84,25 +84,25 @@ GAPS = (
         JOINED,
         Need.OTHER_CLIENT,
         pytest.RaisesExc((AssertionError, StoreError)),
-        "before the commit another client sees nothing and waits for locks",
+        "before the commit, another client sees nothing and waits for locks",
     ),
     Gap(
         ("sqlite-memory",),
         Need.OTHER_CLIENT,
         pytest.RaisesExc((AssertionError, UnknownCursor)),
-        "each client in memory has a database of its own",
+        "each in-memory client has its own database",
     ),
     Gap(
         ("sqlite-memory",),
         Need.OUTSIDE_SQL,
         pytest.RaisesExc(OperationalError, match="no such table"),
-        "no other program can open a database in memory",
+        "no other program can open an in-memory database",
     ),
     Gap(
         JOINED_ON_POSTGRES,
         Need.GOING_ON,
         pytest.RaisesExc((DBAPIError, PostgresError), match="current transaction is aborted"),
-        "on PostgreSQL a failed statement aborts the transaction",
+        "on PostgreSQL, a failed statement aborts the transaction",
     ),
 )
 """All gaps."""

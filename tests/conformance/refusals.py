@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 async def refused(call: Awaitable[object]) -> list[str]:
-    """Await a call that has to be refused, and return the fields that the error names."""
+    """Await a call that must be refused, and return the fields that its error names."""
     with pytest.raises(InvalidIncident) as caught:
         await call
     return [error.field for error in caught.value.errors]

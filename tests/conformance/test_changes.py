@@ -33,7 +33,7 @@ async def some_changes(incidents: Verbs) -> None:
 
 
 async def test_the_feed_has_every_change_once_in_order(incidents: Verbs) -> None:
-    """The feed delivers every event of every history, in the order in which it happened."""
+    """The feed delivers every event of every history, in the order of the changes."""
     await some_changes(incidents)
     changes = await take(incidents, 7)
     assert [(change.incident_id, change.kind) for change in changes] == [
@@ -87,7 +87,7 @@ async def test_another_client_can_use_a_cursor(incidents: Verbs, other: Verbs) -
 
 
 async def test_an_empty_feed_has_no_cursor(incidents: Verbs) -> None:
-    """Without changes a page is empty and has no cursor, even after a wait."""
+    """Without changes, a page is empty and has no cursor, even after a wait."""
     for after in (None, "latest"):
         for wait in (0, 0.01):
             assert await incidents.read_changes(after, wait=wait) == ChangePage([], None)
@@ -96,7 +96,7 @@ async def test_an_empty_feed_has_no_cursor(incidents: Verbs) -> None:
 async def test_latest_skips_earlier_changes(incidents: Verbs) -> None:
     """Starting from `latest` skips earlier changes and delivers later ones."""
     await some_changes(incidents)
-    # Transactions of other tests on the server may delay the feed.
+    # Other tests' transactions on the server may delay the feed.
     await take(incidents, 7)
     page = await incidents.read_changes("latest")
     assert page.changes == []
@@ -149,7 +149,7 @@ async def test_a_cursor_survives_the_purge_of_its_incident(incidents: Verbs) -> 
 async def test_a_cursor_from_another_database_is_unknown(
     incidents: Verbs, embodiment: Embodiment
 ) -> None:
-    """A cursor of an event that this database never had is refused by both verbs."""
+    """Polling and following refuse the cursor of an event that this database never had."""
     await incidents.create("Disk is full", source="monitoring")
     (change,) = await take(incidents, 1)
     await embodiment.sql("UPDATE incident_event SET nonce = nonce / 2 + 1")

@@ -76,7 +76,7 @@ async def test_surrounding_white_space_is_removed(incidents: Verbs) -> None:
 
 @pytest.mark.parametrize("status", IncidentStatus)
 async def test_it_starts_with_the_given_status(incidents: Verbs, status: IncidentStatus) -> None:
-    """An incident starts with any status; one that is not `new` has already ended."""
+    """An incident can start with any status; unless it is `new`, it has already ended."""
     incident = await incidents.create("All is well", source="operator", incident_type=status)
     assert incident.incident_type is status
     assert incident.ended_at == (None if status is IncidentStatus.NEW else incident.created_at)
@@ -95,7 +95,7 @@ async def test_it_accepts_a_new_incident(incidents: Verbs) -> None:
     assert await incidents.list() == [incident]
 
 
-async def test_equal_incidents_get_ids_of_their_own(incidents: Verbs) -> None:
+async def test_equal_incidents_get_different_ids(incidents: Verbs) -> None:
     """Without a key, each call creates another incident with the next id."""
     first = await incidents.create("Disk is full", source="monitoring")
     second = await incidents.create(NewIncident("Disk is full", "monitoring"))
@@ -128,7 +128,7 @@ async def test_invalid_values_are_refused(incidents: Verbs) -> None:
 
 
 async def test_concurrent_creates_are_all_stored(incidents: Verbs) -> None:
-    """More concurrent creates than connections all succeed, each with an id of its own."""
+    """More concurrent creates than connections all succeed, each with its own id."""
     created = await asyncio.gather(
         *(incidents.create(f"Disk {n} is full", source="monitoring") for n in range(60))
     )

@@ -1,4 +1,4 @@
-"""Creating many incidents at once: in order, and all or none."""
+"""Creating many incidents at once, in order and all or none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_each_incident_is_in_the_feed(incidents: Verbs) -> None:
 
 
 async def test_thousands_are_stored_in_order(incidents: Verbs) -> None:
-    """Thousands of incidents, more than one statement holds, are stored in order."""
+    """Thousands of incidents, too many for one statement, are stored in order."""
     created = await incidents.create_many(disks(2001))
     assert [incident.incident_message for incident in created] == [
         f"Disk {n} is full" for n in range(2001)
@@ -59,7 +59,7 @@ async def test_thousands_are_stored_in_order(incidents: Verbs) -> None:
 
 
 async def test_dedup_keys_count_within_one_call(incidents: Verbs) -> None:
-    """A repeated key counts an occurrence with its message, also on an incident already open."""
+    """A repeated key counts an occurrence with its message, even on an already open incident."""
     await incidents.create("Disk is full", source="monitoring", dedup_key="b")
     keys = ["a", "b", None, "c", "a", "d", "a", "ä"]
     created = await incidents.create_many(
@@ -79,7 +79,7 @@ async def test_dedup_keys_count_within_one_call(incidents: Verbs) -> None:
 
 @needs(Need.OUTSIDE_SQL)
 async def test_one_failure_stores_none(incidents: Verbs, embodiment: Embodiment) -> None:
-    """If the database refuses one incident, neither the others nor their events are stored."""
+    """If the database rejects one incident, no incident and no event is stored."""
     again = NewIncident("Disk is full", "monitoring", dedup_key="disk")
     before = await incidents.create(again)
     if embodiment.on_sqlite:
@@ -100,14 +100,14 @@ async def test_one_failure_stores_none(incidents: Verbs, embodiment: Embodiment)
 
 
 async def test_an_empty_list_stores_nothing(incidents: Verbs) -> None:
-    """Without incidents nothing is stored, with or without an idempotency key."""
+    """An empty list stores nothing, with or without an idempotency key."""
     assert await incidents.create_many([]) == []
     assert await incidents.create_many(iter(()), idempotency_key="k") == []
     assert await incidents.list() == []
 
 
 async def test_other_objects_are_refused_by_position(incidents: Verbs) -> None:
-    """Objects that are not NewIncidents are named by position, ten at most."""
+    """An error names at most ten objects other than NewIncidents, by position."""
     wrong: Any = [*disks(1), "Disk is full", None]
     assert await refused(incidents.create_many(wrong)) == ["incidents[1]", "incidents[2]"]
     assert len(await refused(incidents.create_many(wrong * 10))) == 10
@@ -115,7 +115,7 @@ async def test_other_objects_are_refused_by_position(incidents: Verbs) -> None:
 
 
 async def test_an_endless_iterator_is_refused(incidents: Verbs) -> None:
-    """An endless iterator is refused after the 100,000 incidents that are allowed."""
+    """An endless iterator is refused once it exceeds 100,000 incidents."""
     endless = repeat(NewIncident("Disk is full", "monitoring"))
     with pytest.raises(InvalidIncident, match="incidents must be at most 100000"):
         await incidents.create_many(endless)

@@ -28,7 +28,7 @@ COMMON = (
     "iterate",
     "history",
 )
-"""The verbs that each embodiment has."""
+"""The verbs that every embodiment has."""
 
 FURTHER = [
     pytest.param(verb, marks=needs(need))
@@ -39,7 +39,7 @@ FURTHER = [
         "purge": Need.PURGE,
     }.items()
 ]
-"""The verbs that some lack."""
+"""The verbs that some embodiments lack."""
 
 
 @pytest.mark.parametrize("verb", [*COMMON, *FURTHER])

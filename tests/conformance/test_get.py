@@ -30,7 +30,7 @@ async def test_it_returns_the_current_incident(incidents: Verbs) -> None:
 
 
 async def test_an_unknown_id_is_not_found(incidents: Verbs) -> None:
-    """An unknown id, even the largest, raises IncidentNotFound, which carries it."""
+    """An unknown id, even the largest, raises IncidentNotFound with that id."""
     for incident_id in (1, 2**63 - 1):
         with pytest.raises(IncidentNotFound, match=f"Incident {incident_id} not found") as caught:
             await incidents.get(incident_id)

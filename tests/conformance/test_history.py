@@ -81,7 +81,7 @@ async def test_a_note_leaves_the_incident_unchanged(incidents: Verbs) -> None:
 
 
 async def test_concurrent_notes_are_all_kept(incidents: Verbs) -> None:
-    """Concurrent notes are all in the history, each with a cursor of its own."""
+    """Concurrent notes are all in the history, each with its own cursor."""
     await incidents.create("Disk is full", source="monitoring")
     noted = await asyncio.gather(*(incidents.note(1, f"note {n}") for n in range(30)))
     assert [event.note for event in noted] == [f"note {n}" for n in range(30)]
@@ -155,7 +155,7 @@ async def test_a_cursor_from_elsewhere_is_refused(incidents: Verbs) -> None:
 
 @needs(Need.OUTSIDE_SQL, Need.GOING_ON)
 async def test_a_failed_note_leaves_nothing(incidents: Verbs, embodiment: Embodiment) -> None:
-    """A note that the database refuses is in no history."""
+    """A note that the database rejects is not in the history."""
     incident = await incidents.create("Disk is full", source="monitoring")
     await embodiment.sql("ALTER TABLE incident_event RENAME COLUMN note TO remark")
     with pytest.raises(StoreError):

@@ -27,7 +27,7 @@ DISK_FULL = NewIncident("Disk is full", "monitoring")
 
 
 async def test_a_repeated_create_returns_the_first_result(incidents: Verbs) -> None:
-    """The same key creates nothing again, even after the incident changed."""
+    """A repeated key creates nothing, even after the incident has changed."""
     first = await incidents.create(DISK_FULL, idempotency_key="report 7")
     await incidents.update_status(first.incident_id, "failed")
     assert await incidents.create(DISK_FULL, idempotency_key="report 7") == first
@@ -55,7 +55,7 @@ async def test_a_repeated_change_returns_the_first_result(incidents: Verbs) -> N
 
 
 async def test_a_repeated_create_many_returns_the_first_result(incidents: Verbs) -> None:
-    """The same key returns the same incidents as they were then, and creates none."""
+    """A repeated key returns the incidents as they were first created, and creates none."""
     new = [NewIncident(f"Disk {n} is full", "monitoring") for n in range(3)]
     first = await incidents.create_many(new, idempotency_key="import 7")
     await incidents.update_status(first[1].incident_id, "failed")
@@ -74,7 +74,7 @@ async def test_a_repeated_occurrence_is_counted_once(incidents: Verbs) -> None:
 
 
 async def test_concurrent_retries_create_one(incidents: Verbs) -> None:
-    """Concurrent retries all return the one result."""
+    """Concurrent retries all return the same result."""
     answers = await asyncio.gather(
         *(incidents.create(DISK_FULL, idempotency_key="k") for _ in range(15))
     )
@@ -87,7 +87,7 @@ async def test_concurrent_retries_create_one(incidents: Verbs) -> None:
 async def test_concurrent_retries_from_two_clients_create_one(
     incidents: Verbs, other: Verbs
 ) -> None:
-    """Concurrent retries from two clients all return the one result."""
+    """Concurrent retries from two clients all return the same result."""
     line_down = await incidents.create("Line is down", source="partner")
     answers = await run_all(
         *(client.create(DISK_FULL, idempotency_key="k") for client in (incidents, other) * 15)
@@ -115,7 +115,7 @@ async def test_a_key_cannot_be_reused_for_another_call(incidents: Verbs) -> None
 
 
 async def test_a_key_of_create_many_cannot_be_reused_for_others(incidents: Verbs) -> None:
-    """The key of an import is refused for more incidents and for a single one."""
+    """The key of a `create_many` is refused for more incidents and for a single one."""
     await incidents.create_many([DISK_FULL] * 3, idempotency_key="k")
     calls: tuple[Any, ...] = (
         incidents.create_many([DISK_FULL] * 4, idempotency_key="k"),
@@ -139,7 +139,7 @@ async def test_a_failed_write_frees_its_key(incidents: Verbs) -> None:
 
 
 async def test_invalid_keys_are_refused(incidents: Verbs) -> None:
-    """A key has 1 to 255 characters, for each verb that takes one."""
+    """Every verb that takes a key requires 1 to 255 characters."""
     await incidents.create(DISK_FULL)
     wrongs: tuple[Any, ...] = ("", "x" * 256, "a\x00b", "\ud800", 7)
     for key in wrongs:
@@ -155,7 +155,7 @@ async def test_invalid_keys_are_refused(incidents: Verbs) -> None:
 
 @needs(Need.OUTSIDE_SQL)
 async def test_a_key_expires_after_a_day(incidents: Verbs, embodiment: Embodiment) -> None:
-    """After 24 hours a key is free again, and other expired keys are removed."""
+    """After 24 hours, a key is free again, and other expired keys are removed."""
     for key in ("k", "other"):
         await incidents.create(DISK_FULL, idempotency_key=key)
 

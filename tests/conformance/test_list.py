@@ -25,13 +25,13 @@ async def of_every_kind(incidents: Verbs) -> list[Incident]:
 
 
 async def test_without_incidents_every_page_is_empty(incidents: Verbs) -> None:
-    """Without incidents every page is empty."""
+    """Without incidents, every page is empty."""
     assert await incidents.list() == []
     assert await incidents.list(page=7, limit=1, status="new", source="partner") == []
 
 
 async def test_the_newest_incident_comes_first(incidents: Verbs) -> None:
-    """Each new incident becomes the first of the list."""
+    """Each new incident comes first in the list."""
     created: list[Incident] = []
     for number in range(4):
         created.insert(0, await incidents.create(f"Disk {number} is full", source="monitoring"))
@@ -76,7 +76,7 @@ async def test_filters_return_exactly_the_matches(incidents: Verbs) -> None:
 
 
 async def test_filters_are_members_or_strings(incidents: Verbs) -> None:
-    """A status or source is given as an enum member or as a string."""
+    """A status or source can be an enum member or a string."""
     await of_every_kind(incidents)
     by_member = await incidents.list(
         status=IncidentStatus.FAILED, source=IncidentSource.PARTNER, page=1, limit=5
@@ -94,7 +94,7 @@ async def test_pages_partition_the_matches_of_a_filter(incidents: Verbs) -> None
 
 
 async def test_a_status_change_moves_between_filtered_lists(incidents: Verbs) -> None:
-    """A list that was read before a change shows the change when read again."""
+    """A filtered list that was read before a status change shows the change when read again."""
     incident = await incidents.create("Disk is full", source="monitoring")
     assert await incidents.list(status="new") == [incident]
     assert await incidents.list(status="failed") == []
@@ -104,7 +104,7 @@ async def test_a_status_change_moves_between_filtered_lists(incidents: Verbs) ->
 
 
 async def test_a_cached_page_is_equal(incidents: Verbs) -> None:
-    """A page read twice, possibly from a cache, is equal down to the types."""
+    """A page that is read twice, possibly from a cache, is equal down to the types."""
     await of_every_kind(incidents)
     first, second = await incidents.list(), await incidents.list()
     assert first == second
@@ -134,7 +134,7 @@ async def test_each_write_is_in_the_next_list(incidents: Verbs) -> None:
 
 @needs(Need.OTHER_CLIENT)
 async def test_writes_of_another_client_are_listed(incidents: Verbs, other: Verbs) -> None:
-    """A list is never behind the commits of another client, cached or not."""
+    """A list, cached or not, always shows the latest commit of another client."""
     expected: list[Incident] = []
     for number in range(5):
         incident = await incidents.create(f"Incident {number}", source="operator")
@@ -183,7 +183,7 @@ async def test_every_invalid_argument_is_named(incidents: Verbs) -> None:
 
 @needs(Need.LIST_JSON)
 async def test_json_has_the_incidents_of_the_page(incidents: Verbs) -> None:
-    """`list_json` returns the incidents of `list`, also from the cache."""
+    """`list_json` returns the incidents of `list`, even from the cache."""
     everything = await of_every_kind(incidents)
     for query in (ListQuery(), ListQuery(2, 2, "failed", "partner"), ListQuery(1, 2, "new")):
         listed = await incidents.list(query.page, query.limit, query.status, query.source)

@@ -30,7 +30,7 @@ def days_ago(days: int) -> datetime:
 
 
 async def ended(incidents: Verbs, number: int) -> list[int]:
-    """Create incidents that have ended, and return their ids."""
+    """Create ended incidents and return their ids."""
     new = [NewIncident("Disk is full", "monitoring", "completed")] * number
     return [incident.incident_id for incident in await incidents.create_many(new)]
 
@@ -67,7 +67,7 @@ async def test_ended_incidents_are_removed_with_their_histories(incidents: Verbs
 async def test_only_incidents_that_ended_before_are_removed(
     incidents: Verbs, embodiment: Embodiment
 ) -> None:
-    """An incident that ended later stays, and only its events are left."""
+    """An incident that ended later stays; apart from purges, only its events are left."""
     old, older, recent = await ended(incidents, 3)
     for incident_id, days in ((old, 91), (older, 1000), (recent, 89)):
         await embodiment.sql(
@@ -82,7 +82,7 @@ async def test_only_incidents_that_ended_before_are_removed(
 
 
 async def test_the_bound_is_exclusive(incidents: Verbs) -> None:
-    """An incident that ended at the given second stays, and goes one second later."""
+    """An incident that ended exactly at the bound stays; with a bound a second later, it goes."""
     (incident_id,) = await ended(incidents, 1)
     end = (await incidents.get(incident_id)).ended_at
     assert end is not None

@@ -47,14 +47,14 @@ async def messages(incidents: Verbs, text: str) -> list[str]:
 
 
 async def test_without_incidents_nothing_is_found(incidents: Verbs) -> None:
-    """Without incidents the only page is empty."""
+    """Without incidents, the only page is empty."""
     assert await incidents.search() == SearchPage([], None, None)
     assert await incidents.search(text="disk", total=True) == SearchPage([], None, 0)
     assert await ids(incidents.iterate()) == []
 
 
 async def test_it_returns_current_incidents(incidents: Verbs) -> None:
-    """A search returns the incident as `get` does, also after a change."""
+    """A search returns an incident in its current state, even after a change."""
     created = await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
     assert (await incidents.search()).incidents == [created]
     changed = await incidents.update_status(created.incident_id, "failed")
@@ -84,7 +84,7 @@ async def test_pages_partition_the_matches(incidents: Verbs) -> None:
 
 
 async def test_the_default_page_has_ten_and_no_total(incidents: Verbs) -> None:
-    """By default a page has the ten newest incidents and no total."""
+    """By default, a page has the ten newest incidents and no total."""
     created = await incidents.create_many([NewIncident("Disk is full", "partner")] * 11)
     page = await incidents.search()
     assert page.incidents == created[:0:-1]
@@ -108,7 +108,7 @@ async def test_order_is_by_time_and_then_by_id(incidents: Verbs, embodiment: Emb
 
 
 async def test_filters_are_one_value_or_several(incidents: Verbs) -> None:
-    """A status or source is one value or several, as members or strings; all of them mean any."""
+    """A status or source is one value or several, of which any may match, as members or strings."""
     created = await of_every_kind(incidents)
 
     async def count(**filters: Any) -> int:
@@ -197,7 +197,7 @@ async def test_words_of_any_kind_are_found(incidents: Verbs) -> None:
 
 
 async def test_operators_in_text_are_plain_text(incidents: Verbs) -> None:
-    """Operators of the full-text indexes are plain text in a search."""
+    """A search treats operators of the full-text indexes as plain text."""
     message = "The disk and a NEAR one"
     await incidents.create(message, source="partner")
     for text in ('disk"*', "disk AND", "a*", "disk:*", "(disk", "NEAR(disk)", "\\disk", "'disk"):
@@ -208,7 +208,7 @@ async def test_operators_in_text_are_plain_text(incidents: Verbs) -> None:
 
 @needs(Need.OUTSIDE_SQL)
 async def test_the_text_index_follows_messages(incidents: Verbs, embodiment: Embodiment) -> None:
-    """A message changed or deleted by plain SQL is found by its current text only."""
+    """A message that plain SQL has changed or deleted is found only by its current text."""
     await incidents.create("Disk is full", source="partner")
     await embodiment.sql("UPDATE \"Incident\" SET incident_message = 'Line is down'")
     assert await messages(incidents, "disk") == []
@@ -218,7 +218,7 @@ async def test_the_text_index_follows_messages(incidents: Verbs, embodiment: Emb
 
 
 async def test_inserts_do_not_shift_pages(incidents: Verbs) -> None:
-    """Incidents created between two pages cause no miss and no repeat."""
+    """Incidents created between two pages cause no gaps and no repeats."""
     created = await incidents.create_many([NewIncident("Disk is full", "partner")] * 5)
     there = [incident.incident_id for incident in created]
     for order in ORDERS:
@@ -248,7 +248,7 @@ async def test_a_cursor_keeps_its_order_but_not_its_filters(incidents: Verbs) ->
 
 
 async def test_a_cursor_respects_time_bounds(incidents: Verbs) -> None:
-    """A cursor outside the time bounds returns nothing from outside them."""
+    """A search after a cursor returns only incidents within its time bounds."""
     await incidents.create_many([NewIncident("Disk is full", "partner")] * 3)
     now = (await incidents.get(1)).created_at
     earlier, later = now - timedelta(hours=1), now + timedelta(hours=1)
@@ -309,7 +309,7 @@ async def test_iterating_yields_every_match(incidents: Verbs) -> None:
 
 
 async def test_iterating_refuses_invalid_arguments(incidents: Verbs) -> None:
-    """Invalid arguments are refused at the first step."""
+    """Iterating raises InvalidIncident for each invalid argument."""
     faulty: list[dict[str, Any]] = [
         {"status": "open"},
         {"text": ""},

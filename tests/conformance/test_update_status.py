@@ -32,7 +32,7 @@ ONE_WAY = {"new": {"completed", "failed"}, "failed": ["new"]}
 
 
 def told(event: IncidentEvent) -> tuple[object, ...]:
-    """Return what an event says, without its cursor and its time."""
+    """Return an event's fields without its cursor and time."""
     return event.kind, event.from_status, event.to_status, event.actor, event.note
 
 
@@ -52,7 +52,7 @@ async def test_only_the_status_changes(incidents: Verbs) -> None:
 
 
 async def test_a_status_is_a_member_or_a_string(incidents: Verbs) -> None:
-    """A status is given as an enum member or as a string."""
+    """A status can be an enum member or a string."""
     await incidents.create("Disk is full", source="monitoring")
     assert (await incidents.update_status(1, IncidentStatus.FAILED)).incident_type == "failed"
     assert (await incidents.update_status(1, "new")).incident_type is IncidentStatus.NEW
@@ -134,7 +134,7 @@ async def test_an_unexpected_version_is_refused(incidents: Verbs) -> None:
 
 
 async def test_one_of_many_with_the_same_version_wins(incidents: Verbs) -> None:
-    """Of concurrent changes to one version exactly one happens."""
+    """Of concurrent changes that expect the same version, exactly one happens."""
     await incidents.create("Disk is full", source="monitoring")
     outcomes = await asyncio.gather(
         *(incidents.update_status(1, "failed", expected_version=1) for _ in range(20)),
@@ -148,7 +148,7 @@ async def test_one_of_many_with_the_same_version_wins(incidents: Verbs) -> None:
 
 
 async def test_concurrent_changes_form_a_chain(incidents: Verbs) -> None:
-    """Each of several racing changes starts from the status that the previous one set."""
+    """Each racing change starts from the status that the previous one set."""
     await incidents.create("Disk is full", source="monitoring")
     await asyncio.gather(*(incidents.update_status(1, status) for status in [*IncidentStatus] * 15))
     events = await incidents.history(1)
@@ -188,7 +188,7 @@ async def test_a_refused_change_does_not_affect_concurrent_ones(incidents: Verbs
 
 
 async def test_without_transitions_every_change_is_allowed(incidents: Verbs) -> None:
-    """Without transitions each status may follow each."""
+    """Without transitions, any status may follow any other."""
     await incidents.create("Disk is full", source="monitoring")
     for before, after in product(IncidentStatus, repeat=2):
         await incidents.update_status(1, before)
