@@ -177,7 +177,7 @@ def test_known_revisions_are_those_of_the_scripts() -> None:
 
 
 async def test_down_and_up_again_through_every_revision(empty_url: str) -> None:
-    """Each revision can be undone, down to an empty database, and redone; `current` reports it."""
+    """Every revision can be downgraded and upgraded again, and `current` reports each step."""
     await migrate.upgrade(empty_url)
     for revision in [*reversed(REVISIONS[:-1]), None]:
         await migrate.downgrade(empty_url)
@@ -279,7 +279,7 @@ async def test_a_database_of_the_origin_is_taken_over(origin_url: str) -> None:
 
 
 async def test_the_origins_own_record_is_left_alone(origin_url: str) -> None:
-    """The origin's `alembic_version` never changes: it can run again after a downgrade."""
+    """The origin's `alembic_version` never changes, so the origin can run again later."""
     await migrate.upgrade(origin_url)
     assert await _fetch(origin_url, "SELECT version_num FROM alembic_version") == [
         ("dadc1db062ae",)
@@ -597,7 +597,7 @@ async def test_a_column_parted_from_its_sequence_is_mended(
     await migrate.upgrade(empty_postgres_url)
 
 
-async def test_new_ids_are_none_that_were_given_before(empty_postgres_url: str) -> None:
+async def test_replaced_ids_were_never_assigned_before(empty_postgres_url: str) -> None:
     """An id below 1 is replaced by one past all ids ever assigned, on an identity column too."""
     await _execute(
         empty_postgres_url,
@@ -688,7 +688,7 @@ async def test_a_host_may_have_a_request_log_in_another_schema(empty_postgres_ur
 async def test_an_upgrade_does_not_wait_for_ever(
     origin_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upgrade gives up in time while another session locks the table or migrates."""
+    """An upgrade times out while another session locks the table or is migrating."""
     monkeypatch.setattr(migrate, "TABLE_LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(migrate, "MIGRATION_LOCK_TIMEOUT", 0.1)
     host = await asyncpg.connect(origin_url)

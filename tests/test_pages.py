@@ -300,7 +300,7 @@ async def test_a_cancelled_list_leaves_the_others(pages: PageCache, source: Sour
     assert await asyncio.gather(*calls[1:]) == [source.page()] * 2
 
 
-async def test_without_a_shared_cache_there_is_none_to_tell_of(source: Source) -> None:
+async def test_without_a_shared_cache_there_is_no_availability(source: Source) -> None:
     """Without a shared cache, pings succeed and `available` is None."""
     pages = PageCache(source)
     await pages.ping()

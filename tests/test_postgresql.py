@@ -222,7 +222,7 @@ async def test_a_wrong_account_or_database_is_told(
     assert host not in str(caught.value)
 
 
-async def test_each_call_is_so_many_statements(migrated_postgres_url: str) -> None:
+async def test_number_of_statements_of_each_call(migrated_postgres_url: str) -> None:
     """Each method sends the listed statements: most send one, without BEGIN, COMMIT or reset."""
     one, two = ListQuery(limit=5), [DISK_FULL] * 2
     async with IncidentClient.open(migrated_postgres_url) as incidents:

@@ -94,7 +94,7 @@ async def create(client: IncidentClient, number: int) -> list[Incident]:
     return await asyncio.gather(*map(one, range(number)))
 
 
-async def test_what_waits_together_travels_together(
+async def test_waiting_calls_share_statements(
     migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many concurrent creates, reads, changes or lists are sent as a few statements."""
@@ -117,7 +117,7 @@ async def test_what_waits_together_travels_together(
         assert len(sent) == 1
 
 
-async def test_everybody_gets_what_is_theirs(incidents: IncidentClient) -> None:
+async def test_each_caller_gets_its_own_incident(incidents: IncidentClient) -> None:
     """Each concurrent create returns its own incident, with its own id and actor."""
     created = await create(incidents, MANY)
     assert len({incident.incident_id for incident in created}) == MANY
@@ -335,7 +335,7 @@ async def test_a_deep_page_passes_over_the_index_alone(
         assert everything[-1].incident_id > rest[0].incident_id
 
 
-async def test_a_row_that_a_trigger_keeps_out_is_nobody_elses(
+async def test_a_row_that_a_trigger_drops_fails_only_its_caller(
     incidents: IncidentClient, migrated_postgres_url: str
 ) -> None:
     """If a host's trigger drops one incident, only its caller gets an error."""

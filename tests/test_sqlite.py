@@ -172,7 +172,7 @@ async def test_reads_go_on_while_another_program_writes(sqlite_url: str, path: s
 
 
 async def test_a_write_that_was_given_up_is_not_done_later(sqlite_url: str, path: str) -> None:
-    """A write that failed with a timeout is not made later."""
+    """A write that timed out is not carried out later."""
     options = StoreOptions(pool_timeout=0.3, statement_timeout=0.3)
     async with IncidentClient.open(sqlite_url, options=options) as client:
         with closing(sqlite3.connect(path, isolation_level=None)) as other:

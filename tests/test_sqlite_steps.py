@@ -128,7 +128,7 @@ async def test_no_call_costs_more_in_a_larger_table(tmp_path: Path, steps: Steps
 async def test_a_page_costs_the_same_at_any_depth_of_one_second(
     tmp_path: Path, steps: Steps, order: str, filters: dict[str, Any]
 ) -> None:
-    """A cursor skips no rows, even if all incidents were created in the same second."""
+    """A page after a cursor costs the same at any depth, even among incidents of one second."""
     async with await filled(tmp_path / "incidents.db", LARGE) as client:
         first = await steps.of(client.search(limit=20, order=order, **filters))
         after: str | None = None

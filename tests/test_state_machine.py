@@ -1,4 +1,4 @@
-"""Any sequence of calls to the client matches a plain model, on both databases and caches."""
+"""The client behaves like a plain model under any sequence of calls, on both databases."""
 # ruff: noqa: D102  (the name of a rule says what it does; a protocol documents its methods)
 
 from __future__ import annotations

@@ -394,7 +394,7 @@ async def test_a_long_transaction_holds_up_nobody(
 async def test_however_a_transaction_goes_its_commit_replaces_the_token(
     postgres_store: IncidentStore, host: Connection, statements: tuple[str, ...]
 ) -> None:
-    """Only the commit replaces the token, with any savepoints, constraints and replication role."""
+    """Only the commit replaces the token, regardless of savepoints, constraints and role."""
     for _ in range(2):
         before = await postgres_store.token()
         await _run_script(host, "BEGIN", *statements[:-1])
@@ -435,7 +435,7 @@ async def test_a_prepared_transaction_replaces_the_token_when_it_commits() -> No
 async def test_a_role_needs_no_rights_to_the_tokens(
     postgres_store: IncidentStore, postgres_url: str, host: Connection
 ) -> None:
-    """A role that may only insert incidents, with a table of the same name, replaces the token."""
+    """A role with only insert rights replaces the token, even if it shadows the token's table."""
     role = f"writer_{host.get_server_pid()}"
     before = await postgres_store.token()
     await host.execute(f"CREATE ROLE {role}")
@@ -477,7 +477,7 @@ async def test_no_isolation_fails_for_the_tokens(
 ) -> None:
     """Overlapping transactions all commit, and the next write removes their extra tokens."""
     if analyzed:
-        # With statistics another plan reads more of the table, and SERIALIZABLE depends on it.
+        # With statistics, another plan reads more of the table, and SERIALIZABLE tracks it all.
         await host.execute("ANALYZE incident_token")
     tokens = [await postgres_store.token()]
     async with _connections(postgres_url, 40) as others:
@@ -510,7 +510,7 @@ async def test_a_snapshot_that_is_behind_can_change_the_token_twice(
     host: Connection,
     statements: tuple[str, ...],
 ) -> None:
-    """A transaction with an old snapshot adds a token instead of replacing one, even twice."""
+    """A transaction with an old snapshot can change the token twice before it commits."""
     await _run_script(host, "BEGIN ISOLATION LEVEL REPEATABLE READ", "SELECT 1")
     await _write_from_every_slot(postgres_url)
     before = await postgres_store.token()
