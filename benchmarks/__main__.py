@@ -1,7 +1,7 @@
 """Measures, and rewrites `docs/performance.md`: `nox -s bench`, or `nox -s bench -- SUBJECT`.
 
-A subject that is not named keeps its latest figures. `before` is apart from the others: it compares
-the code with another checkout of it, prints a table and leaves the page alone.
+A subject that is not named keeps its latest figures. `before` is separate: it compares the code
+with another checkout of it, prints a table and leaves the page alone.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def report():
     print(json.dumps([*times, memory, len(others), len(loaded)]))
 
 """
-"""Reports what the code behind it has cost so far, without the start of Python."""
+"""Reports the costs of the code that follows it, without the start of Python."""
 
 OPEN: Final = """\
 import asyncio
@@ -131,7 +131,7 @@ class Checkout:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables under which this side's programs run."""
+        """The environment of this side's programs."""
         inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         return inherited | {
             "PYTHONPATH": str(self.folder),
@@ -149,7 +149,7 @@ class Checkout:
         )
 
     async def run(self, *arguments: str) -> str:
-        """Run Python to its end and return what it printed."""
+        """Run Python to its end and return its output."""
         process = await self.start(*arguments)
         output, _ = await process.communicate()
         if process.returncode:
@@ -161,7 +161,7 @@ class Checkout:
         await self.run("-m", "incidentkit", "db", "upgrade", "--database-url", database)
 
     async def probe(self, code: str) -> Round:
-        """Run code that calls `report()`, in a new interpreter, and return what it cost."""
+        """Run code that calls `report()`, in a new interpreter, and return its costs."""
         costs = json.loads(await self.run("-c", PROBE + code))
         return Round(1000 / costs[0], {}, costs=dict(zip(UNITS, costs, strict=True)))
 
@@ -181,7 +181,7 @@ class Caller:
         return json.loads(line)
 
     async def measure(self, call: str, callers: int, seconds: float) -> Round:
-        """Let it make calls for some seconds, and return how many it made per second."""
+        """Make calls for some seconds, and return their rate."""
         assert self._process.stdin is not None  # noqa: S101
         self._process.stdin.write(json.dumps([call, callers, seconds]).encode() + b"\n")
         await self._process.stdin.drain()
@@ -212,7 +212,7 @@ class Row:
     """One comparison.
 
     Attributes:
-        name: What was compared.
+        name: The name of the comparison.
         unit: The unit of the figures.
         new: The figures of the new side, round by round.
         old: The figures of the old side.
@@ -255,7 +255,7 @@ class Row:
 
 @frozen
 class Comparison:
-    """The rows that are wanted, as they are measured.
+    """The selected rows and their measurements.
 
     Attributes:
         sides: The checkouts, the new one first.
@@ -264,8 +264,8 @@ class Comparison:
         seconds: Seconds of a round.
         incidents: Incidents in each database at the start.
         many: Incidents of one `create_many`.
-        only: Rows whose names do not contain this text are left out.
-        rows: What was measured.
+        only: Only rows whose names contain this text are measured.
+        rows: The measured rows.
     """
 
     sides: tuple[Checkout, Checkout]
@@ -278,7 +278,7 @@ class Comparison:
     rows: list[Row] = field(factory=list)
 
     def wanted(self, names: Sequence[str]) -> list[str]:
-        """Return the rows that are wanted, of some."""
+        """Return the selected ones of these rows."""
         return [name for name in names if self.only in name]
 
     async def interleave(
@@ -342,7 +342,7 @@ class Comparison:
                 self.add(name, unit, await self.interleave(one))
 
     async def costs(self, name: str, kinds: Sequence[str], code: Mapping[str, str]) -> None:
-        """Compare what code costs in a new interpreter."""
+        """Compare the costs of code in a new interpreter."""
         rows = dict(zip(_cost_rows(name, kinds), kinds, strict=True))
         if not (wanted := self.wanted(list(rows))):
             return
@@ -376,7 +376,7 @@ class Comparison:
 
 
 async def compare(comparison: Comparison) -> None:
-    """Measure every row that is wanted."""
+    """Measure every selected row."""
     for code in IMPORTS:
         both = {side.name: f"{code}\nreport()" for side in comparison.sides}
         await comparison.costs(code, (CPU, MODULES), both)

@@ -77,7 +77,7 @@ def write(results: Mapping[str, Result]) -> None:
 
 
 def _summary(results: Mapping[str, Result]) -> str:
-    """Return a sentence on each rival, and one on growth, as far as there are figures."""
+    """Return a sentence on each rival and one on growth, where there are figures."""
     of_plain = _rates(results, "http", PLAIN)
     of_floor = _rates(results, "http", FLOOR)
     on_sqlite = _rates(results, "sqlite", PLAIN)
@@ -203,7 +203,7 @@ def _subject(name: str, result: Result) -> str:
 
 @contextmanager
 def _drawing(height: float) -> Iterator[Figure]:
-    """Lend a figure whose file depends on nothing but what is drawn."""
+    """Yield a figure whose file depends only on its content."""
     with mpl.rc_context({"svg.hashsalt": "incidentkit", "svg.fonttype": "none", "font.size": 9}):
         yield Figure(figsize=(7, height), layout="constrained")
 

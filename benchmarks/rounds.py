@@ -90,7 +90,7 @@ async def medians_in_turn(
 def one_core() -> Iterator[None]:
     """Pin this process, and every process that it starts meanwhile, to one core.
 
-    Waking another core takes longer than many a statement does. Without pinning, sequential calls
+    Waking another core takes longer than many statements do. Without pinning, sequential calls
     measure where the scheduler has placed the process behind each connection. On a system that
     cannot pin processes, this does nothing.
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
 CONSTRUCTED = 100
-"""Incidents that are constructed between two looks at the clock."""
+"""Incidents constructed between two reads of the clock."""
 
 
 def single_calls(
@@ -80,7 +80,7 @@ def rate_of_construction(seconds: float) -> float:
 
 
 def main() -> None:
-    """Open a client, say which package it is of, and measure what is asked for."""
+    """Open a client, print the file of its package, and run the requested measurements."""
     database, incidents = sys.argv[1], int(sys.argv[2])
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         client = IncidentClient.open(database)

@@ -1,4 +1,4 @@
-"""What an upgrade or a downgrade does to a database and to the rows in it."""
+"""Effects of upgrades and downgrades on a database and its rows."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ INSERT INTO "Incident" (incident_message, incident_type, source, created_at) VAL
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_url(request: pytest.FixtureRequest) -> str:
-    """The URL of a database with nothing in it."""
+    """The URL of an empty database."""
     name = {"sqlite": "sqlite_url", "postgresql": "empty_postgres_url"}[request.param]
     return str(request.getfixturevalue(name))
 
 
 @pytest.fixture
 async def origin_url(empty_postgres_url: str) -> str:
-    """The URL of a database that the origin made and filled."""
+    """The URL of a database that the origin created and filled."""
     await _execute(empty_postgres_url, ORIGIN_SCHEMA + ORIGIN_ROWS)
     return empty_postgres_url
 
@@ -106,7 +106,7 @@ async def _inspected(url: str, look: Callable[[Connection], Any]) -> Any:
 
 
 def _schema(connection: Connection) -> dict[str, Any]:
-    """Everything that a database can tell about our tables."""
+    """Return everything the database reports about our tables."""
     found = inspect(connection)
     return {
         name: {
@@ -134,7 +134,7 @@ def _incident_columns(connection: Connection) -> dict[str, tuple[str, bool]]:
 
 
 async def test_upgraded_schema_is_the_declared_one(empty_url: str) -> None:
-    """What the migrations make and what the tables declare do not differ, on either database."""
+    """The migrated schema equals the declared tables, on either database."""
 
     def differences(connection: Connection) -> Any:
         context = MigrationContext.configure(
@@ -169,7 +169,7 @@ async def test_upgraded_schema_is_the_declared_one(empty_url: str) -> None:
 
 
 def test_known_revisions_are_those_of_the_scripts() -> None:
-    """The revisions that the package knows are those of the folder, the origin's first."""
+    """The revisions known to the package match the scripts, starting with the origin's."""
     scripts = ScriptDirectory(str(migrate.script_location()))
     found = [script.revision for script in scripts.walk_revisions()]
     assert tuple(reversed(found)) == REVISIONS
@@ -177,7 +177,7 @@ def test_known_revisions_are_those_of_the_scripts() -> None:
 
 
 async def test_down_and_up_again_through_every_revision(empty_url: str) -> None:
-    """Each revision can be undone and redone, down to nothing, and `current` tells where it is."""
+    """Every revision can be downgraded and upgraded again, and `current` reports each step."""
     await migrate.upgrade(empty_url)
     for revision in [*reversed(REVISIONS[:-1]), None]:
         await migrate.downgrade(empty_url)
@@ -189,7 +189,7 @@ async def test_down_and_up_again_through_every_revision(empty_url: str) -> None:
 
 
 def _of_the_origin(incident: Incident) -> tuple[Any, ...]:
-    """The fields of an incident that the origin's schema holds."""
+    """Return the fields that the origin's schema has."""
     return (
         incident.incident_id,
         incident.incident_message,
@@ -200,7 +200,7 @@ def _of_the_origin(incident: Incident) -> tuple[Any, ...]:
 
 
 async def test_rows_outlive_the_way_to_the_origins_schema_and_back(empty_url: str) -> None:
-    """A downgrade to the origin's revision keeps every row, and so does the upgrade after it."""
+    """A downgrade to the origin's revision and the upgrade after it keep every row."""
     await migrate.upgrade(empty_url)
     async with IncidentClient.open(empty_url) as incidents:
         await incidents.create("Disk is full", source="monitoring")
@@ -221,7 +221,7 @@ async def test_rows_outlive_the_way_to_the_origins_schema_and_back(empty_url: st
 
 @pytest.mark.parametrize("revision", REVISIONS[:-1])
 async def test_rows_of_every_revision_are_kept(empty_url: str, revision: str) -> None:
-    """What an earlier version stored can be read, found and changed after the upgrade."""
+    """Rows stored by an earlier version can be read, searched and changed after the upgrade."""
     await migrate.upgrade(empty_url, revision)
     engine = migrate.migration_engine(empty_url)
     async with engine.begin() as connection:
@@ -270,30 +270,30 @@ async def test_a_database_of_the_origin_is_taken_over(origin_url: str) -> None:
         assert rows[0].created_at == datetime(2025, 1, 1, 10, tzinfo=UTC)
         assert rows[2].incident_type is IncidentStatus.NEW
         assert rows[2].source is IncidentSource.OPERATOR
-        # The latest time known of those before it.
+        # The latest known time of the rows before it.
         assert rows[2].created_at == datetime(2025, 1, 1, 11, tzinfo=UTC)
         assert rows[3].created_at == datetime(2025, 1, 1, 9, tzinfo=UTC)
-        # What breaks today's rule for new messages can still change its status.
+        # An incident whose message breaks today's rules can still change its status.
         assert (await incidents.update_status(2, "failed")).incident_type is IncidentStatus.FAILED
         assert (await incidents.create("A new one", source="operator")).incident_id == 5
 
 
 async def test_the_origins_own_record_is_left_alone(origin_url: str) -> None:
-    """The origin's `alembic_version` is read, never changed: the origin can run again after it."""
+    """The origin's `alembic_version` never changes, so the origin can run again later."""
     await migrate.upgrade(origin_url)
     assert await _fetch(origin_url, "SELECT version_num FROM alembic_version") == [
         ("dadc1db062ae",)
     ]
     await migrate.downgrade(origin_url, "dadc1db062ae")
     assert len(await _fetch(origin_url, 'SELECT * FROM "Incident"')) == 4
-    # As the origin writes: by SQLAlchemy's default, naming no id.
+    # The origin inserts without an id, as SQLAlchemy does by default.
     await _execute(origin_url, 'INSERT INTO "Incident" (incident_message) VALUES (NULL)')
     await migrate.upgrade(origin_url)
     assert len(await _fetch(origin_url, 'SELECT * FROM "Incident"')) == 5
 
 
 async def test_a_first_null_time_becomes_the_epoch(empty_postgres_url: str) -> None:
-    """An incident with no time, and none known before it, gets 1970-01-01: the oldest."""
+    """A row without a time gets 1970-01-01 if no earlier row has one."""
     await _execute(
         empty_postgres_url,
         ORIGIN_SCHEMA,
@@ -306,7 +306,7 @@ async def test_a_first_null_time_becomes_the_epoch(empty_postgres_url: str) -> N
 
 
 async def test_naive_times_and_capital_labels_are_mended(empty_postgres_url: str) -> None:
-    """A column of naive times is read as UTC, and enum labels stored by name become values."""
+    """Naive times are read as UTC, and enum labels stored by name become values."""
     await _execute(
         empty_postgres_url,
         ORIGIN_SCHEMA,
@@ -326,7 +326,7 @@ async def test_naive_times_and_capital_labels_are_mended(empty_postgres_url: str
 
 
 async def test_ids_pass_32_bits(migrated_postgres_url: str) -> None:
-    """After the upgrade ids go on past 2^31."""
+    """After an upgrade, ids continue past 2^31."""
     await _execute(
         migrated_postgres_url, "SELECT setval('\"Incident_incident_id_seq\"', 2147483647)"
     )
@@ -340,7 +340,7 @@ async def test_a_strangers_table_is_not_touched(empty_url: str) -> None:
     """An "Incident" table that is not the origin's stops the upgrade with a clear error."""
     engine = migrate.migration_engine(empty_url)
     async with engine.begin() as connection:
-        await connection.execute(text('CREATE TABLE "Incident" (colour VARCHAR(9))'))
+        await connection.execute(text('CREATE TABLE "Incident" (color VARCHAR(9))'))
     await engine.dispose()
     with pytest.raises(StoreError, match="in the way"):
         await migrate.upgrade(empty_url)
@@ -348,7 +348,7 @@ async def test_a_strangers_table_is_not_touched(empty_url: str) -> None:
 
 
 async def test_a_database_of_the_future_is_refused(empty_url: str) -> None:
-    """A revision that this version does not know is refused, with advice that helps."""
+    """A revision that this version does not know is refused with advice to upgrade the package."""
     await migrate.upgrade(empty_url)
     engine = migrate.migration_engine(empty_url)
     async with engine.begin() as connection:
@@ -362,7 +362,7 @@ async def test_a_database_of_the_future_is_refused(empty_url: str) -> None:
 
 
 async def test_postgresql_is_checked_and_never_changed(empty_postgres_url: str) -> None:
-    """Opening a client on PostgreSQL without our schema names the command and makes nothing."""
+    """Opening a client on an empty PostgreSQL names the upgrade command and creates nothing."""
     with pytest.raises(SchemaOutOfDate, match="incidentkit db upgrade") as caught:
         await IncidentClient.open(empty_postgres_url).connect()
     assert caught.value.command == "incidentkit db upgrade"
@@ -377,7 +377,7 @@ async def test_sqlite_upgrades_itself(sqlite_url: str) -> None:
 
 
 async def test_an_unknown_revision_is_a_typed_error(empty_url: str) -> None:
-    """A revision that does not exist is refused by name, and nothing is changed."""
+    """A revision that does not exist is refused and changes nothing."""
     for revision in ("nonsense", "", "@", "head+1"):
         with pytest.raises(InvalidSettings, match="revision"):
             await migrate.upgrade(empty_url, revision)
@@ -385,7 +385,7 @@ async def test_an_unknown_revision_is_a_typed_error(empty_url: str) -> None:
 
 
 async def test_no_server_is_a_typed_error() -> None:
-    """A PostgreSQL that is not there gives StoreUnavailable, without address or password."""
+    """An unreachable PostgreSQL raises StoreUnavailable, without the password in its message."""
     with pytest.raises(StoreUnavailable) as caught:
         await migrate.upgrade("postgresql://somebody:secret@127.0.0.1:1/nowhere")
     assert "secret" not in str(caught.value)
@@ -398,7 +398,7 @@ async def test_concurrent_upgrades_of_tasks_are_safe(empty_url: str) -> None:
 
 
 def test_concurrent_upgrades_of_threads_are_safe(empty_url: str) -> None:
-    """Many threads, each with a loop of its own, may upgrade the same database at once."""
+    """Many threads, each with its own loop, may upgrade the same database at once."""
     failures: list[BaseException] = []
 
     def upgrade() -> None:
@@ -417,7 +417,7 @@ def test_concurrent_upgrades_of_threads_are_safe(empty_url: str) -> None:
 
 
 def test_concurrent_upgrades_of_processes_are_safe(empty_url: str) -> None:
-    """Many processes may open the same database, or upgrade it, at once."""
+    """Many processes may upgrade and open the same database at once."""
     program = (
         "import asyncio, sys\n"
         "from incidentkit import IncidentClient\n"
@@ -449,7 +449,7 @@ def test_concurrent_upgrades_of_processes_are_safe(empty_url: str) -> None:
 async def test_a_migration_of_sqlite_locks_the_file_from_its_start(
     sqlite_url: str, tmp_path: Path
 ) -> None:
-    """Before it has read anything, a migration keeps every other writer out of the file."""
+    """A migration locks the file against other writers before it reads anything."""
     await migrate.upgrade(sqlite_url)
     engine = migrate.migration_engine(sqlite_url)
     async with engine.begin():
@@ -461,11 +461,11 @@ async def test_a_migration_of_sqlite_locks_the_file_from_its_start(
 
 
 async def test_a_failed_upgrade_leaves_nothing_behind(empty_url: str) -> None:
-    """An upgrade that fails half-way is undone whole, on either database."""
+    """A failed upgrade is rolled back completely, on either database."""
     await migrate.upgrade(empty_url, REVISIONS[0])
     engine = migrate.migration_engine(empty_url)
     async with engine.begin() as connection:
-        await connection.execute(text("CREATE TABLE request_log (colour VARCHAR(9))"))
+        await connection.execute(text("CREATE TABLE request_log (color VARCHAR(9))"))
     await engine.dispose()
     before = await _inspected(empty_url, _incident_columns)
     with pytest.raises(StoreError):
@@ -506,7 +506,7 @@ async def test_a_hosts_own_alembic_history_is_left_alone(empty_url: str) -> None
     [["upgrade", "head"], ["downgrade", "-1"], ["current"], ["check"]],
 )
 def test_alembics_own_command_line_works(empty_url: str, arguments: list[str]) -> None:
-    """`alembic upgrade head` and its like work from the repository root on the configured URL."""
+    """Alembic's own commands work from the repository root on the configured URL."""
     asyncio.run(migrate.upgrade(empty_url))
     result = _alembic(empty_url, *arguments)
     assert result.returncode == 0, result.stderr
@@ -543,7 +543,7 @@ def _alembic(url: str, *arguments: str, root: Path = ROOT) -> subprocess.Complet
 async def test_ids_that_were_loaded_by_hand_are_passed(
     empty_postgres_url: str, *, called: bool
 ) -> None:
-    """After rows were loaded with their ids, as from a dump, the next id is past the largest."""
+    """After rows are loaded with their ids, as from a dump, the next id is past the largest."""
     await _execute(
         empty_postgres_url,
         ORIGIN_SCHEMA,
@@ -569,14 +569,14 @@ async def test_ids_that_were_loaded_by_hand_are_passed(
             'DROP SEQUENCE "Incident_incident_id_seq"; '
             'ALTER TABLE "Incident" ALTER incident_id ADD GENERATED BY DEFAULT AS IDENTITY'
         ),
-        # Owned, but not asked; then neither, and yet there; then one whose first id would be 0.
+        # Owned but not the default; neither owned nor the default; a sequence that starts at 0.
         'ALTER TABLE "Incident" ALTER incident_id DROP DEFAULT',
         (
             'ALTER TABLE "Incident" ALTER incident_id DROP DEFAULT; '
             'ALTER SEQUENCE "Incident_incident_id_seq" OWNED BY NONE'
         ),
         'ALTER SEQUENCE "Incident_incident_id_seq" MINVALUE 0 START 0 RESTART',
-        # A name that has to be quoted, and a sequence that another column owns.
+        # A name that needs quoting; a sequence that another column owns.
         """ALTER SEQUENCE "Incident_incident_id_seq" RENAME TO "an 'Id'";
         ALTER SEQUENCE "an 'Id'" OWNED BY NONE""",
         (
@@ -588,7 +588,7 @@ async def test_ids_that_were_loaded_by_hand_are_passed(
 async def test_a_column_parted_from_its_sequence_is_mended(
     empty_postgres_url: str, parted: str
 ) -> None:
-    """A sequence that is not the column's own, or missing, or an identity, gives ids again."""
+    """An upgrade repairs a column whose sequence is detached, missing, foreign or an identity."""
     await _execute(empty_postgres_url, ORIGIN_SCHEMA, parted)
     await migrate.upgrade(empty_postgres_url)
     async with IncidentClient.open(empty_postgres_url) as incidents:
@@ -597,8 +597,8 @@ async def test_a_column_parted_from_its_sequence_is_mended(
     await migrate.upgrade(empty_postgres_url)
 
 
-async def test_new_ids_are_none_that_were_given_before(empty_postgres_url: str) -> None:
-    """What replaces an id below 1 is past every id that was given, on an identity column too."""
+async def test_replaced_ids_were_never_assigned_before(empty_postgres_url: str) -> None:
+    """An id below 1 is replaced by one past all ids ever assigned, on an identity column too."""
     await _execute(
         empty_postgres_url,
         ORIGIN_SCHEMA,
@@ -615,7 +615,7 @@ async def test_new_ids_are_none_that_were_given_before(empty_postgres_url: str) 
 
 
 async def test_impossible_times_and_ids_are_replaced(empty_postgres_url: str) -> None:
-    """A time that no calendar has counts as unknown, and an id below 1 becomes a new one."""
+    """Times that Python cannot represent count as unknown, and ids below 1 are replaced."""
     await _execute(
         empty_postgres_url,
         ORIGIN_SCHEMA,
@@ -641,14 +641,14 @@ async def test_impossible_times_and_ids_are_replaced(empty_postgres_url: str) ->
     [
         ("ALTER TYPE incidentstatus ADD VALUE 'closed'", "incidentstatus has a label .*: closed"),
         ('CREATE VIEW seen AS SELECT * FROM "Incident"', "the view seen is in the way"),
-        ("CREATE TABLE request_log (colour text)", 'a table "request_log" that .* is in the way'),
+        ("CREATE TABLE request_log (color text)", 'a table "request_log" that .* is in the way'),
         ('CREATE SEQUENCE "ix_Incident_source"', 'relation "ix_Incident_source" already exists'),
     ],
 )
 async def test_what_is_in_the_way_of_an_upgrade_is_told(
     origin_url: str, obstacle: str, reason: str
 ) -> None:
-    """An upgrade that cannot be done says why, and leaves the database as it was."""
+    """A blocked upgrade names the obstacle and leaves the database as it was."""
     await _execute(origin_url, obstacle)
     with pytest.raises(StoreError, match=reason):
         await migrate.upgrade(origin_url)
@@ -657,7 +657,7 @@ async def test_what_is_in_the_way_of_an_upgrade_is_told(
 
 
 async def test_ids_that_the_origin_cannot_hold_stop_a_downgrade(migrated_postgres_url: str) -> None:
-    """A downgrade that would lose ids past 2^31 is refused, and says so."""
+    """A downgrade is refused once an id is past 2^31, even if its row is gone."""
     await _execute(
         migrated_postgres_url, "SELECT setval('\"Incident_incident_id_seq\"', 2147483647)"
     )
@@ -666,17 +666,17 @@ async def test_ids_that_the_origin_cannot_hold_stop_a_downgrade(migrated_postgre
         with pytest.raises(StoreError, match="an id past 2147483647"):
             await migrate.downgrade(migrated_postgres_url, REVISIONS[0])
         await incidents.get(2**31)
-    # No row, but the sequence has passed it.
+    # The row is gone, but the sequence is past 2^31.
     await _execute(migrated_postgres_url, 'DELETE FROM "Incident"')
     with pytest.raises(StoreError, match="an id past 2147483647"):
         await migrate.downgrade(migrated_postgres_url, REVISIONS[0])
 
 
 async def test_a_host_may_have_a_request_log_in_another_schema(empty_postgres_url: str) -> None:
-    """Only a table in the schema that ours are made in is in the way."""
+    """A `request_log` table in another schema does not block an upgrade."""
     await _execute(
         empty_postgres_url,
-        "CREATE TABLE public.request_log (colour text)",
+        "CREATE TABLE public.request_log (color text)",
         "CREATE SCHEMA incidents",
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = incidents, public', "
         "current_database()); END $$",
@@ -688,7 +688,7 @@ async def test_a_host_may_have_a_request_log_in_another_schema(empty_postgres_ur
 async def test_an_upgrade_does_not_wait_for_ever(
     origin_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While another session holds the table, or migrates, an upgrade fails typed and in time."""
+    """An upgrade times out while another session locks the table or is migrating."""
     monkeypatch.setattr(migrate, "TABLE_LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(migrate, "MIGRATION_LOCK_TIMEOUT", 0.1)
     host = await asyncpg.connect(origin_url)
@@ -705,7 +705,7 @@ async def test_an_upgrade_does_not_wait_for_ever(
 
 
 async def test_what_the_origin_writes_until_the_last_moment_is_taken_over(origin_url: str) -> None:
-    """A row of a transaction that was open as the upgrade began is mended with the others."""
+    """A row from a transaction that was open when the upgrade began is migrated too."""
     host = await asyncpg.connect(origin_url)
     async with host.transaction():
         await host.execute('INSERT INTO "Incident" (incident_message) VALUES (NULL)')
@@ -724,7 +724,7 @@ async def test_what_the_origin_writes_until_the_last_moment_is_taken_over(origin
 
 
 async def test_a_broken_url_shows_no_password() -> None:
-    """A URL that a migration cannot read is an error without any part of it in its traceback."""
+    """The traceback for a malformed URL does not show its password."""
     secret = "s3{}et".format("cr")
     with pytest.raises(InvalidSettings) as caught:
         await migrate.upgrade(f"postgresql://user:{secret}/x@127.0.0.1/db")

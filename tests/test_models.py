@@ -1,5 +1,5 @@
-"""The rules for the values of an incident and of a list."""
-# ruff: noqa: RUF001  (letters that look like others are what is tested)
+"""Validation rules for incidents and lists."""
+# ruff: noqa: RUF001  (the tests use look-alike letters)
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ unprintable = st.text(st.sampled_from("\x00\ud800\udbff\udc00\udfff"), min_size=
 
 
 class Disguised:
-    """An object that reads as the value of a member."""
+    """An object whose string is the value of a member."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -73,7 +73,7 @@ class Disguised:
         return self.text
 
 
-# Values that are, or stand for, no member of either enum.
+# Values that are no member of either enum, nor the string of one.
 strangers = strange_values.filter(
     lambda value: value not in [*IncidentStatus, *IncidentSource]
 ) | st.sampled_from(
@@ -105,7 +105,7 @@ def faults(make: Callable[[], object]) -> dict[str, str]:
 
 
 def message_fault(message: Any) -> str:
-    """Return the reason for the only fault, which is the message."""
+    """Return the reason for the message's fault, which must be the only one."""
     found = faults(lambda: NewIncident(message, IncidentSource.OPERATOR))
     assert list(found) == ["incident_message"]
     return found["incident_message"]
@@ -130,7 +130,7 @@ def test_message_is_stored_stripped_and_otherwise_unaltered(
 @example("full" + " " * 1000)
 @example("\u200bfull")
 def test_only_length_decides_over_ordinary_text(text: str) -> None:
-    """A storable text is accepted exactly if 5 to 1000 code points remain."""
+    """A storable text is accepted exactly when 5 to 1000 code points remain after stripping."""
     length = len(text.strip())
     if 5 <= length <= 1000:
         assert NewIncident(text, "partner").incident_message == text.strip()
@@ -141,7 +141,7 @@ def test_only_length_decides_over_ordinary_text(text: str) -> None:
 @pytest.mark.parametrize("character", ["x", "ß", "Ａ", "\U0001f525", "\u0301"])
 @pytest.mark.parametrize(("length", "accepted"), [(4, False), (5, True), (1000, True)])
 def test_shortest_and_longest_message(character: str, length: int, *, accepted: bool) -> None:
-    """Length is counted in code points of the stripped text, from 5 to 1000 of them."""
+    """A message has 5 to 1000 code points, counted after stripping."""
     text = f" \t{character * length}\n"
     if accepted:
         assert NewIncident(text, "operator").incident_message == character * length
@@ -168,7 +168,7 @@ def test_forbidden_words_are_refused_however_they_are_written(
 @example("test", "ing of the pump")
 @example("ｎｕｌｌ", "-and-void")
 def test_forbidden_words_may_stand_in_a_longer_message(word: str, rest: str) -> None:
-    """Only the whole message is compared, and full-width letters are stored as they were sent."""
+    """A longer message may contain a forbidden word, and is stored as sent."""
     assert NewIncident(word + rest, "operator").incident_message == word + rest
     assert NewIncident(rest + word, "operator").incident_message == rest + word
 
@@ -178,7 +178,7 @@ def test_forbidden_words_may_stand_in_a_longer_message(word: str, rest: str) -> 
 @example("Disk is full", "\ud83d\ude00", "")
 @example(" " * 10, "\x00", "")
 def test_what_no_database_stores_is_refused(before: str, poison: str, after: str) -> None:
-    """A NUL or a lone surrogate anywhere in the message is named in the error."""
+    """The error names a NUL or a lone surrogate anywhere in the message."""
     assert message_fault(before + poison + after) == (NUL if "\x00" in poison else SURROGATE)
 
 
@@ -198,7 +198,7 @@ def test_message_of_another_type_is_refused(value: object) -> None:
 def test_members_and_their_values_are_both_accepted(
     status: IncidentStatus, source: IncidentSource
 ) -> None:
-    """A member and the string of it give the same incident, which holds the member."""
+    """A member and its string give the same incident, which holds the member."""
     by_member = NewIncident("Disk is full", source, status)
     by_value = NewIncident("Disk is full", str(source.value), str(status.value))
     assert by_member == by_value
@@ -207,7 +207,7 @@ def test_members_and_their_values_are_both_accepted(
 
 
 def test_values_of_the_enums_are_the_origins() -> None:
-    """The strings on the wire and in the table are those of the origin, in its order."""
+    """The enum values are the origin's, in its order."""
     assert [status.value for status in IncidentStatus] == ["new", "completed", "failed"]
     assert [source.value for source in IncidentSource] == ["operator", "monitoring", "partner"]
 
@@ -253,7 +253,7 @@ def test_source_is_no_status_nor_the_other_way_round(
 def test_every_faulty_field_is_told_in_the_order_of_the_fields(
     *, message: bool, source: bool, status: bool
 ) -> None:
-    """One error names all the faulty fields, and no other, whether by call or by mapping."""
+    """One error names exactly the faulty fields, for a call and for a mapping."""
     values: dict[str, Any] = {
         "incident_type": "done" if status else "failed",
         "source": "nobody" if source else "partner",
@@ -279,7 +279,7 @@ def test_every_faulty_field_is_told_in_the_order_of_the_fields(
 
 
 def test_mapping_makes_the_same_incident_as_a_call() -> None:
-    """Named values are checked and normalised like arguments, and the mapping is not changed."""
+    """A mapping is checked and normalized like arguments, and is not changed."""
     values = {"incident_message": "  Disk is full ", "source": "partner"}
     incident = NewIncident.from_mapping(values)
     assert incident == NewIncident("Disk is full", IncidentSource.PARTNER, IncidentStatus.NEW)
@@ -348,7 +348,7 @@ def test_given_but_empty_field_is_faulty_rather_than_missing() -> None:
     ],
 )
 def test_models_cannot_be_changed(model: object, name: str) -> None:
-    """No attribute can be set, removed or added, so that a checked value stays checked."""
+    """No attribute can be set, removed or added, so a checked value stays valid."""
     before = getattr(model, name)
     with pytest.raises(FrozenInstanceError):
         setattr(model, name, "other")
@@ -363,7 +363,7 @@ def test_models_cannot_be_changed(model: object, name: str) -> None:
 def test_equal_values_make_equal_and_hashable_models(
     one: str, other: str, source: IncidentSource
 ) -> None:
-    """Two new incidents are equal, and of one hash, exactly if their values are equal."""
+    """New incidents are equal, with equal hashes, exactly when their values are equal."""
     assert NewIncident(one, source) == NewIncident(f" {one} ", source.value)
     assert hash(NewIncident(one, source)) == hash(NewIncident(f" {one} ", source.value))
     assert (NewIncident(one, source) == NewIncident(other, source)) is (one == other)
@@ -385,7 +385,7 @@ def test_changed_copy_is_checked_again() -> None:
 
 @given(aware_datetimes)
 def test_created_at_is_the_whole_second_in_utc(given_time: datetime) -> None:
-    """A time of any zone becomes UTC, in whole seconds."""
+    """A time in any zone is converted to UTC and truncated to whole seconds."""
     incident = Incident(1, "Disk", IncidentStatus.NEW, IncidentSource.PARTNER, given_time)
     assert incident.created_at.tzinfo is UTC
     assert incident.created_at.microsecond == 0
@@ -416,7 +416,7 @@ def test_created_at_without_a_zone_is_refused() -> None:
 def test_page_times_limit_fits_the_database(
     page: int, limit: int, status: IncidentStatus | None, source: IncidentSource | None
 ) -> None:
-    """A page and a limit are accepted exactly if they and their product are in bounds."""
+    """A page and a limit are accepted exactly when they and their product are in bounds."""
     if page * limit > MAX:
         assert faults(lambda: ListQuery(page, limit, status, source)) == {
             "page": f"times limit must be at most {MAX}"
@@ -431,7 +431,7 @@ def test_page_times_limit_fits_the_database(
 
 
 def test_list_starts_at_the_newest_ten_of_all() -> None:
-    """The defaults are the first ten incidents without a filter."""
+    """The default list is the first page of ten, without a filter."""
     query = ListQuery()
     assert (query.page, query.limit, query.status, query.source) == (1, 10, None, None)
     assert query.offset == 0
@@ -439,7 +439,7 @@ def test_list_starts_at_the_newest_ten_of_all() -> None:
 
 @given(not_integers)
 def test_page_limit_and_id_are_integers_and_nothing_like_them(value: Any) -> None:
-    """A bool, a float and a string of digits are not integers here."""
+    """Bools, floats and strings of digits are refused as integers."""
     assert faults(lambda: ListQuery(value, value)) == {
         "page": ID,
         "limit": "must be an integer from 1 to 1000",
@@ -488,7 +488,7 @@ def test_integers_of_another_type_become_plain_ones() -> None:
 
 @given(strangers.filter(lambda value: value is not None))
 def test_every_faulty_argument_of_a_list_is_told(value: Any) -> None:
-    """One error has all faults of a list, in the order of its arguments."""
+    """One error reports all faults of a list query, in the order of its arguments."""
     assert list(faults(lambda: ListQuery(0, 0, value, value)).items()) == [
         ("page", ID),
         ("limit", "must be an integer from 1 to 1000"),
@@ -510,7 +510,7 @@ def test_every_faulty_argument_of_a_list_is_told(value: Any) -> None:
     ],
 )
 def test_cache_key_is_the_origins(query: ListQuery, key: str) -> None:
-    """A page's key has the plain numbers and values in it, and `any` for an absent filter."""
+    """A cache key holds the plain numbers and values, and `any` for an absent filter."""
     assert query.cache_key == key
 
 
@@ -527,7 +527,7 @@ def test_different_lists_have_different_cache_keys(queries: list[ListQuery]) -> 
 @example(1)
 @example(MAX)
 def test_id_in_its_bounds_is_returned(value: int) -> None:
-    """Every positive number of 64 bits is a valid id."""
+    """Every positive 64-bit integer is a valid id."""
     assert rules.check("incident_id", rules.incident_id, value) == value
 
 
@@ -542,7 +542,7 @@ def test_status_change_accepts_member_and_value(value: int, status: IncidentStat
 
 @given(strangers)
 def test_status_change_tells_both_faults(value: Any) -> None:
-    """A wrong id and a wrong status come in one error, the id first."""
+    """A wrong id and a wrong status are reported in one error, the id first."""
     assert list(faults(lambda: StatusChange(0, value)).items()) == [
         ("incident_id", ID),
         ("status", STATUS),
@@ -550,14 +550,14 @@ def test_status_change_tells_both_faults(value: Any) -> None:
 
 
 def test_a_message_of_any_length_is_refused_at_once() -> None:
-    """A message of megabytes is refused by its length, before it is normalised."""
+    """A message of several megabytes is refused by its length, before it is normalized."""
     with pytest.raises(InvalidIncident, match="characters"):
         NewIncident("a" + "\u0315\u0300" * 2_000_000, source="operator")
 
 
 @pytest.mark.parametrize("actor", ["", "x" * 256, "a\x00b", None, 7])
 def test_an_actor_that_cannot_be_stored_is_refused(actor: Any) -> None:
-    """A name has 1 to 255 characters, and is refused before anything is done."""
+    """An invalid actor is refused before the block runs."""
     with pytest.raises(InvalidIncident) as caught, acting_as(actor):
         raise AssertionError
     assert [error.field for error in caught.value.errors] == ["actor"]

@@ -19,7 +19,7 @@ KEY = QUERY.cache_key
 
 
 class Source:
-    """A store with one incident, whose status alternates with each change."""
+    """A store with one incident, whose message counts the changes."""
 
     def __init__(self) -> None:
         self.changes = 0
@@ -34,7 +34,7 @@ class Source:
         return [Incident(1, message, status, source, datetime(2026, 1, 1, tzinfo=UTC))]
 
     async def token(self) -> str | None:
-        """Return a new token."""
+        """Return the current token."""
         self.asked.append("token")
         if self.fails:
             raise StoreUnavailable("it is away")
@@ -69,7 +69,7 @@ def pages(source: Source, shared: FaultyCache) -> PageCache:
 async def test_a_page_of_the_process_costs_one_token(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """A current page is read once; then a list costs one reading of the token."""
+    """Once a page is cached, each list costs one read of the token."""
     assert await pages.list(QUERY) == source.page()
     await pages.finish()
     source.asked.clear()
@@ -83,7 +83,7 @@ async def test_a_page_of_the_process_costs_one_token(
 async def test_a_page_of_another_process_costs_one_token(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """A page stored by another process is served for one reading of the token, and kept."""
+    """A page stored by another process is served for one read of the token, and kept locally."""
     other = PageCache(source, shared)
     await other.list(QUERY)
     await other.finish()
@@ -95,7 +95,7 @@ async def test_a_page_of_another_process_costs_one_token(
 
 
 async def test_a_page_that_nobody_has_costs_one_read(source: Source) -> None:
-    """Without a cached page, a list costs one reading of the page and no token."""
+    """Without a cached page, a list costs one read of the page and no read of the token."""
     pages = PageCache(source)
     await pages.list(QUERY)
     assert source.asked == ["list"]
@@ -112,7 +112,7 @@ async def test_a_change_by_anybody_shows_in_the_next_list(pages: PageCache, sour
 async def test_a_late_page_is_never_served(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
-    """A page from before a change that is stored after it, in either cache, is a miss."""
+    """A page read before a change but stored after it is a miss."""
     await pages.list(QUERY)
     await pages.finish()
     late = await shared.get(KEY)
@@ -148,7 +148,7 @@ async def test_a_null_token_matches_nothing(
 
 
 async def test_concurrent_lists_share_a_token_and_a_page(pages: PageCache, source: Source) -> None:
-    """Concurrent lists share a reading of the page or of the token; each gets its own copy."""
+    """Concurrent lists share one read of the page or the token; each gets its own copy."""
     first, *others = await asyncio.gather(*(pages.list(QUERY) for _ in range(50)))
     assert source.asked.count("list") == 1
     first.clear()
@@ -161,12 +161,12 @@ async def test_concurrent_lists_share_a_token_and_a_page(pages: PageCache, sourc
 
 async def test_a_list_does_not_join_one_under_way() -> None:
     """A list that starts after a change shows it, even while an older one is being read."""
-    goes_on = asyncio.Event()
+    proceed = asyncio.Event()
 
     class SlowSource(Source):
         async def list(self, query: ListQuery) -> Page:
             page = await super().list(query)
-            await goes_on.wait()
+            await proceed.wait()
             return page
 
     source = SlowSource()
@@ -179,13 +179,13 @@ async def test_a_list_does_not_join_one_under_way() -> None:
     source.changes += 1
     late = asyncio.ensure_future(pages.list(QUERY))
     await asyncio.sleep(0)
-    goes_on.set()
+    proceed.set()
     assert await early == before
     assert await late == source.page()
 
 
 async def test_max_staleness_is_the_age_of_a_token(source: Source) -> None:
-    """A token is trusted for `max_staleness` seconds from the start of its reading."""
+    """A token is trusted for `max_staleness` seconds from the start of its read."""
     clock = Clock()
     pages = PageCache(source, max_staleness=10, clock=clock)
     before = await pages.list(QUERY)
@@ -205,13 +205,13 @@ async def test_max_staleness_is_the_age_of_a_token(source: Source) -> None:
 
 
 async def test_max_staleness_does_not_hide_ones_own_changes(source: Source) -> None:
-    """After a change by this process no older token is trusted, even one still being read."""
-    goes_on = asyncio.Event()
+    """After a change by this process no older token is trusted, not even one still being read."""
+    proceed = asyncio.Event()
 
     class SlowSource(Source):
         async def token(self) -> str | None:
             token = await source.token()
-            await goes_on.wait()
+            await proceed.wait()
             return token
 
         async def list(self, query: ListQuery) -> Page:
@@ -227,7 +227,7 @@ async def test_max_staleness_does_not_hide_ones_own_changes(source: Source) -> N
     assert source.asked == ["list", "token"]
     source.changes += 1
     pages.forget()
-    goes_on.set()
+    proceed.set()
     await reading
     assert await pages.list(QUERY) == source.page()
 
@@ -248,7 +248,7 @@ async def test_a_page_from_before_a_write_is_not_kept(
 ) -> None:
     """A page from before a change by this process is not written to the shared cache."""
     await pages.list(QUERY)
-    await pages.list(OTHER)  # Waits for the pause after the first.
+    await pages.list(OTHER)  # Deferred by the pause after the first write.
     pages.forget()
     await pages.finish()
     assert shared.calls.count("set") == 1
@@ -269,7 +269,7 @@ async def test_concurrent_writes_share_a_clear(pages: PageCache, shared: FaultyC
 async def test_a_faulty_shared_cache_changes_no_answer(
     pages: PageCache, source: Source, shared: FaultyCache, fault: str
 ) -> None:
-    """While the shared cache fails or hangs, lists stay correct and the process's pages serve."""
+    """While the shared cache fails or hangs, lists stay correct and local pages are served."""
     setattr(shared, fault, True)
     for _ in range(3):
         assert await pages.list(QUERY) == source.page()
@@ -283,7 +283,7 @@ async def test_a_faulty_shared_cache_changes_no_answer(
 
 
 async def test_a_database_that_is_away_is_told(pages: PageCache, source: Source) -> None:
-    """No page is served without a token from the database: the call fails."""
+    """While the database is away, a list fails even if its page is cached."""
     await pages.list(QUERY)
     source.fails = True
     with pytest.raises(StoreUnavailable):
@@ -293,15 +293,15 @@ async def test_a_database_that_is_away_is_told(pages: PageCache, source: Source)
 
 
 async def test_a_cancelled_list_leaves_the_others(pages: PageCache, source: Source) -> None:
-    """A cancelled caller does not affect the others that share its reading."""
+    """A canceled caller does not affect the others that share its read."""
     calls = [asyncio.ensure_future(pages.list(QUERY)) for _ in range(3)]
     await asyncio.sleep(0)
     calls[0].cancel()
     assert await asyncio.gather(*calls[1:]) == [source.page()] * 2
 
 
-async def test_without_a_shared_cache_there_is_none_to_tell_of(source: Source) -> None:
-    """Without a shared cache there is nothing to ping, and no availability."""
+async def test_without_a_shared_cache_there_is_no_availability(source: Source) -> None:
+    """Without a shared cache, pings succeed and `available` is None."""
     pages = PageCache(source)
     await pages.ping()
     await pages.probe()

@@ -1,4 +1,4 @@
-"""What the PostgreSQL store does when its server is slow, hung, killed or full."""
+"""The PostgreSQL store on a server that is slow, hung, killed or out of connections."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def server() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 async def store(server: PostgresServer) -> AsyncIterator[IncidentStore]:
-    """An impatient store on that server."""
+    """A store with short timeouts on that server."""
     store = store_on(server.url, QUICK)
     await store.open()
     yield store
@@ -59,7 +59,7 @@ async def store(server: PostgresServer) -> AsyncIterator[IncidentStore]:
 async def test_a_killed_server_is_unavailable_and_comes_back(
     server: PostgresServer, store: IncidentStore
 ) -> None:
-    """While the server is dead calls fail typed and at once; after its restart they work again."""
+    """Calls on a dead server raise StoreUnavailable, and succeed again after its restart."""
     kept = await store.create(DISK_FULL)
     server.kill()
     for call in (
@@ -89,7 +89,7 @@ async def test_a_read_survives_a_restart_between_calls(
 async def test_a_connection_that_the_server_ends_is_replaced(
     server: PostgresServer, store: IncidentStore
 ) -> None:
-    """A backend that an administrator terminates is replaced without anybody noticing."""
+    """A backend that an administrator terminates is replaced without an error in the caller."""
     kept = await store.create(DISK_FULL)
     admin = await asyncpg.connect(server.url)
     await admin.execute(
@@ -103,7 +103,7 @@ async def test_a_connection_that_the_server_ends_is_replaced(
 async def test_a_connection_that_is_out_of_step_is_replaced(
     store: IncidentStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection whose driver lost track of it is closed, and a read goes on with another."""
+    """A connection the driver has lost track of is closed, and the read is retried on another."""
     kept = await store.create(DISK_FULL)
     used: list[asyncpg.Connection[asyncpg.Record]] = []
     fetch = asyncpg.Connection.fetch
@@ -126,7 +126,7 @@ async def test_a_connection_that_is_out_of_step_is_replaced(
 async def test_a_hung_server_is_unavailable_within_the_timeouts(
     server: PostgresServer, store: IncidentStore
 ) -> None:
-    """A server that accepts and never answers ends each call within its timeouts."""
+    """Calls on a server that accepts and never answers fail within the timeouts."""
     await store.create(DISK_FULL)
     server.pause()
     async with asyncio.timeout(20):
@@ -140,7 +140,7 @@ async def test_a_hung_server_is_unavailable_within_the_timeouts(
 async def test_a_cancelled_call_does_not_wait_for_a_hung_server(
     server: PostgresServer, call: str
 ) -> None:
-    """A caller that gives up on a hung server gets its own timeout, without waiting for more."""
+    """A caller's own timeout ends a call on a hung server at once."""
     store: Any = store_on(server.url, StoreOptions(pool_timeout=3600, statement_timeout=3600))
     await store.open()
     record = asdict(RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id"))
@@ -156,7 +156,7 @@ async def test_a_cancelled_call_does_not_wait_for_a_hung_server(
 
 
 async def test_a_slow_statement_is_ended(server: PostgresServer, store: IncidentStore) -> None:
-    """A statement that waits too long fails typed, and its connection is usable after."""
+    """A statement that exceeds its timeout raises StoreUnavailable; the store stays usable."""
     kept = await store.create(DISK_FULL)
     host = await asyncpg.connect(server.url)
     async with host.transaction():
@@ -168,7 +168,7 @@ async def test_a_slow_statement_is_ended(server: PostgresServer, store: Incident
 
 
 async def test_waiting_for_a_connection_ends(server: PostgresServer, store: IncidentStore) -> None:
-    """With every connection busy, a further call fails typed instead of waiting for ever."""
+    """With every connection blocked, each call raises StoreUnavailable instead of hanging."""
     host = await asyncpg.connect(server.url)
     async with host.transaction():
         await host.execute('LOCK TABLE "Incident"')
@@ -178,7 +178,7 @@ async def test_waiting_for_a_connection_ends(server: PostgresServer, store: Inci
 
 
 async def test_an_unknown_parameter_is_told(server: PostgresServer) -> None:
-    """A parameter of the URL that the server does not know is the fault, not the schema."""
+    """An unknown parameter in the URL is reported as such, not as an outdated schema."""
     store = store_on(f"{server.url}?nonsense=1", QUICK)
     with pytest.raises(StoreError, match="parameter of the URL") as caught:
         await store.open()
@@ -192,7 +192,7 @@ async def test_no_more_connections_than_the_pool_may_have(
     await store.create(DISK_FULL)
     await asyncio.gather(*(store.get(1) for _ in range(50)))
     admin = await asyncpg.connect(server.url)
-    # Those of a test before may still be ending.
+    # Connections of an earlier test may still be closing.
     async with asyncio.timeout(60):
         while True:
             open_connections = await admin.fetchval(
@@ -214,7 +214,7 @@ async def test_no_more_connections_than_the_pool_may_have(
 async def test_a_wrong_account_or_database_is_told(
     server: PostgresServer, account: str, reason: str
 ) -> None:
-    """A server that refuses the login says which half is wrong, and nothing more."""
+    """A refused login says whether the account or the database is wrong, and hides the host."""
     host = server.url.partition("@")[2].partition("/")[0]
     store = store_on("postgresql://" + account.format(host=host), QUICK)
     with pytest.raises(StoreUnavailable, match=reason) as caught:
@@ -222,8 +222,8 @@ async def test_a_wrong_account_or_database_is_told(
     assert host not in str(caught.value)
 
 
-async def test_each_call_is_so_many_statements(migrated_postgres_url: str) -> None:
-    """Most methods send one statement, with no BEGIN, COMMIT or reset around it; some need more."""
+async def test_number_of_statements_of_each_call(migrated_postgres_url: str) -> None:
+    """Each method sends the listed statements: most send one, without BEGIN, COMMIT or reset."""
     one, two = ListQuery(limit=5), [DISK_FULL] * 2
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         sent: list[str] = []
@@ -241,7 +241,7 @@ async def test_each_call_is_so_many_statements(migrated_postgres_url: str) -> No
             (lambda: incidents.create("Disk is full", source="partner", dedup_key="a"), ["WITH"]),
             (lambda: incidents.get(1), ["SELECT"]),
             (lambda: incidents.list(status="new"), ["SELECT"]),
-            # The page is at hand, and only the token is read.
+            # The page is cached; only the token is read.
             (lambda: incidents.list(status="new"), ["SELECT"]),
             (lambda: incidents.list_json(one), ["SELECT"]),
             (lambda: incidents.search(source="partner"), ["SELECT"]),
@@ -249,7 +249,7 @@ async def test_each_call_is_so_many_statements(migrated_postgres_url: str) -> No
             (lambda: incidents.update_status(1, "failed"), ["WITH"]),
             (lambda: incidents.note(1, "It came back"), ["WITH"]),
             (lambda: incidents.history(1), ["SELECT"]),
-            # Whether the order of the feed still holds, and the changes.
+            # A check that the order of the feed still holds, then the changes.
             (incidents.read_changes, ["SELECT"] * 2),
             (lambda: incidents.create_many(two), ["BEGIN", "WITH", "COMMIT"]),
             (
@@ -261,6 +261,6 @@ async def test_each_call_is_so_many_statements(migrated_postgres_url: str) -> No
         for call, _ in calls:
             sent.clear()
             await call()
-            await asyncio.sleep(0)  # asyncpg tells it in the next turn of the loop.
+            await asyncio.sleep(0)  # asyncpg calls the logger in the next turn of the loop.
             counted.append([verb.rstrip(";") for verb in sent])
     assert counted == [expected for _, expected in calls]

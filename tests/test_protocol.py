@@ -1,4 +1,4 @@
-"""The service sends an answer in one piece, and loses nothing of it."""
+"""The service sends a response in one write and loses none of it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Wire:
 
 
 def joining(wire: Any) -> JoiningTransport:
-    """Return a joining transport on it."""
+    """Return a joining transport over the wire."""
     return JoiningTransport(wire)
 
 
 async def test_the_writes_of_one_turn_are_one() -> None:
-    """Writes in one turn of the event loop become one; the next turn has its own."""
+    """Writes within one turn of the event loop are sent as one."""
     wire = Wire()
     transport = joining(wire)
     transport.write(b"head ")
@@ -52,7 +52,7 @@ async def test_the_writes_of_one_turn_are_one() -> None:
 
 
 async def test_what_was_written_comes_before_the_end() -> None:
-    """Closing first writes the waiting data, and nothing is written twice."""
+    """Closing writes the waiting data first, and only once."""
     wire = Wire()
     transport = joining(wire)
     transport.write(b"all of it")
@@ -62,8 +62,8 @@ async def test_what_was_written_comes_before_the_end() -> None:
     assert transport.is_closing()
 
 
-async def test_nothing_is_written_to_who_has_gone() -> None:
-    """Waiting data is dropped when the connection ends: uvloop would raise for it."""
+async def test_nothing_is_written_to_a_closed_connection() -> None:
+    """Waiting data is dropped when the connection is closed: uvloop would raise."""
     wire = Wire()
     transport = joining(wire)
     transport.write(b"too late")
@@ -83,5 +83,5 @@ async def test_no_more_waits_than_the_buffer_holds() -> None:
 
 
 async def test_all_else_is_the_transports_own() -> None:
-    """Other attributes are those of the transport."""
+    """Other attributes come from the wrapped transport."""
     assert joining(Wire()).get_extra_info("peername") == "the peername"

@@ -1,4 +1,4 @@
-"""What `import incidentkit` gives, and what it does without."""
+"""What `import incidentkit` exports, and what it does not load."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRIVERS_AND_SERVERS = [
     "uvicorn",
 ]
 
-# Puts itself before every other finder, as if the named packages were not installed.
+# A finder that runs before all others and hides the named packages.
 WITHOUT = """
 import sys
 
@@ -59,7 +59,7 @@ def run_python(code: str, *, without: tuple[str, ...] = ()) -> str:
 
 @pytest.mark.parametrize("package", [incidentkit, incidentkit.store])
 def test_a_lazy_face_has_the_names_that_type_checkers_see(package: ModuleType) -> None:
-    """`__all__` lists, in order, the names that the face declares to type checkers and loads."""
+    """`__all__` lists, in order, the names that the package declares to type checkers and loads."""
     tree = ast.parse(Path(package.__file__ or "").read_text())
     (choice,) = (node for node in tree.body if isinstance(node, ast.If))
     declared = {
@@ -77,7 +77,7 @@ def test_a_lazy_face_has_the_names_that_type_checkers_see(package: ModuleType) -
 
 
 def test_every_error_is_public() -> None:
-    """Whoever wants to catch an error finds it beside the client."""
+    """Every error class can be imported from `incidentkit`."""
 
     def walk(error: type[Exception]) -> set[str]:
         below = [child for child in error.__subclasses__() if child.__module__ == error.__module__]
@@ -88,7 +88,7 @@ def test_every_error_is_public() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(incidentkit.__all__) - {"__version__"}))
 def test_everything_public_is_documented(name: str) -> None:
-    """Each public name has a docstring, and so has each of its public methods."""
+    """Each public name and each of its public methods has a docstring."""
     thing = getattr(incidentkit, name)
     undocumented = [
         f"{name}.{attribute}"
@@ -124,7 +124,7 @@ def test_import_is_light() -> None:
 
 
 def test_core_does_without_every_optional_package() -> None:
-    """With no extra installed, incidents are recorded, listed and cached on SQLite."""
+    """With no extra installed, incidents are created, listed and cached on SQLite."""
     code = """
 import asyncio
 from incidentkit import IncidentClient
@@ -154,7 +154,7 @@ asyncio.run(main())
 def test_missing_package_is_named_with_its_extra(
     package: str, extra: str, use: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Using a part whose package is not installed tells what to install."""
+    """Using a part whose package is missing raises an error that says what to install."""
     monkeypatch.setenv("REDIS_HOST", "cache")
     code = f"""
 import incidentkit
@@ -180,7 +180,7 @@ except incidentkit.MissingDependency as error:
 def test_fault_inside_an_installed_package_is_not_taken_for_a_missing_one(
     package: str, use: str
 ) -> None:
-    """An import that fails for another reason says so, rather than ask for an extra."""
+    """An import that fails inside an installed package raises its own error."""
     code = f"""
 import incidentkit
 class Broken:

@@ -1,4 +1,4 @@
-"""How incidents are purged: in which steps, and beside whom."""
+"""How incidents are purged: in batches, and beside other transactions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.hosts import run_sql
 
 
 async def ended(incidents: IncidentClient, url: str, *days: int) -> list[int]:
-    """Create incidents that ended so many days ago, and return their ids."""
+    """Create incidents that ended the given numbers of days ago; return their ids."""
     ids = []
     for ago in days:
         incident = await incidents.create("Disk is full", source="monitoring")
@@ -36,7 +36,7 @@ async def ended(incidents: IncidentClient, url: str, *days: int) -> list[int]:
 async def test_many_batches_tell_of_their_progress(
     incidents: IncidentClient, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that is to go goes, batch by batch, and each batch is told with the total."""
+    """A purge removes incidents in batches and reports its progress after each."""
     monkeypatch.setattr("incidentkit.client.PURGE_BATCH", 3)
     await ended(incidents, url, *[100] * 7)
     told: list[tuple[int, int]] = []
@@ -51,7 +51,7 @@ async def test_many_batches_tell_of_their_progress(
 
 
 async def test_a_row_that_somebody_holds_is_left_out(migrated_postgres_url: str) -> None:
-    """On PostgreSQL purging does not wait for a transaction that is changing an incident."""
+    """On PostgreSQL a purge skips an incident that another transaction has locked."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         held, other = await ended(incidents, migrated_postgres_url, 100, 100)
         connection = await asyncpg.connect(migrated_postgres_url)
@@ -69,7 +69,7 @@ async def test_a_row_that_somebody_holds_is_left_out(migrated_postgres_url: str)
 async def test_an_incident_of_many_events_goes_in_several_steps(
     incidents: IncidentClient, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long a history is, no step removes more than so many events, and all are removed."""
+    """A long history is removed in several steps, each of a limited number of events."""
     for module in ("sqlite.dialect", "postgresql.dialect"):
         monkeypatch.setattr(f"incidentkit.store.{module}.PURGED_EVENTS", 4)
     ids = await ended(incidents, url, 100, 100)
@@ -86,7 +86,7 @@ async def test_an_incident_of_many_events_goes_in_several_steps(
 
 
 async def test_a_note_that_comes_meanwhile_goes_too(migrated_postgres_url: str) -> None:
-    """On PostgreSQL nothing that is said while an incident is purged stays behind."""
+    """On PostgreSQL, notes added during a purge are removed with their incident."""
     async with (
         IncidentClient.open(migrated_postgres_url) as incidents,
         IncidentClient.open(migrated_postgres_url) as other,

@@ -1,4 +1,4 @@
-"""Retries after a commit whose answer was lost, and after a cancellation."""
+"""Retries after a commit whose response was lost, and after a cancellation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from incidentkit import (
 async def test_a_commit_whose_answer_was_lost_is_repeated_without_a_duplicate(
     migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the connection dies after the commit, the retry gets the answer of the first attempt."""
+    """If the connection dies after the commit, a retry returns the first attempt's incident."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         store: Any = incidents.store
         executor = store._connections
@@ -38,7 +38,7 @@ async def test_a_commit_whose_answer_was_lost_is_repeated_without_a_duplicate(
 
 
 async def test_a_cancelled_create_can_be_repeated(incidents: IncidentClient) -> None:
-    """Whenever the caller is cancelled, the same key makes one incident."""
+    """Wherever a create is canceled, a retry with the same key leaves one incident."""
     for step in range(12):
         key = f"step {step}"
         task = asyncio.ensure_future(

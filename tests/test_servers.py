@@ -1,4 +1,4 @@
-"""The test servers start, stop, crash and freeze as the fault tests need it."""
+"""The test servers start, stop, crash and freeze as the fault tests need."""
 
 from __future__ import annotations
 

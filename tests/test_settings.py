@@ -44,7 +44,7 @@ VARIABLES = [
 
 SQLITE = "sqlite+aiosqlite:///incidentkit.db"
 
-# What a value may hold: no NUL in an environment, and blanks around a name mean nothing.
+# An environment variable holds no NUL, and blanks around a name are ignored.
 values = st.text(characters, min_size=1, max_size=30).filter(str.strip)
 names = values.map(str.strip)
 
@@ -60,7 +60,7 @@ def redis_url(**variables: str) -> str | None:
 
 
 def fault(variables: Mapping[str, str]) -> InvalidSettings:
-    """Return the error that the variables give."""
+    """Return the error that the variables raise."""
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_mapping(variables)
     return caught.value
@@ -70,7 +70,7 @@ def fault(variables: Mapping[str, str]) -> InvalidSettings:
 
 
 def test_without_configuration_there_is_an_sqlite_file_and_no_redis() -> None:
-    """The defaults are a file in the working folder, no Redis, and moderate pools."""
+    """The defaults are a file in the working folder, no Redis and a pool of 5 + 10 connections."""
     settings = Settings.from_env()
     assert settings == Settings.from_mapping({}) == Settings()
     assert settings.database_url == SQLITE
@@ -83,7 +83,7 @@ def test_without_configuration_there_is_an_sqlite_file_and_no_redis() -> None:
 @pytest.mark.parametrize("empty", ["", " ", "\t\n"])
 @pytest.mark.parametrize("name", VARIABLES)
 def test_empty_variable_counts_as_not_set(name: str, empty: str) -> None:
-    """An empty variable, as Compose files leave them, counts as not set."""
+    """An empty variable, as left by Compose files, counts as not set."""
     assert Settings.from_mapping({name: empty}) == Settings()
 
 
@@ -146,7 +146,7 @@ def test_any_of_the_origins_variables_means_postgresql(variables: dict[str, str]
 async def test_driver_reaches_the_host(
     host: str, reached: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host name, an address and a socket's folder reach asyncpg as they were given."""
+    """A host name, an address and a socket's folder reach asyncpg unchanged."""
     tried: list[object] = []
 
     async def connect(*, addr: object, **_: object) -> None:
@@ -259,7 +259,7 @@ def test_own_redis_variable_wins_over_the_origins() -> None:
     ],
 )
 def test_redis_url_of_which_a_part_means_nothing_is_refused(url: str) -> None:
-    """A URL that redis-py would partly ignore, or reject on first use, is refused at once."""
+    """A URL that redis-py would ignore in part, or reject on first use, is refused on opening."""
     with pytest.raises(InvalidSettings) as caught:
         IncidentClient.open(SQLITE, url)
     assert caught.value.name == "redis_url"
@@ -365,7 +365,7 @@ def test_fault_names_the_variable_and_its_rule(name: str, value: str, reason: st
     assert str(error) == f"{name} {reason}"
 
 
-# Whatever stands in a variable by mistake may be the password that was meant for another.
+# A value in the wrong variable may be a password.
 SECRET = "hunter2-Zürich"
 
 
@@ -415,14 +415,14 @@ def test_url_of_another_kind_is_refused_without_showing_it(
     ],
 )
 def test_settings_can_be_logged(variables: dict[str, str]) -> None:
-    """The text of the settings shows no URL, and therefore no password."""
+    """The repr of the settings shows no URL, and so no password."""
     settings = Settings.from_mapping(variables)
     assert "hunter2" not in f"{settings!r}{settings}"
     assert "://" not in repr(settings)
 
 
 def test_settings_can_be_pickled() -> None:
-    """Settings keep every value on their way to the workers of the service."""
+    """Pickled settings, as sent to the workers of the service, keep every value."""
     settings = Settings.from_mapping(
         {
             "INCIDENTKIT_DATABASE_URL": "postgresql://ann:pw@db/incidents",
@@ -463,7 +463,7 @@ def test_file_is_read_from_the_working_folder() -> None:
 
 
 def test_process_wins_over_the_file_variable_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable of the process overrides the one in the file; the others stay."""
+    """A variable of the process overrides the one in the file; other variables stay."""
     Path(".env").write_text("POSTGRES_HOST=file\nPOSTGRES_DB=file\nDB_POOL_SIZE=7\n", "utf-8")
     monkeypatch.setenv("POSTGRES_HOST", "process")
     assert Settings.from_env() == Settings(
@@ -505,7 +505,7 @@ def test_own_variable_in_the_file_wins_over_the_origins_in_the_process(
 def test_file_may_be_elsewhere(
     as_path: type[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another file is read instead of the one in the working folder."""
+    """A given file is read instead of the one in the working folder."""
     monkeypatch.chdir(tmp_path)
     Path(".env").write_text("POSTGRES_HOST=here\n", "utf-8")
     other = tmp_path / "conf" / "service.env"
@@ -544,7 +544,7 @@ def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 
 def test_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error for an unreadable file names it with the reason of the system."""
+    """The error for an unreadable file gives its name and the system's reason."""
 
     def refuse(_: object) -> None:
         raise PermissionError(13, "Permission denied", "secret/.env")
@@ -593,7 +593,7 @@ async def test_client_uses_what_the_environment_names(
     ],
 )
 def test_a_variable_that_is_overruled_is_not_judged(variables: dict[str, str]) -> None:
-    """A variable that another one overrules is not checked: Kubernetes sets some of them."""
+    """A variable that another one overrides is not checked: Kubernetes sets some of them."""
     settings = Settings.from_mapping(variables)
     assert settings.database_url == variables.get("INCIDENTKIT_DATABASE_URL", DEFAULT_DATABASE_URL)
     assert settings.redis_url == variables.get("INCIDENTKIT_REDIS_URL")

@@ -1,4 +1,4 @@
-"""Calls on PostgreSQL that wait at the same time share statements, and are none the wiser."""
+"""Concurrent calls on PostgreSQL share statements without affecting each other's results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MANY = 40
 async def incidents(
     request: pytest.FixtureRequest, migrated_postgres_url: str
 ) -> AsyncIterator[IncidentClient]:
-    """A client with a pool of its own, on a pool of the host's, and on an engine of the host's."""
+    """A client with its own pool, on a host's pool, and on a host's engine."""
     url = migrated_postgres_url
     if request.param == "pool":
         async with IncidentClient.open(url) as client:
@@ -61,7 +61,7 @@ async def incidents(
 
 @pytest.fixture
 async def client(migrated_postgres_url: str) -> AsyncIterator[IncidentClient]:
-    """A client with a pool of its own."""
+    """A client with its own pool."""
     async with IncidentClient.open(migrated_postgres_url) as client:
         yield client
 
@@ -70,7 +70,7 @@ async def client(migrated_postgres_url: str) -> AsyncIterator[IncidentClient]:
 async def counted(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[IncidentClient, list[str]]]:
-    """A client, and every statement that it sends from now on."""
+    """Yield a client and the list of statements it sends from now on."""
     sent: list[str] = []
     async with IncidentClient.open(url, options=StoreOptions()) as client:
         fetch = asyncpg.Connection.fetch
@@ -84,7 +84,7 @@ async def counted(
 
 
 async def create(client: IncidentClient, number: int) -> list[Incident]:
-    """Create incidents at once, each by an actor of its own."""
+    """Create incidents concurrently, each as a different actor."""
 
     async def one(n: int) -> Incident:
         with acting_as(f"actor {n}"):
@@ -94,10 +94,10 @@ async def create(client: IncidentClient, number: int) -> list[Incident]:
     return await asyncio.gather(*map(one, range(number)))
 
 
-async def test_what_waits_together_travels_together(
+async def test_waiting_calls_share_statements(
     migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many creates, reads, changes and lists at once are a few statements of each kind."""
+    """Many concurrent creates, reads, changes or lists are sent as a few statements."""
     async with counted(migrated_postgres_url, monkeypatch) as (client, sent):
         created = await create(client, MANY)
         assert len(sent) <= 3
@@ -117,8 +117,8 @@ async def test_what_waits_together_travels_together(
         assert len(sent) == 1
 
 
-async def test_everybody_gets_what_is_theirs(incidents: IncidentClient) -> None:
-    """Each create has its own incident, in its history its own actor, and an id of its own."""
+async def test_each_caller_gets_its_own_incident(incidents: IncidentClient) -> None:
+    """Each concurrent create returns its own incident, with its own id and actor."""
     created = await create(incidents, MANY)
     assert len({incident.incident_id for incident in created}) == MANY
     for n, incident in enumerate(created):
@@ -133,7 +133,7 @@ async def test_everybody_gets_what_is_theirs(incidents: IncidentClient) -> None:
 
 
 async def test_a_change_that_is_refused_leaves_its_neighbours(incidents: IncidentClient) -> None:
-    """Of changes that travel together each is done or refused for reasons of its own."""
+    """Each of several changes in one batch succeeds or fails on its own."""
     created = await create(incidents, 6)
     ids = [incident.incident_id for incident in created]
     await incidents.update_status(ids[3], "completed")
@@ -164,7 +164,7 @@ async def test_a_change_that_is_refused_leaves_its_neighbours(incidents: Inciden
 async def test_transitions_hold_for_changes_that_travel_together(
     migrated_postgres_url: str,
 ) -> None:
-    """A change that the client's transitions do not allow is refused among others that are."""
+    """A batch refuses only the changes that the client's transitions do not allow."""
     graph = {"new": ["completed", "failed"], "completed": ["failed"]}
     async with IncidentClient.open(migrated_postgres_url, transitions=graph) as client:
         created = await create(client, 3)
@@ -184,7 +184,7 @@ async def test_transitions_hold_for_changes_that_travel_together(
 async def test_an_incident_that_is_refused_leaves_its_neighbours(
     incidents: IncidentClient, migrated_postgres_url: str
 ) -> None:
-    """What the database refuses for one incident does not keep the others from being stored."""
+    """If the database refuses one incident, the rest of its batch is stored."""
     await run_sql(
         migrated_postgres_url,
         "ALTER TABLE \"Incident\" ADD CHECK (incident_message <> 'Disk 7 is full')",
@@ -204,7 +204,7 @@ async def test_an_incident_that_is_refused_leaves_its_neighbours(
 async def test_an_incident_that_is_locked_keeps_nobody_else_waiting(
     incidents: IncidentClient, migrated_postgres_url: str
 ) -> None:
-    """While a transaction has an incident, changes of it wait, and those of others do not."""
+    """While a transaction locks an incident, only changes of that incident wait."""
     locked, *others = [incident.incident_id for incident in await create(incidents, 10)]
     connection = await asyncpg.connect(migrated_postgres_url)
     transaction = connection.transaction()
@@ -224,7 +224,7 @@ async def test_an_incident_that_is_locked_keeps_nobody_else_waiting(
 async def test_a_cancelled_call_leaves_the_others_and_is_carried_through(
     incidents: IncidentClient,
 ) -> None:
-    """Of calls that travel together any may be cancelled: the others, and its own change, come."""
+    """A canceled call does not affect its batch, and its own change is still made."""
     created = await create(incidents, 10)
     reads = [asyncio.ensure_future(incidents.get(one.incident_id)) for one in created]
     changes = [
@@ -242,7 +242,7 @@ async def test_a_cancelled_call_leaves_the_others_and_is_carried_through(
 
 
 def queries() -> Iterator[ListQuery]:
-    """Pages of every filter, also empty ones."""
+    """Yield queries for every filter, some of them for empty pages."""
     statuses, sources = [None, *IncidentStatus], [None, *IncidentSource]
     for status, source, page in product(statuses, sources, (1, 2, 9)):
         yield ListQuery(page, 3, status, source)
@@ -251,7 +251,7 @@ def queries() -> Iterator[ListQuery]:
 async def test_pages_that_are_read_together_are_what_they_are_alone(
     incidents: IncidentClient,
 ) -> None:
-    """Pages of one moment, whatever their filters, are those that each has by itself."""
+    """Pages read together equal the pages read alone, for every filter."""
     created = await create(incidents, 25)
     await asyncio.gather(
         *(incidents.update_status(one.incident_id, "failed") for one in created[::2])
@@ -272,7 +272,7 @@ async def test_pages_that_are_read_together_are_what_they_are_alone(
 
 
 async def fill(url: str) -> None:
-    """Put many incidents of every kind into the table, and let the planner know."""
+    """Fill the table with incidents of every kind, and update the planner's statistics."""
     connection = await asyncpg.connect(url)
     await connection.execute(
         'INSERT INTO "Incident" (incident_message, incident_type, source) '
@@ -286,13 +286,13 @@ async def fill(url: str) -> None:
             await connection.execute('VACUUM ANALYZE "Incident"')
             if await connection.fetchval(visible):
                 break
-            # A transaction of another test kept it from seeing that all the rows are there for all.
+            # A transaction of another test kept VACUUM from marking all pages as visible.
             await asyncio.sleep(0.01)
     await connection.close()
 
 
 async def plan(url: str, statement: Any, values: dict[str, Any]) -> str:
-    """Return the plan that does for any values: the one that is kept for a statement."""
+    """Return the generic plan, which serves any values."""
     compiled = compile_statement(statement)
     connection = await asyncpg.connect(url)
     await connection.execute("SET plan_cache_mode = force_generic_plan")
@@ -306,7 +306,7 @@ async def plan(url: str, statement: Any, values: dict[str, Any]) -> str:
 async def test_pages_that_are_read_together_come_from_an_index(
     migrated_postgres_url: str,
 ) -> None:
-    """Each of several pages is read in the order of the index of its filter."""
+    """Each of several pages is read in order from the index for its filter."""
     await fill(migrated_postgres_url)
     values = {"statuses": ["new"], "sources": ["partner"], "limits": ["10"], "offsets": ["5"]}
     found = await plan(migrated_postgres_url, writes.SELECT_PAGES, values)
@@ -319,12 +319,12 @@ async def test_pages_that_are_read_together_come_from_an_index(
 async def test_a_deep_page_passes_over_the_index_alone(
     migrated_postgres_url: str, filters: tuple[bool, bool]
 ) -> None:
-    """What comes before a page far down is not read from the table."""
+    """A deep page skips the rows before it in the index, without reading the table."""
     await fill(migrated_postgres_url)
     values = {"status": "new", "source": "partner", "limit": 10, "offset": 4000}
     found = await plan(migrated_postgres_url, SELECT_PAGE[*filters, "deep"], values)
     assert "Index Only Scan Backward" in found
-    # Each incident of the page is looked up, rather than all of them merged with the page.
+    # Looks up each incident of the page instead of merging all incidents with the page.
     assert "Index Cond: (incident_id = page.incident_id)" in found
     assert "Seq Scan" not in found.replace("Seq Scan on incident_token", "")
     async with IncidentClient.open(migrated_postgres_url) as client:
@@ -335,10 +335,10 @@ async def test_a_deep_page_passes_over_the_index_alone(
         assert everything[-1].incident_id > rest[0].incident_id
 
 
-async def test_a_row_that_a_trigger_keeps_out_is_nobody_elses(
+async def test_a_row_that_a_trigger_drops_fails_only_its_caller(
     incidents: IncidentClient, migrated_postgres_url: str
 ) -> None:
-    """If the host's trigger drops one incident, its caller is told, and the others get theirs."""
+    """If a host's trigger drops one incident, only its caller gets an error."""
     await run_sql(
         migrated_postgres_url,
         "CREATE FUNCTION keep_out() RETURNS trigger LANGUAGE plpgsql AS "
@@ -371,7 +371,7 @@ async def test_a_row_that_a_trigger_keeps_out_is_nobody_elses(
 async def test_a_failing_listener_of_the_host_does_not_make_a_write_happen_twice(
     migrated_postgres_url: str,
 ) -> None:
-    """What a listener breaks after the statement of several calls is tried again from nothing."""
+    """After a host's listener fails a batch, each create fails and no incident is stored twice."""
     engine = create_async_engine(migrated_postgres_url.replace("postgresql", "postgresql+asyncpg"))
 
     @event.listens_for(engine.sync_engine, "after_cursor_execute")
@@ -393,7 +393,7 @@ async def test_a_failing_listener_of_the_host_does_not_make_a_write_happen_twice
 async def test_a_connection_lost_when_given_back_does_not_hide_what_was_done(
     migrated_postgres_url: str,
 ) -> None:
-    """The write is acknowledged, although the host's pool then fails to reset the connection."""
+    """A write succeeds even if the host's pool then fails to reset the connection."""
     admin = await asyncpg.connect(migrated_postgres_url)
 
     async def reset(connection: Any) -> None:

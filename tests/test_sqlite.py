@@ -1,4 +1,4 @@
-"""Calls on an SQLite file: writes that wait share a transaction, and are none the wiser."""
+"""Calls on an SQLite file: waiting writes share a transaction without affecting each other."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def incidents(sqlite_url: str) -> AsyncIterator[IncidentClient]:
 
 @pytest.fixture
 def path(sqlite_url: str) -> str:
-    """The file."""
+    """The path of the file."""
     return sqlite_url.removeprefix("sqlite+aiosqlite:///")
 
 
@@ -49,7 +49,7 @@ def path(sqlite_url: str) -> str:
 async def traced(
     sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> AsyncIterator[tuple[IncidentClient, pytest.LogCaptureFixture]]:
-    """A client that logs its statements, and the log."""
+    """A client that logs its statements, with the log."""
     async with IncidentClient.open(sqlite_url, options=StoreOptions(echo=True)) as client:
         caplog.set_level("INFO", logger="incidentkit.store")
         caplog.clear()
@@ -57,7 +57,7 @@ async def traced(
 
 
 async def create(client: IncidentClient, number: int) -> list[Incident]:
-    """Create incidents at once."""
+    """Create incidents concurrently."""
     return await asyncio.gather(
         *(client.create(f"Disk {n} is full", source="partner") for n in range(number))
     )
@@ -66,7 +66,7 @@ async def create(client: IncidentClient, number: int) -> list[Incident]:
 async def test_writes_that_wait_share_a_transaction(
     traced: tuple[IncidentClient, pytest.LogCaptureFixture],
 ) -> None:
-    """Many writes at once are a few transactions, in the order in which they were asked for."""
+    """Many concurrent writes share a few transactions, in the order of the calls."""
     client, log = traced
     created = await create(client, 60)
     assert log.messages.count("COMMIT") <= 3
@@ -79,7 +79,7 @@ async def test_writes_that_wait_share_a_transaction(
 async def test_a_write_alone_is_one_transaction_and_committed(
     traced: tuple[IncidentClient, pytest.LogCaptureFixture], path: str
 ) -> None:
-    """A write that returns is in the file, for any other program to see."""
+    """A lone write is one transaction, committed before the call returns."""
     client, log = traced
     for number in range(1, 4):
         log.clear()
@@ -93,7 +93,7 @@ async def test_a_write_alone_is_one_transaction_and_committed(
 async def test_a_write_that_fails_leaves_its_neighbours(
     incidents: IncidentClient, path: str
 ) -> None:
-    """Of writes that share a transaction each is done or refused for reasons of its own."""
+    """Each of several writes in one transaction succeeds or fails on its own."""
     await create(incidents, 4)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(
@@ -119,7 +119,7 @@ async def test_a_write_that_fails_leaves_its_neighbours(
 
 
 async def test_half_a_write_is_taken_back(incidents: IncidentClient, path: str) -> None:
-    """A write whose event is refused leaves no incident, beside writes that are whole."""
+    """A write whose event is refused leaves no incident; writes in the same batch succeed."""
     await create(incidents, 1)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(
@@ -139,7 +139,7 @@ async def test_half_a_write_is_taken_back(incidents: IncidentClient, path: str) 
 
 
 async def test_a_cancelled_write_leaves_the_others(incidents: IncidentClient) -> None:
-    """Any of the callers that share a transaction may go: all that they asked for is there."""
+    """Canceling callers that share a transaction loses none of their writes."""
     calls = [
         asyncio.ensure_future(incidents.create(f"Disk {n} is full", source="partner"))
         for n in range(10)
@@ -155,7 +155,7 @@ async def test_a_cancelled_write_leaves_the_others(incidents: IncidentClient) ->
 
 
 async def test_reads_go_on_while_another_program_writes(sqlite_url: str, path: str) -> None:
-    """While another program keeps the file locked, writes wait and fail, and reads go on."""
+    """While another program locks the file, writes wait and time out, and reads succeed."""
     options = StoreOptions(pool_timeout=30, statement_timeout=0.2)
     async with IncidentClient.open(sqlite_url, options=options) as client:
         (incident,) = await create(client, 1)
@@ -172,7 +172,7 @@ async def test_reads_go_on_while_another_program_writes(sqlite_url: str, path: s
 
 
 async def test_a_write_that_was_given_up_is_not_done_later(sqlite_url: str, path: str) -> None:
-    """Who has been told that a write failed may repeat it: it does not come back by itself."""
+    """A write that timed out is not carried out later."""
     options = StoreOptions(pool_timeout=0.3, statement_timeout=0.3)
     async with IncidentClient.open(sqlite_url, options=options) as client:
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -189,7 +189,7 @@ async def test_a_write_that_was_given_up_is_not_done_later(sqlite_url: str, path
 
 
 async def test_a_close_that_is_cancelled_can_be_repeated(sqlite_url: str, path: str) -> None:
-    """A host that gives up waiting for the end may ask for it again, and nothing stays open."""
+    """A close can be repeated after a timeout, and leaves no thread running."""
     store = store_on(sqlite_url)
     await store.open()
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -206,7 +206,7 @@ async def test_a_close_that_is_cancelled_can_be_repeated(sqlite_url: str, path: 
 
 
 async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
-    """However long it takes, its caller hears that it is stored; who gave up has nothing there."""
+    """A write that has begun runs to completion; one that times out in the queue stores nothing."""
     async with IncidentClient.open(sqlite_url) as client:
         assert isinstance(client.store, Store)
         executor = client.store._connections
@@ -227,7 +227,7 @@ async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
             *(create(client, 1) for _ in range(3)), return_exceptions=True
         )
         executor._patience = patience
-        # Longer than it would have waited for its beginning.
+        # Longer than it would have waited to begin.
         done, _ = await asyncio.wait((first,), timeout=2.5)
         assert not done
         gate.set()
@@ -238,7 +238,7 @@ async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
 async def test_a_write_that_takes_back_all_leaves_its_neighbours(
     sqlite_url: str, path: str
 ) -> None:
-    """One that makes SQLite end the transaction, as a full disk does, fails alone."""
+    """A write that makes SQLite roll back the transaction, as a full disk does, fails alone."""
     async with IncidentClient.open(sqlite_url) as client:
         with closing(sqlite3.connect(path)) as other, other:
             other.execute(
@@ -257,7 +257,7 @@ async def test_a_write_that_takes_back_all_leaves_its_neighbours(
 
 
 async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
-    """A read by id that is asked for with a search is answered while the search still runs."""
+    """A read by id finishes while a slow search is still running."""
     async with IncidentClient.open(sqlite_url) as client:
         (incident,) = await create(client, 1)
         assert isinstance(client.store, Store)
@@ -280,7 +280,7 @@ async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
 
 
 async def test_memory_is_one_connection() -> None:
-    """In memory reads and writes take turns, and a read never sees half a write."""
+    """In memory, reads and writes share a connection, and a read never sees half a write."""
     async with IncidentClient.open("sqlite+aiosqlite:///:memory:") as client:
         writes = [asyncio.ensure_future(create(client, 20))]
         while not all(write.done() for write in writes):
@@ -291,7 +291,7 @@ async def test_memory_is_one_connection() -> None:
 
 
 async def test_a_table_of_the_host_fails_no_write(sqlite_url: str, path: str) -> None:
-    """A table that the host creates under an open client fails none of the client's writes."""
+    """A client's writes succeed after its host creates a table in the open file."""
     async with IncidentClient.open(sqlite_url):
         pass
     async with IncidentClient.open(sqlite_url) as client:

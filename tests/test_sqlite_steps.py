@@ -1,4 +1,4 @@
-"""SQLite's own count of its steps: no call takes more in a larger table, or further down."""
+"""SQLite's own step counts: no call takes more steps in a larger table or on a deeper page."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ FILL = """
     INSERT INTO incident_idempotency_key (idempotency_key, fingerprint, answer)
     SELECT 'key-' || incident_id, '', '' FROM "Incident";
 """
-"""Incidents of one second, an event and an idempotency key for each."""
+"""Incidents created within one second, each with an event and an idempotency key."""
 
 
 class Steps:
-    """How many tens of steps SQLite has taken in the stores' connections."""
+    """Counts the steps, in tens, that SQLite takes on the stores' connections."""
 
     def __init__(self) -> None:
         self.taken = 0
 
     def count(self) -> int:
-        """Count ten more, and let SQLite go on."""
+        """Count ten more steps, and let SQLite continue."""
         self.taken += 1
         return 0
 
     def connect(self, connection: object, _: object) -> None:
-        """Count in this connection."""
-        # That of a probe, or of a migration, is another one.
+        """Count the steps of this connection."""
+        # Probes and migrations use connections of another type.
         if isinstance(connection, sqlite3.Connection):
             connection.set_progress_handler(self.count, 10)
 
     async def of(self, call: Awaitable[object]) -> int:
-        """Return how many a call takes."""
+        """Return the number of tens of steps that a call takes."""
         before = self.taken
         await call
         return self.taken - before
@@ -57,7 +57,7 @@ class Steps:
 
 @pytest.fixture
 def steps() -> Iterator[Steps]:
-    """The count."""
+    """The step counter."""
     steps = Steps()
     event.listen(Pool, "connect", steps.connect)
     yield steps
@@ -65,7 +65,7 @@ def steps() -> Iterator[Steps]:
 
 
 async def filled(path: Path, size: int) -> IncidentClient:
-    """Return a client on a file with so many incidents, which is to be closed."""
+    """Return a client on a file with this many incidents; the caller closes it."""
     client = IncidentClient.open(f"sqlite+aiosqlite:///{path}")
     await client.connect()
     with closing(sqlite3.connect(path)) as file, file:
@@ -103,7 +103,7 @@ CALLS: dict[str, Callable[[IncidentClient, int], Awaitable[object]]] = {
 
 
 async def test_no_call_costs_more_in_a_larger_table(tmp_path: Path, steps: Steps) -> None:
-    """In a table that is a hundred times as large each call takes about the same steps."""
+    """Each call takes about the same number of steps in a table a hundred times as large."""
     taken: dict[int, dict[str, int]] = {}
     for size in (LARGE // 100, LARGE):
         client = await filled(tmp_path / f"{size}.db", size)
@@ -128,7 +128,7 @@ async def test_no_call_costs_more_in_a_larger_table(tmp_path: Path, steps: Steps
 async def test_a_page_costs_the_same_at_any_depth_of_one_second(
     tmp_path: Path, steps: Steps, order: str, filters: dict[str, Any]
 ) -> None:
-    """A cursor passes over nothing, also where an import has put all incidents into one second."""
+    """A page after a cursor costs the same at any depth, even among incidents of one second."""
     async with await filled(tmp_path / "incidents.db", LARGE) as client:
         first = await steps.of(client.search(limit=20, order=order, **filters))
         after: str | None = None
@@ -140,7 +140,7 @@ async def test_a_page_costs_the_same_at_any_depth_of_one_second(
 
 @pytest.mark.parametrize("order", ["newest", "oldest"])
 async def test_a_time_passes_over_nothing(tmp_path: Path, steps: Steps, order: str) -> None:
-    """What is older than a second is found without passing over all incidents of that second."""
+    """A search before a time does not scan the incidents of that time's second."""
     async with await filled(tmp_path / "incidents.db", LARGE) as client:
         incident = await client.get(1)
         older = client.search(created_before=incident.created_at, order=order)
@@ -148,7 +148,7 @@ async def test_a_time_passes_over_nothing(tmp_path: Path, steps: Steps, order: s
 
 
 async def test_the_feed_costs_the_same_at_any_place(tmp_path: Path, steps: Steps) -> None:
-    """What comes after a change is found without passing over what came before it."""
+    """Reading changes after a cursor does not scan the changes before it."""
     async with await filled(tmp_path / "incidents.db", LARGE) as client:
         first = await steps.of(client.read_changes(limit=20))
         (event,) = await client.history(LARGE - 20)

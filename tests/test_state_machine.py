@@ -1,5 +1,5 @@
-"""The client against a plain model, on both databases and both caches, by any course of calls."""
-# ruff: noqa: D102  (a rule is told by its name, a method of a protocol by the protocol)
+"""The client behaves like a plain model under any sequence of calls, on both databases."""
+# ruff: noqa: D102  (the name of a rule says what it does; a protocol documents its methods)
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ settings.register_profile(
     max_examples=20,
     stateful_step_count=20,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    # To explain a failure is to run it many times over.
+    # Explaining a failure runs it many times over.
     phases=set(Phase) - {Phase.explain},
 )
 settings.register_profile(
@@ -81,13 +81,13 @@ _T = TypeVar("_T")
 
 
 class Database(ABC):
-    """A database of the test's, which also writes to it without incidentkit."""
+    """A database to which the test also writes without incidentkit."""
 
     url: str
 
     @abstractmethod
     async def empty(self) -> None:
-        """Remove every row, and begin again with id 1."""
+        """Remove every row, and restart the ids at 1."""
 
     @abstractmethod
     async def execute(self, statement: str) -> None:
@@ -136,7 +136,7 @@ class PostgresDatabase(Database):
 
 
 class World:
-    """A database, a Redis or none, and how often the clients asked each."""
+    """A database, an optional Redis, and counts of lists and of pages read from the database."""
 
     clients = 2
 
@@ -148,13 +148,13 @@ class World:
         self.pages_read = 0
 
     def close(self) -> None:
-        """Give back the connection."""
+        """Close the connection to Redis."""
         if self.redis:
             self.redis.close()
 
 
 class IncidentMachine(RuleBasedStateMachine):
-    """Every rule is something that an application, its users or its neighbours may do next."""
+    """Each rule is a step that an application, its users or other programs may take next."""
 
     known = Bundle("known")
     which = st.integers(0, 1)
@@ -162,7 +162,7 @@ class IncidentMachine(RuleBasedStateMachine):
     several = st.lists(st.builds(NewIncident, messages, sources), min_size=2, max_size=3)
 
     world: World
-    """Set by the test, in a subclass of its own."""
+    """Set by the test, in its own subclass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class IncidentMachine(RuleBasedStateMachine):
         status: IncidentStatus | None = None,
         source: IncidentSource | None = None,
     ) -> list[Incident]:
-        """Return what a list has to be."""
+        """Return the expected page of a list."""
         matching = [
             incident
             for incident in self.model.values()
@@ -196,7 +196,7 @@ class IncidentMachine(RuleBasedStateMachine):
         return matching[(page - 1) * limit : page * limit]
 
     def remember(self, incident: Incident) -> int:
-        """Take a created incident into the model, and return its id."""
+        """Add a created incident to the model, and return its id."""
         assert incident.incident_id > self.last_id
         assert abs(datetime.now(UTC) - incident.created_at) < timedelta(hours=1)
         check_types(incident)
@@ -215,22 +215,22 @@ class IncidentMachine(RuleBasedStateMachine):
         actor: str | None = None,
         note: str | None = None,
     ) -> None:
-        """Take what happened into the model."""
+        """Add an event to the model."""
         events = self.happened.setdefault(incident.incident_id, [])
         events.append((kind, from_status, to_status, actor, note))
 
     def connect(self, which: int) -> None:
-        """Put a new client in this place."""
+        """Open a new client at this index."""
         client = IncidentClient.open(self.world.database.url, self.world.redis_url)
         self.clients[which:which] = [client]
         self.run(client.connect())
 
     def disconnect(self, which: int) -> None:
-        """Close the client in this place and throw it away."""
+        """Close and remove the client at this index."""
         self.run(self.clients.pop(which).close())
 
     def flush(self, *keys: str) -> None:
-        """Remove keys from Redis, by default all, as an operator would."""
+        """Remove these keys from Redis, or all, as an operator would."""
         if self.world.redis is None:
             return
         if keys:
@@ -254,7 +254,7 @@ class IncidentMachine(RuleBasedStateMachine):
             self.disconnect(0)
         self.runner.close()
 
-    # What users do
+    # Users
 
     @rule(
         target=known,
@@ -555,7 +555,7 @@ class IncidentMachine(RuleBasedStateMachine):
         fields = ["incident_id"] if status == "new" else ["incident_id", "status"]
         assert [error.field for error in caught.value.errors] == fields
 
-    # What others do
+    # Other programs
 
     @precondition(lambda self: self.world.redis)
     @rule()
@@ -591,7 +591,7 @@ class IncidentMachine(RuleBasedStateMachine):
         del self.model[incident_id]
         self.write_elsewhere(f'DELETE FROM "Incident" WHERE incident_id = {incident_id}')
 
-    # What the application does
+    # The application
 
     @rule(which=which)
     def close_and_open_again(self, which: int) -> None:
@@ -614,10 +614,10 @@ class IncidentMachine(RuleBasedStateMachine):
         self.move_in_time(incident_id, seconds)
         self.run(client.connect())
 
-    # What always holds
+    # Invariants
 
     @invariant()
-    def everybody_sees_the_newest(self) -> None:
+    def every_client_sees_the_newest(self) -> None:
         for client in self.clients:
             found = self.run(client.list())
             assert found == self.newest()
@@ -626,7 +626,7 @@ class IncidentMachine(RuleBasedStateMachine):
 
 
 def check_types(incident: Incident) -> None:
-    """Check that values are of their annotated types, which equality does not tell."""
+    """Check that values have their annotated types, which equality does not show."""
     assert type(incident) is Incident
     assert type(incident.incident_id) is int
     assert type(incident.incident_message) is str
@@ -638,7 +638,7 @@ def check_types(incident: Incident) -> None:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> Database:
-    """Each database that incidents are kept in."""
+    """Each kind of database."""
     if request.param == "sqlite":
         return SqliteFile(request.getfixturevalue("sqlite_url"))
     return PostgresDatabase(request.getfixturevalue("migrated_postgres_url"))
@@ -648,7 +648,7 @@ def database(request: pytest.FixtureRequest) -> Database:
 def world(
     request: pytest.FixtureRequest, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[World]:
-    """Each database, with pages in the process alone and with a Redis that has all its time."""
+    """Each database, without Redis and with one."""
     redis = request.param == "redis"
     with closing(World(database, request.getfixturevalue("redis_url") if redis else None)) as world:
         monkeypatch.setattr(Store, "list", counted(Store.list, world, "pages_read"))
@@ -657,7 +657,7 @@ def world(
 
 
 def counted(call: Callable[..., Any], world: World, name: str) -> Callable[..., Any]:
-    """Return a call that counts itself in the world."""
+    """Return a function that counts its calls in the world."""
 
     def count(*arguments: Any) -> Any:
         setattr(world, name, getattr(world, name) + 1)
@@ -667,7 +667,7 @@ def counted(call: Callable[..., Any], world: World, name: str) -> Callable[..., 
 
 
 def test_client_behaves_as_a_plain_list_of_incidents(world: World) -> None:
-    """Whatever is done, and whoever does it, every answer is that of a list kept in order."""
+    """After any sequence of steps, every result equals that of a plain sorted list."""
 
     class Machine(IncidentMachine):
         pass

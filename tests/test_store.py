@@ -1,4 +1,4 @@
-"""How a store opens, fails, is cancelled and reads its indexes, on both databases."""
+"""How a store opens, fails, handles cancellation and uses its indexes, on both databases."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DISK_FULL = NewIncident("Disk is full", source="monitoring")
 
 @pytest.fixture
 async def store(url: str) -> AsyncIterator[IncidentStore]:
-    """An open store with nothing in it."""
+    """An open, empty store."""
     store = store_from_url(url)
     await store.open()
     yield store
@@ -54,10 +54,11 @@ async def store(url: str) -> AsyncIterator[IncidentStore]:
 
 @pytest.mark.parametrize("by_status", [False, True])
 @pytest.mark.parametrize("by_source", [False, True])
+@pytest.mark.usefixtures("store")
 async def test_every_list_is_read_from_an_index(
-    store: IncidentStore, url: str, *, by_status: bool, by_source: bool
+    url: str, *, by_status: bool, by_source: bool
 ) -> None:
-    """A page is read in the order of an index, with nothing sorted, whatever the filter."""
+    """For each filter, a page is read in order from an index, without a sort."""
     compiled = compile_statement(SELECT_PAGE[by_status, by_source, "near"])
     values = {"status": "new", "source": "partner", "limit": 10, "offset": 5}
     arguments = [values[name] for name in compiled.parameters]
@@ -73,7 +74,7 @@ async def test_every_list_is_read_from_an_index(
         rows = await connection.fetch(f"EXPLAIN {compiled.text}", *arguments)
         await connection.close()
         plan = "\n".join(row[0] for row in rows)
-        # What is sorted in the end is the page alone, already in order.
+        # The final sort covers only the page, which is already in order.
         assert "Index Scan Backward" in plan
         assert plan.index("Limit") < plan.index("Index Scan Backward")
         assert "Sort" not in plan[plan.index("Limit") :]
@@ -84,12 +85,12 @@ async def test_every_list_is_read_from_an_index(
         steps = await run_sql(url, f"EXPLAIN QUERY PLAN {literal}")
         plan = "\n".join(step[3] for step in steps)
         assert "USING INDEX ix_Incident" in plan
-        # What is sorted in the end is the page alone, already in order.
+        # The final sort covers only the page, which is already in order.
         assert "TEMP B-TREE" not in plan[: plan.index("LEFT-JOIN")]
 
 
 async def test_a_cancelled_call_leaves_the_store_whole(store: IncidentStore) -> None:
-    """However a call is cancelled, the next ones work and what was stored is still there."""
+    """Calls canceled at any point leave a working store and lose no stored incident."""
     await store.create(DISK_FULL)
     for turns in range(12):
         calls = [
@@ -106,7 +107,7 @@ async def test_a_cancelled_call_leaves_the_store_whole(store: IncidentStore) -> 
 
 
 async def test_a_file_that_is_being_written_can_be_opened(sqlite_url: str, tmp_path: Path) -> None:
-    """Opening an SQLite file waits for whoever writes to it, also before it is in WAL mode."""
+    """An SQLite file can be opened while another program writes to it, even before WAL mode."""
     await upgrade(sqlite_url)
     other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
     assert other.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",)
@@ -122,7 +123,7 @@ async def test_a_file_that_is_being_written_can_be_opened(sqlite_url: str, tmp_p
 
 
 async def test_request_records_are_appended(store: Any, url: str) -> None:
-    """A batch of request records is written to the table `request_log`, in order."""
+    """A batch of request records is written to the `request_log` table, in order."""
     at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     records = [
         RequestRecord(at, "GET", "/incident/get", 200, 1.25, f"request-{number}")
@@ -138,7 +139,7 @@ async def test_request_records_are_appended(store: Any, url: str) -> None:
 
 
 async def test_a_batch_of_request_records_is_all_or_nothing(store: Any, url: str) -> None:
-    """A batch with a record that cannot be stored leaves none of it, and the store works on."""
+    """A batch with an invalid record stores none of its records, and the store stays usable."""
     at = datetime(2026, 1, 2, tzinfo=UTC)
     broken: Any = None
     rows = [
@@ -153,7 +154,7 @@ async def test_a_batch_of_request_records_is_all_or_nothing(store: Any, url: str
 
 
 async def test_check_tells_a_schema_that_changed(store: IncidentStore, url: str) -> None:
-    """`check` passes on the right schema and names the command once it is another."""
+    """`check` passes on the current schema and names the upgrade command on any other."""
     await store.check()
     await downgrade(url)
     with pytest.raises(SchemaOutOfDate, match="incidentkit db upgrade"):
@@ -161,7 +162,7 @@ async def test_check_tells_a_schema_that_changed(store: IncidentStore, url: str)
 
 
 async def test_a_missing_table_is_a_schema_out_of_date(store: IncidentStore, url: str) -> None:
-    """A table that is gone is told as a schema that is out of date."""
+    """A missing table is reported as an out-of-date schema."""
     await run_sql(url, 'DROP TABLE "Incident"')
     with pytest.raises(SchemaOutOfDate):
         await store.list(ListQuery())
@@ -180,7 +181,7 @@ async def test_a_closed_store_says_so(url: str) -> None:
 
 
 async def test_a_store_can_be_opened_again(url: str) -> None:
-    """What was stored is there when the store is opened again."""
+    """A store that is opened again has its incidents."""
     store = store_from_url(url)
     for number in (1, 2):
         await store.open()
@@ -191,7 +192,7 @@ async def test_a_store_can_be_opened_again(url: str) -> None:
 async def test_echo_logs_statements_without_their_values(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With `echo` each statement is logged, and no message ever is."""
+    """`echo` logs the statements without the values of their parameters."""
     caplog.set_level("INFO", logger="incidentkit.store")
     store = store_from_url(url, StoreOptions(echo=True))
     await store.open()
@@ -203,7 +204,7 @@ async def test_echo_logs_statements_without_their_values(
 
 @pytest.mark.parametrize("url", ["mysql://localhost/x", "nonsense", "", "postgresql"])
 def test_other_urls_are_refused(url: str) -> None:
-    """A URL of neither database is a typed error that does not repeat it."""
+    """A URL of another database raises InvalidSettings with the supported schemes."""
     with pytest.raises(InvalidSettings, match="must start with postgresql://"):
         store_from_url(url)
 
@@ -219,7 +220,7 @@ def test_other_urls_are_refused(url: str) -> None:
     ],
 )
 def test_the_url_chooses_the_store(url: str, kind: type[object]) -> None:
-    """Each form of URL that people use for a database leads to its store."""
+    """Each common form of URL selects its store."""
     store: Any = store_from_url(url)
     assert isinstance(store._connections, kind)
 
@@ -237,7 +238,7 @@ def test_the_url_chooses_the_store(url: str, kind: type[object]) -> None:
     ],
 )
 async def test_a_broken_url_is_a_typed_error(url: str) -> None:
-    """A URL that cannot be read is an error of the settings, to a store and to a migration."""
+    """A malformed URL raises InvalidSettings, from a store and from a migration."""
     with pytest.raises(InvalidSettings, match="database_url"):
         await store_from_url(url).open()
     with pytest.raises(InvalidSettings, match="database_url"):
@@ -245,14 +246,14 @@ async def test_a_broken_url_is_a_typed_error(url: str) -> None:
 
 
 async def test_a_file_that_cannot_be_opened_is_a_typed_error() -> None:
-    """An SQLite file in a folder that does not exist is StoreUnavailable, without its path."""
+    """An SQLite file in a missing folder raises StoreUnavailable, without its path."""
     with pytest.raises(StoreUnavailable) as caught:
         await store_from_url("sqlite+aiosqlite:////nowhere/at/all.db").open()
     assert "nowhere" not in str(caught.value)
 
 
 async def test_a_password_is_in_no_traceback() -> None:
-    """A URL that cannot be read raises an error whose whole chain is silent about the password."""
+    """The traceback for a malformed URL does not show its password."""
     secret = "s3{}et".format("cr")
     with pytest.raises(InvalidSettings) as caught:
         await store_from_url(f"postgresql://user:{secret}/x@127.0.0.1/db").open()
@@ -272,14 +273,14 @@ async def test_a_password_is_in_no_traceback() -> None:
     ],
 )
 def test_options_that_cannot_be_used_are_refused_by_name(option: str, value: Any) -> None:
-    """Each size and timeout has its range, and one outside of it is named."""
+    """The error for a size or timeout out of range names the option."""
     with pytest.raises(InvalidSettings) as caught:
         StoreOptions(**{option: value})
     assert caught.value.name == option
 
 
 async def test_the_smallest_pool_is_enough(url: str) -> None:
-    """With a single connection every call works, many at a time."""
+    """Concurrent calls work with a single connection."""
     options = StoreOptions(pool_size=1, max_overflow=0)
     store = store_from_url(url, options)
     await store.open()
@@ -291,7 +292,7 @@ async def test_the_smallest_pool_is_enough(url: str) -> None:
 
 
 async def test_a_row_that_breaks_the_schema_is_a_typed_error(url: str) -> None:
-    """A row that no incident can be, in a schema changed under an open store, is a StoreError."""
+    """A row that is not a valid incident raises StoreError."""
     store = store_from_url(url)
     await store.open()
     await store.create(DISK_FULL)
@@ -314,7 +315,7 @@ async def test_a_row_that_breaks_the_schema_is_a_typed_error(url: str) -> None:
 
 
 async def test_waiting_for_another_writer_ends(sqlite_url: str, tmp_path: Path) -> None:
-    """While another process keeps an SQLite file locked, a write fails typed after its timeout."""
+    """While another process locks an SQLite file, writes time out with StoreUnavailable."""
     store = store_from_url(sqlite_url, StoreOptions(pool_timeout=30, statement_timeout=0.1))
     await store.open()
     other = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
@@ -333,19 +334,19 @@ async def test_waiting_for_another_writer_ends(sqlite_url: str, tmp_path: Path) 
 async def test_a_caller_is_not_kept_longer_than_its_timeouts(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A statement on SQLite that goes on and on is left by its caller, and not by close."""
+    """A call on SQLite times out while its statement runs on, and close waits for the statement."""
     store: Any = store_on(sqlite_url)
     await store.open()
     store._connections._patience = 0.1
-    goes_on = threading.Event()
+    proceed = threading.Event()
 
     def never_ending(*_: Any) -> Any:
-        goes_on.wait()
+        proceed.wait()
         return []
 
     monkeypatch.setattr(sqlite, "_fetch", never_ending)
     with pytest.raises(StoreUnavailable, match="did not answer in time"):
         async with asyncio.timeout(20):
             await store.list(ListQuery())
-    goes_on.set()
+    proceed.set()
     await store.close()

@@ -1,4 +1,4 @@
-"""The token of the incidents: every change replaces it, whoever makes it and however."""
+"""The token of the incidents: every committed change replaces it, from any program."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def postgres_store(postgres_url: str) -> AsyncIterator[IncidentStore]:
 
 @pytest.fixture
 async def host(postgres_url: str) -> AsyncIterator[Connection]:
-    """A connection to PostgreSQL that is not ours."""
+    """A host's own connection to PostgreSQL."""
     async with _connections(postgres_url, 1) as (connection,):
         yield connection
 
@@ -122,7 +122,7 @@ async def _messages(client: IncidentClient) -> list[str]:
 
 
 async def test_every_write_of_a_store_replaces_the_token(store: IncidentStore) -> None:
-    """Each incident created and each change of a status gives a token that was never there."""
+    """Each create and each change of a status produces a new token."""
     tokens = [await store.token()]
     for _ in range(25):
         created = await store.create(DISK_FULL)
@@ -148,7 +148,7 @@ async def test_every_write_of_a_store_replaces_the_token(store: IncidentStore) -
 async def test_sql_of_others_replaces_the_token(
     store: IncidentStore, url: str, statement: str
 ) -> None:
-    """A statement that somebody else commits replaces the token as ours do."""
+    """A statement committed by another program replaces the token."""
     before = await store.token()
     await run_sql(url, statement)
     assert await store.token() not in (None, before)
@@ -170,7 +170,7 @@ async def test_sql_of_others_replaces_the_token(
 async def test_the_conflict_clauses_of_sqlite_replace_the_token(
     sqlite_url: str, statement: str
 ) -> None:
-    """What SQLite is told to do about a conflict does not keep the token, however often."""
+    """A write with any of SQLite's conflict clauses replaces the token."""
     async with _open(sqlite_url) as store:
         await store.create(DISK_FULL)
         before = await store.token()
@@ -181,7 +181,7 @@ async def test_the_conflict_clauses_of_sqlite_replace_the_token(
 async def test_copy_and_truncate_replace_the_token(
     postgres_store: IncidentStore, host: Connection
 ) -> None:
-    """PostgreSQL's ways of writing a whole table replace the token."""
+    """COPY and TRUNCATE on PostgreSQL replace the token."""
     tokens = [await postgres_store.token()]
     await host.copy_records_to_table(
         "Incident",
@@ -198,7 +198,7 @@ async def test_copy_and_truncate_replace_the_token(
 
 
 async def test_what_changes_nothing_keeps_the_token(store: IncidentStore, url: str) -> None:
-    """Reads, a write that is rolled back and one that meets no row leave the token as it is."""
+    """Reads, rolled-back writes and writes that match no row keep the token."""
     before = await store.token()
     await store.get(1)
     page = await store.list(ListQuery())
@@ -216,7 +216,7 @@ async def test_what_changes_nothing_keeps_the_token(store: IncidentStore, url: s
 async def test_a_page_and_its_token_are_one_statement(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A page is read with its token at once, also an empty one."""
+    """One statement reads a page with its token, even an empty page."""
     store = store_from_url(url, StoreOptions(echo=True))
     await store.open()
     caplog.set_level("INFO", logger="incidentkit.store")
@@ -232,7 +232,7 @@ async def test_a_page_and_its_token_are_one_statement(
 
 
 async def test_a_page_has_the_token_of_its_snapshot(store: IncidentStore, url: str) -> None:
-    """While others write, equal tokens come with equal pages, and others with others."""
+    """During concurrent writes, two pages are equal exactly when their tokens are."""
     writing = asyncio.gather(*(_write(url, 15) for _ in range(3)))
     pages = []
     while not writing.done():
@@ -257,7 +257,7 @@ async def _write(url: str, count: int) -> None:
 async def test_the_next_list_shows_what_others_wrote(
     request: pytest.FixtureRequest, url: str, cache: str | None
 ) -> None:
-    """Whatever keeps the pages, a write with SQL alone is in the very next list of each client."""
+    """With any cache, each client's next list shows a write by plain SQL."""
     redis_url = None if cache is None else request.getfixturevalue(cache)
     async with (
         IncidentClient.open(url, redis_url) as one,
@@ -281,7 +281,7 @@ async def test_the_next_list_shows_what_others_wrote(
 
 
 async def test_two_clients_never_show_each_other_stale_lists(url: str) -> None:
-    """What one client has written is in the other's next list, though both keep their pages."""
+    """Each client's next list shows the other's latest write, although both cache pages."""
     async with IncidentClient.open(url) as one, IncidentClient.open(url) as two:
         for number in range(10):
             writer, reader = (one, two) if number % 2 else (two, one)
@@ -293,7 +293,7 @@ async def test_two_clients_never_show_each_other_stale_lists(url: str) -> None:
 
 
 async def test_two_processes_never_show_each_other_stale_lists(sqlite_url: str) -> None:
-    """Two processes on one SQLite file list what the other one has just written."""
+    """Each of two processes on one SQLite file lists what the other has just written."""
     async with IncidentClient.open(sqlite_url) as client:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", IN_ANOTHER_PROCESS, sqlite_url),
@@ -319,7 +319,7 @@ async def test_two_processes_never_show_each_other_stale_lists(sqlite_url: str) 
 
 
 async def test_a_token_that_is_gone_is_mended_by_writes(url: str) -> None:
-    """Without the rows of the tokens no list comes from a cache, until writes bring them back."""
+    """Without the rows of the token no list is served from a cache; writes restore them."""
     async with IncidentClient.open(url) as client:
         await client.create(DISK_FULL)
         assert await _messages(client) == ["Disk is full"]
@@ -331,7 +331,7 @@ async def test_a_token_that_is_gone_is_mended_by_writes(url: str) -> None:
         for _ in range(2):
             assert await _messages(client) == ["By hand"]
         if url.startswith("postgresql"):
-            # Each brings back its own.
+            # Each backend restores the row of its own slot.
             await _write_from_every_slot(url)
         after = await client.store.token()
         assert after not in (None, before)
@@ -340,7 +340,7 @@ async def test_a_token_that_is_gone_is_mended_by_writes(url: str) -> None:
 
 
 async def _write_from_every_slot(url: str) -> None:
-    """Write from new backends until each of the tokens had its turn."""
+    """Write from new backends until each slot of the token was used."""
     async with AsyncExitStack() as stack:
         slots: set[int] = set()
         while len(slots) < 16:
@@ -352,7 +352,7 @@ async def _write_from_every_slot(url: str) -> None:
 async def test_a_token_that_is_partly_gone_cannot_be_told(
     postgres_store: IncidentStore, host: Connection
 ) -> None:
-    """One row less of the tokens on PostgreSQL, and there is no token."""
+    """If one of its rows is missing on PostgreSQL, the token is None."""
     await host.execute("DELETE FROM incident_token WHERE slot = 7")
     assert await postgres_store.token() is None
 
@@ -360,7 +360,7 @@ async def test_a_token_that_is_partly_gone_cannot_be_told(
 async def test_a_long_transaction_holds_up_nobody(
     postgres_store: IncidentStore, postgres_url: str, host: Connection
 ) -> None:
-    """While a host's transaction has written and goes on, others write, and see no change of it."""
+    """An open transaction with a write neither blocks other writers nor changes the token."""
     before = await postgres_store.token()
     await _run_script(host, "BEGIN", INSERT)
     assert await postgres_store.token() == before
@@ -394,7 +394,7 @@ async def test_a_long_transaction_holds_up_nobody(
 async def test_however_a_transaction_goes_its_commit_replaces_the_token(
     postgres_store: IncidentStore, host: Connection, statements: tuple[str, ...]
 ) -> None:
-    """Savepoints, constraints and replication change nothing about it; before, nobody sees it."""
+    """Only the commit replaces the token, regardless of savepoints, constraints and role."""
     for _ in range(2):
         before = await postgres_store.token()
         await _run_script(host, "BEGIN", *statements[:-1])
@@ -410,7 +410,7 @@ async def test_however_a_transaction_goes_its_commit_replaces_the_token(
 async def test_a_rolled_back_transaction_keeps_the_token(
     postgres_store: IncidentStore, host: Connection
 ) -> None:
-    """A rollback brings back the token, also one that was replaced before the end."""
+    """A rollback keeps the token, even if the transaction had already replaced it."""
     before = await postgres_store.token()
     await _run_script(
         host, "BEGIN", INSERT, "SET CONSTRAINTS ALL IMMEDIATE", 'TRUNCATE "Incident"', "ROLLBACK"
@@ -419,7 +419,7 @@ async def test_a_rolled_back_transaction_keeps_the_token(
 
 
 async def test_a_prepared_transaction_replaces_the_token_when_it_commits() -> None:
-    """In a commit of two phases the token is replaced with the second one."""
+    """In a two-phase commit, the second phase replaces the token."""
     from tests.servers import PostgresServer
 
     with PostgresServer(settings={"max_prepared_transactions": "1"}) as server:
@@ -435,7 +435,7 @@ async def test_a_prepared_transaction_replaces_the_token_when_it_commits() -> No
 async def test_a_role_needs_no_rights_to_the_tokens(
     postgres_store: IncidentStore, postgres_url: str, host: Connection
 ) -> None:
-    """Who may only write incidents, and has a table of our name, replaces the right token."""
+    """A role with only insert rights replaces the token, even if it shadows the token's table."""
     role = f"writer_{host.get_server_pid()}"
     before = await postgres_store.token()
     await host.execute(f"CREATE ROLE {role}")
@@ -475,9 +475,9 @@ async def test_no_isolation_fails_for_the_tokens(
     *,
     analyzed: bool,
 ) -> None:
-    """Transactions that overlap commit one after the other, and their extra tokens go away."""
+    """Overlapping transactions all commit, and the next write removes their extra tokens."""
     if analyzed:
-        # Another plan reads, and in the eyes of SERIALIZABLE depends on, more of the table.
+        # With statistics, another plan reads more of the table, and SERIALIZABLE tracks it all.
         await host.execute("ANALYZE incident_token")
     tokens = [await postgres_store.token()]
     async with _connections(postgres_url, 40) as others:
@@ -510,7 +510,7 @@ async def test_a_snapshot_that_is_behind_can_change_the_token_twice(
     host: Connection,
     statements: tuple[str, ...],
 ) -> None:
-    """A transaction that adds a token, since it may not replace one, may come to it again."""
+    """A transaction with an old snapshot can change the token twice before it commits."""
     await _run_script(host, "BEGIN ISOLATION LEVEL REPEATABLE READ", "SELECT 1")
     await _write_from_every_slot(postgres_url)
     before = await postgres_store.token()
@@ -522,7 +522,7 @@ async def test_a_snapshot_that_is_behind_can_change_the_token_twice(
 async def test_many_writers_at_once_all_succeed(
     postgres_store: IncidentStore, postgres_url: str, host: Connection, level: str
 ) -> None:
-    """Forty connections that write at the same time do not fail each other, nor deadlock."""
+    """Forty concurrent writers neither fail nor deadlock."""
     await host.execute("ANALYZE incident_token")
     before = await postgres_store.token()
     async with _connections(postgres_url, 40) as writers:
@@ -537,7 +537,7 @@ async def _write_by_hand(connection: Connection, level: str) -> None:
 
 
 async def test_many_rows_replace_the_token_once(host: Connection) -> None:
-    """A statement that writes 50,000 rows writes one token."""
+    """A transaction that writes 50,000 rows writes one token."""
     written = (
         "SELECT n_tup_ins + n_tup_upd + n_tup_del FROM pg_stat_xact_user_tables "
         "WHERE relname = 'incident_token'"
@@ -551,7 +551,7 @@ async def test_many_rows_replace_the_token_once(host: Connection) -> None:
 
 
 async def test_each_schema_has_tokens_of_its_own(postgres_url: str, host: Connection) -> None:
-    """Of two schemas, a transaction replaces the tokens of those whose incidents it changes."""
+    """A transaction replaces only the tokens of the schemas whose incidents it changes."""
     await host.execute("CREATE SCHEMA \"an 'odd' one\"")
     await host.execute("CREATE SCHEMA plain")
     urls = [

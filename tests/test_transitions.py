@@ -25,7 +25,7 @@ graphs = st.dictionaries(statuses, st.sets(statuses))
 def test_a_status_is_reached_from_those_that_the_graph_names(
     graph: dict[IncidentStatus, set[IncidentStatus]],
 ) -> None:
-    """Each pair is allowed exactly if the graph has it, or it is no change."""
+    """A pair is allowed exactly when the graph has it or both statuses are the same."""
     transitions = Transitions(graph)
     for before, after in product(IncidentStatus, repeat=2):
         allowed = before is after or after in graph.get(before, ())
@@ -45,14 +45,14 @@ def test_a_status_is_reached_from_those_that_the_graph_names(
     ],
 )
 def test_a_faulty_graph_is_refused(graph: Any) -> None:
-    """A graph maps statuses to collections of statuses."""
+    """A graph that does not map statuses to collections of statuses is refused."""
     with pytest.raises(InvalidSettings) as caught:
         IncidentClient.open("sqlite://", transitions=graph)
     assert caught.value.name == "transitions"
 
 
 def test_the_environment_has_pairs() -> None:
-    """INCIDENTKIT_TRANSITIONS lists the pairs that are allowed."""
+    """INCIDENTKIT_TRANSITIONS lists the allowed pairs."""
     settings = Settings.from_mapping(
         {"INCIDENTKIT_TRANSITIONS": "new:completed, new:failed,failed:new"}
     )
@@ -62,7 +62,7 @@ def test_the_environment_has_pairs() -> None:
 
 @pytest.mark.parametrize("value", ["new", "new:done", "new>failed", ":", ",", "new:failed,"])
 def test_faulty_pairs_are_refused(value: str) -> None:
-    """The variable is named, and what it has to be."""
+    """The error names the variable and shows the expected form."""
     with pytest.raises(InvalidSettings, match="must be pairs such as new:completed") as caught:
         Settings.from_mapping({"INCIDENTKIT_TRANSITIONS": value})
     assert caught.value.name == "INCIDENTKIT_TRANSITIONS"

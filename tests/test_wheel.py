@@ -1,4 +1,4 @@
-"""The distributions, and the wheel at work far from the checkout."""
+"""The distributions, and the wheel installed away from the checkout."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DIST_INFO = f"incidentkit-{VERSION}.dist-info"
 
 @frozen
 class Distributions:
-    """What is published."""
+    """The published distributions."""
 
     sdist: Path
     wheel: Path
 
     @property
     def wheel_files(self) -> dict[str, bytes]:
-        """The files of the wheel by their names."""
+        """The files of the wheel, by name."""
         with zipfile.ZipFile(self.wheel) as archive:
             return {name: archive.read(name) for name in archive.namelist()}
 
@@ -50,12 +50,12 @@ class Distributions:
 
     @property
     def metadata(self) -> Message:
-        """What the wheel says of itself."""
+        """The metadata of the wheel."""
         return message_from_bytes(self.wheel_files[f"{DIST_INFO}/METADATA"])
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
-    """Run a command that has to succeed, and return what it prints."""
+    """Run a command that must succeed, and return its output."""
     process = subprocess.run(
         command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
     )
@@ -86,21 +86,21 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
 
 
 def run_installed(program: Path, *arguments: str, cwd: Path) -> str:
-    """Run a program of the environment, which no variable may lead to the checkout."""
+    """Run a program of the environment without variables that could lead to the checkout."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return run(program, *arguments, cwd=cwd, env=env)
 
 
 @pytest.fixture(scope="module")
 def environment(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a virtual environment where the wheel is, and the packages that it needs."""
+    """The programs of a virtual environment with the wheel and its dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     programs = folder / "bin"
     pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install")
     offline = ("--no-deps", "--no-index", "--disable-pip-version-check", "--no-cache-dir")
     run(*pip, *offline, distributions.wheel, cwd=folder)
-    # The checkout may be installed there, too, in a way that such a line does not follow.
+    # Nested .pth files are not read, so an editable install of the checkout stays hidden.
     (packages,) = folder.glob("lib/python*/site-packages")
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (packages / "dependencies.pth").write_text("\n".join(paths), "utf-8")
@@ -108,7 +108,7 @@ def environment(distributions: Distributions, tmp_path_factory: pytest.TempPathF
 
 
 def test_wheel_holds_the_package_and_its_migrations(distributions: Distributions) -> None:
-    """Every module, every migration and the marker of types is there, and nothing else is."""
+    """The wheel holds every module, every migration and `py.typed`, and nothing else."""
 
     def sources(folder: str) -> set[str]:
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
@@ -125,7 +125,7 @@ def test_wheel_holds_the_package_and_its_migrations(distributions: Distributions
 
 
 def test_sdist_holds_what_it_takes_to_build_and_test(distributions: Distributions) -> None:
-    """Who packages the project for another system has the sources, the tests and the docs."""
+    """The sdist holds the files needed to build and test the project, and no CI files."""
     needed = {"pyproject.toml", "README.md", "LICENSE", "alembic.ini", "noxfile.py"}
     needed |= {"incidentkit/py.typed", "migrations/env.py", "tests/conftest.py"}
     assert needed <= distributions.sdist_files
@@ -133,7 +133,7 @@ def test_sdist_holds_what_it_takes_to_build_and_test(distributions: Distribution
 
 
 def test_sdist_builds_the_same_wheel(distributions: Distributions, tmp_path: Path) -> None:
-    """The wheel that pip builds of the sdist is, byte for byte, the one of the checkout."""
+    """A wheel built from the sdist equals, byte for byte, one built from the checkout."""
     source = unpacked(distributions.sdist, tmp_path)
     wheel = build(source, "wheel", tmp_path / "dist")
     assert Distributions(distributions.sdist, wheel).wheel_files == distributions.wheel_files
@@ -189,7 +189,7 @@ print(migrate.script_location())
 
 
 def test_wheel_works_in_memory(environment: Path, tmp_path: Path) -> None:
-    """What a host's tests do runs from the installed wheel, with the checkout out of reach."""
+    """The installed wheel works in memory, without access to the checkout."""
     printed = run_installed(environment / "python", "-I", "-c", IN_MEMORY, cwd=tmp_path)
     count, file = printed.splitlines()
     assert count == "1"
@@ -206,7 +206,7 @@ def test_wheel_brings_its_migrations(environment: Path, tmp_path: Path) -> None:
 
 
 def test_wheel_brings_the_command(environment: Path, tmp_path: Path) -> None:
-    """The command is installed beside Python, knows its version, and does its work."""
+    """The wheel installs a command that shows its version and upgrades a database."""
     command = environment / "incidentkit"
     python = environment / "python"
     assert VERSION in run_installed(command, "--version", cwd=tmp_path)

@@ -74,11 +74,11 @@ def on_the_wire(**changes: object) -> bytes:
     return dump_json([json.loads(DISK_ON_THE_WIRE) | changes])
 
 
-# What is written
+# Encoding
 
 
 def test_incident_on_the_wire() -> None:
-    """An incident is a compact object of its fields, with nothing escaped needlessly."""
+    """An incident is encoded as a compact object without unnecessary escapes."""
     assert encode_incident(DISK).decode() == DISK_ON_THE_WIRE
     assert encode_incidents([DISK, DISK]).decode() == f"[{DISK_ON_THE_WIRE},{DISK_ON_THE_WIRE}]"
     assert encode_incidents([]) == b"[]"
@@ -114,12 +114,12 @@ def test_time_on_the_wire_is_utc_with_leading_zeros(incident: Incident) -> None:
     assert datetime.fromisoformat(f"{text}+00:00") == incident.created_at
 
 
-# What is read
+# Decoding
 
 
 @given(st.lists(incidents, max_size=5))
 def test_incidents_come_back_as_they_were(stored: list[Incident]) -> None:
-    """Encoding and decoding gives equal incidents with values of the right types."""
+    """Decoding encoded incidents gives equal incidents with values of the right types."""
     read = decode_incidents(encode_incidents(stored))
     assert read == stored
     for copy, incident in zip(read, stored, strict=True):
@@ -160,7 +160,7 @@ def test_other_json_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("message", ["", "test", "x" * 1001, " padded "])
 def test_stored_message_is_read_whatever_it_is(message: str) -> None:
-    """The rules apply to new incidents only: a message that the origin stored is served."""
+    """The rules apply to new incidents only: any stored message is decoded."""
     read = decode_incidents(on_the_wire(incident_message=message))
     assert [incident.incident_message for incident in read] == [message]
 
@@ -214,13 +214,13 @@ def test_incident_with_another_value_is_refused(field: str, value: object) -> No
 
 
 def test_new_incident_is_read_by_the_rules_of_new_incidents() -> None:
-    """An object from the wire is normalised and completed like any new incident."""
+    """An object from the wire is normalized and completed like any new incident."""
     value = {"incident_message": " Disk is full ", "source": "operator"}
     assert wire_converter().structure(value, NewIncident) == NewIncident("Disk is full", "operator")
 
 
 def test_faults_of_a_new_incident_from_the_wire_are_all_told() -> None:
-    """Unknown, missing and faulty fields are one typed error."""
+    """Unknown, missing and faulty fields are reported in one typed error."""
     with pytest.raises(InvalidIncident) as caught:
         wire_converter().structure({"incident_type": "done", "status": "new"}, NewIncident)
     assert caught.value.errors == (
@@ -240,7 +240,7 @@ def test_new_incident_is_an_object(value: object) -> None:
 
 
 @given(incidents, st.integers(-14, 14))
-def test_the_time_zone_of_a_row_is_that_of_nobody(incident: Incident, hours: int) -> None:
+def test_the_time_zone_of_a_row_does_not_matter(incident: Incident, hours: int) -> None:
     """Times in the time zone of a session become UTC on the wire."""
     zone = timezone(timedelta(hours=hours, minutes=30))
     assume(1 < incident.created_at.year < 9999)

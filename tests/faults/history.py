@@ -1,9 +1,9 @@
-"""What processes wrote and read, as they noted it, and whether it can have been true.
+"""The writes and reads that processes logged, and a check that they are consistent.
 
-Times are nanoseconds of the clock that all processes of a machine share. An incident is known by
-its message, which no other one has; it goes through different statuses, one after the other, at
-the hands of one owner, who leaves it alone once it is not known whether a change was stored. So
-what a list shows of an incident tells which of its writes had happened.
+Times are in nanoseconds, by the clock that all processes of a machine share. Each incident has a
+unique message and one owner, which moves it through different statuses, one after the other, and
+leaves it alone once the outcome of a change is unknown. A list therefore shows which writes of an
+incident had happened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 Outcome: TypeAlias = Literal["done", "undone", "unknown"]
-"""``undone`` is what was rolled back; a read is either done or unknown."""
+"""``undone`` means rolled back; a read is either done or unknown."""
 
 Window: TypeAlias = tuple[float, float]
 Key: TypeAlias = tuple[str, int]
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What lists are sorted by, newest first."""
+        """The sort key of lists, newest first."""
         return self.created_at, self.incident_id
 
 
@@ -67,7 +67,7 @@ class Write:
 
 @frozen
 class Read:
-    """A list that was answered."""
+    """A list that returned."""
 
     query: Query
     start: int
@@ -77,13 +77,13 @@ class Read:
 
 @define
 class History:
-    """Everything that the processes noted.
+    """Everything that the processes logged.
 
     Attributes:
-        writes: Begun, whatever became of them.
-        reads: Answered.
-        errors: What writes and reads raised, by name.
-        filled: Pages that were read from the database rather than from a cache.
+        writes: The writes that began, with any outcome.
+        reads: The lists that returned.
+        errors: The errors that writes and reads raised, by name.
+        filled: The number of pages read from the database rather than from a cache.
     """
 
     writes: list[Write] = Factory(list)
@@ -93,12 +93,12 @@ class History:
 
 
 def note_write(call: int, write: Write) -> bytes:
-    """Return the line that says that a write begins."""
+    """Return the log line for the start of a write."""
     return _line(call=call, write=asdict(write, filter=lambda a, _: a.name in _INTENT))
 
 
 def note_read(call: int, query: Query, start: int) -> bytes:
-    """Return the line that says that a read begins."""
+    """Return the log line for the start of a read."""
     return _line(call=call, query=asdict(query), start=start)
 
 
@@ -111,14 +111,14 @@ def note_end(
     error: str | None = None,
     filled: int = 0,
 ) -> bytes:
-    """Return the line that says how a call ended.
+    """Return the log line for the end of a call.
 
     Args:
         call: Its number.
         end: When it ended.
-        outcome: What became of it.
-        rows: What it returned.
-        error: The name of what it raised.
+        outcome: Its outcome.
+        rows: The rows that it returned.
+        error: The name of the error that it raised.
         filled: How many pages the process has read from the database so far.
     """
     noted = [astuple(row) for row in rows]
@@ -133,9 +133,9 @@ def _line(**values: Any) -> bytes:
 
 
 def read_log(lines: Iterable[bytes], history: History) -> None:
-    """Add one process's log to the history; a process that was killed may leave a part of a line.
+    """Add one process's log to the history; a killed process may leave an incomplete line.
 
-    A write that nobody saw the end of may have been stored, or be stored yet.
+    A write without a logged end may have been stored, or may still be stored.
     """
     begun: dict[int, Mapping[str, Any]] = {}
     filled = 0
@@ -171,7 +171,7 @@ def read_log(lines: Iterable[bytes], history: History) -> None:
 
 @define
 class Verdict:
-    """What cannot have been true."""
+    """The contradictions in a history."""
 
     stale: list[str] = Factory(list)
     lost: list[str] = Factory(list)
@@ -182,8 +182,8 @@ class _Version:
     """A status of an incident.
 
     Attributes:
-        start: Before this time it was not there.
-        end: At this time it was there, or over.
+        start: The earliest time at which it can have begun.
+        end: The time by which it had begun.
     """
 
     status: str
@@ -197,7 +197,7 @@ class _Incident:
     versions: list[_Version] = field(factory=list)
 
     def spans(self, query: Query) -> Iterator[tuple[Window, Window]]:
-        """Yield when it possibly, and when it certainly, was in the filtered list."""
+        """Yield the windows in which it was possibly, and certainly, in the filtered list."""
         if query.source not in (None, self.row.source):
             return
         if query.status is None:
@@ -212,11 +212,10 @@ class _Incident:
 
 
 def check(history: History, stored: Sequence[Row]) -> Verdict:
-    """Return what is wrong with a history that left these rows in the database.
+    """Return the contradictions in a history that left these rows in the database.
 
-    A list is right if there is an instant during the call at which the database can have had just
-    this page. A write has happened by the time that it was acknowledged, and by the time that the
-    first list which showed it was answered.
+    A list is correct if, at some instant during the call, the database can have held exactly this
+    page. A write has happened once it was acknowledged, or once a list that showed it returned.
     """
     verdict = Verdict()
     incidents = _incidents(history, stored, verdict)
@@ -237,7 +236,7 @@ def _short(read: Read) -> str:
 
 
 def _incidents(history: History, stored: Sequence[Row], verdict: Verdict) -> dict[str, _Incident]:
-    """Return what is known of each incident, and judge what is stored of it."""
+    """Return the known versions of each incident, and check its stored row."""
     rows = {row.message: row for row in stored}
     writes: dict[str, list[Write]] = {row.message: [] for row in stored}
     undone: set[str] = set()
@@ -282,7 +281,7 @@ def _lasting(row: Row) -> tuple[object, ...]:
 def _fault(
     read: Read, incidents: Mapping[str, _Incident], begun: Sequence[_Incident]
 ) -> str | None:
-    """Return what is wrong with a list, or None, and take note of the writes that it shows."""
+    """Return the fault of a list, or None, and record the writes that it shows."""
     windows: list[Window] = [(read.start, read.end)]
     shown: list[_Version] = []
     for row in read.rows:
@@ -317,7 +316,7 @@ def _fault_of_form(read: Read) -> str | None:
 
 
 def _fault_of_page(read: Read, begun: Sequence[_Incident], windows: list[Window]) -> str | None:
-    """Return what is wrong with where the page begins and ends, or None."""
+    """Return the fault in the bounds of a page, or None."""
     query, rows = read.query, read.rows
     messages = {row.message for row in rows}
     low = rows[-1].key if len(rows) == query.limit else ("", 0)
@@ -343,7 +342,7 @@ def _fault_of_page(read: Read, begun: Sequence[_Incident], windows: list[Window]
 def _can_precede(
     before: Sequence[_Incident], query: Query, window: Window, count: int, *, at_most: bool
 ) -> bool:
-    """Tell whether so many of these incidents can have been in the filtered list."""
+    """Return whether that many of these incidents can have been in the filtered list."""
     spans = [span for incident in before for span in incident.spans(query)]
     certain = sum(start <= window[0] and window[1] <= end for _, (start, end) in spans)
     possible = sum(start <= window[1] and window[0] <= end for (start, end), _ in spans)

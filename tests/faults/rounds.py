@@ -1,6 +1,6 @@
-"""Rounds of faults: processes under load, what is done to them and to their servers, and a verdict.
+"""Rounds of faults: processes under load, faults of processes and servers, and a verdict.
 
-A round has a database of its own, so that its history stays short enough to be checked as a whole.
+A round has its own database, so that its history stays short enough to be checked as a whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 DEADLINE = 120.0
-"""Seconds after which a condition that has not come true is taken never to do so."""
+"""Seconds to wait for a condition before giving up."""
 
 Fault: TypeAlias = "Callable[[], None]"
 
@@ -61,7 +61,7 @@ class Worker:
 
 @frozen
 class Figures:
-    """What happened in some rounds, in numbers."""
+    """Counts of what happened in some rounds."""
 
     rounds: int = 0
     reads: int = 0
@@ -88,16 +88,16 @@ class Figures:
 
 @define
 class Round:
-    """A load on one database, with what is done to it.
+    """A load on one database, and the faults injected into it.
 
     Args:
-        folder: Where the logs are.
+        folder: The folder of the logs.
         database_url: An empty database with the schema.
-        redis: A server of the round's own, or None.
-        random: Chooses the worker that a fault meets.
-        expected: How many calls are to succeed during a fault, and again after it.
-        mutant: The fault that the processes themselves have, or None.
-        group: Servers that are used in place of the one, or None.
+        redis: The round's own server, or None.
+        random: Chooses the worker that a fault hits.
+        expected: The number of calls that must succeed during a fault, and again after it.
+        mutant: The deliberate bug in the processes, or None.
+        group: The servers used instead of a single Redis, or None.
     """
 
     folder: Path
@@ -115,9 +115,9 @@ class Round:
 
     @contextmanager
     def running(self, clients: int) -> Iterator[None]:
-        """Run that many clients and a writer by plain SQL, and end them in good order.
+        """Run that many clients and a plain SQL writer, and shut them down cleanly.
 
-        If the block fails they are killed.
+        If the block fails, they are killed.
         """
         with ExitStack() as stack:
             stack.callback(self._kill_all)
@@ -150,8 +150,7 @@ class Round:
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stderr=stderr,
-                # If this process dies, the system wakes the group that it leaves behind, even one
-                # that is stopped.
+                # If this process dies, the system wakes the orphaned group, even if it is stopped.
                 process_group=0,
             )
         self.started.append(settings)
@@ -170,9 +169,9 @@ class Round:
         return [worker for worker in self.workers if not worker.settings.sql]
 
     def await_answers(self, *, without: Worker | None = None) -> None:
-        """Wait until there are so many more answers, and some for each process.
+        """Wait until the expected number of calls has succeeded, with a share in each process.
 
-        Of the writer by plain SQL one is enough, at any time.
+        For the plain SQL writer, a single success at any time is enough.
         """
         workers = [worker for worker in self._clients if worker is not without]
         others = [each for each in self.workers if each.settings.sql and each is not without]
@@ -192,13 +191,13 @@ class Round:
             time.sleep(0.005)
 
     def inject(self, fault: Fault) -> None:
-        """Do something to the servers or processes, and wait until the load has gone on."""
+        """Inject a fault into servers or processes, and wait until the load has made progress."""
         self.faults[fault.__name__] += 1
         fault()
         self.await_answers()
 
     def kill_worker(self) -> None:
-        """Kill a process, and start another in its place once the others have gone on."""
+        """Kill a process, and replace it once the remaining ones have made progress."""
         worker = self.random.choice(self._clients)
         worker.process.kill()
         worker.process.communicate()
@@ -207,7 +206,7 @@ class Round:
         self._start()
 
     def kill_sql(self) -> None:
-        """Kill the writer by plain SQL, and start another."""
+        """Kill the plain SQL writer, and start another."""
         (worker,) = (worker for worker in self.workers if worker.settings.sql)
         worker.process.kill()
         worker.process.communicate()
@@ -215,7 +214,7 @@ class Round:
         self._start(sql=True)
 
     def pause_worker(self) -> None:
-        """Stop a process while the others go on, and Redis forgets; then let it go on, too."""
+        """Pause a process while the load continues and Redis returns to an old state; resume it."""
         worker = self.random.choice(self.workers)
         worker.process.send_signal(signal.SIGSTOP)
         try:
@@ -227,7 +226,7 @@ class Round:
             worker.process.send_signal(signal.SIGCONT)
 
     def check(self) -> tuple[Verdict, Figures]:
-        """Return what is wrong with what was noted so far and what the database holds."""
+        """Check the logs against the database, and return the verdict with the figures."""
         history = History()
         for settings in self.started:
             with Path(settings.log).open("rb") as lines:
@@ -262,14 +261,14 @@ class Round:
         return self.redis
 
     def _count_hits(self) -> None:
-        """Add the hits since Redis was started, since it forgets them with its end."""
+        """Add Redis's hits so far: its count is lost when it ends."""
         if self.redis is not None:
             with self.redis.client() as client:
                 self.redis_hits += client.info("stats")["keyspace_hits"]
                 client.config_resetstat()
 
     def keep_redis(self) -> None:
-        """Keep what Redis holds, for :meth:`restore_redis`."""
+        """Save the contents of Redis for :meth:`restore_redis`."""
         with self._redis.client() as client:
             self.dump = {
                 key: (value, max(client.pttl(key), 0))
@@ -278,7 +277,7 @@ class Round:
             }
 
     def restore_redis(self) -> None:
-        """Put back what Redis held long ago, and keep what it holds now for the next time."""
+        """Restore the saved contents of Redis, and save the current ones for the next time."""
         old = self.dump
         self.keep_redis()
         with self._redis.client() as client:
@@ -287,7 +286,7 @@ class Round:
                 client.restore(key, ttl, value, replace=True)
 
     def kill_redis(self) -> None:
-        """Kill Redis, and start it once the load has gone on without."""
+        """Kill Redis, and start it again once the load has made progress without it."""
         self._count_hits()
         self._redis.kill()
         try:
@@ -296,7 +295,7 @@ class Round:
             self._redis.start()
 
     def pause_redis(self) -> None:
-        """Stop Redis while the load goes on, and let it go on."""
+        """Pause Redis while the load continues, and resume it."""
         self._redis.pause()
         try:
             self.await_answers()
@@ -315,12 +314,12 @@ class Round:
 
     @property
     def _node(self) -> RedisServer:
-        """One of the servers that hold pages, any of them."""
+        """A random one of the servers that hold pages."""
         assert self.group is not None
         return self.random.choice(self.group.holders)
 
     def kill_node(self) -> None:
-        """Kill one of several servers, and start it once the load has gone on without."""
+        """Kill one of several servers, and start it again once the load has made progress."""
         node = self._node
         node.kill()
         try:
@@ -329,7 +328,7 @@ class Round:
             node.start()
 
     def pause_node(self) -> None:
-        """Stop one of several servers while the load goes on, and let it go on."""
+        """Pause one of several servers while the load continues, and resume it."""
         node = self._node
         node.pause()
         try:
@@ -338,7 +337,7 @@ class Round:
             node.resume()
 
     def end_postgres_connections(self) -> None:
-        """End every connection to the database, again and again."""
+        """End every connection to the database, several times."""
         for _ in range(4):
             asyncio.run(execute(self.database_url, TERMINATE))
             self.await_answers()
@@ -360,7 +359,7 @@ async def execute(database_url: str, statement: str) -> None:
 
 
 async def stored_rows(database_url: str) -> list[Row]:
-    """Return what a database holds, without the help of incidentkit."""
+    """Return the incidents of a database, read without incidentkit."""
     return [
         Row(incident_id, message, status, source, str(created_at)[:19])
         for incident_id, message, status, source, created_at in await select(
@@ -370,7 +369,7 @@ async def stored_rows(database_url: str) -> list[Row]:
 
 
 async def select(database_url: str, statement: str) -> list[tuple[Any, ...]]:
-    """Return the rows of a statement, without the help of incidentkit."""
+    """Return the rows of a statement, run without incidentkit."""
     if not database_url.startswith("postgresql"):
         connection = sqlite3.connect(sqlite_file(database_url))
         try:
@@ -385,15 +384,16 @@ async def select(database_url: str, statement: str) -> list[tuple[Any, ...]]:
 
 
 async def broken_histories(database_url: str, history: History) -> list[str]:
-    """Return what is wrong with the events of the incidents that clients made, and with the feed.
+    """Return the faults in the events of the clients' incidents, and in the feed.
 
-    An incident has been created once, each of its changes begins where the one before it ended, its
-    version counts them, and what was acknowledged is among them. The feed has all of them once.
+    An incident is created once, each of its changes starts from the status that the one before it
+    set, its version counts its events, and they include every acknowledged write. The feed has each
+    event once.
     """
     async with IncidentClient.open(database_url) as incidents:
         changes: list[IncidentEvent] = []
         after = None
-        # Nobody writes any more, but others on the server may hold the feed up for a moment.
+        # All writers have ended, but other transactions on the server may hold up the feed.
         ((count,),) = await select(database_url, "SELECT count(*) FROM incident_event")
         while len(changes) < count:
             page = await incidents.read_changes(after, limit=1000, wait=MAX_WAIT)
@@ -413,7 +413,7 @@ async def broken_histories(database_url: str, history: History) -> list[str]:
         if messages[message] > 1:
             faults.append(f"{message} is stored {messages[message]} times")
         if not events:
-            # Made by plain SQL.
+            # Created by plain SQL.
             continue
         statuses = [event.to_status for event in events]
         befores = [event.from_status for event in events]

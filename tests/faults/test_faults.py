@@ -1,7 +1,7 @@
-"""Processes under load while they and their servers are killed, paused and made to forget.
+"""Processes under load while they and their servers are killed, paused and emptied.
 
-``INCIDENTKIT_TEST_FAULTS`` is the number of seconds for which rounds are run, in equal parts by the
-tests that run them; without it each runs a short one.
+``INCIDENTKIT_TEST_FAULTS`` is the number of seconds for which rounds run, shared equally by the
+tests; without it, each test runs one short round.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ random = Random()
 
 @pytest.fixture(scope="module")
 def redis() -> Iterator[RedisServer]:
-    """A Redis of these tests' own."""
+    """A Redis for these tests only."""
     with RedisServer() as server:
         yield server
 
 
 def folders(parent: Path, seconds: float = SECONDS / TESTS) -> Iterator[Path]:
-    """Yield a new folder for each round, for as long as rounds are to be run, at least one."""
+    """Yield a new folder for each round, at least one, until the time is up."""
     end = time.monotonic() + seconds
     number = 0
     while not number or time.monotonic() < end:
@@ -56,7 +56,7 @@ def folders(parent: Path, seconds: float = SECONDS / TESTS) -> Iterator[Path]:
 def run_rounds(
     rounds: Iterator[Round], faults_of: Callable[[Round], list[Callable[[], None]]]
 ) -> Figures:
-    """Run rounds with these faults in any order, and return the figures if nothing was wrong."""
+    """Run rounds with these faults in random order, check each, and return the total figures."""
     total = Figures()
     for each in rounds:
         faults = faults_of(each)
@@ -82,7 +82,7 @@ def on_postgresql(
     mutant: str | None = None,
     group: RedisCluster | RedisSentinel | None = None,
 ) -> Iterator[Round]:
-    """Yield rounds on a database that is emptied for each, and on a Redis that is not."""
+    """Yield rounds on a database that is emptied for each, and a Redis that is not."""
     for folder in folders:
         asyncio.run(
             execute(database_url, 'TRUNCATE "Incident", incident_event, incident_idempotency_key')
@@ -91,7 +91,7 @@ def on_postgresql(
 
 
 def on_sqlite(folders: Iterator[Path], mutant: str | None = None) -> Iterator[Round]:
-    """Yield rounds on a new file each."""
+    """Yield rounds, each on a new file."""
     for folder in folders:
         database_url = f"sqlite+aiosqlite:///{folder / 'incidents.db'}"
         asyncio.run(upgrade(database_url))
@@ -99,12 +99,12 @@ def on_sqlite(folders: Iterator[Path], mutant: str | None = None) -> Iterator[Ro
 
 
 def of_workers(each: Round) -> list[Callable[[], None]]:
-    """Return what is done to the processes of a round."""
+    """Return the faults of the processes of a round."""
     return [each.kill_worker, each.kill_sql, each.pause_worker]
 
 
 def of_redis(each: Round) -> list[Callable[[], None]]:
-    """Return what is done to the processes of a round and to Redis."""
+    """Return the faults of the processes of a round and of Redis."""
     return [
         *of_workers(each),
         each.kill_redis,
@@ -116,19 +116,19 @@ def of_redis(each: Round) -> list[Callable[[], None]]:
 
 
 def of_nodes(each: Round) -> list[Callable[[], None]]:
-    """Return what is done to the processes of a round and to one of several servers."""
+    """Return the faults of the processes of a round and of one of several servers."""
     return [*of_workers(each), each.kill_node, each.pause_node, each.kill_node, each.pause_node]
 
 
 def of_all(each: Round) -> list[Callable[[], None]]:
-    """Return what is done to the processes of a round and to both servers."""
+    """Return the faults of the processes of a round and of both servers."""
     return [*of_workers(each), each.kill_redis, each.end_postgres_connections]
 
 
 def test_faults_of_redis_and_of_processes(
     migrated_postgres_url: str, redis: RedisServer, tmp_path: Path
 ) -> None:
-    """While Redis and processes fail no call does, no list is stale and no write is lost."""
+    """While Redis and processes fail, no call fails, no list is stale and no write is lost."""
     total = run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_redis)
     assert not total.errors
     assert total.redis_hits
@@ -137,7 +137,7 @@ def test_faults_of_redis_and_of_processes(
 def test_ended_connections_to_postgresql(
     migrated_postgres_url: str, redis: RedisServer, tmp_path: Path
 ) -> None:
-    """While PostgreSQL ends connections, too, calls may fail, but what they say holds."""
+    """If PostgreSQL ends connections too, calls may fail, but no list is stale, no write lost."""
     run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_all)
 
 
@@ -147,7 +147,7 @@ def test_ended_connections_to_postgresql(
 def test_faults_of_several_redis_servers(
     migrated_postgres_url: str, tmp_path: Path, kind: Callable[[], RedisCluster | RedisSentinel]
 ) -> None:
-    """While nodes of a cluster, or a master and its replica, fail no call does, and all holds."""
+    """While nodes of a cluster or Sentinel group fail, no call fails and no list is stale."""
     with kind() as group:
         rounds = on_postgresql(migrated_postgres_url, None, folders(tmp_path), group=group)
         total = run_rounds(rounds, of_nodes)
@@ -155,12 +155,12 @@ def test_faults_of_several_redis_servers(
 
 
 def test_faults_of_processes_on_an_sqlite_file(tmp_path: Path) -> None:
-    """While processes on one file are killed and paused no list is stale and no write is lost."""
+    """While processes on a file are killed and paused, no list is stale and no write is lost."""
     run_rounds(on_sqlite(folders(tmp_path)), of_workers)
 
 
 def stale_lists(rounds: Iterator[Round]) -> list[str]:
-    """Run rounds without a fault from outside until a list is stale, and return all that are."""
+    """Run rounds without injected faults until a list is stale; return the stale lists."""
     for each in rounds:
         with each.running(CLIENTS):
             each.await_answers()
@@ -175,12 +175,12 @@ def stale_lists(rounds: Iterator[Round]) -> list[str]:
 def test_a_fault_of_incidentkit_is_found_on_postgresql(
     migrated_postgres_url: str, redis: RedisServer, tmp_path: Path, mutant: str
 ) -> None:
-    """Processes that take a page in a cache to be newer than it is are seen to show stale lists."""
+    """A deliberate bug that trusts outdated cached pages is detected by its stale lists."""
     paths = folders(tmp_path, DEADLINE)
     assert stale_lists(on_postgresql(migrated_postgres_url, redis, paths, mutant))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_fault_of_incidentkit_is_found_on_sqlite(tmp_path: Path, mutant: str) -> None:
-    """Processes that take a page in a cache to be newer than it is are seen to show stale lists."""
+    """A deliberate bug that trusts outdated cached pages is detected by its stale lists."""
     assert stale_lists(on_sqlite(folders(tmp_path, DEADLINE), mutant))

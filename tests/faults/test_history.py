@@ -1,4 +1,4 @@
-"""What the judge of histories finds, and what it lets pass."""
+"""Consistent and contradictory histories, and the verdicts on them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def judge(*reads: Read, writes: list[Write] = WRITES, stored: list[Row] = STORED
     ],
 )
 def test_a_list_of_some_instant_is_right(start: int, end: int, rows: tuple[Row, ...]) -> None:
-    """A list is right that the database can have had at an instant during the call."""
+    """A list is accepted if the database can have held it at an instant during the call."""
     assert judge(Read(ALL, start, end, rows)) == Verdict()
 
 
@@ -74,7 +74,7 @@ def test_a_list_of_some_instant_is_right(start: int, end: int, rows: tuple[Row, 
         (41, 45, (FIRST,)),
         (61, 70, (SECOND, FIRST)),  # an old status
         (41, 45, (SECOND, CHANGED)),  # a status that is yet to come
-        (1, 70, (CHANGED,)),  # never so at once: the second was there before the change
+        (1, 70, (CHANGED,)),  # never at the same time: the second existed before the change
         (41, 45, (FIRST, SECOND)),  # the wrong order
         (41, 45, (SECOND, FIRST, UNKNOWN)),
         (41, 45, (SECOND, Row(3, "first", "new", "partner", FIRST.created_at))),
@@ -82,7 +82,7 @@ def test_a_list_of_some_instant_is_right(start: int, end: int, rows: tuple[Row, 
     ],
 )
 def test_a_stale_list_is_found(start: int, end: int, rows: tuple[Row, ...]) -> None:
-    """A list is stale that the database had at no instant during the call."""
+    """A list is stale if the database held it at no instant during the call."""
     verdict = judge(Read(ALL, start, end, rows))
     assert len(verdict.stale) == 1
     assert not verdict.lost
@@ -104,7 +104,7 @@ def test_a_stale_list_is_found(start: int, end: int, rows: tuple[Row, ...]) -> N
     ],
 )
 def test_a_stale_page_is_found(query: Query, rows: tuple[Row, ...]) -> None:
-    """Pages and filters are looked at, too."""
+    """A wrong page or filtered list is found to be stale."""
     assert len(judge(Read(query, 65, 70, rows)).stale) == 1
 
 
@@ -123,12 +123,12 @@ def test_a_stale_page_is_found(query: Query, rows: tuple[Row, ...]) -> None:
     ],
 )
 def test_a_page_of_some_instant_is_right(query: Query, rows: tuple[Row, ...]) -> None:
-    """Pages and filtered lists pass that are what the database has."""
+    """A page or filtered list that the database held is accepted."""
     assert judge(Read(query, 65, 70, rows)) == Verdict()
 
 
 def test_what_was_shown_stays_shown() -> None:
-    """A list is stale that lacks what one showed that had ended before it began."""
+    """A list is stale if it lacks a write that an earlier list has shown."""
     reads = [Read(ALL, 51, 53, (SECOND, CHANGED)), Read(ALL, 54, 56, (SECOND, FIRST))]
     assert judge(*reads[:1]) == judge(*reads[1:]) == Verdict()
     assert len(judge(*reads).stale) == 1
@@ -136,7 +136,7 @@ def test_what_was_shown_stays_shown() -> None:
 
 @pytest.mark.parametrize("stored", [[FIRST], [CHANGED]])
 def test_a_write_with_an_unknown_outcome_may_come_at_any_time(stored: list[Row]) -> None:
-    """Nobody is wrong about a write that nobody saw the end of, until a list shows it."""
+    """A list may show or lack a write with an unknown outcome, until another list has shown it."""
     writes = [write(FIRST, 10, 20), unsure(CHANGED, 50), unsure(SECOND, 50)]
     before, after = Read(ALL, 70, 80, (FIRST,)), Read(ALL, 100, 110, (CHANGED,))
     assert judge(before, writes=writes, stored=stored) == Verdict()
@@ -146,7 +146,7 @@ def test_a_write_with_an_unknown_outcome_may_come_at_any_time(stored: list[Row])
 
 
 def test_a_lost_write_is_found() -> None:
-    """Every acknowledged write is in the database at the end, with what it was told."""
+    """Acknowledged writes that are missing or different at the end are found."""
     assert judge().lost == []
     assert len(judge(stored=[CHANGED]).lost) == 1
     assert len(judge(stored=[FIRST, SECOND]).lost) == 1
@@ -158,7 +158,7 @@ SECOND_BUT_FOR_ITS_ID = (SECOND.message, SECOND.status, SECOND.source, SECOND.cr
 
 
 def test_what_was_rolled_back_never_was() -> None:
-    """A write that was rolled back is neither shown nor stored."""
+    """A rolled-back write that is shown or stored is found."""
     undone = Write("second", "new", "operator", 30, inf, "undone")
     writes = [write(FIRST, 10, 20), undone]
     assert judge(Read(ALL, 35, 45, (FIRST,)), writes=writes, stored=[FIRST]) == Verdict()
@@ -168,7 +168,7 @@ def test_what_was_rolled_back_never_was() -> None:
 
 
 def test_a_log_is_read_as_far_as_it_was_written() -> None:
-    """A log gives back what was noted; what was begun and not ended has an unknown outcome."""
+    """A log is read up to its last complete line; a write without an end is unknown."""
     create, change, undone = (
         unsure(row, start) for row, start in ((FIRST, 1), (CHANGED, 4), (SECOND, 5))
     )

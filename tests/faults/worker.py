@@ -1,4 +1,4 @@
-"""A process that writes and reads incidents, and notes each call before and after it.
+"""A process that writes and reads incidents, and logs each call before and after it.
 
 It runs until its standard input ends. Its arguments are those of :class:`Settings`, as JSON.
 """
@@ -51,32 +51,32 @@ QUERIES = [
     Query(1, 5, status="failed", source="operator"),
     Query(1, 100),
 ]
-"""Few, so that most are in a cache if nothing was written."""
+"""Few, so that most are cached unless something was written."""
 
 WRITES = 0.12
-"""The part of a writing task's calls that write."""
+"""The fraction of a writing task's calls that write."""
 
 RETRIES = 5
-"""How often a create is repeated, with its idempotency key."""
+"""Maximum retries of a create, with its idempotency key."""
 
 HELD = 0.01
-"""Seconds for which a transaction by plain SQL is open at most after its statement."""
+"""Maximum seconds that a plain SQL transaction stays open after its statement."""
 
 BETWEEN = 0.05
-"""Seconds between transactions by plain SQL, at most."""
+"""Maximum seconds between plain SQL transactions."""
 
 
 @frozen
 class Settings:
-    """What a worker does.
+    """The settings of a worker.
 
     Attributes:
-        name: Begins the messages of its incidents.
-        log: The file that it notes its calls in.
-        database_url: Where incidents are kept.
-        redis_url: Where lists are cached; None means in the process alone.
-        sql: Whether it writes by plain SQL, and does not know of incidentkit.
-        mutant: A name in ``MUTANTS`` for incidentkit with a fault of its own, or None.
+        name: The prefix of its incidents' messages.
+        log: The file in which it logs its calls.
+        database_url: The database of the incidents.
+        redis_url: The Redis that caches lists; None: cache in the process only.
+        sql: Whether it writes by plain SQL, without incidentkit.
+        mutant: The name of a deliberate bug in ``MUTANTS``, or None.
     """
 
     name: str
@@ -89,36 +89,36 @@ class Settings:
 
 @define
 class Notes:
-    """The log of one process; a line is with the operating system once it is written."""
+    """The log of one process; each line goes straight to the operating system."""
 
     file: int
     calls: int = 0
     filled: int = 0
 
     def begin(self, make: Callable[[int, int], bytes]) -> int:
-        """Note that a call begins, and return its number."""
+        """Log the start of a call, and return its number."""
         self.calls += 1
         os.write(self.file, make(self.calls, time.monotonic_ns()))
         return self.calls
 
     def end(self, call: int, rows: list[Row]) -> None:
-        """Note that a call has succeeded."""
+        """Log that a call has succeeded."""
         end = time.monotonic_ns()
         os.write(self.file, note_end(call, end, "done", rows, filled=self.filled))
 
     def fail(self, call: int, error: Exception) -> None:
-        """Note that it is not known whether a call did anything."""
+        """Log that the outcome of a call is unknown."""
         end = time.monotonic_ns()
         os.write(self.file, note_end(call, end, "unknown", error=type(error).__name__))
 
     def undo(self, call: int) -> None:
-        """Note that a write was rolled back."""
+        """Log that a write was rolled back."""
         os.write(self.file, note_end(call, time.monotonic_ns(), "undone"))
 
 
 @define
 class Owned:
-    """An incident whose status this process alone changes."""
+    """An incident whose status only this process changes."""
 
     incident_id: int
     message: str
@@ -131,7 +131,7 @@ class RolledBack(Exception):
 
 
 class Target(Protocol):
-    """Where a task writes; a failure may hide a commit."""
+    """Writes incidents for a task; a failure may hide a commit."""
 
     async def create(self, message: str, status: str, source: str) -> Row:
         """Store an incident."""
@@ -144,7 +144,7 @@ class Target(Protocol):
 
 @define
 class Writer:
-    """Makes incidents, and takes each through all statuses."""
+    """Creates incidents, and moves each through all statuses."""
 
     name: str
     notes: Notes
@@ -209,11 +209,11 @@ LOST = (
     asyncpg.PostgresConnectionError,
     sqlite3.OperationalError,
 )
-"""What plain SQL meets when a connection ends or a file stays locked."""
+"""Errors of plain SQL when a connection ends or a file stays locked."""
 
 
 def row_of(incident: Incident) -> Row:
-    """Return an incident as the log has it."""
+    """Return an incident as a row of the log."""
     return Row(
         incident.incident_id,
         incident.incident_message,
@@ -225,12 +225,12 @@ def row_of(incident: Incident) -> Row:
 
 @define
 class ClientTarget:
-    """Incidents through incidentkit."""
+    """Writes incidents through incidentkit."""
 
     client: IncidentClient
 
     async def create(self, message: str, status: str, source: str) -> Row:
-        """Store an incident, and try again if it is not known whether it was stored."""
+        """Store an incident, and retry while its outcome is unknown."""
         for _ in range(RETRIES):
             with suppress(StoreUnavailable):
                 return await self._create(message, status, source)
@@ -259,7 +259,7 @@ UPDATE = f'UPDATE "Incident" SET incident_type = $2 WHERE incident_id = $1 RETUR
 
 @define
 class SqlTarget:
-    """Incidents by plain SQL, each in a transaction that stays open for a moment."""
+    """Writes incidents by plain SQL, in transactions that stay open for a moment."""
 
     transact: Callable[[str, tuple[object, ...], Moment], Awaitable[Row]]
     random: Random
@@ -279,7 +279,7 @@ class SqlTarget:
 
 @frozen
 class Moment:
-    """How a transaction ends: after some seconds, and whether with a rollback."""
+    """The end of a transaction: after how many seconds, and whether by a rollback."""
 
     seconds: float
     undo: bool
@@ -287,7 +287,7 @@ class Moment:
 
 @define
 class PostgresSql:
-    """Transactions on PostgreSQL, on a connection that is made anew when it was lost."""
+    """Runs transactions on PostgreSQL, and reconnects after a lost connection."""
 
     url: str
     connection: asyncpg.Connection[asyncpg.Record] | None = None
@@ -312,7 +312,7 @@ class PostgresSql:
         return Row(incident_id, message, status, source, f"{created_at:%Y-%m-%d %H:%M:%S}")
 
     async def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         if self.connection is not None:
             self.connection.terminate()
 
@@ -324,7 +324,7 @@ def sqlite_file(database_url: str) -> str:
 
 @define
 class SqliteSql:
-    """Transactions on an SQLite file, each on a connection of its own."""
+    """Runs transactions on an SQLite file, each on its own connection."""
 
     url: str
 
@@ -348,7 +348,7 @@ class SqliteSql:
             connection.close()
 
     async def close(self) -> None:
-        """Do nothing, since no connection is kept."""
+        """Do nothing: no connection is kept open."""
 
 
 async def read(client: IncidentClient, notes: Notes, query: Query) -> None:
@@ -363,13 +363,13 @@ async def read(client: IncidentClient, notes: Notes, query: Query) -> None:
 
 
 async def trust_everything(self: PageCache, query: ListQuery) -> Page:
-    """Return the page that the process holds, however old."""
+    """Return the page that the process has cached, of any age."""
     await asyncio.sleep(0)
     return self._memory.get(query.cache_key) or await self._reads(query)
 
 
 async def fill_late(self: PageCache, query: ListQuery) -> Page:
-    """Read a page, and then, in another snapshot, the token that it is kept with."""
+    """Cache a page with a token that is read later, in another snapshot."""
     read = await self._store.list(query)
     token = await self._store.token()
     page = Page(read.incidents, token)
@@ -385,7 +385,7 @@ MUTANTS = {
 
 @asynccontextmanager
 async def opened(settings: Settings, notes: Notes) -> AsyncIterator[IncidentClient]:
-    """Open a client whose pages from the database are counted."""
+    """Open a client that counts the pages read from the database."""
     client = IncidentClient.open(settings.database_url, settings.redis_url)
     list_page = client.store.list
 
@@ -401,7 +401,7 @@ async def opened(settings: Settings, notes: Notes) -> AsyncIterator[IncidentClie
 
 
 async def use_client(settings: Settings, notes: Notes, stopping: asyncio.Event) -> None:
-    """Run tasks that only read beside others that also write, on one client."""
+    """Run tasks that only read, and tasks that also write, on one client."""
 
     async def only_read(random: Random) -> None:
         while not stopping.is_set():
@@ -435,7 +435,7 @@ async def use_sql(settings: Settings, notes: Notes, stopping: asyncio.Event) -> 
 
 
 async def work(settings: Settings) -> None:
-    """Do what the settings say until standard input ends."""
+    """Run the configured load until standard input ends."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -455,7 +455,7 @@ async def work(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Be the process."""
+    """Run the worker."""
     arguments: dict[str, Any] = json.loads(sys.argv[1])
     asyncio.run(work(Settings(**arguments)))
 

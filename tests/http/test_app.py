@@ -80,7 +80,7 @@ def test_a_request_log_without_a_table() -> None:
 
 
 async def test_the_lifespan_of_another_app() -> None:
-    """An app that create_app() has not made is refused."""
+    """An app that was not made by `create_app()` is refused."""
     with pytest.raises(TypeError):
         async with lifespan(Starlette()):
             pytest.fail("The app started")
@@ -164,7 +164,7 @@ async def test_other_scopes_pass() -> None:
 
 
 async def test_an_error_outside_the_routes() -> None:
-    """A host's middleware that fails inside the app is answered with a problem, too."""
+    """An error in a host's middleware inside the app is answered with a problem, too."""
 
     async def broken(*_: object) -> None:
         raise ZeroDivisionError
@@ -185,14 +185,14 @@ async def test_an_error_outside_the_routes() -> None:
 async def answers_of(
     app: ASGIApp, *paths: str, headers: dict[str, str] | None = None
 ) -> list[httpx.Response]:
-    """Return the answers of an app to GET, whatever fails in it."""
+    """Return the answers of an app to GET, even if it raises."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
         return [await api.get(path, headers=headers) for path in paths]
 
 
 async def test_operations_are_found_inside_the_middleware_of_a_host() -> None:
-    """Middleware sees each request and its route, and no route is tried before an operation."""
+    """Middleware sees each request and its route; operations do not need the router's routes."""
     seen: list[tuple[str, str]] = []
 
     def middleware(inner: ASGIApp) -> ASGIApp:
@@ -236,7 +236,7 @@ async def test_the_path_of_a_mount_keeps_its_parameters() -> None:
 
 
 async def test_an_answer_that_has_begun_is_not_followed_by_a_problem() -> None:
-    """A middleware of a host that fails after its answer has begun is not answered again."""
+    """If a host's middleware fails after the answer has begun, no second answer is sent."""
 
     def middleware(inner: ASGIApp) -> ASGIApp:
         async def outer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -262,7 +262,7 @@ async def test_an_answer_that_has_begun_is_not_followed_by_a_problem() -> None:
 
 
 async def test_every_answer_has_the_id_of_its_request() -> None:
-    """Answers of a host's own middleware and routes have the id, and keep one of their own."""
+    """Every answer has the request's id, and an answer with its own id keeps it."""
 
     async def fail(_: Request) -> Response:
         raise ZeroDivisionError
@@ -299,7 +299,7 @@ async def test_every_answer_has_the_id_of_its_request() -> None:
 
 
 def test_starlette_is_missing() -> None:
-    """Without Starlette the import fails with the name of the extra that brings it."""
+    """Without Starlette the import error names the extra that installs it."""
     program = (
         "import sys; sys.modules['starlette'] = None\n"
         "from incidentkit import MissingDependency\n"
@@ -332,7 +332,7 @@ def run(program: str) -> str:
 
 
 def test_the_bundled_app(tmp_path: Path) -> None:
-    """Uvicorn runs the app as the environment configures it, and each request is on stderr."""
+    """Uvicorn runs the app as the environment configures it, and logs each request to stderr."""
     (tmp_path / ".env").write_text("INCIDENTKIT_REQUEST_LOG=database\n")
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),

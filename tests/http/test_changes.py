@@ -33,7 +33,7 @@ HUGE = 20_000_000
 """More bytes than the buffers on the way to a reader hold."""
 
 GRACE = 20
-"""Seconds after which uvicorn gives up, and logs an error, when it is told to stop."""
+"""Seconds for a graceful shutdown, after which uvicorn gives up and logs an error."""
 
 
 def update(api: httpx.Client, status: str) -> None:
@@ -184,14 +184,14 @@ def test_polling_goes_from_page_to_page(serve: Serve, urls: tuple[str, str | Non
 
 
 def test_the_number_of_readers_is_limited(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reader too many is asked to try again later; a reader that leaves frees its place."""
+    """A reader above the limit gets 503 with Retry-After; a reader that leaves frees its place."""
     monkeypatch.setattr(streams, "MAX_READERS", 2)
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
     with (
         api.stream("GET", "/incident/changes", headers=STREAM) as first,
         api.stream("GET", "/incident/changes", headers=STREAM) as second,
     ):
-        # A generator that is garbage closes its stream.
+        # Keep the generators: a discarded one closes its stream.
         reading = [messages(first), messages(second)]
         for blocks in reading:
             next(blocks)
@@ -260,7 +260,7 @@ def test_the_limit_of_readers_holds_for_simultaneous_requests(
 def test_a_reader_that_takes_nothing_is_dropped(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, records: Records, hooks: bool
 ) -> None:
-    """A reader that takes nothing loses its place; the connection too, if the server can drop it.
+    """A reader that takes nothing loses its place, and its connection if the server can drop it.
 
     No other reader is affected.
     """
@@ -357,7 +357,7 @@ def test_no_reader_holds_a_service_that_stops(
         poll = threading.Thread(target=poll_until_it_stops, args=(running.url, polled))
         poll.start()
         until(lambda: bool(polled))
-        # Most of the time, the poll then waits.
+        # By then, the poll is most likely waiting.
         time.sleep(0.1)
         started = time.monotonic()
         code = running.end(number)
@@ -376,7 +376,7 @@ def test_no_reader_holds_a_service_that_stops(
 
 
 def poll_until_it_stops(url: str, polled: list[Any]) -> None:
-    """Poll again and again, and keep the answers; the first item says that it begins."""
+    """Poll repeatedly and append the answers, after a first item that marks the start."""
     with httpx.Client(base_url=url, timeout=60) as api:
         polled.append("begins")
         with suppress(httpx.TransportError):

@@ -118,7 +118,7 @@ async def _rows(url: str) -> list[tuple[Any, ...]]:
 
 
 class LogStore(Store):
-    """A store whose appends do what the test says.
+    """A store whose appends fail or hang as the test says.
 
     Args:
         outcomes: What the first calls do: raise the error, or hang for None; later ones succeed.
@@ -154,7 +154,7 @@ class LogStore(Store):
 
 
 def record(number: int) -> RequestRecord:
-    """Return a record with a number to tell it by."""
+    """Return a record with this number as its status."""
     return RequestRecord(datetime.now(UTC), "GET", "/", number, 1.0, "id")
 
 
@@ -204,7 +204,7 @@ async def test_records_wait_for_others() -> None:
     "error", [StoreUnavailable("it is away"), SchemaOutOfDate(None, "9b3f6d20c7e8"), TimeoutError()]
 )
 async def test_records_outlast_an_outage(error: Exception, records: Records) -> None:
-    """Records wait while the database is away; the log tells when it goes and when it is back."""
+    """Records wait while the database is away; the log reports the outage and its end."""
     store = LogStore(error, error, error)
     log = RequestLog(store, interval=0)
     log.add(record(1))
@@ -253,7 +253,7 @@ async def test_a_full_log_drops_what_is_new(records: Records) -> None:
 
 
 async def test_a_write_that_hangs_is_given_up() -> None:
-    """A write that does not end is cancelled, and tried again."""
+    """A write that hangs is canceled and retried."""
     store = LogStore(None)
     log = RequestLog(store, interval=0, write_timeout=0.01)
     log.add(record(1))

@@ -38,7 +38,7 @@ def every_operation(api: httpx.Client) -> list[httpx.Response]:
     "error", [StoreUnavailable(SECRET), SchemaOutOfDate("dadc1db062ae", "9b3f6d20c7e8", SECRET)]
 )
 def test_a_database_that_is_away(serve: Serve, records: Records, error: Exception) -> None:
-    """While the database is unusable each route answers 503 and when to try again."""
+    """While the database is unusable, each route answers 503 with Retry-After."""
     api = serve(create_app(failing_client(error)))
     for answer in every_operation(api):
         assert answer.status_code == 503

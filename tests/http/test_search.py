@@ -97,7 +97,7 @@ def test_link_has_the_prefix(serve: Serve) -> None:
         ("total=yes", ["total"]),
         ("order=newest&order=oldest", ["order"]),
         ("page=2", ["page"]),
-        ("colour=red&limit=x", ["limit", "colour"]),
+        ("color=red&limit=x", ["limit", "color"]),
     ],
 )
 def test_a_faulty_query_is_refused(api: httpx.Client, query: str, fields: list[Any]) -> None:

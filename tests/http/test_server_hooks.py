@@ -1,4 +1,4 @@
-"""What a server offers beyond ASGI: to tell that it stops, and to drop a connection."""
+"""The hooks of a server beyond ASGI: a signal that it stops, and dropping a connection."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Connection:
     """A connection of a server that offers its hooks.
 
     Args:
-        takes: Messages that the reader takes; it never takes another one.
+        takes: The number of messages that the reader takes before it stops reading.
     """
 
     def __init__(self, takes: int = 100) -> None:
@@ -75,7 +75,7 @@ class Connection:
 
 @pytest.mark.parametrize("accept", [b"*/*", b"text/event-stream"])
 async def test_a_server_that_stops_ends_its_readers(accept: bytes) -> None:
-    """A poll is answered, and a stream completed, when the server says that it stops."""
+    """When the server signals that it stops, a poll is answered and a stream completed."""
     connection = Connection()
     async with IncidentClient.open(MEMORY) as client:
         app = service_on(client)
@@ -95,7 +95,7 @@ async def test_a_server_that_stops_ends_its_readers(accept: bytes) -> None:
 async def test_a_slow_reader_is_dropped_where_the_server_can(
     monkeypatch: pytest.MonkeyPatch, offered: bool
 ) -> None:
-    """A stream that its reader does not take ends, and so does the connection if it can be cut."""
+    """A stream that its reader does not take ends, and its connection if the server can drop it."""
     monkeypatch.setattr(streams, "SEND_TIMEOUT", 0.01)
     connection = Connection(takes=2)
     async with IncidentClient.open(MEMORY) as client:
@@ -108,7 +108,7 @@ async def test_a_slow_reader_is_dropped_where_the_server_can(
 
 
 async def test_a_loop_that_is_closed_is_not_woken() -> None:
-    """A listener that a dead event loop has left behind does not fail when a signal comes."""
+    """A listener left behind by a closed event loop does not fail on a signal."""
     listeners: list[Any] = []
 
     class Hearing:
@@ -159,7 +159,7 @@ def test_our_server_offers_both_hooks(serve: Serve) -> None:
 
 
 def test_our_server_says_that_it_stops() -> None:
-    """A stream ends, completed, when the server is told to stop, by a signal or otherwise."""
+    """A stream is completed when the server stops, even without a signal."""
     app = create_app(IncidentClient.open(MEMORY))
     with httpx.Client() as api:
         with serving(app, http=Protocol, timeout_graceful_shutdown=20) as url:

@@ -35,7 +35,7 @@ def handled_by(*handlers: Any) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def forgetful() -> Iterator[None]:
-    """Signals are forgotten after the test."""
+    """Forget the signals of the test."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(stop_signals._Tap, "heard_at", float("-inf"))
         yield
@@ -43,7 +43,7 @@ def forgetful() -> Iterator[None]:
 
 @pytest.fixture
 def heard() -> Iterator[list[str]]:
-    """Collects what is called on a signal; SIGINT and SIGTERM have handlers like a server's."""
+    """The calls that a signal causes; SIGINT and SIGTERM have handlers like a server's."""
     calls: list[str] = []
     with handled_by(
         lambda *_: calls.append("server, SIGINT"), lambda *_: calls.append("server, SIGTERM")
@@ -52,7 +52,7 @@ def heard() -> Iterator[list[str]]:
 
 
 def says(calls: list[str], name: str) -> Callable[[], object]:
-    """Return a listener that leaves its name."""
+    """Return a listener that records its name."""
     return lambda: calls.append(name)
 
 
@@ -60,7 +60,7 @@ def says(calls: list[str], name: str) -> Callable[[], object]:
 def test_a_signal_reaches_listeners_and_then_its_handler(
     heard: list[str], number: signal.Signals
 ) -> None:
-    """Each listener is called once, and the handler of the server still decides."""
+    """A signal calls each listener once, and then the server's handler."""
     with on_stop_signal(says(heard, "one")), on_stop_signal(says(heard, "two")):
         signal.raise_signal(number)
     assert sorted(heard[:2]) == ["one", "two"]
@@ -85,7 +85,7 @@ def test_the_handlers_are_back_alone(heard: list[str], monkeypatch: pytest.Monke
 
 
 def test_a_handler_that_is_installed_meanwhile_stays(heard: list[str]) -> None:
-    """A server that restores its own handlers while somebody listens keeps them."""
+    """A handler that a server installs while a listener is active stays installed."""
     with on_stop_signal(says(heard, "listener")):
 
         def handler(*_: object) -> None:
@@ -99,10 +99,10 @@ def test_a_handler_that_is_installed_meanwhile_stays(heard: list[str]) -> None:
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_signal_reaches_who_listens_a_little_later(
+def test_a_signal_reaches_a_listener_that_starts_a_little_later(
     heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A listener that begins right after the signal is told at once; much later it is not."""
+    """A listener that starts right after a signal is called at once; one much later is not."""
     with on_stop_signal(says(heard, "one")):
         signal.raise_signal(signal.SIGTERM)
     with on_stop_signal(says(heard, "two")):
@@ -114,7 +114,7 @@ def test_a_signal_reaches_who_listens_a_little_later(
 
 
 async def test_a_reader_who_comes_right_after_the_signal_does_not_wait(heard: list[str]) -> None:
-    """While the app runs it hears a signal without any reader, and the next poll ends at once."""
+    """A running app notices a signal even without readers, and the next poll ends at once."""
     app = create_app(IncidentClient.open(MEMORY))
     transport = httpx.ASGITransport(app)
     async with (
@@ -130,13 +130,13 @@ async def test_a_reader_who_comes_right_after_the_signal_does_not_wait(heard: li
 
 @pytest.mark.parametrize("default", [signal.SIG_DFL, signal.SIG_IGN])
 def test_a_signal_without_a_handler_is_left_alone(default: signal.Handlers) -> None:
-    """A process that a signal ends is still ended by it."""
+    """A signal with the default action, or ignored, gets no handler."""
     with handled_by(default, default), on_stop_signal(list):
         assert [signal.getsignal(number) for number in SIGNALS[:2]] == [default, default]
 
 
 def test_a_listener_that_fails_does_not_hide_the_signal(heard: list[str]) -> None:
-    """The handler of the server is called whatever a listener does."""
+    """The server's handler is called even if a listener raises."""
 
     def fail() -> None:
         raise ZeroDivisionError

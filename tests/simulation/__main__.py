@@ -13,15 +13,15 @@ from tests.simulation.schedule import STALENESS, Figures, Verdict, replay, simul
 
 
 def main() -> None:
-    """Run the seeds without and with ``max_staleness``, print the figures, and fail if one does."""
+    """Run the seeds for each ``max_staleness``, print the figures, and exit with 1 on a failure."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
-    parser.add_argument("--seeds", type=int, default=3000, help="how many")
-    parser.add_argument("--first", type=int, default=0, help="the first of them")
-    parser.add_argument("--max-staleness", type=float, help="only this one, in seconds")
+    parser.add_argument("--seeds", type=int, default=3000, help="number of seeds")
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--max-staleness", type=float, help="only this value, in seconds")
     given = parser.parse_args()
     staleness = STALENESS if given.max_staleness is None else (given.max_staleness,)
     failures = 0
-    # A process that is forked could not be told from its parent's state.
+    # A forked process would inherit its parent's state.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for seconds in staleness:
             began, total = time.monotonic(), Figures()
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _print(seed: int, max_staleness: float, verdict: Verdict) -> bool:
-    """Print what is wrong with a verdict and tell whether anything is."""
+    """Print the faults of a verdict, and return whether there are any."""
     wrong = [*verdict.stale, *verdict.failed]
     if wrong:
         sys.stdout.write("\n  ".join([replay(seed, max_staleness), *wrong]) + "\n")

@@ -1,4 +1,4 @@
-"""An event loop with a time of its own, whose order of events comes from a seed."""
+"""An event loop with simulated time, whose order of events is determined by a seed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _Ts = TypeVarTuple("_Ts")
 _Ready: TypeAlias = "tuple[asyncio.Handle, str | None]"
 
 PROCESS: ContextVar[str | None] = ContextVar("PROCESS", default=None)
-"""The simulated process that something happens in; None means none of them."""
+"""The simulated process that is running; None: none of them."""
 
 SERVERS = Context()
-"""Where that happens which no process can stop."""
+"""The context of events outside all processes, which are never held."""
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
-    """An event loop without input, output and threads.
+    """An event loop without input, output or threads.
 
-    Of all that is ready, a random one comes next. Nothing takes time: when nothing is ready, it is
-    the time of the next timer.
+    A random one of the ready callbacks runs next. Callbacks take no time: when none is ready, the
+    time advances to the next timer.
 
     Args:
-        random: Chooses what comes next.
+        random: Chooses the next callback.
     """
 
     def __init__(self, random: Random) -> None:
@@ -54,7 +54,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         *args: *_Ts,
         context: Context | None = None,
     ) -> asyncio.Handle:
-        """Call it at this time, in no order."""
+        """Schedule a callback for the current time, in random order."""
         handle = asyncio.Handle(callback, args, self, context)
         self._soon.append((handle, _process_of(context)))
         return handle
@@ -66,31 +66,31 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         *args: *_Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """Call it at that time."""
+        """Schedule a callback for that time."""
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._later, (when, next(self._order), (handle, _process_of(context))))
         return handle
 
     def hold(self, process: str) -> None:
-        """Let nothing of the process go on."""
+        """Suspend the process."""
         self._held.setdefault(process, [])
 
     def release(self, process: str) -> None:
-        """Let the process go on with all that it has missed."""
+        """Resume the process with all the callbacks that it missed."""
         self._soon += self._held.pop(process, [])
 
     def release_all(self) -> None:
-        """Let every process go on."""
+        """Resume every process."""
         for process in list(self._held):
             self.release(process)
 
     def run(self, main: Coroutine[Any, Any, _T]) -> _T:
-        """Return what it returns, once all that it left behind is cancelled."""
+        """Run a coroutine, cancel the tasks that it left behind, and return its result."""
         asyncio.events._set_running_loop(self)
         try:
             task = self.create_task(main)
             self._run_until(task.done)
-            # What a dead process left behind ends only now.
+            # The tasks of a killed process end only now.
             self.set_exception_handler(_ignore)
             self.release_all()
             while left := asyncio.all_tasks(self):
@@ -105,7 +105,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _run_until(self, done: Callable[[], bool]) -> None:
         while not done():
             if not self._soon:
-                self._go_on()
+                self._advance()
             last = len(self._soon) - 1
             chosen = self._random.randint(0, last) if last else 0
             self._soon[chosen], self._soon[last] = self._soon[last], self._soon[chosen]
@@ -115,10 +115,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             elif not handle.cancelled():
                 handle._run()
 
-    def _go_on(self) -> None:
-        """Make it the time of the next timer."""
+    def _advance(self) -> None:
+        """Advance the time to the next timer."""
         if not self._later:
-            raise RuntimeError("Everything waits, and nothing is to come")
+            raise RuntimeError("Deadlock: every task waits, and there is no timer left")
         self._now = max(self._now, self._later[0][0])
         while self._later and self._later[0][0] <= self._now:
             self._soon.append(heapq.heappop(self._later)[2])
@@ -129,7 +129,7 @@ def _are_done(tasks: set[asyncio.Task[Any]]) -> bool:
 
 
 def _ignore(_: asyncio.AbstractEventLoop, __: dict[str, Any]) -> None:
-    """Leave out what a call says that was ended."""
+    """Ignore errors of calls that were ended."""
 
 
 def _process_of(context: Context | None) -> str | None:

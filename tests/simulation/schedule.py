@@ -1,4 +1,4 @@
-"""Processes under load in the simulated world, what is done to them, and an exact verdict."""
+"""Simulated processes under load, the faults injected into them, and an exact verdict."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ DURATION: Final = 4.0
 """Simulated seconds of load."""
 
 PATIENCE: Final = 60.0
-"""Simulated seconds in which every call ends once the faults are over."""
+"""Simulated seconds within which every call must end once the faults are over."""
 
 INCIDENTS: Final = 12
-"""Incidents, about."""
+"""The approximate number of incidents."""
 
 STALENESS: Final = (0.0, 0.3)
-"""The values of ``max_staleness`` that are simulated, in seconds."""
+"""The simulated values of ``max_staleness``, in seconds."""
 
 QUERIES: Final = (
     ListQuery(1, 4),
@@ -64,20 +64,20 @@ QUERIES: Final = (
 
 @frozen
 class Figures:
-    """What happened in some simulations, in numbers.
+    """Counts of what happened in some simulations.
 
     Attributes:
-        seeds: How many simulations there were.
-        reads: Lists that were answered.
+        seeds: Simulations.
+        reads: Lists that returned.
         pages: Pages that were read from the database.
         redis_hits: GETs that found a value.
         writes: Writes that were acknowledged.
-        versions: What the database held, one after another.
-        cancelled: Calls whose caller was cancelled.
-        refused: Calls that the database failed to answer.
-        faults: What was done, and how often.
-        stale: Lists that the database did not have at any instant of their time.
-        failed: Calls with an error that no fault of the database explains, or without an end.
+        versions: Versions of the database.
+        cancelled: Calls whose caller was canceled.
+        refused: Calls that raised an error.
+        faults: The injected faults, by kind.
+        stale: Lists that the database held at no instant of the allowed time.
+        failed: Calls that never ended, or whose error no fault of the database explains.
     """
 
     seeds: int = 0
@@ -108,13 +108,13 @@ class Figures:
 
 @frozen
 class Verdict:
-    """What came of a simulation.
+    """The result of a simulation.
 
     Attributes:
-        figures: What happened.
-        stale: Each list that the database did not have.
-        failed: Each call that should have been answered.
-        trace: What stands for the answers, their order and their times.
+        figures: The counts.
+        stale: Each stale list.
+        failed: Each call that should have succeeded.
+        trace: A hash of the results, their order and their times.
     """
 
     figures: Figures
@@ -134,17 +134,17 @@ class User:
 
 @define
 class Simulation:
-    """A load with faults, which a seed decides.
+    """A load with faults, determined by a seed.
 
     Args:
-        seed: Decides everything.
-        max_staleness: That of the clients, in seconds.
+        seed: Determines everything.
+        max_staleness: The setting of the clients, in seconds.
     """
 
     seed: int
     max_staleness: float
     random: Random = field(init=False)
-    favourite: ListQuery = field(init=False)
+    favorite: ListQuery = field(init=False)
     loop: SimulatedLoop = field(init=False)
     database: Database = field(init=False)
     redis: RedisServer = field(init=False)
@@ -164,14 +164,14 @@ class Simulation:
 
     def __attrs_post_init__(self) -> None:
         self.random = Random(f"{self.seed} world")
-        self.favourite = self.random.choice(QUERIES)
+        self.favorite = self.random.choice(QUERIES)
         self.loop = SimulatedLoop(Random(f"{self.seed} order"))
         self.database = Database(self.random)
         self.database.on_commit = self._on_commit
         self.redis = RedisServer(self.random)
 
     def run(self) -> Verdict:
-        """Run it to its end."""
+        """Run the simulation to its end."""
         with (
             patch("incidentkit.session.PageCache", partial(PageCache, clock=self.loop.time)),
             _without_logging(),
@@ -213,7 +213,7 @@ class Simulation:
                 await self._list(user, query)
 
     async def _await_callers(self) -> None:
-        """Wait for all calls, also of a process that has yet to begin with them."""
+        """Wait for all calls, including those of processes that are still starting."""
         ended: set[asyncio.Task[None]] = set()
         while callers := {task for tasks in self.callers.values() for task in tasks} - ended:
             done, _ = await asyncio.wait(callers, timeout=PATIENCE)
@@ -245,7 +245,7 @@ class Simulation:
                 self.callers[process].append(self.loop.create_task(self._call(user)))
 
     def _kill(self, process: str) -> None:
-        """End a process at once, and start another in its place."""
+        """Kill a process, and start another in its place."""
         if self.callers.pop(process, None) is None:
             return
         del self.users[process]
@@ -256,7 +256,7 @@ class Simulation:
     def _on_commit(self, process: str) -> None:
         if self.doomed and process in self.callers:
             self.doomed -= 1
-            # Its answer is on the way, or the pages are about to be cleared.
+            # Its response is on the way, or it is about to clear the pages.
             delay = self.random.choice((0.0, self.random.uniform(0.0, 0.015)))
             self.loop.call_later(delay, self._kill, process)
 
@@ -266,14 +266,14 @@ class Simulation:
             await asyncio.sleep(self.random.expovariate(1 / self.random.choice((0.005, 0.15))))
             if self.random.random() < 0.06:
                 write = self._write(user, self._change(user))
-                # Others read while somebody writes.
+                # Reads run concurrently with the write.
                 others = self.random.choice((0, 0, 1, 2))
-                reads = [self._list(user, self.favourite) for _ in range(others)]
+                reads = [self._list(user, self.favorite) for _ in range(others)]
                 await asyncio.gather(write, *reads)
                 if self.random.random() < 0.5:
-                    await self._list(user, self.favourite)
+                    await self._list(user, self.favorite)
             else:
-                await self._list(user, self.random.choice((self.favourite, *QUERIES)))
+                await self._list(user, self.random.choice((self.favorite, *QUERIES)))
 
     def _change(self, user: User) -> Coroutine[Any, Any, Incident]:
         if self.random.random() < 0.5:
@@ -283,7 +283,7 @@ class Simulation:
         return user.client.update_status(incident.incident_id, status)
 
     def _limit(self) -> asyncio.Timeout:
-        """Return what cancels some of the callers."""
+        """Return a timeout that cancels some of the callers."""
         cancelled = self.random.random() < 0.05
         return asyncio.timeout(self.random.uniform(0.0, 0.03) if cancelled else None)
 
@@ -318,7 +318,7 @@ class Simulation:
             self._check(user, query, answer, first, start)
 
     def _number_at(self, time: float, *, before: int) -> int:
-        """Return the number of what the database held at a time, if it was before that number."""
+        """Return the number of the latest version at a time, at most ``before``."""
         while before and self.database.history[before].since > time:
             before -= 1
         return before
@@ -326,7 +326,7 @@ class Simulation:
     def _judge(
         self, user: User, limit: asyncio.Timeout, failures: int, error: BaseException
     ) -> None:
-        """Tell whether a call had to end with an error."""
+        """Record a call that raised an error, and fail it if no fault explains the error."""
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise error
@@ -376,7 +376,7 @@ class Simulation:
                 self.database.update(evolve(incident, incident_message=message), by_client=False)
 
     async def _break_things(self) -> None:
-        """Do a few kinds of things again and again, and mend everything at the end."""
+        """Inject a few kinds of faults repeatedly, and repair everything at the end."""
         chosen = self.random.sample(sorted(KINDS), self.random.randint(3, 7))
         while not self.over:
             await asyncio.sleep(self.random.expovariate(1 / 0.15))
@@ -431,7 +431,7 @@ class Simulation:
         self.database.go_back(max(INCIDENTS, last - self.random.randint(1, 6)))
 
     def _empty_token(self) -> None:
-        """Empty the token, perhaps again and again."""
+        """Empty the token, once or several times."""
         for _ in range(self.random.randint(1, 4)):
             self.loop.call_later(self.random.uniform(0.0, 0.4), self.database.empty_token)
 
@@ -445,7 +445,7 @@ class Simulation:
     def _resume(self, process: str) -> None:
         if process in self.paused:
             self.paused.remove(process)
-            # One that was killed meanwhile stays dead.
+            # A process that was killed meanwhile stays dead.
             if process in self.callers:
                 self.loop.release(process)
 
@@ -465,11 +465,11 @@ KINDS: Final[dict[str, Callable[[Simulation], None]]] = {
     "outage": lambda here: here._for_a_while(here.database, "failing", 0.5),
     "slow_database": lambda here: here._for_a_while(here.database, "slow", 0.3),
 }
-"""What can be done; each simulation has some of it."""
+"""All kinds of faults; each simulation uses some of them."""
 
 
 def simulate(seed: int, max_staleness: float = 0.0) -> Verdict:
-    """Return what comes of the simulation with this seed."""
+    """Return the verdict on the simulation with this seed."""
     return Simulation(seed, max_staleness).run()
 
 

@@ -1,7 +1,7 @@
-"""Every list is true, whatever happens to processes, to Redis and to the database.
+"""No list is stale under any fault of processes, Redis and the database.
 
-A list that is read is the list as the database had it at some instant between the start of the
-call and its end; with ``max_staleness``, at some instant in the call or so many seconds before it.
+A list shows the database as it was at some instant between the start and the end of the call; with
+``max_staleness``, at some instant during the call or at most that many seconds before it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from tests.simulation.world import Operation
 
 SEEDS = int(os.environ.get("INCIDENTKIT_TEST_SEEDS", "15"))
-"""How many seeds run for each of the values of ``max_staleness``."""
+"""The number of seeds for each value of ``max_staleness``."""
 
 BOUND = 20
-"""In how many seeds a simulation of broken code has to find a stale list."""
+"""The number of seeds within which broken code must show a stale list."""
 
 REGRESSIONS: tuple[int, ...] = ()
 """Seeds that failed once."""
@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("max_staleness", STALENESS)
 def test_every_list_is_true(max_staleness: float) -> None:
-    """Every list is true, whatever happens, and many of them come from a cache."""
+    """No list is stale under any fault, and many lists come from a cache."""
     total = Figures()
     for seed in (*REGRESSIONS, *range(SEEDS)):
         verdict = simulate(seed, max_staleness)
@@ -59,7 +59,7 @@ def test_every_list_is_true(max_staleness: float) -> None:
 
 @pytest.mark.parametrize("max_staleness", STALENESS)
 def test_a_seed_decides_everything(max_staleness: float) -> None:
-    """The same seed makes the same calls end with the same answers at the same time, anywhere."""
+    """The same seed gives the same results at the same times, in any process."""
     here = simulate(5, max_staleness)
     assert simulate(5, max_staleness) == here
     assert simulate(6, max_staleness).trace != here.trace
@@ -198,7 +198,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], float]] = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_broken_code_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would make a list stale makes one stale within a few seeds."""
+    """Each kind of broken code makes a list stale within a few seeds."""
     mutate, max_staleness = MUTANTS[name]
     mutate(monkeypatch)
     assert any(simulate(seed, max_staleness).stale for seed in range(BOUND)), name

@@ -1,4 +1,4 @@
-"""A database and a Redis that are simulated: what is in them, and what can happen to them."""
+"""A simulated database and a simulated Redis, with their contents and faults."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 _WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
 
 COMMITS: ContextVar[list[int] | None] = ContextVar("COMMITS", default=None)
-"""Where a write leaves the number of the version that it made."""
+"""The list to which a write appends the number of the version that it committed."""
 
 
 @frozen
 class Version:
-    """What the database holds from one commit to the next.
+    """The contents of the database from one commit to the next.
 
     Attributes:
         incidents: Newest first.
-        token: None while it was emptied by hand.
+        token: None while emptied by hand.
         since: The simulated time of the commit.
-        next_id: The id that the next incident gets.
+        next_id: The id of the next incident.
     """
 
     incidents: tuple[Incident, ...]
@@ -53,7 +53,7 @@ class Version:
     next_id: int
 
     def page(self, query: ListQuery) -> list[Incident]:
-        """Return what a list has to be."""
+        """Return the expected page of a list."""
         found = [
             one
             for one in self.incidents
@@ -64,16 +64,16 @@ class Version:
 
 @define
 class Database:
-    """The database, and all that it ever held.
+    """The database, with all its versions.
 
     Attributes:
-        history: Its versions, in the order of their commits; the last is what it holds.
-        pages: How many pages were read.
-        tokens: How many tokens were read alone.
-        failures: How many requests it failed to answer.
-        failing: How many of the requests it fails to answer, 0 to 1.
-        slow: How many of the requests take long, 0 to 1.
-        on_commit: Told the process of each write by a client.
+        history: Its versions, in the order of their commits; the last is current.
+        pages: The number of pages read.
+        tokens: The number of tokens read alone.
+        failures: The number of requests that failed.
+        failing: The fraction of requests that fail, 0 to 1.
+        slow: The fraction of requests that are slow, 0 to 1.
+        on_commit: Called with the process of each write by a client.
     """
 
     random: Random
@@ -90,20 +90,20 @@ class Database:
 
     @property
     def current(self) -> Version:
-        """What it holds."""
+        """The current version."""
         return self.history[-1]
 
     @property
     def number(self) -> int:
-        """The number of the version that it holds."""
+        """The number of the current version."""
         return len(self.history) - 1
 
     def new_token(self) -> str:
-        """Return a token that was never there before."""
+        """Return a token that was never used before."""
         return f"{self.random.getrandbits(64):016x}"
 
     def trigger(self, operation: Operation, *, by_client: bool) -> str | None:  # noqa: ARG002
-        """Return the token that the incidents have after a change."""
+        """Return the token after a change."""
         return self.new_token()
 
     def insert(self, incident: NewIncident, *, by_client: bool = True) -> Incident:
@@ -119,7 +119,7 @@ class Database:
         return stored
 
     def update(self, changed: Incident, *, by_client: bool = True) -> None:
-        """Commit a change of an incident that is there."""
+        """Commit a change of an existing incident."""
         incidents = tuple(
             changed if one.incident_id == changed.incident_id else one
             for one in self.current.incidents
@@ -138,14 +138,14 @@ class Database:
         self._commit(evolve(self.current, token=None))
 
     def go_back(self, number: int) -> None:
-        """Hold an earlier version again, the token included."""
+        """Commit an earlier version again, including its token."""
         self._commit(self.history[number])
 
     def _commit(self, version: Version) -> None:
         self.history.append(evolve(version, since=asyncio.get_running_loop().time()))
 
     def delay(self) -> float:
-        """Return the seconds that a way to or from the database takes."""
+        """Return the seconds of a one-way trip to or from the database."""
         if self.random.random() < self.slow:
             return self.random.uniform(0.02, 1.5)
         if self.random.random() < 0.08:
@@ -153,14 +153,14 @@ class Database:
         return self.random.uniform(0.0005, 0.006)
 
     async def request(self, effect: Callable[[], _T]) -> _T:
-        """Return what an effect returns, which it has whether or not anybody still waits."""
+        """Apply an effect, even if the caller is gone, and return its result."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[_T] = loop.create_future()
 
         def land() -> None:
             if self.random.random() < self.failing:
                 self.failures += 1
-                # A write may have been committed all the same.
+                # A failed write may still have been committed.
                 if self.random.random() < 0.5:
                     effect()
                 error = StoreUnavailable("it is away")
@@ -174,7 +174,7 @@ class Database:
 
 @define
 class SimulatedStore:
-    """As much of an :class:`~incidentkit.store.IncidentStore` as lists and their changes need."""
+    """The part of an :class:`~incidentkit.store.IncidentStore` that lists and changes need."""
 
     database: Database
 
@@ -185,11 +185,11 @@ class SimulatedStore:
         """Do nothing."""
 
     async def check(self) -> None:
-        """Ask the database for nothing."""
+        """Send an empty request to the database."""
         await self.database.request(lambda: None)
 
     async def create(self, incident: NewIncident, **_: object) -> Incident:
-        """Store the incident and return it, committed."""
+        """Commit the incident and return it."""
         return await self._write(lambda: self.database.insert(incident))
 
     async def list(self, query: ListQuery) -> Page:
@@ -212,11 +212,11 @@ class SimulatedStore:
         return await self.database.request(effect)
 
     async def get(self, incident_id: int) -> Incident | None:
-        """Return the incident, if it is there."""
+        """Return the incident, or None."""
         return await self.database.request(lambda: self._find(incident_id))
 
     async def update_status(self, change: StatusChange, **_: object) -> Incident:
-        """Change the status and return the incident, if it is there."""
+        """Change the status and return the incident."""
 
         def effect() -> Incident | None:
             incident = self._find(change.incident_id)
@@ -256,11 +256,11 @@ class RedisServer:
     """A Redis, and the network between it and the processes.
 
     Attributes:
-        values: What it holds and until when: a string, or the names in a set.
-        cut: Processes that do not reach it; they get an error, or wait.
-        late: How many of the requests take effect long after they were sent, 0 to 1.
-        out_of_step: How many of the answers to a MGET are those to the one before, 0 to 1.
-        hits: How many GETs found a value.
+        values: Its values and their expiry times; a value is a string, or the names in a set.
+        cut: The processes that cannot reach it, and whether they get an error or hang.
+        late: The fraction of requests that take effect long after they were sent, 0 to 1.
+        out_of_step: The fraction of MGETs that get the response to the one before, 0 to 1.
+        hits: The number of GETs that found a value.
     """
 
     random: Random
@@ -271,7 +271,7 @@ class RedisServer:
     hits: int = field(default=0, init=False)
 
     def execute(self, command: Command) -> Any:
-        """Let a command take effect and return its answer."""
+        """Execute a command and return its response."""
         now = asyncio.get_running_loop().time()
         self.values = {key: held for key, held in self.values.items() if held[1] > now}
         match command:
@@ -328,22 +328,22 @@ class RedisServer:
         return names
 
     def flush(self) -> None:
-        """Lose everything."""
+        """Remove all values."""
         self.values.clear()
 
     def copy(self) -> dict[str, tuple[bytes | dict[bytes, None], float]]:
-        """Return a snapshot of all that it holds."""
+        """Return a snapshot of its values."""
         return {
             key: (value if isinstance(value, bytes) else value.copy(), until)
             for key, (value, until) in self.values.items()
         }
 
     def pages(self) -> list[str]:
-        """Return the keys of the strings that it holds."""
+        """Return the keys of its strings."""
         return [key for key, (value, _) in self.values.items() if isinstance(value, bytes)]
 
     def send(self, client: RedisClient, commands: list[Command], answer: _Answer) -> None:
-        """Let the commands take effect one after another, and answer them."""
+        """Execute the commands one after another, and send their responses."""
         loop = asyncio.get_running_loop()
         delay = self.random.uniform(0.0002, 0.004)
         cut = self.cut.get(client.process)
@@ -352,7 +352,7 @@ class RedisServer:
             loop.call_later(delay, _fail, answer, error, context=SERVERS)
             return
         if cut == "hang":
-            # What was sent before the cut still arrives.
+            # A request that was sent before the cut still arrives.
             if self.random.random() < 0.5:
                 delay = self.random.uniform(0.0, 4.0)
                 lost: _Answer = loop.create_future()
@@ -371,7 +371,7 @@ class RedisServer:
         except ResponseError as error:
             answers.append(error)
         if len(answers) < len(commands):
-            # Others come between the commands of a pipeline.
+            # Commands of other clients come between those of a pipeline.
             delay = self.random.choice((0.0, self.random.uniform(0.0, 0.003)))
             loop.call_later(delay, self._land, client, commands, answers, answer, context=SERVERS)
             return
@@ -393,12 +393,12 @@ _Answer: TypeAlias = "asyncio.Future[list[Any]]"
 
 @define
 class RedisClient:
-    """What a :class:`~incidentkit.cache.redis.RedisCache` uses of a client of redis-py.
+    """The part of a redis-py client that a :class:`~incidentkit.cache.redis.RedisCache` uses.
 
     Args:
         server: The Redis.
-        process: The process that it is in.
-        timeout: Seconds to wait for an answer; None means for ever.
+        process: The process that uses it.
+        timeout: Seconds to wait for a response; None: no limit.
     """
 
     server: RedisServer
@@ -407,14 +407,14 @@ class RedisClient:
     previous: list[Any] = field(factory=lambda: [None], init=False)
 
     def pipeline(self, *, transaction: bool) -> Pipeline:
-        """Return a batch of commands to be filled."""
+        """Return an empty batch of commands."""
         assert not transaction
         return Pipeline(self)
 
 
 @define
 class Pipeline:
-    """Commands that are sent at once."""
+    """Commands that are sent together."""
 
     client: RedisClient
     commands: list[Command] = field(factory=list, init=False)
@@ -424,7 +424,7 @@ class Pipeline:
         self.commands.append(command)
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT002
-        """Send the commands and return their answers, or raise the first error of them."""
+        """Send the commands and return their responses, or raise the first error."""
         assert raise_on_error
         loop = asyncio.get_running_loop()
         answer: _Answer = loop.create_future()

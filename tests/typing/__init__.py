@@ -1,1 +1,1 @@
-"""Programs that are checked, never run: mypy and pyright see the types that users see."""
+"""Programs that are type-checked, never run: mypy and pyright see the types that users see."""

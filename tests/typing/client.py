@@ -1,4 +1,4 @@
-"""The types of the client's methods, and the calls that a type checker has to refuse."""
+"""The types of the client's methods, and the calls that a type checker must reject."""
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 
 class OwnClient(IncidentClient):
-    """A client that a host refines."""
+    """A host's subclass of the client."""
 
 
 class OwnCache:
-    """A cache that a host brings."""
+    """A host's own cache."""
 
     async def get(self, key: str) -> bytes | None:
-        """Return the key, for want of a value."""
+        """Return the key as a stand-in for a value."""
         return key.encode()
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
@@ -60,15 +60,15 @@ class OwnCache:
 
 
 class HalfACache:
-    """A cache that keeps what it should forget."""
+    """An incomplete cache that only has `get`."""
 
     async def get(self, key: str) -> bytes | None:
-        """Return the key, for want of a value."""
+        """Return the key as a stand-in for a value."""
         return key.encode()
 
 
 async def created(incidents: IncidentClient) -> None:
-    """A message and a source make an incident, and so does a new incident alone."""
+    """`create` takes a message and a source, or a NewIncident alone."""
     assert_type(await incidents.create("Disk is full", source="monitoring"), Incident)
     assert_type(await incidents.create("Disk is full", source=IncidentSource.PARTNER), Incident)
     assert_type(
@@ -84,7 +84,7 @@ async def created(incidents: IncidentClient) -> None:
 
 
 async def not_created(incidents: IncidentClient, new: NewIncident) -> None:
-    """A message needs a source, by name; a new incident has it already."""
+    """A message needs a source as a keyword; a NewIncident takes no other arguments."""
     await incidents.create()  # type: ignore[call-overload]
     await incidents.create("Disk is full")  # type: ignore[call-overload]
     await incidents.create("Disk is full", "operator")  # type: ignore[call-overload]
@@ -95,7 +95,7 @@ async def not_created(incidents: IncidentClient, new: NewIncident) -> None:
 
 
 async def listed(incidents: IncidentClient) -> None:
-    """Every argument of a list may be left out; filters are members, strings or None."""
+    """Every argument of a list is optional; filters are members, strings or None."""
     assert_type(await incidents.list(), list[Incident])
     assert_type(await incidents.list(2, 50), list[Incident])
     assert_type(await incidents.list(page=1, limit=10, status="new", source=None), list[Incident])
@@ -120,7 +120,7 @@ async def read_and_changed(incidents: IncidentClient) -> None:
 
 
 async def followed(incidents: IncidentClient) -> None:
-    """Histories, searches and changes are of their models; a cursor is a string or None."""
+    """Histories, searches and changes return their models; a cursor is a string or None."""
     assert_type(await incidents.history(7), list[IncidentEvent])
     assert_type(await incidents.note(7, "Mended"), IncidentEvent)
     assert_type(await incidents.search(status={"new"}, source="partner", total=True), SearchPage)
@@ -146,7 +146,7 @@ async def followed(incidents: IncidentClient) -> None:
 
 
 async def joined(incidents: IncidentClient, session: AsyncSession, engine: AsyncEngine) -> None:
-    """What is joined has the verbs of the client, but neither its feed nor its life."""
+    """Joined incidents have the client's verbs, but neither its feed nor its lifecycle."""
     inside = incidents.join(session)
     assert_type(inside, JoinedIncidents)
     assert_type(await inside.create("Disk is full", source="partner"), Incident)
@@ -159,7 +159,7 @@ async def joined(incidents: IncidentClient, session: AsyncSession, engine: Async
 
 
 async def opened(path: Path) -> None:
-    """A client is opened with `async with`, and a refined one stays what it is."""
+    """A client is opened with `async with`, and a subclass keeps its type."""
     async with IncidentClient.open() as incidents:
         assert_type(incidents, IncidentClient)
     async with IncidentClient.from_env(path) as incidents:
@@ -181,7 +181,7 @@ async def opened(path: Path) -> None:
 
 
 def made_of_parts(memory: MemoryCache, redis: RedisCache) -> None:
-    """A client takes any store and any cache that keep the protocols, and no other."""
+    """A client accepts only stores and caches that implement the protocols."""
     store = store_from_url("sqlite://")
     IncidentClient(store)
     IncidentClient(store, cache=memory)
@@ -195,7 +195,7 @@ def made_of_parts(memory: MemoryCache, redis: RedisCache) -> None:
 
 
 def kept_protocols(store: Store, records: Records, redis: RedisCache) -> None:
-    """Our own stores and caches keep the protocols."""
+    """The built-in stores and caches implement the protocols."""
     stores: list[IncidentStore] = [store]
     operations: list[StoreOperations] = [store, records]
     caches: list[IncidentCache] = [redis, MemoryCache(max_bytes=1)]

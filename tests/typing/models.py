@@ -1,4 +1,4 @@
-"""The types of the models and the errors, and what a type checker has to refuse of them."""
+"""The types of the models and errors, and the uses that a type checker must reject."""
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def stored(incident: Incident) -> None:
-    """What is stored has the types of Python, and cannot be changed."""
+    """A stored incident has plain Python types and is read-only."""
     assert_type(incident.incident_id, int)
     assert_type(incident.incident_message, str)
     assert_type(incident.incident_type, IncidentStatus)
@@ -37,14 +37,14 @@ def stored(incident: Incident) -> None:
 
 
 def made_by_hand(time: datetime) -> None:
-    """A stored incident is made of members, as a store or a test of a host does it."""
+    """An Incident is constructed with enum members, not with their strings."""
     Incident(7, "Disk is full", IncidentStatus.NEW, IncidentSource.PARTNER, time)
     Incident(7, "Disk is full", "new", "partner", time)  # type: ignore[arg-type]
     Incident(7, "Disk is full", IncidentStatus.NEW, IncidentSource.PARTNER, "2025-01-01")  # type: ignore[arg-type]
 
 
 def new() -> None:
-    """A new incident takes members and strings, and gives members."""
+    """A NewIncident takes members or strings, and holds members."""
     incident = NewIncident("Disk is full", "operator")
     assert_type(incident, NewIncident)
     assert_type(incident.incident_message, str)
@@ -59,7 +59,7 @@ def new() -> None:
 
 
 def query() -> None:
-    """A query takes members and strings, and gives members."""
+    """A ListQuery takes members or strings, and holds members."""
     query = ListQuery(status="new", source=IncidentSource.OPERATOR)
     assert_type(query.page, int)
     assert_type(query.limit, int)
@@ -72,7 +72,7 @@ def query() -> None:
 
 
 def every_status(status: IncidentStatus) -> str:
-    """A checker knows when every status has been dealt with; a member is a string, too."""
+    """A checker sees that every status is handled; a member is also a string."""
     match status:
         case IncidentStatus.NEW:
             return status.upper()
@@ -83,7 +83,7 @@ def every_status(status: IncidentStatus) -> str:
 
 
 def every_source(source: IncidentSource) -> str:
-    """Likewise of the sources."""
+    """A checker sees that every source is handled."""
     if source is IncidentSource.OPERATOR:
         return "person"
     if source is IncidentSource.MONITORING or source is IncidentSource.PARTNER:
@@ -92,21 +92,21 @@ def every_source(source: IncidentSource) -> str:
 
 
 def invalid(error: InvalidIncident) -> None:
-    """An error of validation tells each field and its reason."""
+    """A validation error holds each faulty field and its reason."""
     assert_type(error.errors, tuple[FieldError, ...])
     assert_type(error.errors[0].field, str)
     assert_type(error.errors[0].reason, str)
 
 
 def missing(error: IncidentNotFound, dependency: MissingDependency) -> None:
-    """An error of something missing tells what it is."""
+    """An error about something missing names it."""
     assert_type(error.incident_id, int)
     assert_type(dependency.package, str)
     assert_type(dependency.extra, str)
 
 
 def misconfigured(error: InvalidSettings, schema: SchemaOutOfDate, store: StoreUnavailable) -> None:
-    """An error for whoever runs the service tells what to mend."""
+    """An error for an operator says what to fix."""
     assert_type(error.name, str)
     assert_type(error.reason, str)
     assert_type(schema.current, str | None)
@@ -116,5 +116,5 @@ def misconfigured(error: InvalidSettings, schema: SchemaOutOfDate, store: StoreU
 
 
 def version() -> None:
-    """The version is a string, whatever its value."""
+    """The version is a string."""
     __version__.split(".")
