@@ -102,7 +102,7 @@ class IncidentClient(Incidents):
 
     Every method raises :class:`~incidentkit.StoreUnavailable` if the database cannot be reached
     or does not answer in time; a failing cache is never an error. A write runs to completion even
-    if its caller is canceled.
+    if its caller is cancelled.
     """
 
     def __init__(
@@ -352,7 +352,7 @@ class IncidentClient(Incidents):
 
         One event for each remains and records the removal. The work is done in batches, each in a
         transaction of its own, beside other traffic; an incident that another transaction is
-        changing is left out. Removed incidents stay removed if the caller is canceled.
+        changing is left out. Removed incidents stay removed if the caller is cancelled.
 
         Args:
             ended_before: Aware; incidents that ended before this time are removed. An incident

@@ -13,7 +13,7 @@ class JoinedIncidents(Incidents):
 
     Writes become visible to others when the transaction is committed, and vanish if it is rolled
     back. No cache is read or filled. A call that fails leaves none of its writes behind; a call
-    that is canceled leaves all of them or none. An error of the database may have ended the
+    that is cancelled leaves all of them or none. An error of the database may have ended the
     transaction, as after any other statement.
 
     Every method raises :class:`~incidentkit.NotInTransaction` once the transaction has ended.

@@ -92,7 +92,7 @@ class Session:
         # Last: a list that the store still answered goes to the cache.
         if self._pages is not None:
             await self._pages.close()
-        # Not earlier, so that a canceled close can be repeated.
+        # Not earlier, so that a cancelled close can be repeated.
         self._feed = self._pages = None
 
     @property
@@ -146,7 +146,7 @@ class Session:
         return idempotency(idempotency_key, verb, parameters)
 
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
-        """Run a write, wake the feed and forget the pages, even if the caller is canceled."""
+        """Run a write, wake the feed and forget the pages, even if the caller is cancelled."""
         task = asyncio.ensure_future(self._write_and_forget(write))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
@@ -190,4 +190,4 @@ def _log_failure(write: asyncio.Task[Any]) -> None:
     """Log the failure of a write whose caller is gone."""
     error = None if write.cancelled() else write.exception()
     if error is not None:
-        logger.warning("A write failed after its caller was canceled: %s", error)
+        logger.warning("A write failed after its caller was cancelled: %s", error)

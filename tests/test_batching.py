@@ -107,7 +107,7 @@ async def test_a_run_that_hangs_does_not_hold_up_the_next(
 
 
 async def test_a_cancelled_call_leaves_the_others(ask: Coalescer[str, int], source: Source) -> None:
-    """If one of several callers is canceled, first or last, the rest still get their answer."""
+    """If one of several callers is cancelled, first or last, the rest still get their answer."""
     for gone in (0, 2):
         source.gate(len(source.started) + 1)
         calls = [asyncio.ensure_future(ask("a")) for _ in range(3)]
@@ -123,7 +123,7 @@ async def test_a_cancelled_call_leaves_the_others(ask: Coalescer[str, int], sour
 async def test_a_run_that_nobody_waits_for_never_starts(
     ask: Coalescer[str, int], source: Source
 ) -> None:
-    """A waiting run whose callers are all canceled never starts; a running one continues."""
+    """A waiting run whose callers are all cancelled never starts; a running one continues."""
     source.gate(1)
     first = asyncio.ensure_future(ask("a"))
     await turns()
@@ -253,7 +253,7 @@ async def test_batches_have_a_size_and_a_number(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_an_item_goes_with_its_call_until_its_batch_starts() -> None:
-    """A call that is canceled before its batch starts is not in the batch."""
+    """A call that is cancelled before its batch starts is not in the batch."""
     sums = Sums()
     sums.gate = asyncio.Event()
     double: Batcher[int, int] = Batcher(sums)
@@ -268,7 +268,7 @@ async def test_an_item_goes_with_its_call_until_its_batch_starts() -> None:
 
 
 async def test_a_batch_that_never_began_keeps_nobody_waiting() -> None:
-    """If a batch's task is canceled before its first step, the next batch takes its calls."""
+    """If a batch's task is cancelled before its first step, the next batch takes its calls."""
     sums = Sums()
     double: Batcher[int, int] = Batcher(sums)
     first = double(1)
@@ -289,7 +289,7 @@ async def test_a_call_without_neighbours_starts_at_once() -> None:
 
 
 async def test_a_batch_that_all_have_left_can_be_ended() -> None:
-    """With `abandon`, a batch is canceled along with its last call, and not before."""
+    """With `abandon`, a batch is cancelled along with its last call, and not before."""
     sums = Sums()
     sums.gate = asyncio.Event()
     double: Batcher[int, int] = Batcher(sums, abandon=True)
@@ -400,7 +400,7 @@ async def test_what_waits_behind_a_call_that_was_alone_is_waited_for() -> None:
 
 
 async def test_patience_can_be_endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `patient`, no batch starts beside a hanging one, and canceled calls are dropped."""
+    """With `patient`, no batch starts beside a hanging one, and cancelled calls are dropped."""
     monkeypatch.setattr(batching, "PATIENCE", 0.0)
     sums = Sums()
     sums.gate = asyncio.Event()

@@ -185,7 +185,7 @@ async def test_ping_tells_whether_the_cache_answers(
 
 
 async def test_a_cancelled_call_is_no_fault(breaker: CircuitBreaker, cache: FaultyCache) -> None:
-    """A canceled call does not count as a failure of the cache."""
+    """A cancelled call does not count as a failure of the cache."""
     cache.hangs = True
     reading = asyncio.ensure_future(breaker.get(KEY))
     await asyncio.sleep(0)

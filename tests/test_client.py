@@ -56,7 +56,7 @@ async def incidents(urls: tuple[str, str | None]) -> AsyncIterator[IncidentClien
 
 
 async def test_a_cancelled_write_is_carried_through(incidents: IncidentClient) -> None:
-    """A canceled create is stored whole or not at all, and lists agree with the database."""
+    """A cancelled create is stored whole or not at all, and lists agree with the database."""
     await incidents.list(limit=1000)
     for turns in range(10):
         creating = asyncio.ensure_future(incidents.create("Disk is full", source="operator"))
@@ -185,7 +185,7 @@ def test_a_write_of_another_process_shows_in_the_next_list(sqlite_url: str) -> N
 
 
 async def test_a_close_that_was_cancelled_can_be_repeated(sqlite_url: str) -> None:
-    """If a close is canceled before it reaches the cache, the next one closes the cache, once."""
+    """If a close is cancelled before it reaches the cache, the next one closes the cache, once."""
     gate, closed = asyncio.Event(), 0
 
     class Slow(MemoryCache):
@@ -469,7 +469,7 @@ async def test_connecting_at_once_opens_one_store(
 async def test_a_failed_write_without_a_caller_is_logged(
     sqlite_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write that fails after its caller was canceled is logged on one line, without values."""
+    """A write that fails after its caller was cancelled is logged on one line, without values."""
     goes_on = asyncio.Event()
 
     async def fail(*_: object, **__: object) -> Incident:
@@ -486,5 +486,5 @@ async def test_a_failed_write_without_a_caller_is_logged(
             await creating
         goes_on.set()
     assert [record.getMessage() for record in caplog.records] == [
-        "A write failed after its caller was canceled: The database is unavailable: it is gone"
+        "A write failed after its caller was cancelled: The database is unavailable: it is gone"
     ]

@@ -185,7 +185,7 @@ async def test_closing_ends_who_waits(url: str) -> None:
 
 
 async def test_a_reader_that_is_cancelled_leaves_the_others(incidents: IncidentClient) -> None:
-    """Canceling one reader leaves the other readers waiting."""
+    """Cancelling one reader leaves the other readers waiting."""
     gone, stays = (asyncio.ensure_future(take(incidents, 1)) for _ in range(2))
     await until(lambda: _is_pausing(incidents, 2))
     gone.cancel()

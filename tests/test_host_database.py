@@ -239,7 +239,7 @@ async def test_nothing_of_the_hosts_is_configured(
 async def test_a_caller_that_is_cancelled_leaves_the_database_whole(
     client: IncidentClient, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
 ) -> None:
-    """Whenever calls are canceled, host and client stay usable and every incident is whole."""
+    """Whenever calls are cancelled, host and client stay usable and every incident is whole."""
     await client.create("Order 1 is late", source="partner")
     for turns in range(0, 24, 2):
         calls = [

@@ -705,9 +705,9 @@ def is_number(number: int) -> Callable[[list[str]], bool]:
 async def test_a_host_on_a_file_goes_on_after_a_call_that_was_cancelled(
     host: Host, client: IncidentClient
 ) -> None:
-    """On SQLite, a canceled call is stored whole or not at all, and the host's own work stays.
+    """On SQLite, a cancelled call is stored whole or not at all, and the host's own work stays.
 
-    The call is canceled during each of its statements in turn.
+    The call is cancelled during each of its statements in turn.
     """
     cut_short = 0
     while True:
@@ -733,7 +733,7 @@ async def test_a_host_on_a_file_goes_on_after_a_call_that_was_cancelled(
 async def test_a_host_is_told_if_its_transaction_went_with_a_call_that_was_cancelled(
     host: Host, client: IncidentClient
 ) -> None:
-    """If a canceled call's statement ends the transaction, the host's next statement fails."""
+    """If a cancelled call's statement ends the transaction, the host's next statement fails."""
     await run_sql(
         host.url,
         'CREATE TRIGGER ends BEFORE INSERT ON "Incident" '
@@ -763,7 +763,7 @@ def locked(host: Host) -> Iterator[None]:
 async def test_a_call_that_is_cancelled_twice_waits_for_its_statement_all_the_same(
     host: Host, client: IncidentClient
 ) -> None:
-    """While the file is locked, even a call canceled twice waits for its statement to end."""
+    """While the file is locked, even a call cancelled twice waits for its statement to end."""
     await host.execute("SELECT 1")
     joined = client.join(host.connection)
     begun = asyncio.Event()
@@ -794,7 +794,7 @@ async def test_a_call_that_is_cancelled_twice_waits_for_its_statement_all_the_sa
 async def test_a_host_goes_on_if_a_cancelled_call_did_not_get_the_lock(
     host: Host, client: IncidentClient
 ) -> None:
-    """A canceled call that fails on a locked file leaves the transaction usable."""
+    """A cancelled call that fails on a locked file leaves the transaction usable."""
     await host.execute("PRAGMA busy_timeout = 100")
     joined = client.join(host.connection)
     with locked(host):
@@ -811,7 +811,7 @@ async def test_a_host_goes_on_if_a_cancelled_call_did_not_get_the_lock(
 async def test_a_host_goes_on_after_a_cancelled_read_that_failed(
     host: Host, client: IncidentClient
 ) -> None:
-    """A canceled read that fails before the first write leaves the transaction usable."""
+    """A cancelled read that fails before the first write leaves the transaction usable."""
     await host.execute("SELECT 1")
     joined = client.join(host.connection)
     await run_sql(host.url, 'ALTER TABLE "Incident" RENAME TO away')

@@ -293,7 +293,7 @@ async def test_a_database_that_is_away_is_told(pages: PageCache, source: Source)
 
 
 async def test_a_cancelled_list_leaves_the_others(pages: PageCache, source: Source) -> None:
-    """A canceled caller does not affect the others that share its read."""
+    """A cancelled caller does not affect the others that share its read."""
     calls = [asyncio.ensure_future(pages.list(QUERY)) for _ in range(3)]
     await asyncio.sleep(0)
     calls[0].cancel()

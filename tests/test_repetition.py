@@ -38,7 +38,7 @@ async def test_a_commit_whose_answer_was_lost_is_repeated_without_a_duplicate(
 
 
 async def test_a_cancelled_create_can_be_repeated(incidents: IncidentClient) -> None:
-    """Wherever a create is canceled, a retry with the same key leaves one incident."""
+    """Wherever a create is cancelled, a retry with the same key leaves one incident."""
     for step in range(12):
         key = f"step {step}"
         task = asyncio.ensure_future(

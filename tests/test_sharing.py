@@ -224,7 +224,7 @@ async def test_an_incident_that_is_locked_keeps_nobody_else_waiting(
 async def test_a_cancelled_call_leaves_the_others_and_is_carried_through(
     incidents: IncidentClient,
 ) -> None:
-    """A canceled call does not affect its batch, and its own change is still made."""
+    """A cancelled call does not affect its batch, and its own change is still made."""
     created = await create(incidents, 10)
     reads = [asyncio.ensure_future(incidents.get(one.incident_id)) for one in created]
     changes = [

@@ -139,7 +139,7 @@ async def test_half_a_write_is_taken_back(incidents: IncidentClient, path: str) 
 
 
 async def test_a_cancelled_write_leaves_the_others(incidents: IncidentClient) -> None:
-    """Canceling callers that share a transaction loses none of their writes."""
+    """Cancelling callers that share a transaction loses none of their writes."""
     calls = [
         asyncio.ensure_future(incidents.create(f"Disk {n} is full", source="partner"))
         for n in range(10)

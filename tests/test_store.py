@@ -90,7 +90,7 @@ async def test_every_list_is_read_from_an_index(
 
 
 async def test_a_cancelled_call_leaves_the_store_whole(store: IncidentStore) -> None:
-    """Calls canceled at any point leave a working store and lose no stored incident."""
+    """Calls cancelled at any point leave a working store and lose no stored incident."""
     await store.create(DISK_FULL)
     for turns in range(12):
         calls = [

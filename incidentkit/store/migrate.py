@@ -249,7 +249,7 @@ def _run(run: Callable[[Config, str], None], revision: str, connection: Connecti
 async def _migrate(
     engine: AsyncEngine, work: Callable[[Connection], _T], *, dispose: bool = True
 ) -> _T:
-    # Polling, since waiters may run on several event loops and must stay cancelable.
+    # Polling, since waiters may run on several event loops and must stay cancellable.
     while not _migrating.acquire(blocking=False):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:

@@ -253,7 +253,7 @@ async def test_a_full_log_drops_what_is_new(records: Records) -> None:
 
 
 async def test_a_write_that_hangs_is_given_up() -> None:
-    """A write that hangs is canceled and retried."""
+    """A write that hangs is cancelled and retried."""
     store = LogStore(None)
     log = RequestLog(store, interval=0, write_timeout=0.01)
     log.add(record(1))

@@ -73,7 +73,7 @@ class Figures:
         redis_hits: GETs that found a value.
         writes: Writes that were acknowledged.
         versions: Versions of the database.
-        cancelled: Calls whose caller was canceled.
+        cancelled: Calls whose caller was cancelled.
         refused: Calls that raised an error.
         faults: The injected faults, by kind.
         stale: Lists that the database held at no instant of the allowed time.

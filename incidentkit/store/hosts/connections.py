@@ -131,18 +131,18 @@ async def _fetch_to_completion(
 ) -> Rows:
     """Run a statement on SQLite to completion; a cancellation meanwhile is raised afterwards.
 
-    SQLAlchemy throws away a connection whose statement is canceled, and with it the transaction.
+    SQLAlchemy throws away a connection whose statement is cancelled, and with it the transaction.
     The file would stay locked until the cursor of that statement is collected as garbage.
     """
     was_in_transaction = await in_sqlite_transaction(connection)
     task = asyncio.ensure_future(fetch_rows(connection, statement, values))
-    canceled: asyncio.CancelledError | None = None
+    cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
             await asyncio.wait((task,))
         except asyncio.CancelledError as error:
-            canceled = error
-    if canceled is None:
+            cancelled = error
+    if cancelled is None:
         return task.result()
     try:
         if not task.cancelled():
@@ -153,10 +153,10 @@ async def _fetch_to_completion(
                 # The host does not learn that the transaction has ended, and must not go on in
                 # another one.
                 await connection.invalidate()
-        raise canceled
+        raise cancelled
     finally:
         # Or its traceback would keep this frame, and the rows.
-        del canceled, task
+        del cancelled, task
 
 
 class HostExecutor:

@@ -37,8 +37,8 @@ OPTIONS: Final = StoreOptions()
 class SqliteEngineExecutor:
     """Runs statements on an engine that stays the host's.
 
-    A call whose caller is canceled still runs to completion: SQLAlchemy throws a connection away if
-    a statement on it is canceled, and a database in memory with it.
+    A call whose caller is cancelled still runs to completion: SQLAlchemy throws a connection away if
+    a statement on it is cancelled, and a database in memory with it.
 
     Args:
         engine: Connections and log are as the host has set them. It is never disposed of.
@@ -133,7 +133,7 @@ class SqliteEngineExecutor:
                 raise
 
     async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
-        """Run work to completion, even if the caller is canceled."""
+        """Run work to completion, even if the caller is cancelled."""
         # In memory there is one connection, on which a read would see an unfinished write.
         alone = writes or self._url.database in MEMORY
         task = asyncio.ensure_future(self._in_turn(work) if alone else work)

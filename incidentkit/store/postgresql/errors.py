@@ -47,7 +47,7 @@ SQLSTATES: Final[dict[str, tuple[Callable[[str], StoreError], str]]] = {
     "42P01": (_out_of_date, "a table is missing"),
     "53": (StoreUnavailable, "the server is out of connections, memory or disk space"),
     "55P03": (StoreUnavailable, "another session holds a lock"),
-    "57": (StoreUnavailable, "the server canceled the statement, or is shutting down"),
+    "57": (StoreUnavailable, "the server cancelled the statement, or is shutting down"),
 }
 """The error and its reason for a SQLSTATE, or for a class of them. Every other SQLSTATE is a
 :class:`~incidentkit.StoreError`: trying again would not help."""
@@ -105,7 +105,7 @@ def _constraint(error: BaseException) -> object:
 def refused(error: StoreError) -> bool:
     """Return whether the server answered that it did not run the statement."""
     sqlstate = next(filter(None, map(sqlstate_of, _causes(error.__cause__))), None)
-    # Not if it was canceled, or the server is gone.
+    # Not if it was cancelled, or the server is gone.
     return sqlstate is not None and not sqlstate.startswith(("08", "57"))
 
 

@@ -166,7 +166,7 @@ class _Lent:
             # The server may have said goodbye without the connection having ended yet.
             with suppress(asyncpg.InterfaceError):  # Or it is closed, and back in the pool.
                 connection.terminate()
-        # The pool waits until the server has canceled the statement: a caller that was canceled,
+        # The pool waits until the server has cancelled the statement: a caller that was cancelled,
         # or ran out of time, must not wait for it.
         self._leases.discard(connection)
         if isinstance(error, Exception) and not isinstance(error, IncidentKitError):

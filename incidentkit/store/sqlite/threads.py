@@ -2,7 +2,7 @@
 
 A call goes to a thread once, whatever it takes. Writes that wait at the same time share a
 transaction; quick reads share the way to a thread while every connection is in use. A call that has
-begun runs to completion even if its caller is canceled. The time limits hold for calls that have
+begun runs to completion even if its caller is cancelled. The time limits hold for calls that have
 not begun: a write that has begun is waited for, so that an error never hides a stored write.
 """
 
@@ -80,7 +80,7 @@ class ThreadsExecutor:
         self._closing = True
         if self._threads is not None:
             await self._threads.close()
-            # Not earlier: if this call is canceled, the next one closes what is still open.
+            # Not earlier: if this call is cancelled, the next one closes what is still open.
             self._threads = None
 
     async def run(self, work: Callable[[Connection], _T]) -> _T:
