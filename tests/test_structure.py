@@ -346,3 +346,20 @@ def test_the_classes_in_the_flow_exist() -> None:
     shown |= {label for text, label in texts if "name" in text.attrib.get("class", "")}
     assert {"Store", "Records", "IncidentClient"} <= shown
     assert shown <= existing
+
+
+def test_the_store_inherits_one_level_deep() -> None:
+    """No class of the store has a base class of incidentkit that has another such base class."""
+    bases = {
+        node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
+        for file in (PACKAGE / "store").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    deep = {
+        name
+        for name, own in bases.items()
+        if any(bases.get(base, set()) & bases.keys() for base in own)
+    }
+    assert "Store" in bases
+    assert deep == set()

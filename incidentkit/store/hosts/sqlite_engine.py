@@ -37,8 +37,8 @@ OPTIONS: Final = StoreOptions()
 class SqliteEngineExecutor:
     """Runs statements on an engine that stays the host's.
 
-    A call whose caller is cancelled still runs to completion: SQLAlchemy throws a connection away if
-    a statement on it is cancelled, and a database in memory with it.
+    A call whose caller is cancelled still runs to completion: SQLAlchemy throws a connection away
+    if a statement on it is cancelled, and a database in memory with it.
 
     Args:
         engine: Connections and log are as the host has set them. It is never disposed of.
