@@ -1,4 +1,4 @@
-"""Record and follow incidents in the database that your application already runs."""
+"""Record and follow incidents in the database that your application already uses."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ CHANGES_BATCH: Final = 500
 
 MIN_PAUSE: Final = 0.25
 MAX_PAUSE: Final = 5.0
-"""Seconds that a feed waits before it asks an unreachable database again: at first, and at most."""
+"""Backoff of a feed while the database is unreachable, in seconds: the first and the longest."""
 
 PURGE_BATCH: Final = 500
 """Maximum number of incidents that are purged in one transaction."""
@@ -216,10 +216,10 @@ class IncidentClient(Incidents):
         return None if self._session is None else self._session.cache_available
 
     async def connect(self) -> None:
-        """Open the store and ask the cache whether it answers; on an open client, do nothing.
+        """Open the store and ping the cache; if the client is already open, do nothing.
 
         Raises:
-            SchemaOutOfDate: With the command to run. SQLite is brought up to date instead.
+            SchemaOutOfDate: With the command to run. An outdated SQLite file is upgraded instead.
             CacheUnavailable: If the cache does not answer, and is required.
         """
         if self._session is None:
@@ -334,8 +334,8 @@ class IncidentClient(Incidents):
 
         Args:
             after: As for :meth:`changes`.
-            limit: Changes, 1 to 1000.
-            wait: Seconds, 0 to 30, to wait for a change if there is none yet.
+            limit: Maximum number of changes, 1 to 1000.
+            wait: Seconds to wait for a change if there is none yet, 0 to 30.
 
         Raises:
             InvalidIncident: With every faulty argument.
@@ -350,9 +350,9 @@ class IncidentClient(Incidents):
     ) -> int:
         """Remove incidents that have ended, with their histories, and return their number.
 
-        One event for each remains and records the removal. The work is done in batches, each in a
-        transaction of its own, beside other traffic; an incident that another transaction is
-        changing is left out. Removed incidents stay removed if the caller is cancelled.
+        One event for each remains and records the removal. Incidents are removed in batches, each
+        in a transaction of its own, while other calls go on. An incident that another transaction
+        is changing is skipped. If the caller is cancelled, removed incidents stay removed.
 
         Args:
             ended_before: Aware; incidents that ended before this time are removed. An incident
@@ -378,9 +378,9 @@ class IncidentClient(Incidents):
                 return purged
 
     async def check(self) -> None:
-        """Return if the database answers and has the schema that this version works on.
+        """Raise unless the database answers and has the schema that this version works on.
 
-        The shared cache is asked too, which updates :attr:`cache_available`.
+        Also ping the shared cache, which updates :attr:`cache_available`.
 
         Raises:
             SchemaOutOfDate: With the command to run.

@@ -62,7 +62,7 @@ class ChangeFeed:
         self.readers = 0
 
     def wake(self) -> None:
-        """Let waiting readers read again, after a change or at the end of an interval."""
+        """Make waiting readers look for changes now, instead of at the end of the interval."""
         if self._look is not None:
             self._look.cancel()
             self._look = None
@@ -87,8 +87,8 @@ class ChangeFeed:
 
         Args:
             after: A cursor; None: the beginning, ``latest``: the end.
-            limit: Changes, at least 1.
-            wait: Seconds to wait for a change if there is none.
+            limit: Maximum number of changes, at least 1.
+            wait: Maximum seconds to wait for a change if there is none; 0: do not wait.
 
         Raises:
             UnknownCursor: If it is a cursor of another database.

@@ -1,4 +1,4 @@
-"""The verbs: what an application does with incidents, in a transaction of its own or of a host."""
+"""The verbs: the operations on incidents, in transactions of the client or of a host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from incidentkit.domain.values import (
 )
 
 if TYPE_CHECKING:
-    # What only an open client needs.
+    # Only an open client needs these.
     from incidentkit.store.idempotency import Idempotency, Parameters
     from incidentkit.store.ports import StoreOperations
 
@@ -55,7 +55,7 @@ class Transactions(Protocol):
         ...
 
     def once(self, idempotency_key: str, verb: str, parameters: Parameters, /) -> Idempotency:
-        """Return what makes a write happen once."""
+        """Return the idempotency key of a write, with the fingerprint of its parameters."""
         ...
 
 
@@ -105,8 +105,9 @@ class Incidents(ABC):
             dedup_key: The problem that it is about, in 1 to 255 characters. While an incident with
                 this key is open, count one more of its ``occurrences`` and return that one. None:
                 always create an incident.
-            idempotency_key: 1 to 255 characters, repeated by a retry: for 24 hours a call with the
-                same key changes nothing, and returns the first answer. None: each call counts.
+            idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
+                call with the key changes nothing and returns the first answer. None: every call
+                takes effect.
 
         Raises:
             InvalidIncident: With every faulty field; nothing is stored.
@@ -168,8 +169,9 @@ class Incidents(ABC):
                 the note.
             note: A note for the history, in 1 to 1000 characters; None: no note.
             expected_version: The version that the incident must have; None: any version.
-            idempotency_key: 1 to 255 characters, repeated by a retry: for 24 hours a call with the
-                same key changes nothing, and returns the first answer. None: each call counts.
+            idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
+                call with the key changes nothing and returns the first answer. None: every call
+                takes effect.
 
         Raises:
             IncidentNotFound: If there is none with this id.
@@ -298,7 +300,7 @@ class Incidents(ABC):
             created_before: Aware; only incidents created before this time.
             text: Words that the message must all contain.
             order: ``newest`` or ``oldest`` first.
-            batch: Incidents that are read at a time, 1 to 1000.
+            batch: Number of incidents read at a time, 1 to 1000.
 
         Raises:
             InvalidIncident: With every faulty argument.
@@ -330,7 +332,7 @@ class Incidents(ABC):
 
         Args:
             incident_id: 1 to 2^63-1.
-            limit: Events, 1 to 1000.
+            limit: Maximum number of events, 1 to 1000.
             after: The cursor of an event of this incident; None: from the first event.
 
         Raises:
@@ -348,7 +350,7 @@ class Incidents(ABC):
 def _once(
     transactions: Transactions, idempotency_key: str | None, verb: str, parameters: Parameters
 ) -> Idempotency | None:
-    """Return what makes a write happen once; None without a key."""
+    """Check the idempotency key, and fingerprint the write; None without a key."""
     if idempotency_key is None:
         return None
     key = rules.check("idempotency_key", rules.name, idempotency_key)

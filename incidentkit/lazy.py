@@ -1,6 +1,6 @@
-"""Lazy faces of packages: a name is loaded when it is first used (PEP 562).
+"""Load the public names of a package when they are first used (PEP 562).
 
-A face needs no import but this one, so that importing the package costs next to nothing::
+Such a package, a lazy face, imports only this module, so importing it costs next to nothing::
 
     TYPE_CHECKING = False
     if TYPE_CHECKING:
@@ -10,7 +10,7 @@ A face needs no import but this one, so that importing the package costs next to
 
         __getattr__, __dir__ = face(globals(), {"package.module": ("Name",)})
 
-Type checkers read the first branch, and so report a name that the face does not have.
+Type checkers read the first branch, so they report a name that the package does not have.
 """
 
 TYPE_CHECKING = False
@@ -24,8 +24,8 @@ def face(
     """Return ``__getattr__`` and ``__dir__`` for a package.
 
     Args:
-        namespace: The package's globals, which keep each name once it is loaded.
-        modules: The names of each module.
+        namespace: The package's globals; each name is stored there once it is loaded.
+        modules: The public names, by the module that defines them.
     """
     homes = {name: module for module, names in modules.items() for name in names}
 

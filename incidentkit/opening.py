@@ -1,7 +1,6 @@
-"""The choice of a backend: the only module that names databases.
+"""Choose the backend of a store, and load only that one.
 
-A backend is loaded when it is chosen, so that an application loads only what it uses: the package
-``backends`` has a lazy face.
+The package ``backends`` loads its modules lazily: choosing SQLite does not load asyncpg.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
 
 
 def migrations() -> Migrations:
-    """Load the migrations, and Alembic with them."""
+    """Return the migrations; the first call loads them, and Alembic with them."""
     from incidentkit.store import migrate  # noqa: PLC0415
 
     return migrate
@@ -68,14 +67,14 @@ def migrations() -> Migrations:
 def new_session(
     store: IncidentStore, cache: IncidentCache | None, *, cache_required: bool, max_staleness: float
 ) -> Session:
-    """Return the session of a client; it loads asyncio, which the facade does without."""
+    """Return a new session for a client; the first call loads asyncio."""
     from incidentkit.session import Session  # noqa: PLC0415
 
     return Session(store, cache, cache_required=cache_required, max_staleness=max_staleness)
 
 
 def settings_from_env(env_file: str | PathLike[str] | None) -> Settings:
-    """Read the settings; it loads what parses the environment."""
+    """Read the settings; the first call loads the packages that parse the environment."""
     from incidentkit.settings import Settings  # noqa: PLC0415
 
     return Settings.from_env(env_file)

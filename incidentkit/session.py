@@ -52,7 +52,7 @@ class Session:
         self.connected = False
 
     async def open(self) -> None:
-        """Open the store and ask the cache whether it answers; once open, do nothing."""
+        """Open the store and ping the cache; if the session is already open, do nothing."""
         async with self._opening:
             if self.connected:
                 return
@@ -89,7 +89,7 @@ class Session:
         await self._store.close()
         if self._feed is not None:
             await self._feed.finish()
-        # Last: a list that the store still answered goes to the cache.
+        # Last, since a list that was running until now still stores its page in the cache.
         if self._pages is not None:
             await self._pages.close()
         # Not earlier, so that a cancelled close can be repeated.
@@ -142,7 +142,7 @@ class Session:
         return HostTransaction(self.store.join(connection))
 
     def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
-        """Return what makes a write happen once."""
+        """Return the idempotency key of a write, with the fingerprint of its parameters."""
         return idempotency(idempotency_key, verb, parameters)
 
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
@@ -182,7 +182,7 @@ class HostTransaction:
         return await write
 
     def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
-        """Return what makes a write happen once."""
+        """Return the idempotency key of a write, with the fingerprint of its parameters."""
         return idempotency(idempotency_key, verb, parameters)
 
 

@@ -53,7 +53,7 @@ class Settings:
         *,
         overrides: Mapping[str, str] | None = None,
     ) -> Settings:
-        """Read the environment of the process, and a file for the variables that it lacks.
+        """Read the environment of the process, and fill in missing variables from a file.
 
         The environment of the process is never changed.
 
@@ -127,7 +127,7 @@ def _overruled_prefixes(given: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _check_encoding(given: Mapping[str, str]) -> None:
-    """Raise if a variable of ours was not UTF-8 in the environment."""
+    """Raise InvalidSettings if one of incidentkit's variables is not UTF-8."""
     for name, value in given.items():
         if not name.startswith(PREFIXES):
             continue

@@ -1,4 +1,4 @@
-"""The wire format: incidents as JSON, the same over HTTP and in caches."""
+"""Convert models to JSON and back, the same over HTTP and in caches."""
 
 from __future__ import annotations
 

@@ -460,7 +460,7 @@ async def test_a_client_of_ones_own_stays_open(
 
 
 @pytest.mark.parametrize(
-    ("url", "place"),
+    ("url", "address"),
     [
         ("redis://cache", "cache"),
         ("rediss://ann:hunter2@cache:6390/15?socket_timeout=1", "cache:6390/15"),
@@ -473,7 +473,7 @@ async def test_a_client_of_ones_own_stays_open(
 )
 def test_messages_name_the_servers_without_the_account(url: str, place: str) -> None:
     """A cache's place names hosts, ports and database, but no user, password or parameter."""
-    assert RedisCache.from_url(url).place == f"Redis at {place}"
+    assert RedisCache.from_url(url).address == f"Redis at {place}"
 
 
 async def test_many_calls_share_a_few_connections(shared_url: str) -> None:

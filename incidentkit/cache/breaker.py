@@ -42,7 +42,7 @@ class CircuitBreaker:
     ) -> None:
         self._cache = cache
         self._clock = clock
-        self._place: str = getattr(cache, "place", type(cache).__name__)
+        self._place: str = getattr(cache, "address", type(cache).__name__)
         self._open = False
         self._retry_at = 0.0
 

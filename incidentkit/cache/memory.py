@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final, Generic, NamedTuple, TypeVar
 
 DEFAULT_MAX_BYTES: Final = 8 * 1024 * 1024
+"""Default maximum size of the pages in the process, in bytes."""
 
 ENTRY_BYTES: Final = 400
 """Approximate cost of an entry in addition to its key and its value."""

@@ -1,4 +1,4 @@
-"""The choice of a cache by URL."""
+"""Choose a cache by URL, and load redis-py only for a Redis."""
 
 from __future__ import annotations
 

@@ -69,11 +69,11 @@ class RedisCache:
             timeouts and no retries: redis-py's defaults hold a call for up to a minute.
 
     Attributes:
-        place: Names the servers in messages, without user and password.
+        address: Names the servers in messages, without user and password.
     """
 
     def __init__(self, redis: Redis | RedisCluster) -> None:
-        self.place = "the application's Redis"
+        self.address = "the application's Redis"
         self._open: Callable[[], _Opened] = lambda: (redis, ())
         self._use(redis, ())
 
@@ -116,7 +116,7 @@ class RedisCache:
             # Without its cause, whose text may hold the password.
             raise InvalidSettings("redis_url", "is not a URL that redis-py can use") from None
         cache = cls(opened[0])
-        cache.place = _place(redis_url)
+        cache.address = _place(redis_url)
         cache._open = partial(open_by[kind], redis_url)
         cache._use(*opened)
         return cache

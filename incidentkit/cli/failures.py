@@ -1,4 +1,4 @@
-"""Errors as a program reports them: lines on stderr, and an exit code."""
+"""Report errors as lines on stderr and an exit code."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class JoiningTransport:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[bytes] = []
         self._size = 0
-        # Every answer asks for it.
+        # An attribute, since every answer calls it and __getattr__ is slow.
         self.is_closing = transport.is_closing
 
     def __getattr__(self, name: str) -> Any:
@@ -66,7 +66,7 @@ _Protocol: Any = AutoHTTPProtocol
 
 
 class Protocol(_Protocol):  # type: ignore[misc]
-    """uvicorn's protocol on such a transport, with the hooks of a server for streams.
+    """uvicorn's protocol on a :class:`JoiningTransport`, with the hooks of a server for streams.
 
     See :mod:`incidentkit.http.server_hooks`.
     """
@@ -87,7 +87,7 @@ class Protocol(_Protocol):  # type: ignore[misc]
         super().connection_made(joining)
 
     def shutdown(self) -> None:
-        """Begin to stop; uvicorn calls this on each connection when it was told to stop."""
+        """Begin to stop; uvicorn calls this on each connection when it shuts down."""
         self._stopping.set()
         super().shutdown()
 

@@ -102,7 +102,7 @@ def make_app(settings: Settings) -> Starlette:
         request_log=settings.request_log,
         cache_required=settings.redis_required,
     )
-    # The objects of the loaded modules live as long as the process: no collection visits them.
+    # Loaded modules live as long as the process: keep the garbage collector from visiting them.
     gc.freeze()
     return app
 

@@ -53,7 +53,7 @@ class NewIncident:
 
     @classmethod
     def from_mapping(cls, values: Mapping[Any, Any]) -> NewIncident:
-        """Make one from named values.
+        """Build one from a mapping of field names to values.
 
         Raises:
             InvalidIncident: With every faulty, unknown or missing field.
@@ -79,7 +79,7 @@ class NewNote:
 
     @classmethod
     def from_mapping(cls, values: Mapping[Any, Any]) -> NewNote:
-        """Make one from named values.
+        """Build one from a mapping of field names to values.
 
         Raises:
             InvalidIncident: With every faulty, unknown or missing field.
@@ -135,7 +135,7 @@ def check_many(incidents: Iterable[NewIncident]) -> list[NewIncident]:
         InvalidIncident: If an item is not a :class:`NewIncident`, or there are more than
             :data:`MAX_MANY`.
     """
-    # An iterator may be endless.
+    # Read no more than needed: an iterator may be endless.
     checked = list(islice(incidents, MAX_MANY + 1))
     if len(checked) > MAX_MANY:
         raise InvalidIncident([FieldError("incidents", f"must be at most {MAX_MANY}")])

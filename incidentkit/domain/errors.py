@@ -39,7 +39,7 @@ class IncidentKitError(Exception):
 
 @frozen
 class FieldError:
-    """One faulty field of an :class:`InvalidIncident`: which one, and the rule that it breaks."""
+    """One invalid field of an :class:`InvalidIncident`, and the rule that it breaks."""
 
     field: str
     reason: str

@@ -27,7 +27,7 @@ ANY: Final = "any"
 
 @frozen(field_transformer=collect)
 class ListQuery:
-    """Which page of the list of incidents, newest first.
+    """One page of the list of incidents, newest first.
 
     Args:
         page: 1 is the newest page.
@@ -67,7 +67,7 @@ def _has_the_order(query: SearchQuery, _: object, after: SearchCursor) -> None:
 
 @frozen(field_transformer=collect, kw_only=True)
 class SearchQuery:
-    """Which incidents, in which order, and how many of them.
+    """One page of a search: its filters, its order and its size.
 
     Args:
         status: One status or several; None: any status.
@@ -118,11 +118,11 @@ def _is_of_the_incident(query: HistoryQuery, _: object, after: EventCursor) -> N
 
 @frozen(field_transformer=collect)
 class HistoryQuery:
-    """Which events of an incident.
+    """One page of the history of an incident.
 
     Args:
         incident_id: 1 to 2^63-1.
-        limit: Events, 1 to 1000.
+        limit: Maximum number of events, 1 to 1000.
         after: The cursor of an event of this incident; None: from the first event.
 
     Raises:
@@ -145,12 +145,12 @@ class HistoryQuery:
 
 @frozen(field_transformer=collect)
 class ChangesQuery:
-    """Which changes of all incidents.
+    """One page of the changes of all incidents.
 
     Args:
         after: The cursor of a change, or ``latest``; None: from the first change.
-        limit: Changes, 1 to 1000.
-        wait: Seconds, 0 to 30, to wait for a change if there is none yet.
+        limit: Maximum number of changes, 1 to 1000.
+        wait: Seconds to wait for a change if there is none yet, 0 to 30.
 
     Raises:
         InvalidIncident: With every faulty field.

@@ -1,4 +1,4 @@
-"""The rules for given values, and the collection of every fault before one error is raised.
+"""Check given values, and collect every fault before one error is raised.
 
 A rule takes a given value and returns the value to use, or raises ValueError with the reason. A
 model has its rules as attrs converters and validators. :func:`collect` makes them leave a
@@ -77,7 +77,7 @@ def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
 
 
 def _converting(rule: Any) -> Callable[[Any], Any]:
-    # attrs takes the types in the signature of the model from that of the rule.
+    # attrs copies the types in the signature of the model from the rule.
     @wraps(rule)
     def convert(value: Any) -> Any:
         try:
@@ -168,7 +168,8 @@ def storable(value: object) -> str:
 def message(value: str) -> str:
     """Return the message without surrounding white space, by the rules of the contract."""
     stripped = storable(value).strip()
-    # Normalizing takes quadratic time, and never makes a text shorter than it is.
+    # Normalizing takes quadratic time. A longer text never becomes one of these: NFKC shortens a
+    # text only by composing characters, and no composed character is ASCII.
     if (
         len(stripped) < MESSAGE_MIN_LENGTH
         and unicodedata.normalize("NFKC", stripped).casefold() in FORBIDDEN_MESSAGES
@@ -299,7 +300,7 @@ def limit(value: int) -> int:
 
 
 def flag(value: bool) -> bool:  # noqa: FBT001
-    """Return the flag, a bool and nothing that merely counts as one."""
+    """Return the flag; only a bool is accepted, not 0 or 1."""
     if not isinstance(value, bool):
         raise ValueError("must be true or false")  # noqa: TRY004
     return value

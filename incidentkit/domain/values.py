@@ -1,4 +1,4 @@
-"""The values that a store returns, the words they are made of, and their limits."""
+"""The values that a store returns, the enums in them, and the limits of values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from attrs import Factory, field, frozen
 
 MESSAGE_MIN_LENGTH: Final = 5
 MESSAGE_MAX_LENGTH: Final = 1000
+"""Limits of a message, in characters, without surrounding white space."""
+
 FORBIDDEN_MESSAGES: Final = frozenset({"test", "none", "null"})
 
 NAME_MAX_LENGTH: Final = 255
@@ -42,7 +44,7 @@ LATEST_TIME: Final = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 class IncidentStatus(StrEnum):
-    """Where an incident stands; carried in the field ``incident_type``."""
+    """The status of an incident, in the field ``incident_type``."""
 
     NEW = "new"
     COMPLETED = "completed"

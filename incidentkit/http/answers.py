@@ -1,4 +1,4 @@
-"""The answer to each operation: calls the client, and makes the response."""
+"""Answer each operation: call the client, and make the response."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the app around a client, and runs it."""
+"""Create the app around a client, and run its lifespan."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def create_app(
         client: Does what requests ask for; used from the event loop that runs the app.
         request_log: Where each request is recorded: ``log`` is the logger ``incidentkit.http``,
             ``database`` is the logger and the table ``request_log``.
-        cache_required: Whether ``/health/ready`` fails while the cache is away.
+        cache_required: Whether ``/health/ready`` fails while the cache is unavailable.
         docs: Whether Swagger UI is served at ``/docs``.
 
     Raises:
@@ -83,7 +83,7 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     Raises:
         TypeError: If it is another app.
         StoreUnavailable: If the database cannot be reached.
-        SchemaOutOfDate: With the command that mends it.
+        SchemaOutOfDate: With the command to run.
         CacheUnavailable: If the cache is required and does not answer.
     """
     if not isinstance(app, Service):

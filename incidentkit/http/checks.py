@@ -1,4 +1,4 @@
-"""Rules for the parameters of an operation, where no model of the domain has them as they are."""
+"""Check the parameters of operations that no single model of the domain covers."""
 
 from __future__ import annotations
 

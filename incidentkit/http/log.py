@@ -37,7 +37,7 @@ def log_answer(request: Request, route: str, response: Response, started: float)
         request: What was asked.
         route: The path's template.
         response: What is answered.
-        started: When the request came, by ``time.perf_counter()``.
+        started: When the request arrived, by ``time.perf_counter()``.
     """
     scope = request.scope
     method = scope["method"] if scope["method"] in _METHODS else OTHER_METHOD

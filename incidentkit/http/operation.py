@@ -1,6 +1,6 @@
-"""Description of an operation: what its requests may hold, and what its answers are.
+"""Describe an operation: its parameters, its body and its answers.
 
-Routing, the reading of requests and the OpenAPI document all go by this description.
+Routing, the reading of requests and the OpenAPI document are all derived from this description.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Answers to errors: problem details (RFC 9457) that reveal nothing of the inside."""
+"""Answer errors with problem details (RFC 9457) that reveal no internals."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def problem_response(request: Request, error: Exception) -> Response:
 
 
 def refusal_for(error: Exception) -> Refusal:
-    """Return the refusal that tells a client of an error."""
+    """Return the refusal that reports an error to the client."""
     match error:
         case Refusal():
             refusal = error

@@ -1,4 +1,4 @@
-"""The request id: its answer, its problem and its log record carry the same one."""
+"""Give each request an id, which its answer, its problem and its log record share."""
 
 from __future__ import annotations
 

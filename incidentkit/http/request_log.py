@@ -49,8 +49,8 @@ class Appender(Protocol):
 class RequestLog:
     """Writes records to the database in order and in batches, or drops them.
 
-    A task that writes starts with the first record and ends when none is left. Records wait while
-    the database is away; new ones are dropped once too many wait. A batch whose write was
+    The task that writes starts with the first record and ends when none is left. Records wait while
+    the database is unavailable; once too many wait, new ones are dropped. A batch whose write was
     interrupted is written again, so a record may be stored twice.
 
     Args:

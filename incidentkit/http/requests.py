@@ -1,4 +1,4 @@
-"""Reads requests strictly: refuses all that it does not understand, and says why."""
+"""Read requests strictly: refuse everything unknown or malformed, and say why."""
 
 from __future__ import annotations
 
@@ -77,10 +77,9 @@ def _read_known(operation: Operation, query: bytes) -> Mapping[str, Any]:
 def _read_parameters(
     operation: Operation, query_string: bytes, request: Request | None = None
 ) -> tuple[dict[str, Any], list[FieldError]]:
-    """Return the value of each parameter, and all faults if one parameter cannot be read.
+    """Return the value of each parameter, and every fault if any parameter cannot be read.
 
-    Where all can be read there are no faults here: the operation itself refuses a value that breaks
-    a rule.
+    If all can be read, return no faults: the operation itself refuses a value that breaks a rule.
     """
     query = read_query(query_string)
     values, faults = _read_each(query, operation.parameters, request)

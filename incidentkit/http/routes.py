@@ -1,4 +1,4 @@
-"""The one table of operations: routes, reading and the OpenAPI document are made from it."""
+"""The one table of operations: routing, reading and the OpenAPI document are derived from it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What a server can do for the streams of an app beyond ASGI: stop them, and drop a connection.
+"""Stop the streams of an app and drop a connection, through hooks that ASGI does not have.
 
 A server offers it as an ASGI extension, in the scope of each request::
 
     scope["extensions"]["incidentkit"] = {"stopping": asyncio.Event(), "abort": transport.abort}
 
-``stopping`` is set once the server was told to stop. ``abort()`` closes the connection at once and
-drops what was not sent yet. Both are optional; ``incidentkit serve`` has both. With any other
-server, a signal that stops the process counts as its stop, and no connection is dropped.
+``stopping`` is set once the server begins to stop. ``abort()`` closes the connection at once and
+drops all unsent data. Both are optional; ``incidentkit serve`` has both. Without ``stopping``, a
+signal that stops the process takes its place; without ``abort``, no connection is dropped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ServerHooks(TypedDict, total=False):
 
 
 async def wait_for_stop(scope: Scope) -> None:
-    """Return once the request's server was told to stop."""
+    """Return once the request's server begins to stop."""
     stopping = _hooks(scope).get("stopping")
     if stopping is not None:
         await stopping.wait()
@@ -56,7 +56,7 @@ async def wait_for_stop(scope: Scope) -> None:
 def abort(scope: Scope) -> bool:
     """Drop the request's connection with all that is unsent, and return whether that is possible.
 
-    ASGI has no message for it, and a server that stops waits for a reader who takes nothing.
+    ASGI has no message for this, and a stopping server waits even for a reader that reads nothing.
     """
     drop = _hooks(scope).get("abort")
     if drop is None:

@@ -29,7 +29,7 @@ class Service(Starlette):
         client: Does what requests ask for.
         operations: The operations that it answers.
         request_log: Writes records of requests to the database; None: requests are only logged.
-        cache_required: Whether the service is not ready while the cache is away.
+        cache_required: Whether the service is not ready while the cache is unavailable.
         readers: The readers that wait for changes.
     """
 

@@ -1,4 +1,4 @@
-"""The signals that stop a process, for a server that does not tell its app that it stops."""
+"""Listen for the signals that stop a process, in case its server does not tell the app."""
 
 from __future__ import annotations
 
@@ -42,9 +42,8 @@ class _Tap:
 def on_stop_signal(listener: Listener) -> Iterator[None]:
     """Call the listener on each signal that stops the process, before the signal's own handler.
 
-    The handlers of the server stay in charge, and are back alone once there is no listener. A
-    signal without a handler is left alone. Only the main thread can listen: in another one this
-    does nothing.
+    The server's own handlers still run, and are restored once there is no listener. A signal
+    without a handler is left alone. Handlers are installed only in the main thread.
     """
     _Tap.listeners.add(listener)
     for number in SIGNALS:

@@ -1,4 +1,4 @@
-"""Server-sent events: streams changes to readers that may be slow, or gone."""
+"""Stream changes as server-sent events, to readers that may be slow or gone."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ HEARTBEAT: Final = 15.0
 """Seconds without a change after which a stream sends a comment."""
 
 SEND_TIMEOUT: Final = 30.0
-"""Seconds after which a reader that takes nothing is given up."""
+"""Seconds after which a reader that receives nothing is dropped."""
 
 END_TIMEOUT: Final = 1.0
 """Seconds that a reader has to take the end of its stream before its connection is dropped."""
 
 RETRY: Final = 2
-"""Seconds after which a browser connects again."""
+"""Seconds that a browser is asked to wait before it reconnects."""
 
 
 class Readers:
@@ -55,7 +55,7 @@ class Readers:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Hold a place.
+        """Hold a place inside the block.
 
         Raises:
             Refusal: If every place is taken.

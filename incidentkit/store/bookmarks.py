@@ -1,4 +1,4 @@
-"""Where deep pages of the list begin, remembered as long as no incident changes."""
+"""Remember where deep pages of the list begin, until an incident changes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ Bookmark: TypeAlias = tuple[int, int]
 """The number of incidents before one in a list, and its id."""
 
 MAX_BOOKMARKS: Final = 1000
+"""Maximum number of bookmarks, for all filters together; one more removes all others."""
 
 _Filters: TypeAlias = tuple[IncidentStatus | None, IncidentSource | None]
 

@@ -1,4 +1,4 @@
-"""Which database a URL names."""
+"""Recognize the kind of database that a URL names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one database is told: the statements of PostgreSQL or of SQLite."""
+"""The protocol of a dialect: the operations that each database does with SQL of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy import Executable
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import Incident, IncidentEvent
-from incidentkit.store.execution import Fetch
+from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.sql.search import WordsMatch
 
@@ -29,8 +29,8 @@ class Dialect(Protocol):
         select_changes: Returns the events after a place, in the order of their commits.
         words_match: The conditions for a message that has the words of a search.
         indexes_pairs: Whether the database looks up a pair of a time and an id in an index.
-        keeps_plans: Whether the database keeps a plan for a statement whose cost does not depend
-            on its values.
+        keeps_plans: Whether the database reuses a generic plan for a statement whose cost does not
+            depend on its values.
     """
 
     claim_key: Executable
@@ -81,7 +81,7 @@ class Dialect(Protocol):
         """Raise unless new events come after the existing ones.
 
         Raises:
-            StoreError: With the command that mends it.
+            StoreError: With the command that repairs the order.
         """
 
     def words(self, text: str) -> str:

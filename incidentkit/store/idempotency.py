@@ -1,4 +1,4 @@
-"""What makes a write happen once: its key, and a fingerprint of all else."""
+"""Identify a repeated write by its idempotency key and a fingerprint of its parameters."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from attrs import fields, frozen
 from incidentkit.domain.commands import NewIncident, StatusChange
 
 Parameters: TypeAlias = NewIncident | StatusChange | Sequence[NewIncident]
-"""What a write with an idempotency key is asked to do."""
+"""The checked arguments of a write that takes an idempotency key."""
 
 
 @frozen
 class Idempotency:
-    """What makes a write happen once.
+    """The idempotency key of a write, with a fingerprint of its verb and parameters.
 
     Attributes:
         key: The key that a caller repeats.
@@ -29,7 +29,7 @@ class Idempotency:
 
 
 def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
-    """Return what makes a write happen once: its key, and a digest of all else."""
+    """Return the key, with a digest of the verb and its parameters as the fingerprint."""
     given = (
         [_values(each) for each in parameters]
         if isinstance(parameters, Sequence)

@@ -1,7 +1,7 @@
 """Migrate the schema, with the Alembic scripts in ``migrations``.
 
-Alembic keeps its context in module globals, so that one migration runs at a time in a process.
-Between processes, the transaction of a migration holds a lock from its start (see
+Alembic keeps its context in module globals, so only one migration runs at a time in a process.
+Across processes, the transaction of a migration holds a lock from its start (see
 ``migrations/env.py``).
 """
 
@@ -42,6 +42,8 @@ ORIGIN_REVISION: Final = REVISIONS[0]
 ORIGIN_VERSION_TABLE: Final = "alembic_version"
 
 CONNECT_TIMEOUT: Final = 10.0
+"""Seconds to wait for a new connection to PostgreSQL."""
+
 LOCK_TIMEOUT: Final = 60.0
 """Seconds to wait for another process that is migrating the same SQLite file."""
 
@@ -78,7 +80,7 @@ def migration_engine(database_url: str) -> AsyncEngine:
         poolclass=NullPool,
         hide_parameters=True,
     )
-    event.listen(engine.sync_engine, "connect", _leave_transactions_to_us)
+    event.listen(engine.sync_engine, "connect", _disable_implicit_begin)
     event.listen(engine.sync_engine, "begin", _begin_immediate)
     return engine
 
@@ -91,7 +93,7 @@ async def _connect(dsn: str) -> asyncpg.Connection[asyncpg.Record]:
         raise unreadable_url() from None
 
 
-def _leave_transactions_to_us(connection: Any, _: object) -> None:
+def _disable_implicit_begin(connection: Any, _: object) -> None:
     connection.isolation_level = None
 
 
@@ -102,8 +104,8 @@ def _begin_immediate(connection: Connection) -> None:
 async def upgrade(database_url: str, revision: str = "head") -> None:
     """Bring the schema up to a revision; several processes may do so at once.
 
-    A database of the origin is recognized by its ``alembic_version`` and taken over. In a database
-    that was copied from another PostgreSQL server, the order of the events is mended.
+    A database of the origin, Incident API, is recognized by its ``alembic_version`` and taken over.
+    In a database that was copied from another PostgreSQL server, the order of events is repaired.
 
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
@@ -209,7 +211,7 @@ def _upgrade(revision: str, connection: Connection) -> None:
 
 
 def put_in_order(connection: Connection) -> None:
-    """Mend the order of events in a database that was copied from another server.
+    """Repair the order of events in a database that was copied from another server.
 
     The transactions of that server may have larger numbers than those of this one: new events would
     come before the existing ones.

@@ -1,4 +1,4 @@
-"""What a client asks of a store: the protocols between the verbs and the storage."""
+"""The protocols of a store: the methods that the verbs and the client call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    # What only an open store needs.
+    # Only an open store needs these.
     from incidentkit.store.idempotency import Idempotency
     from incidentkit.store.page import Page
 
@@ -136,7 +136,8 @@ class StoreOperations(Protocol):
         """Raise unless new events come after the existing ones.
 
         Raises:
-            StoreError: With the command that mends it: the database was copied from another server.
+            StoreError: If the database was copied from another server; names the command that
+                repairs the order.
         """
 
     async def place(self, cursor: EventCursor) -> Place:
@@ -174,7 +175,7 @@ class IncidentStore(StoreOperations, Protocol):
         """Remove incidents that ended before a time, at most ``limit``, with their events.
 
         One event for each remains and records the removal. Incidents that another transaction is
-        changing are left out. An incident with very many events takes several calls.
+        changing are skipped. An incident with very many events takes several calls.
 
         Returns:
             The number of incidents removed, and whether there may be more.
@@ -192,7 +193,7 @@ class IncidentStore(StoreOperations, Protocol):
 
 
 class Migrations(Protocol):
-    """The migrations of the schema, loaded only where one has to run."""
+    """Functions of ``incidentkit.store.migrate``, which is loaded only if it is needed."""
 
     async def upgrade(self, database_url: str, revision: str = ...) -> None:
         """Bring the schema of a database up to a revision."""

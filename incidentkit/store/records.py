@@ -25,7 +25,7 @@ from incidentkit.domain.values import (
 )
 from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.dialect import PURGED_EVENTS, Dialect
-from incidentkit.store.execution import Executor, Fetch, Rows, Work
+from incidentkit.store.executor import Executor, Fetch, Rows, Work
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
 from incidentkit.store.ports import EventList, IncidentList, Place
@@ -303,7 +303,7 @@ class Records:
             **{f"status_{n}": status.value for n, status in enumerate(statuses)},
             **{f"source_{n}": source.value for n, source in enumerate(sources)},
         }
-        # Ids start at 1, so that with 0 a place is a bound of the time alone.
+        # Ids start at 1: with 0, a place is a bound on the time alone.
         low, high = (query.created_after, 0), (query.created_before, 0)
         total = None
         if query.total:

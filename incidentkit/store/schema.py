@@ -13,7 +13,7 @@ REVISIONS: Final = (
     "e4a81c3f5d27",
     "9b3f6d20c7e8",
 )
-"""Every revision in ``migrations``, oldest first; the first is the origin's."""
+"""Every revision in ``migrations``, oldest first. The first is that of the origin, Incident API."""
 
 SCHEMA_REVISION: Final = REVISIONS[-1]
 """The revision that the statements work on."""

@@ -10,7 +10,7 @@ from sqlalchemy import Executable
 from incidentkit.domain.errors import SchemaOutOfDate
 from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.dialect import Dialect
-from incidentkit.store.execution import OwnExecutor
+from incidentkit.store.executor import OwnExecutor
 from incidentkit.store.ports import StoreOperations
 from incidentkit.store.records import Records, Sharing
 from incidentkit.store.schema import check_revision
@@ -45,7 +45,7 @@ class Store(Records):
 
     async def open(self) -> None:
         """Connect, and check the schema or bring it up to date."""
-        # Both are of one opening: the next may be on another event loop, or find another database
+        # New for each opening: the next one may be on another event loop, or find another database
         # at the same address.
         self._sharing = None if self._share is None else self._share()
         self._bookmarks = Bookmarks()

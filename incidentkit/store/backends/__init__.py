@@ -1,4 +1,4 @@
-"""The stores of each database, composed of a dialect and an executor."""
+"""Compose the stores of each database from a dialect and an executor."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

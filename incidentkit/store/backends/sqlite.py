@@ -89,6 +89,7 @@ def join(connection: object) -> StoreOperations:
     if is_connection(connection) or is_session(connection):
         host = SqlalchemyConnection(connection, "sqlite", translate_error)
         return Records(SqliteDialect(), SqliteHostExecutor(host))
+    # By name: asyncpg is not loaded for SQLite.
     if type(connection).__module__.partition(".")[0] == "asyncpg":
         raise TypeError("The client is on sqlite, not on postgresql")
     raise TypeError(

@@ -1,1 +1,1 @@
-"""A host's own engines and connections."""
+"""Run statements on engines and connections of the host: the application around incidentkit."""

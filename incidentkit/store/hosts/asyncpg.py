@@ -9,7 +9,7 @@ import asyncpg
 from sqlalchemy import Executable
 
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction
-from incidentkit.store.execution import Rows
+from incidentkit.store.executor import Rows
 from incidentkit.store.postgresql.driver import Connection, fetch_rows
 from incidentkit.store.postgresql.errors import translate_error
 

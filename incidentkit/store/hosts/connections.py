@@ -12,14 +12,14 @@ from sqlalchemy.exc import InvalidRequestError, ResourceClosedError, UnboundExec
 
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction
 from incidentkit.store.database import DatabaseKind
-from incidentkit.store.execution import Fetch, Rows, Work
+from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
     commits_by_itself,
     fetch_rows,
     in_sqlite_transaction,
     is_connection,
     is_session,
-    translate_misuse,
+    translate_sqlalchemy_error,
 )
 from incidentkit.store.sqlite.statements import LOCK
 
@@ -103,7 +103,7 @@ class SqlalchemyConnection:
         """Return the error that a caller sees for an exception of SQLAlchemy."""
         if isinstance(error, ResourceClosedError) or type(error) is InvalidRequestError:
             return NotInTransaction()
-        return translate_misuse(error) or self._translate(error)
+        return translate_sqlalchemy_error(error) or self._translate(error)
 
     def _current(self) -> object:
         connection = self._connection
@@ -131,8 +131,8 @@ async def _fetch_to_completion(
 ) -> Rows:
     """Run a statement on SQLite to completion; a cancellation meanwhile is raised afterwards.
 
-    SQLAlchemy throws away a connection whose statement is cancelled, and with it the transaction.
-    The file would stay locked until the cursor of that statement is collected as garbage.
+    SQLAlchemy discards a connection whose statement is cancelled, and with it the transaction. The
+    file would stay locked until the cursor of that statement is garbage-collected.
     """
     was_in_transaction = await in_sqlite_transaction(connection)
     task = asyncio.ensure_future(fetch_rows(connection, statement, values))
@@ -150,12 +150,12 @@ async def _fetch_to_completion(
             task.exception()
         with suppress(Exception):
             if was_in_transaction and not await in_sqlite_transaction(connection):
-                # The host does not learn that the transaction has ended, and must not go on in
-                # another one.
+                # SQLAlchemy does not notice that the transaction has ended: without this, the host
+                # would continue in another one.
                 await connection.invalidate()
         raise cancelled
     finally:
-        # Or its traceback would keep this frame, and the rows.
+        # Otherwise the traceback would keep this frame alive, and the rows with it.
         del cancelled, task
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy import Executable
 
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
-from incidentkit.store.execution import Rows, Work
-from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_misuse
+from incidentkit.store.executor import Rows, Work
+from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
 from incidentkit.store.postgresql.errors import translate_error
 
 if TYPE_CHECKING:
@@ -80,4 +80,4 @@ class PostgresEngineExecutor:
         except IncidentKitError:
             raise
         except Exception as error:
-            raise translate_misuse(error) or translate_error(error) from error
+            raise translate_sqlalchemy_error(error) or translate_error(error) from error

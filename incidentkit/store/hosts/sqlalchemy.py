@@ -1,6 +1,6 @@
-"""What a host's engines and connections of SQLAlchemy have in common, on either database.
+"""Recognize a host's SQLAlchemy objects, run statements on them, and translate its errors.
 
-``sqlalchemy.ext.asyncio`` is loaded by hosts that use it, and never from here: it loads the ORM.
+This module never loads ``sqlalchemy.ext.asyncio``, which loads the ORM: a host that uses it has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from incidentkit.domain.errors import StoreError, StoreUnavailable
-from incidentkit.store.execution import Rows
+from incidentkit.store.executor import Rows
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -50,7 +50,7 @@ async def fetch_rows(
     return result.all() if result.returns_rows else ()
 
 
-def translate_misuse(error: Exception) -> StoreError | None:
+def translate_sqlalchemy_error(error: Exception) -> StoreError | None:
     """Return the error for an exception of SQLAlchemy itself; None if it is a driver's."""
     if isinstance(error, PoolTimeoutError):
         return StoreUnavailable("no connection became free in time")

@@ -13,11 +13,11 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
-from incidentkit.store.execution import Rows, Work
+from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
     fetch_rows,
     in_sqlite_transaction,
-    translate_misuse,
+    translate_sqlalchemy_error,
 )
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.sqlite.errors import translate_error
@@ -35,7 +35,7 @@ OPTIONS: Final = StoreOptions()
 
 
 class SqliteEngineExecutor:
-    """Runs statements on an engine that stays the host's.
+    """Runs statements on a host's engine, one write at a time.
 
     A call whose caller is cancelled still runs to completion: SQLAlchemy throws a connection away
     if a statement on it is cancelled, and a database in memory with it.
@@ -52,8 +52,8 @@ class SqliteEngineExecutor:
         self._engine: AsyncEngine | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._writing = asyncio.Lock()
-        # Whether a transaction of the host on the only connection can be told from none.
-        self._tells = False
+        # Whether a host's transaction on the only connection can be detected.
+        self._detects_transactions = False
 
     async def open(self) -> None:
         """Get ready to connect, and look whether the file can be opened."""
@@ -61,13 +61,13 @@ class SqliteEngineExecutor:
         # lock is new at each opening, which may be on another event loop.
         self._writing = asyncio.Lock()
         self._engine = self._host_engine
-        self._tells = False
+        self._detects_transactions = False
         if self._url.database not in MEMORY:
             await self._run(probe(self._url))
             return
         await self._run(self._connect())
         # From Python 3.12 on, a driver can be set to be in a transaction all the time.
-        self._tells = not _shared_by_a_transaction(self._host_engine)
+        self._detects_transactions = not _shared_by_a_transaction(self._host_engine)
 
     async def close(self) -> None:
         """Wait for running calls, and use the engine no more."""
@@ -108,7 +108,7 @@ class SqliteEngineExecutor:
     def _connection(self) -> AsyncConnection:
         if self._engine is None:
             raise ClientClosed
-        if self._tells and _shared_by_a_transaction(self._engine):
+        if self._detects_transactions and _shared_by_a_transaction(self._engine):
             raise StoreUnavailable("a transaction of the application has the only connection")
         return self._engine.connect()
 
@@ -146,7 +146,7 @@ class SqliteEngineExecutor:
         except (IncidentKitError, asyncio.CancelledError):
             raise
         except Exception as error:
-            raise translate_misuse(error) or translate_error(error) from error
+            raise translate_sqlalchemy_error(error) or translate_error(error) from error
         finally:
             # The caller may be gone: retrieve a failure that no one else will.
             task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())

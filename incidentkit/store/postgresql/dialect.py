@@ -19,7 +19,7 @@ from incidentkit.domain.errors import (
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, Incident, IncidentEvent
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.execution import Fetch
+from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race
 from incidentkit.store.sql.rows import read_event, read_incident

@@ -17,7 +17,7 @@ from sqlalchemy import Dialect, Executable
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 
 from incidentkit.domain.errors import InvalidSettings
-from incidentkit.store.execution import Rows
+from incidentkit.store.executor import Rows
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 

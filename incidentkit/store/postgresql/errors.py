@@ -1,6 +1,6 @@
-"""What a caller sees of an error of PostgreSQL, of its drivers or of the network.
+"""Translate errors of PostgreSQL, of its drivers and of the network.
 
-The one table of SQLSTATEs. Pools, engines, joined connections and migrations all use it.
+The one table of SQLSTATEs: pools, engines, joined connections and migrations all use it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SQLSTATES: Final[dict[str, tuple[Callable[[str], StoreError], str]]] = {
 :class:`~incidentkit.StoreError`: trying again would not help."""
 
 OPERATORS_CLASSES: Final = ("0A", "22", "23", "2B", "3F", "42", "55")
-"""Classes of errors in a migration that only an operator can mend, who has to see the message."""
+"""SQLSTATE classes that only an operator can resolve in a migration: show the server's message."""
 
 _ONE_OPEN: Final = "ux_Incident_dedup_key"
 
@@ -61,7 +61,7 @@ _ONE_OPEN: Final = "ux_Incident_dedup_key"
 def translate_error(error: BaseException) -> StoreError:
     """Return the error that a caller sees, for an exception of SQLAlchemy, a driver or the network.
 
-    The exception belongs to it as its cause: ``raise translate_error(error) from error``.
+    Raise it with the exception as its cause: ``raise translate_error(error) from error``.
     """
     if lost_race(error):
         return StoreUnavailable("another incident with its dedup_key was opened at the same time")

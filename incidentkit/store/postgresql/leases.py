@@ -1,4 +1,4 @@
-"""Connections of a pool that stay leased while they are in constant use."""
+"""Keep connections of a pool leased while they are in constant use."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Leases:
         self._timeout = timeout
         self._keep = keep
         self._waiting = 0
-        # The most recently used last.
+        # Each with the time of its last use; the most recently used last.
         self._idle: list[tuple[PoolConnectionProxy[asyncpg.Record], float]] = []
         self._check: asyncio.TimerHandle | None = None
         self._giving_back: set[asyncio.Task[None]] = set()
 
     async def take(self) -> PoolConnectionProxy[asyncpg.Record]:
-        """Return a connection; raise what asyncpg raises."""
+        """Return a connection. Exceptions of asyncpg are not translated."""
         while self._idle:
             connection, _ = self._idle.pop()
             if not connection.is_closed():
                 return connection
-            self.discard(connection)
+            self.give_back_later(connection)
         self._waiting += 1
         try:
             return await self._pool.acquire(timeout=self._timeout)
@@ -58,7 +58,7 @@ class Leases:
         if self._check is None:
             self._check = loop.call_later(LEASE, self._give_back_idle)
 
-    def discard(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
+    def give_back_later(self, connection: PoolConnectionProxy[asyncpg.Record]) -> None:
         """Give back a connection without waiting for the server to cancel its statement."""
         task = asyncio.ensure_future(self._give_back(connection))
         self._giving_back.add(task)
@@ -70,7 +70,7 @@ class Leases:
         if self._check is not None:
             self._check.cancel()
         while self._idle:
-            self.discard(self._idle.pop()[0])
+            self.give_back_later(self._idle.pop()[0])
         if self._giving_back:
             await asyncio.wait(self._giving_back)
 
@@ -78,7 +78,7 @@ class Leases:
         loop = asyncio.get_running_loop()
         self._check = None
         while self._idle and self._idle[0][1] <= loop.time() - LEASE:
-            self.discard(self._idle.pop(0)[0])
+            self.give_back_later(self._idle.pop(0)[0])
         if self._idle:
             self._check = loop.call_later(LEASE, self._give_back_idle)
 

@@ -20,7 +20,7 @@ from incidentkit.domain.errors import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.store.execution import Rows, Work
+from incidentkit.store.executor import Rows, Work
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.postgresql.driver import (
     asyncpg_dsn,
@@ -159,16 +159,16 @@ class _Lent:
             try:
                 await self._leases.put(connection)
             except (OSError, asyncpg.InterfaceError, asyncpg.PostgresError) as lost:
-                # The work is done, and its caller must learn that.
+                # The statements succeeded: raising would tell the caller otherwise.
                 logger.warning("A connection was lost when given back: %s", type(lost).__name__)
             return
         if isinstance(error, LOST):
-            # The server may have said goodbye without the connection having ended yet.
+            # The server may have announced its shutdown before the connection ends.
             with suppress(asyncpg.InterfaceError):  # Or it is closed, and back in the pool.
                 connection.terminate()
-        # The pool waits until the server has cancelled the statement: a caller that was cancelled,
-        # or ran out of time, must not wait for it.
-        self._leases.discard(connection)
+        # The pool waits until the server has cancelled the statement. A caller that was cancelled,
+        # or ran out of time, must not wait for that.
+        self._leases.give_back_later(connection)
         if isinstance(error, Exception) and not isinstance(error, IncidentKitError):
             raise translate_error(error) from error
 

@@ -20,7 +20,7 @@ from incidentkit.domain.errors import StoreError
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, Incident
-from incidentkit.store.execution import Executor, Fetch, Rows
+from incidentkit.store.executor import Executor, Fetch, Rows
 from incidentkit.store.page import Page
 from incidentkit.store.postgresql.dialect import PostgresDialect, values_to_insert
 from incidentkit.store.postgresql.errors import refused
@@ -37,8 +37,8 @@ BATCH: Final = 100
 """Maximum number of calls that share a statement."""
 
 SMALL: Final = 100
-"""Maximum ``limit`` of a page that is read together with others: all rows of a statement are taken
-in without a pause."""
+"""Maximum ``limit`` of a page that is read together with others: reading all rows of a statement
+blocks the event loop."""
 
 PAGES: Final = 32
 """Maximum number of pages that are read together."""

@@ -1,4 +1,4 @@
-"""Expressions that each database writes in its own way."""
+"""SQL expressions that compile differently for each database."""
 
 from __future__ import annotations
 

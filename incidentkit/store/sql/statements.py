@@ -63,7 +63,7 @@ INCIDENT: Final = tuple(_as_read(name) for name in INCIDENT_COLUMNS)
 """The columns of an incident, for a list of columns to select or return."""
 
 EVENT: Final = tuple(_events[name] for name in EVENT_COLUMNS)
-"""The columns of an event, likewise."""
+"""The columns of an event, for a list of columns to select or return."""
 
 SELECT_INCIDENT: Final = select(*INCIDENT).where(
     _columns.incident_id == number_parameter("incident_id")

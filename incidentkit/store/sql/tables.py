@@ -139,7 +139,7 @@ purged_event_table: Final = Table(
     PrimaryKeyConstraint("event_id", name="pk_incident_purged_event"),
     Index("ix_incident_purged_event_purged_at", "purged_at"),
 )
-"""The places of events that were purged with their incidents: a cursor may stand there."""
+"""The places of events that were purged with their incidents: a cursor may still point there."""
 
 idempotency_table: Final = Table(
     "incident_idempotency_key",

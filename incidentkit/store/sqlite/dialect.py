@@ -15,7 +15,7 @@ from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, EventKind, Incident, IncidentEvent, IncidentStatus
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.execution import Fetch
+from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT

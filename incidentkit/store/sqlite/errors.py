@@ -1,4 +1,4 @@
-"""What a caller sees of an error of SQLite. The one table of its error codes."""
+"""Translate errors of SQLite, by the one table of its error codes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ UNAVAILABLE: Final = {
 def translate_error(error: Exception) -> StoreError:
     """Return the error that a caller sees, for an exception of SQLAlchemy or of a time limit.
 
-    The exception belongs to it as its cause: ``raise translate_error(error) from error``.
+    Raise it with the exception as its cause: ``raise translate_error(error) from error``.
     """
     if isinstance(error, TimeoutError):
         return StoreUnavailable("it did not answer in time")
     if isinstance(error, PoolTimeoutError):
         return StoreUnavailable("no connection became free in time")
-    if not isinstance(error, DBAPIError):
+    if isinstance(error, (TypeError, ValueError)):
         return StoreError("a row holds what no incident can have")
+    if not isinstance(error, DBAPIError):
+        return StoreError("unexpected failure of the driver")
     code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
     if code == sqlite3.SQLITE_ERROR and "no such" in str(error.orig):
         return SchemaOutOfDate(None, SCHEMA_REVISION)

@@ -18,10 +18,10 @@ logger = logging.getLogger("incidentkit.store")
 
 
 async def probe(url: URL) -> None:
-    """Raise what SQLite raises if the file cannot be opened.
+    """Open the file once; raise SQLAlchemy's DBAPIError if that fails.
 
-    aiosqlite leaves a thread behind when it fails to connect, and that thread fails in turn if the
-    event loop ends at once.
+    Without this check, aiosqlite would leave a thread behind when it fails to connect, and that
+    thread fails too if the event loop ends at once.
     """
 
     def connect() -> None:

@@ -1,6 +1,6 @@
 """The statements that write on SQLite.
 
-SQLite has one writer at a time, so that a write may take several statements.
+SQLite has one writer at a time, so a write can safely be several statements.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _columns: Final = incident_table.c
 _open_with_key: Final = text("incident_type = 'new' AND dedup_key IS NOT NULL")
 
 LOCK: Final = text("DELETE FROM incident_idempotency_key WHERE 0")
-"""Changes nothing, and makes the transaction the one that writes."""
+"""Changes nothing, but takes the write lock for the transaction."""
 
 
 def _insert_incident(*, or_count: bool) -> ReturningInsert[*tuple[Any, ...]]:

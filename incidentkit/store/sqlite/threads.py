@@ -1,9 +1,9 @@
 """Runs statements on an SQLite file, in threads of the store.
 
-A call goes to a thread once, whatever it takes. Writes that wait at the same time share a
-transaction; quick reads share the way to a thread while every connection is in use. A call that has
-begun runs to completion even if its caller is cancelled. The time limits hold for calls that have
-not begun: a write that has begun is waited for, so that an error never hides a stored write.
+A call is handed to a thread once, however many statements it runs. Concurrent writes share a
+transaction. While every connection is in use, quick reads are handed to a thread together. A call
+that has begun runs to completion even if its caller is cancelled. A write that has begun is awaited
+beyond its time limit, so that an error never hides a stored write.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from incidentkit.batching import Batcher
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
-from incidentkit.store.execution import Fetch, Rows, Work
+from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
 from incidentkit.store.sqlite.errors import is_stale_schema, translate_error
@@ -146,7 +146,7 @@ class _Write:
         self._claimed = Lock()
 
     def claim(self) -> bool:
-        """Decide between the two, and return whether that was still undecided."""
+        """Claim the write, for the thread or the caller; return False if it was already claimed."""
         return self._claimed.acquire(blocking=False)
 
     def begin(self) -> bool:
@@ -259,7 +259,7 @@ def _run_in_savepoint(connection: Connection, work: Work[_T], fetch: Fetch) -> _
 
 
 def _run(work: Awaitable[_T]) -> _T:
-    """Run work to completion that awaits only statements, which never suspend here."""
+    """Run a coroutine without an event loop: statements, all it awaits, never suspend here."""
     steps = work.__await__()
     try:
         next(steps)

@@ -1,4 +1,4 @@
-"""How statements are run: what records ask of a pool, a file or a host's connection."""
+"""The protocols of an executor, which runs statements on a pool, a file or a host's connection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Fetch: TypeAlias = Callable[[Executable, Mapping[str, Any]], Awaitable[Rows]]
 """Runs one statement with its values, and returns its rows."""
 
 Work: TypeAlias = Callable[[Fetch], Awaitable[_T]]
-"""Several statements, run by the function that it is given."""
+"""Runs several statements, each with the function that it is given."""
 
 
 class Executor(Protocol):
@@ -37,11 +37,15 @@ class Executor(Protocol):
         ...
 
     async def write(self, work: Work[_T]) -> _T:
-        """Run statements that write; each may be committed by itself."""
+        """Run statements that write; each may be committed by itself.
+
+        On SQLite they are all or none, as in :meth:`transact`. In a host's transaction on
+        PostgreSQL, a failed one ends the transaction.
+        """
         ...
 
     async def transact(self, work: Work[_T]) -> _T:
-        """Run statements that write, all or none."""
+        """Run statements that write, all or none; a host's transaction survives a failure."""
         ...
 
 
@@ -49,7 +53,7 @@ class OwnExecutor(Executor, Protocol):
     """Runs statements on connections that a store opens, or takes from a host's pool."""
 
     async def open(self) -> None:
-        """Get ready to connect."""
+        """Get ready to connect; on SQLite, raise if the file cannot be opened."""
 
     async def close(self) -> None:
         """Wait for running statements, and release every connection."""
