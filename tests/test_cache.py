@@ -471,9 +471,9 @@ async def test_a_client_of_ones_own_stays_open(
         ("unix://:hunter/2@/run/redis.sock", "/run/redis.sock"),
     ],
 )
-def test_messages_name_the_servers_without_the_account(url: str, place: str) -> None:
+def test_messages_name_the_servers_without_the_account(url: str, address: str) -> None:
     """A cache's place names hosts, ports and database, but no user, password or parameter."""
-    assert RedisCache.from_url(url).address == f"Redis at {place}"
+    assert RedisCache.from_url(url).address == f"Redis at {address}"
 
 
 async def test_many_calls_share_a_few_connections(shared_url: str) -> None:

@@ -32,7 +32,7 @@ class CircuitBreaker:
     - The first failure is logged, and then the recovery.
 
     Args:
-        cache: The cache that may fail. If it has an attribute ``place``, messages name it by that,
+        cache: The cache that may fail. If it has an attribute ``address``, messages name it by that,
             otherwise by its class.
         clock: Returns the time in seconds; it must be monotonic.
     """
@@ -42,7 +42,7 @@ class CircuitBreaker:
     ) -> None:
         self._cache = cache
         self._clock = clock
-        self._place: str = getattr(cache, "address", type(cache).__name__)
+        self._name: str = getattr(cache, "address", type(cache).__name__)
         self._open = False
         self._retry_at = 0.0
 
@@ -94,7 +94,7 @@ class CircuitBreaker:
             return None
         if self._open:
             self._open = False
-            logger.info("The cache is available again: %s", self._place)
+            logger.info("The cache is available again: %s", self._name)
         return answer
 
     async def _call(self, call: Callable[..., Awaitable[_T]], *arguments: object) -> _T:
@@ -109,7 +109,7 @@ class CircuitBreaker:
             # The class only: the text of the exception may hold a password.
             failed = f"failed with {type(error).__name__}"
             how = "did not answer in time" if isinstance(error, TimeoutError) else failed
-            unavailable = CacheUnavailable(f"{self._place} {how}")
+            unavailable = CacheUnavailable(f"{self._name} {how}")
             if not self._open:
                 self._open = True
                 logger.warning("%s; lists are read from the database", unavailable)

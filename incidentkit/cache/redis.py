@@ -116,7 +116,7 @@ class RedisCache:
             # Without its cause, whose text may hold the password.
             raise InvalidSettings("redis_url", "is not a URL that redis-py can use") from None
         cache = cls(opened[0])
-        cache.address = _place(redis_url)
+        cache.address = _address(redis_url)
         cache._open = partial(open_by[kind], redis_url)
         cache._use(*opened)
         return cache
@@ -293,7 +293,7 @@ def _check_parts(redis_url: str) -> None:
         raise ValueError("a parameter is empty")
 
 
-def _place(redis_url: str) -> str:
+def _address(redis_url: str) -> str:
     """Return the servers in a URL that was accepted, without user, password and parameters."""
     servers = re.split("[?#]", redis_url.partition("://")[2])[0]
     return f"Redis at {servers.rpartition('@')[2]}"

@@ -36,14 +36,13 @@ def translate_error(error: Exception) -> StoreError:
         return StoreUnavailable("no connection became free in time")
     if isinstance(error, (TypeError, ValueError)):
         return StoreError("a row holds what no incident can have")
-    if not isinstance(error, DBAPIError):
-        return StoreError("unexpected failure of the driver")
-    code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
-    if code == sqlite3.SQLITE_ERROR and "no such" in str(error.orig):
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    code = getattr(cause, "sqlite_errorcode", 0) & PRIMARY_CODE
+    if code == sqlite3.SQLITE_ERROR and "no such" in str(cause):
         return SchemaOutOfDate(None, SCHEMA_REVISION)
     if code in UNAVAILABLE:
         return StoreUnavailable(UNAVAILABLE[code])
-    name = getattr(error.orig, "sqlite_errorname", None)
+    name = getattr(cause, "sqlite_errorname", None)
     return StoreError(name or "unexpected failure of the driver")
 
 
