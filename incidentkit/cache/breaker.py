@@ -32,8 +32,8 @@ class CircuitBreaker:
     - The first failure is logged, and then the recovery.
 
     Args:
-        cache: The cache that may fail. If it has an attribute ``address``, messages name it by that,
-            otherwise by its class.
+        cache: The cache that may fail. Messages name it by its attribute ``address`` if it has
+            one, otherwise by its class.
         clock: Returns the time in seconds; it must be monotonic.
     """
 
