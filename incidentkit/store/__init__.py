@@ -2,6 +2,9 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from incidentkit.domain.commands import StatusChange
+    from incidentkit.domain.queries import SearchQuery
+    from incidentkit.domain.transitions import Transitions
     from incidentkit.opening import store_from_url, store_on
     from incidentkit.store.idempotency import Idempotency
     from incidentkit.store.options import StoreOptions
@@ -15,6 +18,9 @@ else:
     __getattr__, __dir__ = face(
         globals(),
         {
+            "incidentkit.domain.commands": ("StatusChange",),
+            "incidentkit.domain.queries": ("SearchQuery",),
+            "incidentkit.domain.transitions": ("Transitions",),
             "incidentkit.opening": (
                 "store_from_url",
                 "store_on",
@@ -36,8 +42,11 @@ __all__ = [
     "IncidentStore",
     "Page",
     "RequestRecord",
+    "SearchQuery",
+    "StatusChange",
     "StoreOperations",
     "StoreOptions",
+    "Transitions",
     "keep_out_of_autogenerate",
     "store_from_url",
     "store_on",
