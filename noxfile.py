@@ -65,7 +65,7 @@ def types(session: nox.Session) -> None:
     """Check the types with both checkers."""
     session.install("--editable", ".[all]", *groups("types"))
     session.run("mypy")
-    session.run("pyright")
+    session.run("pyright", "--project", ".")
 
 
 @nox.session
