@@ -7,7 +7,6 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from incidentkit.cache.base import TTL, IncidentCache
 from incidentkit.cache.opening import cache_from_url
 from incidentkit.domain import rules
 from incidentkit.domain.actor import ACTOR
@@ -18,6 +17,7 @@ from incidentkit.domain.values import (
     CHANGES_LIMIT,
     DEFAULT_LIMIT,
     LATEST,
+    MAX_STALENESS,
     MAX_WAIT,
     ChangePage,
     IncidentEvent,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from asyncpg import Pool, Record
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from incidentkit.cache.base import IncidentCache
     from incidentkit.session import Session
     from incidentkit.settings import Settings
     from incidentkit.store.idempotency import Idempotency, Parameters
@@ -77,8 +78,10 @@ def check_max_staleness(max_staleness: object) -> float:
         InvalidSettings: If it is not a number from 0 to 3600, the time that a page is kept.
     """
     number = max_staleness if isinstance(max_staleness, (int, float)) else -1
-    if isinstance(max_staleness, bool) or not 0 <= number <= TTL:
-        raise InvalidSettings("max_staleness", f"must be a number of seconds from 0 to {TTL}")
+    if isinstance(max_staleness, bool) or not 0 <= number <= MAX_STALENESS:
+        raise InvalidSettings(
+            "max_staleness", f"must be a number of seconds from 0 to {MAX_STALENESS}"
+        )
     return number
 
 

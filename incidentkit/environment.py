@@ -9,11 +9,10 @@ from typing import Any, Final, Literal, TypeAlias, cast
 
 import environ
 
-from incidentkit.cache.base import TTL
 from incidentkit.cache.opening import check_redis_url
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph
-from incidentkit.domain.values import IncidentStatus
+from incidentkit.domain.values import MAX_STALENESS, IncidentStatus
 from incidentkit.store.database import database_kind
 
 RequestLog: TypeAlias = Literal["log", "database"]
@@ -37,8 +36,8 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def _seconds(value: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) or float(value) > TTL:
-        raise ValueError(f"must be a number of seconds from 0 to {TTL}")
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) or float(value) > MAX_STALENESS:
+        raise ValueError(f"must be a number of seconds from 0 to {MAX_STALENESS}")
     return float(value)
 
 

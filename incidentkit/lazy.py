@@ -35,7 +35,10 @@ def face(
         namespace[name] = getattr(__import__(homes[name], fromlist=[name]), name)
         return namespace[name]
 
+    def is_special(name: str) -> bool:
+        return name.startswith("__")
+
     def dir_() -> list[str]:
-        return sorted({*namespace, *homes})
+        return sorted({*homes, *filter(is_special, namespace)})
 
     return getattr_, dir_

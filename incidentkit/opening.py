@@ -9,11 +9,11 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import incidentkit.store.backends as backend
-from incidentkit.cache.base import IncidentCache
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
 
 if TYPE_CHECKING:
+    from incidentkit.cache.base import IncidentCache
     from incidentkit.session import Session
     from incidentkit.settings import Settings
     from incidentkit.store.options import StoreOptions

@@ -11,12 +11,14 @@ from operator import attrgetter
 from types import UnionType
 from typing import Any, Final, get_args, get_type_hints
 
-from attrs import fields_dict
+from attrs import field, fields_dict, frozen
 from cattrs import Converter
 from cattrs.gen import make_dict_structure_fn
 
-from incidentkit.domain.commands import NewIncident, NewNote
+from incidentkit.domain import rules
+from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.rules import check_names, collect, raise_faults
 from incidentkit.domain.values import (
     EventKind,
     Incident,
@@ -30,6 +32,32 @@ _text_of: Final = datetime.__str__
 _QUOTED: Final = {name.value: f'"{name.value}"' for name in (*IncidentStatus, *IncidentSource)}
 
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
+
+
+@frozen(field_transformer=collect)
+class NewNote:
+    """The body of a request that adds a note.
+
+    Args:
+        note: Surrounding white space is removed; the rest has 1 to 1000 characters.
+
+    Raises:
+        InvalidIncident: If the note breaks this rule.
+    """
+
+    note: str = field(converter=rules.note)
+
+    __attrs_post_init__ = raise_faults
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> NewNote:
+        """Build one from a mapping of field names to values.
+
+        Raises:
+            InvalidIncident: With every faulty, unknown or missing field.
+        """
+        check_names(cls, values)
+        return cls(**values)
 
 
 def _time_to_wire(value: datetime) -> str:

@@ -463,6 +463,7 @@ async def test_a_client_of_ones_own_stays_open(
     ("url", "address"),
     [
         ("redis://cache", "cache"),
+        ("redis://", "localhost"),
         ("rediss://ann:hunter2@cache:6390/15?socket_timeout=1", "cache:6390/15"),
         ("redis://[::1]:6379/0", "[::1]:6379/0"),
         ("redis+cluster://:hunter2@a:1,[::1]:2", "a:1,[::1]:2"),

@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from attrs import evolve
+from attrs import evolve, validators
 from attrs.exceptions import FrozenInstanceError
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -561,3 +561,13 @@ def test_an_actor_that_cannot_be_stored_is_refused(actor: Any) -> None:
     with pytest.raises(InvalidIncident) as caught, acting_as(actor):
         raise AssertionError
     assert [error.field for error in caught.value.errors] == ["actor"]
+
+
+def test_a_host_that_disables_the_validators_of_attrs_keeps_the_rules() -> None:
+    """The rules about several fields hold although a host has disabled its own validators."""
+    validators.set_disabled(True)
+    try:
+        with pytest.raises(InvalidIncident, match="dedup_key needs the incident_type new"):
+            NewIncident("Disk is full", "partner", "failed", dedup_key="disk")
+    finally:
+        validators.set_disabled(False)

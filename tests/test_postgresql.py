@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -264,3 +265,45 @@ async def test_number_of_statements_of_each_call(migrated_postgres_url: str) -> 
             await asyncio.sleep(0)  # asyncpg calls the logger in the next turn of the loop.
             counted.append([verb.rstrip(";") for verb in sent])
     assert counted == [expected for _, expected in calls]
+
+
+async def test_a_write_is_answered_although_its_connection_is_lost_afterwards(
+    migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stored incident is returned even if the driver then fails to take its connection back."""
+    async with (
+        asyncpg.create_pool(migrated_postgres_url, min_size=1, max_size=1) as pool,
+        IncidentClient.open(pool) as incidents,
+    ):
+
+        async def fail(*_: object, **__: object) -> None:
+            raise asyncpg.InternalClientError("cannot switch to state 15")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncpg.Pool, "release", fail)
+            try:
+                incident = await incidents.create("Disk is full", source="monitoring")
+            finally:
+                pool.terminate()
+        assert incident.incident_id == 1
+    assert "lost when given back: InternalClientError" in caplog.text
+
+
+async def test_a_certificate_that_is_refused_later_makes_the_database_unavailable(
+    server: PostgresServer, store: IncidentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An open client that cannot connect again blames the database, not its URL."""
+    await store.create(DISK_FULL)
+    admin = await asyncpg.connect(server.url)
+    await admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    )
+    await admin.close()
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise ssl.SSLCertVerificationError("certificate has expired")
+
+    monkeypatch.setattr("asyncpg.connect_utils._connect_addr", refuse)
+    with pytest.raises(StoreUnavailable):
+        await store.get(1)

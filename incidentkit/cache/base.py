@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
-TTL: Final = 3600
+from incidentkit.domain.values import MAX_STALENESS
+
+TTL: Final = MAX_STALENESS
 """Seconds that a page is kept."""
 
 INDEX_KEY: Final = "incidentkit:pages"

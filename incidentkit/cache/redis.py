@@ -296,7 +296,7 @@ def _check_parts(redis_url: str) -> None:
 def _address(redis_url: str) -> str:
     """Return the servers in a URL that was accepted, without user, password and parameters."""
     servers = re.split("[?#]", redis_url.partition("://")[2])[0]
-    return f"Redis at {servers.rpartition('@')[2]}"
+    return f"Redis at {servers.rpartition('@')[2] or 'localhost'}"
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -62,33 +62,7 @@ class NewIncident:
         return cls(**values)
 
 
-@frozen(field_transformer=collect)
-class NewNote:
-    """A note to add to the history of an incident.
-
-    Args:
-        note: Surrounding white space is removed; the rest has 1 to 1000 characters.
-
-    Raises:
-        InvalidIncident: If the note breaks this rule.
-    """
-
-    note: str = field(converter=rules.note)
-
-    __attrs_post_init__ = raise_faults
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[Any, Any]) -> NewNote:
-        """Build one from a mapping of field names to values.
-
-        Raises:
-            InvalidIncident: With every faulty, unknown or missing field.
-        """
-        check_names(cls, values)
-        return cls(**values)
-
-
-@frozen(field_transformer=collect)
+@frozen(field_transformer=collect, eq=False, repr=False)
 class NoteAddition:
     """A note, and the incident whose history it goes to.
 

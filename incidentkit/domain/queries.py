@@ -116,7 +116,7 @@ def _is_of_the_incident(query: HistoryQuery, _: object, after: EventCursor) -> N
         raise ValueError("is not a cursor of this incident")
 
 
-@frozen(field_transformer=collect)
+@frozen(field_transformer=collect, eq=False, repr=False)
 class HistoryQuery:
     """One page of the history of an incident.
 
@@ -143,7 +143,7 @@ class HistoryQuery:
         return 0 if self.after is None else self.after.event_id
 
 
-@frozen(field_transformer=collect)
+@frozen(field_transformer=collect, eq=False, repr=False)
 class ChangesQuery:
     """One page of the changes of all incidents.
 

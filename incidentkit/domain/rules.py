@@ -46,6 +46,9 @@ from incidentkit.domain.values import (
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
+_RULE: Final = "rule"
+"""Where the metadata of a field has its validator: a rule about several fields."""
+
 ORDERS: Final = tuple(IncidentOrder)
 """The orders of a search, at the index that stands for each in a cursor."""
 
@@ -70,7 +73,9 @@ def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
     return [
         attribute.evolve(
             converter=_converting(attribute.converter),
-            validator=attribute.validator and _validating(attribute.validator),
+            # Run by raise_faults(), since a host may disable the validators of attrs.
+            validator=None,
+            metadata={_RULE: attribute.validator} if attribute.validator else {},
         )
         for attribute in attributes
     ]
@@ -88,31 +93,22 @@ def _converting(rule: Any) -> Callable[[Any], Any]:
     return convert
 
 
-def _validating(rule: Callable[[Any, Any, Any], object]) -> Callable[[Any, Any, Any], None]:
-    """Return a validator for values other than None."""
-
-    def validate(model: Any, attribute: Attribute[Any], value: Any) -> None:
-        if value is None or type(value) is Fault:
-            return
-        try:
-            rule(model, attribute, value)
-        except ValueError as error:
-            object.__setattr__(model, attribute.name, Fault(str(error)))
-
-    return validate
-
-
 def raise_faults(model: AttrsInstance) -> None:
-    """Raise if a field of the model holds a fault.
+    """Raise if a field of the model holds a fault, or breaks a rule about several fields.
 
     Raises:
         InvalidIncident: With every fault, in the order of the fields.
     """
-    faults = [
-        FieldError(attribute.name, value.reason)
-        for attribute in fields(type(model))
-        if type(value := getattr(model, attribute.name)) is Fault
-    ]
+    faults = []
+    for attribute in fields(type(model)):
+        value = getattr(model, attribute.name)
+        if attribute.metadata and value is not None and type(value) is not Fault:
+            try:
+                attribute.metadata[_RULE](model, attribute, value)
+            except ValueError as error:
+                value = Fault(str(error))
+        if type(value) is Fault:
+            faults.append(FieldError(attribute.name, value.reason))
     if faults:
         raise InvalidIncident(faults)
 

@@ -32,6 +32,9 @@ CHANGES_LIMIT: Final = 100
 MAX_MANY: Final = 100_000
 """Maximum number of incidents in one ``create_many``."""
 
+MAX_STALENESS: Final = 3600
+"""Maximum seconds by which a list may be behind: the time that a page is cached."""
+
 MAX_WAIT: Final = 30
 """Maximum seconds that a call waits for changes."""
 

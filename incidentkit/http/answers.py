@@ -12,7 +12,6 @@ from urllib.parse import parse_qsl, quote, urlencode
 from starlette.requests import Request
 from starlette.responses import Response
 
-from incidentkit.domain.commands import NewNote
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import ChangePage, Incident
 from incidentkit.http import docs
@@ -24,6 +23,7 @@ from incidentkit.http.requests import KNOWN_QUERIES
 from incidentkit.http.service import Service
 from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream, run_until_stop
 from incidentkit.wire import (
+    NewNote,
     dump_json,
     encode_event,
     encode_events,

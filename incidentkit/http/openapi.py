@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
 from attrs import NOTHING, fields
 
-from incidentkit.domain.commands import NewIncident, NewNote
+from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import FieldError
 from incidentkit.domain.values import (
@@ -43,7 +43,7 @@ from incidentkit.http.requests import MAX_BODY
 from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.store.schema import SCHEMA_REVISION
 from incidentkit.version import __version__
-from incidentkit.wire import wire_converter
+from incidentkit.wire import NewNote, wire_converter
 
 Json: TypeAlias = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from attrs import evolve
 
-from incidentkit.domain.commands import NewIncident, NewNote
+from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.queries import HistoryQuery, ListQuery, SearchQuery
 from incidentkit.domain.values import (
     CHANGES_LIMIT,
@@ -37,6 +37,7 @@ from incidentkit.http.checks import (
 from incidentkit.http.health import Health, Readiness
 from incidentkit.http.operation import EntityTag, Operation, Parameter
 from incidentkit.http.problems import Conflict
+from incidentkit.wire import NewNote
 
 _INCIDENT_ID: Final = Parameter(
     "incident_id", "The incident's id.", int, minimum=1, maximum=MAX_ID, required=True

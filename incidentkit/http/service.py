@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -60,12 +62,17 @@ class Service(Starlette):
 
         Starlette's own stack would put the operations behind its router, which tries one route
         after another, and behind two layers that handle errors. An operation answers its errors
-        itself.
+        itself; the outer one of these layers is there only if a host has a handler for it.
         """
-        app: ASGIApp = ExceptionMiddleware(self.router, self.exception_handlers)
+        handlers = dict(self.exception_handlers)
+        handler = handlers.pop(Exception, None)
+        handler = handlers.pop(HTTPStatus.INTERNAL_SERVER_ERROR, handler)
+        app: ASGIApp = ExceptionMiddleware(self.router, handlers, self.debug)
         app = Dispatcher(app, self._endpoints)
         for middleware, arguments, options in reversed(self.user_middleware):
             app = middleware(app, *arguments, **options)
+        if handler is not None or self.debug:
+            app = ServerErrorMiddleware(app, handler, self.debug)
         return Envelope(app)
 
 

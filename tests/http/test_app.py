@@ -22,7 +22,7 @@ from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.http import create_app, lifespan
 from incidentkit.http.service import Service
 from incidentkit.store.store import Store
-from tests.http.conftest import INCIDENT, MEMORY, Serve
+from tests.http.conftest import INCIDENT, MEMORY, Serve, service_on
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -370,3 +370,23 @@ def test_the_bundled_app_leaves_logging_alone(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(app, Service)
     assert isinstance(app.client.store, Store)
     assert (logger.handlers, logger.level) == (handlers, level)
+
+
+@pytest.mark.parametrize("key", [500, Exception])
+async def test_a_host_answers_its_own_errors(key: int | type[Exception]) -> None:
+    """A handler that a host adds for errors answers those of its routes and its middleware."""
+    app = service_on(IncidentClient.open(MEMORY), docs=False)
+
+    async def handler(_: Request, error: Exception) -> Response:
+        return Response(str(error), 500)
+
+    async def route(_: Request) -> Response:
+        raise RuntimeError("the host's")
+
+    app.add_exception_handler(key, handler)
+    app.add_route("/own", route)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
+        answer = await api.get("/own")
+    assert (answer.status_code, answer.text) == (500, "the host's")
+    assert answer.headers["X-Request-ID"]

@@ -56,7 +56,7 @@ class PoolExecutor:
         self._leases: Leases | None = None
 
     async def open(self) -> None:
-        """Get ready to connect; the pool connects when a statement needs a connection."""
+        """Connect; a host's pool connects when a statement needs a connection."""
         options = self._options
         self._pool = (
             await asyncpg.create_pool(
@@ -73,6 +73,20 @@ class PoolExecutor:
         )
         own = self._pool is not self._database
         self._leases = Leases(self._pool, options.pool_timeout, keep=own)
+        if own:
+            await self._connect()
+
+    async def _connect(self) -> None:
+        """Make the first connection, for which the pool parses the URL."""
+        try:
+            async with self._connection():
+                pass
+        except StoreError as error:
+            cause = error.__cause__
+            if isinstance(cause, UNREADABLE_URL) and not isinstance(cause, OSError):
+                # Without its cause, which shows parts of the URL.
+                raise unreadable_url() from None
+            raise
 
     async def close(self) -> None:
         """Close the pool; running calls have ``pool_timeout`` seconds to finish."""
@@ -141,9 +155,6 @@ class _Lent:
             self._connection = await self._leases.take()
         except asyncpg.UndefinedObjectError as error:
             raise StoreError("it does not know a parameter of the URL") from error
-        except UNREADABLE_URL:
-            # Without its cause, which shows parts of the URL.
-            raise unreadable_url() from None
         except Exception as error:
             raise translate_error(error) from error
         return self._connection
@@ -158,7 +169,7 @@ class _Lent:
         if error is None:
             try:
                 await self._leases.put(connection)
-            except (OSError, asyncpg.InterfaceError, asyncpg.PostgresError) as lost:
+            except (*LOST, OSError, asyncpg.PostgresError) as lost:
                 # The statements succeeded: raising would tell the caller otherwise.
                 logger.warning("A connection was lost when given back: %s", type(lost).__name__)
             return

@@ -40,8 +40,9 @@ def translate_error(error: Exception) -> StoreError:
     code = getattr(cause, "sqlite_errorcode", 0) & PRIMARY_CODE
     if code == sqlite3.SQLITE_ERROR and "no such" in str(cause):
         return SchemaOutOfDate(None, SCHEMA_REVISION)
-    if code in UNAVAILABLE:
-        return StoreUnavailable(UNAVAILABLE[code])
+    lost = isinstance(error, OSError) or getattr(error, "connection_invalidated", False)
+    if code in UNAVAILABLE or lost:
+        return StoreUnavailable(UNAVAILABLE.get(code, "the connection was lost"))
     name = getattr(cause, "sqlite_errorname", None)
     return StoreError(name or "unexpected failure of the driver")
 

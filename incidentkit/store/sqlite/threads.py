@@ -185,7 +185,8 @@ class _Threads:
         await self.reads.finish()
         await self.slow_reads.finish()
         await self.writes.finish()
-        await self.run(lambda _: None)
+        with suppress(DBAPIError):
+            await self.run(lambda _: None)
         self._writer.shutdown()
         self._readers.shutdown()
         self._engine.dispose()
