@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Protocol, TypeAlias
 
+import incidentkit.wire as wire_format
 from incidentkit.batching import Batcher, Coalescer
 from incidentkit.cache.base import TTL, IncidentCache
 from incidentkit.cache.breaker import CircuitBreaker
@@ -22,7 +23,7 @@ from incidentkit.cache.memory import DEFAULT_MAX_BYTES, LruCache
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import Incident
 from incidentkit.store.page import Page
-from incidentkit.wire import decode_incidents, dump_json
+from incidentkit.wire.encoding import dump_json
 
 IncidentList: TypeAlias = "list[Incident]"
 """An alias, because ``list`` is a method in the classes below."""
@@ -195,9 +196,7 @@ class PageCache:
         page = await self._store.list(query)
         self._trust(page.token, now, changes)
         # Keep the bytes alone: every garbage collection would visit the objects.
-        self._memory.set(
-            key, Page(partial(decode_incidents, page.json), page.token, page.json), TTL
-        )
+        self._memory.set(key, Page(partial(_read, page.json), page.token, page.json), TTL)
         if self._shared is not None and len(self._writes) < MAX_WRITES:
             self._writes((key, page, changes))
         return page
@@ -241,12 +240,17 @@ async def _clear(calls: Sequence[CircuitBreaker]) -> Sequence[None]:
     return [None] * len(calls)
 
 
+def _read(page: bytes) -> list[Incident]:
+    # Through the lazy face: the converter is loaded with the first page that is decoded.
+    return wire_format.decode_incidents(page)
+
+
 def _decode(value: bytes, key: str, token: str | None) -> Page | None:
     page = unseal(value, key, token)
     if page is None:
         return None
     try:
-        return Page(decode_incidents(page), token, page)
+        return Page(_read(page), token, page)
     except ValueError:
         logger.warning("Ignoring the value of %s in the shared cache: it is not a page", key)
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from incidentkit.domain.values import Incident
-from incidentkit.wire import encode_incidents
+from incidentkit.wire.encoding import encode_incidents
 
 
 class Page:

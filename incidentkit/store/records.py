@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from attrs import evolve
 
+import incidentkit.wire as wire_format
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import IdempotencyKeyReused, StoreUnavailable, UnknownCursor
 from incidentkit.domain.queries import ListQuery, SearchQuery
@@ -45,7 +46,7 @@ from incidentkit.store.sql.search import (
     select_page_among_first,
     select_page_by_words,
 )
-from incidentkit.wire import decode_incident, decode_incidents, encode_incident, encode_incidents
+from incidentkit.wire.encoding import encode_incident, encode_incidents
 
 _T = TypeVar("_T")
 
@@ -65,24 +66,25 @@ EXPIRED_KEYS: Final = 10
 class Sharing(Protocol):
     """Answers calls that wait at the same time from one statement.
 
-    Each method returns None for a call that must run alone; ``get`` answers every call.
+    Except for ``get``, each method returns None for a call that must run alone from the start. If
+    the answer of a write is None, nothing was written, and the call is tried alone.
     """
 
-    async def get(self, incident_id: int) -> Incident | None:
+    def get(self, incident_id: int) -> Awaitable[Incident | None]:
         """Read one incident; None if there is none with this id."""
         ...
 
-    async def list(self, query: ListQuery) -> Page | None:
+    def list(self, query: ListQuery) -> Awaitable[Page] | None:
         """Read one page."""
         ...
 
-    async def create(self, incident: NewIncident, actor: str | None) -> Incident | None:
+    def create(self, incident: NewIncident, actor: str | None) -> Awaitable[Incident | None] | None:
         """Store one incident."""
         ...
 
-    async def update_status(
+    def update_status(
         self, change: StatusChange, transitions: Transitions, actor: str | None
-    ) -> Incident | None:
+    ) -> Awaitable[Incident | None] | None:
         """Change one status."""
         ...
 
@@ -114,13 +116,14 @@ class Records:
         self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
     ) -> Incident:
         """Store the incident with its event, or count an occurrence of the open one."""
-        work = partial(self._dialect.create, incident=incident, actor=actor)
-        if once is not None:
-            return await self._write_once(work, once, encode_incident, decode_incident)
-        if self._sharing is not None:
-            stored = await self._sharing.create(incident, actor)
+        if once is None and self._sharing is not None:
+            shared = self._sharing.create(incident, actor)
+            stored = None if shared is None else await shared
             if stored is not None:
                 return stored
+        work = partial(self._dialect.create, incident=incident, actor=actor)
+        if once is not None:
+            return await self._write_once(work, once, encode_incident, wire_format.decode_incident)
         return await self._executor.write(work)
 
     async def create_many(
@@ -133,7 +136,9 @@ class Records:
         """Store incidents, all or none, as :meth:`create` does for each in turn."""
         work = partial(self._dialect.create_many, incidents=incidents, actor=actor)
         if once is not None:
-            return await self._write_once(work, once, encode_incidents, decode_incidents)
+            return await self._write_once(
+                work, once, encode_incidents, wire_format.decode_incidents
+            )
         return await self._executor.transact(work)
 
     async def update_status(
@@ -145,23 +150,26 @@ class Records:
         once: Idempotency | None = None,
     ) -> Incident:
         """Change the status with its event, and return the incident."""
+        if once is None and self._sharing is not None:
+            shared = self._sharing.update_status(change, transitions, actor)
+            incident = None if shared is None else await shared
+            if incident is not None:
+                return incident
         work = partial(
             self._dialect.update_status, change=change, transitions=transitions, actor=actor
         )
 
         async def update() -> Incident:
             if once is not None:
-                return await self._write_once(work, once, encode_incident, decode_incident)
+                return await self._write_once(
+                    work, once, encode_incident, wire_format.decode_incident
+                )
             # The database refuses to open an incident beside another one with its key, which would
             # end a host's transaction.
             if change.status is OPEN and self._executor.in_host_transaction:
                 return await self._executor.transact(work)
             return await self._executor.write(work)
 
-        if once is None and self._sharing is not None:
-            incident = await self._sharing.update_status(change, transitions, actor)
-            if incident is not None:
-                return incident
         try:
             return await update()
         except StoreUnavailable as error:
@@ -233,9 +241,9 @@ class Records:
     async def list(self, query: ListQuery) -> Page:
         """Read one page and its token, from one snapshot."""
         if self._sharing is not None:
-            page = await self._sharing.list(query)
-            if page is not None:
-                return page
+            shared = self._sharing.list(query)
+            if shared is not None:
+                return await shared
         last = query.offset + query.limit
         if last > statements.DEEP:
             return await self._list_deep(query)

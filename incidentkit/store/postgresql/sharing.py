@@ -6,7 +6,7 @@ creates with a deduplication key, changes back to ``new``, and changes of a lock
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Final
@@ -68,27 +68,25 @@ class PostgresSharing:
         self._creates = Batcher(self._create_all, size=BATCH)
         self._updates = Batcher(self._update_all, size=BATCH)
 
-    async def get(self, incident_id: int) -> Incident | None:
+    def get(self, incident_id: int) -> Awaitable[Incident | None]:
         """Read one incident."""
-        return await self._gets(incident_id)
+        return self._gets(incident_id)
 
-    async def list(self, query: ListQuery) -> Page | None:
-        """Read one page; None if it is too large, or lies too deep, to be read with others."""
+    def list(self, query: ListQuery) -> Awaitable[Page] | None:
+        """Read one page, unless it is too large, or lies too deep, to be read with others."""
         if query.limit > SMALL or query.offset + query.limit > DEEP:
             return None
-        return await self._lists(query)
+        return self._lists(query)
 
-    async def create(self, incident: NewIncident, actor: str | None) -> Incident | None:
-        """Store one incident; None if the call must run alone."""
-        return None if incident.dedup_key is not None else await self._creates((incident, actor))
+    def create(self, incident: NewIncident, actor: str | None) -> Awaitable[Incident | None] | None:
+        """Store one incident, unless it has a deduplication key."""
+        return None if incident.dedup_key is not None else self._creates((incident, actor))
 
-    async def update_status(
+    def update_status(
         self, change: StatusChange, transitions: Transitions, actor: str | None
-    ) -> Incident | None:
-        """Change one status; None if the call must run alone."""
-        if change.status is OPEN:
-            return None
-        return await self._updates((change, transitions, actor))
+    ) -> Awaitable[Incident | None] | None:
+        """Change one status, unless it is a change back to ``new``."""
+        return None if change.status is OPEN else self._updates((change, transitions, actor))
 
     async def _get_all(self, ids: Sequence[int]) -> Sequence[Incident | StoreError | None]:
         if len(ids) == 1:

@@ -23,7 +23,7 @@ from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import StoreError
 from incidentkit.domain.values import EventKind, Incident, IncidentEvent, IncidentStatus
 from incidentkit.store.page import Page
-from incidentkit.wire import encode_rows
+from incidentkit.wire.encoding import encode_rows
 
 INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident))
 

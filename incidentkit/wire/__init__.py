@@ -1,0 +1,51 @@
+"""The wire format: incidents and events as JSON, the same over HTTP and in caches."""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from incidentkit.wire.conversion import (
+        TIME_FORMAT,
+        NewNote,
+        decode_incident,
+        decode_incidents,
+        encode_event,
+        encode_events,
+        wire_converter,
+    )
+    from incidentkit.wire.encoding import dump_json, encode_incident, encode_incidents, encode_rows
+else:
+    from incidentkit.lazy import face
+
+    __getattr__, __dir__ = face(
+        globals(),
+        {
+            "incidentkit.wire.conversion": (
+                "NewNote",
+                "TIME_FORMAT",
+                "decode_incident",
+                "decode_incidents",
+                "encode_event",
+                "encode_events",
+                "wire_converter",
+            ),
+            "incidentkit.wire.encoding": (
+                "dump_json",
+                "encode_incident",
+                "encode_incidents",
+                "encode_rows",
+            ),
+        },
+    )
+
+__all__ = [
+    "TIME_FORMAT",
+    "NewNote",
+    "decode_incident",
+    "decode_incidents",
+    "dump_json",
+    "encode_event",
+    "encode_events",
+    "encode_incident",
+    "encode_incidents",
+    "encode_rows",
+    "wire_converter",
+]
