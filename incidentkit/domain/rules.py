@@ -1,9 +1,10 @@
 """Check given values, and collect every fault before one error is raised.
 
 A rule takes a given value and returns the value to use, or raises ValueError with the reason. A
-model has its rules as attrs converters and validators. :func:`collect` makes them leave a
-:class:`Fault` in the field instead of raising, and :func:`raise_faults`, which attrs calls once all
-fields are set, raises one error for all of them::
+model has its rules as attrs converters, and rules about several fields as validators.
+:func:`collect` makes converters leave a :class:`Fault` in the field instead of raising.
+:func:`raise_faults`, which attrs calls once all fields are set, runs the validators and raises one
+error for all faults::
 
     @frozen(field_transformer=collect)
     class NewNote:
