@@ -956,7 +956,8 @@ async def test_a_key_that_is_open_in_a_transaction_is_waited_for(
                 "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
             )
         )
-        await _until_waiting(postgres_url, 2)
+        # The other call waits for its turn, without a connection.
+        await _until_waiting(postgres_url, 1)
         await (host.commit() if commits else host.rollback())
         incidents = await asyncio.gather(counted, repeated)
         (incident,) = await client.list()

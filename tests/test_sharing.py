@@ -25,6 +25,7 @@ from incidentkit import (
 )
 from incidentkit.store import StoreOptions
 from incidentkit.store.postgresql import statements as writes
+from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
 from tests.hosts import run_sql
@@ -73,13 +74,13 @@ async def counted(
     """Yield a client and the list of statements it sends from now on."""
     sent: list[str] = []
     async with IncidentClient.open(url, options=StoreOptions()) as client:
-        fetch = asyncpg.Connection.fetch
+        fetch = PostgresConnection.fetch
 
-        async def record(self: Any, query: str, *arguments: Any, **options: Any) -> Any:
-            sent.append(query)
-            return await fetch(self, query, *arguments, **options)
+        async def record(self: Any, statement: Any, values: Any) -> Any:
+            sent.append(compile_statement(statement).text)
+            return await fetch(self, statement, values)
 
-        monkeypatch.setattr(asyncpg.Connection, "fetch", record)
+        monkeypatch.setattr(PostgresConnection, "fetch", record)
         yield client, sent
 
 

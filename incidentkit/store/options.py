@@ -25,6 +25,11 @@ def _positive(_: object, option: Attribute[float], value: object) -> None:
         raise InvalidSettings(option.name, "must be a positive number of seconds")
 
 
+def _optional_flag(_: object, option: Attribute[bool | None], value: object) -> None:
+    if not (value is None or isinstance(value, bool)):
+        raise InvalidSettings(option.name, "must be True, False or None")
+
+
 @frozen
 class StoreOptions:
     """How a store uses its database.
@@ -37,6 +42,9 @@ class StoreOptions:
         statement_timeout: Seconds that a statement may take. On SQLite: seconds to wait for
             another process that is writing; added to ``pool_timeout``, the seconds that a call
             waits for a read, or for its write to begin.
+        prepared_statements: Whether statements stay prepared on PostgreSQL, which saves each a
+            round trip; None: unless there is a connection pooler in front of the server. Ignored
+            on SQLite.
         echo: Log every statement, without its values, to the logger ``incidentkit.store``.
 
     Raises:
@@ -48,4 +56,5 @@ class StoreOptions:
     connect_timeout: float = field(default=5.0, validator=_positive)
     pool_timeout: float = field(default=5.0, validator=_positive)
     statement_timeout: float = field(default=10.0, validator=_positive)
+    prepared_statements: bool | None = field(default=None, validator=_optional_flag)
     echo: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
@@ -46,6 +47,7 @@ from incidentkit.store.sql.search import (
     select_page_among_first,
     select_page_by_words,
 )
+from incidentkit.store.turns import Key, Turns
 from incidentkit.wire.encoding import encode_incident, encode_incidents
 
 _T = TypeVar("_T")
@@ -96,6 +98,7 @@ class Records:
         dialect: The statements of the database.
         executor: Runs them: on connections of its own, or on a host's connection.
         sharing: Lets calls share statements; None: each call runs its own.
+        turns: Bounds the connections of calls that wait for locks; None: no bound.
         bookmarks: Where deep pages begin; None: deep pages are always read from the top.
     """
 
@@ -105,11 +108,13 @@ class Records:
         executor: Executor,
         *,
         sharing: Sharing | None = None,
+        turns: Turns | None = None,
         bookmarks: Bookmarks | None = None,
     ) -> None:
         self._dialect = dialect
         self._executor = executor
         self._sharing = sharing
+        self._turns = turns
         self._bookmarks = bookmarks
 
     async def create(
@@ -122,9 +127,13 @@ class Records:
             if stored is not None:
                 return stored
         work = partial(self._dialect.create, incident=incident, actor=actor)
-        if once is not None:
-            return await self._write_once(work, once, encode_incident, wire_format.decode_incident)
-        return await self._executor.write(work)
+        keys = [] if incident.dedup_key is None else [("dedup_key", incident.dedup_key)]
+        async with self._turn(once, keys):
+            if once is not None:
+                return await self._write_once(
+                    work, once, encode_incident, wire_format.decode_incident
+                )
+            return await self._executor.write(work)
 
     async def create_many(
         self,
@@ -135,11 +144,14 @@ class Records:
     ) -> IncidentList:
         """Store incidents, all or none, as :meth:`create` does for each in turn."""
         work = partial(self._dialect.create_many, incidents=incidents, actor=actor)
-        if once is not None:
-            return await self._write_once(
-                work, once, encode_incidents, wire_format.decode_incidents
-            )
-        return await self._executor.transact(work)
+        # One turn for all: each of thousands of keys may have to wait.
+        keyed = any(incident.dedup_key is not None for incident in incidents)
+        async with self._turn(once, [("dedup_key", None)] if keyed else []):
+            if once is not None:
+                return await self._write_once(
+                    work, once, encode_incidents, wire_format.decode_incidents
+                )
+            return await self._executor.transact(work)
 
     async def update_status(
         self,
@@ -170,18 +182,20 @@ class Records:
                 return await self._executor.transact(work)
             return await self._executor.write(work)
 
-        try:
+        async with self._turn(once, [("incident_id", change.incident_id)]):
+            try:
+                return await update()
+            except StoreUnavailable as error:
+                if not self._dialect.lost_race(error.__cause__):
+                    raise
+            # Nothing was changed, and the winner of the race is visible now.
             return await update()
-        except StoreUnavailable as error:
-            if not self._dialect.lost_race(error.__cause__):
-                raise
-        # Nothing was changed, and the winner of the race is visible now.
-        return await update()
 
     async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
         """Add a note to the history, and return its event."""
         work = partial(self._dialect.note, incident_id=incident_id, note=note, actor=actor)
-        return await self._executor.write(work)
+        async with self._turn(None, [("incident_id", incident_id)]):
+            return await self._executor.write(work)
 
     async def purge(
         self, ended_before: datetime, limit: int, *, actor: str | None = None
@@ -201,6 +215,14 @@ class Records:
         values = {"ended_before": ended_before}
         ((count,),) = await self._executor.read(statements.COUNT_PURGEABLE, values)
         return int(count)
+
+    def _turn(
+        self, once: Idempotency | None, keys: Sequence[Key]
+    ) -> AbstractAsyncContextManager[None]:
+        """Return the turn of a write, which may wait for the locks of these keys."""
+        if once is not None:
+            keys = [("idempotency_key", once.key), *keys]
+        return self._turns(keys) if keys and self._turns is not None else nullcontext()
 
     async def _write_once(
         self,

@@ -15,6 +15,7 @@ from incidentkit.store.ports import StoreOperations
 from incidentkit.store.records import Records, Sharing
 from incidentkit.store.schema import check_revision
 from incidentkit.store.sql.statements import SELECT_REVISION
+from incidentkit.store.turns import Turns
 
 
 class Store(Records):
@@ -25,22 +26,25 @@ class Store(Records):
         executor: Runs them, on connections that it opens and closes.
         join: Returns the operations on a host's connection.
         share: Makes the sharing of statements, for each opening; None: every call runs alone.
+        turns: Makes the turns of calls that wait for locks, for each opening; None: no turns.
         upgrade: Brings the schema up to date; None: an outdated schema is an error.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         dialect: Dialect,
         executor: OwnExecutor,
         *,
         join: Callable[[object], StoreOperations],
         share: Callable[[], Sharing] | None = None,
+        turns: Callable[[], Turns] | None = None,
         upgrade: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(dialect, executor)
         self._connections = executor
         self._join = join
         self._share = share
+        self._new_turns = turns
         self._upgrade = upgrade
 
     async def open(self) -> None:
@@ -48,6 +52,7 @@ class Store(Records):
         # New for each opening: the next one may be on another event loop, or find another database
         # at the same address.
         self._sharing = None if self._share is None else self._share()
+        self._turns = None if self._new_turns is None else self._new_turns()
         self._bookmarks = Bookmarks()
         try:
             await self._connections.open()

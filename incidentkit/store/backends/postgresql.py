@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from incidentkit.domain.errors import InvalidSettings
-from incidentkit.store.hosts.asyncpg import AsyncpgConnection
+from incidentkit.store.executor import OwnExecutor
+from incidentkit.store.hosts.asyncpg import AsyncpgConnection, HostPool
 from incidentkit.store.hosts.connections import HostExecutor, SqlalchemyConnection
 from incidentkit.store.hosts.postgresql_engine import PostgresEngineExecutor
-from incidentkit.store.hosts.sqlalchemy import is_connection, is_engine, is_session
+from incidentkit.store.hosts.sqlalchemy import (
+    is_connection,
+    is_engine,
+    is_session,
+    pool_maximum,
+)
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.ports import StoreOperations
+from incidentkit.store.postgresql.connections import OwnConnections
+from incidentkit.store.postgresql.connector import Connector
 from incidentkit.store.postgresql.dialect import PostgresDialect
 from incidentkit.store.postgresql.errors import translate_error
 from incidentkit.store.postgresql.pool import PoolExecutor
 from incidentkit.store.postgresql.sharing import PostgresSharing
 from incidentkit.store.records import Records
 from incidentkit.store.store import Store
+from incidentkit.store.turns import Turns
 
 
 def postgresql_store(database: object, options: StoreOptions | None = None) -> Store:
@@ -28,21 +39,40 @@ def postgresql_store(database: object, options: StoreOptions | None = None) -> S
     Raises:
         InvalidSettings: If the database is something else.
     """
-    dialect = PostgresDialect()
-    if isinstance(database, (str, asyncpg.Pool)):
-        pool = PoolExecutor(database, options)
-        return Store(dialect, pool, join=join, share=lambda: PostgresSharing(dialect, pool))
+    options = options or StoreOptions()
+    if isinstance(database, str):
+        maximum = options.pool_size + options.max_overflow
+        connections = partial(_own_connections, database, options)
+        return _store(PoolExecutor(connections, options.pool_timeout), maximum, options)
+    if isinstance(database, asyncpg.Pool):
+        maximum = database.get_max_size()
+        lent = partial(HostPool, database, options.pool_timeout)
+        return _store(PoolExecutor(lent, options.pool_timeout), maximum, options)
     if is_engine(database):
-        engine = PostgresEngineExecutor(database)
-        return Store(
-            dialect,
-            engine,
-            join=join,
-            share=lambda: PostgresSharing(dialect, engine, in_transactions=True),
-        )
+        maximum = pool_maximum(database)
+        engine = PostgresEngineExecutor(database, maximum, options.pool_timeout)
+        return _store(engine, maximum, options, in_transactions=True)
     raise InvalidSettings(
         "database", "must be a URL, an AsyncEngine on PostgreSQL or SQLite, or a pool of asyncpg"
     )
+
+
+def _store(
+    executor: OwnExecutor, maximum: int, options: StoreOptions, *, in_transactions: bool = False
+) -> Store:
+    """Return the store on an executor with this number of connections."""
+    dialect = PostgresDialect()
+    return Store(
+        dialect,
+        executor,
+        join=join,
+        share=lambda: PostgresSharing(dialect, executor, in_transactions=in_transactions),
+        turns=lambda: Turns(max(1, maximum // 2), options.statement_timeout),
+    )
+
+
+def _own_connections(database_url: str, options: StoreOptions) -> OwnConnections:
+    return OwnConnections(Connector(database_url, options), options)
 
 
 def join(connection: object) -> StoreOperations:

@@ -1,17 +1,23 @@
-"""A host's connection of asyncpg."""
+"""A host's connection or pool of asyncpg."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
 from sqlalchemy import Executable
 
-from incidentkit.domain.errors import IncidentKitError, NotInTransaction
+from incidentkit.domain.errors import IncidentKitError, NotInTransaction, StoreUnavailable
 from incidentkit.store.executor import Rows
+from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.driver import Connection, fetch_rows
-from incidentkit.store.postgresql.errors import translate_error
+from incidentkit.store.postgresql.errors import LOST, translate_error
+
+logger = logging.getLogger("incidentkit.store")
 
 
 class AsyncpgConnection:
@@ -46,3 +52,85 @@ class AsyncpgConnection:
             joinable = False
         if not joinable:
             raise NotInTransaction
+
+
+class HostPool:
+    """Lends connections of a pool that stays the host's.
+
+    Args:
+        pool: An open pool. Sizes, time limits and prepared statements are as the host has set them.
+        timeout: Seconds to wait for a connection, and for the pool to take one back.
+    """
+
+    def __init__(self, pool: asyncpg.Pool[asyncpg.Record], timeout: float) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self.maximum = pool.get_max_size()
+        self._returning: set[asyncio.Task[None]] = set()
+
+    async def take(self) -> PostgresConnection:
+        """Lend a connection.
+
+        Raises:
+            StoreUnavailable: If none is free in time.
+        """
+        for _ in range(self.maximum):
+            connection = await self._acquire()
+            try:
+                alive = await connection.is_alive()
+            except BaseException as error:
+                self.recover(connection, error)
+                raise
+            if alive:
+                break
+            # The pool opens another one in its place.
+            connection.terminate()
+            await self.put(connection)
+        else:
+            connection = await self._acquire()
+        connection.used = True
+        return connection
+
+    async def put(self, connection: PostgresConnection) -> None:
+        """Give a connection back after a call that succeeded."""
+        try:
+            await self._release(connection)
+        except (*LOST, TimeoutError, OSError, asyncpg.PostgresError) as lost:
+            # The statements succeeded: raising would tell the caller otherwise.
+            logger.warning("A connection was lost when given back: %s", type(lost).__name__)
+
+    def recover(self, connection: PostgresConnection, error: BaseException) -> None:
+        """Give a connection back after a call that failed, without waiting for the server."""
+        if isinstance(error, LOST):
+            # The server may have announced its shutdown before the connection ends.
+            connection.terminate()
+        task = asyncio.ensure_future(self._settle(connection))
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
+
+    async def close(self) -> None:
+        """Wait until the pool has its connections back."""
+        if self._returning:
+            await asyncio.wait(self._returning)
+
+    async def _acquire(self) -> PostgresConnection:
+        try:
+            return PostgresConnection(await self._pool.acquire(timeout=self._timeout))
+        except TimeoutError:
+            if self._pool.get_size() < self.maximum or self._pool.get_idle_size():
+                raise
+            reason = f"all {self.maximum} connections were in use for {self._timeout:g} seconds"
+            raise StoreUnavailable(reason) from None
+
+    async def _settle(self, connection: PostgresConnection) -> None:
+        # The pool closes a connection that it cannot take back in time.
+        with suppress(Exception):
+            if not connection.is_closed():
+                async with asyncio.timeout(self._timeout):
+                    await connection.settle()
+        with suppress(Exception):
+            await self._release(connection)
+
+    async def _release(self, connection: PostgresConnection) -> None:
+        acquired: Any = connection.driver
+        await self._pool.release(acquired, timeout=self._timeout)

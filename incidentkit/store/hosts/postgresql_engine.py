@@ -12,7 +12,9 @@ from sqlalchemy import Executable
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
+from incidentkit.store.postgresql.connection import is_alive
 from incidentkit.store.postgresql.errors import translate_error
+from incidentkit.store.share import Share, writing_share
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -25,23 +27,27 @@ class PostgresEngineExecutor:
 
     Args:
         engine: Pool, time limits and log are as the host has set them. It is never disposed of.
+        maximum: Number of its connections; writes leave a quarter of them to reads.
+        timeout: Seconds that a write waits until there is a connection for it.
     """
 
     in_host_transaction = False
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, maximum: int, timeout: float) -> None:
         # The host's default may be any isolation level.
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")
-        self._opened = False
+        self._maximum = maximum
+        self._timeout = timeout
+        self._writing: Share | None = None
 
     async def open(self) -> None:
         """Accept statements."""
-        self._opened = True
+        self._writing = writing_share(self._maximum, self._timeout)
 
     async def close(self) -> None:
         """Accept no more statements."""
-        self._opened = False
+        self._writing = None
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, once more on another."""
@@ -56,28 +62,42 @@ class PostgresEngineExecutor:
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, each committed by itself."""
-        async with self._connection(self._single) as connection:
+        async with self._opened(), self._connection(self._single) as connection:
             return await work(partial(fetch_rows, connection))
 
     async def transact(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction."""
-        async with self._connection(self._several) as connection:
+        async with self._opened(), self._connection(self._several) as connection:
             return await work(partial(fetch_rows, connection))
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
-        async with self._connection(self._several) as connection:
+        async with self._opened(), self._connection(self._several) as connection:
             await connection.execute(statement, rows)
+
+    def _opened(self) -> Share:
+        if self._writing is None:
+            raise ClientClosed
+        return self._writing
 
     @asynccontextmanager
     async def _connection(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         """Lend a connection in a transaction, and translate exceptions."""
-        if not self._opened:
-            raise ClientClosed
+        self._opened()
         try:
-            async with engine.begin() as connection:
-                yield connection
+            async with engine.connect() as connection:
+                await self._replace_dead(connection)
+                async with connection.begin():
+                    yield connection
         except IncidentKitError:
             raise
         except Exception as error:
             raise translate_sqlalchemy_error(error) or translate_error(error) from error
+
+    async def _replace_dead(self, connection: AsyncConnection) -> None:
+        """Let SQLAlchemy take another connection of its pool for one that has ended."""
+        for _ in range(self._maximum):
+            raw = await connection.get_raw_connection()
+            if await is_alive(raw.driver_connection):
+                return
+            await connection.invalidate()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Executable
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
@@ -19,6 +19,9 @@ from incidentkit.store.executor import Rows
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
     from typing_extensions import TypeIs
+
+USUAL_MAXIMUM: Final = 15
+"""Number of connections of an engine of SQLAlchemy without options."""
 
 
 def is_engine(value: object) -> TypeIs[AsyncEngine]:
@@ -62,6 +65,14 @@ def translate_sqlalchemy_error(error: Exception) -> StoreError | None:
 def is_lost(error: BaseException | None) -> bool:
     """Return whether SQLAlchemy found the connection dead."""
     return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+def pool_maximum(engine: AsyncEngine) -> int:
+    """Return the number of connections of an engine; what is usual if it has no bound."""
+    pool: Any = engine.pool
+    size = getattr(pool, "size", None)
+    overflow = getattr(pool, "_max_overflow", -1)
+    return USUAL_MAXIMUM if size is None or overflow < 0 else max(1, size() + overflow)
 
 
 def commits_by_itself(connection: AsyncConnection) -> bool:

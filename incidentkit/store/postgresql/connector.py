@@ -1,0 +1,73 @@
+"""Opens connections to one PostgreSQL server, and finds out whether a pooler is in between."""
+
+from __future__ import annotations
+
+import logging
+
+import asyncpg
+
+from incidentkit.store.options import StoreOptions
+from incidentkit.store.postgresql.connection import PostgresConnection, Preparing
+from incidentkit.store.postgresql.driver import asyncpg_dsn, unreadable_url
+from incidentkit.store.postgresql.errors import UNREADABLE_URL
+
+logger = logging.getLogger("incidentkit.store")
+
+
+class Connector:
+    """Opens connections to one server.
+
+    Args:
+        database_url: ``postgresql://user:password@host:port/database``; further parameters as
+            asyncpg takes them, such as ``?sslmode=require``.
+        options: Time limits, and whether statements are prepared.
+    """
+
+    def __init__(self, database_url: str, options: StoreOptions) -> None:
+        self._dsn = asyncpg_dsn(database_url)
+        self._options = options
+        self._preparing = Preparing(options.prepared_statements)
+        self._connected = False
+
+    async def __call__(self) -> PostgresConnection:
+        """Open a connection. Exceptions of asyncpg are not translated."""
+        try:
+            driver = await asyncpg.connect(
+                self._dsn,
+                timeout=self._options.connect_timeout,
+                command_timeout=self._options.statement_timeout,
+                statement_cache_size=0,
+            )
+        except UNREADABLE_URL as error:
+            if self._connected or isinstance(error, OSError):
+                raise
+            # Without its cause, which shows parts of the URL.
+            raise unreadable_url() from None
+        self._connected = True
+        try:
+            if self._preparing.allowed is None:
+                self._preparing.allowed = not await behind_pooler(driver)
+        except BaseException:
+            driver.terminate()
+            raise
+        log = _log_statement if self._options.echo else None
+        return PostgresConnection(driver, preparing=self._preparing, log=log)
+
+
+async def behind_pooler(driver: asyncpg.Connection[asyncpg.Record]) -> bool:
+    """Return whether a pooler stands between a connection without a cache and its server.
+
+    A pooler answers a new connection by itself, with another process id than the server's.
+
+    Raises:
+        asyncpg.PostgresError: If the pooler takes no transactions.
+    """
+    if await driver.fetchval("SELECT pg_backend_pid()") == driver.get_server_pid():
+        return False
+    await driver.execute("BEGIN")
+    await driver.execute("ROLLBACK")
+    return True
+
+
+def _log_statement(text: str, seconds: float) -> None:
+    logger.info("%s (%.1f ms)", text, seconds * 1000)

@@ -1,0 +1,52 @@
+"""Bound the connections that one kind of call uses, so that the other kinds always find some."""
+
+from __future__ import annotations
+
+import asyncio
+
+from incidentkit.domain.errors import StoreUnavailable
+
+
+class Share:
+    """The connections that one kind of call may use; ``async with`` takes one of them.
+
+    Args:
+        places: Maximum number of calls that run at a time, at least 1.
+        timeout: Seconds to wait for a place.
+        reason: What the error says if there is none.
+    """
+
+    def __init__(self, places: int, timeout: float, reason: str) -> None:
+        self._places = asyncio.Semaphore(places)
+        self._timeout = timeout
+        self._reason = reason
+
+    async def __aenter__(self) -> None:
+        """Wait for a place.
+
+        Raises:
+            StoreUnavailable: If none is free in time.
+        """
+        if not self._places.locked():
+            # Returns at once.
+            await self._places.acquire()
+            return
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._places.acquire()
+        except TimeoutError:
+            raise StoreUnavailable(self._reason) from None
+
+    async def __aexit__(self, *_: object) -> None:
+        self._places.release()
+
+
+def writing_share(maximum: int, timeout: float) -> Share:
+    """Return the share of writes, which leave a quarter of the connections to reads.
+
+    Another transaction can keep all writes waiting, as one that builds an index does. Reads wait
+    for none.
+    """
+    places = maximum - maximum // 4
+    reason = f"all {places} connections for writing were in use for {timeout:g} seconds"
+    return Share(places, timeout, reason)

@@ -1,0 +1,274 @@
+"""One bad thing does not stop the others: dead connections, and locks of other transactions."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from incidentkit import IncidentClient, NewIncident, StoreUnavailable
+from incidentkit.store import StoreOptions
+from incidentkit.store.share import Share
+from incidentkit.store.turns import Turns
+from tests.hosts import run_sql
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+WAYS = ["url", "pool", "engine", "psycopg"]
+"""How a client gets its connections."""
+
+CONNECTIONS = 8
+
+
+@asynccontextmanager
+async def opened(way: str, url: str) -> AsyncIterator[IncidentClient]:
+    """Open a client with eight connections at most, all of its own or of a host's."""
+    if way == "url":
+        options = StoreOptions(pool_size=CONNECTIONS, max_overflow=0)
+        async with IncidentClient.open(url, options=options) as client:
+            yield client
+    elif way == "pool":
+        async with (
+            asyncpg.create_pool(url, min_size=0, max_size=CONNECTIONS) as pool,
+            IncidentClient.open(pool) as client,
+        ):
+            yield client
+    else:
+        driver = {"engine": "asyncpg", "psycopg": "psycopg"}[way]
+        engine = create_async_engine(
+            url.replace("postgresql", f"postgresql+{driver}"),
+            pool_size=CONNECTIONS,
+            max_overflow=0,
+        )
+        async with IncidentClient.open(engine) as client:
+            yield client
+        await engine.dispose()
+
+
+async def backends(url: str, condition: str = "true") -> int:
+    """Count the other connections to the database of a URL."""
+    ((count,),) = await run_sql(
+        url,
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+        f"AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND {condition}",
+    )
+    return int(count)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(60):
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def fill(client: IncidentClient, url: str) -> None:
+    """Make a client open all of its connections, and leave them idle."""
+    admin = await asyncpg.connect(url)
+    async with admin.transaction():
+        await admin.execute('LOCK TABLE "Incident"')
+        pages = [
+            asyncio.ensure_future(client.search(status=["new"], limit=limit))
+            for limit in range(1, CONNECTIONS + 1)
+        ]
+        await until(lambda: _equals(backends(url, "wait_event_type = 'Lock'"), CONNECTIONS))
+    await admin.close()
+    await asyncio.gather(*pages)
+
+
+async def _equals(number: Awaitable[int], wanted: int) -> bool:
+    return await number == wanted
+
+
+CALLS: dict[str, Callable[[IncidentClient, int], Awaitable[object]]] = {
+    "get": lambda client, incident_id: client.get(incident_id),
+    "list": lambda client, incident_id: client.list(limit=incident_id),
+    "search": lambda client, _: client.search(text="disk"),
+    "create": lambda client, _: client.create("Disk is full", source="partner"),
+    "create_many": lambda client, _: client.create_many(
+        [NewIncident("Disk is full", source="partner")] * 2
+    ),
+    "update_status": lambda client, incident_id: client.update_status(incident_id, "failed"),
+    "note": lambda client, incident_id: client.note(incident_id, "It came back"),
+    "check": lambda client, _: client.store.check(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("call", CALLS)
+async def test_dead_idle_connections_fail_no_call(
+    call: str, way: str, migrated_postgres_url: str
+) -> None:
+    """After the server has ended every idle connection, the next calls succeed, one by one."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        kept = await client.create("Disk is full", source="monitoring")
+        await fill(client, url)
+        await run_sql(
+            url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+        await until(lambda: _equals(backends(url), 0))
+        for _ in range(CONNECTIONS + 1):
+            await CALLS[call](client, kept.incident_id)
+
+
+WAITERS: dict[str, tuple[str, Callable[[IncidentClient, int], Awaitable[object]]]] = {
+    "update_status": (
+        'UPDATE "Incident" SET source = source WHERE incident_id = 1',
+        lambda client, _: client.update_status(1, "failed"),
+    ),
+    "back to new": (
+        'UPDATE "Incident" SET source = source WHERE incident_id = 1',
+        lambda client, _: client.update_status(1, "new"),
+    ),
+    "note": (
+        'UPDATE "Incident" SET source = source WHERE incident_id = 1',
+        lambda client, n: client.note(1, f"Note {n}"),
+    ),
+    "dedup_key": (
+        """INSERT INTO "Incident" (incident_message, source, dedup_key)
+        VALUES ('Order 1 is late', 'partner', 'order-1')""",
+        lambda client, _: client.create("Order 1 is late", source="partner", dedup_key="order-1"),
+    ),
+    "create_many": (
+        """INSERT INTO "Incident" (incident_message, source, dedup_key)
+        VALUES ('Order 1 is late', 'partner', 'order-1')""",
+        lambda client, _: client.create_many(
+            [NewIncident("Order 1 is late", source="partner", dedup_key="order-1")]
+        ),
+    ),
+    "idempotency_key": (
+        "INSERT INTO incident_idempotency_key (idempotency_key, fingerprint) VALUES ('a', 'b')",
+        lambda client, _: client.create("Disk is full", source="partner", idempotency_key="a"),
+    ),
+}
+"""What a host's transaction does, and a call that waits for it."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("waiter", WAITERS)
+async def test_a_lock_of_a_host_takes_one_connection(
+    waiter: str, way: str, migrated_postgres_url: str
+) -> None:
+    """While 20 calls wait for one lock, one waits in the database, and others are answered."""
+    url = migrated_postgres_url
+    blocking, call = WAITERS[waiter]
+    async with opened(way, url) as client:
+        await client.create("Disk is full", source="monitoring")
+        neighbour = await client.create("Another disk is full", source="monitoring")
+        host = await asyncpg.connect(url)
+        transaction = host.transaction()
+        await transaction.start()
+        await host.execute(blocking)
+        calls = [asyncio.ensure_future(call(client, n)) for n in range(20)]
+        await until(lambda: _equals(backends(url, "wait_event_type = 'Lock'"), 1))
+        for _ in range(CONNECTIONS + 1):
+            assert await client.get(neighbour.incident_id)
+            assert await client.list()
+            await client.store.check()
+            await client.create("A third disk is full", source="monitoring")
+            await client.update_status(neighbour.incident_id, "in_progress")
+            await client.update_status(neighbour.incident_id, "new")
+            await client.create("Order 2 is late", source="partner", dedup_key="order-2")
+        assert await backends(url, "wait_event_type = 'Lock'") == 1
+        await transaction.rollback()
+        await host.close()
+        await asyncio.gather(*calls)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_locks_of_many_incidents_leave_connections(
+    way: str, migrated_postgres_url: str
+) -> None:
+    """Calls that wait for as many locks as there are connections take half of them."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        ids = [
+            (await client.create(f"Disk {n} is full", source="partner")).incident_id
+            for n in range(CONNECTIONS + 1)
+        ]
+        host = await asyncpg.connect(url)
+        transaction = host.transaction()
+        await transaction.start()
+        await host.execute('SELECT FROM "Incident" FOR UPDATE')
+        calls = [asyncio.ensure_future(client.update_status(each, "failed")) for each in ids]
+        waiting = "wait_event_type = 'Lock'"
+        await until(lambda: _equals(backends(url, waiting), CONNECTIONS // 2))
+        for incident_id in ids:
+            assert await client.get(incident_id)
+            await client.store.check()
+            await client.create("Another disk is full", source="partner")
+        assert await backends(url, waiting) == CONNECTIONS // 2
+        await transaction.rollback()
+        await host.close()
+        changed: list[Any] = await asyncio.gather(*calls)
+        assert [incident.incident_id for incident in changed] == ids
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_writes_that_all_wait_leave_connections_to_reads(
+    way: str, migrated_postgres_url: str
+) -> None:
+    """While a transaction keeps every write waiting, reads are answered."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        first = await client.create("Disk is full", source="partner")
+        host = await asyncpg.connect(url)
+        transaction = host.transaction()
+        await transaction.start()
+        # As CREATE INDEX does.
+        await host.execute('LOCK TABLE "Incident" IN SHARE MODE')
+        many = [NewIncident("Disk is full", source="partner")]
+        calls = [asyncio.ensure_future(client.create_many(many)) for _ in range(2 * CONNECTIONS)]
+        waiting = "wait_event_type = 'Lock'"
+        await until(lambda: _equals(backends(url, waiting), CONNECTIONS - CONNECTIONS // 4))
+        for _ in range(CONNECTIONS + 1):
+            assert await client.get(first.incident_id) == first
+            assert await client.list(limit=1) == [first]
+            await client.store.check()
+        await transaction.rollback()
+        await host.close()
+        await asyncio.gather(*calls)
+
+
+async def test_a_call_waits_for_its_turn_only_so_long() -> None:
+    """A call whose turn does not come in time is told that others wait for the lock."""
+    turns = Turns(2, 0.01)
+    async with turns([("incident_id", 1)]):
+        with pytest.raises(StoreUnavailable, match="this incident_id waited"):
+            async with turns([("incident_id", 1)]):
+                pass
+        async with turns([("incident_id", 2)]):
+            with pytest.raises(StoreUnavailable, match="2 other calls"):
+                async with turns([("incident_id", 3)]):
+                    pass
+    async with turns([("incident_id", 1), ("incident_id", 2)]):
+        pass
+    assert not turns._keys
+
+
+async def test_a_cancelled_call_leaves_its_place() -> None:
+    """A place that a cancelled call waits for, or holds, goes to the next one."""
+    share = Share(1, 60, "all are in use")
+
+    async def hold(event: asyncio.Event) -> None:
+        async with share:
+            await event.wait()
+
+    never, now = asyncio.Event(), asyncio.Event()
+    now.set()
+    holding, waiting = (asyncio.ensure_future(hold(never)) for _ in range(2))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    last = asyncio.ensure_future(hold(now))
+    await asyncio.sleep(0)
+    holding.cancel()
+    async with asyncio.timeout(60):
+        await last
