@@ -104,7 +104,7 @@ class HostPool:
         if isinstance(error, LOST):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
-        task = asyncio.ensure_future(self._settle(connection))
+        task = asyncio.ensure_future(self._settle(connection, error))
         self._returning.add(task)
         task.add_done_callback(self._returning.discard)
 
@@ -122,10 +122,10 @@ class HostPool:
             reason = f"all {self.maximum} connections were in use for {self._timeout:g} seconds"
             raise StoreUnavailable(reason) from None
 
-    async def _settle(self, connection: PostgresConnection) -> None:
+    async def _settle(self, connection: PostgresConnection, error: BaseException) -> None:
         # The pool closes a connection that it cannot take back in time.
         with suppress(Exception):
-            if not connection.is_closed():
+            if not (connection.is_closed() or connection.is_settled(error)):
                 async with asyncio.timeout(self._timeout):
                     await connection.settle()
         with suppress(Exception):

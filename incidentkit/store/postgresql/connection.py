@@ -112,6 +112,11 @@ class PostgresConnection:
             raise StoreError("the transaction had failed before its end")
         return done
 
+    def is_settled(self, error: BaseException) -> bool:
+        """Return whether the server has nothing left to do for a call that raised this error."""
+        answered = isinstance(error, Exception) and not isinstance(error, (TimeoutError, *LOST))
+        return answered and not self.driver.is_in_transaction()
+
     async def settle(self) -> None:
         """Wait until the server has cancelled a statement, and end its transaction."""
         # Only the answer tells whether there is still a transaction.

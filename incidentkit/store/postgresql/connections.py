@@ -57,7 +57,7 @@ class OwnConnections:
             try:
                 alive = await connection.is_alive()
             except BaseException:
-                await self.put(connection)
+                self._put(connection)
                 raise
             if alive:
                 return connection
@@ -69,6 +69,9 @@ class OwnConnections:
 
     async def put(self, connection: PostgresConnection) -> None:
         """Take a connection back after a call that succeeded."""
+        self._put(connection)
+
+    def _put(self, connection: PostgresConnection) -> None:
         if connection.is_closed():
             self._discard(connection)
             return
@@ -88,8 +91,8 @@ class OwnConnections:
         if isinstance(error, LOST):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
-        if connection.is_closed():
-            self._discard(connection)
+        if connection.is_closed() or connection.is_settled(error):
+            self._put(connection)
         else:
             self._start(self._settle(connection))
 
@@ -142,7 +145,7 @@ class OwnConnections:
                 if connection is None:
                     self._leave_place()
                 else:
-                    await self.put(connection)
+                    self._put(connection)
             if isinstance(error, TimeoutError):
                 reason = f"all {self.maximum} connections were in use for {seconds:g} seconds"
                 raise StoreUnavailable(reason) from None
@@ -176,7 +179,7 @@ class OwnConnections:
                 await connection.settle()
         except Exception:  # noqa: BLE001
             connection.terminate()
-        await self.put(connection)
+        self._put(connection)
 
     def _trim(self) -> None:
         """Close connections that were not used for a while."""
