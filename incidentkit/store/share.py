@@ -42,11 +42,11 @@ class Share:
 
 
 def writing_share(maximum: int, timeout: float) -> Share:
-    """Return the share of writes, which leave a quarter of the connections to reads.
+    """Return the share of writes, which leave a quarter of the connections to reads, at least one.
 
     Another transaction can keep all writes waiting, as one that builds an index does. Reads wait
     for none.
     """
-    places = maximum - maximum // 4
+    places = max(1, maximum - max(1, maximum // 4))
     reason = f"all {places} connections for writing were in use for {timeout:g} seconds"
     return Share(places, timeout, reason)
