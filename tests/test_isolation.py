@@ -251,7 +251,7 @@ async def test_a_call_waits_for_its_turn_only_so_long() -> None:
                     pass
     async with turns([("incident_id", 1), ("incident_id", 2)]):
         pass
-    assert not turns._keys
+    assert not turns._waiting
 
 
 async def test_a_cancelled_call_leaves_its_place() -> None:

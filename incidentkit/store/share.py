@@ -21,7 +21,7 @@ class Share:
         self._timeout = timeout
         self._reason = reason
 
-    async def __aenter__(self) -> None:
+    async def take(self) -> None:
         """Wait for a place.
 
         Raises:
@@ -37,8 +37,16 @@ class Share:
         except TimeoutError:
             raise StoreUnavailable(self._reason) from None
 
-    async def __aexit__(self, *_: object) -> None:
+    def give(self) -> None:
+        """Leave the place to another call."""
         self._places.release()
+
+    async def __aenter__(self) -> None:
+        """Wait for a place, as :meth:`take` does."""
+        await self.take()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.give()
 
 
 def writing_share(maximum: int, timeout: float) -> Share:

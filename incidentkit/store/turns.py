@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import asyncio
+from collections import deque
+from collections.abc import Sequence
 from typing import TypeAlias
 
+from incidentkit.domain.errors import StoreUnavailable
 from incidentkit.store.share import Share
 
 Key: TypeAlias = tuple[str, int | str | None]
@@ -25,38 +27,87 @@ class Turns:
     """
 
     def __init__(self, places: int, timeout: float) -> None:
-        self._timeout = timeout
-        self._places = Share(
+        self.timeout = timeout
+        self.places = Share(
             places, timeout, f"{places} other calls waited {timeout:g} seconds for locks"
         )
-        # The share of a key is one place.
-        self._keys: dict[Key, Share] = {}
-        self._calls: dict[Key, int] = {}
+        # The keys that are taken, each with the calls that wait for it.
+        self._waiting: dict[Key, deque[asyncio.Future[None]]] = {}
 
-    @asynccontextmanager
-    async def __call__(self, keys: Sequence[Key]) -> AsyncIterator[None]:
-        """Wait until it is the caller's turn for every key, in their order, and for a place.
+    def __call__(self, keys: Sequence[Key]) -> Turn:
+        """Return the turn of a call, to be awaited with ``async with``.
+
+        Args:
+            keys: What the call may lock. Calls name keys that they share in the same order.
+        """
+        return Turn(self, keys)
+
+    async def take(self, key: Key) -> None:
+        """Wait for a key.
 
         Raises:
             StoreUnavailable: If that takes too long.
         """
-        async with AsyncExitStack() as turn:
-            for key in keys:
-                await turn.enter_async_context(self._turn(key))
-            await turn.enter_async_context(self._places)
-            yield
-
-    @asynccontextmanager
-    async def _turn(self, key: Key) -> AsyncIterator[None]:
-        share = self._keys.get(key)
-        if share is None:
-            reason = f"other calls with this {key[0]} waited {self._timeout:g} seconds for its lock"
-            share = self._keys[key] = Share(1, self._timeout, reason)
-        self._calls[key] = self._calls.get(key, 0) + 1
+        waiting = self._waiting.get(key)
+        if waiting is None:
+            self._waiting[key] = deque()
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting.append(waiter)
         try:
-            async with share:
-                yield
-        finally:
-            self._calls[key] -= 1
-            if not self._calls[key]:
-                del self._calls[key], self._keys[key]
+            async with asyncio.timeout(self.timeout):
+                await waiter
+        except BaseException as error:
+            if waiter.done() and not waiter.cancelled():
+                # It got the key in the moment in which the caller gave up.
+                self.give(key)
+            if isinstance(error, TimeoutError):
+                reason = (
+                    f"other calls with this {key[0]} waited {self.timeout:g} seconds for a lock"
+                )
+                raise StoreUnavailable(reason) from None
+            raise
+
+    def give(self, key: Key) -> None:
+        """Pass a key to the next call that waits for it, or free it."""
+        waiting = self._waiting[key]
+        while waiting:
+            waiter = waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        del self._waiting[key]
+
+
+class Turn:
+    """The turn of one call: every key, in their order, and a place."""
+
+    __slots__ = ("_held", "_keys", "_turns")
+
+    def __init__(self, turns: Turns, keys: Sequence[Key]) -> None:
+        self._turns = turns
+        self._keys = keys
+        self._held: list[Key] = []
+
+    async def __aenter__(self) -> None:
+        """Wait for the turn.
+
+        Raises:
+            StoreUnavailable: If that takes too long.
+        """
+        try:
+            for key in self._keys:
+                await self._turns.take(key)
+                self._held.append(key)
+            await self._turns.places.take()
+        except BaseException:
+            self._give_keys()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.places.give()
+        self._give_keys()
+
+    def _give_keys(self) -> None:
+        for key in self._held:
+            self._turns.give(key)
