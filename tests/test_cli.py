@@ -18,6 +18,7 @@ import sys
 import termios
 import unicodedata
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,10 @@ texts = st.text(st.characters(exclude_categories=()))
 
 def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
     """Run a command in this process; an exception that is not an exit fails the test."""
-    return CliRunner(catch_exceptions=False).invoke(
-        main, arguments, input=stdin, prog_name="incidentkit"
+    # Unless told otherwise, click 8.1 mixes stderr into stdout.
+    apart = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+    return CliRunner(**apart).invoke(
+        main, arguments, input=stdin, prog_name="incidentkit", catch_exceptions=False
     )
 
 
