@@ -84,7 +84,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[bytes, ...]]]:
     send = AbstractConnection.send_packed_command
 
     async def record(
-        self: AbstractConnection, packed: Iterable[bytes], check_health: bool = True
+        self: AbstractConnection,
+        packed: Iterable[bytes],
+        check_health: bool = True,  # noqa: FBT002
     ) -> None:
         packed = list(packed)
         lines = iter(b"".join(packed).split(b"\r\n"))
