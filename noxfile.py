@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,9 +14,21 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
-nox.options.sessions = ["lint", "types", "tests", "docs"]
+nox.options.sessions = ["lint", "types", "tests", "lowest", "docs"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
+# The tests that reach every dependency, and every verb on every database.
+DEPENDENT = (
+    "tests/conformance",
+    "tests/http",
+    "tests/test_cache.py",
+    "tests/test_cli.py",
+    "tests/test_host_database.py",
+    "tests/test_migrations.py",
+    "tests/test_settings.py",
+    "tests/test_sqlite.py",
+    "tests/test_wire.py",
+)
 PROBE = "import ssl, sqlite3, sys, venv; print(*sys.version_info[:2], sep='.')"
 
 
@@ -77,6 +90,21 @@ def tests(session: nox.Session) -> None:
     session.install("--editable", ".[all]", *groups("bench"))
     bar = ["--cov-fail-under=0"] if selects(session.posargs) else []
     session.run("pytest", "-n", "2", "--cov", *bar, *session.posargs)
+
+
+@nox.session(python=next(iter(installed_pythons().values())))
+def lowest(session: nox.Session) -> None:
+    """Run tests with the lowest versions of the dependencies; `-- tests` runs all of them."""
+    session.install("--editable", ".[all]", *lowest_versions(), *groups("tests"))
+    session.run("pytest", "-n", "2", *(session.posargs or DEPENDENT))
+
+
+def lowest_versions() -> list[str]:
+    """Return the requirements of the package and its extras, each at its lowest version."""
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"].values()
+    requirements = itertools.chain(project["dependencies"], *extras)
+    return [each.replace(">=", "==", 1) for each in requirements if ">=" in each]
 
 
 def selects(arguments: list[str]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ipaddress import IPv6Address
 from typing import Any, Final, Literal, TypeAlias, cast
 
-import environ
+from attrs import field, fields, frozen
 
 from incidentkit.cache.opening import check_redis_url
 from incidentkit.domain.errors import InvalidSettings
@@ -116,13 +116,13 @@ def _variable(name: str, default: object, parse: Callable[[str], Any], help_: st
         except ValueError as error:
             raise InvalidSettings(name, str(error)) from None
 
-    return environ.var(default=default, name=name, converter=convert, help=help_)
+    return field(default=default, converter=convert, metadata={"name": name, "help": help_})
 
 
 _PORT: Final = _integer(1, 65535)
 
 
-@environ.config(prefix="", frozen=True)
+@frozen
 class Environment:
     """Every variable that incidentkit reads."""
 
@@ -175,8 +175,8 @@ class Environment:
     postgres_db: str | None = _variable("POSTGRES_DB", None, str, "the database")
     postgres_user: str | None = _variable("POSTGRES_USER", None, str, "the user")
     # Surrounding white space is part of a password.
-    postgres_password: str | None = environ.var(
-        default=None, name="POSTGRES_PASSWORD", help="the password"
+    postgres_password: str | None = field(
+        default=None, metadata={"name": "POSTGRES_PASSWORD", "help": "the password"}
     )
     redis_host: str | None = _variable("REDIS_HOST", None, _host, "Redis' host")
     redis_port: int = _variable("REDIS_PORT", 6379, _PORT, "Redis' port")
@@ -191,3 +191,18 @@ class Environment:
         "further connections under load; ignored on SQLite",
     )
     echo: bool = _variable("DB_ECHO", "false", _flag, "log each SQL statement, without its values")
+
+    @classmethod
+    def read(cls, given: Mapping[str, str]) -> Environment:
+        """Read the variables from a mapping of their names to their values.
+
+        Raises:
+            InvalidSettings: With the variable and the rule that it breaks.
+        """
+        names = {each.name: each.metadata["name"] for each in fields(cls)}
+        values: dict[str, Any] = {key: given[name] for key, name in names.items() if name in given}
+        return cls(**values)
+
+
+VARIABLES: Final[tuple[str, ...]] = tuple(each.metadata["name"] for each in fields(Environment))
+"""The name of every variable."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-import environ
 from attrs import field, frozen
 from dotenv import dotenv_values
 
@@ -79,7 +78,7 @@ class Settings:
         overruled = _overruled_prefixes(given)
         used = {name: value for name, value in given.items() if not name.startswith(overruled)}
         _check_encoding(used)
-        environment = environ.to_config(Environment, used)
+        environment = Environment.read(used)
         redis_url = environment.redis_url or _redis_url(environment)
         if environment.redis_required and redis_url is None:
             reason = "needs a Redis: set INCIDENTKIT_REDIS_URL or REDIS_HOST"

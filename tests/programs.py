@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
-import httpx
+import httpx2
 import pytest
 from attrs import frozen
 
@@ -94,8 +94,8 @@ def _wait_until_alive(program: subprocess.Popen[bytes], log: Path, path: str) ->
         found = re.search(r" on (http://[\w.]+:\d+)", log.read_text())
         if found:
             try:
-                httpx.get(f"{found[1]}{path}").raise_for_status()
-            except httpx.HTTPError:
+                httpx2.get(f"{found[1]}{path}").raise_for_status()
+            except httpx2.HTTPError:
                 pass
             else:
                 return found[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import pytest
 from dotenv import dotenv_values
 
@@ -218,7 +218,7 @@ def test_the_containers_commands_work_together(
         port = str(urlsplit(running.url).port)
         check = [argument.replace("8000", port) for argument in check]
         assert subprocess.run([sys.executable, *check], check=False).returncode == 0
-        ready = httpx.get(f"http://127.0.0.1:{port}/health/ready").json()
+        ready = httpx2.get(f"http://127.0.0.1:{port}/health/ready").json()
         assert (ready["database"]["state"], ready["cache"]["state"]) == ("ok", "ok")
     assert (
         subprocess.run([sys.executable, *check], check=False, stderr=subprocess.DEVNULL).returncode

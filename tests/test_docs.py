@@ -33,13 +33,12 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import click
-import environ
-import httpx
+import httpx2
 import pytest
 import uvicorn
 from alembic import command
 from alembic.config import Config
-from attrs import asdict, frozen
+from attrs import Attribute, asdict, fields, frozen
 from click.testing import CliRunner
 
 import incidentkit
@@ -193,12 +192,10 @@ def test_the_tests_of_a_host_pass() -> None:
     """What the page shows as tests of a host are tests, and they pass without a warning of ours."""
     files = [file for file in write_files("docs/how-to/embed.md") if file.startswith("test_")]
     assert files
-    # Starlette's client asks for a package that its users may not have yet.
-    warnings = ["-W", "error", "-W", "ignore:Using `httpx` with"]
     exit_code, out, err = outcome(
         start(
             *files,
-            program=[*warnings, "-m", "pytest", "-p", "no:cacheprovider"],
+            program=["-W", "error", "-m", "pytest", "-p", "no:cacheprovider"],
             env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         )
     )
@@ -292,7 +289,7 @@ class Session(ExitStack):
         assert given.url.startswith(SERVICE_URL)
         if self._url is None:
             self._serve()
-        answer = httpx.request(
+        answer = httpx2.request(
             given.method or ("POST" if given.data else "GET"),
             given.url.replace(SERVICE_URL, str(self._url)),
             content=given.data,
@@ -557,17 +554,13 @@ def test_no_merge_is_left_open(name: str) -> None:
 
 def test_the_settings_are_those_of_the_environment() -> None:
     """The table of settings has every variable, in order, with its default and its meaning."""
-    described = re.findall(
-        r"^(\w+) \(Optional(?:, Default=(\w+))?\): (.*)$",
-        environ.generate_help(Environment, display_defaults=True),
-        re.MULTILINE,
-    )
+    described: tuple[Attribute[Any], ...] = fields(Environment)
     table = rows("docs/reference/settings.md", "variable")
     plain = [[cell.replace("`", "") for cell in cells] for cells in table]
-    assert [cells[0] for cells in plain] == [name for name, _, _ in described]
-    assert [cells[2] for cells in plain] == [meaning for _, _, meaning in described]
-    for (name, default, _), cells in zip(described, plain, strict=True):
-        assert default in ("", cells[1]), name
+    assert [cells[0] for cells in plain] == [each.metadata["name"] for each in described]
+    assert [cells[2] for cells in plain] == [each.metadata["help"] for each in described]
+    for each, cells in zip(described, plain, strict=True):
+        assert each.default is None or str(each.default) == cells[1], each.name
 
 
 def test_the_tree_of_errors_is_the_one_of_the_classes() -> None:
@@ -716,8 +709,11 @@ def test_the_loggers_are_those_of_the_code() -> None:
     assert {code(cells[0])[0] for cells in rows("docs/how-to/embed.md", "logger")} == found
 
 
-def test_every_dependency_has_its_reason() -> None:
-    """The explanation names each package that the project depends on, and no other."""
+DEPENDENCIES: Final = "docs/explanation/dependencies.md"
+
+
+def test_every_dependency_has_its_reason_and_its_floor() -> None:
+    """The explanation names each package with its lowest version, as the project requires it."""
     project = tomllib.loads(page("pyproject.toml"))["project"]
     extras = [
         requirement
@@ -725,11 +721,24 @@ def test_every_dependency_has_its_reason() -> None:
         if extra != "all"
         for requirement in requirements
     ]
-    expected = {
-        re.split(r"[\[>=]", requirement)[0] for requirement in (*project["dependencies"], *extras)
-    }
-    table = rows("docs/explanation/dependencies.md", "package")
-    assert {code(cells[0])[0] for cells in table} == expected
+    required = [
+        re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\w.]+)", requirement)
+        for requirement in (*project["dependencies"], *extras)
+    ]
+    table = rows(DEPENDENCIES, "package")
+    named = [[(code(cells[0])[0], cells[2].partition(":")[0])] for cells in table]
+    assert sorted(named) == sorted(required)
+
+
+def test_no_vulnerable_part_of_a_dependency_is_used() -> None:
+    """The package has no word of the parts that the page says it does not use."""
+    parts = [name for cells in rows(DEPENDENCIES, "vulnerability") for name in code(cells[2])]
+    assert {"FileResponse", ".form("} < {*parts}
+    folders = {".url": "http"}
+    for part in parts:
+        word = re.compile(re.escape(part) + r"\b" * part[-1].isalpha())
+        for path in ROOT.glob(f"incidentkit/{folders.get(part, '')}/**/*.py"):
+            assert not word.search(path.read_text(encoding="utf-8")), f"{part} in {path}"
 
 
 ARCHITECTURE: Final = "docs/explanation/architecture.md"

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import pytest
 
 from tests.programs import outcome, service, start
@@ -101,20 +101,20 @@ def test_fastapi_host(tmp_path: Path) -> None:
     with service(
         tmp_path / "log", "--port", "0", program=uvicorn, alive="/incidents/health/live"
     ) as host:
-        answer = httpx.post(f"{host.url}/orders/7/ship")
+        answer = httpx2.post(f"{host.url}/orders/7/ship")
         assert answer.status_code == 502
         assert answer.json() == {"detail": "Not shipped, see incident 1"}
-        (incident,) = httpx.get(f"{host.url}/incidents/incident/get").json()
+        (incident,) = httpx2.get(f"{host.url}/incidents/incident/get").json()
         assert incident["incident_message"] == "Order 7 could not be shipped"
-        created = httpx.post(
+        created = httpx2.post(
             f"{host.url}/incidents/incident/create",
             json={"incident_message": "Shelf 3 is empty", "source": "partner"},
         )
         assert created.status_code == 201
         assert created.headers["Location"].endswith("/incidents/incident/get/2")
-        assert httpx.get(f"{host.url}/docs").status_code == 200
-        assert httpx.get(f"{host.url}/incidents/docs").status_code == 200
-        assert httpx.get(f"{host.url}/incidents/health/ready").json()["ready"]
+        assert httpx2.get(f"{host.url}/docs").status_code == 200
+        assert httpx2.get(f"{host.url}/incidents/docs").status_code == 200
+        assert httpx2.get(f"{host.url}/incidents/health/ready").json()["ready"]
         host.end(signal.SIGINT)
     assert "Traceback" not in host.log.read_text()
     assert rows('SELECT count(*) FROM "Incident"') == [(2,)]

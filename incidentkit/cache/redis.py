@@ -204,14 +204,51 @@ class RedisCache:
                 if isinstance(self._redis, RedisCluster):
                     await _discover_nodes(self._redis)
                 raise
+            except RedisClusterException:
+                if isinstance(self._redis, _Cluster):
+                    await self._redis.start_over()
+                raise
+
+
+class _Cluster(RedisCluster):
+    """A client that, after a failure, discovers a cluster from the nodes in its URL.
+
+    redis-py starts from the nodes that it found last, and all of these may move.
+    """
+
+    def __init__(self, hosts: Sequence[tuple[str, int]], **options: Any) -> None:
+        super().__init__(startup_nodes=[ClusterNode(*host) for host in hosts], **options)
+        # redis-py 5 counts tries here, and ignores `retry`.
+        self.cluster_error_retry_attempts = 1
+        self._hosts = hosts
+
+    def get_default_node(self) -> Any:
+        """Return the node for commands without a key; redis-py 5 asks even if it is not known."""
+        known: Any = super().get_default_node()
+        return known or next(iter(self.get_nodes()), None)
+
+    async def start_over(self) -> None:
+        """Start the next discovery from the nodes in the URL.
+
+        The nodes are new, since a node of redis-py 5 counts each failed connection as in use.
+        """
+        nodes = self.nodes_manager
+        used = nodes.startup_nodes.values()
+        given = [ClusterNode(*host, **self.connection_kwargs) for host in self._hosts]
+        nodes.startup_nodes = {node.name: node for node in given}
+        for node in used:
+            await node.disconnect()
 
 
 async def _discover_nodes(cluster: RedisCluster) -> None:
     """Ask a cluster for its nodes again; redis-py does so only before a retry."""
+    if isinstance(cluster, _Cluster):
+        await cluster.start_over()
+    nodes = cluster.nodes_manager
     for first in cluster.get_nodes()[:1]:
         # Commands without a key, such as this question, always go to the first node.
-        cluster.nodes_manager.move_node_to_end_of_cached_nodes(first.name)
-    await cluster.nodes_manager.initialize()
+        nodes.nodes_cache[first.name] = nodes.nodes_cache.pop(first.name)
+    await nodes.initialize()
 
 
 class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
@@ -231,12 +268,7 @@ def _open_cluster(redis_url: str) -> _Opened:
     hosts, options = _options_of_hosts(redis_url, port=6379)
     _check_options(options)
     options["ssl"] = options.pop("connection_class", None) is SSLConnection
-    redis = RedisCluster(
-        startup_nodes=[ClusterNode(host, port) for host, port in hosts],
-        # Start again from the nodes in the URL: all nodes found later may move.
-        dynamic_startup_nodes=False,
-        **options,
-    )
+    redis = _Cluster(hosts, **options)
     nodes = redis.nodes_manager
     # A client that is about to discover its nodes counts as closed: close the nodes too.
     return redis, (redis.aclose, nodes.aclose, partial(nodes.aclose, "startup_nodes"))
@@ -253,7 +285,7 @@ def _open_sentinel(redis_url: str) -> _Opened:
     shared = {name: value for name, value in options.items() if name not in server_only}
     sentinel = Sentinel(hosts, sentinel_kwargs=shared | account)  # type: ignore[no-untyped-call]
     redis = sentinel.master_for(unquote(service), connection_pool_class=_SentinelPool, **options)
-    return redis, (redis.aclose, sentinel.aclose)
+    return redis, (redis.aclose, *(each.aclose for each in sentinel.sentinels))
 
 
 def _options_of_hosts(redis_url: str, *, port: int) -> tuple[list[tuple[str, int]], dict[str, Any]]:

@@ -89,7 +89,8 @@ takes_json: Final = click.option(
 )
 
 
-class Time(click.ParamType[datetime]):
+# Not generic before click 8.4.
+class Time(click.ParamType):  # type: ignore[type-arg]
     """A time in ISO 8601; UTC unless it has an offset."""
 
     name = "time"
@@ -105,7 +106,7 @@ class Time(click.ParamType[datetime]):
         return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
-class Age(click.ParamType[timedelta]):
+class Age(click.ParamType):  # type: ignore[type-arg]
     """A number of minutes, hours, days or weeks, such as ``90d``."""
 
     name = "age"

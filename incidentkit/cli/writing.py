@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime, timedelta
+from io import StringIO
 from typing import Any, Final
 
 import click
@@ -141,8 +142,9 @@ def purge(settings: Settings, older_than: timedelta) -> None:
     ended_before = datetime.now(UTC) - older_than
 
     async def work(incidents: IncidentClient) -> int:
-        hidden = sys.stderr is None or not sys.stderr.isatty()
-        with click.progressbar(length=0, label="Purging", file=sys.stderr, hidden=hidden) as bar:
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        shown = sys.stderr if on_terminal else StringIO()
+        with click.progressbar(length=0, label="Purging", file=shown) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.length = total

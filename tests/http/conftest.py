@@ -9,7 +9,7 @@ import threading
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
@@ -57,12 +57,12 @@ def serving(app: ASGIApp, **config: Any) -> Iterator[str]:
             thread.join()
 
 
-def check_answer(response: httpx.Response) -> None:
+def check_answer(response: httpx2.Response) -> None:
     """Fail if the OpenAPI document does not describe such an answer."""
     response.read()
     assert response.headers["X-Request-ID"]
     operation = _operation(response.request)
-    if operation is None or response.status_code == httpx.codes.METHOD_NOT_ALLOWED:
+    if operation is None or response.status_code == httpx2.codes.METHOD_NOT_ALLOWED:
         return
     described = operation["responses"].get(str(response.status_code))
     assert described, f"{response.request.url} answers {response.status_code}"
@@ -80,7 +80,7 @@ def validate(value: Any, schema: dict[str, Any]) -> None:
     Draft202012Validator({**schema, "components": DOCUMENT["components"]}).validate(value)
 
 
-def _operation(request: httpx.Request) -> dict[str, Any] | None:
+def _operation(request: httpx2.Request) -> dict[str, Any] | None:
     path = request.url.path
     for prefix in ("/incident/get/", "/incident/history/", "/incident/note/"):
         if path.startswith(prefix):
@@ -103,7 +103,7 @@ def _resolve(described: dict[str, Any]) -> dict[str, Any]:
 class Serve(Protocol):
     """Runs an app until the test ends, and returns a client for it."""
 
-    def __call__(self, app: ASGIApp, *, checked: bool = True, **config: Any) -> httpx.Client:
+    def __call__(self, app: ASGIApp, *, checked: bool = True, **config: Any) -> httpx2.Client:
         """Return a client for the app; by default it checks each answer."""
         ...
 
@@ -112,12 +112,12 @@ class Serve(Protocol):
 def _serve() -> Iterator[Serve]:
     with ExitStack() as stack:
 
-        def serve(app: ASGIApp, *, checked: bool = True, **config: Any) -> httpx.Client:
+        def serve(app: ASGIApp, *, checked: bool = True, **config: Any) -> httpx2.Client:
             url = stack.enter_context(serving(app, **config))
             hooks: dict[str, list[Callable[..., Any]]] = {
                 "response": [check_answer] if checked else []
             }
-            return stack.enter_context(httpx.Client(base_url=url, event_hooks=hooks))
+            return stack.enter_context(httpx2.Client(base_url=url, event_hooks=hooks))
 
         yield serve
 
@@ -130,7 +130,7 @@ def serve() -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="module")
-def api() -> Iterator[httpx.Client]:
+def api() -> Iterator[httpx2.Client]:
     """The service on an empty database, for tests that leave nothing in it."""
     with _serve() as serve:
         yield serve(create_app(IncidentClient.open(MEMORY)))

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI
 from starlette.applications import Starlette
@@ -86,7 +86,7 @@ async def test_the_lifespan_of_another_app() -> None:
             pytest.fail("The app started")
 
 
-def check_mounted(api: httpx.Client, prefix: str) -> None:
+def check_mounted(api: httpx2.Client, prefix: str) -> None:
     """Fail unless the whole service works under the prefix."""
     created = api.post(f"{prefix}/incident/create", json=INCIDENT)
     assert created.status_code == 201
@@ -174,8 +174,8 @@ async def test_an_error_outside_the_routes() -> None:
 
     app = create_app(IncidentClient.open(MEMORY))
     app.add_middleware(middleware)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as api:
         answer = await api.get("/incident/get", headers={"X-Request-ID": "mine"})
     assert answer.status_code == 500
     assert answer.headers["Content-Type"] == "application/problem+json"
@@ -184,10 +184,10 @@ async def test_an_error_outside_the_routes() -> None:
 
 async def answers_of(
     app: ASGIApp, *paths: str, headers: dict[str, str] | None = None
-) -> list[httpx.Response]:
+) -> list[httpx2.Response]:
     """Return the answers of an app to GET, even if it raises."""
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as api:
         return [await api.get(path, headers=headers) for path in paths]
 
 
@@ -348,9 +348,9 @@ def test_the_bundled_app(tmp_path: Path) -> None:
             found[1] for line in lines if (found := re.search(r"running on (http://\S+)", line))
         )
         headers = {"X-Request-ID": "mine"}
-        created = httpx.post(f"{url}/incident/create", json=INCIDENT, headers=headers)
+        created = httpx2.post(f"{url}/incident/create", json=INCIDENT, headers=headers)
         assert created.status_code == 201
-        ready = httpx.get(f"{url}/health/ready").json()
+        ready = httpx2.get(f"{url}/health/ready").json()
         assert ready["request_log"] == {"state": "ok", "dropped": 0}
         process.send_signal(signal.SIGINT)
         rest = "".join(lines)
@@ -385,8 +385,8 @@ async def test_a_host_answers_its_own_errors(key: int | type[Exception]) -> None
 
     app.add_exception_handler(key, handler)
     app.add_route("/own", route)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as api:
         answer = await api.get("/own")
     assert (answer.status_code, answer.text) == (500, "the host's")
     assert answer.headers["X-Request-ID"]

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 
 from incidentkit import IncidentClient
@@ -36,7 +36,7 @@ GRACE = 20
 """Seconds for a graceful shutdown, after which uvicorn gives up and logs an error."""
 
 
-def update(api: httpx.Client, status: str) -> None:
+def update(api: httpx2.Client, status: str) -> None:
     """Change the status of the first incident."""
     params: dict[str, str | int] = {"incident_id": 1, "status": status}
     assert api.patch("/incident/update-status", params=params).status_code == 200
@@ -50,7 +50,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def messages(stream: httpx.Response) -> Iterator[dict[str, str]]:
+def messages(stream: httpx2.Response) -> Iterator[dict[str, str]]:
     """Yield each block of a stream: the fields of an event, or a comment."""
     block: dict[str, str] = {}
     for line in stream.iter_lines():
@@ -62,7 +62,7 @@ def messages(stream: httpx.Response) -> Iterator[dict[str, str]]:
         block[name] = value.strip()
 
 
-def events(stream: httpx.Response) -> Iterator[dict[str, Any]]:
+def events(stream: httpx2.Response) -> Iterator[dict[str, Any]]:
     """Yield the changes of a stream, and check the fields of each event."""
     for block in messages(stream):
         if "data" in block:
@@ -119,7 +119,7 @@ def test_a_quiet_stream_sends_heartbeats(serve: Serve, monkeypatch: pytest.Monke
             assert next(blocks) == {"": "nothing new"}
 
 
-def test_a_head_of_a_stream_ends(api: httpx.Client) -> None:
+def test_a_head_of_a_stream_ends(api: httpx2.Client) -> None:
     """HEAD answers at once, even if the request accepts a stream."""
     answer = api.head("/incident/changes", headers=STREAM)
     assert (answer.status_code, answer.content) == (200, b"")
@@ -149,7 +149,7 @@ def test_a_foreign_cursor_is_gone(serve: Serve, headers: dict[str, str]) -> None
     ],
 )
 def test_faulty_parameters_are_refused(
-    api: httpx.Client, query: str, headers: dict[str, str], fields: list[str]
+    api: httpx2.Client, query: str, headers: dict[str, str], fields: list[str]
 ) -> None:
     """Faulty parameters are named, for streams and polls alike."""
     for accept in ({}, STREAM):
@@ -208,7 +208,7 @@ def test_the_number_of_readers_is_limited(serve: Serve, monkeypatch: pytest.Monk
         pytest.fail("no place became free")
 
 
-def frozen_reader(url: httpx.URL) -> socket.socket:
+def frozen_reader(url: httpx2.URL) -> socket.socket:
     """Return a connection that asks for a stream, and reads only its first byte."""
     lazy = socket.create_connection((url.host, url.port or 80), timeout=60)
     lazy.sendall(b"GET /incident/changes HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n")
@@ -242,7 +242,7 @@ def test_the_limit_of_readers_holds_for_simultaneous_requests(
 
     async def statuses() -> list[int]:
         async with AsyncExitStack() as stack:
-            client = await stack.enter_async_context(httpx.AsyncClient(base_url=api.base_url))
+            client = await stack.enter_async_context(httpx2.AsyncClient(base_url=api.base_url))
             answers = await asyncio.gather(
                 *(
                     stack.enter_async_context(
@@ -295,8 +295,8 @@ def test_a_reader_that_takes_nothing_does_not_hold_a_server_that_stops(
     monkeypatch.setattr(streams, "encode_event", lambda _: b"x" * HUGE)
     app = create_app(IncidentClient.open(MEMORY))
     with serving(app, http=Protocol, timeout_graceful_shutdown=GRACE) as url:
-        httpx.post(f"{url}/incident/create", json=INCIDENT)
-        lazy = frozen_reader(httpx.URL(url))
+        httpx2.post(f"{url}/incident/create", json=INCIDENT)
+        lazy = frozen_reader(httpx2.URL(url))
     with lazy:
         assert is_cut(lazy)
     assert "A reader of changes was too slow" in [each.getMessage() for each in records.seen]
@@ -349,7 +349,7 @@ def test_no_reader_holds_a_service_that_stops(
     polled: list[Any] = []
     with (
         service(log, program=SERVICES[program], env=environment) as running,
-        httpx.Client(base_url=running.url, timeout=60) as api,
+        httpx2.Client(base_url=running.url, timeout=60) as api,
         api.stream("GET", "/incident/changes", headers=STREAM) as stream,
     ):
         blocks = messages(stream)
@@ -362,7 +362,7 @@ def test_no_reader_holds_a_service_that_stops(
         started = time.monotonic()
         code = running.end(number)
         assert time.monotonic() - started < GRACE
-        # httpx raises unless the stream is completed.
+        # httpx2 raises unless the stream is completed.
         assert all("data" not in block for block in blocks)
         poll.join()
     # The service may have stopped before the poll reached it.
@@ -377,8 +377,8 @@ def test_no_reader_holds_a_service_that_stops(
 
 def poll_until_it_stops(url: str, polled: list[Any]) -> None:
     """Poll repeatedly and append the answers, after a first item that marks the start."""
-    with httpx.Client(base_url=url, timeout=60) as api:
+    with httpx2.Client(base_url=url, timeout=60) as api:
         polled.append("begins")
-        with suppress(httpx.TransportError):
+        with suppress(httpx2.TransportError):
             while True:
                 polled.append(api.get("/incident/changes?wait=30").json())

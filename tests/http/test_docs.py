@@ -15,7 +15,7 @@ from incidentkit.http.docs import assets_folder
 from tests.http.conftest import MEMORY, Serve
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 MEDIA_TYPES = {
     "docs/favicon-32x32.png": "image/png",
@@ -25,7 +25,7 @@ MEDIA_TYPES = {
 }
 
 
-def test_the_page_is_whole(api: httpx.Client) -> None:
+def test_the_page_is_whole(api: httpx2.Client) -> None:
     """Each link of the page leads to a file of the service with the right type."""
     page = api.get("/docs")
     assert page.status_code == 200
@@ -39,7 +39,7 @@ def test_the_page_is_whole(api: httpx.Client) -> None:
         assert len(file.content) == int(file.headers["Content-Length"]) > 100
 
 
-def test_the_page_shows_the_document(api: httpx.Client) -> None:
+def test_the_page_shows_the_document(api: httpx2.Client) -> None:
     """The script starts Swagger UI on the service's own document, without an external validator."""
     script = api.get("/docs/start.js").text
     assert 'url: "openapi.json"' in script
@@ -48,7 +48,7 @@ def test_the_page_shows_the_document(api: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("path", ["/docs", *(f"/{link}" for link in MEDIA_TYPES)])
-def test_the_policy(api: httpx.Client, path: str) -> None:
+def test_the_policy(api: httpx2.Client, path: str) -> None:
     """The policy forbids external resources, inline scripts, and frames around the page."""
     headers = api.get(path).headers
     policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
@@ -62,7 +62,7 @@ def test_the_policy(api: httpx.Client, path: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["bytes=abc", "bytes=99999999-", "bytes=0-3", "lines=1"])
-def test_a_range_is_not_taken(api: httpx.Client, given: str) -> None:
+def test_a_range_is_not_taken(api: httpx2.Client, given: str) -> None:
     """A range request is answered with the whole file."""
     answer = api.get("/docs/swagger-ui.css", headers={"Range": given})
     assert answer.status_code == 200
@@ -70,7 +70,7 @@ def test_a_range_is_not_taken(api: httpx.Client, given: str) -> None:
 
 
 @pytest.mark.parametrize("path", MEDIA_TYPES)
-def test_a_file_that_the_browser_has(api: httpx.Client, path: str) -> None:
+def test_a_file_that_the_browser_has(api: httpx2.Client, path: str) -> None:
     """A browser revalidates each time, and gets 304 for a file that it has."""
     whole = api.get(path)
     tag = whole.headers["ETag"]
@@ -85,7 +85,7 @@ def test_a_file_that_the_browser_has(api: httpx.Client, path: str) -> None:
 @pytest.mark.parametrize(
     "name", ["index.html", "swagger-ui-bundle.js.map", "..%2f..%2f__init__.py", "%2e%2e", "%00"]
 )
-def test_no_other_file(api: httpx.Client, name: str) -> None:
+def test_no_other_file(api: httpx2.Client, name: str) -> None:
     """Only the files that the page needs are served."""
     answer = api.get(f"/docs/{name}")
     assert answer.status_code == 404

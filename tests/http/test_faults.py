@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 
 from incidentkit import IncidentClient
@@ -45,7 +45,7 @@ def redis() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def api(serve: Serve, postgres: PostgresServer, redis: RedisServer) -> httpx.Client:
+def api(serve: Serve, postgres: PostgresServer, redis: RedisServer) -> httpx2.Client:
     """A client for the service on these two servers."""
     return serve(create_app(IncidentClient.open(postgres.url, redis.url, options=QUICK)))
 
@@ -53,7 +53,7 @@ def api(serve: Serve, postgres: PostgresServer, redis: RedisServer) -> httpx.Cli
 class Load:
     """Clients that create, change and list until they are stopped, and check every answer."""
 
-    def __init__(self, base_url: httpx.URL) -> None:
+    def __init__(self, base_url: httpx2.URL) -> None:
         self.base_url = base_url
         self.answers: Counter[tuple[str, int]] = Counter()
         self.acknowledged: dict[int, str] = {}
@@ -75,7 +75,7 @@ class Load:
         """Stop the clients."""
         self._stop.set()
 
-    def _answered(self, verb: str, response: httpx.Response) -> Any:
+    def _answered(self, verb: str, response: httpx2.Response) -> Any:
         with self._changed:
             self.answers[verb, response.status_code] += 1
             self._changed.notify_all()
@@ -83,33 +83,33 @@ class Load:
 
     def run(self) -> None:
         """Run one client, which remembers the last acknowledged state of its own incidents."""
-        with httpx.Client(base_url=self.base_url, timeout=DEADLINE) as client:
+        with httpx2.Client(base_url=self.base_url, timeout=DEADLINE) as client:
             while not self._stop.is_set():
                 response = client.post("/incident/create", json=INCIDENT)
                 incident = self._answered("create", response)
-                if response.status_code != httpx.codes.CREATED:
+                if response.status_code != httpx2.codes.CREATED:
                     continue
                 self.acknowledged[incident["incident_id"]] = "new"
                 self._check_list(client, incident)
                 query = {"incident_id": incident["incident_id"], "status": "completed"}
                 response = client.patch("/incident/update-status", params=query)
                 incident = self._answered("update", response)
-                if response.status_code == httpx.codes.OK:
+                if response.status_code == httpx2.codes.OK:
                     self.acknowledged[incident["incident_id"]] = "completed"
                     self._check_list(client, incident)
                 else:
                     # It may or may not have been stored.
                     self.acknowledged.pop(query["incident_id"])
 
-    def _check_list(self, client: httpx.Client, incident: dict[str, Any]) -> None:
+    def _check_list(self, client: httpx2.Client, incident: dict[str, Any]) -> None:
         response = client.get("/incident/get", params={"limit": 100})
         listed = self._answered("list", response)
-        if response.status_code == httpx.codes.OK and incident not in listed:
+        if response.status_code == httpx2.codes.OK and incident not in listed:
             self.wrong.append(f"{incident} is not in the list that was read after it")
 
 
 @contextmanager
-def load_on(api: httpx.Client) -> Iterator[Load]:
+def load_on(api: httpx2.Client) -> Iterator[Load]:
     """Run a load on the service for the duration of the block."""
     load = Load(api.base_url)
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -122,13 +122,13 @@ def load_on(api: httpx.Client) -> Iterator[Load]:
             client.result()
 
 
-def stored(api: httpx.Client, incident_id: int) -> str:
+def stored(api: httpx2.Client, incident_id: int) -> str:
     """Return the status that the service has for an incident."""
     response = api.get(f"/incident/get/{incident_id}")
     return str(response.json()["incident_type"])
 
 
-def test_no_fault_of_redis_changes_an_answer(api: httpx.Client, redis: RedisServer) -> None:
+def test_no_fault_of_redis_changes_an_answer(api: httpx2.Client, redis: RedisServer) -> None:
     """While Redis is killed, hung and restarted, every answer is a success and every list fresh."""
     with load_on(api) as load:
         for fault in (redis.kill, redis.start, redis.pause, redis.resume, redis.restart):
@@ -142,7 +142,7 @@ def test_no_fault_of_redis_changes_an_answer(api: httpx.Client, redis: RedisServ
 
 
 def test_a_killed_postgresql_is_a_503_and_comes_back(
-    api: httpx.Client, postgres: PostgresServer
+    api: httpx2.Client, postgres: PostgresServer
 ) -> None:
     """While PostgreSQL is dead or hung the answer is 503; afterwards no write is lost."""
     with load_on(api) as load:
@@ -151,15 +151,15 @@ def test_a_killed_postgresql_is_a_503_and_comes_back(
             harm()
             load.more("create", 503, CLIENTS)
             response = api.get("/incident/get/1")
-            assert response.status_code == httpx.codes.SERVICE_UNAVAILABLE
+            assert response.status_code == httpx2.codes.SERVICE_UNAVAILABLE
             assert int(response.headers["Retry-After"]) > 0
             assert response.headers["Content-Type"] == "application/problem+json"
-            assert api.get("/health/ready").status_code == httpx.codes.SERVICE_UNAVAILABLE
-            assert api.get("/health/live").status_code == httpx.codes.OK
+            assert api.get("/health/ready").status_code == httpx2.codes.SERVICE_UNAVAILABLE
+            assert api.get("/health/live").status_code == httpx2.codes.OK
             mend()
             load.more("list", 200)
     assert load.wrong == []
     assert {status for _, status in load.answers} == {200, 201, 503}
-    assert api.get("/health/ready").status_code == httpx.codes.OK
+    assert api.get("/health/ready").status_code == httpx2.codes.OK
     for incident_id, status in load.acknowledged.items():
         assert stored(api, incident_id) == status

@@ -23,7 +23,7 @@ from incidentkit.store.schema import SCHEMA_REVISION
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 OK = {
     "ready": True,
@@ -48,7 +48,7 @@ def failing_client(error: Exception | None) -> IncidentClient:
     return client
 
 
-def test_live(api: httpx.Client) -> None:
+def test_live(api: httpx2.Client) -> None:
     """A service that answers is live."""
     answer = api.get("/health/live")
     assert answer.status_code == 200

@@ -31,7 +31,7 @@ from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, service_on, se
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import httpx
+    import httpx2
     from sqlalchemy import Executable
     from starlette.responses import Response
 
@@ -53,7 +53,7 @@ REQUESTS = [
 """Requests, with the route and the status of their records."""
 
 
-def send(api: httpx.Client) -> list[tuple[str, str, int, str]]:
+def send(api: httpx2.Client) -> list[tuple[str, str, int, str]]:
     """Send the requests one after the other, and return what their records must hold."""
     expected = []
     for number, (method, path, route, status) in enumerate(REQUESTS):
@@ -94,9 +94,9 @@ async def test_the_same_records_in_the_database(urls: tuple[str, str | None]) ->
 
 
 def _serve_and_send(app: Any) -> list[tuple[str, str, int, str]]:
-    import httpx
+    import httpx2
 
-    with serving(app) as url, httpx.Client(base_url=url) as api:
+    with serving(app) as url, httpx2.Client(base_url=url) as api:
         return send(api)
 
 
@@ -368,7 +368,7 @@ async def test_mounted_the_log_needs_no_start() -> None:
 
 
 @pytest.mark.usefixtures("records")
-def test_a_log_handler_that_fails(api: httpx.Client) -> None:
+def test_a_log_handler_that_fails(api: httpx2.Client) -> None:
     """A host's log handler that raises does not fail a request."""
     failed = []
 

@@ -6,7 +6,7 @@ import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
-import httpx
+import httpx2
 import pytest
 from attrs import fields_dict
 from jsonschema import ValidationError  # type: ignore[import-untyped]
@@ -34,7 +34,7 @@ def operations() -> list[dict[str, Any]]:
     return [operation for path in DOCUMENT["paths"].values() for operation in path.values()]
 
 
-def test_the_document_is_openapi(api: httpx.Client) -> None:
+def test_the_document_is_openapi(api: httpx2.Client) -> None:
     """The service serves a valid OpenAPI 3.1 document, made from the table of operations."""
     served = api.get("/openapi.json")
     assert served.headers["Content-Type"] == "application/json"
@@ -198,7 +198,7 @@ _VALUES = {int: _number, str: _text, bool: _flag, datetime: _moment, EntityTag: 
     ],
 )
 def test_the_bounds_of_a_parameter_are_the_rule(
-    api: httpx.Client, path: str, parameter: Parameter, text: str, allowed: bool
+    api: httpx2.Client, path: str, parameter: Parameter, text: str, allowed: bool
 ) -> None:
     """A value is refused if and only if the document does not allow it."""
     (item,) = DOCUMENT["paths"][path].items()
@@ -217,7 +217,7 @@ def test_the_bounds_of_a_parameter_are_the_rule(
     else:
         # With one incident per page, every page is within bounds.
         others = {"patch": "incident_id=1&status=new", "get": "limit=1", "post": ""}[method]
-        query, headers = httpx.QueryParams(others), {}
+        query, headers = httpx2.QueryParams(others), {}
         if parameter.where == "query":
             query = query.set(parameter.name, text)
         else:

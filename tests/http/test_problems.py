@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import httpx
+import httpx2
 import pytest
 
 from incidentkit import ClientClosed, IncidentClient, SchemaOutOfDate, StoreError, StoreUnavailable
@@ -24,7 +24,7 @@ def failing_client(error: Exception) -> IncidentClient:
     return client
 
 
-def every_operation(api: httpx.Client) -> list[httpx.Response]:
+def every_operation(api: httpx2.Client) -> list[httpx2.Response]:
     """Return the answers of the four routes."""
     return [
         api.post("/incident/create", json=INCIDENT),
@@ -53,8 +53,8 @@ def test_a_database_that_is_away(serve: Serve, records: Records, error: Exceptio
 async def test_a_client_that_is_not_open(records: Records) -> None:
     """On a closed client each route answers 503, and nothing is logged as an error."""
     app = create_app(IncidentClient.open(MEMORY))
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://service") as api:
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://service") as api:
         answers = [
             await api.post("/incident/create", json=INCIDENT),
             await api.get("/incident/get"),
@@ -89,7 +89,7 @@ def test_an_error_of_the_server(serve: Serve, records: Records, error: Exception
 
 
 @pytest.mark.parametrize("given", ["a", "A.b_c-9", "x" * 64])
-def test_a_request_id_is_kept(api: httpx.Client, given: str) -> None:
+def test_a_request_id_is_kept(api: httpx2.Client, given: str) -> None:
     """A client's id comes back in the answer, and in a problem."""
     for path in ("/incident/get", "/incident/get/1", "/nowhere", "/docs"):
         answer = api.get(path, headers={"X-Request-ID": given})
@@ -99,7 +99,7 @@ def test_a_request_id_is_kept(api: httpx.Client, given: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["", "x" * 65, "a b", "ä", "a\tb", "<b>", "a,b", "a\x85"])
-def test_a_strange_request_id_is_replaced(api: httpx.Client, given: str) -> None:
+def test_a_strange_request_id_is_replaced(api: httpx2.Client, given: str) -> None:
     """An id that could do harm in a log is replaced by a new one."""
     ids = set()
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_a_strange_request_id_is_replaced(api: httpx.Client, given: str) -> None
     assert all(len(id_) == 32 and int(id_, 16) for id_ in ids)
 
 
-def test_no_problem_repeats_a_value(api: httpx.Client) -> None:
+def test_no_problem_repeats_a_value(api: httpx2.Client) -> None:
     """A problem never repeats a value of the request."""
     value = "hunter2"
     body = dict.fromkeys(["source", "incident_type", "x"], value)

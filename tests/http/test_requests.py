@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 from attrs import evolve
 from hypothesis import example, given
@@ -48,7 +48,7 @@ JSON = {"Content-Type": "application/json"}
 BODY = json.dumps(INCIDENT).encode()
 
 
-def post(api: httpx.Client, content: bytes | Iterable[bytes], **headers: str) -> httpx.Response:
+def post(api: httpx2.Client, content: bytes | Iterable[bytes], **headers: str) -> httpx2.Response:
     """Send a body as JSON."""
     head = JSON | {name.replace("_", "-"): value for name, value in headers.items()}
     return api.post("/incident/create", content=content, headers=head)
@@ -67,7 +67,7 @@ def post(api: httpx.Client, content: bytes | Iterable[bytes], **headers: str) ->
         (b'{"a":' * 13_000, "The body is nested too deeply"),
     ],
 )
-def test_a_body_that_is_not_json(api: httpx.Client, body: bytes, detail: str) -> None:
+def test_a_body_that_is_not_json(api: httpx2.Client, body: bytes, detail: str) -> None:
     """A body that cannot be JSON is a 400 with the reason."""
     answer = post(api, body)
     assert answer.status_code == 400
@@ -90,7 +90,7 @@ def test_a_body_that_is_not_json(api: httpx.Client, body: bytes, detail: str) ->
         '"\\ud80"',
     ],
 )
-def test_malformed_json(api: httpx.Client, body: str) -> None:
+def test_malformed_json(api: httpx2.Client, body: str) -> None:
     """A body with a syntax error is a 400 with the position."""
     answer = post(api, body.encode())
     assert answer.status_code == 400
@@ -98,7 +98,7 @@ def test_malformed_json(api: httpx.Client, body: str) -> None:
     assert re.fullmatch(detail, answer.json()["detail"])
 
 
-def test_the_place_of_an_error(api: httpx.Client) -> None:
+def test_the_place_of_an_error(api: httpx2.Client) -> None:
     """Line and column are counted from 1, in characters."""
     answer = post(api, '{"source":\n "ё" 1}'.encode())
     assert answer.json()["detail"] == "The body is not well-formed JSON (line 2, column 6)"
@@ -155,7 +155,9 @@ def test_the_place_of_an_error(api: httpx.Client) -> None:
         ),
     ],
 )
-def test_json_that_is_not_an_incident(api: httpx.Client, body: str, faults: dict[str, str]) -> None:
+def test_json_that_is_not_an_incident(
+    api: httpx2.Client, body: str, faults: dict[str, str]
+) -> None:
     """JSON that breaks rules is a 422 that names every faulty field once."""
     answer = post(api, body.encode())
     assert answer.status_code == 422
@@ -164,7 +166,7 @@ def test_json_that_is_not_an_incident(api: httpx.Client, body: str, faults: dict
     assert answer.json()["detail"].startswith(next(iter(faults)))
 
 
-def test_names_of_unknown_fields_are_cut(api: httpx.Client) -> None:
+def test_names_of_unknown_fields_are_cut(api: httpx2.Client) -> None:
     """With many unknown fields in a body, the faults of the known fields are all reported."""
     body = {f"{number}{'x' * 100}": number for number in range(300)} | {"source": "nobody"}
     answer = post(api, json.dumps(body).encode())
@@ -191,7 +193,7 @@ def test_names_of_unknown_fields_are_cut(api: httpx.Client) -> None:
         "\xff",
     ],
 )
-def test_a_content_type_other_than_json(api: httpx.Client, content_type: str) -> None:
+def test_a_content_type_other_than_json(api: httpx2.Client, content_type: str) -> None:
     """A body that is not declared as JSON in UTF-8 is a 415."""
     answer = api.post(
         "/incident/create", content=BODY, headers={b"Content-Type": content_type.encode("latin-1")}
@@ -200,7 +202,7 @@ def test_a_content_type_other_than_json(api: httpx.Client, content_type: str) ->
     assert "application/json" in answer.json()["detail"] or "utf-8" in answer.json()["detail"]
 
 
-def test_no_content_type_and_two(api: httpx.Client) -> None:
+def test_no_content_type_and_two(api: httpx2.Client) -> None:
     """A body without a Content-Type, or with two of them, is a 415."""
     twice = [("Content-Type", "application/json")] * 2
     for headers in ([], twice):
@@ -209,7 +211,7 @@ def test_no_content_type_and_two(api: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "", "x"])
-def test_a_compressed_body(api: httpx.Client, encoding: str) -> None:
+def test_a_compressed_body(api: httpx2.Client, encoding: str) -> None:
     """A Content-Encoding other than identity is a 415 that names the accepted one."""
     answer = post(api, BODY, Content_Encoding=encoding)
     assert answer.status_code == 415
@@ -225,7 +227,7 @@ def test_a_compressed_body(api: httpx.Client, encoding: str) -> None:
     ],
 )
 def test_harmless_parameters_of_the_content_type(
-    api: httpx.Client, headers: dict[str, str]
+    api: httpx2.Client, headers: dict[str, str]
 ) -> None:
     """UTF-8 may be declared, and meaningless parameters are ignored."""
     answer = api.post("/incident/create", content=b"{}", headers=headers)
@@ -247,7 +249,7 @@ BODYLESS = [
 @pytest.mark.parametrize(("method", "path"), BODYLESS)
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_where_there_is_none(
-    api: httpx.Client, method: str, path: str, *, chunked: bool
+    api: httpx2.Client, method: str, path: str, *, chunked: bool
 ) -> None:
     """A body that an operation does not take is refused, by the headers that announce it."""
     answer = api.request(method, path, content=iter([BODY]) if chunked else BODY)
@@ -259,14 +261,14 @@ def test_a_body_where_there_is_none(
 @pytest.mark.parametrize(("method", "path"), BODYLESS)
 @pytest.mark.parametrize("length", ["0", "00"])
 def test_an_empty_body_where_there_is_none(
-    api: httpx.Client, method: str, path: str, length: str
+    api: httpx2.Client, method: str, path: str, length: str
 ) -> None:
     """A body with a length of 0 counts as no body."""
     answer = api.request(method, path, headers={"Content-Length": length})
     assert answer.status_code in {200, 404}
 
 
-def test_a_body_of_the_limit_is_read(api: httpx.Client) -> None:
+def test_a_body_of_the_limit_is_read(api: httpx2.Client) -> None:
     """A body of the maximum size is read; one more byte is a 413."""
     padded = b"{}" + b" " * (MAX_BODY - 2)
     assert post(api, padded).status_code == 422
@@ -292,7 +294,7 @@ def test_a_client_that_goes_away(serve: Serve, records: Records) -> None:
 
 
 @pytest.mark.parametrize("query", ["%ff", "status=%ED%A0%80", "page=1&%c3=1", "a=%F0%9F"])
-def test_a_query_that_is_not_utf_8(api: httpx.Client, query: str) -> None:
+def test_a_query_that_is_not_utf_8(api: httpx2.Client, query: str) -> None:
     """Percent-encoded bytes that are not UTF-8 are a 400, in any parameter."""
     answer = api.get(f"/incident/get?{query}")
     assert answer.status_code == 400
@@ -491,7 +493,7 @@ def test_any_id(app: Starlette, text: str) -> None:
 @given(text=st.text("0123456789+-_. ٣e", max_size=5))
 def test_any_limit(app: Starlette, text: str) -> None:
     """A limit is ASCII digits that make an integer from 1 to 1000, and nothing else."""
-    query = httpx.QueryParams({"limit": text})
+    query = httpx2.QueryParams({"limit": text})
     status, _ = call(app, "GET", "/incident/get", str(query).encode())
     valid = re.fullmatch("[0-9]+", text) and 1 <= int(text) <= MAX_LIMIT
     assert status == (200 if valid else 422)

@@ -13,7 +13,7 @@ from incidentkit.http import create_app
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 
 def test_an_incident_from_its_creation_to_its_end(
@@ -106,7 +106,7 @@ def test_a_message_keeps_its_characters(serve: Serve) -> None:
         ("PATCH", "/incident/update-status?incident_id=1&status=new"),
     ],
 )
-def test_a_missing_incident(api: httpx.Client, method: str, path: str) -> None:
+def test_a_missing_incident(api: httpx2.Client, method: str, path: str) -> None:
     """A missing incident is a 404 with exactly the contract's text."""
     answer = api.request(method, path)
     assert answer.status_code == 404
@@ -118,7 +118,7 @@ def test_a_missing_incident(api: httpx.Client, method: str, path: str) -> None:
     "text",
     ["0", "-1", str(2**63), "9" * 5000, "1_000", "٣", "+5", " 5", "5 ", "1.0", "0x1", "a", "1\n"],
 )
-def test_an_invalid_id(api: httpx.Client, text: str) -> None:
+def test_an_invalid_id(api: httpx2.Client, text: str) -> None:
     """An id out of range, or with anything but ASCII digits, is a 422 that names the field."""
     by_path = api.get(f"/incident/get/{quote(text, safe='')}")
     by_query = api.patch(
@@ -160,7 +160,7 @@ def test_an_invalid_id(api: httpx.Client, text: str) -> None:
     ],
 )
 def test_a_faulty_query_names_every_fault(
-    api: httpx.Client, query: str, faults: dict[str, str]
+    api: httpx2.Client, query: str, faults: dict[str, str]
 ) -> None:
     """Each faulty, repeated or unknown parameter of a list is named with its reason."""
     answer = api.get(f"/incident/get?{query}")
@@ -169,7 +169,7 @@ def test_a_faulty_query_names_every_fault(
     assert len(answer.json()["errors"]) == len(faults)
 
 
-def test_a_status_change_names_every_fault(api: httpx.Client) -> None:
+def test_a_status_change_names_every_fault(api: httpx2.Client) -> None:
     """Missing and faulty parameters are reported together."""
     answer = api.patch("/incident/update-status?status=&x=1")
     assert answer.status_code == 422
@@ -183,7 +183,7 @@ def test_a_status_change_names_every_fault(api: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "path", ["/incident/create", "/health/live", "/health/ready", "/openapi.json", "/docs"]
 )
-def test_no_route_ignores_a_parameter(api: httpx.Client, path: str) -> None:
+def test_no_route_ignores_a_parameter(api: httpx2.Client, path: str) -> None:
     """An unknown parameter is refused, never ignored."""
     method = "POST" if path == "/incident/create" else "GET"
     body = INCIDENT if method == "POST" else None
@@ -193,7 +193,7 @@ def test_no_route_ignores_a_parameter(api: httpx.Client, path: str) -> None:
     assert api.get("/incident/get").json() == []
 
 
-def test_faults_of_query_and_body_are_reported_together(api: httpx.Client) -> None:
+def test_faults_of_query_and_body_are_reported_together(api: httpx2.Client) -> None:
     """A create with a faulty query and a faulty body is answered with the faults of both."""
     answer = api.post(
         "/incident/create?dry_run=1", json={"incident_message": "TEST", "severity": 1}
@@ -207,7 +207,7 @@ def test_faults_of_query_and_body_are_reported_together(api: httpx.Client) -> No
     }
 
 
-def test_names_of_unknown_parameters_are_cut(api: httpx.Client) -> None:
+def test_names_of_unknown_parameters_are_cut(api: httpx2.Client) -> None:
     """With many long unknown names, an answer repeats only the beginning of a few."""
     answer = api.get("/incident/get?limit=0&" + "&".join(f"{n}{'x' * 200}=1" for n in range(200)))
     assert answer.status_code == 422
@@ -218,7 +218,7 @@ def test_names_of_unknown_parameters_are_cut(api: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("path", ["/incident/get", "/health/live", "/docs", "/openapi.json"])
-def test_head_is_get_without_the_body(api: httpx.Client, path: str) -> None:
+def test_head_is_get_without_the_body(api: httpx2.Client, path: str) -> None:
     """HEAD is answered with the headers of GET."""
     get, head = api.get(path), api.head(path)
     assert head.status_code == get.status_code == 200
@@ -230,7 +230,7 @@ def test_head_is_get_without_the_body(api: httpx.Client, path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "/incident", "/incident/get/", "/incident/create/", "/docs/", "/incident/get/1/2"]
 )
-def test_an_unknown_path(api: httpx.Client, path: str) -> None:
+def test_an_unknown_path(api: httpx2.Client, path: str) -> None:
     """An unknown path, even by one slash, is a 404 problem and not a redirect."""
     answer = api.get(path)
     assert answer.status_code == 404
@@ -248,7 +248,7 @@ def test_an_unknown_path(api: httpx.Client, path: str) -> None:
         ("DELETE", "/incident/get/1", "GET, HEAD"),
     ],
 )
-def test_a_wrong_method(api: httpx.Client, method: str, path: str, allowed: str) -> None:
+def test_a_wrong_method(api: httpx2.Client, method: str, path: str, allowed: str) -> None:
     """A method that a path does not accept is a 405 problem with those that it accepts."""
     answer = api.request(method, path)
     assert answer.status_code == 405

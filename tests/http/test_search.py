@@ -13,10 +13,10 @@ from incidentkit.http import create_app
 from tests.http.conftest import MEMORY, Serve
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 
-def fill(api: httpx.Client) -> None:
+def fill(api: httpx2.Client) -> None:
     """Create six incidents."""
     kinds = product(("operator", "partner"), ("new", "failed", "new"))
     for number, (source, status) in enumerate(kinds):
@@ -28,7 +28,7 @@ def fill(api: httpx.Client) -> None:
         assert api.post("/incident/create", json=body).status_code == 201
 
 
-def ids(answer: httpx.Response) -> list[int]:
+def ids(answer: httpx2.Response) -> list[int]:
     """Return the ids of the incidents on a page."""
     assert answer.status_code == 200, answer.text
     return [incident["incident_id"] for incident in answer.json()["incidents"]]
@@ -100,7 +100,7 @@ def test_link_has_the_prefix(serve: Serve) -> None:
         ("color=red&limit=x", ["limit", "color"]),
     ],
 )
-def test_a_faulty_query_is_refused(api: httpx.Client, query: str, fields: list[Any]) -> None:
+def test_a_faulty_query_is_refused(api: httpx2.Client, query: str, fields: list[Any]) -> None:
     """A filter is never accepted and ignored."""
     answer = api.get(f"/incident/search?{query}")
     assert answer.status_code == 422

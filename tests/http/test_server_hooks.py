@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 
 from incidentkit import IncidentClient
@@ -150,7 +150,7 @@ def test_our_server_offers_both_hooks(serve: Serve) -> None:
     api = serve(noting, http=Protocol)
     for _ in range(2):
         assert api.get("/health/live").status_code == 200
-    with httpx.Client(base_url=api.base_url) as other:
+    with httpx2.Client(base_url=api.base_url) as other:
         assert other.get("/health/live").status_code == 200
     first, second, third = seen
     assert first is second is not third
@@ -161,7 +161,7 @@ def test_our_server_offers_both_hooks(serve: Serve) -> None:
 def test_our_server_says_that_it_stops() -> None:
     """A stream is completed when the server stops, even without a signal."""
     app = create_app(IncidentClient.open(MEMORY))
-    with httpx.Client() as api:
+    with httpx2.Client() as api:
         with serving(app, http=Protocol, timeout_graceful_shutdown=20) as url:
             request = api.build_request(
                 "GET", f"{url}/incident/changes", headers={"Accept": "text/event-stream"}

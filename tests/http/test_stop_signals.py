@@ -7,7 +7,7 @@ import signal
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 
 from incidentkit import IncidentClient
@@ -116,10 +116,10 @@ def test_a_signal_reaches_a_listener_that_starts_a_little_later(
 async def test_a_reader_who_comes_right_after_the_signal_does_not_wait(heard: list[str]) -> None:
     """A running app notices a signal even without readers, and the next poll ends at once."""
     app = create_app(IncidentClient.open(MEMORY))
-    transport = httpx.ASGITransport(app)
+    transport = httpx2.ASGITransport(app)
     async with (
         lifespan(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as api,
+        httpx2.AsyncClient(transport=transport, base_url="http://test") as api,
         asyncio.timeout(20),
     ):
         signal.raise_signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import pytest
 from starlette.authentication import AuthCredentials, AuthenticationBackend, SimpleUser
 from starlette.middleware.authentication import AuthenticationMiddleware
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
 
-def update(api: httpx.Client, status: str, **headers: str) -> httpx.Response:
+def update(api: httpx2.Client, status: str, **headers: str) -> httpx2.Response:
     """Change the status of the first incident."""
     params: dict[str, str | int] = {"incident_id": 1, "status": status}
     names = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -89,16 +89,16 @@ def test_an_entity_tag_guards_a_change(serve: Serve, urls: tuple[str, str | None
 
 
 @pytest.mark.parametrize("tag", ["1", '"a"', 'W/"1"', '"1", "2"', '""', '"0"', '"-1"', "**"])
-def test_an_invalid_entity_tag_is_refused(api: httpx.Client, tag: str) -> None:
+def test_an_invalid_entity_tag_is_refused(api: httpx2.Client, tag: str) -> None:
     """If-Match takes one strong tag from an answer, or a star."""
     answer = update(api, "failed", If_Match=tag)
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == ["expected_version"]
 
 
-def test_a_header_that_is_given_twice_is_refused(api: httpx.Client) -> None:
+def test_a_header_that_is_given_twice_is_refused(api: httpx2.Client) -> None:
     """A request with two keys is refused."""
-    headers = httpx.Headers([("Idempotency-Key", "a"), ("Idempotency-Key", "b")])
+    headers = httpx2.Headers([("Idempotency-Key", "a"), ("Idempotency-Key", "b")])
     answer = api.post("/incident/create", json=INCIDENT, headers=headers)
     assert answer.status_code == 422
     assert answer.json()["errors"] == [
@@ -143,7 +143,7 @@ def test_histories_and_notes(serve: Serve, urls: tuple[str, str | None]) -> None
     ("body", "field"),
     [({}, "note"), ({"note": " "}, "note"), ({"note": "x", "by": "me"}, "by"), ([], "body")],
 )
-def test_a_faulty_note_is_refused(api: httpx.Client, body: Any, field: str) -> None:
+def test_a_faulty_note_is_refused(api: httpx2.Client, body: Any, field: str) -> None:
     """A note is an object with one text field."""
     answer = api.post("/incident/note/1", json=body)
     assert answer.status_code == 422
@@ -195,7 +195,7 @@ async def test_concurrent_requests_keep_their_actors() -> None:
     app = AuthenticationMiddleware(create_app(client), backend=ByHeader())
     async with (
         client,
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as api,
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://service") as api,
     ):
         users = [f"user {number}" for number in range(20)]
         answers = await asyncio.gather(

@@ -37,10 +37,12 @@ def open_engine(url: URL, options: StoreOptions) -> Engine:
     engine = create_engine(
         url.set(drivername="sqlite"),
         isolation_level="AUTOCOMMIT",
-        # A database in memory has one connection: a rollback would end the work of every caller.
-        skip_autocommit_rollback=True,
         pool_reset_on_return=None,
-        connect_args={"timeout": options.statement_timeout, "check_same_thread": False},
+        connect_args={
+            "timeout": options.statement_timeout,
+            "check_same_thread": False,
+            "factory": _Connection,
+        },
         hide_parameters=True,
         poolclass=StaticPool if memory else QueuePool,
         # One connection more, for the writer.
@@ -50,6 +52,17 @@ def open_engine(url: URL, options: StoreOptions) -> Engine:
     if options.echo:
         event.listen(engine, "before_cursor_execute", _log_statement)
     return engine
+
+
+class _Connection(sqlite3.Connection):
+    """A connection that only a statement rolls back.
+
+    SQLAlchemy calls ``rollback`` when a connection is returned. A database in memory has one
+    connection, so that call would end the transaction of another caller.
+    """
+
+    def rollback(self) -> None:
+        """Do nothing: SQLAlchemy 2.0 has no option that leaves this call out."""
 
 
 def _prepare_connection(connection: Any, _: object) -> None:
