@@ -108,7 +108,10 @@ class Session:
 
     async def _abandon(self, owner: _Owner) -> None:
         """Release what was left open on an event loop that has ended."""
-        for part in (self._store, self._cache) if owner.left_open else ():
+        if not owner.left_open:
+            return
+        parts: tuple[object, ...] = (self._store, self._cache)
+        for part in parts:
             if isinstance(part, Abandonable):
                 # A statement that is still running in a thread has to end first.
                 await asyncio.to_thread(part.abandon)
