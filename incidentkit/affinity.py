@@ -16,7 +16,15 @@ from weakref import WeakSet
 
 from incidentkit.domain.errors import WrongEventLoop
 
-__all__ = ["Abandonable", "Affinity", "check_running_loop", "running_loop", "sever"]
+__all__ = [
+    "Abandonable",
+    "Affinity",
+    "Severable",
+    "check_running_loop",
+    "keep",
+    "running_loop",
+    "sever",
+]
 
 NO_LOOP: Final = (
     "No asyncio event loop is running here: incidentkit works with asyncio, not with trio"
@@ -37,6 +45,9 @@ OTHER_PROCESS: Final = (
 
 _FORKED: Final = object()
 """Stands for the event loop of the process that this one was forked from."""
+
+_inherited: Final[list[object]] = []
+"""What that process has open. Finalizers here would close it there."""
 
 
 class Affinity:
@@ -93,6 +104,9 @@ class Affinity:
 
     def fork(self) -> None:
         """Note that this process was forked from the one with the event loop."""
+        if self.forked:
+            return
+        keep(self.loop)
         self.loop = _FORKED
         if self.on_fork is not None:
             self.on_fork()
@@ -112,13 +126,26 @@ if hasattr(os, "register_at_fork"):
 
 @runtime_checkable
 class Abandonable(Protocol):
-    """A store or a cache that can be opened again although its event loop has ended."""
+    """A store or a cache that a client can leave behind on an event loop that has ended."""
 
     def abandon(self) -> None:
         """Release what is open without its event loop, which is closed or in another process.
 
-        May block; the client calls it in a thread. Must not raise.
+        May block: the client calls it in a thread.
         """
+
+
+@runtime_checkable
+class Severable(Protocol):
+    """A cache that can disconnect from what a parent process has open."""
+
+    def sever(self) -> None:
+        """Disconnect this process, without the event loop and without a word to the server."""
+
+
+def keep(inherited: object) -> None:
+    """Keep what a parent process has open from being finalized while this process runs."""
+    _inherited.append(inherited)
 
 
 def check_running_loop() -> AbstractEventLoop:
@@ -136,15 +163,13 @@ def check_running_loop() -> AbstractEventLoop:
 def sever(transport: Any) -> None:
     """Disconnect this process from the socket of a transport, without the event loop.
 
-    The descriptor is replaced by one of the null device. So whatever uses the transport later, such
-    as a finalizer, reaches neither the server nor the event loop of a parent process.
+    The descriptor is replaced by one of the null device. What uses the transport later, such as a
+    finalizer, then reaches neither the server nor the event loop of a parent process.
 
     Args:
         transport: A transport of any event loop; None: there is nothing to do.
     """
-    if transport is None or transport.is_closing():
-        return
-    socket = transport.get_extra_info("socket")
+    socket = None if transport is None else transport.get_extra_info("socket")
     descriptor = -1 if socket is None else socket.fileno()
     if descriptor < 0:
         return

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from incidentkit.affinity import Abandonable, Affinity, running_loop
+from incidentkit.affinity import Abandonable, Affinity, Severable, running_loop
 from incidentkit.cache.base import IncidentCache
 from incidentkit.cache.pages import PageCache
 from incidentkit.domain.errors import CacheUnavailable, ClientClosed
@@ -78,6 +78,9 @@ class Session:
             WrongEventLoop: If it is another event loop that has not ended.
         """
         new = _Owner(Affinity())
+        cache: object = self._cache
+        if isinstance(cache, Severable):
+            new.affinity.on_fork = cache.sever
         # Nothing is called in between: other threads may open the session at the same time.
         if self._owner is None:
             self._owner = new

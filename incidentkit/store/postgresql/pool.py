@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import asyncpg
 from sqlalchemy import Executable
 
-from incidentkit.affinity import Affinity, running_loop
+from incidentkit.affinity import Affinity, keep, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.connection import NOT_RUN, PostgresConnection
@@ -79,8 +79,11 @@ class PoolExecutor:
     def abandon(self) -> None:
         """Disconnect from the server without the event loop."""
         connections, self._connections, self._writing = self._connections, None, None
-        if connections is not None:
-            connections.sever()
+        if connections is None or self._affinity is None:
+            return
+        connections.sever()
+        if self._affinity.forked:
+            keep(connections)
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, again on another."""

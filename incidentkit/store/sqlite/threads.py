@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
-from incidentkit.affinity import Affinity, running_loop
+from incidentkit.affinity import Affinity, keep, running_loop
 from incidentkit.batching import Batcher
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
 from incidentkit.store.executor import Fetch, Rows, Work
@@ -96,7 +96,7 @@ class ThreadsExecutor:
         if threads is None or self._affinity is None:
             return
         if self._affinity.forked:
-            _INHERITED.append(threads)
+            keep(threads)
         else:
             threads.shut_down()
 
@@ -232,10 +232,6 @@ class _Threads:
     def _lend(self, work: Callable[[Connection], _T]) -> _T:
         with self._engine.connect() as connection:
             return work(connection)
-
-
-_INHERITED: Final[list[_Threads]] = []
-"""What a parent process had open: its connections, and threads that do not run in this process."""
 
 
 def _transact(connection: Connection, given: Sequence[_Write]) -> list[Any]:
