@@ -25,6 +25,7 @@ from incidentkit.batching import Batcher
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
+from incidentkit.store.sql.rows import unreadable_row
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
 from incidentkit.store.sqlite.errors import is_stale_schema, translate_error
 from incidentkit.store.sqlite.file import open_engine, probe
@@ -307,4 +308,7 @@ def _fetch(connection: Connection, statement: Executable, values: Mapping[str, A
         if not is_stale_schema(error):
             raise
         result = connection.execute(statement, values)
-    return result.all() if result.returns_rows else ()
+    try:
+        return result.all() if result.returns_rows else ()
+    except (TypeError, ValueError) as error:
+        raise unreadable_row() from error
