@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StoreUnavailable,
         UnknownCursor,
         VersionConflict,
+        WrongEventLoop,
     )
     from incidentkit.domain.queries import ListQuery
     from incidentkit.domain.values import (
@@ -67,6 +68,7 @@ else:
                 "StoreUnavailable",
                 "UnknownCursor",
                 "VersionConflict",
+                "WrongEventLoop",
             ),
             "incidentkit.domain.queries": ("ListQuery",),
             "incidentkit.domain.values": (
@@ -117,6 +119,7 @@ __all__ = [
     "StoreUnavailable",
     "UnknownCursor",
     "VersionConflict",
+    "WrongEventLoop",
     "__version__",
     "acting_as",
 ]

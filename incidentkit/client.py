@@ -104,8 +104,9 @@ class IncidentClient(Incidents):
             names an unknown status.
 
     Every method raises :class:`~incidentkit.StoreUnavailable` if the database cannot be reached
-    or does not answer in time; a failing cache is never an error. A write runs to completion even
-    if its caller is cancelled.
+    or does not answer in time; a failing cache is never an error. On another event loop, in another
+    thread or after a fork, every method raises :class:`~incidentkit.WrongEventLoop` and does
+    nothing. A write runs to completion even if its caller is cancelled.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class IncidentClient(Incidents):
 
     @property
     def connected(self) -> bool:
-        """Whether the client is open."""
+        """Whether the client is open, on an event loop of this process that has not ended."""
         return self._session is not None and self._session.connected
 
     @property
@@ -224,21 +225,29 @@ class IncidentClient(Incidents):
         Raises:
             SchemaOutOfDate: With the command to run. An outdated SQLite file is upgraded instead.
             CacheUnavailable: If the cache does not answer, and is required.
+            WrongEventLoop: If the client is open on another event loop that has not ended, or no
+                event loop of asyncio is running.
         """
         if self._session is None:
-            self._session = new_session(
+            session = new_session(
                 self.store,
                 self._cache,
                 cache_required=self._cache_required,
                 max_staleness=self._max_staleness,
             )
-            self._transactions = self._session
+            # Another thread may have been faster while modules were loaded.
+            if self._session is None:
+                self._session = self._transactions = session
         await self._session.open()
 
     async def close(self) -> None:
         """Wait for running writes, then release every connection; once closed, do nothing.
 
-        A running read finishes or raises :class:`~incidentkit.ClientClosed`.
+        A running read finishes or raises :class:`~incidentkit.ClientClosed`. Where the event loop
+        that opened the client has ended, or in a forked process, only release the connections.
+
+        Raises:
+            WrongEventLoop: If the client is open on another event loop that has not ended.
         """
         if self._session is None:
             await self.store.close()

@@ -7,8 +7,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from attrs import frozen
-
+from incidentkit.affinity import Abandonable, Affinity, Severable, running_loop
 from incidentkit.cache.base import IncidentCache
 from incidentkit.cache.pages import PageCache
 from incidentkit.domain.errors import CacheUnavailable, ClientClosed
@@ -24,7 +23,8 @@ logger = logging.getLogger("incidentkit")
 class Session:
     """Opens and closes the parts of a client, and runs its writes to completion.
 
-    It can be opened again once closed, also on another event loop.
+    It can be opened again once closed, also on another event loop. Once its event loop has ended,
+    or in a forked process, it can be opened again without having been closed.
 
     Args:
         store: Where incidents are kept.
@@ -47,24 +47,78 @@ class Session:
         self._max_staleness = max_staleness
         self._pages: PageCache | None = None
         self._feed: ChangeFeed | None = None
-        self._opening = asyncio.Lock()
         self._writes: set[asyncio.Task[Any]] = set()
-        self.connected = False
+        self._open = False
+        # None: nothing is open.
+        self._owner: _Owner | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the session is open, on an event loop that has not ended."""
+        return self._open and self._owner is not None and not self._owner.affinity.ended
 
     async def open(self) -> None:
-        """Open the store and ping the cache; if the session is already open, do nothing."""
-        async with self._opening:
-            if self.connected:
-                return
-            self._pages = PageCache(self._store, self._cache, max_staleness=self._max_staleness)
-            self._feed = ChangeFeed(self._store)
-            try:
-                await self._store.open()
-                await self._ping_cache(self._pages)
-            except BaseException:
-                await self._close()
-                raise
-            self.connected = True
+        """Open the store and ping the cache; if the session is already open, do nothing.
+
+        Raises:
+            WrongEventLoop: If the session is open on another event loop.
+        """
+        while True:
+            owner = self._own()
+            async with owner.opening:
+                # Otherwise the session was closed meanwhile.
+                if owner is self._owner:
+                    await self._open_parts(owner)
+                    return
+
+    def _own(self) -> _Owner:
+        """Return the owner of what is open: the running event loop.
+
+        Raises:
+            WrongEventLoop: If it is another event loop that has not ended.
+        """
+        new = _Owner(Affinity())
+        cache: object = self._cache
+        if isinstance(cache, Severable):
+            new.affinity.on_fork = cache.sever
+        # Nothing is called in between: other threads may open the session at the same time.
+        if self._owner is None:
+            self._owner = new
+        owner = self._owner
+        if owner.affinity.here:
+            return owner
+        owner.affinity.check_free()
+        new.left_open = True
+        self._owner = new
+        self._open = False
+        self._feed = self._pages = None
+        self._writes = set()
+        return new
+
+    async def _open_parts(self, owner: _Owner) -> None:
+        if self._open:
+            return
+        await self._abandon(owner)
+        self._pages = PageCache(self._store, self._cache, max_staleness=self._max_staleness)
+        self._feed = ChangeFeed(self._store)
+        try:
+            await self._store.open()
+            await self._ping_cache(self._pages)
+        except BaseException:
+            await self._close()
+            raise
+        self._open = True
+
+    async def _abandon(self, owner: _Owner) -> None:
+        """Release what was left open on an event loop that has ended."""
+        if not owner.left_open:
+            return
+        parts: tuple[object, ...] = (self._store, self._cache)
+        for part in parts:
+            if isinstance(part, Abandonable):
+                # A statement that is still running in a thread has to end first.
+                await asyncio.to_thread(part.abandon)
+        owner.left_open = False
 
     async def _ping_cache(self, pages: PageCache) -> None:
         try:
@@ -74,14 +128,23 @@ class Session:
                 raise
 
     async def close(self) -> None:
-        """Wait for running writes, then release every connection; once closed, do nothing."""
-        async with self._opening:
-            await self._close()
-        # The next opening may be on another event loop.
-        self._opening = asyncio.Lock()
+        """Wait for running writes, then release every connection; once closed, do nothing.
+
+        Raises:
+            WrongEventLoop: If the session is open on another event loop that has not ended.
+        """
+        if self._owner is None:
+            return
+        owner = self._own()
+        async with owner.opening:
+            if owner.left_open:
+                await self._abandon(owner)
+                self._owner = None
+            elif owner is self._owner:
+                await self._close()
 
     async def _close(self) -> None:
-        self.connected = False
+        self._open = False
         if self._feed is not None:
             self._feed.close()
         if self._writes:
@@ -93,7 +156,7 @@ class Session:
         if self._pages is not None:
             await self._pages.close()
         # Not earlier, so that a cancelled close can be repeated.
-        self._feed = self._pages = None
+        self._feed = self._pages = self._owner = None
 
     @property
     def cache_available(self) -> bool | None:
@@ -106,9 +169,9 @@ class Session:
 
         Raises:
             ClientClosed: If the client is not open.
+            WrongEventLoop: If it is open on another event loop.
         """
-        if not self.connected:
-            raise ClientClosed
+        self._check()
         return self._store
 
     @property
@@ -117,8 +180,10 @@ class Session:
 
         Raises:
             ClientClosed: If the client is not open.
+            WrongEventLoop: If it is open on another event loop.
         """
-        if not self.connected or self._pages is None:
+        self._check()
+        if self._pages is None:
             raise ClientClosed
         return self._pages
 
@@ -128,8 +193,10 @@ class Session:
 
         Raises:
             ClientClosed: If the client is not open.
+            WrongEventLoop: If it is open on another event loop.
         """
-        if not self.connected or self._feed is None:
+        self._check()
+        if self._feed is None:
             raise ClientClosed
         return self._feed
 
@@ -138,8 +205,20 @@ class Session:
 
         Raises:
             ClientClosed: If the client is not open.
+            WrongEventLoop: If it is open on another event loop.
         """
-        return HostTransaction(self.store.join(connection))
+        affinity = self._check()
+        return HostTransaction(self._store.join(connection), affinity)
+
+    def _check(self) -> Affinity:
+        """Return where the session is open; raise unless that is the running event loop."""
+        owner = self._owner
+        if not self._open or owner is None:
+            raise ClientClosed
+        affinity = owner.affinity
+        if affinity.loop is not running_loop():
+            raise affinity.error()
+        return affinity
 
     def once(self, idempotency_key: str, verb: str, parameters: Parameters) -> Idempotency:
         """Return the idempotency key of a write, with the fingerprint of its parameters."""
@@ -167,15 +246,45 @@ class Session:
                 self._pages.forget()
 
 
-@frozen
+class _Owner:
+    """The event loop on which a session is open.
+
+    Args:
+        affinity: The event loop.
+
+    Attributes:
+        opening: Held while the session is opened or closed.
+        left_open: Whether the parts are still open on another event loop, which has ended.
+    """
+
+    def __init__(self, affinity: Affinity) -> None:
+        self.affinity = affinity
+        self.opening = asyncio.Lock()
+        self.left_open = False
+
+
 class HostTransaction:
     """The transaction of a host's connection, which ends when the host ends it.
 
-    Attributes:
+    Args:
         store: The operations on that connection.
+        affinity: The event loop of the connection.
     """
 
-    store: StoreOperations
+    def __init__(self, store: StoreOperations, affinity: Affinity) -> None:
+        self._store = store
+        self._affinity = affinity
+
+    @property
+    def store(self) -> StoreOperations:
+        """The operations on that connection.
+
+        Raises:
+            WrongEventLoop: If it belongs to another event loop.
+        """
+        if self._affinity.loop is not running_loop():
+            raise self._affinity.error()
+        return self._store
 
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
         """Run an operation of the store that writes."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from asyncio import Semaphore
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -20,6 +21,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from incidentkit.affinity import keep, sever
 from incidentkit.batching import Batcher
 from incidentkit.cache.base import INDEX_KEY
 from incidentkit.domain.errors import InvalidSettings
@@ -146,6 +148,20 @@ class RedisCache:
                     closing.push_async_callback(closer)
         finally:
             self._use(*self._open())
+
+    def abandon(self) -> None:
+        """Disconnect the cache's own connections without their event loop, which has ended."""
+        self._disconnect()
+        self._use(*self._open())
+
+    def sever(self) -> None:
+        """Disconnect this process, which was forked, from the cache's own connections."""
+        self._disconnect()
+        keep(self._redis)
+
+    def _disconnect(self) -> None:
+        for transport in _transports(self._redis) if self._closers else ():
+            sever(transport)
 
     async def _get_all(self, keys: Sequence[str]) -> Sequence[bytes | None]:
         if isinstance(self._redis, RedisCluster):
@@ -286,6 +302,19 @@ def _open_sentinel(redis_url: str) -> _Opened:
     sentinel = Sentinel(hosts, sentinel_kwargs=shared | account)  # type: ignore[no-untyped-call]
     redis = sentinel.master_for(unquote(service), connection_pool_class=_SentinelPool, **options)
     return redis, (redis.aclose, *(each.aclose for each in sentinel.sentinels))
+
+
+def _transports(redis: Redis | RedisCluster) -> Iterator[Any]:
+    """Yield the transports of a client's connections, for which redis-py has no public names."""
+    if isinstance(redis, RedisCluster):
+        found = [getattr(node, "_connections", ()) for node in redis.get_nodes()]
+    else:
+        names = ("_available_connections", "_in_use_connections")
+        found = [getattr(redis.connection_pool, name, ()) for name in names]
+    for connection in chain.from_iterable(found):
+        writer = getattr(connection, "_writer", None)
+        if writer is not None:
+            yield writer.transport
 
 
 def _options_of_hosts(redis_url: str, *, port: int) -> tuple[list[tuple[str, int]], dict[str, Any]]:

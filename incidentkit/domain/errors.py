@@ -13,6 +13,7 @@
     ├── UnknownCursor        (also a LookupError)
     ├── NotInTransaction
     ├── ClientClosed
+    ├── WrongEventLoop
     ├── InvalidSettings      (also a ValueError)
     ├── MissingDependency    (also an ImportError)
     ├── CacheUnavailable
@@ -175,6 +176,23 @@ class ClientClosed(IncidentKitError):
 
     def __str__(self) -> str:
         return "The client is not open: use `async with client:`, or await client.connect() first"
+
+
+class WrongEventLoop(IncidentKitError):
+    """The client was opened on another event loop, in another thread, or before a fork.
+
+    Nothing was read or written, and the client goes on working where it was opened.
+
+    Attributes:
+        reason: Where the client was opened, and what to do instead.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class InvalidSettings(IncidentKitError, ValueError):

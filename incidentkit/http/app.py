@@ -85,12 +85,13 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
         StoreUnavailable: If the database cannot be reached.
         SchemaOutOfDate: With the command to run.
         CacheUnavailable: If the cache is required and does not answer.
+        WrongEventLoop: If the client is open on another event loop.
     """
     if not isinstance(app, Service):
         raise TypeError("lifespan() needs an app of create_app()")
     connects = not app.client.connected
-    if connects:
-        await app.client.connect()
+    # A client that is open on another event loop is refused now, not with each request.
+    await app.client.connect()
     try:
         # Listen even without a reader: one may come right after the signal.
         with on_stop_signal(lambda: None):

@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Executable
 
+from incidentkit.affinity import Affinity
+
 _T = TypeVar("_T")
 
 Rows: TypeAlias = Sequence[Any]
@@ -22,7 +24,8 @@ class Executor(Protocol):
     """Runs statements on one kind of connection.
 
     Every method raises :class:`~incidentkit.ClientClosed` before :meth:`open` and after
-    :meth:`close`, and otherwise only errors of incidentkit: a driver's exception is their cause.
+    :meth:`close`, :class:`~incidentkit.WrongEventLoop` on another event loop than that of the
+    opening, and otherwise only errors of incidentkit: a driver's exception is their cause.
 
     Attributes:
         in_host_transaction: Whether statements run in a transaction that the host began. A
@@ -52,11 +55,18 @@ class Executor(Protocol):
 class OwnExecutor(Executor, Protocol):
     """Runs statements on connections that a store opens, or takes from a host's pool."""
 
-    async def open(self) -> None:
-        """Get ready to connect; on SQLite, raise if the file cannot be opened."""
+    async def open(self, affinity: Affinity) -> None:
+        """Get ready to connect; on SQLite, raise if the file cannot be opened.
+
+        Args:
+            affinity: Where the executor is opened.
+        """
 
     async def close(self) -> None:
         """Wait for running statements, and release every connection."""
+
+    def abandon(self) -> None:
+        """Release every connection without the event loop, which has ended; may block."""
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""

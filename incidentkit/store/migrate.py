@@ -1,5 +1,8 @@
 """Migrate the schema, with the Alembic scripts in ``migrations``.
 
+Alembic blocks the event loop that it runs on. A migration therefore runs in a thread, on an event
+loop of its own.
+
 Alembic keeps its context in module globals, so only one migration runs at a time in a process.
 Across processes, the transaction of a migration holds a lock from its start (see
 ``migrations/env.py``).
@@ -9,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -22,6 +27,7 @@ from sqlalchemy import Connection, NullPool, String, column, event, inspect, sel
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store.database import database_kind
 from incidentkit.store.postgresql.driver import asyncpg_dsn, unreadable_url
@@ -112,7 +118,7 @@ async def upgrade(database_url: str, revision: str = "head") -> None:
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _migrate(migration_engine(database_url), partial(_upgrade, revision))
+    await _in_thread(partial(_migrate_at, database_url, partial(_upgrade, revision)))
 
 
 async def downgrade(database_url: str, revision: str = "-1") -> None:
@@ -126,7 +132,7 @@ async def downgrade(database_url: str, revision: str = "-1") -> None:
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _migrate(migration_engine(database_url), partial(_run, command.downgrade, revision))
+    await _in_thread(partial(_migrate_at, database_url, partial(_run, command.downgrade, revision)))
 
 
 async def current(database_url: str) -> str | None:
@@ -135,7 +141,7 @@ async def current(database_url: str) -> str | None:
     Raises:
         StoreUnavailable: If the database cannot be reached.
     """
-    return await _migrate(migration_engine(database_url), current_revision)
+    return await _in_thread(partial(_migrate_at, database_url, current_revision))
 
 
 async def check(database_url: str) -> None:
@@ -149,7 +155,10 @@ async def check(database_url: str) -> None:
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
-    """Create the schema in the SQLite database in memory of an engine's one connection."""
+    """Create the schema in the SQLite database in memory of an engine's one connection.
+
+    This runs on the event loop of that connection, and blocks it.
+    """
     await _migrate(engine, partial(_run, command.upgrade, "head"), dispose=False)
 
 
@@ -246,6 +255,39 @@ def _run(run: Callable[[Config, str], None], revision: str, connection: Connecti
     except AssertionError as error:
         # Alembic raises it for a revision such as "@" or "head+1".
         raise InvalidSettings("revision", "cannot be reached") from error
+
+
+async def _in_thread(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """Run a coroutine in a thread, on an event loop of its own.
+
+    If the caller is cancelled, the coroutine is cancelled and awaited.
+    """
+    check_running_loop()
+    cancelling: Future[Callable[[], object]] = Future()
+
+    async def run() -> _T:
+        task = asyncio.ensure_future(work())
+        cancelling.set_result(partial(task.get_loop().call_soon_threadsafe, task.cancel))
+        return await task
+
+    running = asyncio.ensure_future(asyncio.to_thread(lambda: asyncio.run(run())))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        cancelling.add_done_callback(_cancel)
+        with suppress(Exception, asyncio.CancelledError):
+            await running
+        raise
+
+
+def _cancel(cancelling: Future[Callable[[], object]]) -> None:
+    # The loop is closed if the work has ended meanwhile.
+    with suppress(RuntimeError):
+        cancelling.result()()
+
+
+async def _migrate_at(database_url: str, work: Callable[[Connection], _T]) -> _T:
+    return await _migrate(migration_engine(database_url), work)
 
 
 async def _migrate(

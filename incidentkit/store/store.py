@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Executable
 
+from incidentkit.affinity import Affinity
 from incidentkit.domain.errors import SchemaOutOfDate
 from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.dialect import Dialect
@@ -46,16 +48,20 @@ class Store(Records):
         self._share = share
         self._new_turns = turns
         self._upgrade = upgrade
+        # Where the store is open; None: it is closed.
+        self._affinity: Affinity | None = None
 
     async def open(self) -> None:
         """Connect, and check the schema or bring it up to date."""
+        await self._leave_ended_loop()
+        self._affinity = Affinity()
         # New for each opening: the next one may be on another event loop, or find another database
         # at the same address.
         self._sharing = None if self._share is None else self._share()
         self._turns = None if self._new_turns is None else self._new_turns()
         self._bookmarks = Bookmarks()
         try:
-            await self._connections.open()
+            await self._connections.open(self._affinity)
             await self._check_or_upgrade()
             await self.check_order()
         except BaseException:
@@ -77,7 +83,21 @@ class Store(Records):
 
     async def close(self) -> None:
         """Wait for running calls, and release every connection; once closed, do nothing."""
+        await self._leave_ended_loop()
         await self._connections.close()
+        self._affinity = None
+
+    def abandon(self) -> None:
+        """Release every connection without the event loop, which has ended."""
+        self._connections.abandon()
+        self._affinity = None
+
+    async def _leave_ended_loop(self) -> None:
+        affinity = self._affinity
+        if affinity is not None and not affinity.here:
+            affinity.check_free()
+            # A statement that is still running in a thread has to end first.
+            await asyncio.to_thread(self.abandon)
 
     async def check(self) -> None:
         """Raise unless the database answers and has the schema that this version works on."""

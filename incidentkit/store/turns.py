@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from incidentkit.affinity import Affinity, running_loop
 from incidentkit.domain.errors import StoreUnavailable
 from incidentkit.store.share import Share
 
@@ -33,13 +34,19 @@ class Turns:
         )
         # The keys that are taken, each with the calls that wait for it.
         self._waiting: dict[Key, deque[asyncio.Future[None]]] = {}
+        self._affinity = Affinity()
 
     def __call__(self, keys: Sequence[Key]) -> Turn:
         """Return the turn of a call, to be awaited with ``async with``.
 
         Args:
             keys: What the call may lock. Calls name keys that they share in the same order.
+
+        Raises:
+            WrongEventLoop: On another event loop than that of the other calls.
         """
+        if self._affinity.loop is not running_loop():
+            raise self._affinity.error()
         return Turn(self, keys)
 
     async def take(self, key: Key) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,8 @@ def _file_store(
     executor = ThreadsExecutor(url, options)
 
     async def upgrade() -> None:
-        migrations = load_migrations()
+        # In a thread: Alembic takes long to load.
+        migrations = await asyncio.to_thread(load_migrations)
         if url.database in MEMORY:
             await executor.run(migrations.upgrade_connection)
         else:
@@ -67,7 +69,8 @@ def _engine_store(engine: AsyncEngine, load_migrations: Callable[[], Migrations]
     url = file_url(engine)
 
     async def upgrade() -> None:
-        migrations = load_migrations()
+        # In a thread: Alembic takes long to load.
+        migrations = await asyncio.to_thread(load_migrations)
         if url.database in MEMORY:
             await migrations.upgrade_memory(engine)
         else:

@@ -113,6 +113,9 @@ class HostPool:
         if self._returning:
             await asyncio.wait(self._returning)
 
+    def sever(self) -> None:
+        """Leave the connections to the host."""
+
     async def _acquire(self) -> PostgresConnection:
         try:
             return PostgresConnection(await self._pool.acquire(timeout=self._timeout))

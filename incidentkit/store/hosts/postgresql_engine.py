@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Executable
 
+from incidentkit.affinity import Affinity, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
@@ -40,14 +41,20 @@ class PostgresEngineExecutor:
         self._maximum = maximum
         self._timeout = timeout
         self._writing: Share | None = None
+        self._affinity: Affinity | None = None
 
-    async def open(self) -> None:
+    async def open(self, affinity: Affinity) -> None:
         """Accept statements."""
+        self._affinity = affinity
         self._writing = writing_share(self._maximum, self._timeout)
 
     async def close(self) -> None:
         """Accept no more statements."""
-        self._writing = None
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Accept no more statements."""
+        self._writing = self._affinity = None
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, once more on another."""
@@ -76,8 +83,10 @@ class PostgresEngineExecutor:
             await connection.execute(statement, rows)
 
     def _opened(self) -> Share:
-        if self._writing is None:
+        if self._writing is None or self._affinity is None:
             raise ClientClosed
+        if self._affinity.loop is not running_loop():
+            raise self._affinity.error()
         return self._writing
 
     @asynccontextmanager

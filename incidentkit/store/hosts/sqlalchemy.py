@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from incidentkit.domain.errors import StoreError, StoreUnavailable
 from incidentkit.store.executor import Rows
+from incidentkit.store.sql.rows import unreadable_row
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -50,7 +51,10 @@ async def fetch_rows(
 ) -> Rows:
     """Run a statement on a connection of SQLAlchemy."""
     result = await connection.execute(statement, values)
-    return result.all() if result.returns_rows else ()
+    try:
+        return result.all() if result.returns_rows else ()
+    except (TypeError, ValueError) as error:
+        raise unreadable_row() from error
 
 
 def translate_sqlalchemy_error(error: Exception) -> StoreError | None:

@@ -12,6 +12,7 @@ from sqlalchemy import Executable, StaticPool
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
+from incidentkit.affinity import Affinity, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
@@ -50,13 +51,15 @@ class SqliteEngineExecutor:
         self._url = file_url(engine)
         self._host_engine = engine
         self._engine: AsyncEngine | None = None
+        self._affinity: Affinity | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._writing = asyncio.Lock()
         # Whether a host's transaction on the only connection can be detected.
         self._detects_transactions = False
 
-    async def open(self) -> None:
+    async def open(self, affinity: Affinity) -> None:
         """Get ready to connect, and look whether the file can be opened."""
+        self._affinity = affinity
         # Writers of one process queue here, which is fairer and faster than SQLite's polling. The
         # lock is new at each opening, which may be on another event loop.
         self._writing = asyncio.Lock()
@@ -74,6 +77,12 @@ class SqliteEngineExecutor:
         self._engine = None
         if self._running:
             await asyncio.wait(self._running)
+        self._affinity = None
+
+    def abandon(self) -> None:
+        """Use the engine no more."""
+        self._engine = self._affinity = None
+        self._running = set()
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads."""
@@ -134,6 +143,9 @@ class SqliteEngineExecutor:
 
     async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
         """Run work to completion, even if the caller is cancelled."""
+        if self._affinity is not None and self._affinity.loop is not running_loop():
+            work.close()
+            raise self._affinity.error()
         # In memory there is one connection, on which a read would see an unfinished write.
         alone = writes or self._url.database in MEMORY
         task = asyncio.ensure_future(self._in_turn(work) if alone else work)

@@ -14,6 +14,7 @@ import asyncpg
 from attrs import define
 from sqlalchemy import Executable
 
+from incidentkit.affinity import sever
 from incidentkit.domain.errors import StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.driver import Connection, compile_statement, fetch_rows
@@ -137,6 +138,10 @@ class PostgresConnection:
         with suppress(asyncpg.InterfaceError):  # It has left its pool.
             self.driver.terminate()
 
+    def sever(self) -> None:
+        """Disconnect this process from the server, without the event loop."""
+        sever(_transport(self.driver))
+
     async def _execute(self, command: str) -> str:
         start = time.perf_counter()
         tag = await self.driver.execute(command)
@@ -191,6 +196,11 @@ async def is_alive(driver: Any) -> bool:
     return False
 
 
+def _transport(driver: Any) -> Any:
+    # asyncpg has no public name for it.
+    return getattr(driver, "_transport", None)
+
+
 def _is_closed(driver: Any) -> bool:
     if hasattr(driver, "pgconn"):
         return bool(driver.closed)
@@ -208,8 +218,7 @@ def _has_unread(driver: Any) -> bool:
     if hasattr(driver, "pgconn"):
         socket = driver.pgconn.socket
     else:
-        # asyncpg has no public name for its socket.
-        transport = getattr(driver, "_transport", None)
+        transport = _transport(driver)
         socket = transport and transport.get_extra_info("socket")
     if socket is None:
         return False

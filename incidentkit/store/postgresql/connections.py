@@ -118,6 +118,11 @@ class OwnConnections:
             if self._tasks:
                 await asyncio.wait(self._tasks)
 
+    def sever(self) -> None:
+        """Disconnect this process from the server, without the event loop."""
+        for connection in self._open:
+            connection.sever()
+
     async def _open_one(self) -> PostgresConnection:
         """Open a connection in a place that was reserved."""
         try:

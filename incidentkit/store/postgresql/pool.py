@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import asyncpg
 from sqlalchemy import Executable
 
+from incidentkit.affinity import Affinity, keep, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.connection import NOT_RUN, PostgresConnection
@@ -40,6 +41,9 @@ class Connections(Protocol):
     async def close(self) -> None:
         """Wait for running calls as far as the time limit allows, and lend no more."""
 
+    def sever(self) -> None:
+        """Disconnect this process from what was opened, without the event loop."""
+
 
 class PoolExecutor:
     """Runs statements on connections of asyncpg.
@@ -56,10 +60,14 @@ class PoolExecutor:
         self._timeout = timeout
         self._connections: Connections | None = None
         self._writing: Share | None = None
+        self._affinity: Affinity | None = None
 
-    async def open(self) -> None:
+    async def open(self, affinity: Affinity) -> None:
         """Accept statements; the first one connects."""
+        self._affinity = affinity
         self._connections = self._new_connections()
+        # Otherwise finalizers would end the connections of the parent process.
+        affinity.on_fork = self._connections.sever
         self._writing = writing_share(self._connections.maximum, self._timeout)
 
     async def close(self) -> None:
@@ -67,6 +75,15 @@ class PoolExecutor:
         connections, self._connections, self._writing = self._connections, None, None
         if connections is not None:
             await connections.close()
+
+    def abandon(self) -> None:
+        """Disconnect from the server without the event loop."""
+        connections, self._connections, self._writing = self._connections, None, None
+        if connections is None or self._affinity is None:
+            return
+        connections.sever()
+        if self._affinity.forked:
+            keep(connections)
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, again on another."""
@@ -92,6 +109,7 @@ class PoolExecutor:
         await self._write(lambda connection: connection.driver.executemany(compiled.text, values))
 
     async def _write(self, call: Callable[[PostgresConnection], Awaitable[_T]]) -> _T:
+        self._opened()
         if self._writing is None:
             raise ClientClosed
         async with self._writing:
@@ -101,9 +119,7 @@ class PoolExecutor:
         self, call: Callable[[PostgresConnection], Awaitable[_T]], *, resend: bool = False
     ) -> _T:
         """Run a call on a connection, and translate exceptions."""
-        connections = self._connections
-        if connections is None:
-            raise ClientClosed
+        connections = self._opened()
         left = connections.maximum
         while True:
             try:
@@ -126,3 +142,10 @@ class PoolExecutor:
             else:
                 await connections.put(connection)
                 return done
+
+    def _opened(self) -> Connections:
+        if self._connections is None or self._affinity is None:
+            raise ClientClosed
+        if self._affinity.loop is not running_loop():
+            raise self._affinity.error()
+        return self._connections

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable
 
 import incidentkit.store.postgresql.statements as sql
+from incidentkit.affinity import Affinity, running_loop
 from incidentkit.batching import Batcher
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import StoreError
@@ -32,6 +33,9 @@ from incidentkit.store.sql.statements import (
     page_statement,
     page_values,
 )
+
+_I = TypeVar("_I")
+_T = TypeVar("_T")
 
 BATCH: Final = 100
 """Maximum number of calls that share a statement."""
@@ -67,26 +71,36 @@ class PostgresSharing:
         self._lists = Batcher(self._list_all, size=PAGES)
         self._creates = Batcher(self._create_all, size=BATCH)
         self._updates = Batcher(self._update_all, size=BATCH)
+        self._affinity = Affinity()
 
     def get(self, incident_id: int) -> Awaitable[Incident | None]:
         """Read one incident."""
-        return self._gets(incident_id)
+        return self._share(self._gets, incident_id)
 
     def list(self, query: ListQuery) -> Awaitable[Page] | None:
         """Read one page, unless it is too large, or lies too deep, to be read with others."""
         if query.limit > SMALL or query.offset + query.limit > DEEP:
             return None
-        return self._lists(query)
+        return self._share(self._lists, query)
 
     def create(self, incident: NewIncident, actor: str | None) -> Awaitable[Incident | None] | None:
         """Store one incident, unless it has a deduplication key."""
-        return None if incident.dedup_key is not None else self._creates((incident, actor))
+        if incident.dedup_key is not None:
+            return None
+        return self._share(self._creates, (incident, actor))
 
     def update_status(
         self, change: StatusChange, transitions: Transitions, actor: str | None
     ) -> Awaitable[Incident | None] | None:
         """Change one status, unless it is a change back to ``new``."""
-        return None if change.status is OPEN else self._updates((change, transitions, actor))
+        if change.status is OPEN:
+            return None
+        return self._share(self._updates, (change, transitions, actor))
+
+    def _share(self, batcher: Batcher[_I, _T], item: _I) -> Awaitable[_T]:
+        if self._affinity.loop is not running_loop():
+            raise self._affinity.error()
+        return batcher(item)
 
     async def _get_all(self, ids: Sequence[int]) -> Sequence[Incident | StoreError | None]:
         if len(ids) == 1:

@@ -59,6 +59,11 @@ _CREATED_AT: Final = INCIDENT_COLUMNS.index("created_at")
 _LAST_SEEN_AT: Final = INCIDENT_COLUMNS.index("last_seen_at")
 
 
+_UNREADABLE: Final = "a row holds what no incident can have"
+_UNREADABLE_EVENT: Final = "a row holds what no event can have"
+_OTHER_STATEMENT: Final = "it answered with the rows of another statement"
+
+
 class UtcDateTime(TypeDecorator[datetime]):
     """An aware time in UTC; SQLite holds it as the text ``YYYY-MM-DD HH:MM:SS``."""
 
@@ -85,22 +90,32 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC)
 
 
+def unreadable_row() -> StoreError:
+    """Return the error for a row whose values cannot be read; nothing else may raise it.
+
+    Raise it with the cause: ``raise unreadable_row() from error``.
+    """
+    return StoreError(_UNREADABLE)
+
+
 def read_incident(row: Sequence[Any]) -> Incident:
     """Return the incident at the start of a row.
 
     Raises:
         StoreError: If an incident cannot have these values: the schema has been changed.
     """
+    values = list(row[: len(INCIDENT_COLUMNS)])
+    if len(values) < len(INCIDENT_COLUMNS):
+        raise StoreError(_OTHER_STATEMENT)
     try:
-        values = list(row[: len(INCIDENT_COLUMNS)])
         for column, members in _ENUMS:
             values[column] = members[values[column]]
         # Null until the incident was reported again.
         if values[_LAST_SEEN_AT] is None:
             values[_LAST_SEEN_AT] = values[_CREATED_AT]
         return Incident(*values)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise StoreError("a row holds what no incident can have") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise unreadable_row() from error
 
 
 def read_event(row: Sequence[Any]) -> IncidentEvent:
@@ -109,8 +124,10 @@ def read_event(row: Sequence[Any]) -> IncidentEvent:
     Raises:
         StoreError: If an event cannot have these values: the schema has been changed.
     """
+    if len(row) != len(EVENT_COLUMNS):
+        raise StoreError(_OTHER_STATEMENT)
+    transaction_id, event_id, nonce, incident_id, kind, from_status, to_status, *others = row
     try:
-        transaction_id, event_id, nonce, incident_id, kind, from_status, to_status, *others = row
         return IncidentEvent(
             encode_cursor(transaction_id, event_id, nonce, incident_id),
             incident_id,
@@ -120,7 +137,7 @@ def read_event(row: Sequence[Any]) -> IncidentEvent:
             *others,
         )
     except (AttributeError, TypeError, ValueError, struct.error) as error:
-        raise StoreError("a row holds what no event can have") from error
+        raise StoreError(_UNREADABLE_EVENT) from error
 
 
 def read_page(rows: Sequence[Any]) -> Page:
@@ -129,6 +146,8 @@ def read_page(rows: Sequence[Any]) -> Page:
     Raises:
         StoreError: When its incidents are used, if an incident cannot have the values of a row.
     """
+    if not rows or len(rows[0]) <= TOKEN:
+        raise StoreError(_OTHER_STATEMENT)
     token = rows[0][TOKEN]
     found = [row[:TOKEN] for row in rows if row[_INCIDENT_ID] is not None]
     return Page(partial(_read_incidents, found), token, partial(_encode_incidents, found))
@@ -142,4 +161,4 @@ def _encode_incidents(rows: Sequence[Any]) -> bytes:
     try:
         return encode_rows(rows)
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError("a row holds what no incident can have") from error
+        raise unreadable_row() from error

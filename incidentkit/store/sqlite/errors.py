@@ -34,8 +34,6 @@ def translate_error(error: Exception) -> StoreError:
         return StoreUnavailable("it did not answer in time")
     if isinstance(error, PoolTimeoutError):
         return StoreUnavailable("no connection became free in time")
-    if isinstance(error, (TypeError, ValueError)):
-        return StoreError("a row holds what no incident can have")
     cause = error.orig if isinstance(error, DBAPIError) else None
     code = getattr(cause, "sqlite_errorcode", 0) & PRIMARY_CODE
     if code == sqlite3.SQLITE_ERROR and "no such" in str(cause):

@@ -20,10 +20,12 @@ from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
+from incidentkit.affinity import Affinity, keep, running_loop
 from incidentkit.batching import Batcher
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
+from incidentkit.store.sql.rows import unreadable_row
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
 from incidentkit.store.sqlite.errors import is_stale_schema, translate_error
 from incidentkit.store.sqlite.file import open_engine, probe
@@ -62,9 +64,10 @@ class ThreadsExecutor:
         self._options = options
         self._patience = options.pool_timeout + options.statement_timeout
         self._threads: _Threads | None = None
+        self._affinity: Affinity | None = None
         self._closing = False
 
-    async def open(self) -> None:
+    async def open(self, affinity: Affinity) -> None:
         """Open the file, and create it if it does not exist."""
         memory = self._url.database in MEMORY
         try:
@@ -73,6 +76,7 @@ class ThreadsExecutor:
         except DBAPIError as error:
             raise translate_error(error) from error
         self._closing = False
+        self._affinity = affinity
         self._threads = _Threads(open_engine(self._url, self._options), self._options, one=memory)
 
     async def close(self) -> None:
@@ -82,6 +86,20 @@ class ThreadsExecutor:
             await self._threads.close()
             # Not earlier: if this call is cancelled, the next one closes what is still open.
             self._threads = None
+
+    def abandon(self) -> None:
+        """Wait for running statements, then close every connection.
+
+        In a forked process, leave the connections alone: SQLite forbids to use them there, and to
+        close them.
+        """
+        threads, self._threads = self._threads, None
+        if threads is None or self._affinity is None:
+            return
+        if self._affinity.forked:
+            keep(threads)
+        else:
+            threads.shut_down()
 
     async def run(self, work: Callable[[Connection], _T]) -> _T:
         """Run work on a connection, in the thread that writes."""
@@ -132,8 +150,10 @@ class ThreadsExecutor:
         await self.write(lambda fetch: fetch(statement, values))
 
     def _opened(self) -> _Threads:
-        if self._threads is None or self._closing:
+        if self._threads is None or self._affinity is None or self._closing:
             raise ClientClosed
+        if self._affinity.loop is not running_loop():
+            raise self._affinity.error()
         return self._threads
 
 
@@ -187,6 +207,10 @@ class _Threads:
         await self.writes.finish()
         with suppress(DBAPIError):
             await self.run(lambda _: None)
+        self.shut_down()
+
+    def shut_down(self) -> None:
+        """Wait for the threads to end, then close every connection."""
         self._writer.shutdown()
         self._readers.shutdown()
         self._engine.dispose()
@@ -284,4 +308,7 @@ def _fetch(connection: Connection, statement: Executable, values: Mapping[str, A
         if not is_stale_schema(error):
             raise
         result = connection.execute(statement, values)
-    return result.all() if result.returns_rows else ()
+    try:
+        return result.all() if result.returns_rows else ()
+    except (TypeError, ValueError) as error:
+        raise unreadable_row() from error
