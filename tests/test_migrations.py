@@ -463,10 +463,10 @@ async def test_a_migration_of_sqlite_locks_the_file_from_its_start(
     await migrate.run(sqlite_url, write_beside)
 
 
-async def test_a_cancelled_migration_of_sqlite_ends_at_once_and_alone(
+async def test_a_cancelled_migration_of_sqlite_leaves_the_next_one_alone(
     sqlite_url: str, tmp_path: Path
 ) -> None:
-    """A caller that stops waiting for a locked file does not wait, and the next one follows."""
+    """A caller can stop waiting for a locked file, and the next migration of it succeeds."""
     holder = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with pytest.raises(TimeoutError):

@@ -165,7 +165,7 @@ async def upgrade_memory(engine: AsyncEngine) -> None:
 
     This runs on the event loop of that connection, and blocks it.
     """
-    await _alone("sqlite", _run_on(engine, partial(_run, command.upgrade, "head")))
+    await _alone("sqlite", partial(_run_on, engine, partial(_run, command.upgrade, "head")))
 
 
 def upgrade_connection(connection: Connection) -> None:
@@ -298,16 +298,16 @@ async def run(database_url: str, work: Callable[[Connection], _T]) -> _T:
     It blocks the event loop.
     """
     if database_kind(database_url) == "sqlite":
-        return await _alone("sqlite", _run_on_file(sqlite_url(database_url), work))
-    return await _alone("postgresql", _run_on(migration_engine(database_url), work))
+        return await _alone("sqlite", partial(_run_on_file, sqlite_url(database_url), work))
+    return await _alone("postgresql", partial(_run_on, migration_engine(database_url), work))
 
 
-async def _alone(kind: DatabaseKind, work: Coroutine[Any, Any, _T]) -> _T:
+async def _alone(kind: DatabaseKind, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     # Polling, since waiters may run on several event loops and must stay cancellable.
     while not _migrating.acquire(blocking=False):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:
-        return await work
+        return await work()
     except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         raise _translate(kind, error) from error
     finally:
