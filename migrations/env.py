@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from incidentkit.settings import Settings
 from incidentkit.store import migrate
-from incidentkit.store.migrate import adopt, migration_engine
+from incidentkit.store.migrate import adopt
 from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.tables import TEXT_INDEX, metadata, schema_on_postgresql
 
@@ -55,14 +55,6 @@ def wait_for_locks(connection: Connection, seconds: float) -> None:
     connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
 
 
-async def connect_and_run() -> None:
-    """Run the migrations on the configured database."""
-    engine = migration_engine(Settings.from_env().database_url)
-    async with engine.connect() as connection:
-        await connection.run_sync(run_migrations)
-    await engine.dispose()
-
-
 if context.is_offline_mode():
     raise SystemExit("--sql is not supported: migrations inspect existing rows")
 if (given := context.config.attributes.get("connection")) is not None:
@@ -70,4 +62,4 @@ if (given := context.config.attributes.get("connection")) is not None:
 else:
     if context.config.config_file_name is not None:
         fileConfig(context.config.config_file_name, disable_existing_loggers=False)
-    asyncio.run(connect_and_run())
+    asyncio.run(migrate.run(Settings.from_env().database_url, run_migrations))

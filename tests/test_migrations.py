@@ -19,6 +19,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, inspect, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from incidentkit import (
     Incident,
@@ -33,6 +34,7 @@ from incidentkit import (
 from incidentkit.store import migrate
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE
 from incidentkit.store.sql.tables import TEXT_INDEX, TEXT_TABLES, keep_out_of_autogenerate, metadata
+from tests.hosts import sqlalchemy_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +99,7 @@ async def _fetch(url: str, statement: str) -> list[tuple[Any, ...]]:
 
 
 async def _inspected(url: str, look: Callable[[Connection], Any]) -> Any:
-    engine = migrate.migration_engine(url)
+    engine = create_async_engine(sqlalchemy_url(url))
     try:
         async with engine.connect() as connection:
             return await connection.run_sync(look)
@@ -223,7 +225,7 @@ async def test_rows_outlive_the_way_to_the_origins_schema_and_back(empty_url: st
 async def test_rows_of_every_revision_are_kept(empty_url: str, revision: str) -> None:
     """Rows stored by an earlier version can be read, searched and changed after the upgrade."""
     await migrate.upgrade(empty_url, revision)
-    engine = migrate.migration_engine(empty_url)
+    engine = create_async_engine(sqlalchemy_url(empty_url))
     async with engine.begin() as connection:
         zone = "" if connection.dialect.name == "sqlite" else "+00"
         for status in ("new", "failed"):
@@ -338,7 +340,7 @@ async def test_ids_pass_32_bits(migrated_postgres_url: str) -> None:
 
 async def test_a_strangers_table_is_not_touched(empty_url: str) -> None:
     """An "Incident" table that is not the origin's stops the upgrade with a clear error."""
-    engine = migrate.migration_engine(empty_url)
+    engine = create_async_engine(sqlalchemy_url(empty_url))
     async with engine.begin() as connection:
         await connection.execute(text('CREATE TABLE "Incident" (color VARCHAR(9))'))
     await engine.dispose()
@@ -350,7 +352,7 @@ async def test_a_strangers_table_is_not_touched(empty_url: str) -> None:
 async def test_a_database_of_the_future_is_refused(empty_url: str) -> None:
     """A revision that this version does not know is refused with advice to upgrade the package."""
     await migrate.upgrade(empty_url)
-    engine = migrate.migration_engine(empty_url)
+    engine = create_async_engine(sqlalchemy_url(empty_url))
     async with engine.begin() as connection:
         await connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = 'ffffffffffff'"))
     await engine.dispose()
@@ -451,19 +453,55 @@ async def test_a_migration_of_sqlite_locks_the_file_from_its_start(
 ) -> None:
     """A migration locks the file against other writers before it reads anything."""
     await migrate.upgrade(sqlite_url)
-    engine = migrate.migration_engine(sqlite_url)
-    async with engine.begin():
+
+    def write_beside(connection: Connection) -> None:
         other = sqlite3.connect(tmp_path / "incidents.db", timeout=0, isolation_level=None)
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
+        with connection.begin(), pytest.raises(sqlite3.OperationalError, match="locked"):
             other.execute("BEGIN IMMEDIATE")
         other.close()
-    await engine.dispose()
+
+    await migrate.run(sqlite_url, write_beside)
+
+
+async def test_a_cancelled_migration_of_sqlite_leaves_the_next_one_alone(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """A caller can stop waiting for a locked file, and the next migration of it succeeds."""
+    holder = sqlite3.connect(tmp_path / "incidents.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(migrate.upgrade(sqlite_url), 0.1)
+    following = asyncio.create_task(migrate.upgrade(sqlite_url))
+    await asyncio.sleep(0)
+    holder.execute("COMMIT")
+    holder.close()
+    await following
+    assert await migrate.current(sqlite_url) == SCHEMA_REVISION
+
+
+async def test_a_file_is_migrated_without_aiosqlite(sqlite_url: str) -> None:
+    """SQLite needs no asynchronous driver, except for a host's own engine."""
+    program = f"""
+import asyncio, sys
+sys.modules["aiosqlite"] = None
+from incidentkit import IncidentClient
+from incidentkit.store import migrate
+
+async def main():
+    async with IncidentClient.open({sqlite_url!r}) as incidents:
+        await incidents.create("Disk is full", source="monitoring")
+    await migrate.downgrade({sqlite_url!r})
+    await migrate.upgrade({sqlite_url!r})
+
+asyncio.run(main())
+"""
+    await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program], check=True)
 
 
 async def test_a_failed_upgrade_leaves_nothing_behind(empty_url: str) -> None:
     """A failed upgrade is rolled back completely, on either database."""
     await migrate.upgrade(empty_url, REVISIONS[0])
-    engine = migrate.migration_engine(empty_url)
+    engine = create_async_engine(sqlalchemy_url(empty_url))
     async with engine.begin() as connection:
         await connection.execute(text("CREATE TABLE request_log (color VARCHAR(9))"))
     await engine.dispose()
@@ -476,7 +514,7 @@ async def test_a_failed_upgrade_leaves_nothing_behind(empty_url: str) -> None:
 
 async def test_a_hosts_own_alembic_history_is_left_alone(empty_url: str) -> None:
     """A host's `alembic_version` stays as it is, and its autogenerate does not see our tables."""
-    engine = migrate.migration_engine(empty_url)
+    engine = create_async_engine(sqlalchemy_url(empty_url))
     async with engine.begin() as connection:
         await connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32))"))
         await connection.execute(text("INSERT INTO alembic_version VALUES ('0123456789ab')"))

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 from sqlalchemy.dialects.sqlite import dialect
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from incidentkit import (
     Incident,
@@ -28,7 +29,6 @@ from incidentkit import (
 )
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.queries import SearchQuery
-from incidentkit.store.migrate import migration_engine
 from incidentkit.store.postgresql import statements as postgresql_statements
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.sql.search import (
@@ -39,7 +39,7 @@ from incidentkit.store.sql.search import (
     select_page_by_words,
 )
 from incidentkit.store.sqlite import statements as sqlite_statements
-from tests.hosts import run_sql
+from tests.hosts import run_sql, sqlalchemy_url
 from tests.strategies import sources, statuses
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class World:
     def __init__(self, url: str) -> None:
         self.runner = asyncio.Runner()
         self.client = IncidentClient.open(url)
-        self.engine = migration_engine(url)
+        self.engine = create_async_engine(sqlalchemy_url(url))
         self.run(self.client.connect())
         self.model: list[Incident] = []
 

@@ -151,7 +151,7 @@ def test_extras_bring_what_their_names_say(distributions: Distributions) -> None
         requirement, _, extra = line.partition("; extra == ")
         name = requirement.replace("[", ">").partition(">")[0]
         required.setdefault(extra.strip("'\""), set()).add(name)
-    assert {"sqlalchemy", "aiosqlite", "asyncpg", "alembic", "attrs", "cattrs"} <= required[""]
+    assert {"sqlalchemy", "asyncpg", "alembic", "attrs", "cattrs"} <= required[""]
     assert required["redis"] == {"redis"}
     assert {"starlette", "uvicorn"} <= required["server"]
     assert not required[""] & (required["redis"] | required["server"])

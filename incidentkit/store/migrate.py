@@ -11,7 +11,9 @@ Across processes, the transaction of a migration holds a lock from its start (se
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
@@ -23,13 +25,24 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, NullPool, String, column, event, inspect, select, table
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import (
+    Connection,
+    NullPool,
+    String,
+    column,
+    create_engine,
+    event,
+    inspect,
+    select,
+    table,
+)
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
-from incidentkit.store.database import database_kind
+from incidentkit.store.database import DatabaseKind, database_kind
 from incidentkit.store.postgresql.driver import asyncpg_dsn, unreadable_url
 from incidentkit.store.postgresql.errors import (
     OPERATORS_CLASSES,
@@ -40,8 +53,8 @@ from incidentkit.store.postgresql.errors import (
 from incidentkit.store.postgresql.statements import SELECT_STRANDED, SHIFT
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE, check_revision
 from incidentkit.store.sql.tables import incident_table
+from incidentkit.store.sqlite.errors import PRIMARY_CODE
 from incidentkit.store.sqlite.errors import translate_error as translate_sqlite
-from incidentkit.store.sqlite.file import probe
 from incidentkit.store.sqlite.url import sqlite_url
 
 ORIGIN_REVISION: Final = REVISIONS[0]
@@ -52,6 +65,9 @@ CONNECT_TIMEOUT: Final = 10.0
 
 LOCK_TIMEOUT: Final = 60.0
 """Seconds to wait for another process that is migrating the same SQLite file."""
+
+LOCK_STEP: Final = 0.5
+"""Seconds of this wait after which it can be cancelled."""
 
 MIGRATION_LOCK_TIMEOUT: Final = 60.0
 """Seconds to wait for another migration of the same PostgreSQL database."""
@@ -71,24 +87,14 @@ def script_location() -> Path:
 
 
 def migration_engine(database_url: str) -> AsyncEngine:
-    """Return an engine whose transactions lock the database from their first statement."""
-    if database_kind(database_url) == "postgresql":
-        dsn = asyncpg_dsn(database_url)
-        return create_async_engine(
-            "postgresql+asyncpg://",
-            async_creator=partial(_connect, dsn),
-            poolclass=NullPool,
-            hide_parameters=True,
-        )
-    engine = create_async_engine(
-        sqlite_url(database_url),
-        connect_args={"timeout": LOCK_TIMEOUT},
+    """Return an engine on a PostgreSQL database."""
+    dsn = asyncpg_dsn(database_url)
+    return create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=partial(_connect, dsn),
         poolclass=NullPool,
         hide_parameters=True,
     )
-    event.listen(engine.sync_engine, "connect", _disable_implicit_begin)
-    event.listen(engine.sync_engine, "begin", _begin_immediate)
-    return engine
 
 
 async def _connect(dsn: str) -> asyncpg.Connection[asyncpg.Record]:
@@ -118,7 +124,7 @@ async def upgrade(database_url: str, revision: str = "head") -> None:
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _in_thread(partial(_migrate_at, database_url, partial(_upgrade, revision)))
+    await _in_thread(partial(run, database_url, partial(_upgrade, revision)))
 
 
 async def downgrade(database_url: str, revision: str = "-1") -> None:
@@ -132,7 +138,7 @@ async def downgrade(database_url: str, revision: str = "-1") -> None:
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _in_thread(partial(_migrate_at, database_url, partial(_run, command.downgrade, revision)))
+    await _in_thread(partial(run, database_url, partial(_run, command.downgrade, revision)))
 
 
 async def current(database_url: str) -> str | None:
@@ -141,7 +147,7 @@ async def current(database_url: str) -> str | None:
     Raises:
         StoreUnavailable: If the database cannot be reached.
     """
-    return await _in_thread(partial(_migrate_at, database_url, current_revision))
+    return await _in_thread(partial(run, database_url, current_revision))
 
 
 async def check(database_url: str) -> None:
@@ -159,7 +165,7 @@ async def upgrade_memory(engine: AsyncEngine) -> None:
 
     This runs on the event loop of that connection, and blocks it.
     """
-    await _migrate(engine, partial(_run, command.upgrade, "head"), dispose=False)
+    await _alone("sqlite", partial(_run_on, engine, partial(_run, command.upgrade, "head")))
 
 
 def upgrade_connection(connection: Connection) -> None:
@@ -286,31 +292,64 @@ def _cancel(cancelling: Future[Callable[[], object]]) -> None:
         cancelling.result()()
 
 
-async def _migrate_at(database_url: str, work: Callable[[Connection], _T]) -> _T:
-    return await _migrate(migration_engine(database_url), work)
+async def run(database_url: str, work: Callable[[Connection], _T]) -> _T:
+    """Run work on a connection, with no other migration of this process beside it.
+
+    It blocks the event loop.
+    """
+    if database_kind(database_url) == "sqlite":
+        return await _alone("sqlite", partial(_run_on_file, sqlite_url(database_url), work))
+    return await _alone("postgresql", partial(_run_on, migration_engine(database_url), work))
 
 
-async def _migrate(
-    engine: AsyncEngine, work: Callable[[Connection], _T], *, dispose: bool = True
-) -> _T:
+async def _alone(kind: DatabaseKind, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     # Polling, since waiters may run on several event loops and must stay cancellable.
     while not _migrating.acquire(blocking=False):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:
-        if engine.dialect.name == "sqlite" and dispose:
-            await probe(engine.url)
-        async with engine.connect() as connection:
-            return await connection.run_sync(work)
+        return await work()
     except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        raise _translate(engine, error) from error
+        raise _translate(kind, error) from error
     finally:
         _migrating.release()
-        if dispose:
-            await engine.dispose()
 
 
-def _translate(engine: AsyncEngine, error: Exception) -> StoreError:
-    if engine.dialect.name == "sqlite":
+async def _run_on(engine: AsyncEngine, work: Callable[[Connection], _T]) -> _T:
+    async with engine.connect() as connection:
+        return await connection.run_sync(work)
+
+
+async def _run_on_file(url: URL, work: Callable[[Connection], _T]) -> _T:
+    """Run work on a connection whose transactions lock the file from their first statement.
+
+    While the file is locked, the work starts over.
+    """
+    engine = create_engine(
+        url.set(drivername="sqlite"),
+        connect_args={"timeout": LOCK_STEP},
+        poolclass=NullPool,
+        hide_parameters=True,
+    )
+    event.listen(engine, "connect", _disable_implicit_begin)
+    event.listen(engine, "begin", _begin_immediate)
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            with engine.connect() as connection:
+                return work(connection)
+        except DBAPIError as error:
+            if not _is_locked(error) or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0)
+
+
+def _is_locked(error: DBAPIError) -> bool:
+    code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
+    return bool(code == sqlite3.SQLITE_BUSY)
+
+
+def _translate(kind: DatabaseKind, error: Exception) -> StoreError:
+    if kind == "sqlite":
         return translate_sqlite(error)
     refusal = server_error(error)
     if isinstance(refusal, asyncpg.LockNotAvailableError):

@@ -61,8 +61,8 @@ class _Connection(sqlite3.Connection):
     connection, so that call would end the transaction of another caller.
     """
 
-    def rollback(self) -> None:
-        """Do nothing: SQLAlchemy 2.0 has no option that leaves this call out."""
+    # Does nothing. SQLAlchemy has the option `skip_autocommit_rollback` only from 2.0.43 on.
+    rollback = object.__init__
 
 
 def _prepare_connection(connection: Any, _: object) -> None:
