@@ -11,10 +11,12 @@ Across processes, the transaction of a migration holds a lock from its start (se
 from __future__ import annotations
 
 import asyncio
+import logging
+import sqlite3
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -29,8 +31,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
-from incidentkit.store.database import database_kind
-from incidentkit.store.postgresql.driver import asyncpg_dsn, unreadable_url
+from incidentkit.store.database import DatabaseKind, database_kind
+from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import (
     OPERATORS_CLASSES,
     UNREADABLE_URL,
@@ -38,11 +40,12 @@ from incidentkit.store.postgresql.errors import (
     translate_error,
 )
 from incidentkit.store.postgresql.statements import SELECT_STRANDED, SHIFT
+from incidentkit.store.postgresql.url import Server, parse_url, refused_parameter
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE, check_revision
 from incidentkit.store.sql.tables import incident_table
 from incidentkit.store.sqlite.errors import translate_error as translate_sqlite
 from incidentkit.store.sqlite.file import probe
-from incidentkit.store.sqlite.url import sqlite_url
+from incidentkit.store.sqlite.url import IN_MEMORY, place_of, sqlite_url
 
 ORIGIN_REVISION: Final = REVISIONS[0]
 ORIGIN_VERSION_TABLE: Final = "alembic_version"
@@ -59,7 +62,17 @@ MIGRATION_LOCK_TIMEOUT: Final = 60.0
 TABLE_LOCK_TIMEOUT: Final = 10.0
 """Seconds to wait for other users of a table, while further ones queue behind the migration."""
 
+_DRIVER_ERRORS: Final = (
+    SQLAlchemyError,
+    sqlite3.Error,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    OSError,
+)
+
 _T = TypeVar("_T")
+
+logger = logging.getLogger("incidentkit.store")
 _migrating = threading.Lock()
 
 
@@ -73,10 +86,9 @@ def script_location() -> Path:
 def migration_engine(database_url: str) -> AsyncEngine:
     """Return an engine whose transactions lock the database from their first statement."""
     if database_kind(database_url) == "postgresql":
-        dsn = asyncpg_dsn(database_url)
         return create_async_engine(
             "postgresql+asyncpg://",
-            async_creator=partial(_connect, dsn),
+            async_creator=partial(_connect, parse_url(database_url)),
             poolclass=NullPool,
             hide_parameters=True,
         )
@@ -91,9 +103,12 @@ def migration_engine(database_url: str) -> AsyncEngine:
     return engine
 
 
-async def _connect(dsn: str) -> asyncpg.Connection[asyncpg.Record]:
+async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
     try:
-        return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT)
+        return await asyncpg.connect(**{"timeout": CONNECT_TIMEOUT, **server.arguments})
+    except (asyncpg.PostgresError, OSError) as error:
+        refusal = refused_parameter(server, error) or translate_error(error, connecting=True)
+        raise refusal from error
     except UNREADABLE_URL:
         # Without its cause, which shows parts of the URL.
         raise unreadable_url() from None
@@ -118,7 +133,7 @@ async def upgrade(database_url: str, revision: str = "head") -> None:
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _in_thread(partial(_migrate_at, database_url, partial(_upgrade, revision)))
+    await _in_thread(partial(_migrate, database_url, partial(_upgrade, revision)))
 
 
 async def downgrade(database_url: str, revision: str = "-1") -> None:
@@ -132,7 +147,7 @@ async def downgrade(database_url: str, revision: str = "-1") -> None:
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _in_thread(partial(_migrate_at, database_url, partial(_run, command.downgrade, revision)))
+    await _in_thread(partial(_migrate, database_url, partial(_run, command.downgrade, revision)))
 
 
 async def current(database_url: str) -> str | None:
@@ -141,7 +156,7 @@ async def current(database_url: str) -> str | None:
     Raises:
         StoreUnavailable: If the database cannot be reached.
     """
-    return await _in_thread(partial(_migrate_at, database_url, current_revision))
+    return await _in_thread(partial(_migrate, database_url, current_revision))
 
 
 async def check(database_url: str) -> None:
@@ -151,7 +166,11 @@ async def check(database_url: str) -> None:
         SchemaOutOfDate: With the command to run.
         StoreUnavailable: If the database cannot be reached.
     """
-    check_revision(await current(database_url))
+    await _in_thread(partial(_migrate, database_url, _check))
+
+
+def _check(connection: Connection) -> None:
+    check_revision(current_revision(connection))
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
@@ -159,7 +178,10 @@ async def upgrade_memory(engine: AsyncEngine) -> None:
 
     This runs on the event loop of that connection, and blocks it.
     """
-    await _migrate(engine, partial(_run, command.upgrade, "head"), dispose=False)
+    async with _alone():
+        with _translated("sqlite", IN_MEMORY):
+            async with engine.connect() as connection:
+                await connection.run_sync(partial(_run, command.upgrade, "head"))
 
 
 def upgrade_connection(connection: Connection) -> None:
@@ -211,12 +233,30 @@ def in_the_way(name: str) -> StoreError:
 
 
 def _upgrade(revision: str, connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        _check_encoding(connection)
     _run(command.upgrade, revision, connection)
     at = current_revision(connection)
     connection.rollback()
     if connection.dialect.name == "postgresql" and at == SCHEMA_REVISION:
         with connection.begin():
             put_in_order(connection)
+
+
+def _check_encoding(connection: Connection) -> None:
+    """Warn of a database that cannot hold every text, or holds texts that cannot be read."""
+    encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+    if encoding == "SQL_ASCII":
+        logger.warning(
+            "The encoding of the database is SQL_ASCII: it also accepts texts that are not UTF-8, "
+            "which cannot be read, and a search knows only ASCII letters. Use UTF8."
+        )
+    elif encoding != "UTF8":
+        logger.warning(
+            "The encoding of the database is %s: incidents with other characters than it has are "
+            "refused. Use UTF8.",
+            encoding,
+        )
 
 
 def put_in_order(connection: Connection) -> None:
@@ -286,38 +326,56 @@ def _cancel(cancelling: Future[Callable[[], object]]) -> None:
         cancelling.result()()
 
 
-async def _migrate_at(database_url: str, work: Callable[[Connection], _T]) -> _T:
-    return await _migrate(migration_engine(database_url), work)
+async def _migrate(database_url: str, work: Callable[[Connection], _T]) -> _T:
+    """Run work on a connection, with no other migration of this process beside it."""
+    kind = database_kind(database_url)
+    file = sqlite_url(database_url) if kind == "sqlite" else None
+    place = parse_url(database_url).place if file is None else place_of(file)
+    async with _alone():
+        with _translated(kind, place):
+            if file is not None:
+                await probe(file)
+            engine = migration_engine(database_url)
+            try:
+                async with engine.connect() as connection:
+                    return await connection.run_sync(work)
+            finally:
+                await engine.dispose()
 
 
-async def _migrate(
-    engine: AsyncEngine, work: Callable[[Connection], _T], *, dispose: bool = True
-) -> _T:
+@asynccontextmanager
+async def _alone() -> AsyncIterator[None]:
     # Polling, since waiters may run on several event loops and must stay cancellable.
     while not _migrating.acquire(blocking=False):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:
-        if engine.dialect.name == "sqlite" and dispose:
-            await probe(engine.url)
-        async with engine.connect() as connection:
-            return await connection.run_sync(work)
-    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        raise _translate(engine, error) from error
+        yield
     finally:
         _migrating.release()
-        if dispose:
-            await engine.dispose()
 
 
-def _translate(engine: AsyncEngine, error: Exception) -> StoreError:
-    if engine.dialect.name == "sqlite":
-        return translate_sqlite(error)
+@contextmanager
+def _translated(kind: DatabaseKind, place: str) -> Iterator[None]:
+    """Translate exceptions of drivers, and name the database in each error."""
+    try:
+        yield
+    except StoreError as error:
+        error.place = place
+        raise
+    except _DRIVER_ERRORS as error:
+        translated = translate_sqlite(error) if kind == "sqlite" else _translate(error)
+        translated.place = place
+        raise translated from error
+
+
+def _translate(error: Exception) -> StoreError:
     refusal = server_error(error)
     if isinstance(refusal, asyncpg.LockNotAvailableError):
         return StoreUnavailable(
-            "another session holds the table, or another migration runs: try again"
+            "another session holds the table, or another migration runs: try again",
+            sqlstate=refusal.sqlstate,
         )
     if refusal is not None and (refusal.sqlstate or "").startswith(OPERATORS_CLASSES):
         # The first argument is the server's message alone, without details, which contain values.
-        return StoreError(str(refusal.args[0]))
+        return StoreError(str(refusal.args[0]), sqlstate=refusal.sqlstate)
     return translate_error(error)
