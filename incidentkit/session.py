@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from incidentkit.affinity import Abandonable, Affinity, Severable, running_loop
@@ -105,7 +106,9 @@ class Session:
             await self._store.open()
             await self._ping_cache(self._pages)
         except BaseException:
-            await self._close()
+            # A failure to close must not replace the error.
+            with suppress(Exception):
+                await self._close()
             raise
         self._open = True
 

@@ -292,6 +292,24 @@ def test_bad_usage_points_at_the_help(arguments: list[str]) -> None:
     assert lines[-1].startswith("Error: ")
 
 
+def test_debug_shows_the_chain_of_an_error(unused_port: int) -> None:
+    """`--debug` shows the exceptions behind an error before its line, and never a password."""
+    url = f"postgresql://user:secret@127.0.0.1:{unused_port}/incidents"
+    for command in (["list"], ["db", "check"], ["serve", "--port", "0"]):
+        (line,) = errors(*command, "--database-url", url, exit_code=1)
+        lines = errors("--debug", *command, "--database-url", url, exit_code=1)
+        assert lines[-1] == line
+        assert lines[0] == "Traceback (most recent call last):"
+        assert any(each.startswith("ConnectionRefusedError: ") for each in lines)
+        assert "The above exception was the direct cause of the following exception:" in lines
+        assert (
+            f"incidentkit.domain.errors.StoreUnavailable: {line.removeprefix('Error: ')}" in lines
+        )
+        assert "secret" not in "".join(lines)
+    broken = "postgresql://user:secret/@127.0.0.1/incidents"
+    assert "secret" not in "".join(errors("--debug", "list", "--database-url", broken, exit_code=2))
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "named"),
     [
@@ -352,7 +370,10 @@ def test_an_empty_option_is_refused(option: str) -> None:
 def test_a_database_that_is_away_is_one_line(command: tuple[str, ...], unused_port: int) -> None:
     """An unreachable database exits with 1 and one line, without a traceback or its URL."""
     url = f"postgresql://user:secret@127.0.0.1:{unused_port}/incidents"
-    line = "Error: The database is unavailable: the connection was refused or lost\n"
+    line = (
+        f"Error: The database 127.0.0.1:{unused_port}/incidents is unavailable: "
+        "the connection was refused; check that the server runs at this address\n"
+    )
     assert outcome(start(*command, "--database-url", url)) == (1, "", line)
 
 
@@ -890,7 +911,10 @@ def test_serve_whose_app_does_not_start_is_a_failure(workers: str, unused_port: 
     arguments = ["serve", "--port", "0", "--workers", workers, "--database-url", url]
     exit_code, _, err = outcome(start(*arguments, program=["-c", UNCHECKED]))
     assert exit_code == 1
-    assert "\nincidentkit.domain.errors.StoreUnavailable: The database is unavailable" in err
+    assert (
+        f"\nincidentkit.domain.errors.StoreUnavailable: The database 127.0.0.1:{unused_port}/"
+        "incidents is unavailable: the connection was refused"
+    ) in err
     assert "secret" not in err
 
 

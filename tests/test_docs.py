@@ -49,14 +49,18 @@ from incidentkit.http import health, problems, request_log, requests
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.settings import Environment
 from incidentkit.store import RequestRecord, StoreOptions, migrate
+from incidentkit.store.postgresql import errors as postgresql_causes
 from incidentkit.store.postgresql import statements as postgresql
+from incidentkit.store.postgresql import url as urls
 from incidentkit.store.postgresql.dialect import PostgresDialect
 from incidentkit.store.request_log import INSERT_REQUEST
 from incidentkit.store.schema import REVISIONS, VERSION_TABLE
 from incidentkit.store.sql import statements
 from incidentkit.store.sql.tables import TEXT_TABLES, metadata
+from incidentkit.store.sqlite import errors as sqlite_causes
 from incidentkit.store.sqlite import statements as sqlite
 from incidentkit.store.sqlite.dialect import SqliteDialect
+from incidentkit.store.sqlite.url import PARAMETERS
 from tests.programs import outcome, service, start
 from tests.test_migrations import ORIGIN_SCHEMA
 
@@ -252,7 +256,7 @@ class Session(ExitStack):
             expected, printed = "", ""
             for part in re.split(r"^\$ ", fence.text, flags=re.MULTILINE)[1:]:
                 line, _, output = part.partition("\n")
-                expected += f"$ {line}\n{output}"
+                expected += f"$ {line}\n{self._replaced(output)}"
                 printed += f"$ {line}\n{self._command(shlex.split(line))}"
             days = {started.date().isoformat(), datetime.now(UTC).date().isoformat()}
             assert _timeless(printed, days) == _timeless(expected, {EXAMPLE_DAY}), str(fence)
@@ -320,8 +324,19 @@ def test_the_session_of_a_first_page(name: str) -> None:
 
 def test_the_session_of_the_tutorial(empty_postgres_url: str, redis_url: str) -> None:
     """Somebody who follows the tutorial sees what it shows, from SQLite to PostgreSQL and Redis."""
-    with Session({DATABASE_URL: empty_postgres_url, REDIS_URL: redis_url}) as terminals:
+    replaced = {
+        DATABASE_URL: empty_postgres_url,
+        REDIS_URL: redis_url,
+        place_of(DATABASE_URL): place_of(empty_postgres_url),
+    }
+    with Session(replaced) as terminals:
         terminals.run("docs/tutorial.md")
+
+
+def place_of(url: str) -> str:
+    """Return the database of a URL as an error names it."""
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port}{parts.path}"
 
 
 SESSIONS: Final = (
@@ -585,6 +600,40 @@ def test_the_tree_of_errors_is_the_one_of_the_classes() -> None:
     classes = [re.findall(r"\w+", line)[0] for line in expected[1:]]
     table = rows("docs/reference/errors.md", "error")
     assert sorted(cells[0].strip("`") for cells in table) == sorted(classes)
+
+
+def test_the_causes_of_failures_are_those_of_the_code() -> None:
+    """The tables of causes have every cause, with its error, its codes and whether to retry."""
+    for heading, causes in (
+        ("cause on PostgreSQL", postgresql_causes.CAUSES),
+        ("cause on SQLite", sqlite_causes.CAUSES),
+    ):
+        expected = [
+            [
+                cause.reason,
+                f"`{cause.error.__name__}`",
+                "yes" if cause.retryable else "no",
+                ", ".join(f"`{code}`" for code in cause.codes),
+            ]
+            for cause in causes
+        ]
+        assert rows("docs/reference/errors.md", heading) == expected
+
+
+def test_the_parameters_of_urls_are_those_of_the_code() -> None:
+    """The settings page has every parameter of a URL that is honored, accepted or refused."""
+    tables = {
+        "parameter of PostgreSQL": {*urls.HONORED, *urls.PASSED_ON},
+        "accepted, without an effect": {*urls.WITHOUT_MEANING},
+        "accepted with one value": {*urls.ONLY},
+        "refused parameter": {*urls.REFUSED},
+        "parameter of SQLite": {*PARAMETERS},
+    }
+    for heading, names in tables.items():
+        shown = [
+            name for cells in rows("docs/reference/settings.md", heading) for name in code(cells[0])
+        ]
+        assert sorted(shown) == sorted(names), heading
 
 
 def test_every_public_name_is_in_the_reference() -> None:

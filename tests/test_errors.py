@@ -128,6 +128,24 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         {"reason": "it did not answer in time"},
     ),
     (
+        StoreError("it failed", place="/data/x.db", sqlstate="SQLITE_MISUSE"),
+        "The database /data/x.db cannot be used: it failed (SQLITE_MISUSE)",
+        {"place": "/data/x.db", "sqlstate": "SQLITE_MISUSE", "retryable": False},
+    ),
+    (
+        StoreUnavailable("its disk is full", place="db:5432/x", sqlstate="53100", retryable=False),
+        "The database db:5432/x is unavailable: its disk is full (SQLSTATE 53100)",
+        {"place": "db:5432/x", "sqlstate": "53100", "retryable": False},
+    ),
+    (
+        SchemaOutOfDate(None, "9b3f6d20c7e8", place="db:5432/x", sqlstate="42P01"),
+        (
+            "The database db:5432/x has no incidentkit schema; this version of incidentkit needs "
+            "revision 9b3f6d20c7e8: run `incidentkit db upgrade`"
+        ),
+        {"place": "db:5432/x", "sqlstate": "42P01", "retryable": False, "current": None},
+    ),
+    (
         SchemaOutOfDate(None, "9b3f6d20c7e8"),
         (
             "The database has no incidentkit schema; this version of incidentkit needs revision "

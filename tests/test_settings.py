@@ -18,7 +18,7 @@ from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.settings import Settings
 from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.store.options import StoreOptions
-from incidentkit.store.postgresql.driver import asyncpg_dsn
+from incidentkit.store.postgresql.url import parse_url
 from tests.strategies import characters
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ async def test_driver_reaches_the_host(
     monkeypatch.setattr("asyncpg.connect_utils._connect_addr", connect)
     url = database_url(POSTGRES_HOST=host, POSTGRES_PORT="6432", POSTGRES_DB="x")
     with pytest.raises(ConnectionRefusedError):
-        await asyncpg.connect(asyncpg_dsn(url))
+        await asyncpg.connect(**parse_url(url).arguments)
     assert tried[0] == reached
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging.config
 from typing import Any, Final, TextIO
 
-from incidentkit.cli.text import harmless
+from incidentkit.cli.text import harmless, harmless_lines
 
 MAX_LINES: Final = 1000
 """Maximum number of lines that wait to be written together."""
@@ -110,12 +110,8 @@ class LineFormatter(logging.Formatter):
         if request_id is not None:
             line += f" {request_id}"
         # Starlette reports a failed start as a message with the traceback.
-        return _harmless_lines(line) if record.message.startswith("Traceback") else harmless(line)
+        return harmless_lines(line) if record.message.startswith("Traceback") else harmless(line)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """Return the traceback, with control characters escaped."""
-        return _harmless_lines(super().formatException(ei))
-
-
-def _harmless_lines(text: str) -> str:
-    return "\n".join(map(harmless, text.strip().split("\n")))
+        return harmless_lines(super().formatException(ei))

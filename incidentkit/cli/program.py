@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from traceback import format_exception
 from typing import Any, Final
 
 import click
@@ -11,6 +12,7 @@ from incidentkit.cli.db import db
 from incidentkit.cli.failures import failure
 from incidentkit.cli.reading import get, history, list_incidents, search, watch
 from incidentkit.cli.serve import serve
+from incidentkit.cli.text import harmless_lines
 from incidentkit.cli.writing import create, note, purge, update_status
 from incidentkit.domain.errors import IncidentKitError
 from incidentkit.version import __version__
@@ -27,6 +29,8 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except IncidentKitError as error:
+            if ctx.params["debug"]:
+                click.echo(harmless_lines("".join(format_exception(error))), err=True)
             raise failure(error) from error
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
@@ -34,7 +38,8 @@ class Program(click.Group):
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="On an error, also show the exceptions that caused it.")
+def main(*, debug: bool) -> None:  # noqa: ARG001
     """Record and follow incidents.
 
     Set INCIDENTKIT_DATABASE_URL or POSTGRES_* in the environment, or in a file `.env`, to name the

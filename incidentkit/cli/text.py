@@ -35,6 +35,11 @@ def harmless(text: str) -> str:
     return text if text.isprintable() else "".join(map(_visible, text))
 
 
+def harmless_lines(text: str) -> str:
+    """Return a text of several lines, such as a traceback, each of them harmless."""
+    return "\n".join(map(harmless, text.strip().split("\n")))
+
+
 def _visible(character: str) -> str:
     if character.isprintable() or unicodedata.category(character) == "Zs":
         return character

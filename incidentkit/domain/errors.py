@@ -245,28 +245,68 @@ class CacheUnavailable(IncidentKitError):
 
 
 class StoreError(IncidentKitError):
-    """The database cannot be used in its current state; a retry does not help.
+    """The database cannot be used: a statement or its state has to be changed first.
 
     Attributes:
-        reason: The failure, without addresses, credentials or values.
+        reason: The cause, and what to do about it; without credentials or stored values.
+        place: The database: host, port and name, or the path of its file; never a user or a
+            password. None: it is not known.
+        sqlstate: The SQLSTATE of PostgreSQL, or the name of the error in SQLite, such as
+            ``SQLITE_FULL``. None: the error does not come from the database itself.
+        retryable: Whether the same call may succeed later although nothing is changed.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        place: str | None = None,
+        sqlstate: str | None = None,
+        retryable: bool = False,
+    ) -> None:
         self.reason = reason
+        self.place = place
+        self.sqlstate = sqlstate
+        self.retryable = retryable
         super().__init__(reason)
 
     def __str__(self) -> str:
-        return f"The database cannot be used: {self.reason}"
+        return f"{self._database} cannot be used: {self._cause}"
+
+    @property
+    def _database(self) -> str:
+        return "The database" if self.place is None else f"The database {self.place}"
+
+    @property
+    def _cause(self) -> str:
+        if self.sqlstate is None:
+            return self.reason
+        code = self.sqlstate if self.sqlstate.startswith("SQLITE_") else f"SQLSTATE {self.sqlstate}"
+        return f"{self.reason} ({code})"
 
 
 class StoreUnavailable(StoreError):
-    """The database cannot be reached, or did not answer in time; a retry may succeed.
+    """The database cannot be reached, did not answer in time, or does no work at present.
 
     A write that raises this may or may not be stored.
+
+    Attributes:
+        retryable: False if someone has to act first, as when the disk is full or the password is
+            wrong.
     """
 
+    def __init__(
+        self,
+        reason: str,
+        *,
+        place: str | None = None,
+        sqlstate: str | None = None,
+        retryable: bool = True,
+    ) -> None:
+        super().__init__(reason, place=place, sqlstate=sqlstate, retryable=retryable)
+
     def __str__(self) -> str:
-        return f"The database is unavailable: {self.reason}"
+        return f"{self._database} is unavailable: {self._cause}"
 
 
 class SchemaOutOfDate(StoreError):
@@ -279,17 +319,23 @@ class SchemaOutOfDate(StoreError):
     """
 
     def __init__(
-        self, current: str | None, expected: str, command: str = "incidentkit db upgrade"
+        self,
+        current: str | None,
+        expected: str,
+        command: str = "incidentkit db upgrade",
+        *,
+        place: str | None = None,
+        sqlstate: str | None = None,
     ) -> None:
         self.current = current
         self.expected = expected
         self.command = command
-        super().__init__("the schema is out of date")
+        super().__init__("the schema is out of date", place=place, sqlstate=sqlstate)
         self.args = (current, expected, command)
 
     def __str__(self) -> str:
         found = f"is at revision {self.current}" if self.current else "has no incidentkit schema"
         return (
-            f"The database {found}; this version of incidentkit needs revision {self.expected}: "
-            f"run `{self.command}`"
+            f"{self._database} {found}; this version of incidentkit needs revision "
+            f"{self.expected}: run `{self.command}`"
         )

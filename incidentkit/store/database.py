@@ -14,7 +14,11 @@ DatabaseKind: TypeAlias = Literal["postgresql", "sqlite"]
 _KINDS: Final[dict[str, DatabaseKind]] = {
     "postgresql": "postgresql",
     "postgres": "postgresql",
-    "postgresql+asyncpg": "postgresql",
+    **{
+        # The drivers of SQLAlchemy, whose URLs a host may have. incidentkit always uses asyncpg.
+        f"postgresql+{driver}": "postgresql"
+        for driver in ("asyncpg", "pg8000", "psycopg", "psycopg_async", "psycopg2", "psycopg2cffi")
+    },
     "sqlite": "sqlite",
     "sqlite+aiosqlite": "sqlite",
 }

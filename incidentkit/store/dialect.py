@@ -91,3 +91,7 @@ class Dialect(Protocol):
     def lost_race(self, error: BaseException | None) -> bool:
         """Return whether another incident with the same key was opened at the same time."""
         ...
+
+    def unstorable(self, error: BaseException | None) -> str | None:
+        """Return the character that the database's encoding does not have, if that is the cause."""
+        ...

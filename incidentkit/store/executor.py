@@ -31,9 +31,16 @@ class Executor(Protocol):
         in_host_transaction: Whether statements run in a transaction that the host began. A
             statement that the database may refuse has to be undone there, since an error ends the
             transaction of PostgreSQL.
+        place: Host, port and name of the database, or the path of its file; never a user or a
+            password. None: it is not known.
     """
 
     in_host_transaction: bool
+
+    @property
+    def place(self) -> str | None:
+        """The database, for an error to name it."""
+        ...
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads."""

@@ -11,12 +11,13 @@ Across processes, the transaction of a migration holds a lock from its start (se
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -43,7 +44,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store.database import DatabaseKind, database_kind
-from incidentkit.store.postgresql.driver import asyncpg_dsn, unreadable_url
+from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import (
     OPERATORS_CLASSES,
     UNREADABLE_URL,
@@ -51,11 +52,13 @@ from incidentkit.store.postgresql.errors import (
     translate_error,
 )
 from incidentkit.store.postgresql.statements import SELECT_STRANDED, SHIFT
+from incidentkit.store.postgresql.url import Server, parse_url, refused_parameter
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE, check_revision
 from incidentkit.store.sql.tables import incident_table
 from incidentkit.store.sqlite.errors import PRIMARY_CODE
 from incidentkit.store.sqlite.errors import translate_error as translate_sqlite
-from incidentkit.store.sqlite.url import sqlite_url
+from incidentkit.store.sqlite.file import probe
+from incidentkit.store.sqlite.url import IN_MEMORY, place_of, sqlite_url
 
 ORIGIN_REVISION: Final = REVISIONS[0]
 ORIGIN_VERSION_TABLE: Final = "alembic_version"
@@ -75,7 +78,17 @@ MIGRATION_LOCK_TIMEOUT: Final = 60.0
 TABLE_LOCK_TIMEOUT: Final = 10.0
 """Seconds to wait for other users of a table, while further ones queue behind the migration."""
 
+_DRIVER_ERRORS: Final = (
+    SQLAlchemyError,
+    sqlite3.Error,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    OSError,
+)
+
 _T = TypeVar("_T")
+
+logger = logging.getLogger("incidentkit.store")
 _migrating = threading.Lock()
 
 
@@ -88,18 +101,20 @@ def script_location() -> Path:
 
 def migration_engine(database_url: str) -> AsyncEngine:
     """Return an engine on a PostgreSQL database."""
-    dsn = asyncpg_dsn(database_url)
     return create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=partial(_connect, dsn),
+        async_creator=partial(_connect, parse_url(database_url)),
         poolclass=NullPool,
         hide_parameters=True,
     )
 
 
-async def _connect(dsn: str) -> asyncpg.Connection[asyncpg.Record]:
+async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
     try:
-        return await asyncpg.connect(dsn, timeout=CONNECT_TIMEOUT)
+        return await asyncpg.connect(**{"timeout": CONNECT_TIMEOUT, **server.arguments})
+    except (asyncpg.PostgresError, OSError) as error:
+        refusal = refused_parameter(server, error) or translate_error(error, connecting=True)
+        raise refusal from error
     except UNREADABLE_URL:
         # Without its cause, which shows parts of the URL.
         raise unreadable_url() from None
@@ -157,7 +172,11 @@ async def check(database_url: str) -> None:
         SchemaOutOfDate: With the command to run.
         StoreUnavailable: If the database cannot be reached.
     """
-    check_revision(await current(database_url))
+    await _in_thread(partial(run, database_url, _check))
+
+
+def _check(connection: Connection) -> None:
+    check_revision(current_revision(connection))
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
@@ -165,7 +184,9 @@ async def upgrade_memory(engine: AsyncEngine) -> None:
 
     This runs on the event loop of that connection, and blocks it.
     """
-    await _alone("sqlite", partial(_run_on, engine, partial(_run, command.upgrade, "head")))
+    async with _alone():
+        with _translated("sqlite", IN_MEMORY):
+            await _run_on(engine, partial(_run, command.upgrade, "head"))
 
 
 def upgrade_connection(connection: Connection) -> None:
@@ -217,12 +238,30 @@ def in_the_way(name: str) -> StoreError:
 
 
 def _upgrade(revision: str, connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        _check_encoding(connection)
     _run(command.upgrade, revision, connection)
     at = current_revision(connection)
     connection.rollback()
     if connection.dialect.name == "postgresql" and at == SCHEMA_REVISION:
         with connection.begin():
             put_in_order(connection)
+
+
+def _check_encoding(connection: Connection) -> None:
+    """Warn of a database that cannot hold every text, or holds texts that cannot be read."""
+    encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+    if encoding == "SQL_ASCII":
+        logger.warning(
+            "The encoding of the database is SQL_ASCII: it also accepts texts that are not UTF-8, "
+            "which cannot be read, and a search knows only ASCII letters. Use UTF8."
+        )
+    elif encoding != "UTF8":
+        logger.warning(
+            "The encoding of the database is %s: incidents with other characters than it has are "
+            "refused. Use UTF8.",
+            encoding,
+        )
 
 
 def put_in_order(connection: Connection) -> None:
@@ -297,19 +336,24 @@ async def run(database_url: str, work: Callable[[Connection], _T]) -> _T:
 
     It blocks the event loop.
     """
-    if database_kind(database_url) == "sqlite":
-        return await _alone("sqlite", partial(_run_on_file, sqlite_url(database_url), work))
-    return await _alone("postgresql", partial(_run_on, migration_engine(database_url), work))
+    kind = database_kind(database_url)
+    file = sqlite_url(database_url) if kind == "sqlite" else None
+    place = parse_url(database_url).place if file is None else place_of(file)
+    async with _alone():
+        with _translated(kind, place):
+            if file is None:
+                return await _run_on(migration_engine(database_url), work)
+            await probe(file)
+            return await _run_on_file(file, work)
 
 
-async def _alone(kind: DatabaseKind, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+@asynccontextmanager
+async def _alone() -> AsyncIterator[None]:
     # Polling, since waiters may run on several event loops and must stay cancellable.
     while not _migrating.acquire(blocking=False):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:
-        return await work()
-    except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        raise _translate(kind, error) from error
+        yield
     finally:
         _migrating.release()
 
@@ -348,15 +392,28 @@ def _is_locked(error: DBAPIError) -> bool:
     return bool(code == sqlite3.SQLITE_BUSY)
 
 
-def _translate(kind: DatabaseKind, error: Exception) -> StoreError:
-    if kind == "sqlite":
-        return translate_sqlite(error)
+@contextmanager
+def _translated(kind: DatabaseKind, place: str) -> Iterator[None]:
+    """Translate exceptions of drivers, and name the database in each error."""
+    try:
+        yield
+    except StoreError as error:
+        error.place = place
+        raise
+    except _DRIVER_ERRORS as error:
+        translated = translate_sqlite(error) if kind == "sqlite" else _translate(error)
+        translated.place = place
+        raise translated from error
+
+
+def _translate(error: Exception) -> StoreError:
     refusal = server_error(error)
     if isinstance(refusal, asyncpg.LockNotAvailableError):
         return StoreUnavailable(
-            "another session holds the table, or another migration runs: try again"
+            "another session holds the table, or another migration runs: try again",
+            sqlstate=refusal.sqlstate,
         )
     if refusal is not None and (refusal.sqlstate or "").startswith(OPERATORS_CLASSES):
         # The first argument is the server's message alone, without details, which contain values.
-        return StoreError(str(refusal.args[0]))
+        return StoreError(str(refusal.args[0]), sqlstate=refusal.sqlstate)
     return translate_error(error)

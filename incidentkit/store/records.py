@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from functools import partial, wraps
+from inspect import signature
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
-from attrs import evolve
+from attrs import evolve, fields
 
 import incidentkit.wire as wire_format
-from incidentkit.domain.commands import NewIncident, StatusChange
-from incidentkit.domain.errors import IdempotencyKeyReused, StoreUnavailable, UnknownCursor
+from incidentkit.domain.commands import MAX_FAULTS, NewIncident, StatusChange
+from incidentkit.domain.errors import (
+    FieldError,
+    IdempotencyKeyReused,
+    InvalidIncident,
+    StoreError,
+    StoreUnavailable,
+    UnknownCursor,
+)
 from incidentkit.domain.queries import ListQuery, SearchQuery
 from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import ANY_TRANSITION, Transitions
@@ -50,6 +58,8 @@ from incidentkit.store.sql.search import (
 from incidentkit.store.turns import Key, Turns
 from incidentkit.wire.encoding import encode_incident, encode_incidents
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R", bound="Records")
 _T = TypeVar("_T")
 
 SCAN: Final = 500
@@ -91,6 +101,23 @@ class Sharing(Protocol):
         ...
 
 
+def names_database(
+    operation: Callable[Concatenate[_R, _P], Awaitable[_T]],
+) -> Callable[Concatenate[_R, _P], Coroutine[Any, Any, _T]]:
+    """Make an operation name the database in its errors, and the field that it cannot store."""
+
+    @wraps(operation)
+    async def run(records: _R, /, *arguments: _P.args, **options: _P.kwargs) -> _T:
+        try:
+            return await operation(records, *arguments, **options)
+        except StoreError as error:
+            given = signature(operation).bind(records, *arguments, **options).arguments
+            records.explain(error, given)
+            raise
+
+    return run
+
+
 class Records:
     """The operations on incidents.
 
@@ -117,6 +144,24 @@ class Records:
         self._turns = turns
         self._bookmarks = bookmarks
 
+    def explain(self, error: StoreError, given: Mapping[str, object]) -> None:
+        """Name the database in an error.
+
+        Raises:
+            InvalidIncident: If the database cannot hold a character of the given values.
+        """
+        if error.place is None:
+            error.place = self._executor.place
+        character = self._dialect.unstorable(error.__cause__)
+        if character is None:
+            return
+        names = [each for name, value in given.items() for each in _fields(name, value, character)]
+        reason = f"must not contain {character!r}, which the encoding of the database does not have"
+        if names:
+            faults = [FieldError(name, reason) for name in names[:MAX_FAULTS]]
+            raise InvalidIncident(faults) from error.__cause__
+
+    @names_database
     async def create(
         self, incident: NewIncident, *, actor: str | None = None, once: Idempotency | None = None
     ) -> Incident:
@@ -135,6 +180,7 @@ class Records:
                 )
             return await self._executor.write(work)
 
+    @names_database
     async def create_many(
         self,
         incidents: Sequence[NewIncident],
@@ -153,6 +199,7 @@ class Records:
                 )
             return await self._executor.transact(work)
 
+    @names_database
     async def update_status(
         self,
         change: StatusChange,
@@ -191,12 +238,14 @@ class Records:
             # Nothing was changed, and the winner of the race is visible now.
             return await update()
 
+    @names_database
     async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
         """Add a note to the history, and return its event."""
         work = partial(self._dialect.note, incident_id=incident_id, note=note, actor=actor)
         async with self._turn(None, [("incident_id", incident_id)]):
             return await self._executor.write(work)
 
+    @names_database
     async def purge(
         self, ended_before: datetime, limit: int, *, actor: str | None = None
     ) -> tuple[int, bool]:
@@ -210,6 +259,7 @@ class Records:
 
         return await self._executor.transact(work)
 
+    @names_database
     async def purgeable(self, ended_before: datetime) -> int:
         """Count the incidents that ended before a time."""
         values = {"ended_before": ended_before}
@@ -252,6 +302,7 @@ class Records:
 
         return await self._executor.transact(work)
 
+    @names_database
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident."""
         if self._sharing is not None:
@@ -260,6 +311,7 @@ class Records:
         rows = await self._executor.read(statements.SELECT_INCIDENT, values)
         return read_incident(rows[0]) if rows else None
 
+    @names_database
     async def list(self, query: ListQuery) -> Page:
         """Read one page and its token, from one snapshot."""
         if self._sharing is not None:
@@ -270,19 +322,19 @@ class Records:
         if last > statements.DEEP:
             return await self._list_deep(query)
         near = self._dialect.keeps_plans and last <= statements.NEAR
-        return read_page(await self._read_page(query, "near" if near else "any"))
+        return read_page(await self._read_page(query, "near" if near else "any"), self._executor)
 
     async def _list_deep(self, query: ListQuery) -> Page:
         """Read a deep page, from a bookmark if one is valid."""
         if self._bookmarks is None:
-            return read_page(await self._read_page(query, "deep"))
+            return read_page(await self._read_page(query, "deep"), self._executor)
         rows = await self._read_onward(self._bookmarks, query)
         if rows is None:
             rows = await self._read_page(query, "deep")
         incident_id = rows[0][INCIDENT_COLUMNS.index("incident_id")]
         if incident_id is not None:
             self._bookmarks.add(query, incident_id, rows[0][TOKEN])
-        return read_page(rows)
+        return read_page(rows, self._executor)
 
     async def _read_onward(self, bookmarks: Bookmarks, query: ListQuery) -> Rows | None:
         """Read a page from the nearest bookmark; None if there is none, or it is outdated."""
@@ -304,11 +356,13 @@ class Records:
         values = {**statements.page_values(query), **(start or {})}
         return await self._executor.read(statements.page_statement(query, kind), values)
 
+    @names_database
     async def token(self) -> str | None:
         """Read the token of the incidents."""
         ((token,),) = await self._executor.read(statements.SELECT_TOKEN, {})
         return token if token is None else str(token)
 
+    @names_database
     async def search(self, query: SearchQuery) -> SearchPage:
         """Read one page in one statement, or two with words; the total takes one more."""
         statuses, sources = sorted(query.status or ()), sorted(query.source or ())
@@ -361,12 +415,14 @@ class Records:
             return rows
         return await self._executor.read(select_page_by_words(shape), values)
 
+    @names_database
     async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> EventList:
         """Read events of an incident, oldest first, after the one with this event id."""
         values = {"incident_id": incident_id, "event_id": after, "limit": limit}
         rows = await self._executor.read(statements.SELECT_HISTORY, values)
         return [read_event(row) for row in rows]
 
+    @names_database
     async def changes(self, after: Place, limit: int) -> EventList:
         """Read events of all incidents after a place, in the order of their commits."""
         transaction_id, event_id = after
@@ -374,15 +430,18 @@ class Records:
         rows = await self._executor.read(self._dialect.select_changes, values)
         return [read_event(row) for row in rows]
 
+    @names_database
     async def latest_change(self) -> IncidentEvent | None:
         """Read the last of all events that :meth:`changes` has."""
         rows = await self._executor.read(statements.SELECT_LATEST_CHANGE, {})
         return read_event(rows[0]) if rows else None
 
+    @names_database
     async def check_order(self) -> None:
         """Raise unless new events come after the existing ones."""
         await self._dialect.check_order(self._executor.read)
 
+    @names_database
     async def place(self, cursor: EventCursor) -> Place:
         """Return the place of the event that a cursor stands for.
 
@@ -393,6 +452,23 @@ class Records:
         for transaction_id, event_id in await self._executor.read(statements.SELECT_PLACE, values):
             return transaction_id, event_id
         raise UnknownCursor
+
+
+def _fields(name: str, value: object, character: str) -> Iterator[str]:
+    """Yield the names of the fields whose texts contain a character."""
+    match value:
+        case str():
+            if character in value:
+                yield name
+        case Idempotency():
+            yield from _fields("idempotency_key", value.key, character)
+        case NewIncident() | StatusChange() | SearchQuery():
+            for field in fields(type(value)):
+                yield from _fields(field.name, getattr(value, field.name), character)
+        case list():
+            for number, each in enumerate(value):
+                for field in _fields("", each, character):
+                    yield f"{name}[{number}].{field}"
 
 
 def _between(low: tuple[datetime, int], high: tuple[datetime, int]) -> dict[str, Any]:

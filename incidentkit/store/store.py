@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Executable
@@ -14,7 +15,7 @@ from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.dialect import Dialect
 from incidentkit.store.executor import OwnExecutor
 from incidentkit.store.ports import StoreOperations
-from incidentkit.store.records import Records, Sharing
+from incidentkit.store.records import Records, Sharing, names_database
 from incidentkit.store.schema import check_revision
 from incidentkit.store.sql.statements import SELECT_REVISION
 from incidentkit.store.turns import Turns
@@ -51,6 +52,7 @@ class Store(Records):
         # Where the store is open; None: it is closed.
         self._affinity: Affinity | None = None
 
+    @names_database
     async def open(self) -> None:
         """Connect, and check the schema or bring it up to date."""
         await self._leave_ended_loop()
@@ -65,7 +67,9 @@ class Store(Records):
             await self._check_or_upgrade()
             await self.check_order()
         except BaseException:
-            await self.close()
+            # A failure to close must not replace the error.
+            with suppress(Exception):
+                await self.close()
             raise
 
     async def _check_or_upgrade(self) -> None:
@@ -99,6 +103,7 @@ class Store(Records):
             # A statement that is still running in a thread has to end first.
             await asyncio.to_thread(self.abandon)
 
+    @names_database
     async def check(self) -> None:
         """Raise unless the database answers and has the schema that this version works on."""
         await self._check_schema()
@@ -107,6 +112,7 @@ class Store(Records):
         """Return the operations in the transaction of a host's connection."""
         return self._join(connection)
 
+    @names_database
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
         await self._connections.append(statement, rows)

@@ -162,7 +162,10 @@ def upgrade_sqlite_text() -> None:
 def upgrade_postgresql_text() -> None:
     """Index the words of the messages by a function, which queries must use too."""
     # In a database with the locale C, lower() and [:alnum:] know only ASCII.
-    collation = "SELECT 1 FROM pg_collation WHERE collname = 'pg_c_utf8'"
+    collation = (
+        "SELECT 1 FROM pg_collation WHERE collname = 'pg_c_utf8' "
+        "AND collencoding = pg_char_to_encoding(getdatabaseencoding())"
+    )
     collate = "COLLATE pg_c_utf8" if op.get_bind().scalar(sa.text(collation)) else ""
     op.execute(
         f"""

@@ -35,7 +35,14 @@ def every_operation(api: httpx2.Client) -> list[httpx2.Response]:
 
 
 @pytest.mark.parametrize(
-    "error", [StoreUnavailable(SECRET), SchemaOutOfDate("dadc1db062ae", "9b3f6d20c7e8", SECRET)]
+    "error",
+    [
+        StoreUnavailable(SECRET),
+        StoreUnavailable("it is away", place=SECRET, sqlstate="57P03"),
+        StoreUnavailable("its disk is full", place=SECRET, sqlstate=SECRET, retryable=False),
+        SchemaOutOfDate("dadc1db062ae", "9b3f6d20c7e8", SECRET),
+        SchemaOutOfDate(None, "9b3f6d20c7e8", place=SECRET),
+    ],
 )
 def test_a_database_that_is_away(serve: Serve, records: Records, error: Exception) -> None:
     """While the database is unusable, each route answers 503 with Retry-After."""
@@ -71,7 +78,13 @@ async def test_a_client_that_is_not_open(records: Records) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [StoreError(SECRET), RuntimeError(SECRET), RecursionError(SECRET)]
+    "error",
+    [
+        StoreError(SECRET),
+        StoreError("it failed", place=SECRET, sqlstate=SECRET),
+        RuntimeError(SECRET),
+        RecursionError(SECRET),
+    ],
 )
 def test_an_error_of_the_server(serve: Serve, records: Records, error: Exception) -> None:
     """An unexpected error is a 500 without its text, which is logged once."""

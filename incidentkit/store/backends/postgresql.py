@@ -26,6 +26,7 @@ from incidentkit.store.postgresql.dialect import PostgresDialect
 from incidentkit.store.postgresql.errors import translate_error
 from incidentkit.store.postgresql.pool import PoolExecutor
 from incidentkit.store.postgresql.sharing import PostgresSharing
+from incidentkit.store.postgresql.url import Server, parse_url, place_of, place_of_pool
 from incidentkit.store.records import Records
 from incidentkit.store.store import Store
 from incidentkit.store.turns import Turns
@@ -41,13 +42,16 @@ def postgresql_store(database: object, options: StoreOptions | None = None) -> S
     """
     options = options or StoreOptions()
     if isinstance(database, str):
+        server = parse_url(database)
         maximum = options.pool_size + options.max_overflow
-        connections = partial(_own_connections, database, options)
-        return _store(PoolExecutor(connections, options.pool_timeout), maximum, options)
+        connections = partial(_own_connections, server, options)
+        own = PoolExecutor(connections, options.pool_timeout, server.place)
+        return _store(own, maximum, options)
     if isinstance(database, asyncpg.Pool):
         maximum = database.get_max_size()
         lent = partial(HostPool, database, options.pool_timeout)
-        return _store(PoolExecutor(lent, options.pool_timeout), maximum, options)
+        pool = PoolExecutor(lent, options.pool_timeout, place_of_pool(database))
+        return _store(pool, maximum, options)
     if is_engine(database):
         maximum = pool_maximum(database)
         engine = PostgresEngineExecutor(database, maximum, options.pool_timeout)
@@ -71,8 +75,8 @@ def _store(
     )
 
 
-def _own_connections(database_url: str, options: StoreOptions) -> OwnConnections:
-    return OwnConnections(Connector(database_url, options), options)
+def _own_connections(server: Server, options: StoreOptions) -> OwnConnections:
+    return OwnConnections(Connector(server, options), options)
 
 
 def join(connection: object) -> StoreOperations:
@@ -86,7 +90,7 @@ def join(connection: object) -> StoreOperations:
         TypeError: If it is something else, or connected to another kind of database.
     """
     if is_connection(connection) or is_session(connection):
-        host = SqlalchemyConnection(connection, "postgresql", translate_error)
+        host = SqlalchemyConnection(connection, "postgresql", translate_error, place_of)
         return Records(PostgresDialect(), HostExecutor(host))
     if isinstance(connection, (asyncpg.Connection, PoolConnectionProxy)):
         return Records(PostgresDialect(), HostExecutor(AsyncpgConnection(connection)))

@@ -18,7 +18,7 @@ from incidentkit.store.records import Records
 from incidentkit.store.sqlite.dialect import SqliteDialect
 from incidentkit.store.sqlite.errors import translate_error
 from incidentkit.store.sqlite.threads import ThreadsExecutor
-from incidentkit.store.sqlite.url import MEMORY, sqlite_url
+from incidentkit.store.sqlite.url import MEMORY, place_of, sqlite_url
 from incidentkit.store.store import Store
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def join(connection: object) -> StoreOperations:
         TypeError: If it is something else, or connected to another kind of database.
     """
     if is_connection(connection) or is_session(connection):
-        host = SqlalchemyConnection(connection, "sqlite", translate_error)
+        host = SqlalchemyConnection(connection, "sqlite", translate_error, place_of)
         return Records(SqliteDialect(), SqliteHostExecutor(host))
     # By name: asyncpg is not loaded for SQLite.
     if type(connection).__module__.partition(".")[0] == "asyncpg":

@@ -13,9 +13,11 @@ from sqlalchemy import Executable
 
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction, StoreUnavailable
 from incidentkit.store.executor import Rows
+from incidentkit.store.hosts.sqlalchemy import has_every_character
 from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.driver import Connection, fetch_rows
 from incidentkit.store.postgresql.errors import LOST, translate_error
+from incidentkit.store.postgresql.url import place_of_connection
 
 logger = logging.getLogger("incidentkit.store")
 
@@ -34,10 +36,20 @@ class AsyncpgConnection:
         self._connection = connection
         self._check()
 
+    @property
+    def place(self) -> str | None:
+        """The database of the connection."""
+        return place_of_connection(self._connection)
+
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement in the transaction."""
         self._check()
         return await fetch_rows(self._connection, statement, values)
+
+    async def has_every_character(self) -> bool:
+        """Return whether the database can hold every character."""
+        self._check()
+        return has_every_character(self._connection)
 
     def translate(self, error: Exception) -> IncidentKitError:
         """Return the error that a caller sees for an exception of asyncpg."""

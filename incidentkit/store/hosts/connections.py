@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from sqlalchemy import Executable, text
+from sqlalchemy import Engine, Executable, text
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import InvalidRequestError, ResourceClosedError, UnboundExecutionError
 
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction
@@ -16,6 +17,7 @@ from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
     commits_by_itself,
     fetch_rows,
+    has_every_character,
     in_sqlite_transaction,
     is_connection,
     is_session,
@@ -34,7 +36,16 @@ _UNDO: Final = text("ROLLBACK TO SAVEPOINT incidentkit")
 
 
 class HostConnection(Protocol):
-    """A connection of the host, of any driver."""
+    """A connection of the host, of any driver.
+
+    Attributes:
+        place: The database that it is connected to; None if the driver does not say.
+    """
+
+    @property
+    def place(self) -> str | None:
+        """The database, for an error to name it."""
+        ...
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement in the transaction.
@@ -42,6 +53,10 @@ class HostConnection(Protocol):
         Raises:
             NotInTransaction: If it has ended.
         """
+        ...
+
+    async def has_every_character(self) -> bool:
+        """Return whether the database can hold every character."""
         ...
 
     def translate(self, error: Exception) -> IncidentKitError:
@@ -59,6 +74,7 @@ class SqlalchemyConnection:
         connection: SQLAlchemy's ``AsyncConnection`` or ``AsyncSession``.
         kind: The database that it must be connected to.
         translate: Returns the error for an exception of the driver.
+        place_of: Returns the place of the database that a URL names.
 
     Raises:
         NotInTransaction: If it commits each statement by itself.
@@ -70,16 +86,23 @@ class SqlalchemyConnection:
         connection: AsyncConnection | AsyncSession,
         kind: DatabaseKind,
         translate: Callable[[Exception], IncidentKitError],
+        place_of: Callable[[URL], str | None],
     ) -> None:
         self._connection = connection
         self._translate = translate
-        found = _dialect_name(connection)
-        if found != kind:
-            raise TypeError(f"The client is on {kind}, not on {found}")
+        engine = _engine(connection)
+        if engine.dialect.name != kind:
+            raise TypeError(f"The client is on {kind}, not on {engine.dialect.name}")
+        self._place_of = place_of
         if is_connection(connection):
             _check(connection)
         self._fetch = _fetch_to_completion if kind == "sqlite" else fetch_rows
         self._transaction = self._current()
+
+    @property
+    def place(self) -> str | None:
+        """The database of the connection."""
+        return self._place_of(_engine(self._connection).url)
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement in the transaction."""
@@ -90,6 +113,11 @@ class SqlalchemyConnection:
             return await self._fetch(connection, statement, values)
         finally:
             self._transaction = self._transaction or self._current()
+
+    async def has_every_character(self) -> bool:
+        """Return whether the database can hold every character."""
+        raw = await (await self.connection()).get_raw_connection()
+        return has_every_character(raw.driver_connection)
 
     async def connection(self) -> AsyncConnection:
         """Return the connection of the transaction."""
@@ -112,11 +140,11 @@ class SqlalchemyConnection:
         return connection.sync_connection and connection.sync_connection.get_transaction()
 
 
-def _dialect_name(connection: AsyncConnection | AsyncSession) -> str:
+def _engine(connection: AsyncConnection | AsyncSession) -> Engine:
     if is_connection(connection):
-        return connection.engine.dialect.name
+        return connection.engine.sync_engine
     try:
-        return connection.sync_session.get_bind().dialect.name
+        return connection.sync_session.get_bind().engine
     except UnboundExecutionError:
         raise TypeError("Only a session on one database can be joined, or its connection") from None
 
@@ -176,6 +204,11 @@ class HostExecutor:
         # Statements of one call must not come between those of another.
         self._turn = asyncio.Lock()
 
+    @property
+    def place(self) -> str | None:
+        """The database of the connection."""
+        return self._connection.place
+
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads."""
         return await self._run(lambda fetch: fetch(statement, values))
@@ -191,6 +224,9 @@ class HostExecutor:
     async def _run(self, work: Work[_T]) -> _T:
         async with self._turn:
             try:
+                if not await self._connection.has_every_character():
+                    # A value that cannot be stored must not end the host's transaction.
+                    return await _all_or_none(self._connection.fetch, work)
                 return await work(self._connection.fetch)
             except IncidentKitError:
                 raise
@@ -210,6 +246,11 @@ class SqliteHostExecutor:
     def __init__(self, connection: SqlalchemyConnection) -> None:
         self._connection = connection
         self._executor = HostExecutor(connection)
+
+    @property
+    def place(self) -> str | None:
+        """The database of the connection."""
+        return self._connection.place
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads."""

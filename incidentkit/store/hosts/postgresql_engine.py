@@ -15,6 +15,7 @@ from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
 from incidentkit.store.postgresql.connection import is_alive
 from incidentkit.store.postgresql.errors import translate_error
+from incidentkit.store.postgresql.url import place_of
 from incidentkit.store.share import Share, writing_share
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class PostgresEngineExecutor:
     in_host_transaction = False
 
     def __init__(self, engine: AsyncEngine, maximum: int, timeout: float) -> None:
+        self.place = place_of(engine.url)
         # The host's default may be any isolation level.
         self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")
@@ -93,15 +95,19 @@ class PostgresEngineExecutor:
     async def _connection(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         """Lend a connection in a transaction, and translate exceptions."""
         self._opened()
+        connecting = True
         try:
             async with engine.connect() as connection:
                 await self._replace_dead(connection)
+                connecting = False
                 async with connection.begin():
                     yield connection
         except IncidentKitError:
             raise
         except Exception as error:
-            raise translate_sqlalchemy_error(error) or translate_error(error) from error
+            raise (
+                translate_sqlalchemy_error(error) or translate_error(error, connecting=connecting)
+            ) from error
 
     async def _replace_dead(self, connection: AsyncConnection) -> None:
         """Let SQLAlchemy take another connection of its pool for one that has ended."""

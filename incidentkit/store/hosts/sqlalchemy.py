@@ -13,7 +13,8 @@ from sqlalchemy import Executable
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from incidentkit.domain.errors import StoreError, StoreUnavailable
+from incidentkit.domain.errors import StoreError
+from incidentkit.store.causes import POOL_EXHAUSTED, TRANSACTION_FAILED
 from incidentkit.store.executor import Rows
 from incidentkit.store.sql.rows import unreadable_row
 
@@ -60,9 +61,9 @@ async def fetch_rows(
 def translate_sqlalchemy_error(error: Exception) -> StoreError | None:
     """Return the error for an exception of SQLAlchemy itself; None if it is a driver's."""
     if isinstance(error, PoolTimeoutError):
-        return StoreUnavailable("no connection became free in time")
+        return POOL_EXHAUSTED.as_error()
     if isinstance(error, InvalidRequestError):
-        return StoreError("the transaction has failed before, or was ended")
+        return TRANSACTION_FAILED.as_error()
     return None
 
 
@@ -85,6 +86,20 @@ def commits_by_itself(connection: AsyncConnection) -> bool:
     options: Mapping[str, Any] = {} if begun is None else begun.get_execution_options()
     default = getattr(connection.dialect, "_on_connect_isolation_level", None)
     return bool(options.get("isolation_level", default) == "AUTOCOMMIT")
+
+
+def has_every_character(driver: Any) -> bool:
+    """Return whether the database of a connection can hold every character.
+
+    Args:
+        driver: The connection of asyncpg or psycopg; any other one counts as having them.
+    """
+    if hasattr(driver, "get_settings"):
+        encoding = getattr(driver.get_settings(), "server_encoding", None)
+    else:
+        info = getattr(driver, "info", None)
+        encoding = None if info is None else info.parameter_status("server_encoding")
+    return encoding in (None, "UTF8", "SQL_ASCII")
 
 
 async def in_sqlite_transaction(connection: AsyncConnection) -> bool:

@@ -24,7 +24,8 @@ from incidentkit.store.options import StoreOptions
 from incidentkit.store.sqlite.errors import translate_error
 from incidentkit.store.sqlite.file import probe
 from incidentkit.store.sqlite.statements import LOCK
-from incidentkit.store.sqlite.url import MEMORY
+from incidentkit.store.sqlite.threads import DatabaseFile
+from incidentkit.store.sqlite.url import MEMORY, place_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -49,6 +50,8 @@ class SqliteEngineExecutor:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._url = file_url(engine)
+        self.place = place_of(self._url)
+        self._file: DatabaseFile | None = None
         self._host_engine = engine
         self._engine: AsyncEngine | None = None
         self._affinity: Affinity | None = None
@@ -67,6 +70,8 @@ class SqliteEngineExecutor:
         self._detects_transactions = False
         if self._url.database not in MEMORY:
             await self._run(probe(self._url))
+            self.place = place_of(self._url)
+            self._file = DatabaseFile(self.place)
             return
         await self._run(self._connect())
         # From Python 3.12 on, a driver can be set to be in a transaction all the time.
@@ -117,9 +122,14 @@ class SqliteEngineExecutor:
     def _connection(self) -> AsyncConnection:
         if self._engine is None:
             raise ClientClosed
+        self._check_file()
         if self._detects_transactions and _shared_by_a_transaction(self._engine):
             raise StoreUnavailable("a transaction of the application has the only connection")
         return self._engine.connect()
+
+    def _check_file(self) -> None:
+        if self._file is not None:
+            self._file.check()
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:
@@ -127,12 +137,15 @@ class SqliteEngineExecutor:
         async with self._connection() as connection:
             await connection.execute(LOCK)
             if await in_sqlite_transaction(connection):
+                self._check_file()
                 yield connection
                 await connection.commit()
                 return
             # The connection commits after each statement unless a transaction is begun by hand.
             await connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
+                # Again, since the transaction may have waited for another one.
+                self._check_file()
                 yield connection
                 await connection.exec_driver_sql("COMMIT")
             except BaseException:

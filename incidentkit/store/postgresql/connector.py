@@ -8,8 +8,9 @@ import asyncpg
 
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.postgresql.connection import PostgresConnection, Preparing
-from incidentkit.store.postgresql.driver import asyncpg_dsn, unreadable_url
+from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import UNREADABLE_URL
+from incidentkit.store.postgresql.url import Server, refused_parameter
 
 logger = logging.getLogger("incidentkit.store")
 
@@ -18,26 +19,33 @@ class Connector:
     """Opens connections to one server.
 
     Args:
-        database_url: ``postgresql://user:password@host:port/database``; further parameters as
-            asyncpg takes them, such as ``?sslmode=require``.
+        server: The server.
         options: Time limits, and whether statements are prepared.
     """
 
-    def __init__(self, database_url: str, options: StoreOptions) -> None:
-        self._dsn = asyncpg_dsn(database_url)
+    def __init__(self, server: Server, options: StoreOptions) -> None:
+        self._server = server
         self._options = options
         self._preparing = Preparing(options.prepared_statements)
         self._connected = False
 
     async def __call__(self) -> PostgresConnection:
-        """Open a connection. Exceptions of asyncpg are not translated."""
+        """Open a connection. Exceptions of asyncpg are not translated.
+
+        Raises:
+            InvalidSettings: If the URL cannot be used, or the server refuses a parameter of it.
+        """
         try:
             driver = await asyncpg.connect(
-                self._dsn,
-                timeout=self._options.connect_timeout,
+                **{"timeout": self._options.connect_timeout, **self._server.arguments},
                 command_timeout=self._options.statement_timeout,
                 statement_cache_size=0,
             )
+        except asyncpg.PostgresError as error:
+            refused = refused_parameter(self._server, error)
+            if refused is None:
+                raise
+            raise refused from error
         except UNREADABLE_URL as error:
             if self._connected or isinstance(error, OSError):
                 raise

@@ -21,7 +21,7 @@ from incidentkit.domain.values import OPEN, Incident, IncidentEvent
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
-from incidentkit.store.postgresql.errors import lost_race
+from incidentkit.store.postgresql.errors import lost_race, unstorable
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
 
@@ -156,6 +156,10 @@ class PostgresDialect:
     def lost_race(self, error: BaseException | None) -> bool:
         """Return whether another incident with the same key was opened at the same time."""
         return lost_race(error)
+
+    def unstorable(self, error: BaseException | None) -> str | None:
+        """Return the character that the database's encoding does not have, if that is the cause."""
+        return unstorable(error)
 
 
 def values_to_insert(given: Sequence[tuple[NewIncident, str | None]]) -> dict[str, Any]:

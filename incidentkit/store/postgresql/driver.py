@@ -1,11 +1,10 @@
-"""Statements and URLs as asyncpg takes them.
+"""Statements as asyncpg takes them.
 
 A statement is compiled once, when it first runs; SQLAlchemy takes no part in a call.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final, TypeAlias
@@ -52,13 +51,6 @@ async def fetch_rows(
     """Run a statement on a connection of asyncpg."""
     compiled = compile_statement(statement)
     return await connection.fetch(compiled.text, *[values[name] for name in compiled.parameters])
-
-
-def asyncpg_dsn(database_url: str) -> str:
-    """Return the URL as asyncpg takes it: without SQLAlchemy's driver name and its ``ssl=``."""
-    server, mark, query = database_url.partition("://")[2].partition("?")
-    parameters = [re.sub(r"^ssl=", "sslmode=", parameter) for parameter in query.split("&")]
-    return f"postgresql://{server}{mark}{'&'.join(parameters)}"
 
 
 def unreadable_url() -> InvalidSettings:

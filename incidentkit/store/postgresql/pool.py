@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-import asyncpg
 from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity, keep, running_loop
@@ -51,11 +50,15 @@ class PoolExecutor:
     Args:
         connections: Makes what lends the connections, for each opening.
         timeout: Seconds that a write waits until there is a connection for it.
+        place: Host, port and name of the database; None: it is not known.
     """
 
     in_host_transaction = False
 
-    def __init__(self, connections: Callable[[], Connections], timeout: float) -> None:
+    def __init__(
+        self, connections: Callable[[], Connections], timeout: float, place: str | None
+    ) -> None:
+        self.place = place
         self._new_connections = connections
         self._timeout = timeout
         self._connections: Connections | None = None
@@ -126,10 +129,8 @@ class PoolExecutor:
                 connection = await connections.take()
             except IncidentKitError:
                 raise
-            except asyncpg.UndefinedObjectError as error:
-                raise StoreError("it does not know a parameter of the URL") from error
             except Exception as error:
-                raise translate_error(error) from error
+                raise translate_error(error, connecting=True) from error
             try:
                 done = await call(connection)
             except BaseException as error:

@@ -116,7 +116,8 @@ class PostgresSharing:
             (query,) = queries
             near = query.offset + query.limit <= NEAR
             statement = page_statement(query, "near" if near else "any")
-            return [read_page(await self._executor.read(statement, page_values(query)))]
+            rows = await self._executor.read(statement, page_values(query))
+            return [read_page(rows, self._executor)]
         values = {
             "statuses": [query.status and query.status.value for query in queries],
             "sources": [query.source and query.source.value for query in queries],
@@ -124,7 +125,9 @@ class PostgresSharing:
             "offsets": [str(query.offset) for query in queries],
         }
         rows = await self._executor.read(sql.SELECT_PAGES, values)
-        return [read_page(list(page)) for _, page in groupby(rows, itemgetter(PAGE))]
+        return [
+            read_page(list(page), self._executor) for _, page in groupby(rows, itemgetter(PAGE))
+        ]
 
     async def _create_all(
         self, given: Sequence[tuple[NewIncident, str | None]]

@@ -22,6 +22,7 @@ from sqlalchemy.types import TypeDecorator
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import StoreError
 from incidentkit.domain.values import EventKind, Incident, IncidentEvent, IncidentStatus
+from incidentkit.store.executor import Executor
 from incidentkit.store.page import Page
 from incidentkit.wire.encoding import encode_rows
 
@@ -140,8 +141,12 @@ def read_event(row: Sequence[Any]) -> IncidentEvent:
         raise StoreError(_UNREADABLE_EVENT) from error
 
 
-def read_page(rows: Sequence[Any]) -> Page:
+def read_page(rows: Sequence[Any], executor: Executor) -> Page:
     """Return the page of some rows; an empty page is one row, with the token alone.
+
+    Args:
+        rows: The rows.
+        executor: Has read them, and names the database in an error.
 
     Raises:
         StoreError: When its incidents are used, if an incident cannot have the values of a row.
@@ -150,15 +155,25 @@ def read_page(rows: Sequence[Any]) -> Page:
         raise StoreError(_OTHER_STATEMENT)
     token = rows[0][TOKEN]
     found = [row[:TOKEN] for row in rows if row[_INCIDENT_ID] is not None]
-    return Page(partial(_read_incidents, found), token, partial(_encode_incidents, found))
+    return Page(
+        partial(_read_incidents, found, executor),
+        token,
+        partial(_encode_incidents, found, executor),
+    )
 
 
-def _read_incidents(rows: Sequence[Any]) -> list[Incident]:
-    return [read_incident(row) for row in rows]
+def _read_incidents(rows: Sequence[Any], executor: Executor) -> list[Incident]:
+    try:
+        return [read_incident(row) for row in rows]
+    except StoreError as error:
+        error.place = executor.place
+        raise
 
 
-def _encode_incidents(rows: Sequence[Any]) -> bytes:
+def _encode_incidents(rows: Sequence[Any], executor: Executor) -> bytes:
     try:
         return encode_rows(rows)
     except (KeyError, TypeError, ValueError) as error:
-        raise unreadable_row() from error
+        unreadable = unreadable_row()
+        unreadable.place = executor.place
+        raise unreadable from error

@@ -141,6 +141,9 @@ class SqliteDialect:
         """Return False: there is one writer at a time."""
         return False
 
+    def unstorable(self, error: BaseException | None) -> None:
+        """Return None: every encoding of SQLite has all characters."""
+
 
 async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:
     rows = await fetch(SELECT_INCIDENT, {"incident_id": incident_id})

@@ -2,47 +2,135 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from incidentkit.domain.errors import SchemaOutOfDate, StoreError, StoreUnavailable
-from incidentkit.store.schema import SCHEMA_REVISION
+from incidentkit.domain.errors import SchemaOutOfDate, StoreError
+from incidentkit.store.causes import (
+    NO_ANSWER,
+    POOL_EXHAUSTED,
+    Cause,
+    find_cause,
+    unknown_cause,
+)
 
 PRIMARY_CODE: Final = 0xFF
 """The bits of an SQLite error code that hold its kind."""
 
-UNAVAILABLE: Final = {
-    sqlite3.SQLITE_BUSY: "another process kept it locked for too long",
-    sqlite3.SQLITE_LOCKED: "another process kept it locked for too long",
-    sqlite3.SQLITE_CANTOPEN: "the file cannot be opened",
-    sqlite3.SQLITE_READONLY: "the file cannot be written",
-    sqlite3.SQLITE_IOERR: "the file cannot be read or written",
-    sqlite3.SQLITE_FULL: "the disk is full",
+MOVED: Final = Cause(
+    "the file was moved, deleted or replaced while it was open; put it back, or close the client "
+    "and open it again",
+    codes=("SQLITE_READONLY_DBMOVED",),
+)
+NO_FOLDER: Final = Cause(
+    "the working folder was deleted, and the path of the file is relative to it; name the file by "
+    "an absolute path"
+)
+LOST: Final = Cause("the connection was lost", retryable=True)
+
+CAUSES: Final = (
+    # The file.
+    Cause(
+        "the file cannot be opened; check its permissions, that its folder exists, and that it is "
+        "not a folder itself",
+        codes=("SQLITE_CANTOPEN", "SQLITE_PERM"),
+    ),
+    NO_FOLDER,
+    MOVED,
+    Cause(
+        "its folder or medium is read-only, but its write-ahead log needs a writable one; copy it, "
+        "or add immutable=1 to the URL to read it there",
+        codes=("SQLITE_READONLY_DIRECTORY", "SQLITE_READONLY_CANTINIT"),
+    ),
+    Cause("the file is read-only; check its permissions", codes=("SQLITE_READONLY",)),
+    Cause(
+        "the file cannot be read or written; check the disk and the log of the system",
+        codes=("SQLITE_IOERR",),
+    ),
+    Cause("the disk is full; free space on it", codes=("SQLITE_FULL",)),
+    Cause(
+        "the file is not an SQLite database; correct the path",
+        StoreError,
+        codes=("SQLITE_NOTADB",),
+    ),
+    Cause("the file is damaged; restore it from a backup", StoreError, codes=("SQLITE_CORRUPT",)),
+    Cause(
+        "its file system cannot lock files, as over a network; move it to a local disk",
+        codes=("SQLITE_PROTOCOL", "SQLITE_NOLFS"),
+    ),
+    # Other work.
+    Cause(
+        "another process kept it locked for too long",
+        retryable=True,
+        codes=("SQLITE_BUSY", "SQLITE_LOCKED"),
+    ),
+    Cause("a concurrent transaction came first", retryable=True, codes=("SQLITE_BUSY_SNAPSHOT",)),
+    Cause("the statement was interrupted", retryable=True, codes=("SQLITE_INTERRUPT",)),
+    Cause("another connection changed the schema", retryable=True, codes=("SQLITE_SCHEMA",)),
+    Cause("the process is out of memory", retryable=True, codes=("SQLITE_NOMEM",)),
+    LOST,
+    NO_ANSWER,
+    POOL_EXHAUSTED,
+    # The statement.
+    Cause(
+        "a constraint of the database refused the values", StoreError, codes=("SQLITE_CONSTRAINT",)
+    ),
+    Cause(
+        "a part of the schema is missing",
+        SchemaOutOfDate,
+        codes=("SQLITE_ERROR",),
+        text="no such (table|column|function|module)",
+    ),
+)
+"""Every known cause. A failure with another code is a :class:`~incidentkit.StoreError` that names
+the code."""
+
+_PRIMARY_NAMES: Final[dict[int, str]] = {
+    getattr(sqlite3, code): code for cause in CAUSES for code in cause.codes
 }
-"""The reason of a :class:`~incidentkit.StoreUnavailable`, by the primary code."""
+
+_AMBIGUOUS: Final = frozenset({"SQLITE_ERROR"})
 
 
-def translate_error(error: Exception) -> StoreError:
-    """Return the error that a caller sees, for an exception of SQLAlchemy or of a time limit.
+def translate_error(error: BaseException) -> StoreError:
+    """Return the error that a caller sees, for an exception of SQLite, SQLAlchemy or a time limit.
 
     Raise it with the exception as its cause: ``raise translate_error(error) from error``.
     """
     if isinstance(error, TimeoutError):
-        return StoreUnavailable("it did not answer in time")
+        return NO_ANSWER.as_error()
     if isinstance(error, PoolTimeoutError):
-        return StoreUnavailable("no connection became free in time")
-    cause = error.orig if isinstance(error, DBAPIError) else None
-    code = getattr(cause, "sqlite_errorcode", 0) & PRIMARY_CODE
-    if code == sqlite3.SQLITE_ERROR and "no such" in str(cause):
-        return SchemaOutOfDate(None, SCHEMA_REVISION)
-    lost = isinstance(error, OSError) or getattr(error, "connection_invalidated", False)
-    if code in UNAVAILABLE or lost:
-        return StoreUnavailable(UNAVAILABLE.get(code, "the connection was lost"))
-    name = getattr(cause, "sqlite_errorname", None)
-    return StoreError(name or "unexpected failure of the driver")
+        return POOL_EXHAUSTED.as_error()
+    if isinstance(error, OSError) and error.errno == errno.ENOENT:
+        # SQLAlchemy makes a path absolute.
+        return NO_FOLDER.as_error()
+    cause = _driver_error(error)
+    code = _name(cause)
+    known = find_cause(CAUSES, code, str(cause), ambiguous=_AMBIGUOUS)
+    if known is None and code is None and getattr(error, "connection_invalidated", False):
+        known = LOST
+    if known is not None:
+        return known.as_error(code)
+    return unknown_cause(cause or error, code, unavailable=isinstance(error, OSError))
+
+
+def _driver_error(error: BaseException) -> sqlite3.Error | None:
+    """Return the exception of SQLite itself; SQLAlchemy does not wrap those of its listeners."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return cause if isinstance(cause, sqlite3.Error) else None
+
+
+def _name(error: sqlite3.Error | None) -> str | None:
+    """Return SQLite's name of an error; None if it comes from the module ``sqlite3`` itself."""
+    name: str | None = getattr(error, "sqlite_errorname", None)
+    if name != "unknown":
+        return name
+    # A newer SQLite has codes that Python does not know.
+    return _PRIMARY_NAMES.get(getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE)
 
 
 def is_stale_schema(error: DBAPIError) -> bool:

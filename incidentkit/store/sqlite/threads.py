@@ -9,6 +9,7 @@ beyond its time limit, so that an error never hides a stored write.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,14 +23,15 @@ from sqlalchemy.exc import DBAPIError
 
 from incidentkit.affinity import Affinity, keep, running_loop
 from incidentkit.batching import Batcher
-from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
+from incidentkit.domain.errors import ClientClosed, IncidentKitError
+from incidentkit.store.causes import NO_ANSWER
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.sql.rows import unreadable_row
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
-from incidentkit.store.sqlite.errors import is_stale_schema, translate_error
+from incidentkit.store.sqlite.errors import MOVED, is_stale_schema, translate_error
 from incidentkit.store.sqlite.file import open_engine, probe
-from incidentkit.store.sqlite.url import MEMORY
+from incidentkit.store.sqlite.url import MEMORY, place_of
 
 _T = TypeVar("_T")
 
@@ -60,6 +62,7 @@ class ThreadsExecutor:
     in_host_transaction = False
 
     def __init__(self, url: URL, options: StoreOptions) -> None:
+        self.place = place_of(url)
         self._url = url
         self._options = options
         self._patience = options.pool_timeout + options.statement_timeout
@@ -70,14 +73,18 @@ class ThreadsExecutor:
     async def open(self, affinity: Affinity) -> None:
         """Open the file, and create it if it does not exist."""
         memory = self._url.database in MEMORY
+        # A relative path is that of the working folder of now.
+        self.place = place_of(self._url)
         try:
             if not memory:
                 await probe(self._url)
-        except DBAPIError as error:
+            engine = open_engine(self._url, self._options)
+        except Exception as error:
             raise translate_error(error) from error
         self._closing = False
         self._affinity = affinity
-        self._threads = _Threads(open_engine(self._url, self._options), self._options, one=memory)
+        file = None if memory else DatabaseFile(self.place)
+        self._threads = _Threads(engine, self._options, file)
 
     async def close(self) -> None:
         """Wait for running calls, then close every connection."""
@@ -105,7 +112,9 @@ class ThreadsExecutor:
         """Run work on a connection, in the thread that writes."""
         try:
             return await self._opened().run(work)
-        except DBAPIError as error:
+        except IncidentKitError:
+            raise
+        except Exception as error:
             raise translate_error(error) from error
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
@@ -137,7 +146,7 @@ class ThreadsExecutor:
             # Has no effect on a write that has begun, or has ended.
             write.claim()
             answer.cancel()
-        raise StoreUnavailable("it did not answer in time")
+        raise NO_ANSWER.as_error()
 
     async def transact(self, work: Work[_T]) -> _T:
         """Run statements that write, all or none, as :meth:`write` does."""
@@ -155,6 +164,37 @@ class ThreadsExecutor:
         if self._affinity.loop is not running_loop():
             raise self._affinity.error()
         return self._threads
+
+
+class DatabaseFile:
+    """A file that is open, and must stay at its path.
+
+    SQLite reports success for writes to a file that was moved, deleted or replaced, although no
+    other program will see them.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._identity = self._look()
+
+    def check(self) -> None:
+        """Raise unless the file is still at its path.
+
+        Raises:
+            StoreUnavailable: If it was moved, deleted or replaced.
+        """
+        if self._look() != self._identity:
+            raise MOVED.as_error()
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._path)  # noqa: PTH116
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
 
 class _Write:
@@ -181,11 +221,13 @@ class _Threads:
     Args:
         engine: The connections.
         options: Their number.
-        one: Whether a single connection serves reads and writes.
+        file: The file; None: a database in memory, whose one connection serves reads and writes.
     """
 
-    def __init__(self, engine: Engine, options: StoreOptions, *, one: bool) -> None:
+    def __init__(self, engine: Engine, options: StoreOptions, file: DatabaseFile | None) -> None:
         self._engine = engine
+        self._file = file
+        one = file is None
         self._writer = ThreadPoolExecutor(1, "incidentkit-sqlite")
         self._readers = (
             self._writer if one else ThreadPoolExecutor(options.pool_size, "incidentkit-sqlite")
@@ -205,8 +247,8 @@ class _Threads:
         await self.reads.finish()
         await self.slow_reads.finish()
         await self.writes.finish()
-        with suppress(DBAPIError):
-            await self.run(lambda _: None)
+        # Shutting down waits too, but blocks the event loop.
+        await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
         self.shut_down()
 
     def shut_down(self) -> None:
@@ -220,7 +262,7 @@ class _Threads:
         return asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
 
     def _write_all(self, given: Sequence[_Write]) -> asyncio.Future[list[Any]]:
-        return self.run(lambda connection: _transact(connection, given))
+        return self.run(lambda connection: _transact(connection, given, self._check_file))
 
     def _read_all(
         self, given: Sequence[tuple[Executable, Mapping[str, Any]]]
@@ -230,12 +272,20 @@ class _Threads:
 
         return asyncio.get_running_loop().run_in_executor(self._readers, self._lend, read)
 
+    def _check_file(self) -> None:
+        if self._file is not None:
+            self._file.check()
+
     def _lend(self, work: Callable[[Connection], _T]) -> _T:
+        # A new connection would create a file that is missing.
+        self._check_file()
         with self._engine.connect() as connection:
             return work(connection)
 
 
-def _transact(connection: Connection, given: Sequence[_Write]) -> list[Any]:
+def _transact(
+    connection: Connection, given: Sequence[_Write], check_file: Callable[[], None]
+) -> list[Any]:
     """Run in one transaction the writes that were not given up, and undo each that fails."""
 
     async def fetch(statement: Executable, values: Mapping[str, Any]) -> Rows:
@@ -246,6 +296,8 @@ def _transact(connection: Connection, given: Sequence[_Write]) -> list[Any]:
     driver: Any = connection.connection.driver_connection
     outcomes: list[Any] = []
     try:
+        # Again, since the transaction may have waited for another one.
+        check_file()
         for write in given:
             if not write.begin():
                 outcomes.append(None)
@@ -265,7 +317,7 @@ def _transact(connection: Connection, given: Sequence[_Write]) -> list[Any]:
     # run without this one.
     place = len(outcomes)
     others = [*given[:place], *given[place + 1 :]]
-    done = _transact(connection, others) if others else []
+    done = _transact(connection, others, check_file) if others else []
     return [*done[:place], outcome, *done[place:]]
 
 
