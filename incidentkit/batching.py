@@ -200,10 +200,12 @@ class Coalescer(Generic[_K, _T]):
 
     Args:
         run: Returns the answer for a key. An exception is raised in every call that shares the run.
+        abandon: Whether a run is cancelled once all its calls are cancelled.
     """
 
-    def __init__(self, run: Callable[[_K], Awaitable[_T]]) -> None:
+    def __init__(self, run: Callable[[_K], Awaitable[_T]], *, abandon: bool = False) -> None:
         self._run = run
+        self._abandon = abandon
         self._batchers: dict[_K, Batcher[None, _T]] = {}
 
     def __call__(self, key: _K) -> asyncio.Future[_T]:
@@ -211,7 +213,9 @@ class Coalescer(Generic[_K, _T]):
         batcher = self._batchers.get(key)
         if batcher is None:
             batcher = self._batchers[key] = Batcher(
-                partial(self._run_for_all, key), when_idle=lambda: self._forget(key, batcher)
+                partial(self._run_for_all, key),
+                when_idle=lambda: self._forget(key, batcher),
+                abandon=self._abandon,
             )
         return batcher(None)
 

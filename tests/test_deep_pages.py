@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from incidentkit import IncidentClient, IncidentSource, IncidentStatus, ListQuery, NewIncident
+from incidentkit.domain.values import DEEP
 from incidentkit.store.bookmarks import MAX_BOOKMARKS, Bookmarks
-from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
+from incidentkit.store.sql.statements import SELECT_PAGE
 from tests.hosts import run_sql
 from tests.test_sharing import counted, fill, plan
 

@@ -21,6 +21,7 @@ from incidentkit import (
     IncidentClient,
     IncidentNotFound,
     InvalidSettings,
+    NewIncident,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
@@ -31,6 +32,7 @@ from incidentkit.store import RequestRecord, StoreOptions
 from incidentkit.store.migrate import downgrade, upgrade
 from incidentkit.store.ports import BEGINNING
 from incidentkit.store.request_log import INSERT_REQUEST
+from tests.endless import Endless
 from tests.hosts import begin_by_itself, host_engine, run_sql
 
 if TYPE_CHECKING:
@@ -411,3 +413,48 @@ async def test_a_file_of_another_schema_is_refused(sqlite_url: str) -> None:
     async with host_engine(sqlite_url) as engine:
         with pytest.raises(SchemaOutOfDate, match="pip install --upgrade"):
             await IncidentClient.open(engine).connect()
+
+
+@pytest.mark.parametrize("name", ["sqlite", "sqlite-begins", "sqlite-unpooled"])
+async def test_an_abandoned_search_leaves_a_host_its_connections(
+    name: str, sqlite_url: str
+) -> None:
+    """On a host's engine, scans have a share; an abandoned one is interrupted, and nothing else."""
+    async with opened(name, sqlite_url) as engine:
+        assert isinstance(engine, AsyncEngine)
+        async with IncidentClient.open(engine) as client:
+            created = await client.create("Disk is full", source="partner")
+            endless = Endless(engine.sync_engine)
+            searches = [
+                *(asyncio.ensure_future(client.search(text="disk", total=True)) for _ in range(9)),
+                *(asyncio.ensure_future(client.list(page=101)) for _ in range(9)),
+            ]
+            await endless.until_running(3)
+            for _ in range(5):
+                assert await client.get(created.incident_id) == created
+                await client.store.check()
+                await client.create("Line is down", source="partner")
+            assert endless.running == 3
+            for search in searches:
+                search.cancel()
+            await asyncio.wait(searches)
+            await endless.until_running(0)
+            endless.on = False
+            assert (await client.search(text="line", total=True)).total == 5
+            assert await client.list(page=101) == []
+
+
+async def test_a_search_in_memory_is_not_interrupted(memory_url: str) -> None:
+    """With one connection for all, an abandoned search runs to its end: it harms no statement."""
+    async with host_engine(memory_url) as engine, IncidentClient.open(engine) as client:
+        await client.create_many([NewIncident("Disk is full", "partner")] * 300)
+        for turns in range(40):
+            search = asyncio.ensure_future(client.search(text="disk", limit=200, total=True))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            search.cancel()
+            await client.create("Line is down", source="partner")
+            async with engine.begin() as connection:
+                await connection.execute(text('UPDATE "Incident" SET version = version + 1'))
+            await asyncio.wait([search])
+        assert (await client.search(text="line", total=True)).total == 40

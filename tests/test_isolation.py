@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -65,6 +66,19 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(60):
         while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+WAITING = "wait_event_type = 'Lock'"
+
+
+@asynccontextmanager
+async def locked(url: str) -> AsyncIterator[None]:
+    """Keep every statement on incidents waiting."""
+    host = await asyncpg.connect(url)
+    async with host.transaction():
+        await host.execute('LOCK TABLE "Incident"')
+        yield
+    await host.close()
 
 
 async def fill(client: IncidentClient, url: str) -> None:
@@ -228,7 +242,8 @@ async def test_writes_that_all_wait_leave_connections_to_reads(
         many = [NewIncident("Disk is full", source="partner")]
         calls = [asyncio.ensure_future(client.create_many(many)) for _ in range(2 * CONNECTIONS)]
         waiting = "wait_event_type = 'Lock'"
-        await until(lambda: _equals(backends(url, waiting), CONNECTIONS - CONNECTIONS // 4))
+        writing = CONNECTIONS - CONNECTIONS // 4 - CONNECTIONS // 5
+        await until(lambda: _equals(backends(url, waiting), writing))
         for _ in range(CONNECTIONS + 1):
             assert await client.get(first.incident_id) == first
             assert await client.list(limit=1) == [first]
@@ -236,6 +251,140 @@ async def test_writes_that_all_wait_leave_connections_to_reads(
         await transaction.rollback()
         await host.close()
         await asyncio.gather(*calls)
+
+
+SLOW_WORDS = """
+    ALTER FUNCTION incident_words(text) RENAME TO words_of;
+    CREATE FUNCTION incident_words(message text) RETURNS tsvector
+    LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+    BEGIN
+        IF message = 'slowly' THEN
+            PERFORM pg_sleep(600);
+        END IF;
+        RETURN words_of(message);
+    END $$
+"""
+"""Makes a search for this word take ten minutes."""
+
+SLEEPING = "wait_event = 'PgSleep'"
+
+
+async def make_slow(url: str) -> None:
+    """Make a search for the word `slowly` take ten minutes."""
+    connection = await asyncpg.connect(url)
+    await connection.execute(SLOW_WORDS)
+    await connection.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_searches_leave_connections(way: str, migrated_postgres_url: str) -> None:
+    """Of 20 slow searches as many run as scans may; no other call waits for them."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        first = await client.create("Disk is full", source="partner")
+        await make_slow(url)
+        searches = [
+            asyncio.ensure_future(client.search(text="slowly", total=n % 2 == 0)) for n in range(20)
+        ]
+        await until(lambda: _equals(backends(url, SLEEPING), CONNECTIONS // 5))
+        for n in range(CONNECTIONS + 1):
+            assert await client.get(first.incident_id) == first
+            assert len(await client.list()) == n + 1
+            assert len((await client.search(source="partner")).incidents) == n + 1
+            assert len(await client.history(first.incident_id)) == 1
+            assert (await client.read_changes("latest")).changes == []
+            await client.store.check()
+            await client.create("Another disk is full", source="partner")
+            await client.update_status(n + 2, "failed")
+            await client.update_status(n + 2, "new")
+        assert await backends(url, SLEEPING) == CONNECTIONS // 5
+        for search in searches:
+            search.cancel()
+        await asyncio.wait(searches)
+        await until(lambda: _equals(backends(url, SLEEPING), 0))
+        # Connection and place are free again.
+        for _ in range(CONNECTIONS + 1):
+            assert (await client.search(text="another", total=True)).total == CONNECTIONS + 1
+
+
+SCANS: dict[str, Callable[[IncidentClient], Awaitable[object]]] = {
+    "search": lambda client: client.search(text="disk"),
+    "total": lambda client: client.search(text="disk", total=True),
+    "export": lambda client: client.search(limit=1000),
+    "deep page": lambda client: client.list(page=101),
+    "purgeable": lambda client: client.store.purgeable(datetime(2026, 1, 1, tzinfo=UTC)),
+}
+"""Calls that read very much."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scan", SCANS)
+async def test_an_abandoned_scan_is_cancelled(
+    scan: str, way: str, migrated_postgres_url: str
+) -> None:
+    """The server stops an expensive statement whose caller is gone; its connection is reused."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        await client.create("Disk is full", source="partner")
+        async with locked(url):
+            for _ in range(CONNECTIONS + 1):
+                call = asyncio.ensure_future(SCANS[scan](client))
+                await until(lambda: _equals(backends(url, WAITING), 1))
+                call.cancel()
+                await asyncio.wait([call])
+                assert call.cancelled()
+                await until(lambda: _equals(backends(url, WAITING), 0))
+        await SCANS[scan](client)
+
+
+async def test_a_search_is_cancelled_at_its_time_limit(migrated_postgres_url: str) -> None:
+    """A search that takes too long fails, and the server stops it."""
+    url = migrated_postgres_url
+    async with IncidentClient.open(url, options=StoreOptions(statement_timeout=2)) as client:
+        await client.create("Disk is full", source="partner")
+        await make_slow(url)
+        with pytest.raises(StoreUnavailable, match="did not answer in time"):
+            await client.search(text="slowly")
+        await until(lambda: _equals(backends(url, SLEEPING), 0))
+        assert len((await client.search(text="disk")).incidents) == 1
+
+
+async def test_a_search_waits_for_its_place_only_so_long(migrated_postgres_url: str) -> None:
+    """A search that finds no place in time fails, and says that other searches take it up."""
+    url = migrated_postgres_url
+    options = StoreOptions(pool_size=5, max_overflow=0, pool_timeout=0.1)
+    async with IncidentClient.open(url, options=options) as client:
+        await make_slow(url)
+        search = asyncio.ensure_future(client.search(text="slowly"))
+        await until(lambda: _equals(backends(url, SLEEPING), 1))
+        with pytest.raises(StoreUnavailable, match="all 1 connections for searches"):
+            await client.search(text="disk")
+        search.cancel()
+        await asyncio.wait([search])
+        assert (await client.search(text="disk")).incidents == []
+
+
+async def test_a_shared_deep_page_is_read_as_long_as_one_call_waits(
+    migrated_postgres_url: str,
+) -> None:
+    """The statement of a page that several calls wait for is stopped when all of them are gone."""
+    url = migrated_postgres_url
+    async with opened("url", url) as client:
+        async with locked(url):
+            *gone, last = (asyncio.ensure_future(client.list(page=101)) for _ in range(3))
+            await until(lambda: _equals(backends(url, WAITING), 1))
+            for call in gone:
+                call.cancel()
+            await asyncio.wait(gone)
+            assert await backends(url, WAITING) == 1
+        assert await last == []
+        async with locked(url):
+            calls = [asyncio.ensure_future(client.list(page=102)) for _ in range(3)]
+            await until(lambda: _equals(backends(url, WAITING), 1))
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+            await until(lambda: _equals(backends(url, WAITING), 0))
 
 
 async def test_a_call_waits_for_its_turn_only_so_long() -> None:

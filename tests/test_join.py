@@ -34,6 +34,7 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.store.ports import BEGINNING
+from tests.endless import Endless
 from tests.hosts import (
     WAYS,
     AsyncpgHost,
@@ -819,6 +820,36 @@ async def test_a_host_goes_on_after_a_cancelled_read_that_failed(
     await host.order(1)
     await host.commit()
     assert await run_sql(host.url, "SELECT * FROM orders") == [(1,)]
+
+
+@ON_A_FILE
+async def test_a_cancelled_search_is_interrupted_in_its_transaction(
+    host: Host, client: IncidentClient
+) -> None:
+    """On SQLite, a search whose caller is gone stops, and the host's transaction goes on."""
+    joined = await join(host, client)
+    await host.order(1)
+    await joined.create("Order 1 is late", source="partner")
+    connection = host.connection
+    engine: Any = (
+        connection.get_bind()
+        if isinstance(connection, AsyncSession)
+        else connection.sync_connection.engine
+    )
+    endless = Endless(engine)
+    for search in (joined.search(text="order"), joined.search(text="order", total=True)):
+        call = asyncio.ensure_future(search)
+        await endless.until_running(1)
+        call.cancel()
+        await asyncio.wait([call])
+        assert call.cancelled()
+        assert endless.running == 0
+    endless.on = False
+    assert (await joined.search(text="order", total=True)).total == 1
+    await host.commit()
+    assert len(await client.list()) == 1
+    await host.begin()
+    assert await host.orders() == [1]
 
 
 @ON_A_FILE

@@ -300,6 +300,43 @@ async def test_a_cancelled_list_leaves_the_others(pages: PageCache, source: Sour
     assert await asyncio.gather(*calls[1:]) == [source.page()] * 2
 
 
+async def test_a_read_that_no_call_waits_for_is_cancelled(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is read as long as one of the calls that share the read waits, and no longer."""
+    begun, cancelled, gate = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def read(_: ListQuery) -> Page:
+        begun.set()
+        try:
+            await gate.wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return Page(source.page(), "token-0")
+
+    monkeypatch.setattr(source, "list", read)
+    pages = PageCache(source)
+    *gone, last = (asyncio.ensure_future(pages.list(QUERY)) for _ in range(3))
+    await begun.wait()
+    for call in gone:
+        call.cancel()
+    await asyncio.wait(gone)
+    assert not cancelled.is_set()
+    gate.set()
+    assert await last == source.page()
+    gate.clear()
+    begun.clear()
+    calls = [asyncio.ensure_future(pages.list(OTHER)) for _ in range(3)]
+    await begun.wait()
+    for call in calls:
+        call.cancel()
+    async with asyncio.timeout(60):
+        await cancelled.wait()
+    gate.set()
+    assert await pages.list(OTHER) == source.page()
+
+
 async def test_without_a_shared_cache_there_is_no_availability(source: Source) -> None:
     """Without a shared cache, pings succeed and `available` is None."""
     pages = PageCache(source)

@@ -29,13 +29,16 @@ from incidentkit import (
 )
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.queries import SearchQuery
+from incidentkit.domain.rules import words
+from incidentkit.store import StoreOptions
 from incidentkit.store.postgresql import statements as postgresql_statements
 from incidentkit.store.postgresql.driver import compile_statement
+from incidentkit.store.searching import messages_to_scan
 from incidentkit.store.sql.search import (
     Shape,
-    count_found,
     select_page,
     select_page_among_first,
+    select_page_and_total_by_words,
     select_page_by_words,
 )
 from incidentkit.store.sqlite import statements as sqlite_statements
@@ -486,14 +489,16 @@ async def test_words_are_found_by_their_index(filled_postgres: str, filled_sqlit
     connection = await asyncpg.connect(filled_postgres)
     values = bound(SearchQuery(), "'needle':*") | {"scan": 500}
     values["high_at"] = datetime(9999, 12, 31, tzinfo=UTC)
+    values |= {"from_at": values["low_at"], "from_id": 0}
+    values |= {"until_at": values["high_at"], "until_id": 0}
     shape = Shape(2, 1, oldest_first=False, words_match=postgresql_statements.WORDS_MATCH)
-    for statement in (select_page_by_words(shape), count_found(shape)):
+    for statement in (select_page_by_words(shape), select_page_and_total_by_words(shape)):
         compiled = compile_statement(statement)
         plan = await connection.fetch(
             f"EXPLAIN {compiled.text}", *(values[name] for name in compiled.parameters)
         )
         lines = "\n".join(line for (line,) in plan)
-        assert "ix_Incident_incident_message" in lines
+        assert lines.count('Bitmap Index Scan on "ix_Incident_incident_message"') == 1
         assert "Seq Scan" not in lines
     compiled = compile_statement(select_page_among_first(shape))
     (plan,) = json.loads(
@@ -514,6 +519,12 @@ async def test_words_are_found_by_their_index(filled_postgres: str, filled_sqlit
     assert any("VIRTUAL TABLE INDEX" in row[3] for row in steps)
 
 
+async def analyze(url: str) -> None:
+    """Let PostgreSQL learn how many incidents there are; SQLite needs nothing for that."""
+    if url.startswith("postgresql"):
+        await run_sql(url, 'ANALYZE "Incident"')
+
+
 @pytest.mark.parametrize("limit", [10, 600])
 async def test_words_of_many_and_of_few_are_found(url: str, limit: int) -> None:
     """Pages are complete and in order, whether all messages have the words or only the oldest."""
@@ -529,3 +540,110 @@ async def test_words_of_many_and_of_few_are_found(url: str, limit: int) -> None:
             found = [one.incident_id async for one in incidents.iterate(text=said, batch=limit)]
             assert len(found) == expected
             assert found == sorted(found, reverse=True)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log of the statements that a client with `echo` sends."""
+    caplog.set_level("INFO", "incidentkit.store")
+    return caplog
+
+
+async def many(url: str, size: int) -> None:
+    """Store incidents in two seconds: every message says disk, every fourth quarter."""
+    await run_sql(
+        url,
+        'INSERT INTO "Incident" (incident_message, incident_type, source, created_at) '
+        f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {size}) "
+        "SELECT CASE WHEN i % 4 = 0 THEN 'Disk in quarter' ELSE 'Disk in room' END, 'new', "
+        f"'partner', CASE WHEN i * 2 < {size} THEN {second('2026-01-01 00:00:00', url)} "
+        f"ELSE {second('2026-01-01 00:00:01', url)} END FROM n",
+    )
+    await analyze(url)
+
+
+def second(at: str, url: str) -> str:
+    """Return a time as SQL."""
+    return f"CAST('{at}+00' AS timestamptz)" if url.startswith("postgresql") else f"'{at}'"
+
+
+async def test_a_large_page_of_a_common_word_is_scanned(
+    url: str, log: pytest.LogCaptureFixture
+) -> None:
+    """A page of any size is read in its order if enough messages have the words."""
+    async with IncidentClient.open(url, options=StoreOptions(echo=True)) as incidents:
+        await many(url, 30_000)
+        for said, step in (("disk", 1), ("quarter", 4)):
+            for order, sign in (("newest", -1), ("oldest", 1)):
+                log.clear()
+                page = await incidents.search(text=said, limit=1000, order=order)
+                page = await incidents.search(text=said, limit=1000, order=order, after=page.next)
+                ids = [one.incident_id for one in page.incidents]
+                first = 1000 * step + step if sign > 0 else 30_000 - 1000 * step
+                assert ids == [first + sign * step * n for n in range(1000)]
+                # Two scans for each page, and none of the index of words.
+                assert len(log.records) == 4
+
+
+async def test_few_of_many_messages_are_found_by_their_index(
+    url: str, log: pytest.LogCaptureFixture
+) -> None:
+    """A large page of a word in every fourth of few messages is read from the index of words."""
+    async with IncidentClient.open(url, options=StoreOptions(echo=True)) as incidents:
+        await many(url, 2_000)
+        log.clear()
+        page = await incidents.search(text="quarter", limit=400)
+        assert [one.incident_id for one in page.incidents] == list(range(2_000, 400, -4))
+        # The first scan, and the index.
+        assert len(log.records) == 2
+
+
+async def test_a_total_is_counted_only_if_the_page_does_not_tell_it(
+    url: str, log: pytest.LogCaptureFixture
+) -> None:
+    """A total takes a statement of its own only without words, and if there is another page."""
+    async with IncidentClient.open(url, options=StoreOptions(echo=True)) as incidents:
+        await many(url, 8)
+
+        async def statements(**search: Any) -> tuple[int, int | None]:
+            log.clear()
+            page = await incidents.search(**search, total=True)
+            return len(log.records), page.total
+
+        first = (await incidents.search(limit=3)).next
+        assert await statements(limit=8) == (1, 8)
+        assert await statements(limit=7) == (2, 8)
+        assert await statements(limit=5, after=first) == (2, 8)
+        assert await statements(source="operator") == (1, 0)
+        assert await statements(text="quarter", limit=1) == (1, 2)
+        assert await statements(text="quarter", limit=2) == (1, 2)
+        assert await statements(text="disk", limit=5, after=first) == (1, 8)
+        assert await statements(text="needle") == (1, 0)
+        last = (await incidents.search(text="disk", limit=7)).next
+        (found,) = (await incidents.search(text="disk", after=last)).incidents
+        assert found.incident_id == 1
+        assert await statements(text="quarter", after=last) == (1, 2)
+
+
+def test_words_are_dropped_that_say_nothing_more() -> None:
+    """Each word is looked for once, without those that begin another, in any letter case."""
+    assert words("disk Disk DISK") == ["DISK"]
+    assert words("d di disk-1 1") == ["disk", "1"]
+    assert words("disk disks d_is") == ["disks", "is"]
+    assert words("Диски ДИСК полон") == ["Диски", "полон"]
+    assert words("b a ab ba") == ["ab", "ba"]
+    assert words("ab ac b") == ["ab", "ac", "b"]
+
+
+def test_the_longer_way_to_a_page_is_not_taken() -> None:
+    """Messages are scanned for a page if that takes less time than the index of words."""
+
+    def rows(found: int, incidents: int) -> list[tuple[str, int]]:
+        return [("Disk is full", incidents)] * found
+
+    assert messages_to_scan([], 1000) == 0
+    assert messages_to_scan(rows(500, 100_000), 1000) == 1502
+    assert messages_to_scan(rows(250, 100_000), 500) == 1503
+    assert messages_to_scan(rows(50, 100_000), 500) == 0
+    assert messages_to_scan(rows(500, 5_000), 1000) == 0
+    assert messages_to_scan(rows(500, -1), 1000) == 0

@@ -23,11 +23,12 @@ from incidentkit import (
     VersionConflict,
     acting_as,
 )
+from incidentkit.domain.values import DEEP
 from incidentkit.store import StoreOptions
 from incidentkit.store.postgresql import statements as writes
 from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.driver import compile_statement
-from incidentkit.store.sql.statements import DEEP, SELECT_PAGE
+from incidentkit.store.sql.statements import SELECT_PAGE
 from tests.hosts import run_sql
 
 if TYPE_CHECKING:

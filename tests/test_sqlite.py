@@ -23,8 +23,9 @@ from incidentkit import (
 )
 from incidentkit.opening import store_on
 from incidentkit.store import StoreOptions
-from incidentkit.store.sqlite.threads import ThreadsExecutor
+from incidentkit.store.sqlite.threads import ThreadsExecutor, _Threads
 from incidentkit.store.store import Store
+from tests.endless import Endless
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -277,6 +278,125 @@ async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
         gate.set()
         assert [found async for found in client.iterate(text="disk")] == [incident]
         assert (await search).incidents == [incident]
+
+
+def threads_of(client: IncidentClient) -> _Threads:
+    """Return the threads of a client."""
+    assert isinstance(client.store, Store)
+    executor = client.store._connections
+    assert isinstance(executor, ThreadsExecutor)
+    return executor._opened()
+
+
+async def test_scans_have_threads_of_their_own(sqlite_url: str) -> None:
+    """Of 20 endless searches two run, and no other call waits for them."""
+    async with IncidentClient.open(sqlite_url) as client:
+        (first,) = await create(client, 1)
+        endless = Endless(threads_of(client)._engine)
+        searches = [
+            asyncio.ensure_future(client.search(text="disk", total=n % 2 == 0)) for n in range(20)
+        ]
+        await endless.until_running(2)
+        for n in range(10):
+            assert await client.get(1) == first
+            assert len(await client.list(limit=100)) == n + 1
+            assert len((await client.search(source="partner")).incidents) == n + 1
+            assert len(await client.history(1)) == 1
+            assert len((await client.read_changes()).changes) == n + 1
+            await client.store.check()
+            await create(client, 1)
+        assert endless.running == 2
+        for search in searches:
+            search.cancel()
+        await asyncio.wait(searches)
+        await endless.until_running(0)
+        endless.on = False
+        assert (await client.search(text="disk", total=True)).total == 11
+
+
+async def test_a_deep_page_is_read_as_long_as_one_call_waits(sqlite_url: str) -> None:
+    """The statement of a deep page is interrupted when all of its calls are gone."""
+    async with IncidentClient.open(sqlite_url) as client:
+        endless = Endless(threads_of(client)._engine)
+        calls = [asyncio.ensure_future(client.list(page=101)) for _ in range(3)]
+        await endless.until_running(1)
+        for call in calls[:2]:
+            call.cancel()
+        await asyncio.wait(calls[:2])
+        await client.store.check()
+        assert endless.running == 1
+        calls[2].cancel()
+        await asyncio.wait(calls[2:])
+        await endless.until_running(0)
+        endless.on = False
+        assert await client.list(page=101) == []
+
+
+async def test_a_search_is_interrupted_at_its_time_limit(sqlite_url: str) -> None:
+    """A search that takes too long fails, and its thread is free again."""
+    options = StoreOptions(pool_size=1, statement_timeout=0.5)
+    async with IncidentClient.open(sqlite_url, options=options) as client:
+        await create(client, 1)
+        endless = Endless(threads_of(client)._engine)
+        with pytest.raises(StoreUnavailable, match="did not answer in time"):
+            await client.search(text="disk")
+        await endless.until_running(0)
+        endless.on = False
+        assert len((await client.search(text="disk")).incidents) == 1
+
+
+async def test_a_search_waits_for_a_thread_only_so_long(sqlite_url: str) -> None:
+    """A search that finds no thread in time fails, and says that other searches take them up."""
+    options = StoreOptions(pool_size=1, pool_timeout=0.1, statement_timeout=60)
+    async with IncidentClient.open(sqlite_url, options=options) as client:
+        endless = Endless(threads_of(client)._engine)
+        search = asyncio.ensure_future(client.search(text="disk"))
+        await endless.until_running(1)
+        with pytest.raises(StoreUnavailable, match="all 1 connections for searches"):
+            await client.search(text="disk")
+        search.cancel()
+        await asyncio.wait([search])
+        await endless.until_running(0)
+
+
+async def test_close_waits_for_a_scan_to_be_interrupted(sqlite_url: str) -> None:
+    """Closing after a search was abandoned leaves no thread and no connection behind."""
+    async with IncidentClient.open(sqlite_url) as client:
+        endless = Endless(threads_of(client)._engine)
+        search = asyncio.ensure_future(client.search(text="disk"))
+        waiting = [asyncio.ensure_future(client.search(text="disk")) for _ in range(5)]
+        await endless.until_running(2)
+        for call in (search, *waiting):
+            call.cancel()
+    assert endless.running == 0
+    assert not [thread for thread in enumerate_threads() if thread.name.startswith("incidentkit")]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+async def test_an_interrupt_hits_nothing_but_its_scan(sqlite_url: str, memory: bool) -> None:
+    """Searches that are abandoned at any moment fail no other call, not even on one connection."""
+    url = "sqlite+aiosqlite:///:memory:" if memory else sqlite_url
+    async with IncidentClient.open(url) as client:
+        await client.create_many([NewIncident("Disk is full", "partner")] * 500)
+
+        async def abandon(turns: int) -> None:
+            search = asyncio.ensure_future(client.search(text="disk full", limit=400, total=True))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            search.cancel()
+            await asyncio.wait([search])
+
+        for n in range(60):
+            _, created, found, page = await asyncio.gather(
+                abandon(n),
+                client.create(f"Disk {n} is full", source="partner"),
+                client.get(1),
+                client.search(text="full", limit=1),
+            )
+            assert found.incident_id == 1
+            assert len(page.incidents) == 1
+            assert created.incident_id == 501 + n
+        assert (await client.search(text="disk", total=True)).total == 560
 
 
 async def test_memory_is_one_connection() -> None:

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 
 from incidentkit import FieldError, Incident, IncidentSource, IncidentStatus, InvalidIncident
 from incidentkit.domain.commands import NewIncident
+from incidentkit.domain.values import SearchPage
 from incidentkit.wire import (
     decode_incidents,
     dump_json,
     encode_incident,
     encode_incidents,
     encode_rows,
+    encode_search_page,
+    search_page_parts,
     wire_converter,
 )
 from tests.strategies import incidents
@@ -95,6 +98,21 @@ def test_what_other_programs_read(stored: list[Incident]) -> None:
         assert item["incident_type"] == incident.incident_type.value
         assert item["source"] == incident.source.value
         assert item == json.loads(encode_incident(incident))
+
+
+@given(
+    st.lists(incidents, max_size=3),
+    st.integers(0, 90),
+    st.none() | st.text(),
+    st.none() | st.integers(0),
+)
+def test_a_page_of_a_search_is_what_the_converter_makes(
+    some: list[Incident], times: int, following: str | None, total: int | None
+) -> None:
+    """A page of any size is encoded as the converter does it, in parts of at most a hundred."""
+    page = SearchPage(some * times, following, total)
+    assert encode_search_page(page) == dump_json(wire_converter().unstructure(page))
+    assert len([*search_page_parts(page)]) == max(1, -(-len(page.incidents) // 100))
 
 
 @given(incidents)

@@ -101,7 +101,8 @@ class PageCache:
         self._shared = None if shared is None else CircuitBreaker(shared, clock=clock)
         self._max_staleness = max_staleness
         self._clock = clock
-        self._reads = Coalescer(self._read)
+        # A deep page that no call waits for any more takes the place of another.
+        self._reads = Coalescer(self._read, abandon=True)
         self._tokens: Batcher[None, str | None] = Batcher(self._read_token)
         self._clears = Batcher(_clear, forget=True)
         self._writes: Batcher[tuple[str, Page, int], None] = Batcher(self._write, forget=True)

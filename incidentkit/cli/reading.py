@@ -13,13 +13,7 @@ from incidentkit.cli.text import change_line, events
 from incidentkit.client import IncidentClient
 from incidentkit.domain.values import DEFAULT_LIMIT, LATEST, MAX_LIMIT, IncidentOrder
 from incidentkit.settings import Settings
-from incidentkit.wire import (
-    dump_json,
-    encode_event,
-    encode_events,
-    encode_incidents,
-    wire_converter,
-)
+from incidentkit.wire import encode_event, encode_events, encode_incidents, encode_search_page
 
 _takes_limit: Final = click.option(
     "--limit",
@@ -104,7 +98,7 @@ def search(settings: Settings, *, as_json: bool, **query: Any) -> None:
         query[name] = query[name] or None
     page = run(settings, lambda incidents: incidents.search(**query))
     if as_json:
-        write(dump_json(wire_converter().unstructure(page)))
+        write(encode_search_page(page))
         return
     write_table(page.incidents)
     if page.total is not None:

@@ -13,6 +13,7 @@ from incidentkit.domain.errors import FieldError, InvalidIncident
 from incidentkit.domain.rules import EventCursor, SearchCursor, collect, raise_faults
 from incidentkit.domain.values import (
     CHANGES_LIMIT,
+    DEEP,
     DEFAULT_LIMIT,
     MAX_LIMIT,
     MAX_OFFSET,
@@ -53,6 +54,11 @@ class ListQuery:
     def offset(self) -> int:
         """Number of newer incidents before this page."""
         return (self.page - 1) * self.limit
+
+    @property
+    def deep(self) -> bool:
+        """Whether so many incidents come before its end that reading it may take long."""
+        return self.page * self.limit > DEEP
 
     @property
     def cache_key(self) -> str:

@@ -21,10 +21,16 @@ NOTE_MAX_LENGTH: Final = 1000
 TEXT_MAX_LENGTH: Final = 200
 """Maximum length of the words of a search, in characters."""
 
+TEXT_MAX_WORDS: Final = 32
+"""Maximum number of different words of a search, not counting those that begin another one."""
+
 MAX_ID: Final = 2**63 - 1
 DEFAULT_LIMIT: Final = 10
 MAX_LIMIT: Final = 1000
 MAX_OFFSET: Final = 2**63 - 1
+
+DEEP: Final = 1000
+"""``page`` times ``limit`` above which a page of the list is deep: reading it may take long."""
 
 CHANGES_LIMIT: Final = 100
 """Default number of changes in one answer."""

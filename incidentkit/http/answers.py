@@ -21,13 +21,20 @@ from incidentkit.http.openapi import document
 from incidentkit.http.problems import RETRY_HEADERS, Refusal, etag
 from incidentkit.http.requests import KNOWN_QUERIES
 from incidentkit.http.service import Service
-from incidentkit.http.streams import BATCH, MEDIA_TYPE, ChangeStream, run_until_stop
+from incidentkit.http.streams import (
+    BATCH,
+    MEDIA_TYPE,
+    ChangeStream,
+    run_until_disconnect,
+    run_until_stop,
+)
 from incidentkit.wire import (
     NewNote,
     dump_json,
     encode_event,
     encode_events,
     encode_incident,
+    search_page_parts,
     wire_converter,
 )
 
@@ -75,7 +82,9 @@ async def create(request: Request, arguments: Mapping[str, Any]) -> Response:
 
 async def list_(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with one page of the list."""
-    return _json(await _service(request).client.list_json(_list_query(**arguments)))
+    query = _list_query(**arguments)
+    page = _service(request).client.list_json(query)
+    return _json(await (run_until_disconnect(page, request.receive) if query.deep else page))
 
 
 async def get(request: Request, arguments: Mapping[str, Any]) -> Response:
@@ -90,8 +99,9 @@ async def update_status(request: Request, arguments: Mapping[str, Any]) -> Respo
 
 async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with one page of a search, and the link to the next one."""
-    page = await _service(request).client.search(**arguments)
-    content = dump_json(wire_converter().unstructure(page))
+    search = _service(request).client.search(**arguments)
+    page = await run_until_disconnect(search, request.receive)
+    content = await _service(request).encoder.join(search_page_parts(page))
     return _json(content, headers=_link(request, "/incident/search", page.next))
 
 

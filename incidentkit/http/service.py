@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 
 from starlette.applications import Starlette
@@ -33,6 +34,7 @@ class Service(Starlette):
         request_log: Writes records of requests to the database; None: requests are only logged.
         cache_required: Whether the service is not ready while the cache is unavailable.
         readers: The readers that wait for changes.
+        encoder: Encodes large answers.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Service(Starlette):
         self.request_log = request_log
         self.cache_required = cache_required
         self.readers = Readers()
+        self.encoder = Encoder()
         self._endpoints = [Endpoint(operation) for operation in operations]
         super().__init__(
             routes=[endpoint.route for endpoint in self._endpoints],
@@ -74,6 +77,22 @@ class Service(Starlette):
         if handler is not None or self.debug:
             app = ServerErrorMiddleware(app, handler, self.debug)
         return Envelope(app)
+
+
+class Encoder:
+    """Encodes large answers one at a time, and lets other requests run after each part."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+
+    async def join(self, parts: Iterator[bytes]) -> bytes:
+        """Return the content of an answer; parts are made as they are taken."""
+        joined = [next(parts)]
+        async with self._turn:
+            for part in parts:
+                joined.append(part)
+                await asyncio.sleep(0)
+        return b"".join(joined)
 
 
 async def _answer_unrouted(request: Request, error: Exception) -> Response:

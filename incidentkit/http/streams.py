@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -91,6 +92,26 @@ async def run_until_stop(
     finally:
         await _cancel(ends)
     return None if task.cancelled() else task.result()
+
+
+async def run_until_disconnect(work: Coroutine[Any, Any, _T], receive: Receive) -> _T:
+    """Return the result of work that is cancelled when the client disconnects.
+
+    Raises:
+        ClientDisconnect: If the client has disconnected.
+    """
+    ends: list[asyncio.Future[Any]] = [
+        asyncio.ensure_future(work),
+        asyncio.ensure_future(_disconnected(receive)),
+    ]
+    task: asyncio.Future[_T] = ends[0]
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await _cancel(ends)
+    if task.cancelled():
+        raise ClientDisconnect
+    return task.result()
 
 
 class ChangeStream(Response):

@@ -43,7 +43,17 @@ class Executor(Protocol):
         ...
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement that only reads."""
+        """Run a statement that only reads, and reads few rows."""
+        ...
+
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read, but may read or return very many rows.
+
+        Scans have a bounded share of the threads or connections, so that other calls never wait
+        for them; work that goes on after its statements keeps its place. A statement is stopped at
+        its time limit, and when its caller is cancelled. On a host's connection it is stopped too,
+        but runs there as every other statement does.
+        """
         ...
 
     async def write(self, work: Work[_T]) -> _T:

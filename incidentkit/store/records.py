@@ -9,7 +9,8 @@ from functools import partial, wraps
 from inspect import signature
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
-from attrs import evolve, fields
+from attrs import fields
+from sqlalchemy import Executable
 
 import incidentkit.wire as wire_format
 from incidentkit.domain.commands import MAX_FAULTS, NewIncident, StatusChange
@@ -26,11 +27,9 @@ from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import ANY_TRANSITION, Transitions
 from incidentkit.domain.values import (
     MAX_ID,
-    MAX_LIMIT,
     OPEN,
     Incident,
     IncidentEvent,
-    IncidentOrder,
     SearchPage,
 )
 from incidentkit.store.bookmarks import Bookmarks
@@ -39,21 +38,15 @@ from incidentkit.store.executor import Executor, Fetch, Rows, Work
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
 from incidentkit.store.ports import EventList, IncidentList, Place
+from incidentkit.store.searching import SHORT, Search
 from incidentkit.store.sql import statements
 from incidentkit.store.sql.rows import (
+    EVENT_COLUMNS,
     INCIDENT_COLUMNS,
-    STORED_AT,
     TOKEN,
     read_event,
     read_incident,
     read_page,
-)
-from incidentkit.store.sql.search import (
-    Shape,
-    count_found,
-    select_page,
-    select_page_among_first,
-    select_page_by_words,
 )
 from incidentkit.store.turns import Key, Turns
 from incidentkit.wire.encoding import encode_incident, encode_incidents
@@ -61,12 +54,6 @@ from incidentkit.wire.encoding import encode_incident, encode_incidents
 _P = ParamSpec("_P")
 _R = TypeVar("_R", bound="Records")
 _T = TypeVar("_T")
-
-SCAN: Final = 500
-"""Number of incidents whose messages a search scans before it uses the index of words."""
-
-LIMITS: Final = (100, MAX_LIMIT + 1)
-"""Constant LIMITs that let PostgreSQL reuse one plan for every smaller limit."""
 
 PLACES_KEPT: Final = timedelta(days=30)
 """How long the cursor of a purged event stays valid."""
@@ -263,7 +250,7 @@ class Records:
     async def purgeable(self, ended_before: datetime) -> int:
         """Count the incidents that ended before a time."""
         values = {"ended_before": ended_before}
-        ((count,),) = await self._executor.read(statements.COUNT_PURGEABLE, values)
+        ((count,),) = await self._scan(statements.COUNT_PURGEABLE, values)
         return int(count)
 
     def _turn(
@@ -318,10 +305,9 @@ class Records:
             shared = self._sharing.list(query)
             if shared is not None:
                 return await shared
-        last = query.offset + query.limit
-        if last > statements.DEEP:
+        if query.deep:
             return await self._list_deep(query)
-        near = self._dialect.keeps_plans and last <= statements.NEAR
+        near = self._dialect.keeps_plans and query.offset + query.limit <= statements.NEAR
         return read_page(await self._read_page(query, "near" if near else "any"), self._executor)
 
     async def _list_deep(self, query: ListQuery) -> Page:
@@ -354,7 +340,12 @@ class Records:
         self, query: ListQuery, kind: statements.PageKind, start: Mapping[str, Any] | None = None
     ) -> Rows:
         values = {**statements.page_values(query), **(start or {})}
-        return await self._executor.read(statements.page_statement(query, kind), values)
+        read = self._scan if query.deep else self._executor.read
+        return await read(statements.page_statement(query, kind), values)
+
+    async def _scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run one statement that may read or return very many rows."""
+        return await self._executor.scan(lambda fetch: fetch(statement, values))
 
     @names_database
     async def token(self) -> str | None:
@@ -364,62 +355,21 @@ class Records:
 
     @names_database
     async def search(self, query: SearchQuery) -> SearchPage:
-        """Read one page in one statement, or two with words; the total takes one more."""
-        statuses, sources = sorted(query.status or ()), sorted(query.source or ())
-        oldest_first = query.order is IncidentOrder.OLDEST
-        shape = Shape(
-            statuses=len(statuses),
-            sources=len(sources),
-            oldest_first=oldest_first,
-            words_match=None if query.text is None else self._dialect.words_match,
-            pairs=self._dialect.indexes_pairs,
-            most=(
-                min(limit for limit in LIMITS if limit > query.limit)
-                if self._dialect.keeps_plans
-                else None
-            ),
-        )
-        values: dict[str, Any] = {
-            "words": query.text and self._dialect.words(query.text),
-            # One more row tells whether there is another page.
-            "limit": query.limit + 1,
-            "scan": SCAN,
-            **{f"status_{n}": status.value for n, status in enumerate(statuses)},
-            **{f"source_{n}": source.value for n, source in enumerate(sources)},
-        }
-        # Ids start at 1: with 0, a place is a bound on the time alone.
-        low, high = (query.created_after, 0), (query.created_before, 0)
-        total = None
-        if query.total:
-            bounded = values | _between(low, high)
-            ((total,),) = await self._executor.read(count_found(shape), bounded)
-        if query.after is not None:
-            place = (query.after.created_at, query.after.incident_id)
-            low, high = (max(low, place), high) if oldest_first else (low, min(high, place))
-            shape = evolve(shape, onward=not shape.pairs and low < high)
-        values |= _between(low, high)
-        rows = await self._find(shape, values, query.limit)
-        incidents = [read_incident(row) for row in rows[: query.limit]]
-        following = None
-        if len(rows) > query.limit:
-            last = rows[query.limit - 1]
-            following = query.cursor(last[STORED_AT], incidents[-1].incident_id)
-        return SearchPage(incidents, following, total)
-
-    async def _find(self, shape: Shape, values: Mapping[str, Any], limit: int) -> Rows:
-        """Read the rows of a page of a search, and one more if there is another page."""
-        if shape.words_match is None:
-            return await self._executor.read(select_page(shape), values)
-        rows = await self._executor.read(select_page_among_first(shape), values)
-        if len(rows) > limit:
-            return rows
-        return await self._executor.read(select_page_by_words(shape), values)
+        """Read one page of a search, and its total if the query asks for it."""
+        search = Search(self._dialect, query)
+        if search.short:
+            return await search.run(self._executor.read, self._scan)
+        return await self._executor.scan(lambda fetch: search.run(fetch, fetch))
 
     @names_database
     async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> EventList:
         """Read events of an incident, oldest first, after the one with this event id."""
-        values = {"incident_id": incident_id, "event_id": after, "limit": limit}
+        values = {"incident_id": incident_id, "event_id": after, "limit": min(limit, SHORT)}
         rows = await self._executor.read(statements.SELECT_HISTORY, values)
+        if limit > SHORT == len(rows):
+            last = rows[-1][EVENT_COLUMNS.index("event_id")]
+            values |= {"event_id": last, "limit": limit - SHORT}
+            rows = [*rows, *await self._scan(statements.SELECT_HISTORY, values)]
         return [read_event(row) for row in rows]
 
     @names_database

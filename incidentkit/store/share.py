@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from incidentkit.domain.errors import StoreUnavailable
+
+AGAIN: Final = 0.05
+"""Seconds between two interrupts of a scan on SQLite: one that comes just before its statement
+begins is lost."""
 
 
 class Share:
@@ -53,8 +58,22 @@ def writing_share(maximum: int, timeout: float) -> Share:
     """Return the share of writes, which leave a quarter of the connections to reads, at least one.
 
     Another transaction can keep all writes waiting, as one that builds an index does. Reads wait
-    for none.
+    for none. Of five connections or more, writes also leave those of scans.
     """
-    places = max(1, maximum - max(1, maximum // 4))
+    places = max(1, maximum - max(1, maximum // 4) - maximum // 5)
     reason = f"all {places} connections for writing were in use for {timeout:g} seconds"
+    return Share(places, timeout, reason)
+
+
+def scanning_share(maximum: int, timeout: float) -> Share:
+    """Return the share of scans: a fifth of the connections, at least one."""
+    return scans(max(1, maximum // 5), timeout)
+
+
+def scans(places: int, timeout: float) -> Share:
+    """Return a share of this size for scans."""
+    reason = (
+        f"all {places} connections for searches, totals and deep pages were in use for "
+        f"{timeout:g} seconds"
+    )
     return Share(places, timeout, reason)

@@ -11,7 +11,14 @@ if TYPE_CHECKING:
         encode_events,
         wire_converter,
     )
-    from incidentkit.wire.encoding import dump_json, encode_incident, encode_incidents, encode_rows
+    from incidentkit.wire.encoding import (
+        dump_json,
+        encode_incident,
+        encode_incidents,
+        encode_rows,
+        encode_search_page,
+        search_page_parts,
+    )
 else:
     from incidentkit.lazy import face
 
@@ -32,6 +39,8 @@ else:
                 "encode_incident",
                 "encode_incidents",
                 "encode_rows",
+                "encode_search_page",
+                "search_page_parts",
             ),
         },
     )
@@ -47,5 +56,7 @@ __all__ = [
     "encode_incident",
     "encode_incidents",
     "encode_rows",
+    "encode_search_page",
+    "search_page_parts",
     "wire_converter",
 ]

@@ -13,6 +13,7 @@ from incidentkit import (
     IncidentEvent,
     IncidentNotFound,
     IncidentStatus,
+    NewIncident,
     StoreError,
     acting_as,
 )
@@ -108,6 +109,22 @@ async def test_a_long_history_is_paged_by_cursor(incidents: Verbs) -> None:
         assert len(part) <= 3
         parts += part
     assert parts == whole
+
+
+async def test_a_history_of_hundreds_of_events_is_complete(incidents: Verbs) -> None:
+    """A history is returned in full up to its limit, also beyond a hundred events."""
+    repeated = NewIncident("Disk is full", "monitoring", dedup_key="disk")
+    await incidents.create_many([repeated] * 250)
+    await incidents.create_many([NewIncident("Line is down", "partner")] * 3)
+    events = await incidents.history(1)
+    assert len(events) == 250
+    assert len({event.cursor for event in events}) == 250
+    assert {event.incident_id for event in events} == {1}
+    assert events[0].kind == EventKind.CREATED
+    for limit in (1, 99, 100, 101, 200, 249, 250, 251, 1000):
+        assert await incidents.history(1, limit=limit) == events[:limit]
+        later = await incidents.history(1, limit=limit, after=events[9].cursor)
+        assert later == events[10:][:limit]
 
 
 async def test_an_unknown_incident_is_not_found(incidents: Verbs) -> None:

@@ -206,6 +206,76 @@ async def test_operators_in_text_are_plain_text(incidents: Verbs) -> None:
         assert await refused(incidents.search(text=text)) == ["text"]
 
 
+async def test_a_word_that_begins_another_changes_nothing(incidents: Verbs) -> None:
+    """A repeated word, or one that begins another of the words, has no effect on the matches."""
+    said = ["Disk display", "Disk is full", "Display is dark", "Диски полон"]
+    await incidents.create_many(NewIncident(message, "partner") for message in said)
+    for text, same in (
+        ("dis disk", "disk"),
+        ("disk d DISK di dis", "disk"),
+        ("dis disp disk displ", "displ disk"),
+        ("disk-dis", "disk"),
+        ("дис Диски д", "диски"),
+    ):
+        assert await messages(incidents, text) == await messages(incidents, same) != []
+        counted = await incidents.search(text=text, limit=1, total=True)
+        assert counted.total == len(await messages(incidents, same))
+
+
+async def test_the_number_of_words_is_bounded(incidents: Verbs) -> None:
+    """A text has at most 32 different words, not counting those that begin another one."""
+    letters = "abcdefghijklmnopqrstuvwxyz012345"
+    message = " ".join(letters)
+    await incidents.create(message, source="partner")
+    for text in (message, message.upper(), f"{message} a b c", f"{message} " * 3):
+        assert await messages(incidents, text) == [message], text
+    assert await messages(incidents, " ".join("a" * n for n in range(18, 0, -1))) == []
+    with pytest.raises(InvalidIncident, match="text must have at most 32 different words"):
+        await incidents.search(text=f"{message} 6")
+    assert await refused(incidents.search(text=f"{message} 6", limit=0)) == ["text", "limit"]
+
+
+async def test_every_total_is_exact(incidents: Verbs) -> None:
+    """A total counts the matches of all pages, on a full page, the last one and an empty one."""
+    await of_every_kind(incidents)
+    matching: list[tuple[dict[str, Any], int]] = [
+        ({}, 9),
+        ({"text": "disk"}, 9),
+        ({"status": "new"}, 3),
+        ({"status": "new", "text": "full"}, 3),
+        ({"text": "nothing"}, 0),
+        ({"created_before": datetime(2020, 1, 1, tzinfo=UTC)}, 0),
+        ({"created_before": datetime(2020, 1, 1, tzinfo=UTC), "text": "disk"}, 0),
+    ]
+    for filters, count in matching:
+        for limit, order in product((1, 3, 8, 9, 10, 1000), ORDERS):
+            search = {**filters, "limit": limit, "order": order, "total": True}
+            page = await incidents.search(**search)
+            assert page.total == count, search
+            assert (page.next is None) == (count <= limit), search
+            if page.next is not None:
+                assert (await incidents.search(**search, after=page.next)).total == count, search
+    last = (await incidents.search(limit=8)).next
+    for text in (None, "disk"):
+        page = await incidents.search(text=text, after=last, status="failed", total=True)
+        assert page == SearchPage([], None, 3)
+
+
+async def test_large_pages_with_words_are_complete(incidents: Verbs) -> None:
+    """Pages of hundreds of incidents of one second have every match once, in their order."""
+    created = await incidents.create_many(
+        NewIncident(f"Disk {n} is {'hot' if n % 3 else 'full'}", "partner") for n in range(1300)
+    )
+    for text, limit, order in (("disk", 1000, "newest"), ("hot", 600, "oldest")):
+        expected = [one for one in created if text in one.incident_message.lower()]
+        first = await incidents.search(text=text, limit=limit, order=order)
+        assert len(first.incidents) == limit
+        second = await incidents.search(text=text, limit=limit, order=order, after=first.next)
+        assert second.next is None
+        found = [*first.incidents, *second.incidents]
+        assert found == (expected if order == "oldest" else expected[::-1])
+
+
 @needs(Need.OUTSIDE_SQL)
 async def test_the_text_index_follows_messages(incidents: Verbs, embodiment: Embodiment) -> None:
     """A message that plain SQL has changed or deleted is found only by its current text."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import threading
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import httpx2
 import pytest
 
 from incidentkit import IncidentClient
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.http import create_app
-from tests.http.conftest import MEMORY, Serve
-
-if TYPE_CHECKING:
-    import httpx2
+from incidentkit.store.records import Records as StoreRecords
+from tests.http.conftest import MEMORY, Records, Serve
 
 
 def fill(api: httpx2.Client) -> None:
@@ -105,3 +107,50 @@ def test_a_faulty_query_is_refused(api: httpx2.Client, query: str, fields: list[
     answer = api.get(f"/incident/search?{query}")
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == fields
+
+
+class Hanging:
+    """A call of the store that never ends.
+
+    Attributes:
+        begun: Set when it begins.
+        cancelled: Set when it is cancelled.
+    """
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.cancelled = threading.Event()
+
+    async def __call__(self, _: object) -> None:
+        """Wait without end."""
+        self.begun.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+
+@pytest.fixture(params=["/incident/search?text=disk", "/incident/get?page=101"])
+def hanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Hanging]:
+    """The path of an expensive read, and the call of the store that it waits for."""
+    call = Hanging()
+    # Not functions, so that the class does not bind them to the store.
+    monkeypatch.setattr(StoreRecords, "search", call)
+    monkeypatch.setattr(StoreRecords, "list", call)
+    return request.param, call
+
+
+def test_an_expensive_read_ends_with_its_connection(
+    serve: Serve, hanging: tuple[str, Hanging], records: Records
+) -> None:
+    """A search or a deep page is cancelled as soon as its client disconnects."""
+    path, call = hanging
+    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
+    with socket.create_connection((api.base_url.host, api.base_url.port or 0)) as client:
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert call.begun.wait(60)
+        assert not call.cancelled.is_set()
+    assert call.cancelled.wait(60)
+    assert api.get("/health/live").status_code == httpx2.codes.OK
+    assert not [record for record in records.seen if record.exc_info]

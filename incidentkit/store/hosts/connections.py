@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from sqlalchemy import Engine, Executable, text
+from sqlalchemy import Engine, Executable, StaticPool, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import InvalidRequestError, ResourceClosedError, UnboundExecutionError
 
@@ -21,8 +21,10 @@ from incidentkit.store.hosts.sqlalchemy import (
     in_sqlite_transaction,
     is_connection,
     is_session,
+    sqlite_driver,
     translate_sqlalchemy_error,
 )
+from incidentkit.store.share import AGAIN
 from incidentkit.store.sqlite.statements import LOCK
 
 if TYPE_CHECKING:
@@ -160,14 +162,22 @@ async def _fetch_to_completion(
     """Run a statement on SQLite to completion; a cancellation meanwhile is raised afterwards.
 
     SQLAlchemy discards a connection whose statement is cancelled, and with it the transaction. The
-    file would stay locked until the cursor of that statement is garbage-collected.
+    file would stay locked until the cursor of that statement is garbage-collected. A statement that
+    only reads is interrupted instead, which leaves the transaction as it is.
     """
-    was_in_transaction = await in_sqlite_transaction(connection)
+    driver = await sqlite_driver(connection)
+    was_in_transaction = driver.in_transaction
+    # With a pool of one connection, an interrupt could hit the statement of another caller.
+    stops = statement.is_select and not isinstance(connection.engine.pool, StaticPool)
     task = asyncio.ensure_future(fetch_rows(connection, statement, values))
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            await asyncio.wait((task,))
+            if stops and cancelled is not None:
+                await driver.interrupt()
+                await asyncio.wait((task,), timeout=AGAIN)
+            else:
+                await asyncio.wait((task,))
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is None:
@@ -213,6 +223,10 @@ class HostExecutor:
         """Run a statement that only reads."""
         return await self._run(lambda fetch: fetch(statement, values))
 
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read, but may read or return very many rows."""
+        return await self._run(work)
+
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write."""
         return await self._run(work)
@@ -255,6 +269,10 @@ class SqliteHostExecutor:
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads."""
         return await self._executor.read(statement, values)
+
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read, but may read or return very many rows."""
+        return await self._executor.scan(work)
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, all or none."""

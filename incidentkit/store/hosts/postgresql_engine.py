@@ -16,7 +16,7 @@ from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sq
 from incidentkit.store.postgresql.connection import is_alive
 from incidentkit.store.postgresql.errors import translate_error
 from incidentkit.store.postgresql.url import place_of
-from incidentkit.store.share import Share, writing_share
+from incidentkit.store.share import Share, scanning_share, writing_share
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -44,11 +44,13 @@ class PostgresEngineExecutor:
         self._timeout = timeout
         self._writing: Share | None = None
         self._affinity: Affinity | None = None
+        self._scanning: Share | None = None
 
     async def open(self, affinity: Affinity) -> None:
         """Accept statements."""
         self._affinity = affinity
         self._writing = writing_share(self._maximum, self._timeout)
+        self._scanning = scanning_share(self._maximum, self._timeout)
 
     async def close(self) -> None:
         """Accept no more statements."""
@@ -56,18 +58,19 @@ class PostgresEngineExecutor:
 
     def abandon(self) -> None:
         """Accept no more statements."""
-        self._writing = self._affinity = None
+        self._writing = self._scanning = self._affinity = None
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, once more on another."""
-        try:
-            async with self._connection(self._single) as connection:
-                return await fetch_rows(connection, statement, values)
-        except StoreUnavailable as error:
-            if not is_lost(error.__cause__):
-                raise
-        async with self._connection(self._single) as connection:
-            return await fetch_rows(connection, statement, values)
+        return await self._read(lambda fetch: fetch(statement, values))
+
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read; if their connection is dead, once more on another."""
+        self._opened()
+        if self._scanning is None:
+            raise ClientClosed
+        async with self._scanning:
+            return await self._read(work)
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, each committed by itself."""
@@ -83,6 +86,16 @@ class PostgresEngineExecutor:
         """Run a statement that inserts, once for each row, in one transaction."""
         async with self._opened(), self._connection(self._several) as connection:
             await connection.execute(statement, rows)
+
+    async def _read(self, work: Work[_T]) -> _T:
+        try:
+            async with self._connection(self._single) as connection:
+                return await work(partial(fetch_rows, connection))
+        except StoreUnavailable as error:
+            if not is_lost(error.__cause__):
+                raise
+        async with self._connection(self._single) as connection:
+            return await work(partial(fetch_rows, connection))
 
     def _opened(self) -> Share:
         if self._writing is None or self._affinity is None:

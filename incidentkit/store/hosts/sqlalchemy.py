@@ -102,7 +102,12 @@ def has_every_character(driver: Any) -> bool:
     return encoding in (None, "UTF8", "SQL_ASCII")
 
 
+async def sqlite_driver(connection: AsyncConnection) -> Any:
+    """Return the driver's connection of a connection on SQLite."""
+    raw: Any = await connection.get_raw_connection()
+    return raw.driver_connection
+
+
 async def in_sqlite_transaction(connection: AsyncConnection) -> bool:
     """Return whether SQLite itself is in a transaction, which SQLAlchemy may not know."""
-    raw: Any = await connection.get_raw_connection()
-    return bool(raw.driver_connection.in_transaction)
+    return bool((await sqlite_driver(connection)).in_transaction)

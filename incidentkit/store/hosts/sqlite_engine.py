@@ -18,9 +18,12 @@ from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
     fetch_rows,
     in_sqlite_transaction,
+    pool_maximum,
+    sqlite_driver,
     translate_sqlalchemy_error,
 )
 from incidentkit.store.options import StoreOptions
+from incidentkit.store.share import AGAIN, Share, scanning_share
 from incidentkit.store.sqlite.errors import translate_error
 from incidentkit.store.sqlite.file import probe
 from incidentkit.store.sqlite.statements import LOCK
@@ -40,7 +43,8 @@ class SqliteEngineExecutor:
     """Runs statements on a host's engine, one write at a time.
 
     A call whose caller is cancelled still runs to completion: SQLAlchemy throws a connection away
-    if a statement on it is cancelled, and a database in memory with it.
+    if a statement on it is cancelled, and a database in memory with it. A scan of a file is
+    interrupted.
 
     Args:
         engine: Connections and log are as the host has set them. It is never disposed of.
@@ -57,6 +61,7 @@ class SqliteEngineExecutor:
         self._affinity: Affinity | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._writing = asyncio.Lock()
+        self._share = _share(engine)
         # Whether a host's transaction on the only connection can be detected.
         self._detects_transactions = False
 
@@ -66,6 +71,7 @@ class SqliteEngineExecutor:
         # Writers of one process queue here, which is fairer and faster than SQLite's polling. The
         # lock is new at each opening, which may be on another event loop.
         self._writing = asyncio.Lock()
+        self._share = _share(self._host_engine)
         self._engine = self._host_engine
         self._detects_transactions = False
         if self._url.database not in MEMORY:
@@ -93,6 +99,26 @@ class SqliteEngineExecutor:
         """Run a statement that only reads."""
         return await self._run(self._execute(statement, values))
 
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read, but may read or return very many rows."""
+        self._check_loop()
+        # In memory the host may use the same connection: an interrupt could hit its statement.
+        fetch = self.read if self._url.database in MEMORY else self._scan
+        async with self._share:
+            return await work(fetch)
+
+    async def _scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement, and interrupt it if its time is up or its caller is gone."""
+        scan = _Scan(statement, values)
+        try:
+            return await self._run(self._run_scan(scan))
+        finally:
+            scan.stopped = True
+            if scan.driver is not None:
+                interrupting = asyncio.ensure_future(scan.interrupt())
+                self._running.add(interrupting)
+                interrupting.add_done_callback(self._running.discard)
+
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction, with no other writer from its start."""
         return await self._run(self._transact(work), writes=True)
@@ -114,6 +140,10 @@ class SqliteEngineExecutor:
     async def _execute(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         async with self._connection() as connection:
             return await fetch_rows(connection, statement, values)
+
+    async def _run_scan(self, scan: _Scan) -> Rows:
+        async with self._connection() as connection:
+            return await scan.run(connection)
 
     async def _transact(self, work: Work[_T]) -> _T:
         async with self._transaction() as connection:
@@ -156,9 +186,11 @@ class SqliteEngineExecutor:
 
     async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
         """Run work to completion, even if the caller is cancelled."""
-        if self._affinity is not None and self._affinity.loop is not running_loop():
+        try:
+            self._check_loop()
+        except BaseException:
             work.close()
-            raise self._affinity.error()
+            raise
         # In memory there is one connection, on which a read would see an unfinished write.
         alone = writes or self._url.database in MEMORY
         task = asyncio.ensure_future(self._in_turn(work) if alone else work)
@@ -176,6 +208,10 @@ class SqliteEngineExecutor:
             # The caller may be gone: retrieve a failure that no one else will.
             task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
+    def _check_loop(self) -> None:
+        if self._affinity is not None and self._affinity.loop is not running_loop():
+            raise self._affinity.error()
+
     async def _in_turn(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:
             async with asyncio.timeout(OPTIONS.pool_timeout):
@@ -187,6 +223,42 @@ class SqliteEngineExecutor:
             return await work
         finally:
             self._writing.release()
+
+
+class _Scan:
+    """A statement that its caller can interrupt while the driver runs it.
+
+    Attributes:
+        driver: The driver's connection while it runs the statement; otherwise None.
+        stopped: Whether the statement must not start any more.
+    """
+
+    def __init__(self, statement: Executable, values: Mapping[str, Any]) -> None:
+        self._statement = statement
+        self._values = values
+        self.driver: Any = None
+        self.stopped = False
+
+    async def run(self, connection: AsyncConnection) -> Rows:
+        """Run the statement, unless it was stopped before."""
+        driver = await sqlite_driver(connection)
+        if self.stopped:
+            return ()
+        self.driver = driver
+        try:
+            return await fetch_rows(connection, self._statement, self._values)
+        finally:
+            self.driver = None
+
+    async def interrupt(self) -> None:
+        """Interrupt the statement until the driver has noticed."""
+        while self.driver is not None:
+            await self.driver.interrupt()
+            await asyncio.sleep(AGAIN)
+
+
+def _share(engine: AsyncEngine) -> Share:
+    return scanning_share(pool_maximum(engine), OPTIONS.pool_timeout)
 
 
 def file_url(engine: AsyncEngine) -> URL:

@@ -13,7 +13,7 @@ from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.connection import NOT_RUN, PostgresConnection
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.postgresql.errors import LOST, translate_error
-from incidentkit.store.share import Share, writing_share
+from incidentkit.store.share import Share, scanning_share, writing_share
 
 _T = TypeVar("_T")
 
@@ -64,6 +64,7 @@ class PoolExecutor:
         self._connections: Connections | None = None
         self._writing: Share | None = None
         self._affinity: Affinity | None = None
+        self._scanning: Share | None = None
 
     async def open(self, affinity: Affinity) -> None:
         """Accept statements; the first one connects."""
@@ -71,17 +72,21 @@ class PoolExecutor:
         self._connections = self._new_connections()
         # Otherwise finalizers would end the connections of the parent process.
         affinity.on_fork = self._connections.sever
-        self._writing = writing_share(self._connections.maximum, self._timeout)
+        maximum = self._connections.maximum
+        self._writing = writing_share(maximum, self._timeout)
+        self._scanning = scanning_share(maximum, self._timeout)
 
     async def close(self) -> None:
         """Close what the store opened; running calls have ``pool_timeout`` seconds to finish."""
-        connections, self._connections, self._writing = self._connections, None, None
+        connections, self._connections = self._connections, None
+        self._writing = self._scanning = None
         if connections is not None:
             await connections.close()
 
     def abandon(self) -> None:
         """Disconnect from the server without the event loop."""
-        connections, self._connections, self._writing = self._connections, None, None
+        connections, self._connections = self._connections, None
+        self._writing = self._scanning = None
         if connections is None or self._affinity is None:
             return
         connections.sever()
@@ -91,6 +96,14 @@ class PoolExecutor:
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, again on another."""
         return await self._run(lambda connection: connection.fetch(statement, values), resend=True)
+
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read; if their connection is dead, again on another."""
+        self._opened()
+        if self._scanning is None:
+            raise ClientClosed
+        async with self._scanning:
+            return await self._run(lambda connection: work(connection.fetch), resend=True)
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, once: a lost answer may hide a commit."""

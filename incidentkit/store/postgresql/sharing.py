@@ -27,7 +27,6 @@ from incidentkit.store.postgresql.dialect import PostgresDialect, values_to_inse
 from incidentkit.store.postgresql.errors import refused
 from incidentkit.store.sql.rows import INCIDENT_COLUMNS, PAGE, read_incident, read_page
 from incidentkit.store.sql.statements import (
-    DEEP,
     NEAR,
     SELECT_INCIDENT,
     page_statement,
@@ -79,7 +78,7 @@ class PostgresSharing:
 
     def list(self, query: ListQuery) -> Awaitable[Page] | None:
         """Read one page, unless it is too large, or lies too deep, to be read with others."""
-        if query.limit > SMALL or query.offset + query.limit > DEEP:
+        if query.limit > SMALL or query.deep:
             return None
         return self._share(self._lists, query)
 

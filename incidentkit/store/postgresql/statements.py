@@ -15,10 +15,10 @@ from typing import Final
 
 from sqlalchemy import TextClause, text
 
+from incidentkit.domain.values import DEEP
 from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS
 from incidentkit.store.sql.search import WordsMatch
-from incidentkit.store.sql.statements import DEEP
 
 _INCIDENT: Final = ", ".join(
     f"CAST({name} AS text) AS {name}" if name in ENUMS else name for name in INCIDENT_COLUMNS
@@ -507,12 +507,28 @@ SHIFT: Final = {
 """Moves the existing events, in their order, before every event to come; by table."""
 
 _QUERY: Final = """CAST((
+    WITH word AS (
+        SELECT lexeme
+        FROM unnest(incident_words(CAST(:words AS text)))
+    )
     SELECT string_agg(quote_literal(lexeme) || '\\:*', ' & ')
-    FROM unnest(incident_words(CAST(:words AS text)))
+    FROM word
+    WHERE NOT EXISTS (
+        SELECT
+        FROM word AS longer
+        WHERE longer.lexeme <> word.lexeme AND starts_with(longer.lexeme, word.lexeme)
+    )
 ) AS tsquery)"""
+"""The query for messages that have each word. A word that begins another one is left out: the index
+would return every message that has it, for nothing."""
 
 WORDS_MATCH: Final = WordsMatch(
     by_index=text(f'incident_words("Incident".incident_message) @@ {_QUERY}'),
     of_first=text(f"incident_words(first.incident_message) @@ {_QUERY}"),
+    incidents=text("""
+        SELECT CAST(reltuples AS bigint)
+        FROM pg_class
+        WHERE oid = CAST('"Incident"' AS regclass)
+    """),
 )
 """Holds for a message that has each word, as a whole word or as the beginning of one."""

@@ -6,7 +6,7 @@ filters would be read past every incident that does not match.
 
 Words are found in two ways, since a database cannot tell in advance how many messages contain them.
 If many do, a scan of the first incidents in the order of the page finds enough. If few do, the
-index of words returns all of them, to be sorted.
+index of words returns all of them, to be counted and sorted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    true,
     tuple_,
     union_all,
 )
@@ -45,10 +46,13 @@ class WordsMatch:
     Attributes:
         by_index: The condition in the form that the index of words answers.
         of_first: The condition in the form for the few rows of ``first``.
+        incidents: The approximate number of all incidents, found without counting them; negative if
+            it is unknown.
     """
 
     by_index: TextClause
     of_first: TextClause
+    incidents: TextClause
 
 
 @frozen
@@ -85,12 +89,12 @@ def _id(name: str) -> ColumnElement[Any]:
     return bindparam(name, type_=BigInteger())
 
 
-def _between(columns: Any) -> list[ColumnElement[bool]]:
+def _between(columns: Any, low: str = "low", high: str = "high") -> list[ColumnElement[bool]]:
     """Return the conditions for an incident between two places."""
     place = tuple_(columns.created_at, columns.incident_id)
     return [
-        place > tuple_(_time("low_at"), _id("low_id")),
-        place < tuple_(_time("high_at"), _id("high_id")),
+        place > tuple_(_time(f"{low}_at"), _id(f"{low}_id")),
+        place < tuple_(_time(f"{high}_at"), _id(f"{high}_id")),
     ]
 
 
@@ -169,17 +173,21 @@ def select_page(shape: Shape) -> Executable:
 
 @cache
 def select_page_among_first(shape: Shape) -> Executable:
-    """Return the statement for incidents with the words among the first ``scan`` incidents."""
+    """Return the statement for incidents with the words among the first ``scan`` incidents.
+
+    The last column of each row is the approximate number of all incidents.
+    """
     if shape.words_match is None:
         return select_page(shape)
     first = _first(evolve(shape, words_match=None), "scan").cte("first")
-    statement = select(*first.c).where(shape.words_match.of_first)
+    incidents: Any = shape.words_match.incidents.columns(incidents=BigInteger()).scalar_subquery()
+    statement = select(*first.c, incidents.label("incidents")).where(shape.words_match.of_first)
     found: Executable = _in_order(statement, first.c, shape, "limit")
     return found
 
 
-def _found_by_words(shape: Shape) -> tuple[Any, list[Any]]:
-    """Return the incidents that the index of words finds, and the other conditions for them.
+def _found_by_words(shape: Shape) -> Any:
+    """Return the incidents that the index of words finds.
 
     PostgreSQL is made to use the index first. Otherwise the order of a page, or an index of its
     filters, could lead it to look for a rare word in one message after another.
@@ -187,30 +195,53 @@ def _found_by_words(shape: Shape) -> tuple[Any, list[Any]]:
     with_words = select(*_FOUND)
     if shape.words_match is not None:
         with_words = with_words.where(shape.words_match.by_index)
-    found = with_words.cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
-    conditions: list[Any] = _between(found.c)
+    return with_words.cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
+
+
+def _filters(shape: Shape, found: Any) -> list[ColumnElement[bool]]:
+    """Return the conditions for an incident of any page."""
+    conditions = []
     if shape.statuses:
         conditions.append(or_(*(_has_status(n, found.c) for n in range(shape.statuses))))
     if shape.sources:
         conditions.append(or_(*(_has_source(n, found.c) for n in range(shape.sources))))
-    return found, conditions
+    return conditions
+
+
+def _page_by_words(shape: Shape, found: Any) -> Any:
+    statement = select(*found.c).where(*_between(found.c), *_filters(shape, found))
+    return _in_order(statement, found.c, shape, "limit")
 
 
 @cache
 def select_page_by_words(shape: Shape) -> Executable:
     """Return the statement for a page of the incidents that the index of words finds."""
-    found, conditions = _found_by_words(shape)
-    statement = select(*found.c).where(*conditions)
-    page: Executable = _in_order(statement, found.c, shape, "limit")
+    page: Executable = _page_by_words(shape, _found_by_words(shape))
     return page
 
 
 @cache
+def select_page_and_total_by_words(shape: Shape) -> Executable:
+    """Return the same with the number of incidents of all pages, in the last column.
+
+    All pages lie between the places ``from`` and ``until``. An empty page is one row, with the
+    total alone.
+    """
+    found = _found_by_words(shape)
+    everything = [*_between(found.c, "from", "until"), *_filters(shape, found)]
+    total = select(func.count().label("total")).select_from(found).where(*everything).cte("counted")
+    page = _page_by_words(shape, found).subquery("page")
+    keys = (page.c.created_at, page.c.incident_id)
+    return (
+        select(*page.c, total.c.total)
+        .select_from(total.outerjoin(page, true()))
+        .order_by(*(keys if shape.oldest_first else (key.desc() for key in keys)))
+    )
+
+
+@cache
 def count_found(shape: Shape) -> Executable:
-    """Return the statement that counts the incidents of all pages."""
-    if shape.words_match is not None:
-        found, conditions = _found_by_words(shape)
-        return select(func.count()).select_from(found).where(*conditions)
+    """Return the statement that counts the incidents of all pages without words."""
     total: ColumnElement[Any] = literal_column("0")
     for conditions in _branches(shape):
         count = select(func.count()).select_from(incident_table).where(*conditions)

@@ -136,9 +136,6 @@ DELETE_OLD_PLACES: Final = delete(purged_event_table).where(
 NEAR: Final = 200
 """Maximum ``offset + limit`` of a page that is read with one plan for all near pages."""
 
-DEEP: Final = 1000
-"""``offset + limit`` above which a page is read from the index alone, or from a bookmark."""
-
 PageKind: TypeAlias = Literal["any", "near", "deep", "onward"]
 """How a page is read:
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -12,6 +11,7 @@ from sqlalchemy import Executable
 import incidentkit.store.sqlite.statements as sql
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
+from incidentkit.domain.rules import words
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, EventKind, Incident, IncidentEvent, IncidentStatus
 from incidentkit.store.dialect import PURGED_EVENTS
@@ -135,7 +135,7 @@ class SqliteDialect:
 
     def words(self, text: str) -> str:
         """Return the words of the text for FTS5, each as the beginning of a word."""
-        return " ".join(f'"{word}"*' for word in re.findall(r"[^\W_]+", text))
+        return " ".join(f'"{word}"*' for word in words(text))
 
     def lost_race(self, error: BaseException | None) -> bool:  # noqa: ARG002
         """Return False: there is one writer at a time."""

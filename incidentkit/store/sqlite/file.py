@@ -17,6 +17,11 @@ from incidentkit.store.sqlite.url import MEMORY
 logger = logging.getLogger("incidentkit.store")
 
 
+def scanners(options: StoreOptions) -> int:
+    """Return the number of connections for scans."""
+    return max(1, options.pool_size // 2)
+
+
 async def probe(url: URL) -> None:
     """Open the file once; raise SQLAlchemy's DBAPIError if that fails.
 
@@ -46,7 +51,11 @@ def open_engine(url: URL, options: StoreOptions) -> Engine:
         hide_parameters=True,
         poolclass=StaticPool if memory else QueuePool,
         # One connection more, for the writer.
-        **({} if memory else {"pool_size": options.pool_size + 1, "max_overflow": 0}),
+        **(
+            {}
+            if memory
+            else {"pool_size": options.pool_size + scanners(options) + 1, "max_overflow": 0}
+        ),
     )
     event.listen(engine, "connect", _prepare_connection)
     if options.echo:

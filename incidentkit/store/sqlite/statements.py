@@ -206,5 +206,6 @@ WORDS_MATCH: Final = WordsMatch(
         "AND rowid BETWEEN (SELECT min(incident_id) FROM first) "
         "AND (SELECT max(incident_id) FROM first))"
     ),
+    incidents=text('SELECT max(incident_id) FROM "Incident"'),
 )
 """Holds for a message that has each word, as a whole word or as the beginning of one."""

@@ -4,12 +4,16 @@ A call is handed to a thread once, however many statements it runs. Concurrent w
 transaction. While every connection is in use, quick reads are handed to a thread together. A call
 that has begun runs to completion even if its caller is cancelled. A write that has begun is awaited
 beyond its time limit, so that an error never hides a stored write.
+
+Scans have threads and connections of their own, so that no other call waits for one. They are
+interrupted at their time limit, and when their caller is cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +21,7 @@ from functools import partial
 from threading import Lock
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy import Connection, CursorResult, Engine, Executable
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
@@ -27,10 +31,11 @@ from incidentkit.domain.errors import ClientClosed, IncidentKitError
 from incidentkit.store.causes import NO_ANSWER
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
+from incidentkit.store.share import AGAIN, scans
 from incidentkit.store.sql.rows import unreadable_row
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
 from incidentkit.store.sqlite.errors import MOVED, is_stale_schema, translate_error
-from incidentkit.store.sqlite.file import open_engine, probe
+from incidentkit.store.sqlite.file import open_engine, probe, scanners
 from incidentkit.store.sqlite.url import MEMORY, place_of
 
 _T = TypeVar("_T")
@@ -40,6 +45,12 @@ WRITES: Final = 100
 
 READS: Final = 10
 """Maximum number of quick reads that run one after the other in a thread."""
+
+STEP: Final = 50
+"""Number of rows of a scan that its thread makes at a time."""
+
+PAUSE: Final = 0.0001
+"""Seconds between two steps: long enough for a waiting thread to run."""
 
 _QUICK: Final = frozenset(
     (
@@ -124,6 +135,19 @@ class ThreadsExecutor:
             async with asyncio.timeout(self._patience):
                 read = threads.reads if statement in _QUICK else threads.slow_reads
                 return await read((statement, values))
+        except IncidentKitError:
+            raise
+        except Exception as error:
+            raise translate_error(error) from error
+
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read, but may read or return very many rows."""
+        async with self._opened().share:
+            return await work(self._scan)
+
+    async def _scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        try:
+            return await self._opened().scan(statement, values)
         except IncidentKitError:
             raise
         except Exception as error:
@@ -215,13 +239,45 @@ class _Write:
         return self._begun
 
 
+class _Scan:
+    """A statement that its caller can interrupt while a thread runs it."""
+
+    def __init__(self, statement: Executable, values: Mapping[str, Any]) -> None:
+        self._statement = statement
+        self._values = values
+        self._driver: Any = None
+        self._stopped = False
+        # Held while the connection is taken, given back or interrupted: an interrupt must not hit
+        # the next statement on it.
+        self._turn = Lock()
+
+    def run(self, connection: Connection) -> Rows:
+        """Run the statement, unless it was stopped before."""
+        with self._turn:
+            if self._stopped:
+                return ()
+            self._driver = connection.connection.driver_connection
+        try:
+            return _fetch_in_steps(connection, self._statement, self._values)
+        finally:
+            with self._turn:
+                self._driver = None
+
+    def stop(self) -> None:
+        """Interrupt the statement, or keep it from starting."""
+        with self._turn:
+            self._stopped = True
+            if self._driver is not None:
+                self._driver.interrupt()
+
+
 class _Threads:
     """The threads of an executor, and their connections.
 
     Args:
         engine: The connections.
-        options: Their number.
-        file: The file; None: a database in memory, whose one connection serves reads and writes.
+        options: Their number, and time limits.
+        file: The file; None: a database in memory, whose one connection serves all.
     """
 
     def __init__(self, engine: Engine, options: StoreOptions, file: DatabaseFile | None) -> None:
@@ -232,6 +288,11 @@ class _Threads:
         self._readers = (
             self._writer if one else ThreadPoolExecutor(options.pool_size, "incidentkit-sqlite")
         )
+        scanning = 1 if one else scanners(options)
+        self._scanners = self._writer if one else ThreadPoolExecutor(scanning, "incidentkit-sqlite")
+        self.share = scans(scanning, options.pool_timeout)
+        self._scan_limit = options.statement_timeout
+        self._scans: dict[asyncio.Future[Rows], _Scan] = {}
         # One thread for each batch that may run: a further batch would only wait for a thread.
         running = 1 if one else options.pool_size
         self.writes: Batcher[_Write, Any] = Batcher(self._write_all, patient=True, size=WRITES)
@@ -247,19 +308,48 @@ class _Threads:
         await self.reads.finish()
         await self.slow_reads.finish()
         await self.writes.finish()
+        if self._scans:
+            await asyncio.wait(self._scans)
         # Shutting down waits too, but blocks the event loop.
         await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
         self.shut_down()
 
     def shut_down(self) -> None:
         """Wait for the threads to end, then close every connection."""
+        for scan in self._scans.values():
+            scan.stop()
         self._writer.shutdown()
         self._readers.shutdown()
+        self._scanners.shutdown()
         self._engine.dispose()
 
     def run(self, work: Callable[[Connection], _T]) -> asyncio.Future[_T]:
         """Run work on a connection, in the writing thread."""
         return asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
+
+    async def scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement in a thread for scans; stop it if its time is up or its caller is gone.
+
+        Raises:
+            TimeoutError: If the time is up.
+        """
+        scan = _Scan(statement, values)
+        running = asyncio.get_running_loop().run_in_executor(self._scanners, self._lend, scan.run)
+        self._scans[running] = scan
+        running.add_done_callback(self._end_scan)
+        try:
+            await asyncio.wait((running,), timeout=self._scan_limit)
+            if running.done():
+                return running.result()
+        finally:
+            _stop(scan, running)
+        raise TimeoutError
+
+    def _end_scan(self, running: asyncio.Future[Rows]) -> None:
+        self._scans.pop(running)
+        if not running.cancelled():
+            # Retrieve the failure of a scan that was stopped.
+            running.exception()
 
     def _write_all(self, given: Sequence[_Write]) -> asyncio.Future[list[Any]]:
         return self.run(lambda connection: _transact(connection, given, self._check_file))
@@ -281,6 +371,13 @@ class _Threads:
         self._check_file()
         with self._engine.connect() as connection:
             return work(connection)
+
+
+def _stop(scan: _Scan, running: asyncio.Future[Rows]) -> None:
+    """Interrupt a scan until its thread has noticed."""
+    if not running.done():
+        scan.stop()
+        asyncio.get_running_loop().call_later(AGAIN, _stop, scan, running)
 
 
 def _transact(
@@ -354,13 +451,39 @@ def _outcome(call: Callable[[], _T]) -> _T | Exception:
 
 
 def _fetch(connection: Connection, statement: Executable, values: Mapping[str, Any]) -> Rows:
-    try:
-        result = connection.execute(statement, values)
-    except DBAPIError as error:
-        if not is_stale_schema(error):
-            raise
-        result = connection.execute(statement, values)
+    result = _execute(connection, statement, values)
     try:
         return result.all() if result.returns_rows else ()
     except (TypeError, ValueError) as error:
         raise unreadable_row() from error
+
+
+def _fetch_in_steps(
+    connection: Connection, statement: Executable, values: Mapping[str, Any]
+) -> Rows:
+    """Read the rows of a scan, and let other threads run after every few of them.
+
+    A thread that makes rows keeps the event loop from running for the interpreter's switch
+    interval, five milliseconds, each time.
+    """
+    result = _execute(connection, statement, values)
+    rows: list[Any] = []
+    try:
+        while some := result.fetchmany(STEP):
+            rows += some
+            if len(some) == STEP:
+                time.sleep(PAUSE)
+    except (TypeError, ValueError) as error:
+        raise unreadable_row() from error
+    return rows
+
+
+def _execute(
+    connection: Connection, statement: Executable, values: Mapping[str, Any]
+) -> CursorResult[Any]:
+    try:
+        return connection.execute(statement, values)
+    except DBAPIError as error:
+        if not is_stale_schema(error):
+            raise
+        return connection.execute(statement, values)
