@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from incidentkit.domain.values import (
         ChangePage,
         EventKind,
+        FeedBlocker,
         Incident,
         IncidentEvent,
         IncidentOrder,
@@ -74,6 +75,7 @@ else:
             "incidentkit.domain.values": (
                 "ChangePage",
                 "EventKind",
+                "FeedBlocker",
                 "Incident",
                 "IncidentEvent",
                 "IncidentOrder",
@@ -93,6 +95,7 @@ __all__ = [
     "ClientClosed",
     "DuplicateOpenIncident",
     "EventKind",
+    "FeedBlocker",
     "FieldError",
     "IdempotencyKeyReused",
     "IllegalTransition",

@@ -159,7 +159,7 @@ def migrated_postgres_url(_administrator: Administrator, _migrated_template: str
 @pytest.fixture(scope="session")
 def _two_phase_administrator() -> Iterator[Administrator]:
     with (
-        PostgresServer(settings={"max_prepared_transactions": "10"}) as server,
+        PostgresServer(settings={"max_prepared_transactions": "10", "autovacuum": "off"}) as server,
         psycopg.connect(server.url, autocommit=True) as connection,
     ):
         yield Administrator(server.url, connection)
@@ -180,7 +180,8 @@ def two_phase_url(
 ) -> Iterator[str]:
     """The URL of a migrated database on a server that no other test process uses.
 
-    Transactions can be prepared there; those that a test leaves behind are rolled back.
+    Transactions can be prepared there; those that a test leaves behind are rolled back. No other
+    transaction is open, not even one of autovacuum.
     """
     with _two_phase_administrator.database(template=_two_phase_template) as url:
         yield url

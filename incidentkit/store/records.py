@@ -20,6 +20,7 @@ from incidentkit.domain.values import (
     MAX_ID,
     MAX_LIMIT,
     OPEN,
+    FeedBlocker,
     Incident,
     IncidentEvent,
     IncidentOrder,
@@ -60,6 +61,9 @@ LIMITS: Final = (100, MAX_LIMIT + 1)
 
 PLACES_KEPT: Final = timedelta(days=30)
 """How long the cursor of a purged event stays valid."""
+
+HELD_UP_AFTER: Final = 5.0
+"""Seconds after which an open transaction counts as one that holds the feed up."""
 
 EXPIRED_KEYS: Final = 10
 """Maximum number of expired idempotency keys that a write with a key removes."""
@@ -382,6 +386,10 @@ class Records:
     async def check_order(self) -> None:
         """Raise unless new events come after the existing ones."""
         await self._dialect.check_order(self._executor.read)
+
+    async def feed_blocker(self) -> FeedBlocker | None:
+        """Return the transaction that holds the feed up; None if none has done so for long."""
+        return await self._dialect.feed_blocker(self._executor.read, HELD_UP_AFTER)
 
     async def place(self, cursor: EventCursor) -> Place:
         """Return the place of the event that a cursor stands for.
