@@ -60,6 +60,8 @@ _T = TypeVar("_T")
 class _NotConnected:
     """Stands for the session of a client that was never connected."""
 
+    commits = True
+
     @property
     def store(self) -> StoreOperations:
         raise ClientClosed
