@@ -20,6 +20,7 @@ from incidentkit.domain.values import (
     MAX_STALENESS,
     MAX_WAIT,
     ChangePage,
+    FeedBlocker,
     IncidentEvent,
     IncidentSource,
     IncidentStatus,
@@ -58,6 +59,8 @@ _T = TypeVar("_T")
 
 class _NotConnected:
     """Stands for the session of a client that was never connected."""
+
+    commits = True
 
     @property
     def store(self) -> StoreOperations:
@@ -400,6 +403,24 @@ class IncidentClient(Incidents):
         session = self._opened()
         await session.store.check()
         await session.pages.probe()
+
+    async def feed_blocker(self) -> FeedBlocker | None:
+        """Return the transaction that holds :meth:`changes` up, or None if there is none.
+
+        On PostgreSQL, a change is delivered once every transaction of the server that began to
+        write before it has ended. While such a transaction stays open, the feed looks quiet:
+
+        .. code-block:: python
+
+            blocker = await incidents.feed_blocker()
+            if blocker is not None and blocker.waiting:
+                print(f"The feed is held up since {blocker.since} by {blocker.holder}")
+
+        Returns:
+            The oldest open transaction once it has been open for five seconds; otherwise None, and
+            always None on SQLite.
+        """
+        return await self._opened().store.feed_blocker()
 
     def _opened(self) -> Session:
         if self._session is None:

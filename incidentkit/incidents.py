@@ -12,7 +12,13 @@ from attrs import evolve
 from incidentkit.domain import rules
 from incidentkit.domain.actor import ACTOR
 from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange, check_many
-from incidentkit.domain.errors import IncidentNotFound
+from incidentkit.domain.errors import (
+    FieldError,
+    IncidentKitError,
+    IncidentNotFound,
+    InvalidIncident,
+    PartlyStored,
+)
 from incidentkit.domain.queries import HistoryQuery, SearchQuery
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
@@ -48,6 +54,11 @@ class Transactions(Protocol):
     @property
     def store(self) -> StoreOperations:
         """The operations on incidents."""
+        ...
+
+    @property
+    def commits(self) -> bool:
+        """Whether each write is committed when it returns."""
         ...
 
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
@@ -128,29 +139,55 @@ class Incidents(ABC):
         )
 
     async def create_many(
-        self, incidents: Iterable[NewIncident], *, idempotency_key: str | None = None
+        self,
+        incidents: Iterable[NewIncident],
+        *,
+        batch: int | None = None,
+        idempotency_key: str | None = None,
     ) -> IncidentList:
-        """Store many incidents in one transaction, all or none, and return them in their order.
+        """Store many incidents and return them in their order: all or none, unless in batches.
 
         The result is that of :meth:`create` called for one after the other, also where several
         incidents have the same ``dedup_key``. Each has its event in its history.
 
         Args:
             incidents: At most 100,000.
-            idempotency_key: As for :meth:`create`, for all of them together.
+            batch: Number of incidents to commit at a time, 1 to 100,000, so that no transaction is
+                long. If the caller is cancelled, committed batches stay stored. None: one
+                transaction; the only choice in a joined transaction.
+            idempotency_key: As for :meth:`create`, for all of them together. A retry with the same
+                incidents and the same ``batch`` continues after the committed batches.
 
         Raises:
-            InvalidIncident: If an item is not a :class:`~incidentkit.NewIncident`, or there are
-                too many.
+            InvalidIncident: If an item is not a :class:`~incidentkit.NewIncident`, there are too
+                many, or ``batch`` is invalid.
             IdempotencyKeyReused: If the key was used with other parameters.
+            PartlyStored: If it fails after a batch was committed.
         """
         checked = check_many(incidents)
+        batch = rules.check("batch", rules.optional_batch, batch)
         transactions = self._transactions
-        once = _once(transactions, idempotency_key, "create_many", checked)
+        if batch is not None and not transactions.commits:
+            reason = "must be None in a joined transaction, which stores all or none"
+            raise InvalidIncident([FieldError("batch", reason)])
+        verb = "create_many" if batch is None else f"create_many in batches of {batch}"
+        once = _once(transactions, idempotency_key, verb, checked)
         store = transactions.store
         if not checked:
             return []
-        return await transactions.write(store.create_many(checked, actor=ACTOR.get(), once=once))
+        size = batch or len(checked)
+        stored: IncidentList = []
+        for number, start in enumerate(range(0, len(checked), size)):
+            part = checked[start : start + size]
+            try:
+                stored += await transactions.write(
+                    store.create_many(part, actor=ACTOR.get(), once=once and once.part(number))
+                )
+            except IncidentKitError as error:
+                if not stored:
+                    raise
+                raise PartlyStored(stored, len(checked), str(error)) from error
+        return stored
 
     async def update_status(
         self,

@@ -167,6 +167,11 @@ class Session:
         return None if self._pages is None else self._pages.available
 
     @property
+    def commits(self) -> bool:
+        """True: the store commits each write."""
+        return True
+
+    @property
     def store(self) -> IncidentStore:
         """The store.
 
@@ -277,6 +282,11 @@ class HostTransaction:
     def __init__(self, store: StoreOperations, affinity: Affinity) -> None:
         self._store = store
         self._affinity = affinity
+
+    @property
+    def commits(self) -> bool:
+        """False: the host commits."""
+        return False
 
     @property
     def store(self) -> StoreOperations:

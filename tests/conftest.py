@@ -156,6 +156,41 @@ def migrated_postgres_url(_administrator: Administrator, _migrated_template: str
         yield url
 
 
+@pytest.fixture(scope="session")
+def _two_phase_administrator() -> Iterator[Administrator]:
+    with (
+        PostgresServer(settings={"max_prepared_transactions": "10", "autovacuum": "off"}) as server,
+        psycopg.connect(server.url, autocommit=True) as connection,
+    ):
+        yield Administrator(server.url, connection)
+
+
+@pytest.fixture(scope="session")
+def _two_phase_template(_two_phase_administrator: Administrator) -> Iterator[str]:
+    from incidentkit.store.migrate import upgrade
+
+    with _two_phase_administrator.database(template="template1") as url:
+        asyncio.run(upgrade(url))
+        yield urlsplit(url).path.strip("/")
+
+
+@pytest.fixture
+def two_phase_url(
+    _two_phase_administrator: Administrator, _two_phase_template: str
+) -> Iterator[str]:
+    """The URL of a migrated database on a server that no other test process uses.
+
+    Transactions can be prepared there; those that a test leaves behind are rolled back. No other
+    transaction is open, not even one of autovacuum.
+    """
+    with _two_phase_administrator.database(template=_two_phase_template) as url:
+        yield url
+        with psycopg.connect(url, autocommit=True) as connection:
+            left = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"
+            for (gid,) in connection.execute(left).fetchall():
+                connection.execute(SQL("ROLLBACK PREPARED {}").format(gid))
+
+
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """The URL of an SQLite database whose file does not exist yet."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from incidentkit import IncidentClient, NewIncident, StoreError
+from incidentkit import ClientClosed, IncidentClient, NewIncident, PartlyStored, StoreError
 from incidentkit.store.postgresql import dialect as postgresql
 from tests.hosts import run_sql
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from incidentkit import Incident
 
@@ -71,6 +71,50 @@ async def test_a_later_statement_takes_back_those_before_it(
         await in_small_parts.create_many(disks(20))
     assert await in_small_parts.list() == []
     assert await run_sql(migrated_postgres_url, "SELECT * FROM incident_event") == []
+
+
+async def test_a_cancelled_caller_begins_no_further_batch(
+    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The running batch is stored although its caller is cancelled, and no later one is."""
+    create_many = incidents.store.create_many
+    running = asyncio.Event()
+    going_on = asyncio.Event()
+
+    async def slow(part: Sequence[NewIncident], **options: Any) -> list[Incident]:
+        if part[0].incident_message == "Disk 2 is full":
+            running.set()
+            await going_on.wait()
+        return await create_many(part, **options)
+
+    monkeypatch.setattr(incidents.store, "create_many", slow)
+    creating = asyncio.ensure_future(incidents.create_many(disks(6), batch=2))
+    await running.wait()
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    going_on.set()
+    await incidents.close()
+    await incidents.connect()
+    assert len(await incidents.list()) == 4
+
+
+async def test_a_client_that_is_closed_begins_no_further_batch(
+    incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the client is closed between two batches, the error holds the committed incidents."""
+    create_many = incidents.store.create_many
+
+    async def unless_closed(part: Sequence[NewIncident], **options: Any) -> list[Incident]:
+        if part[0].incident_message == "Disk 4 is full":
+            await incidents.store.close()
+        return await create_many(part, **options)
+
+    monkeypatch.setattr(incidents.store, "create_many", unless_closed)
+    with pytest.raises(PartlyStored) as caught:
+        await incidents.create_many(disks(6), batch=2)
+    assert isinstance(caught.value.__cause__, ClientClosed)
+    assert len(caught.value.incidents) == 4
 
 
 async def test_in_a_transaction_of_the_host(url: str, incidents: IncidentClient) -> None:

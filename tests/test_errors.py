@@ -32,6 +32,7 @@ from incidentkit import (
     MissingDependency,
     NewIncident,
     NotInTransaction,
+    PartlyStored,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
@@ -90,6 +91,18 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         UnknownCursor(),
         "The cursor is unknown in this database: start again without a cursor",
         {},
+    ),
+    (
+        PartlyStored([DISK], 10, "The database is unavailable: it did not answer in time"),
+        (
+            "Only the first 1 of 10 incidents are known to be stored. The database is unavailable: "
+            "it did not answer in time. Repeat the call with its idempotency_key, or with the rest"
+        ),
+        {
+            "incidents": (DISK,),
+            "given": 10,
+            "reason": "The database is unavailable: it did not answer in time",
+        },
     ),
     (
         NotInTransaction(),
@@ -193,6 +206,7 @@ def test_one_small_tree() -> None:
             "DuplicateOpenIncident": {},
         },
         "UnknownCursor": {},
+        "PartlyStored": {},
         "NotInTransaction": {},
         "ClientClosed": {},
         "InvalidSettings": {},

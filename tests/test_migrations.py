@@ -247,8 +247,10 @@ async def test_rows_of_every_revision_are_kept(empty_url: str, revision: str) ->
             assert incident.last_seen_at == incident.created_at
             assert await incidents.history(incident.incident_id) == []
         assert new.ended_at is None
-        assert failed.ended_at is not None
-        assert failed.ended_at > failed.created_at
+        if REVISIONS.index(revision) < REVISIONS.index("9b3f6d20c7e8"):
+            # The migration that adds the column sets it for the rows that have ended.
+            assert failed.ended_at is not None
+            assert failed.ended_at > failed.created_at
         assert (await incidents.search(text="disk", total=True)).total == 2
         changed = await incidents.update_status(new.incident_id, "completed")
         assert changed.version == 2

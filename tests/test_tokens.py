@@ -418,18 +418,97 @@ async def test_a_rolled_back_transaction_keeps_the_token(
     assert await postgres_store.token() == before
 
 
-async def test_a_prepared_transaction_replaces_the_token_when_it_commits() -> None:
+async def test_a_prepared_transaction_replaces_the_token_when_it_commits(
+    two_phase_url: str,
+) -> None:
     """In a two-phase commit, the second phase replaces the token."""
-    from tests.servers import PostgresServer
+    async with _open(two_phase_url) as store, _connections(two_phase_url, 1) as (host,):
+        before = await store.token()
+        await _run_script(host, "BEGIN", INSERT, "PREPARE TRANSACTION 'one'")
+        assert await store.token() == before
+        await host.execute("COMMIT PREPARED 'one'")
+        assert await store.token() not in (None, before)
 
-    with PostgresServer(settings={"max_prepared_transactions": "1"}) as server:
-        await upgrade(server.url)
-        async with _open(server.url) as store, _connections(server.url, 1) as (host,):
-            before = await store.token()
-            await _run_script(host, "BEGIN", INSERT, "PREPARE TRANSACTION 'one'")
-            assert await store.token() == before
-            await host.execute("COMMIT PREPARED 'one'")
-            assert await store.token() not in (None, before)
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+async def test_a_held_token_holds_up_no_writer(two_phase_url: str, level: str) -> None:
+    """A write whose token a prepared transaction holds succeeds, and replaces the token."""
+    async with _open(two_phase_url) as store, AsyncExitStack() as stack:
+        slots: dict[int, Connection] = {}
+        while len(slots) < 16:
+            (other,) = await stack.enter_async_context(_connections(two_phase_url, 1))
+            slots.setdefault(other.get_server_pid() % 16, other)
+        one, two, free = (slots[slot] for slot in (0, 7, 8))
+        for held in (one, two):
+            await _run_script(
+                held,
+                "BEGIN",
+                INSERT,
+                f"PREPARE TRANSACTION '{held.get_server_pid()}'",
+                f"SET default_transaction_isolation = '{level}'",
+            )
+        tokens = [await store.token()]
+        for writer in (one, two, one, two, one):
+            await writer.execute(INSERT)
+            tokens.append(await store.token())
+        # Each adds a token. Unless it is SERIALIZABLE, it also removes the one before.
+        assert await _count_tokens(free) == (21 if level == "SERIALIZABLE" else 17)
+        await free.execute(INSERT)
+        tokens.append(await store.token())
+        assert await _count_tokens(free) == 16
+        for held in (one, two):
+            await held.execute(f"COMMIT PREPARED '{held.get_server_pid()}'")
+            tokens.append(await store.token())
+        assert len((await store.list(ListQuery())).incidents) == 8
+        assert None not in tokens
+        assert len(set(tokens)) == len(tokens)
+
+
+async def _count_tokens(connection: Connection) -> Any:
+    return await connection.fetchval("SELECT count(*) FROM incident_token")
+
+
+async def test_a_transaction_keeps_its_settings(postgres_url: str, host: Connection) -> None:
+    """Replacing or adding a token leaves the settings of the host's transaction as they were."""
+    async with _connections(postgres_url, 1) as (other,):
+        slot = host.get_server_pid() % 16
+        await _run_script(host, "SET lock_timeout = '7s'", "SET enable_seqscan = on")
+        for held in (False, True):
+            if held:
+                lock = f"SELECT FROM incident_token WHERE slot = {slot} FOR UPDATE"
+                await _run_script(other, "BEGIN", lock)
+            await _run_script(host, "BEGIN", INSERT, "SET CONSTRAINTS ALL IMMEDIATE")
+            assert await host.fetchval("SHOW lock_timeout") == "7s"
+            assert await host.fetchval("SHOW enable_seqscan") == "on"
+            await host.execute("COMMIT")
+        assert await _count_tokens(host) == 17
+
+
+async def test_a_lock_of_the_tokens_table_is_waited_for(
+    postgres_url: str, postgres_store: IncidentStore, host: Connection
+) -> None:
+    """A write waits while maintenance such as VACUUM FULL locks the table of the tokens."""
+    async with _connections(postgres_url, 1) as (other,):
+        before = await postgres_store.token()
+        await _run_script(other, "BEGIN", "LOCK TABLE incident_token")
+        writing = asyncio.ensure_future(host.execute(INSERT))
+        waits = (
+            "SELECT count(*) FROM pg_locks WHERE relation = CAST('incident_token' AS regclass) "
+            "AND waitstart < clock_timestamp() - interval '0.05 s'"
+        )
+        while not writing.done() and not await other.fetchval(waits):
+            pass
+        await other.execute("COMMIT")
+        await writing
+        assert await postgres_store.token() not in (None, before)
+
+
+async def test_a_write_does_not_scan_the_tokens(host: Connection) -> None:
+    """A write finds tokens by the index: a scan would read all versions that a snapshot keeps."""
+    scans = "SELECT seq_scan FROM pg_stat_xact_user_tables WHERE relname = 'incident_token'"
+    async with host.transaction():
+        await _run_script(host, INSERT, "SET CONSTRAINTS ALL IMMEDIATE")
+        assert await host.fetchval(scans) == 0
 
 
 async def test_a_role_needs_no_rights_to_the_tokens(

@@ -10,7 +10,10 @@ import click
 from incidentkit.cli.failures import Refused
 from incidentkit.cli.options import takes_database
 from incidentkit.cli.output import write
-from incidentkit.opening import migrations
+from incidentkit.cli.text import harmless, held_up
+from incidentkit.domain.errors import StoreError
+from incidentkit.domain.values import FeedBlocker
+from incidentkit.opening import migrations, store_from_url
 from incidentkit.settings import Settings
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
 
@@ -78,9 +81,33 @@ def current(settings: Settings) -> None:
 @db.command()
 @takes_database
 def check(settings: Settings) -> None:
-    """Exit with 1, and say what to do, unless the schema has the newest revision."""
+    """Exit with 1, and say what to do, unless the schema has the newest revision.
+
+    Also warns of a transaction on PostgreSQL that holds the change feed up.
+    """
     asyncio.run(migrations().check(settings.database_url))
     write("The schema is up to date.")
+    try:
+        blocker = asyncio.run(_feed_blocker(settings))
+    except StoreError as error:
+        # Such as a missing privilege: the schema is in order all the same.
+        _warn(f"cannot tell whether the change feed is held up: {error}")
+    else:
+        if blocker is not None:
+            _warn(held_up(blocker))
+
+
+async def _feed_blocker(settings: Settings) -> FeedBlocker | None:
+    store = store_from_url(settings.database_url, settings.store)
+    await store.open()
+    try:
+        return await store.feed_blocker()
+    finally:
+        await store.close()
+
+
+def _warn(message: str) -> None:
+    click.echo(f"Warning: {harmless(message)}", err=True)
 
 
 def _write_revision(settings: Settings) -> None:

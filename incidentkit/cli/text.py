@@ -9,7 +9,7 @@ from typing import Final
 
 from attrs import fields_dict
 
-from incidentkit.domain.values import Incident, IncidentEvent
+from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent
 from incidentkit.wire import wire_converter
 
 COLUMNS: Final = ("incident_id", "created_at", "incident_type", "source", "incident_message")
@@ -105,6 +105,32 @@ def change_line(change: IncidentEvent) -> str:
     status = " -> ".join(filter(None, (before, after)))
     words = (at, str(change.incident_id), kind, status, actor and f"by {actor}", note)
     return GAP.join(filter(None, words))
+
+
+def held_up(blocker: FeedBlocker) -> str:
+    """Return one line that says what holds the feed up, and how to end it."""
+    facts = (
+        ("application", blocker.application),
+        ("user", blocker.user),
+        ("database", blocker.database),
+        ("state", blocker.state),
+    )
+    known = ", ".join(f"{name} {value}" for name, value in facts if value is not None)
+    since = wire_converter().unstructure(blocker.since)
+    waiting = "changes wait" if blocker.waiting else "no change waits yet"
+    return (
+        f"the change feed has been held up since {since} UTC by {blocker.holder}"
+        f"{f' ({known})' if known else ''}, {waiting}: {_remedy(blocker)}"
+    )
+
+
+def _remedy(blocker: FeedBlocker) -> str:
+    if blocker.pid is not None:
+        return f"end it with `SELECT pg_terminate_backend({blocker.pid})`"
+    if blocker.prepared is not None:
+        gid = "'" + blocker.prepared.replace("'", "''") + "'"
+        return f"end it in this database with `COMMIT PREPARED {gid}` or `ROLLBACK PREPARED {gid}`"
+    return "end it on the primary server"
 
 
 def _cells(model: Incident | IncidentEvent, names: Sequence[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@
     │   ├── IllegalTransition
     │   └── DuplicateOpenIncident
     ├── UnknownCursor        (also a LookupError)
+    ├── PartlyStored
     ├── NotInTransaction
     ├── ClientClosed
     ├── WrongEventLoop
@@ -27,7 +28,7 @@ one of these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from attrs import frozen
 
@@ -162,6 +163,31 @@ class UnknownCursor(IncidentKitError, LookupError):
 
     def __str__(self) -> str:
         return "The cursor is unknown in this database: start again without a cursor"
+
+
+class PartlyStored(IncidentKitError):
+    """``create_many`` with ``batch`` failed after it had committed some of the incidents.
+
+    The failure is its ``__cause__``. After :class:`StoreUnavailable`, the batch that failed may be
+    stored too; a retry with the idempotency key never stores it twice.
+
+    Attributes:
+        incidents: The incidents of the committed batches, the first of those given.
+        given: Number of incidents given.
+        reason: The text of the failure.
+    """
+
+    def __init__(self, incidents: Sequence[Incident], given: int, reason: str) -> None:
+        self.incidents = tuple(incidents)
+        self.given = given
+        self.reason = reason
+        super().__init__(self.incidents, given, reason)
+
+    def __str__(self) -> str:
+        return (
+            f"Only the first {len(self.incidents)} of {self.given} incidents are known to be "
+            f"stored. {self.reason}. Repeat the call with its idempotency_key, or with the rest"
+        )
 
 
 class NotInTransaction(IncidentKitError):

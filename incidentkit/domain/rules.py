@@ -35,6 +35,7 @@ from incidentkit.domain.values import (
     LATEST_TIME,
     MAX_ID,
     MAX_LIMIT,
+    MAX_MANY,
     MAX_OFFSET,
     MAX_WAIT,
     MESSAGE_MAX_LENGTH,
@@ -297,6 +298,11 @@ def page(value: int) -> int:
 def limit(value: int) -> int:
     """Return the limit, 1 to 1000."""
     return _integer(value, 1, MAX_LIMIT)
+
+
+def optional_batch(value: int | None) -> int | None:
+    """Return the number of incidents to commit at a time, or None."""
+    return None if value is None else _integer(value, 1, MAX_MANY)
 
 
 def flag(value: bool) -> bool:  # noqa: FBT001

@@ -176,6 +176,45 @@ class ChangePage:
 
 
 @frozen
+class FeedBlocker:
+    """The oldest open transaction of a PostgreSQL server, which holds the change feed up.
+
+    Changes of younger transactions are delivered once it has ended.
+
+    Attributes:
+        since: When it began, or was prepared. If that is hidden from the client's account: when
+            the oldest waiting change was recorded. Aware, in UTC, in whole seconds.
+        pid: The server process that runs it; None for a prepared transaction, and if the server
+            does not show it, as a standby does not.
+        prepared: The identifier of a prepared transaction; None for any other.
+        database: The database that it works in, which may be another one; None if it is unknown,
+            like the next three.
+        user: The account that began it.
+        application: The ``application_name`` of its connection; None if it has none.
+        state: The state of its connection, such as ``active`` or ``idle in transaction``.
+        waiting: Whether a committed change waits for its end.
+    """
+
+    since: datetime = field(converter=_whole_utc_second)
+    pid: int | None
+    prepared: str | None
+    database: str | None
+    user: str | None
+    application: str | None
+    state: str | None
+    waiting: bool
+
+    @property
+    def holder(self) -> str:
+        """The process or the prepared transaction, in words."""
+        if self.pid is not None:
+            return f"process {self.pid}"
+        if self.prepared is not None:
+            return f"the prepared transaction {self.prepared!r}"
+        return "a transaction that the server does not show"
+
+
+@frozen
 class SearchPage:
     """One page of a search.
 

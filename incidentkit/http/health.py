@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
@@ -10,6 +12,7 @@ from attrs import frozen
 
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import ClientClosed, SchemaOutOfDate, StoreError
+from incidentkit.domain.values import FeedBlocker
 from incidentkit.http.request_log import RequestLog
 from incidentkit.store.schema import SCHEMA_REVISION
 
@@ -25,6 +28,7 @@ class State(StrEnum):
     OUT_OF_DATE = "out_of_date"
     UNKNOWN = "unknown"
     OFF = "off"
+    HELD_UP = "held_up"
 
 
 @frozen
@@ -54,6 +58,26 @@ class SchemaHealth:
 
 
 @frozen
+class FeedHealth:
+    """Whether changes are delivered at once.
+
+    Attributes:
+        state: ``held_up`` while an open transaction holds the change feed up; ``unknown`` if the
+            database does not tell.
+        since: When this transaction began; None unless the feed is held up.
+        pid: The process of PostgreSQL that runs it; None for a prepared transaction.
+        prepared: The identifier of a prepared transaction; None for any other.
+        waiting: Whether a change waits for it.
+    """
+
+    state: State
+    since: datetime | None
+    pid: int | None
+    prepared: str | None
+    waiting: bool
+
+
+@frozen
 class RequestLogHealth:
     """The state of the request log in the database.
 
@@ -76,6 +100,7 @@ class Readiness:
         database: Whether the database answers.
         schema: Whether its schema is current.
         cache: Whether the cache answers.
+        feed: Whether changes are delivered at once; it does not affect ``ready``.
         request_log: Whether requests are recorded in the database.
     """
 
@@ -83,6 +108,7 @@ class Readiness:
     database: Health
     schema: SchemaHealth
     cache: Health
+    feed: FeedHealth
     request_log: RequestLogHealth
 
 
@@ -98,9 +124,13 @@ async def readiness(
     """
     database = State.OK
     schema = SchemaHealth(State.OK, SCHEMA_REVISION, SCHEMA_REVISION)
+    feed = FeedHealth(State.UNKNOWN, None, None, None, waiting=False)
     try:
         async with asyncio.timeout(TIMEOUT):
             await client.check()
+            # An account may lack the right to see transactions: the service is ready all the same.
+            with suppress(StoreError):
+                feed = _feed(await client.feed_blocker())
     except SchemaOutOfDate as error:
         schema = SchemaHealth(State.OUT_OF_DATE, error.current, error.expected)
     except (StoreError, ClientClosed, TimeoutError):
@@ -114,10 +144,19 @@ async def readiness(
         database=Health(database),
         schema=schema,
         cache=Health(cache),
+        feed=feed,
         request_log=RequestLogHealth(
             _state(None if request_log is None else not request_log.failing),
             0 if request_log is None else request_log.dropped,
         ),
+    )
+
+
+def _feed(blocker: FeedBlocker | None) -> FeedHealth:
+    if blocker is None:
+        return FeedHealth(State.OK, None, None, None, waiting=False)
+    return FeedHealth(
+        State.HELD_UP, blocker.since, blocker.pid, blocker.prepared, waiting=blocker.waiting
     )
 
 

@@ -30,6 +30,7 @@ from incidentkit.domain.values import (
     SearchPage,
 )
 from incidentkit.http.health import (
+    FeedHealth,
     Health,
     Readiness,
     RequestLogHealth,
@@ -93,6 +94,12 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
     (Problem, "status"): {"minimum": 400, "maximum": 599},
     (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},
+    (FeedHealth, "since"): {
+        "description": "When the transaction that holds the feed up began, in UTC; otherwise null."
+    },
+    (FeedHealth, "pid"): {"description": "The process of PostgreSQL that runs it, or null."},
+    (FeedHealth, "prepared"): {"description": "The identifier of a prepared transaction, or null."},
+    (FeedHealth, "waiting"): {"description": "Whether a change waits for it."},
     (RequestLogHealth, "dropped"): {"minimum": 0},
 }
 """Rules and descriptions of fields, beyond their types."""
@@ -138,6 +145,7 @@ _MODELS: Final = {
         database=Health(State.OK),
         schema=SchemaHealth(State.OK, SCHEMA_REVISION, SCHEMA_REVISION),
         cache=Health(State.OK),
+        feed=FeedHealth(State.OK, None, None, None, waiting=False),
         request_log=RequestLogHealth(State.OFF, 0),
     ),
 }

@@ -13,11 +13,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from incidentkit.client import IncidentClient
-from incidentkit.domain.errors import IncidentKitError
-from incidentkit.domain.values import ChangePage
+from incidentkit.domain.errors import IncidentKitError, StoreError
+from incidentkit.domain.values import ChangePage, FeedBlocker
 from incidentkit.http.problems import RETRY_HEADERS, Refusal
 from incidentkit.http.server_hooks import abort, wait_for_stop
-from incidentkit.wire import encode_event
+from incidentkit.wire import encode_event, wire_converter
 
 _T = TypeVar("_T")
 
@@ -169,8 +169,17 @@ class ChangeStream(Response):
         page = self._page
         await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
         while True:
-            await self._send(send, _frames(page) or _heartbeat(page))
+            frames = _frames(page)
+            await self._send(send, frames or _heartbeat(page, await self._blocker()))
             page = await self._client.read_changes(page.next, limit=BATCH, wait=HEARTBEAT)
+
+    async def _blocker(self) -> FeedBlocker | None:
+        """Return the transaction that changes wait for; None if the feed is quiet."""
+        with suppress(StoreError):
+            blocker = await self._client.feed_blocker()
+            if blocker is not None and blocker.waiting:
+                return blocker
+        return None
 
     async def _send(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(SEND_TIMEOUT):
@@ -185,10 +194,13 @@ def _frames(page: ChangePage) -> bytes:
     )
 
 
-def _heartbeat(page: ChangePage) -> bytes:
+def _heartbeat(page: ChangePage, blocker: FeedBlocker | None) -> bytes:
     # With the id, a reader that began at the latest change can resume there.
     id_ = b"" if page.next is None else b"id: %b\n" % page.next.encode()
-    return id_ + b": nothing new\n\n"
+    if blocker is None:
+        return id_ + b": nothing new\n\n"
+    since = wire_converter().unstructure(blocker.since)
+    return id_ + f": held up since {since} by {blocker.holder}\n\n".encode()
 
 
 async def _disconnected(receive: Receive) -> None:

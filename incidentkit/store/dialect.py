@@ -10,7 +10,7 @@ from sqlalchemy import Executable
 
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.transitions import Transitions
-from incidentkit.domain.values import Incident, IncidentEvent
+from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent
 from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.sql.search import WordsMatch
@@ -83,6 +83,10 @@ class Dialect(Protocol):
         Raises:
             StoreError: With the command that repairs the order.
         """
+
+    async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
+        """Return the transaction that holds the feed up for so many seconds; None if none does."""
+        ...
 
     def words(self, text: str) -> str:
         """Return the words of a search in the form that the index of words takes."""

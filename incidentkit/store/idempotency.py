@@ -27,6 +27,16 @@ class Idempotency:
     key: str
     fingerprint: str
 
+    def part(self, number: int) -> Idempotency:
+        """Return the key of one part of a write that several transactions share.
+
+        The first part has the key itself, so that another write cannot use it.
+        """
+        if number == 0:
+            return self
+        digest = sha256(f"{number} {self.key}".encode()).hexdigest()
+        return Idempotency(f"part {digest}", self.fingerprint)
+
 
 def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
     """Return the key, with a digest of the verb and its parameters as the fingerprint."""

@@ -10,7 +10,7 @@ from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.queries import ListQuery, SearchQuery
 from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import Transitions
-from incidentkit.domain.values import Incident, IncidentEvent, SearchPage
+from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent, SearchPage
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -164,6 +164,10 @@ class IncidentStore(StoreOperations, Protocol):
 
     async def check(self) -> None:
         """Raise unless the database answers and has the schema that this version works on."""
+
+    async def feed_blocker(self) -> FeedBlocker | None:
+        """Return the transaction that holds the feed up; None if none has done so for long."""
+        ...
 
     async def purgeable(self, ended_before: datetime) -> int:
         """Return the number of incidents that ended before a time."""

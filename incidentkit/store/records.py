@@ -28,6 +28,7 @@ from incidentkit.domain.transitions import ANY_TRANSITION, Transitions
 from incidentkit.domain.values import (
     MAX_ID,
     OPEN,
+    FeedBlocker,
     Incident,
     IncidentEvent,
     SearchPage,
@@ -57,6 +58,9 @@ _T = TypeVar("_T")
 
 PLACES_KEPT: Final = timedelta(days=30)
 """How long the cursor of a purged event stays valid."""
+
+HELD_UP_AFTER: Final = 5.0
+"""Seconds after which an open transaction counts as one that holds the feed up."""
 
 EXPIRED_KEYS: Final = 10
 """Maximum number of expired idempotency keys that a write with a key removes."""
@@ -390,6 +394,11 @@ class Records:
     async def check_order(self) -> None:
         """Raise unless new events come after the existing ones."""
         await self._dialect.check_order(self._executor.read)
+
+    @names_database
+    async def feed_blocker(self) -> FeedBlocker | None:
+        """Return the transaction that holds the feed up; None if none has done so for long."""
+        return await self._dialect.feed_blocker(self._executor.read, HELD_UP_AFTER)
 
     @names_database
     async def place(self, cursor: EventCursor) -> Place:

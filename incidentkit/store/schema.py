@@ -12,6 +12,7 @@ REVISIONS: Final = (
     "b27d4f0c1a96",
     "e4a81c3f5d27",
     "9b3f6d20c7e8",
+    "c7d15a82e9b4",
 )
 """Every revision in ``migrations``, oldest first. The first is that of the origin, Incident API."""
 

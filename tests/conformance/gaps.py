@@ -13,7 +13,7 @@ from asyncpg import PostgresError
 from attrs import frozen
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from incidentkit import StoreError, UnknownCursor
+from incidentkit import InvalidIncident, StoreError, UnknownCursor
 from tests.conformance.embodiments import EMBODIMENTS
 
 
@@ -23,6 +23,8 @@ class Need(StrEnum):
     LIST_JSON = auto()
     CHANGES = auto()
     PURGE = auto()
+    BATCHES = auto()
+    """Several transactions for one call of `create_many`."""
     OTHER_CLIENT = auto()
     """A second client that sees the first one's writes and writes concurrently."""
     OUTSIDE_SQL = auto()
@@ -79,6 +81,12 @@ GAPS = (
         Need.PURGE,
         _no_verb("purge"),
         "purge commits batch by batch, and only the host may commit",
+    ),
+    Gap(
+        JOINED,
+        Need.BATCHES,
+        pytest.RaisesExc(InvalidIncident, match="batch must be None in a joined transaction"),
+        "only the host may commit",
     ),
     Gap(
         JOINED,

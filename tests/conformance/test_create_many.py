@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from incidentkit import EventKind, InvalidIncident, NewIncident, StoreError, acting_as
+from incidentkit import (
+    EventKind,
+    InvalidIncident,
+    NewIncident,
+    PartlyStored,
+    StoreError,
+    acting_as,
+)
 from tests.conformance.gaps import Need, needs
 from tests.conformance.refusals import refused
 from tests.feed import take
@@ -19,6 +26,22 @@ if TYPE_CHECKING:
 def disks(number: int) -> list[NewIncident]:
     """Return incidents that differ in their messages."""
     return [NewIncident(f"Disk {n} is full", "monitoring") for n in range(number)]
+
+
+async def refuse_disk_19(embodiment: Embodiment) -> None:
+    """Let the database refuse one of the disks."""
+    if embodiment.on_sqlite:
+        await embodiment.sql(
+            'CREATE TRIGGER refuse BEFORE INSERT ON "Incident" WHEN new.incident_message '
+            "LIKE '%19%' BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+    else:
+        # Triggers deferred to the commit of a joined transaction would block ALTER TABLE.
+        await embodiment.sql("SET CONSTRAINTS ALL IMMEDIATE")
+        await embodiment.sql(
+            'ALTER TABLE "Incident" ADD CONSTRAINT refuse CHECK (incident_message NOT LIKE '
+            "'%19%')"
+        )
 
 
 async def test_incidents_keep_their_order(incidents: Verbs) -> None:
@@ -82,21 +105,72 @@ async def test_one_failure_stores_none(incidents: Verbs, embodiment: Embodiment)
     """If the database rejects one incident, no incident and no event is stored."""
     again = NewIncident("Disk is full", "monitoring", dedup_key="disk")
     before = await incidents.create(again)
-    if embodiment.on_sqlite:
-        await embodiment.sql(
-            'CREATE TRIGGER refuse BEFORE INSERT ON "Incident" WHEN new.incident_message '
-            "LIKE '%19%' BEGIN SELECT RAISE(ABORT, 'no'); END"
-        )
-    else:
-        # Triggers deferred to the commit of a joined transaction would block ALTER TABLE.
-        await embodiment.sql("SET CONSTRAINTS ALL IMMEDIATE")
-        await embodiment.sql(
-            "ALTER TABLE \"Incident\" ADD CHECK (incident_message NOT LIKE '%19%')"
-        )
+    await refuse_disk_19(embodiment)
     with pytest.raises(StoreError):
         await incidents.create_many([again, *disks(20), again])
     assert await incidents.list() == [before]
     assert await embodiment.sql("SELECT count(*) FROM incident_event") == [(1,)]
+
+
+@needs(Need.BATCHES)
+async def test_batches_are_stored_as_one_call_would(incidents: Verbs) -> None:
+    """In batches, incidents keep their order, and keys count across batches."""
+    keys = ["a", "b", None, "c", "a", "d", "a", "ä"]
+    new = [NewIncident(f"Said {n} times", "partner", dedup_key=key) for n, key in enumerate(keys)]
+    with acting_as("import"):
+        created = await incidents.create_many(iter(new), batch=3)
+    assert [incident.dedup_key for incident in created] == keys
+    assert [incident.occurrences for incident in created] == [1, 1, 1, 1, 2, 1, 3, 1]
+    assert await incidents.get(created[0].incident_id) == created[6]
+    for incident in created:
+        history = await incidents.history(incident.incident_id)
+        assert len(history) == (3 if incident.dedup_key == "a" else 1)
+        assert {event.actor for event in history} == {"import"}
+
+
+@needs(Need.BATCHES, Need.OUTSIDE_SQL)
+async def test_a_failure_keeps_the_batches_before_it(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """The error holds the committed incidents; a retry with the key stores only the others."""
+    await refuse_disk_19(embodiment)
+    for _ in range(2):
+        with pytest.raises(PartlyStored, match="first 15 of 23 incidents are known") as caught:
+            await incidents.create_many(disks(23), batch=5, idempotency_key="import 7")
+        error = caught.value
+        assert isinstance(error.__cause__, StoreError)
+        assert error.reason == str(error.__cause__)
+        assert [one.incident_message for one in error.incidents] == [
+            f"Disk {n} is full" for n in range(15)
+        ]
+        assert await incidents.list(limit=100) == [*error.incidents[::-1]]
+    await embodiment.sql(
+        "DROP TRIGGER refuse"
+        if embodiment.on_sqlite
+        else 'ALTER TABLE "Incident" DROP CONSTRAINT refuse'
+    )
+    created = await incidents.create_many(disks(23), batch=5, idempotency_key="import 7")
+    assert created[:15] == [*error.incidents]
+    assert await incidents.list(limit=100) == created[::-1]
+
+
+@needs(Need.BATCHES, Need.OUTSIDE_SQL)
+async def test_a_failure_of_the_first_batch_is_raised_as_it_is(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """If no batch was committed, the error is that of a call without batches."""
+    await refuse_disk_19(embodiment)
+    with pytest.raises(StoreError):
+        await incidents.create_many(disks(40), batch=20)
+    assert await incidents.list() == []
+
+
+async def test_invalid_batches_are_refused(incidents: Verbs) -> None:
+    """A batch has 1 to 100,000 incidents."""
+    wrongs: tuple[Any, ...] = (0, -1, 100_001, True, "5", 5.0)
+    for wrong in wrongs:
+        assert await refused(incidents.create_many(disks(2), batch=wrong)) == ["batch"]
+    assert await incidents.list() == []
 
 
 async def test_an_empty_list_stores_nothing(incidents: Verbs) -> None:

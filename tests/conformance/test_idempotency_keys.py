@@ -127,6 +127,26 @@ async def test_a_key_of_create_many_cannot_be_reused_for_others(incidents: Verbs
     assert len(await incidents.list()) == 3
 
 
+@needs(Need.BATCHES)
+async def test_a_repeated_create_many_in_batches_returns_the_first_result(
+    incidents: Verbs,
+) -> None:
+    """One key covers all batches: another size, other incidents or another verb are refused."""
+    new = [NewIncident(f"Disk {n} is full", "monitoring") for n in range(5)]
+    first = await incidents.create_many(new, batch=2, idempotency_key="import 7")
+    assert await incidents.create_many(new, batch=2, idempotency_key="import 7") == first
+    calls: tuple[Any, ...] = (
+        incidents.create_many(new, batch=3, idempotency_key="import 7"),
+        incidents.create_many(new, idempotency_key="import 7"),
+        incidents.create_many([*new[:4], DISK_FULL], batch=2, idempotency_key="import 7"),
+        incidents.create(DISK_FULL, idempotency_key="import 7"),
+    )
+    for call in calls:
+        with pytest.raises(IdempotencyKeyReused):
+            await call
+    assert await incidents.list() == first[::-1]
+
+
 async def test_a_failed_write_frees_its_key(incidents: Verbs) -> None:
     """A refused write leaves its key free for the next attempt."""
     with pytest.raises(IncidentNotFound):

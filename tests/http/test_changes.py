@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
+import psycopg
 import pytest
 
-from incidentkit import IncidentClient
+from incidentkit import FeedBlocker, IncidentClient, StoreError
 from incidentkit.cli.protocol import Protocol
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.http import create_app, streams
+from incidentkit.store import records
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, service_on, serving
 from tests.programs import service
 
@@ -117,6 +120,58 @@ def test_a_quiet_stream_sends_heartbeats(serve: Serve, monkeypatch: pytest.Monke
         assert next(blocks) == {"retry": "2000"}
         for _ in range(3):
             assert next(blocks) == {"": "nothing new"}
+
+
+def test_a_stream_that_is_held_up_says_so(
+    serve: Serve, two_phase_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its comments say since when and by what; one that no change waits for is quiet."""
+    monkeypatch.setattr(streams, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(records, "HELD_UP_AFTER", 0.0)
+    api = serve(create_app(IncidentClient.open(two_phase_url)), checked=False)
+    gid = "one\n\ndata: two"
+    with (
+        psycopg.connect(two_phase_url, autocommit=True) as host,
+        api.stream("GET", "/incident/changes", headers=STREAM) as stream,
+    ):
+        blocks = messages(stream)
+        assert next(blocks) == {"retry": "2000"}
+        for statement in ("BEGIN", "SELECT pg_current_xact_id()"):
+            host.execute(statement)
+        assert [next(blocks), next(blocks)] == [{"": "nothing new"}] * 2
+        api.post("/incident/create", json=INCIDENT)
+        pid = host.info.backend_pid
+        holder = rf"held up since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d by process {pid}"
+        while (block := next(blocks)) == {"": "nothing new"}:
+            pass
+        assert re.fullmatch(holder, block.pop(""))
+        assert block == {}
+        host.execute(f"PREPARE TRANSACTION '{gid}'")
+        while re.fullmatch(holder, (comment := next(blocks)[""])):
+            pass
+        assert comment.endswith(f"by the prepared transaction {gid!r}")
+        host.execute(f"ROLLBACK PREPARED '{gid}'")
+        while "data" not in (block := next(blocks)):
+            assert [*block] == [""]
+        assert next(blocks)[""] == "nothing new"
+
+
+def test_a_stream_goes_on_if_the_feed_cannot_be_asked(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that does not tell what holds the feed up does not end the stream."""
+    monkeypatch.setattr(streams, "HEARTBEAT", 0.01)
+    client = IncidentClient.open(MEMORY)
+
+    async def fail() -> FeedBlocker | None:
+        raise StoreError("it refused")
+
+    client.store.feed_blocker = fail  # type: ignore[method-assign]
+    api = serve(create_app(client), checked=False)
+    with api.stream("GET", "/incident/changes", headers=STREAM) as stream:
+        blocks = messages(stream)
+        assert next(blocks) == {"retry": "2000"}
+        assert [next(blocks), next(blocks)] == [{"": "nothing new"}] * 2
 
 
 def test_a_head_of_a_stream_ends(api: httpx2.Client) -> None:

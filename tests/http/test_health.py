@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import psycopg
 import pytest
 
 from incidentkit import (
     CacheUnavailable,
     ClientClosed,
+    FeedBlocker,
     IncidentClient,
     SchemaOutOfDate,
     StoreError,
@@ -18,18 +20,19 @@ from incidentkit import (
 from incidentkit.cache import MemoryCache
 from incidentkit.http import create_app, health, lifespan
 from incidentkit.http.health import State, readiness
-from incidentkit.store import store_from_url
+from incidentkit.store import records, store_from_url
 from incidentkit.store.schema import SCHEMA_REVISION
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
 if TYPE_CHECKING:
     import httpx2
 
-OK = {
+OK: Final[dict[str, Any]] = {
     "ready": True,
     "database": {"state": "ok"},
     "schema": {"state": "ok", "revision": SCHEMA_REVISION, "expected": SCHEMA_REVISION},
     "cache": {"state": "ok"},
+    "feed": {"state": "ok", "since": None, "pid": None, "prepared": None, "waiting": False},
     "request_log": {"state": "off", "dropped": 0},
 }
 
@@ -110,6 +113,50 @@ def test_not_ready(
     }
     assert "secret" not in answer.text
     assert api.get("/health/live").status_code == 200
+
+
+def test_a_feed_that_is_held_up_is_ready(
+    serve: Serve, two_phase_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The feed is `held_up` since when and by which process, and the service stays ready."""
+    monkeypatch.setattr(records, "HELD_UP_AFTER", 0.0)
+    api = serve(create_app(IncidentClient.open(two_phase_url)))
+    assert api.get("/health/ready").json() == OK | {"cache": {"state": "off"}}
+    with psycopg.connect(two_phase_url, autocommit=True) as host:
+        for statement in ("BEGIN", "SELECT pg_current_xact_id()"):
+            host.execute(statement)
+        since = host.execute("SELECT to_char(now() AT TIME ZONE 'utc', 'YYYY-MM-DD HH24:MI:SS')")
+        held = {
+            "state": "held_up",
+            "since": (since.fetchone() or ("",))[0],
+            "pid": host.info.backend_pid,
+            "prepared": None,
+            "waiting": False,
+        }
+        answer = api.get("/health/ready")
+        assert answer.status_code == 200
+        assert answer.json()["feed"] == held
+        api.post("/incident/create", json=INCIDENT)
+        assert api.get("/health/ready").json()["feed"] == held | {"waiting": True}
+        host.execute("PREPARE TRANSACTION 'order 17'")
+        feed = api.get("/health/ready").json()["feed"]
+        assert (feed["pid"], feed["prepared"]) == (None, "order 17")
+        host.execute("ROLLBACK PREPARED 'order 17'")
+    assert api.get("/health/ready").json()["feed"] == OK["feed"]
+
+
+def test_a_feed_that_cannot_be_asked_is_ready(serve: Serve) -> None:
+    """If the database does not tell, the feed is `unknown`, and the service stays ready."""
+    client = IncidentClient.open(MEMORY)
+
+    async def fail() -> FeedBlocker | None:
+        raise StoreError("secret")
+
+    client.store.feed_blocker = fail  # type: ignore[method-assign]
+    answer = serve(create_app(client)).get("/health/ready")
+    assert answer.status_code == 200
+    assert answer.json()["feed"] == {**OK["feed"], "state": "unknown"}
+    assert "secret" not in answer.text
 
 
 async def test_a_closed_client_is_not_ready() -> None:

@@ -17,7 +17,7 @@ from incidentkit.domain.errors import (
     StoreUnavailable,
 )
 from incidentkit.domain.transitions import Transitions
-from incidentkit.domain.values import OPEN, Incident, IncidentEvent
+from incidentkit.domain.values import OPEN, FeedBlocker, Incident, IncidentEvent
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
@@ -148,6 +148,12 @@ class PostgresDialect:
                 "it was copied from another server, whose transactions had larger numbers: "
                 "run `incidentkit db upgrade`"
             )
+
+    async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
+        """Return the oldest open transaction that has a number, if it is old enough."""
+        for row in await fetch(sql.SELECT_FEED_BLOCKER, {"seconds": seconds}):
+            return FeedBlocker(*row)
+        return None
 
     def words(self, text: str) -> str:
         """Return the text: the database finds its words, by the rule for messages."""

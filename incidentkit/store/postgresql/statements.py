@@ -500,6 +500,65 @@ SELECT_STRANDED: Final = text("""
 """)
 """Returns a row if an event has the number of a transaction that this server has yet to assign."""
 
+SELECT_FEED_BLOCKER: Final = text("""
+    WITH horizon AS MATERIALIZED (
+        SELECT pg_snapshot_xmin(pg_current_snapshot()) AS xmin
+    ),
+    holder AS (
+        SELECT
+            xact_start AS since,
+            pid,
+            CAST(NULL AS text) AS gid,
+            CAST(datname AS text) AS database,
+            CAST(usename AS text) AS account,
+            nullif(application_name, '') AS application,
+            state
+        FROM pg_stat_activity, horizon
+        WHERE backend_xid = CAST(xmin AS xid)
+        UNION ALL
+        SELECT
+            prepared,
+            NULL,
+            gid,
+            CAST(database AS text),
+            CAST(owner AS text),
+            NULL,
+            NULL
+        FROM pg_prepared_xacts, horizon
+        WHERE transaction = CAST(xmin AS xid)
+    ),
+    waiting AS (
+        SELECT at
+        FROM incident_event
+        WHERE transaction_id >= (SELECT CAST(CAST(xmin AS text) AS bigint) FROM horizon)
+        ORDER BY transaction_id, event_id
+        LIMIT 1
+    )
+    SELECT
+        coalesce(since, at),
+        pid,
+        gid,
+        database,
+        account,
+        application,
+        state,
+        at IS NOT NULL
+    FROM horizon
+    LEFT JOIN holder ON true
+    LEFT JOIN waiting ON true
+    WHERE coalesce(since, at)
+            <= clock_timestamp() - CAST(:seconds AS double precision) * interval '1 second'
+        -- Elsewhere, a transaction that is not shown has just ended.
+        AND (pid IS NOT NULL OR gid IS NOT NULL OR pg_is_in_recovery())
+    LIMIT 1
+""")
+"""Returns the transaction that no event passes, if it is older than some seconds, in the order of
+the fields of :class:`~incidentkit.FeedBlocker`.
+
+Of other accounts' transactions, the start is hidden without the role ``pg_read_all_stats``. On a
+standby, the transaction runs on another server. Then the age of the first event that waits counts.
+"""
+
 SHIFT: Final = {
     name: text(f'UPDATE "{name}" SET transaction_id = transaction_id - :latest - 1')
     for name in ("incident_event", "incident_purged_event", "Incident")

@@ -13,7 +13,14 @@ from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
 from incidentkit.domain.rules import words
 from incidentkit.domain.transitions import Transitions
-from incidentkit.domain.values import OPEN, EventKind, Incident, IncidentEvent, IncidentStatus
+from incidentkit.domain.values import (
+    OPEN,
+    EventKind,
+    FeedBlocker,
+    Incident,
+    IncidentEvent,
+    IncidentStatus,
+)
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
@@ -132,6 +139,14 @@ class SqliteDialect:
 
     async def check_order(self, fetch: Fetch) -> None:
         """Do nothing: with one writer at a time, events are in the order of their ids."""
+
+    async def feed_blocker(
+        self,
+        fetch: Fetch,  # noqa: ARG002
+        seconds: float,  # noqa: ARG002
+    ) -> FeedBlocker | None:
+        """Return None: with one writer at a time, no change waits for another one."""
+        return None
 
     def words(self, text: str) -> str:
         """Return the words of the text for FTS5, each as the beginning of a word."""
