@@ -40,7 +40,11 @@ def requests(kind: str, incidents: int, choose: random.Random) -> Callable[[], b
         "hot": lambda: f"PATCH /incident/update-status?incident_id={HOT}&status=failed",
     }
     make = kinds[kind]
-    return lambda: f"{make()} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+    def request() -> bytes:
+        return f"{make()} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+    return request
 
 
 async def _answer(reader: asyncio.StreamReader) -> int:

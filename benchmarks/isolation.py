@@ -147,7 +147,9 @@ async def run(*, rounds: int, seconds: float, incidents: int) -> Result:
                 )
                 for name in ("a", "b")
             ]
-            await _beside_expensive(result, "SQLite", sides, rounds, seconds, incidents)
+            await _beside_expensive(
+                result, "SQLite", sides, rounds=rounds, seconds=seconds, incidents=incidents
+            )
         server = stack.enter_context(PostgresServer(durable=True))
         urls = [await create_database(server.url, name) for name in ("a", "b")]
         for url in urls:
@@ -156,7 +158,9 @@ async def run(*, rounds: int, seconds: float, incidents: int) -> Result:
             stack.enter_context(services.ours(url, None, folder / f"{place}.log"))
             for place, url in enumerate(urls)
         ]
-        await _beside_expensive(result, "PostgreSQL", sides, rounds, seconds, incidents)
+        await _beside_expensive(
+            result, "PostgreSQL", sides, rounds=rounds, seconds=seconds, incidents=incidents
+        )
         await _beside_hot_row(result, urls, sides, rounds, seconds)
     return result
 
@@ -165,6 +169,7 @@ async def _beside_expensive(  # noqa: PLR0913
     result: Result,
     database: str,
     sides: Sequence[Service],
+    *,
     rounds: int,
     seconds: float,
     incidents: int,
