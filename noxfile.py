@@ -125,6 +125,27 @@ def docs(session: nox.Session) -> None:
     )
 
 
+@nox.session(python=next(iter(installed_pythons().values())))
+@nox.parametrize("versions", ["newest", "lowest"])
+def pooler(session: nox.Session, versions: str) -> None:
+    """Run the tests that need PgBouncer, and the conformance suite through it.
+
+    It is the system's, or the program that INCIDENTKIT_TEST_PGBOUNCER names.
+    """
+    program = os.environ.get("INCIDENTKIT_TEST_PGBOUNCER", "pgbouncer")
+    if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin") is None:
+        session.error(f"{program} is not installed: apt-get install -y pgbouncer")
+    exactly = lowest_versions() if versions == "lowest" else []
+    session.install("--editable", ".[all]", *exactly, *groups("tests"))
+    through = {"INCIDENTKIT_TEST_POOLER": "transaction"}
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=through)
+        return
+    # One after the other, the tests show the figures of several processes.
+    session.run("pytest", "tests/pooler", "--log-cli-level=INFO", env=through)
+    session.run("pytest", "tests/conformance", "-n", "2", env=through)
+
+
 @nox.session
 def simulate(session: nox.Session) -> None:
     """Run thousands of simulations of the caches; `-- --seeds 100` runs fewer."""

@@ -14,6 +14,7 @@ from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph
 from incidentkit.domain.values import MAX_STALENESS, IncidentStatus
 from incidentkit.store.database import database_kind
+from incidentkit.store.options import PREPARED_STATEMENTS
 
 RequestLog: TypeAlias = Literal["log", "database"]
 
@@ -63,6 +64,12 @@ def _request_log(value: str) -> RequestLog:
     if value not in ("log", "database"):
         raise ValueError("must be one of: log, database")
     return cast("RequestLog", value)
+
+
+def _prepared_statements(value: str) -> bool | None:
+    if value not in PREPARED_STATEMENTS:
+        raise ValueError(f"must be one of: {', '.join(PREPARED_STATEMENTS)}")
+    return PREPARED_STATEMENTS[value]
 
 
 def _database_url(value: str) -> str:
@@ -164,6 +171,13 @@ class Environment:
         _request_log,
         "where the REST service records requests: log (the logger incidentkit.http), or database "
         "(the table request_log as well)",
+    )
+    prepared_statements: bool | None = _variable(
+        "INCIDENTKIT_PREPARED_STATEMENTS",
+        "auto",
+        _prepared_statements,
+        "whether PostgreSQL keeps statements prepared: on, off, or auto (not behind a connection "
+        "pooler); on and off win over the URL",
     )
     postgres_host: str | None = _variable(
         "POSTGRES_HOST",

@@ -8,6 +8,8 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from attrs import evolve
+
 import incidentkit.store.backends as backend
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
@@ -41,7 +43,8 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
 
     Args:
         database: A URL, SQLAlchemy's ``AsyncEngine``, or a pool of asyncpg.
-        options: Only for a URL: an engine or a pool already has sizes and time limits.
+        options: For a URL. An engine or a pool already has sizes and time limits: for it, only
+            ``prepared_statements`` may be set.
 
     Raises:
         InvalidSettings: If it is something else, is on another kind of database, or has options
@@ -49,11 +52,12 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
     """
     if isinstance(database, str):
         return store_from_url(database, options)
-    if options is not None:
-        raise InvalidSettings("options", "are only for a URL: an engine or a pool has its own")
+    if options is not None and evolve(options, prepared_statements=None) != type(options)():
+        reason = "are only for a URL: an engine or a pool has its own"
+        raise InvalidSettings("options", f"other than prepared_statements {reason}")
     dialect = getattr(database, "dialect", None)
     if getattr(dialect, "name", "postgresql") == "postgresql":
-        return backend.postgresql_store(database)
+        return backend.postgresql_store(database, options)
     return backend.sqlite_store(database, None, migrations)
 
 

@@ -96,6 +96,7 @@ class Settings:
                 pool_size=environment.pool_size,
                 max_overflow=environment.max_overflow,
                 echo=environment.echo,
+                prepared_statements=environment.prepared_statements,
             ),
         )
 

@@ -30,6 +30,9 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 
+# They need a program of the system, so only `nox -s pooler` runs them.
+collect_ignore = [] if "INCIDENTKIT_TEST_POOLER" in os.environ else ["pooler"]
+
 
 class Backends:
     """The servers that the tests share: the caller's own, or ones started on first use."""

@@ -181,19 +181,33 @@ def begin_by_itself(engine: AsyncEngine) -> None:
         connection.exec_driver_sql("BEGIN")
 
 
+def naming_nothing(url: str) -> dict[str, Any]:
+    """Return what a driver takes to prepare no statement under a name, as behind a pooler."""
+    scheme = url.partition("://")[0]
+    if scheme == "postgresql+psycopg":
+        return {"prepare_threshold": None}
+    own = {"prepared_statement_name_func": str} if scheme == "postgresql+asyncpg" else {}
+    return {"statement_cache_size": 0, **own}
+
+
 @asynccontextmanager
-async def open_host(way: str, url: str) -> AsyncIterator[Host]:
-    """Open an application's connection to a database that has a table `orders`."""
+async def open_host(way: str, url: str, **options: Any) -> AsyncIterator[Host]:
+    """Open an application's connection to a database that has a table `orders`.
+
+    The options are those of the driver.
+    """
     async with AsyncExitStack() as stack:
         if way == "asyncpg-connection":
-            connection = await asyncpg.connect(url)
+            connection = await asyncpg.connect(url, **options)
             stack.push_async_callback(connection.close)
             yield AsyncpgHost(url, connection)
         elif way == "asyncpg-pool":
-            pool = await stack.enter_async_context(asyncpg.create_pool(url, min_size=1))
+            pool = await stack.enter_async_context(asyncpg.create_pool(url, min_size=1, **options))
             yield AsyncpgHost(url, await stack.enter_async_context(pool.acquire()))
         else:
-            engine = await stack.enter_async_context(host_engine(url, poolclass=NullPool))
+            engine = await stack.enter_async_context(
+                host_engine(url, poolclass=NullPool, connect_args=options)
+            )
             open_one: Any = AsyncSession if way.endswith("session") else AsyncEngine.connect
             yield SqlalchemyHost(url, await stack.enter_async_context(open_one(engine)))
 

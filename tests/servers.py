@@ -26,13 +26,14 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import unquote, urlsplit
 
 import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
-    from typing import Self
+    from typing import Literal, Self
 
     from redis import Redis
 
@@ -59,6 +60,7 @@ class Server(ABC):
 
     _hello: ClassVar[bytes]
     _welcome: ClassVar[bytes]
+    _stop_signal: ClassVar[signal.Signals] = signal.SIGINT
 
     def __init__(self, *, durable: bool = False, start_timeout: float = 60) -> None:
         self.port = free_port()
@@ -113,7 +115,7 @@ class Server(ABC):
         if self._process is None:
             return
         self.resume()
-        self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(self._stop_signal)
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -251,6 +253,76 @@ class PostgresServer(Server):
         )
         if initdb.wait() != 0:
             raise ServerError(f"initdb failed:\n{self._log_tail()}")
+
+
+class PgBouncer(Server):
+    """PgBouncer, the program of the system, in front of every database of a PostgreSQL server.
+
+    Clients need no password and reach the server as the user of its URL. As root it runs as another
+    user, as PostgreSQL does.
+
+    Args:
+        server_url: The server.
+        mode: When a client gives back its server connection.
+        size: Server connections for each database; further clients wait for one.
+        renames: Whether to give prepared statements names of its own, as PgBouncer can since 1.21.
+
+    Attributes:
+        renames: Whether it does so.
+    """
+
+    _hello = PostgresServer._hello
+    _welcome = PostgresServer._welcome
+    # On SIGINT it waits for its clients.
+    _stop_signal = signal.SIGTERM
+
+    def __init__(
+        self,
+        server_url: str,
+        *,
+        mode: Literal["transaction", "session", "statement"] = "transaction",
+        size: int = 2,
+        renames: bool = False,
+    ) -> None:
+        super().__init__()
+        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+        self._server = urlsplit(server_url)
+        self._program = _pgbouncer_program()
+        self._settings = {
+            "listen_addr": HOST,
+            "listen_port": str(self.port),
+            "unix_socket_dir": "",
+            "auth_type": "any",
+            "pool_mode": mode,
+            "default_pool_size": str(size),
+            "max_client_conn": "1000",
+        }
+        newer = _pgbouncer_version(self._program) >= (1, 21)
+        self.renames = renames and newer
+        if newer:
+            self._settings["max_prepared_statements"] = "100" if renames else "0"
+
+    @property
+    def url(self) -> str:
+        """The URL of the server, through the pooler."""
+        return self.through(self._server.geturl())
+
+    def through(self, url: str) -> str:
+        """Return the URL of a database of the server, through the pooler."""
+        return urlsplit(url)._replace(netloc=f"pooled@{HOST}:{self.port}").geturl()
+
+    def _command(self, guard: _Guard) -> list[str]:
+        server = {
+            "host": self._server.hostname,
+            "port": self._server.port,
+            "user": unquote(self._server.username or ""),
+            "password": unquote(self._server.password or ""),
+        }
+        to_server = " ".join(f"{name}={value}" for name, value in server.items() if value)
+        settings = [f"{name} = {value}" for name, value in self._settings.items()]
+        file = guard.folder / "pgbouncer.ini"
+        file.write_text("\n".join(["[databases]", f"* = {to_server}", "[pgbouncer]", *settings]))
+        return [self._program, str(file)]
 
 
 class RedisServer(Server):
@@ -528,6 +600,22 @@ def _knows_its_cluster(node: RedisServer) -> bool:
     with node.client() as client:
         state = client.cluster("INFO")
     return (state["cluster_state"], state["cluster_slots_ok"]) == ("ok", "16384")
+
+
+def _pgbouncer_program() -> str:
+    program = shutil.which(
+        os.environ.get("INCIDENTKIT_TEST_PGBOUNCER", "pgbouncer"),
+        # Debian installs it among the administrator's programs.
+        path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin",
+    )
+    if program is None:
+        raise ServerError("pgbouncer is not installed: apt-get install -y pgbouncer")
+    return program
+
+
+def _pgbouncer_version(program: str) -> tuple[int, ...]:
+    shown = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    return tuple(map(int, shown.stdout.split()[1].split(".")))
 
 
 def _unprivileged_user() -> pwd.struct_passwd:

@@ -293,9 +293,10 @@ async def test_a_transaction_of_the_host_can_be_joined(
 async def test_options_are_only_for_a_url(
     database: AsyncEngine | asyncpg.Pool[asyncpg.Record],
 ) -> None:
-    """Store options beside a host's engine or pool raise InvalidSettings."""
-    with pytest.raises(InvalidSettings, match="options are only"):
-        IncidentClient.open(database, options=StoreOptions())
+    """Sizes and limits beside a host's engine or pool raise InvalidSettings."""
+    with pytest.raises(InvalidSettings, match="options other than prepared_statements are only"):
+        IncidentClient.open(database, options=StoreOptions(pool_size=1))
+    IncidentClient.open(database, options=StoreOptions(prepared_statements=True))
 
 
 async def test_other_objects_are_refused(tmp_path: Any) -> None:

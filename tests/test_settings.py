@@ -29,6 +29,7 @@ VARIABLES = [
     "INCIDENTKIT_REDIS_URL",
     "INCIDENTKIT_REDIS_REQUIRED",
     "INCIDENTKIT_REQUEST_LOG",
+    "INCIDENTKIT_PREPARED_STATEMENTS",
     "POSTGRES_HOST",
     "POSTGRES_PORT",
     "POSTGRES_DB",
@@ -301,6 +302,13 @@ def test_redis_that_is_required_has_to_be_named() -> None:
     assert redis_url(REDIS_PORT="6379", INCIDENTKIT_REDIS_REQUIRED="0") is None
 
 
+@pytest.mark.parametrize(("value", "expected"), [("auto", None), ("on", True), ("off", False)])
+def test_prepared_statements_are_on_off_or_found_out(value: str, expected: bool | None) -> None:
+    """INCIDENTKIT_PREPARED_STATEMENTS is `auto`, `on` or `off`."""
+    settings = Settings.from_mapping({"INCIDENTKIT_PREPARED_STATEMENTS": value})
+    assert settings.store.prepared_statements is expected
+
+
 @pytest.mark.parametrize("place", ["log", "database"])
 def test_request_log_has_two_places(place: str) -> None:
     """INCIDENTKIT_REQUEST_LOG is `log` or `database`."""
@@ -356,6 +364,7 @@ FLAG = "must be true or false"
         ("INCIDENTKIT_REDIS_REQUIRED", "please", FLAG),
         ("INCIDENTKIT_REQUEST_LOG", "syslog", "must be one of: log, database"),
         ("INCIDENTKIT_REQUEST_LOG", "LOG", "must be one of: log, database"),
+        ("INCIDENTKIT_PREPARED_STATEMENTS", "true", "must be one of: auto, on, off"),
     ],
 )
 def test_fault_names_the_variable_and_its_rule(name: str, value: str, reason: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import click
+from attrs import evolve
 
 from incidentkit.cli.loading import run_server
 from incidentkit.cli.options import takes_servers
 from incidentkit.settings import Settings
+from incidentkit.store.options import PREPARED_STATEMENTS
 
 
 @click.command()
@@ -25,8 +27,16 @@ from incidentkit.settings import Settings
     show_default=True,
     help="Number of processes that answer requests.",
 )
+@click.option(
+    "--prepared-statements",
+    type=click.Choice(tuple(PREPARED_STATEMENTS)),
+    help="Whether PostgreSQL keeps statements prepared; auto: not behind a connection pooler. "
+    "Overrides the environment.",
+)
 @takes_servers
-def serve(settings: Settings, host: str, port: int, workers: int) -> None:
+def serve(
+    settings: Settings, host: str, port: int, workers: int, prepared_statements: str | None
+) -> None:
     """Run the REST service until it is interrupted or terminated.
 
     Brings SQLite's schema up to date first, and only checks PostgreSQL's: run
@@ -42,5 +52,8 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     if not host:
         # Python's sockets take an empty host for every address of the machine.
         raise click.UsageError("--host is empty: name an address, such as 127.0.0.1")
+    if prepared_statements is not None:
+        chosen = PREPARED_STATEMENTS[prepared_statements]
+        settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))
     ended_well = run_server(settings, host, port, workers)
     click.get_current_context().exit(0 if ended_well else 1)

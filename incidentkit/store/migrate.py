@@ -51,6 +51,7 @@ from incidentkit.store.postgresql.errors import (
     server_error,
     translate_error,
 )
+from incidentkit.store.postgresql.poolers import find_pooler
 from incidentkit.store.postgresql.statements import SELECT_STRANDED, SHIFT
 from incidentkit.store.postgresql.url import Server, parse_url, refused_parameter
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE, check_revision
@@ -100,10 +101,15 @@ def script_location() -> Path:
 
 
 def migration_engine(database_url: str) -> AsyncEngine:
-    """Return an engine on a PostgreSQL database."""
+    """Return an engine on a PostgreSQL database, directly or through a pooler."""
     return create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=partial(_connect, parse_url(database_url)),
+        connect_args={
+            "async_creator_fn": partial(_connect, parse_url(database_url)),
+            # Behind a pooler, a name could be that of another process's statement.
+            "prepared_statement_name_func": str,
+            "prepared_statement_cache_size": 0,
+        },
         poolclass=NullPool,
         hide_parameters=True,
     )
@@ -111,13 +117,21 @@ def migration_engine(database_url: str) -> AsyncEngine:
 
 async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
     try:
-        return await asyncpg.connect(**{"timeout": CONNECT_TIMEOUT, **server.arguments})
+        connection = await asyncpg.connect(
+            **{"timeout": CONNECT_TIMEOUT, **server.arguments}, statement_cache_size=0
+        )
     except (asyncpg.PostgresError, OSError) as error:
         refusal = refused_parameter(server, error) or translate_error(error, connecting=True)
         raise refusal from error
     except UNREADABLE_URL:
         # Without its cause, which shows parts of the URL.
         raise unreadable_url() from None
+    try:
+        await find_pooler(connection)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
 
 
 def _disable_implicit_begin(connection: Any, _: object) -> None:

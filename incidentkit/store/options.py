@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from attrs import Attribute, field, frozen
 
 from incidentkit.domain.errors import InvalidSettings
+
+PREPARED_STATEMENTS: Final[dict[str, bool | None]] = {"auto": None, "on": True, "off": False}
+"""The values of ``prepared_statements`` in the environment, in a URL and on the command line."""
 
 
 def _at_least(low: int, option: Attribute[int], value: object) -> None:
@@ -43,8 +48,9 @@ class StoreOptions:
             another process that is writing; added to ``pool_timeout``, the seconds that a call
             waits for a read, or for its write to begin.
         prepared_statements: Whether statements stay prepared on PostgreSQL, which saves each a
-            round trip; None: unless there is a connection pooler in front of the server. Ignored
-            on SQLite.
+            round trip; None: as the URL says, and otherwise unless there is a connection pooler in
+            front of the server. For a host's engine or pool, True states that its pooler handles
+            prepared statements, or is in session mode. Ignored on SQLite.
         echo: Log every statement, without its values, to the logger ``incidentkit.store``.
 
     Raises:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.conformance.embodiments import EMBODIMENTS
+from tests.conformance.embodiments import EMBODIMENTS, ON_POSTGRES
 from tests.conformance.gaps import expected_failure, gaps_of
+from tests.servers import PgBouncer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from tests.conformance.embodiments import Embodiment, Verbs
+
+MODE: Final[Any] = os.environ.get("INCIDENTKIT_TEST_POOLER")
+"""The mode of the pooler that the suite runs through, on PostgreSQL; None: no pooler."""
+
+SIZE: Final = 3
+"""Server connections of the pooler. The callers of a test are more; but each joined transaction
+holds one, and no test has more than two."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -25,11 +34,21 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(expected_failure(gaps))
 
 
-@pytest.fixture(params=EMBODIMENTS)
+@pytest.fixture(scope="session")
+def pooler(postgres_server_url: str) -> Iterator[PgBouncer]:
+    """The pooler that the suite runs through."""
+    with PgBouncer(postgres_server_url, mode=MODE, size=SIZE) as pooler:
+        yield pooler
+
+
+@pytest.fixture(params=ON_POSTGRES if MODE else EMBODIMENTS)
 def embodiment(request: pytest.FixtureRequest) -> Embodiment:
     """Each embodiment, on an empty database."""
     setup = EMBODIMENTS[request.param]
-    return setup.embodiment(*map(request.getfixturevalue, setup.fixtures))
+    embodiment = setup.embodiment(*map(request.getfixturevalue, setup.fixtures))
+    if MODE:
+        embodiment.put_behind(request.getfixturevalue("pooler"))
+    return embodiment
 
 
 @pytest.fixture

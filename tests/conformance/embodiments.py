@@ -16,7 +16,14 @@ import asyncpg
 from attrs import frozen
 
 from incidentkit import IncidentClient
-from tests.hosts import AsyncpgHost, host_engine, open_host, run_sql
+from tests.hosts import (
+    AsyncpgHost,
+    host_engine,
+    naming_nothing,
+    open_host,
+    run_sql,
+    sqlalchemy_url,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -24,12 +31,14 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from tests.hosts import Host
+    from tests.servers import PgBouncer
 
 Verbs: TypeAlias = IncidentClient
 """IncidentClient has every verb; other embodiments must have the same signatures."""
 
+ASYNCPG = "postgresql+asyncpg"
 PSYCOPG = "postgresql+psycopg"
-"""The scheme of SQLAlchemy's URLs for psycopg."""
+"""The schemes of SQLAlchemy's URLs for each driver."""
 
 
 class Embodiment(ABC):
@@ -37,10 +46,23 @@ class Embodiment(ABC):
 
     Args:
         url: The database.
+
+    Attributes:
+        url: The database, through the pooler if there is one.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url = self._server_url = url
+        self._pooled = False
+
+    def put_behind(self, pooler: PgBouncer) -> None:
+        """Reach the database through a pooler from now on."""
+        self.url = pooler.through(self._server_url)
+        self._pooled = True
+
+    def _host_options(self, url: str) -> dict[str, Any]:
+        """Return the options of the host's driver."""
+        return naming_nothing(url) if self._pooled else {}
 
     @property
     def on_sqlite(self) -> bool:
@@ -61,7 +83,7 @@ class Embodiment(ABC):
 
     async def sql(self, statement: str) -> list[tuple[Any, ...]]:
         """Run a statement as another program would, and return its rows."""
-        return await run_sql(self.url, statement)
+        return await run_sql(self._server_url, statement)
 
 
 class ByUrl(Embodiment):
@@ -96,7 +118,7 @@ class OnPool(Embodiment):
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
         """Open a client on an asyncpg pool."""
         async with (
-            asyncpg.create_pool(self.url, min_size=1) as pool,
+            asyncpg.create_pool(self.url, min_size=1, **self._host_options(self.url)) as pool,
             IncidentClient.open(pool, **options) as client,
         ):
             yield client
@@ -113,8 +135,9 @@ class OnEngine(Embodiment):
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
         """Open a client on an SQLAlchemy engine."""
+        url = sqlalchemy_url(self.host_url)
         async with (
-            host_engine(self.host_url) as engine,
+            host_engine(url, connect_args=self._host_options(url)) as engine,
             IncidentClient.open(engine, **options) as client,
         ):
             yield client
@@ -135,21 +158,24 @@ class Joined(Embodiment):
     Args:
         url: The database.
         way: The kind of connection, one of `tests.hosts.WAYS`.
-        scheme: The scheme of the host's URL.
+        scheme: The scheme of the host's URL for SQLAlchemy on PostgreSQL.
     """
 
-    def __init__(self, url: str, way: str, scheme: str = "postgresql") -> None:
+    def __init__(self, url: str, way: str, scheme: str = ASYNCPG) -> None:
         super().__init__(url)
         self._way = way
-        self._host_url = url.replace("postgresql", scheme, 1)
+        self._scheme = scheme
         self._hosts: list[Host] = []
 
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
         """Join a new transaction and roll it back at the end."""
+        url = self.url
+        if not self._way.startswith("asyncpg"):
+            url = url.replace("postgresql", self._scheme, 1)
         async with (
             IncidentClient.open(self.url, **options) as client,
-            open_host(self._way, self._host_url) as host,
+            open_host(self._way, url, **self._host_options(url)) as host,
         ):
             if isinstance(host, AsyncpgHost):
                 await host.begin()
@@ -211,3 +237,8 @@ EMBODIMENTS = {
     "joined-asyncpg-pool": _on_postgres(partial(Joined, way="asyncpg-pool")),
 }
 """Every embodiment, by name."""
+
+ON_POSTGRES = tuple(
+    name for name, setup in EMBODIMENTS.items() if setup.fixtures[0] == "migrated_postgres_url"
+)
+"""The embodiments that a pooler can be in front of."""

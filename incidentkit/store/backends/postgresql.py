@@ -6,11 +6,13 @@ from functools import partial
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
+from attrs import evolve
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.executor import OwnExecutor
 from incidentkit.store.hosts.asyncpg import AsyncpgConnection, HostPool
 from incidentkit.store.hosts.connections import HostExecutor, SqlalchemyConnection
+from incidentkit.store.hosts.poolers import check_joined
 from incidentkit.store.hosts.postgresql_engine import PostgresEngineExecutor
 from incidentkit.store.hosts.sqlalchemy import (
     is_connection,
@@ -37,24 +39,31 @@ def postgresql_store(database: object, options: StoreOptions | None = None) -> S
 
     The schema is checked when the store opens, never changed: ``incidentkit db upgrade`` does that.
 
+    Args:
+        database: The URL, the engine or the pool.
+        options: Sizes and time limits; for an engine or a pool, only ``prepared_statements``.
+
     Raises:
         InvalidSettings: If the database is something else.
     """
     options = options or StoreOptions()
+    trusted = options.prepared_statements is True
     if isinstance(database, str):
         server = parse_url(database)
+        if options.prepared_statements is None:
+            options = evolve(options, prepared_statements=server.prepared_statements)
         maximum = options.pool_size + options.max_overflow
         connections = partial(_own_connections, server, options)
         own = PoolExecutor(connections, options.pool_timeout, server.place)
         return _store(own, maximum, options)
     if isinstance(database, asyncpg.Pool):
         maximum = database.get_max_size()
-        lent = partial(HostPool, database, options.pool_timeout)
+        lent = partial(HostPool, database, options.pool_timeout, trusted=trusted)
         pool = PoolExecutor(lent, options.pool_timeout, place_of_pool(database))
         return _store(pool, maximum, options)
     if is_engine(database):
         maximum = pool_maximum(database)
-        engine = PostgresEngineExecutor(database, maximum, options.pool_timeout)
+        engine = PostgresEngineExecutor(database, maximum, options.pool_timeout, trusted=trusted)
         return _store(engine, maximum, options, in_transactions=True)
     raise InvalidSettings(
         "database", "must be a URL, an AsyncEngine on PostgreSQL or SQLite, or a pool of asyncpg"
@@ -69,7 +78,7 @@ def _store(
     return Store(
         dialect,
         executor,
-        join=join,
+        join=partial(join, trusted=options.prepared_statements is True),
         share=lambda: PostgresSharing(dialect, executor, in_transactions=in_transactions),
         turns=lambda: Turns(max(1, maximum // 2), options.statement_timeout),
     )
@@ -79,21 +88,24 @@ def _own_connections(server: Server, options: StoreOptions) -> OwnConnections:
     return OwnConnections(Connector(server, options), options)
 
 
-def join(connection: object) -> StoreOperations:
+def join(connection: object, *, trusted: bool = False) -> StoreOperations:
     """Return the operations in the transaction of a host's connection.
 
     Args:
         connection: SQLAlchemy's ``AsyncConnection`` or ``AsyncSession``, or asyncpg's connection.
+        trusted: Whether it may name prepared statements behind a pooler as it likes.
 
     Raises:
         NotInTransaction: If it commits each statement by itself.
         TypeError: If it is something else, or connected to another kind of database.
     """
     if is_connection(connection) or is_session(connection):
-        host = SqlalchemyConnection(connection, "postgresql", translate_error, place_of)
+        check = None if trusted else check_joined
+        host = SqlalchemyConnection(connection, "postgresql", translate_error, place_of, check)
         return Records(PostgresDialect(), HostExecutor(host))
     if isinstance(connection, (asyncpg.Connection, PoolConnectionProxy)):
-        return Records(PostgresDialect(), HostExecutor(AsyncpgConnection(connection)))
+        own = AsyncpgConnection(connection, trusted=trusted)
+        return Records(PostgresDialect(), HostExecutor(own))
     raise TypeError(
         "Only SQLAlchemy's AsyncConnection and AsyncSession, and asyncpg's Connection, can be "
         f"joined, not {type(connection).__name__}"

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
+from weakref import WeakSet
 
 import asyncpg
 from sqlalchemy import Executable
@@ -17,9 +18,13 @@ from incidentkit.store.hosts.sqlalchemy import has_every_character
 from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.driver import Connection, fetch_rows
 from incidentkit.store.postgresql.errors import LOST, translate_error
+from incidentkit.store.postgresql.poolers import check_asyncpg, find_pooler
 from incidentkit.store.postgresql.url import place_of_connection
 
 logger = logging.getLogger("incidentkit.store")
+
+_safe: Final[WeakSet[object]] = WeakSet()
+"""Connections on which no other process's statement can run."""
 
 
 class AsyncpgConnection:
@@ -27,13 +32,15 @@ class AsyncpgConnection:
 
     Args:
         connection: It must be in a transaction.
+        trusted: Whether it may name prepared statements behind a pooler as it likes.
 
     Raises:
         NotInTransaction: If it is not, or is closed.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, trusted: bool = False) -> None:
         self._connection = connection
+        self._trusted = trusted
         self._check()
 
     @property
@@ -42,8 +49,14 @@ class AsyncpgConnection:
         return place_of_connection(self._connection)
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement in the transaction."""
+        """Run a statement in the transaction.
+
+        Raises:
+            InvalidSettings: If the connection is unsafe behind a pooler.
+        """
         self._check()
+        if not self._trusted:
+            await self._refuse_unsafe()
         return await fetch_rows(self._connection, statement, values)
 
     async def has_every_character(self) -> bool:
@@ -54,6 +67,14 @@ class AsyncpgConnection:
     def translate(self, error: Exception) -> IncidentKitError:
         """Return the error that a caller sees for an exception of asyncpg."""
         return translate_error(error)
+
+    async def _refuse_unsafe(self) -> None:
+        connection = self._connection
+        # A pool wraps its connection anew for each borrower.
+        itself = getattr(connection, "_con", connection)
+        if itself not in _safe:
+            await check_asyncpg(connection, "connection", "connect with statement_cache_size=0")
+        _safe.add(itself)
 
     def _check(self) -> None:
         connection = self._connection
@@ -72,11 +93,15 @@ class HostPool:
     Args:
         pool: An open pool. Sizes, time limits and prepared statements are as the host has set them.
         timeout: Seconds to wait for a connection, and for the pool to take one back.
+        trusted: Whether it may name prepared statements behind a pooler as it likes.
     """
 
-    def __init__(self, pool: asyncpg.Pool[asyncpg.Record], timeout: float) -> None:
+    def __init__(
+        self, pool: asyncpg.Pool[asyncpg.Record], timeout: float, *, trusted: bool = False
+    ) -> None:
         self._pool = pool
         self._timeout = timeout
+        self._trusted = trusted
         self.maximum = pool.get_max_size()
         self._returning: set[asyncio.Task[None]] = set()
 
@@ -85,6 +110,7 @@ class HostPool:
 
         Raises:
             StoreUnavailable: If none is free in time.
+            InvalidSettings: If the pool is unsafe behind a pooler.
         """
         for _ in range(self.maximum):
             connection = await self._acquire()
@@ -101,6 +127,8 @@ class HostPool:
         else:
             connection = await self._acquire()
         connection.used = True
+        if not self._trusted:
+            await self._refuse_unsafe(connection)
         return connection
 
     async def put(self, connection: PostgresConnection) -> None:
@@ -127,6 +155,17 @@ class HostPool:
 
     def sever(self) -> None:
         """Leave the connections to the host."""
+
+    async def _refuse_unsafe(self, connection: PostgresConnection) -> None:
+        """Refuse a pool that is unsafe behind a pooler; trust it from then on if it is not."""
+        remedy = "create the pool with statement_cache_size=0"
+        try:
+            await find_pooler(connection.driver)
+            await check_asyncpg(connection.driver, "database", remedy)
+        except BaseException as error:
+            self.recover(connection, error)
+            raise
+        self._trusted = True
 
     async def _acquire(self) -> PostgresConnection:
         try:

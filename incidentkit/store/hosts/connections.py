@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -77,6 +77,7 @@ class SqlalchemyConnection:
         kind: The database that it must be connected to.
         translate: Returns the error for an exception of the driver.
         place_of: Returns the place of the database that a URL names.
+        check: Raises unless the connection can be used; None: any connection can.
 
     Raises:
         NotInTransaction: If it commits each statement by itself.
@@ -89,6 +90,7 @@ class SqlalchemyConnection:
         kind: DatabaseKind,
         translate: Callable[[Exception], IncidentKitError],
         place_of: Callable[[URL], str | None],
+        check: Callable[[AsyncConnection], Awaitable[None]] | None = None,
     ) -> None:
         self._connection = connection
         self._translate = translate
@@ -96,6 +98,7 @@ class SqlalchemyConnection:
         if engine.dialect.name != kind:
             raise TypeError(f"The client is on {kind}, not on {engine.dialect.name}")
         self._place_of = place_of
+        self._check_use = check
         if is_connection(connection):
             _check(connection)
         self._fetch = _fetch_to_completion if kind == "sqlite" else fetch_rows
@@ -111,6 +114,8 @@ class SqlalchemyConnection:
         if self._transaction not in (None, self._current()):
             raise NotInTransaction
         connection = await self.connection()
+        if self._check_use is not None:
+            await self._check_use(connection)
         try:
             return await self._fetch(connection, statement, values)
         finally:

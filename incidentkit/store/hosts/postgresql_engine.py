@@ -12,6 +12,7 @@ from sqlalchemy import Executable
 from incidentkit.affinity import Affinity, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
 from incidentkit.store.executor import Rows, Work
+from incidentkit.store.hosts.poolers import check_sqlalchemy
 from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
 from incidentkit.store.postgresql.connection import is_alive
 from incidentkit.store.postgresql.errors import translate_error
@@ -31,15 +32,20 @@ class PostgresEngineExecutor:
         engine: Pool, time limits and log are as the host has set them. It is never disposed of.
         maximum: Number of its connections; writes leave a quarter of them to reads.
         timeout: Seconds that a write waits until there is a connection for it.
+        trusted: Whether it may name prepared statements behind a pooler as it likes.
     """
 
     in_host_transaction = False
 
-    def __init__(self, engine: AsyncEngine, maximum: int, timeout: float) -> None:
+    def __init__(
+        self, engine: AsyncEngine, maximum: int, timeout: float, *, trusted: bool = False
+    ) -> None:
         self.place = place_of(engine.url)
         # The host's default may be any isolation level.
-        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._several = engine.execution_options(isolation_level="READ COMMITTED")
+        self._single = self._autocommit
+        self._trusted = trusted
         self._maximum = maximum
         self._timeout = timeout
         self._writing: Share | None = None
@@ -47,10 +53,18 @@ class PostgresEngineExecutor:
         self._scanning: Share | None = None
 
     async def open(self, affinity: Affinity) -> None:
-        """Accept statements."""
+        """Accept statements, and refuse an engine that is unsafe behind a pooler."""
         self._affinity = affinity
         self._writing = writing_share(self._maximum, self._timeout)
         self._scanning = scanning_share(self._maximum, self._timeout)
+        self._single = self._autocommit
+        if self._trusted:
+            return
+        async with self._connection(self._several) as connection:
+            if await check_sqlalchemy(connection, "database"):
+                # Only a transaction keeps the server connection between the preparation of a
+                # statement and its run.
+                self._single = self._several
 
     async def close(self) -> None:
         """Accept no more statements."""

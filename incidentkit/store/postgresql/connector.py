@@ -1,4 +1,4 @@
-"""Opens connections to one PostgreSQL server, and finds out whether a pooler is in between."""
+"""Opens connections to one PostgreSQL server, directly or through a pooler."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from incidentkit.store.options import StoreOptions
 from incidentkit.store.postgresql.connection import PostgresConnection, Preparing
 from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import UNREADABLE_URL
+from incidentkit.store.postgresql.poolers import find_pooler
 from incidentkit.store.postgresql.url import Server, refused_parameter
 
 logger = logging.getLogger("incidentkit.store")
@@ -51,30 +52,21 @@ class Connector:
                 raise
             # Without its cause, which shows parts of the URL.
             raise unreadable_url() from None
-        self._connected = True
-        try:
-            if self._preparing.allowed is None:
-                self._preparing.allowed = not await behind_pooler(driver)
-        except BaseException:
-            driver.terminate()
-            raise
+        if not self._connected:
+            try:
+                await self._find_out(driver)
+            except BaseException:
+                driver.terminate()
+                raise
         log = _log_statement if self._options.echo else None
         return PostgresConnection(driver, preparing=self._preparing, log=log)
 
-
-async def behind_pooler(driver: asyncpg.Connection[asyncpg.Record]) -> bool:
-    """Return whether a pooler stands between a connection without a cache and its server.
-
-    A pooler answers a new connection by itself, with another process id than the server's.
-
-    Raises:
-        asyncpg.PostgresError: If the pooler takes no transactions.
-    """
-    if await driver.fetchval("SELECT pg_backend_pid()") == driver.get_server_pid():
-        return False
-    await driver.execute("BEGIN")
-    await driver.execute("ROLLBACK")
-    return True
+    async def _find_out(self, driver: asyncpg.Connection[asyncpg.Record]) -> None:
+        """Prepare statements unless there is a pooler, or as the options say."""
+        pooled = await find_pooler(driver)
+        if self._preparing.allowed is None:
+            self._preparing.allowed = not pooled
+        self._connected = True
 
 
 def _log_statement(text: str, seconds: float) -> None:

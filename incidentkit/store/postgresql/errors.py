@@ -41,15 +41,16 @@ UNREADABLE_URL: Final = (ValueError, OverflowError)
 UNSTORABLE: Final = "22P05"
 """The SQLSTATE of a character that the encoding of the database does not have."""
 
-AMBIGUOUS: Final = frozenset({"08P01", "0A000", "28000", "55000", "57014", "XX000"})
+AMBIGUOUS: Final = frozenset({"08003", "08P01", "0A000", "28000", "55000", "57014", "XX000"})
 """SQLSTATEs of several causes, which the message tells apart. Poolers use 08P01 and XX000 for most
-of their own errors."""
+of their own errors, and asyncpg 08003 for one that ends the connection."""
 
 LOST_CONNECTION: Final = Cause(
     "the connection was lost",
     retryable=True,
     codes=("08",),
-    text="closed the connection unexpectedly|connection is (closed|lost)|terminating connection",
+    text="closed the connection unexpectedly|connection is (closed|lost)|terminating connection"
+    "|closed in the middle of operation$",
 )
 NOT_CONNECTED: Final = Cause(
     "it accepted no connection in time; check the address, the network and the server",
@@ -107,6 +108,12 @@ POOL_CLOSED: Final = Cause(
     StoreError,
     text="pool is (closed|closing|not initialized)",
 )
+STATEMENT_MODE: Final = Cause(
+    "its connection pooler is in statement mode, which allows no transactions; set the pooler to "
+    "transaction or session mode",
+    StoreError,
+    text="not allowed in statement pooling mode",
+)
 NOT_UTF8: Final = Cause(
     "a stored text is not valid UTF-8; correct it, and move to a database with the encoding UTF8",
     StoreError,
@@ -136,6 +143,7 @@ CAUSES: Final = (
     POOL_CLOSED,
     IN_USE,
     # A pooler.
+    STATEMENT_MODE,
     Cause(
         "the connection pooler had no free connection to its server in time; enlarge its pool",
         retryable=True,
@@ -166,7 +174,8 @@ CAUSES: Final = (
         text="unsupported startup parameter",
     ),
     Cause(
-        "the connection does not know its prepared statement, as behind a connection pooler",
+        "the connection does not know its prepared statement, as behind a connection pooler; set "
+        "prepared_statements to off, or let your own pool or engine name none",
         StoreError,
         codes=("26000", "42P05"),
     ),

@@ -21,6 +21,7 @@ from attrs import field, frozen
 from sqlalchemy.engine import URL
 
 from incidentkit.domain.errors import InvalidSettings
+from incidentkit.store.options import PREPARED_STATEMENTS
 
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
@@ -35,11 +36,13 @@ HONORED: Final = (
     "passfile",
     "password",
     "port",
+    "prepared_statements",
     "requiressl",
     "ssl",
     "user",
 )
-"""Parameters that this module reads, or leaves to the server as libpq does."""
+"""Parameters that this module reads, or leaves to the server as libpq does. All but
+``prepared_statements`` are those of libpq and asyncpg."""
 
 PASSED_ON: Final[tuple[str, ...]] = (
     "gsslib",
@@ -139,11 +142,13 @@ class Server:
         arguments: The arguments of ``asyncpg.connect``. There is a ``timeout`` among them only if
             the URL sets one.
         settings: Those of the URL's parameters that are settings of the server.
+        prepared_statements: Whether statements stay prepared; None: the URL does not say.
     """
 
     place: str
     arguments: Mapping[str, Any] = field(repr=False)
     settings: frozenset[str] = frozenset()
+    prepared_statements: bool | None = None
 
 
 def parse_url(database_url: str) -> Server:
@@ -169,6 +174,7 @@ def parse_url(database_url: str) -> Server:
         **_timeout(parameters),
         **_driver_parameters(parameters),
     }
+    prepared_statements = _prepared_statements(parameters)
     fallback = parameters.pop("fallback_application_name", None)
     if fallback is not None:
         parameters.setdefault("application_name", fallback)
@@ -181,6 +187,7 @@ def parse_url(database_url: str) -> Server:
         else _place(hosts, ports, database or _default_database(arguments["user"]), parameters),
         arguments,
         frozenset(parameters),
+        prepared_statements,
     )
 
 
@@ -271,6 +278,13 @@ def _timeout(parameters: dict[str, str]) -> dict[str, float | None]:
     if not re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]{1,9})?", text):
         raise _invalid("has a connect_timeout that is no number of seconds")
     return {"timeout": float(text) if float(text) > 0 else None}
+
+
+def _prepared_statements(parameters: dict[str, str]) -> bool | None:
+    value = parameters.pop("prepared_statements", "auto")
+    if value not in PREPARED_STATEMENTS:
+        raise _invalid(f"has a prepared_statements that is none of: {', '.join(PREPARED_STATEMENTS)}")
+    return PREPARED_STATEMENTS[value]
 
 
 def _driver_parameters(parameters: dict[str, str]) -> dict[str, Any]:
