@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import incidentkit.store.backends as backend
-from incidentkit.domain.errors import InvalidSettings
+from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
 
 if TYPE_CHECKING:
@@ -58,9 +58,18 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
 
 
 def migrations() -> Migrations:
-    """Return the migrations; the first call loads them, and Alembic with them."""
-    from incidentkit.store import migrate  # noqa: PLC0415
+    """Return the migrations; the first call loads them, and Alembic with them.
 
+    Raises:
+        StoreError: If a module that they need is not in this installation.
+    """
+    try:
+        from incidentkit.store import migrate  # noqa: PLC0415
+    except ImportError as error:
+        raise StoreError(
+            f"the migrations are not in this installation: it cannot load {error.name or error}. "
+            "Install incidentkit with its dependencies, or include them in the frozen program"
+        ) from error
     return migrate
 
 

@@ -109,19 +109,14 @@ def environment(distributions: Distributions, tmp_path_factory: pytest.TempPathF
 
 def test_wheel_holds_the_package_and_its_migrations(distributions: Distributions) -> None:
     """The wheel holds every module, every migration and `py.typed`, and nothing else."""
-
-    def sources(folder: str) -> set[str]:
-        files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
-        return {
-            path.relative_to(ROOT).as_posix() for path in files if path.parent.name != "__pycache__"
-        }
-
+    files = (path for path in (ROOT / "incidentkit").rglob("*") if path.is_file())
+    sources = {
+        path.relative_to(ROOT).as_posix() for path in files if path.parent.name != "__pycache__"
+    }
     found = {name for name in distributions.wheel_files if not name.startswith(f"{DIST_INFO}/")}
-    assert found == sources("incidentkit") | {f"incidentkit/{n}" for n in sources("migrations")}
+    assert found == sources
     assert "incidentkit/py.typed" in found
-    assert "incidentkit/migrations/env.py" in found
-    assert "incidentkit/migrations/script.py.mako" in found
-    assert "incidentkit/migrations/versions/dadc1db062ae_origin.py" in found
+    assert "incidentkit/store/migrations/origin.py" in found
 
 
 def test_sdist_holds_what_it_takes_to_build_and_test(distributions: Distributions) -> None:
@@ -184,7 +179,7 @@ async def main():
     print(await migrate.current("sqlite+aiosqlite:///incidentkit.db"))
 
 asyncio.run(main())
-print(migrate.script_location())
+print(migrate.__file__)
 """
 
 
@@ -197,11 +192,11 @@ def test_wheel_works_in_memory(environment: Path, tmp_path: Path) -> None:
 
 
 def test_wheel_brings_its_migrations(environment: Path, tmp_path: Path) -> None:
-    """A new SQLite file gets the newest schema from the scripts inside the wheel."""
+    """A new SQLite file gets the newest schema from the migrations inside the wheel."""
     printed = run_installed(environment / "python", "-I", "-c", IN_A_FILE, cwd=tmp_path)
-    revision, scripts = printed.splitlines()
+    revision, module = printed.splitlines()
     assert revision == SCHEMA_REVISION
-    assert Path(scripts).is_relative_to(environment.parent)
+    assert Path(module).is_relative_to(environment.parent)
     assert (tmp_path / "incidentkit.db").is_file()
 
 
