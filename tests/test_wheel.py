@@ -2,109 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import sysconfig
-import tarfile
-import venv
-import zipfile
-from email import message_from_bytes
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import pytest
-from attrs import frozen
-
-import incidentkit
 from incidentkit.store.schema import SCHEMA_REVISION
-
-if TYPE_CHECKING:
-    from email.message import Message
-
-ROOT = Path(__file__).resolve().parent.parent
-VERSION = incidentkit.__version__
-DIST_INFO = f"incidentkit-{VERSION}.dist-info"
-
-
-@frozen
-class Distributions:
-    """The published distributions."""
-
-    sdist: Path
-    wheel: Path
-
-    @property
-    def wheel_files(self) -> dict[str, bytes]:
-        """The files of the wheel, by name."""
-        with zipfile.ZipFile(self.wheel) as archive:
-            return {name: archive.read(name) for name in archive.namelist()}
-
-    @property
-    def sdist_files(self) -> set[str]:
-        """The names of the files of the sdist, below its one folder."""
-        with tarfile.open(self.sdist) as archive:
-            names = [Path(name).parts for name in archive.getnames()]
-        assert {parts[0] for parts in names} == {f"incidentkit-{VERSION}"}
-        return {Path(*parts[1:]).as_posix() for parts in names}
-
-    @property
-    def metadata(self) -> Message:
-        """The metadata of the wheel."""
-        return message_from_bytes(self.wheel_files[f"{DIST_INFO}/METADATA"])
-
-
-def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
-    """Run a command that must succeed, and return its output."""
-    process = subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
-
-
-def build(source: Path, target: str, into: Path) -> Path:
-    """Build a distribution of the source with the tool that pip would use."""
-    run(sys.executable, "-m", "hatchling", "build", "-t", target, "-d", into, cwd=source)
-    (built,) = into.iterdir()
-    return built
-
-
-def unpacked(sdist: Path, into: Path) -> Path:
-    """Unpack the sdist, and return its folder."""
-    run(sys.executable, "-m", "tarfile", "-e", sdist, into, cwd=into)
-    return into / f"incidentkit-{VERSION}"
-
-
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
-    """The wheel and the sdist of the checkout."""
-    return Distributions(
-        build(ROOT, "sdist", tmp_path_factory.mktemp("sdist")),
-        build(ROOT, "wheel", tmp_path_factory.mktemp("wheel")),
-    )
-
-
-def run_installed(program: Path, *arguments: str, cwd: Path) -> str:
-    """Run a program of the environment without variables that could lead to the checkout."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return run(program, *arguments, cwd=cwd, env=env)
-
-
-@pytest.fixture(scope="module")
-def environment(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a virtual environment with the wheel and its dependencies."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, symlinks=True)
-    programs = folder / "bin"
-    pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install")
-    offline = ("--no-deps", "--no-index", "--disable-pip-version-check", "--no-cache-dir")
-    run(*pip, *offline, distributions.wheel, cwd=folder)
-    # Nested .pth files are not read, so an editable install of the checkout stays hidden.
-    (packages,) = folder.glob("lib/python*/site-packages")
-    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (packages / "dependencies.pth").write_text("\n".join(paths), "utf-8")
-    return programs
+from tests.distributions import (
+    DIST_INFO,
+    ROOT,
+    VERSION,
+    Distributions,
+    build,
+    run_installed,
+    unpacked,
+)
 
 
 def test_wheel_holds_the_package_and_its_migrations(distributions: Distributions) -> None:
