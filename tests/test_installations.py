@@ -323,7 +323,7 @@ def test_optimization_changes_nothing(
     assert "not refused" not in on_sqlite
     assert printed(f"{sqlite_url}.O", "-O") == on_sqlite
     assert printed(f"{sqlite_url}.OO", "-OO") == on_sqlite
-    assert printed(migrated_postgres_url, "-OO") == printed(empty_postgres_url)
+    assert printed(empty_postgres_url, "-OO") == printed(migrated_postgres_url)
 
 
 def test_no_check_is_an_assertion() -> None:
