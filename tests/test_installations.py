@@ -151,7 +151,9 @@ def test_a_driver_in_a_zip_file_is_named(url: str, tmp_path: Path) -> None:
         for file in folder.rglob("*.py"):
             archive.write(file, file.relative_to(folder.parent))
     place = f"import sys; sys.path.insert(0, {str(tmp_path / 'asyncpg.zip')!r})\n"
-    assert "asyncpg.protocol" in failure(place + OPEN.format(url=url), ROOT)
+    error = failure(place + OPEN.format(url=url), ROOT)
+    assert error.startswith("incidentkit.domain.errors.StoreError: ")
+    assert "No module named 'asyncpg.protocol" in error
 
 
 # Copies
