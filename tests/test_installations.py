@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
+import httpx2
 import pytest
 
 import incidentkit
@@ -108,7 +108,7 @@ def test_a_frozen_command_line(environment: Path, tmp_path: Path, empty_postgres
     arguments = ("serve", "--port", "0", "--workers", "2")
     with service(log, *arguments, executable=program, program=(), env=env) as running:
         for path in ("/openapi.json", "/docs/swagger-ui.css", "/health/ready"):
-            assert httpx.get(f"{running.url}{path}").status_code == 200
+            assert httpx2.get(f"{running.url}{path}").status_code == 200
 
 
 def faces() -> set[str]:

@@ -1,4 +1,4 @@
-"""Collect the modules behind the lazy faces, and the drivers that SQLAlchemy loads by name."""
+"""Collect the modules behind the lazy faces, and the driver that SQLAlchemy loads by name."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ def _is_library(module: str) -> bool:
     return module.split(".")[1:2] not in (["__main__"], ["__pyinstaller"], ["cli"], ["http"])
 
 
-hiddenimports = ["aiosqlite", "asyncpg", *collect_submodules("incidentkit", filter=_is_library)]
+hiddenimports = ["aiosqlite", *collect_submodules("incidentkit", filter=_is_library)]
