@@ -122,7 +122,7 @@ def faces() -> set[str]:
 
 
 def test_the_hook_names_every_module_that_is_loaded_by_name() -> None:
-    """PyInstaller is told every module behind a lazy face, and the driver behind SQLAlchemy."""
+    """PyInstaller is told every module behind a lazy face, and the driver of a host's engine."""
     (folder,) = get_hook_dirs()
     hidden = runpy.run_path(f"{folder}/hook-incidentkit.py")["hiddenimports"]
     assert {"incidentkit.client", "incidentkit.store.backends.sqlite"} <= faces()

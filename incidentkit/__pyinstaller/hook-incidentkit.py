@@ -1,6 +1,8 @@
-"""Collect the modules behind the lazy faces, and the driver that SQLAlchemy loads by name."""
+"""Collect the modules behind the lazy faces, and a driver that SQLAlchemy loads by name."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 from PyInstaller.utils.hooks import collect_submodules
 
@@ -10,4 +12,7 @@ def _is_library(module: str) -> bool:
     return module.split(".")[1:2] not in (["__main__"], ["__pyinstaller"], ["cli"], ["http"])
 
 
-hiddenimports = ["aiosqlite", *collect_submodules("incidentkit", filter=_is_library)]
+hiddenimports = collect_submodules("incidentkit", filter=_is_library)
+# For an application's own engine on SQLite.
+if find_spec("aiosqlite"):
+    hiddenimports.append("aiosqlite")

@@ -20,7 +20,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
-import aiosqlite  # noqa: F401 - SQLAlchemy loads it by name, where a freezer does not find it.
 import asyncpg
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
