@@ -4,7 +4,6 @@ RUN python -m venv /opt/incidentkit
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY incidentkit incidentkit
-COPY migrations migrations
 RUN /opt/incidentkit/bin/python -m pip install --no-cache-dir ".[all]"
 
 

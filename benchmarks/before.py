@@ -117,7 +117,7 @@ class BaseError(RuntimeError):
 
 @frozen
 class Checkout:
-    """One side: a folder that holds incidentkit and its migrations.
+    """One side: a folder that holds incidentkit.
 
     Attributes:
         name: `new` or `old`.

@@ -5,13 +5,15 @@ The package ``backends`` loads its modules lazily: choosing SQLite does not load
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from attrs import evolve
 
 import incidentkit.store.backends as backend
-from incidentkit.domain.errors import InvalidSettings
+from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
 
 if TYPE_CHECKING:
@@ -22,6 +24,23 @@ if TYPE_CHECKING:
     from incidentkit.store.ports import IncidentStore, Migrations
 
 
+@contextmanager
+def _complete(lack: str) -> Iterator[None]:
+    """Raise StoreError, with a lack, if a module of incidentkit or of a package is missing.
+
+    In a frozen program, a zip file or an incomplete copy, a missing module is only noticed when it
+    is first used.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise StoreError(
+            f"{lack} ({error}): install incidentkit with its dependencies, or include them in the "
+            "frozen program"
+        ) from error
+
+
+@_complete("the driver of the database is not in this installation")
 def store_from_url(
     database_url: str = DEFAULT_DATABASE_URL, options: StoreOptions | None = None
 ) -> IncidentStore:
@@ -32,12 +51,14 @@ def store_from_url(
 
     Raises:
         InvalidSettings: If the URL names another kind of database, or cannot be parsed.
+        StoreError: If a module that the database needs is not in this installation.
     """
     if database_kind(database_url) == "postgresql":
         return backend.postgresql_store(database_url, options)
     return backend.sqlite_store(database_url, options, migrations)
 
 
+@_complete("the driver of the database is not in this installation")
 def store_on(database: object, options: StoreOptions | None = None) -> IncidentStore:
     """Return the store, not yet open, on a URL, or on an engine or a pool that a host has opened.
 
@@ -49,6 +70,7 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
     Raises:
         InvalidSettings: If it is something else, is on another kind of database, or has options
             that it cannot take.
+        StoreError: If a module that the database needs is not in this installation.
     """
     if isinstance(database, str):
         return store_from_url(database, options)
@@ -61,8 +83,13 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
     return backend.sqlite_store(database, None, migrations)
 
 
+@_complete("the migrations are not in this installation")
 def migrations() -> Migrations:
-    """Return the migrations; the first call loads them, and Alembic with them."""
+    """Return the migrations; the first call loads them, and Alembic with them.
+
+    Raises:
+        StoreError: If a module that they need is not in this installation.
+    """
     from incidentkit.store import migrate  # noqa: PLC0415
 
     return migrate

@@ -19,6 +19,7 @@ from psycopg.sql import SQL, Identifier
 from redis import Redis
 
 from incidentkit import IncidentClient
+from tests.distributions import ROOT, Distributions, build, install
 from tests.servers import PostgresServer, RedisCluster, RedisSentinel, RedisServer
 
 if TYPE_CHECKING:
@@ -271,3 +272,19 @@ def redis_sentinel_url(pytestconfig: pytest.Config, _patience: None) -> str:
     with sentinel.servers[0].client() as client:
         client.flushall()
     return sentinel.url
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    """The wheel and the sdist of the checkout."""
+    return Distributions(
+        build(ROOT, "sdist", tmp_path_factory.mktemp("sdist")),
+        build(ROOT, "wheel", tmp_path_factory.mktemp("wheel")),
+    )
+
+
+@pytest.fixture(scope="session")
+def environment(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a virtual environment with the wheel and its dependencies."""
+    # A path that a pattern, a shell or an interpolation could misread.
+    return install(distributions.wheel, tmp_path_factory.mktemp("100% für %(uns)s"))

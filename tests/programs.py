@@ -25,13 +25,14 @@ DEADLINE = 60
 def start(
     *arguments: str,
     program: Sequence[str] = ("-m", "incidentkit"),
+    executable: str | Path = sys.executable,
     stdout: int | IO[bytes] = subprocess.PIPE,
     stderr: int | IO[bytes] = subprocess.PIPE,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a command in its own process."""
     return subprocess.Popen(
-        [sys.executable, *program, *arguments], stdout=stdout, stderr=stderr, env=env
+        [executable, *program, *arguments], stdout=stdout, stderr=stderr, env=env
     )
 
 
@@ -69,6 +70,7 @@ def service(
     log: Path,
     *arguments: str,
     program: Sequence[str] = ("-m", "incidentkit", "serve", "--port", "0"),
+    executable: str | Path = sys.executable,
     env: Mapping[str, str] | None = None,
     alive: str = "/health/live",
 ) -> Iterator[Service]:
@@ -79,7 +81,12 @@ def service(
     with (
         log.open("wb") as stderr,
         start(
-            *arguments, program=program, stdout=subprocess.DEVNULL, stderr=stderr, env=env
+            *arguments,
+            program=program,
+            executable=executable,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=env,
         ) as running,
     ):
         try:

@@ -155,6 +155,8 @@ PROGRAMS: Final = [
     for fence in FENCES
     if fence.language == "python"
     and not (fence.file or "").startswith(("env.py", "test_"))
+    # tests/test_installations.py builds and runs those.
+    and fence.page != "docs/how-to/freeze.md"
     # Those are run by their page's commands.
     and not (fence.file and has_session(fence.page))
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, inspect, text
@@ -32,7 +33,8 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.store import migrate
-from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE
+from incidentkit.store.migrations import MIGRATIONS
+from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE, migrations_to
 from incidentkit.store.sql.tables import TEXT_INDEX, TEXT_TABLES, keep_out_of_autogenerate, metadata
 from tests.hosts import sqlalchemy_url
 
@@ -170,11 +172,13 @@ async def test_upgraded_schema_is_the_declared_one(empty_url: str) -> None:
     assert migrated == declared
 
 
-def test_known_revisions_are_those_of_the_scripts() -> None:
-    """The revisions known to the package match the scripts, starting with the origin's."""
-    scripts = ScriptDirectory(str(migrate.script_location()))
+def test_the_package_runs_every_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package runs every migration that Alembic's own command finds, in the same order."""
+    # Alembic adds the checkout to the path.
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    scripts = ScriptDirectory.from_config(Config(str(ROOT / "alembic.ini")))
     found = [script.revision for script in scripts.walk_revisions()]
-    assert tuple(reversed(found)) == REVISIONS
+    assert tuple(reversed(found)) == tuple(module.revision for module in MIGRATIONS) == REVISIONS
     assert REVISIONS[0] == "dadc1db062ae"
 
 
@@ -382,10 +386,68 @@ async def test_sqlite_upgrades_itself(sqlite_url: str) -> None:
 
 async def test_an_unknown_revision_is_a_typed_error(empty_url: str) -> None:
     """A revision that does not exist is refused and changes nothing."""
-    for revision in ("nonsense", "", "@", "head+1"):
+    for revision in ("nonsense", "", "@", "head+1", "-1"):
         with pytest.raises(InvalidSettings, match="revision"):
             await migrate.upgrade(empty_url, revision)
     assert await migrate.current(empty_url) is None
+    await migrate.upgrade(empty_url, REVISIONS[1])
+    for revision in (REVISIONS[2], "+1", "head"):
+        with pytest.raises(InvalidSettings, match="revision cannot be reached"):
+            await migrate.downgrade(empty_url, revision)
+    await migrate.upgrade(empty_url, "base")
+    assert await migrate.current(empty_url) == REVISIONS[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "at", "number"),
+    [
+        ("head", 0, len(REVISIONS)),
+        ("heads", 2, len(REVISIONS)),
+        ("base", 4, 0),
+        (REVISIONS[2], 0, 3),
+        (REVISIONS[2][:3], 0, 3),
+        ("+1", 2, 3),
+        ("-2", 2, 0),
+        ("head-1", 0, len(REVISIONS) - 1),
+        ("base+2", 4, 2),
+        (f"{REVISIONS[2]}-1", 0, 2),
+    ],
+)
+def test_a_target_may_be_relative(target: str, at: int, number: int) -> None:
+    """A revision, the beginning of one, `head` and `base` are targets, with or without steps."""
+    assert migrations_to(target, at) == number
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["", "@", "nonsense", "heads@base", "head+1", "-3", "+9", "base-1", " head", "9b3f6d20c7e8x"],
+)
+def test_other_targets_are_refused(target: str) -> None:
+    """Anything else is not a revision, whatever Alembic makes of it."""
+    with pytest.raises(InvalidSettings, match="revision"):
+        migrations_to(target, 2)
+
+
+def test_revisions_are_recorded_as_alembic_records_them(empty_url: str) -> None:
+    """The version table is the one that Alembic's own command creates."""
+
+    def version_table(connection: Connection) -> tuple[str, ...]:
+        found = inspect(connection)
+        columns = [{**column, "type": str(column["type"])} for column in found.get_columns(table)]
+        rows = connection.execute(text(f"SELECT * FROM {table}")).all()
+        return str(columns), str(found.get_pk_constraint(table)), str(rows)
+
+    def drop(connection: Connection) -> None:
+        connection.execute(text(f"DROP TABLE {table}"))
+        connection.commit()
+
+    table = VERSION_TABLE
+    assert _alembic(empty_url, "upgrade", "head").returncode == 0
+    by_alembic = asyncio.run(_inspected(empty_url, version_table))
+    asyncio.run(migrate.downgrade(empty_url, "base"))
+    asyncio.run(_inspected(empty_url, drop))
+    asyncio.run(migrate.upgrade(empty_url))
+    assert asyncio.run(_inspected(empty_url, version_table)) == by_alembic
 
 
 async def test_no_server_is_a_typed_error() -> None:
@@ -564,7 +626,7 @@ def test_autogenerate_makes_an_empty_revision(empty_url: str, tmp_path: Path) ->
     )
     result = _alembic(empty_url, "revision", "--autogenerate", "-m", "nothing new", root=copied)
     assert result.returncode == 0, result.stderr
-    (made,) = (copied / "migrations" / "versions").glob("*nothing_new.py")
+    made = copied / "incidentkit" / "store" / "migrations" / "nothing_new.py"
     assert made.read_text().count("    pass\n") == 2
 
 

@@ -78,9 +78,10 @@ The hook is set before the client opens, because a thread takes the hook that is
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Return the files of a package by module name."""
+    """Return the files of a package by module name, without the hooks that PyInstaller runs."""
     found = {}
-    for file in sorted(package.rglob("*.py")):
+    files = (file for file in package.rglob("*.py") if file.parent.name != "__pyinstaller")
+    for file in sorted(files):
         parts = file.relative_to(package.parent).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return found

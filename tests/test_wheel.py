@@ -2,126 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import sysconfig
-import tarfile
-import venv
-import zipfile
-from email import message_from_bytes
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import pytest
-from attrs import frozen
-
-import incidentkit
 from incidentkit.store.schema import SCHEMA_REVISION
-
-if TYPE_CHECKING:
-    from email.message import Message
-
-ROOT = Path(__file__).resolve().parent.parent
-VERSION = incidentkit.__version__
-DIST_INFO = f"incidentkit-{VERSION}.dist-info"
-
-
-@frozen
-class Distributions:
-    """The published distributions."""
-
-    sdist: Path
-    wheel: Path
-
-    @property
-    def wheel_files(self) -> dict[str, bytes]:
-        """The files of the wheel, by name."""
-        with zipfile.ZipFile(self.wheel) as archive:
-            return {name: archive.read(name) for name in archive.namelist()}
-
-    @property
-    def sdist_files(self) -> set[str]:
-        """The names of the files of the sdist, below its one folder."""
-        with tarfile.open(self.sdist) as archive:
-            names = [Path(name).parts for name in archive.getnames()]
-        assert {parts[0] for parts in names} == {f"incidentkit-{VERSION}"}
-        return {Path(*parts[1:]).as_posix() for parts in names}
-
-    @property
-    def metadata(self) -> Message:
-        """The metadata of the wheel."""
-        return message_from_bytes(self.wheel_files[f"{DIST_INFO}/METADATA"])
-
-
-def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
-    """Run a command that must succeed, and return its output."""
-    process = subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
-
-
-def build(source: Path, target: str, into: Path) -> Path:
-    """Build a distribution of the source with the tool that pip would use."""
-    run(sys.executable, "-m", "hatchling", "build", "-t", target, "-d", into, cwd=source)
-    (built,) = into.iterdir()
-    return built
-
-
-def unpacked(sdist: Path, into: Path) -> Path:
-    """Unpack the sdist, and return its folder."""
-    run(sys.executable, "-m", "tarfile", "-e", sdist, into, cwd=into)
-    return into / f"incidentkit-{VERSION}"
-
-
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
-    """The wheel and the sdist of the checkout."""
-    return Distributions(
-        build(ROOT, "sdist", tmp_path_factory.mktemp("sdist")),
-        build(ROOT, "wheel", tmp_path_factory.mktemp("wheel")),
-    )
-
-
-def run_installed(program: Path, *arguments: str, cwd: Path) -> str:
-    """Run a program of the environment without variables that could lead to the checkout."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return run(program, *arguments, cwd=cwd, env=env)
-
-
-@pytest.fixture(scope="module")
-def environment(distributions: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a virtual environment with the wheel and its dependencies."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, symlinks=True)
-    programs = folder / "bin"
-    pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install")
-    offline = ("--no-deps", "--no-index", "--disable-pip-version-check", "--no-cache-dir")
-    run(*pip, *offline, distributions.wheel, cwd=folder)
-    # Nested .pth files are not read, so an editable install of the checkout stays hidden.
-    (packages,) = folder.glob("lib/python*/site-packages")
-    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (packages / "dependencies.pth").write_text("\n".join(paths), "utf-8")
-    return programs
+from tests.distributions import (
+    DIST_INFO,
+    ROOT,
+    VERSION,
+    Distributions,
+    build,
+    run_installed,
+    unpacked,
+)
 
 
 def test_wheel_holds_the_package_and_its_migrations(distributions: Distributions) -> None:
     """The wheel holds every module, every migration and `py.typed`, and nothing else."""
-
-    def sources(folder: str) -> set[str]:
-        files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
-        return {
-            path.relative_to(ROOT).as_posix() for path in files if path.parent.name != "__pycache__"
-        }
-
+    files = (path for path in (ROOT / "incidentkit").rglob("*") if path.is_file())
+    sources = {
+        path.relative_to(ROOT).as_posix() for path in files if path.parent.name != "__pycache__"
+    }
     found = {name for name in distributions.wheel_files if not name.startswith(f"{DIST_INFO}/")}
-    assert found == sources("incidentkit") | {f"incidentkit/{n}" for n in sources("migrations")}
+    assert found == sources
     assert "incidentkit/py.typed" in found
-    assert "incidentkit/migrations/env.py" in found
-    assert "incidentkit/migrations/script.py.mako" in found
-    assert "incidentkit/migrations/versions/dadc1db062ae_origin.py" in found
+    assert "incidentkit/store/migrations/origin.py" in found
 
 
 def test_sdist_holds_what_it_takes_to_build_and_test(distributions: Distributions) -> None:
@@ -184,7 +88,7 @@ async def main():
     print(await migrate.current("sqlite+aiosqlite:///incidentkit.db"))
 
 asyncio.run(main())
-print(migrate.script_location())
+print(migrate.__file__)
 """
 
 
@@ -197,11 +101,11 @@ def test_wheel_works_in_memory(environment: Path, tmp_path: Path) -> None:
 
 
 def test_wheel_brings_its_migrations(environment: Path, tmp_path: Path) -> None:
-    """A new SQLite file gets the newest schema from the scripts inside the wheel."""
+    """A new SQLite file gets the newest schema from the migrations inside the wheel."""
     printed = run_installed(environment / "python", "-I", "-c", IN_A_FILE, cwd=tmp_path)
-    revision, scripts = printed.splitlines()
+    revision, module = printed.splitlines()
     assert revision == SCHEMA_REVISION
-    assert Path(scripts).is_relative_to(environment.parent)
+    assert Path(module).is_relative_to(environment.parent)
     assert (tmp_path / "incidentkit.db").is_file()
 
 

@@ -15,7 +15,7 @@ from incidentkit.domain.errors import StoreError
 from incidentkit.domain.values import FeedBlocker
 from incidentkit.opening import migrations, store_from_url
 from incidentkit.settings import Settings
-from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
+from incidentkit.store.schema import SCHEMA_REVISION, migrations_below, migrations_to
 
 
 @click.group()
@@ -52,23 +52,13 @@ def downgrade(settings: Settings, revision: str, *, yes: bool) -> None:
     incident table with all its rows, after a confirmation.
     """
     at = None if yes else asyncio.run(migrations().current(settings.database_url))
-    if at is not None and _drops_incidents(revision, at):
+    if at is not None and migrations_to(revision, migrations_below(at)) == 0:
         warning = f"a downgrade to {revision} drops the incident table with all its rows"
         if sys.stdin is None or not sys.stdin.isatty():
             raise Refused([f"{warning}: add --yes to confirm"])
         click.confirm(f"{warning.capitalize()}. Continue?", abort=True, err=True)
     asyncio.run(migrations().downgrade(settings.database_url, revision))
     _write_revision(settings)
-
-
-def _drops_incidents(revision: str, at: str) -> bool:
-    """Return whether a downgrade to a revision, absolute or relative, ends below the origin's."""
-    start, dash, steps = revision.rpartition("-")
-    if not (dash and steps.isdecimal()):
-        return revision.rpartition("@")[2] == "base"
-    known = [number for number, name in enumerate(REVISIONS) if name.startswith(start or at)]
-    # Any other start counts from the newest, as in `head-1`, or is refused by Alembic.
-    return int(steps) > (known[0] if known else len(REVISIONS) - 1)
 
 
 @db.command()

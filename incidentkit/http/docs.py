@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
-from pathlib import Path
+from importlib.resources.abc import Traversable
 from typing import Final
 
 from starlette.exceptions import HTTPException
@@ -65,18 +65,21 @@ SwaggerUIBundle({
 
 
 @cache
-def assets_folder() -> Path:
-    """Return the folder of Swagger UI's files.
+def assets_folder() -> Traversable:
+    """Return the folder of Swagger UI's files, which may be in a zip file.
 
     Raises:
-        MissingDependency: If their package is not installed.
+        MissingDependency: If their package is not installed, or lacks one of the files.
     """
     try:
-        return Path(import_module("swagger_ui_bundle").swagger_ui_path)
+        folder: Traversable = import_module("swagger_ui_bundle").swagger_ui_path
     except ModuleNotFoundError as error:
         if error.name != "swagger_ui_bundle":
             raise
         raise MissingDependency("swagger-ui-bundle-v2", extra="server") from error
+    if not all((folder / name).is_file() for name in MEDIA_TYPES if name != START_SCRIPT):
+        raise MissingDependency("swagger-ui-bundle-v2", extra="server")
+    return folder
 
 
 def page() -> Response:

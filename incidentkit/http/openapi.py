@@ -25,6 +25,7 @@ from incidentkit.domain.values import (
     EventKind,
     Incident,
     IncidentEvent,
+    IncidentOrder,
     IncidentSource,
     IncidentStatus,
     SearchPage,
@@ -103,6 +104,28 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (RequestLogHealth, "dropped"): {"minimum": 0},
 }
 """Rules and descriptions of fields, beyond their types."""
+
+DESCRIPTIONS: Final[dict[type[Any], str]] = {
+    IncidentSource: "Who reported an incident.",
+    IncidentStatus: "The status of an incident.",
+    IncidentOrder: "The order of a search, by created_at and then by id.",
+    EventKind: "What happened to an incident.",
+    State: "The state of a part of the service.",
+    NewIncident: "An incident to create.",
+    NewNote: "A note to add to the history of an incident.",
+    Incident: "An incident as it is stored.",
+    IncidentEvent: "One change of an incident, recorded in the same transaction.",
+    ChangePage: "Some changes, and the cursor to continue from.",
+    SearchPage: "One page of a search.",
+    FieldError: "An invalid field, and the rule that it breaks.",
+    Problem: "The content of an answer with an error.",
+    Conflict: "The incident that does not allow a change.",
+    Health: "The state of one part.",
+    SchemaHealth: "The state of the database's schema.",
+    RequestLogHealth: "The state of the request log in the database.",
+    Readiness: "Whether the service is ready, and the state of each part.",
+}
+"""What each schema describes; docstrings would be missing under ``python -OO``."""
 
 CLOSED: Final = (NewIncident, NewNote)
 """Models whose unknown fields are refused."""
@@ -375,7 +398,7 @@ _PLAIN: Final[dict[Any, Json]] = {
 def _enum(type_: type[StrEnum]) -> Json:
     return {
         "type": "string",
-        "description": _summary(type_),
+        "description": DESCRIPTIONS[type_],
         "enum": [member.value for member in type_],
     }
 
@@ -393,12 +416,8 @@ def _model(type_: type[Any], schemas: Json) -> Json:
             properties[name]["default"] = attribute.default
     return {
         "type": "object",
-        "description": _summary(type_),
+        "description": DESCRIPTIONS[type_],
         "required": required,
         "properties": properties,
         **({"additionalProperties": False} if type_ in CLOSED else {}),
     }
-
-
-def _summary(type_: type[Any]) -> str:
-    return (type_.__doc__ or "").partition("\n")[0]

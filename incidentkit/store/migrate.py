@@ -1,11 +1,10 @@
-"""Migrate the schema, with the Alembic scripts in ``migrations``.
+"""Migrate the schema.
 
 Alembic blocks the event loop that it runs on. A migration therefore runs in a thread, on an event
 loop of its own.
 
-Alembic keeps its context in module globals, so only one migration runs at a time in a process.
-Across processes, the transaction of a migration holds a lock from its start (see
-``migrations/env.py``).
+Alembic keeps its operations in module globals, so only one migration runs at a time in a process.
+Across processes, the transaction of a migration holds a lock from its start.
 """
 
 from __future__ import annotations
@@ -19,20 +18,24 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import asyncpg
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from sqlalchemy import (
+    Column,
     Connection,
+    MetaData,
     NullPool,
+    PrimaryKeyConstraint,
     String,
+    Table,
     column,
     create_engine,
+    delete,
     event,
+    insert,
     inspect,
     select,
     table,
@@ -44,6 +47,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store.database import DatabaseKind, database_kind
+from incidentkit.store.migrations import MIGRATIONS
 from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import (
     OPERATORS_CLASSES,
@@ -54,7 +58,15 @@ from incidentkit.store.postgresql.errors import (
 from incidentkit.store.postgresql.poolers import find_pooler
 from incidentkit.store.postgresql.statements import SELECT_STRANDED, SHIFT
 from incidentkit.store.postgresql.url import Server, parse_url, refused_parameter
-from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE, check_revision
+from incidentkit.store.schema import (
+    REVISIONS,
+    SCHEMA_REVISION,
+    VERSION_TABLE,
+    check_revision,
+    in_the_way,
+    migrations_below,
+    migrations_to,
+)
 from incidentkit.store.sql.tables import incident_table
 from incidentkit.store.sqlite.errors import PRIMARY_CODE
 from incidentkit.store.sqlite.errors import translate_error as translate_sqlite
@@ -79,6 +91,20 @@ MIGRATION_LOCK_TIMEOUT: Final = 60.0
 TABLE_LOCK_TIMEOUT: Final = 10.0
 """Seconds to wait for other users of a table, while further ones queue behind the migration."""
 
+LOCK_KEY: Final = 0x696E636964656E74
+"""The key of the advisory lock for migrations on PostgreSQL: "incident" in ASCII."""
+
+OPTIONS: Final[dict[str, Any]] = {"version_table": VERSION_TABLE, "transactional_ddl": True}
+"""How Alembic runs the migrations."""
+
+version_table: Final = Table(
+    VERSION_TABLE,
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
+)
+"""The table as Alembic creates it."""
+
 _DRIVER_ERRORS: Final = (
     SQLAlchemyError,
     sqlite3.Error,
@@ -91,13 +117,6 @@ _T = TypeVar("_T")
 
 logger = logging.getLogger("incidentkit.store")
 _migrating = threading.Lock()
-
-
-def script_location() -> Path:
-    """Return the folder of the Alembic scripts: in the installed package, or beside it."""
-    package = Path(__file__).resolve().parent.parent
-    shipped = package / "migrations"
-    return shipped if shipped.is_dir() else package.parent / "migrations"
 
 
 def migration_engine(database_url: str) -> AsyncEngine:
@@ -167,7 +186,7 @@ async def downgrade(database_url: str, revision: str = "-1") -> None:
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _in_thread(partial(run, database_url, partial(_run, command.downgrade, revision)))
+    await _in_thread(partial(run, database_url, partial(_down, revision)))
 
 
 async def current(database_url: str) -> str | None:
@@ -200,13 +219,13 @@ async def upgrade_memory(engine: AsyncEngine) -> None:
     """
     async with _alone():
         with _translated("sqlite", IN_MEMORY):
-            await _run_on(engine, partial(_run, command.upgrade, "head"))
+            await _run_on(engine, partial(_up, "head"))
 
 
 def upgrade_connection(connection: Connection) -> None:
     """Create the schema in the SQLite database of a connection."""
     with _migrating:
-        _run(command.upgrade, "head", connection)
+        _up("head", connection)
 
 
 def current_revision(connection: Connection) -> str | None:
@@ -244,17 +263,10 @@ def adopt(connection: Connection) -> str | None:
     return revision
 
 
-def in_the_way(name: str) -> StoreError:
-    """Return the error for a foreign table with the name of one of incidentkit's."""
-    return StoreError(
-        f'a table "{name}" that neither incidentkit nor the origin\'s migrations made is in the way'
-    )
-
-
 def _upgrade(revision: str, connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         _check_encoding(connection)
-    _run(command.upgrade, revision, connection)
+    _up(revision, connection)
     at = current_revision(connection)
     connection.rollback()
     if connection.dialect.name == "postgresql" and at == SCHEMA_REVISION:
@@ -295,25 +307,62 @@ def put_in_order(connection: Connection) -> None:
             connection.execute(statement, {"latest": latest})
 
 
-def _run(run: Callable[[Config, str], None], revision: str, connection: Connection) -> None:
-    if not revision:
-        raise InvalidSettings("revision", "must not be empty")
-    config = Config()
-    config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    at = current_revision(connection)
-    # Ends the transaction that only read: the migration begins its own.
+def wait_for_locks(connection: Connection, seconds: float) -> None:
+    """Limit the wait for locks, since readers queue behind a migration that waits for a table."""
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
+
+
+def prepare(connection: Connection) -> None:
+    """Lock a database, and take it over from the origin; the first step of a migration.
+
+    Raises:
+        StoreError: If a foreign table is in the way.
+    """
+    if connection.dialect.name == "postgresql":
+        wait_for_locks(connection, MIGRATION_LOCK_TIMEOUT)
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
+        wait_for_locks(connection, TABLE_LOCK_TIMEOUT)
+    revision = adopt(connection)
+    if revision is not None:
+        record_revision(connection, revision)
+
+
+def record_revision(connection: Connection, revision: str | None) -> None:
+    """Record the revision of a database, as Alembic does."""
+    version_table.create(connection, checkfirst=True)
+    connection.execute(delete(version_table))
+    if revision is not None:
+        connection.execute(insert(version_table).values(version_num=revision))
+
+
+@contextmanager
+def _migration(connection: Connection) -> Iterator[int]:
+    """Begin the transaction of a migration, and yield how many led to the schema as it is."""
+    # Refuses a newer schema without a lock.
+    migrations_below(current_revision(connection))
+    # Ends the transaction that only read: Alembic begins its own.
     connection.rollback()
-    if at is not None and at not in REVISIONS:
-        check_revision(at)
-    try:
-        run(config, revision)
-    except CommandError as error:
-        raise InvalidSettings("revision", f"cannot be reached: {error}") from error
-    except AssertionError as error:
-        # Alembic raises it for a revision such as "@" or "head+1".
-        raise InvalidSettings("revision", "cannot be reached") from error
+    context = MigrationContext.configure(connection, opts=OPTIONS)
+    with context.begin_transaction(), Operations.context(context):
+        prepare(connection)
+        yield migrations_below(current_revision(connection))
+
+
+def _up(target: str, connection: Connection) -> None:
+    with _migration(connection) as at:
+        for number in range(at, migrations_to(target, at)):
+            MIGRATIONS[number].upgrade()
+            record_revision(connection, REVISIONS[number])
+
+
+def _down(target: str, connection: Connection) -> None:
+    with _migration(connection) as at:
+        to = migrations_to(target, at)
+        if to > at:
+            raise InvalidSettings("revision", "cannot be reached: it is newer than the database")
+        for number in reversed(range(to, at)):
+            MIGRATIONS[number].downgrade()
+            record_revision(connection, REVISIONS[number - 1] if number else None)
 
 
 async def _in_thread(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:

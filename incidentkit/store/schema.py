@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
-from incidentkit.domain.errors import SchemaOutOfDate
+from incidentkit.domain.errors import InvalidSettings, SchemaOutOfDate, StoreError
 
 REVISIONS: Final = (
     "dadc1db062ae",
@@ -14,13 +15,18 @@ REVISIONS: Final = (
     "9b3f6d20c7e8",
     "c7d15a82e9b4",
 )
-"""Every revision in ``migrations``, oldest first. The first is that of the origin, Incident API."""
+"""Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
+
+The first is that of the origin, Incident API.
+"""
 
 SCHEMA_REVISION: Final = REVISIONS[-1]
 """The revision that the statements work on."""
 
 VERSION_TABLE: Final = "incidentkit_version"
 """The table that records the revision, separate from a host's own ``alembic_version``."""
+
+_TARGET: Final = re.compile(r"(?P<start>\w*)(?P<steps>[+-][0-9]{1,9})?", re.ASCII)
 
 
 def check_revision(current: str | None) -> None:
@@ -34,3 +40,54 @@ def check_revision(current: str | None) -> None:
     newer = current is not None and current not in REVISIONS
     command = "pip install --upgrade incidentkit" if newer else "incidentkit db upgrade"
     raise SchemaOutOfDate(current, SCHEMA_REVISION, command)
+
+
+def migrations_below(current: str | None) -> int:
+    """Return how many migrations lead to the revision of a database, or 0 if it has none.
+
+    Raises:
+        SchemaOutOfDate: If only a newer version of incidentkit knows the revision.
+    """
+    if current is None:
+        return 0
+    if current not in REVISIONS:
+        check_revision(current)
+    return REVISIONS.index(current) + 1
+
+
+def migrations_to(target: str, at: int) -> int:
+    """Return how many migrations lead from an empty database to a target.
+
+    Args:
+        target: ``head``, ``base``, a revision or the beginning of one, with or without a number of
+            steps after it, as in ``head-1``. Steps alone, as in ``-1``, count from ``at``.
+        at: How many migrations lead to the revision of the database.
+
+    Raises:
+        InvalidSettings: If there is no such revision.
+    """
+    if not target:
+        raise InvalidSettings("revision", "must not be empty")
+    parts = _TARGET.fullmatch(target)
+    found = parts and _number(parts["start"], at)
+    if parts is None or found is None:
+        raise InvalidSettings("revision", f"must be head, base, or one of {', '.join(REVISIONS)}")
+    reached = found + int(parts["steps"] or 0)
+    if not 0 <= reached <= len(REVISIONS):
+        raise InvalidSettings("revision", "cannot be reached: there are fewer steps")
+    return reached
+
+
+def _number(name: str, at: int) -> int | None:
+    numbers = {"": at, "base": 0, "head": len(REVISIONS), "heads": len(REVISIONS)}
+    if name in numbers:
+        return numbers[name]
+    known = [n for n, revision in enumerate(REVISIONS, 1) if revision.startswith(name)]
+    return known[0] if len(known) == 1 else None
+
+
+def in_the_way(name: str) -> StoreError:
+    """Return the error for a foreign table with the name of one of incidentkit's."""
+    return StoreError(
+        f'a table "{name}" that neither incidentkit nor the origin\'s migrations made is in the way'
+    )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
@@ -11,7 +14,7 @@ import pytest
 
 from incidentkit import IncidentClient, MissingDependency
 from incidentkit.http import create_app
-from incidentkit.http.docs import assets_folder
+from incidentkit.http.docs import START_SCRIPT, _file, assets_folder
 from tests.http.conftest import MEMORY, Serve
 
 if TYPE_CHECKING:
@@ -110,6 +113,34 @@ def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         create_app(IncidentClient.open(MEMORY))
     assert raised.value.package == "swagger-ui-bundle-v2"
     assert raised.value.extra == "server"
+
+
+def test_the_package_lacks_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a frozen program left the files of Swagger UI out, creating the app says so."""
+    assets_folder.cache_clear()
+    monkeypatch.setitem(sys.modules, "swagger_ui_bundle", SimpleNamespace(swagger_ui_path=tmp_path))
+    with pytest.raises(MissingDependency, match="swagger-ui-bundle-v2"):
+        create_app(IncidentClient.open(MEMORY))
+
+
+def test_the_package_is_in_a_zip_file(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of Swagger UI are served from a zip file too."""
+    assets_folder.cache_clear()
+    with zipfile.ZipFile(tmp_path / "swagger.zip", "w") as archive:
+        for name in (Path(link).name for link in MEDIA_TYPES):
+            if name != START_SCRIPT:
+                archive.writestr(f"ui/{name}", name)
+    folder = zipfile.Path(tmp_path / "swagger.zip", "ui/")
+    _file.cache_clear()
+    monkeypatch.setitem(sys.modules, "swagger_ui_bundle", SimpleNamespace(swagger_ui_path=folder))
+    try:
+        api = serve(create_app(IncidentClient.open(MEMORY)))
+        assert api.get("/docs/swagger-ui.css").text == "swagger-ui.css"
+    finally:
+        assets_folder.cache_clear()
+        _file.cache_clear()
 
 
 def test_the_package_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from incidentkit.store.migrate import in_the_way
+from incidentkit.store.schema import in_the_way
 
 revision = "b27d4f0c1a96"
 down_revision = "5c1f0e9b7a34"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from incidentkit.store.migrate import in_the_way
+from incidentkit.store.schema import in_the_way
 
 revision = "9b3f6d20c7e8"
 down_revision = "e4a81c3f5d27"

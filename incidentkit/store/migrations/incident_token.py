@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from incidentkit.store.migrate import in_the_way
+from incidentkit.store.schema import in_the_way
 
 revision = "e4a81c3f5d27"
 down_revision = "b27d4f0c1a96"

@@ -1,0 +1,5 @@
+"""Collect the protocol, which Uvicorn loads by name."""
+
+from __future__ import annotations
+
+hiddenimports = ["incidentkit.cli.protocol"]
