@@ -237,12 +237,14 @@ async def test_a_url_says_whether_to_prepare(value: str, migrated_postgres_url: 
     await migrate.check(url)
 
 
-@pytest.mark.parametrize("value", ["", "true", "ON", "off&prepared_statements=no"])
+@pytest.mark.parametrize("value", ["true", "ON", "off&prepared_statements=no"])
 def test_a_url_with_another_value_is_refused(value: str) -> None:
     """The error names the parameter and its values, for clients and migrations."""
     url = f"postgresql://localhost/incidents?prepared_statements={value}"
     for use in (IncidentClient.open, migrate.migration_engine):
-        with pytest.raises(InvalidSettings, match=r"prepared_statements.* auto, on or off"):
+        with pytest.raises(
+            InvalidSettings, match="prepared_statements that is none of: auto, on, off"
+        ):
             use(url)
 
 

@@ -135,6 +135,7 @@ def migration_engine(database_url: str) -> AsyncEngine:
 
 
 async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
+    connection: asyncpg.Connection[asyncpg.Record]
     try:
         connection = await asyncpg.connect(
             **{"timeout": CONNECT_TIMEOUT, **server.arguments}, statement_cache_size=0

@@ -283,7 +283,9 @@ def _timeout(parameters: dict[str, str]) -> dict[str, float | None]:
 def _prepared_statements(parameters: dict[str, str]) -> bool | None:
     value = parameters.pop("prepared_statements", "auto")
     if value not in PREPARED_STATEMENTS:
-        raise _invalid(f"has a prepared_statements that is none of: {', '.join(PREPARED_STATEMENTS)}")
+        raise _invalid(
+            f"has a prepared_statements that is none of: {', '.join(PREPARED_STATEMENTS)}"
+        )
     return PREPARED_STATEMENTS[value]
 
 
