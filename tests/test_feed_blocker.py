@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 
 from incidentkit import ClientClosed, FeedBlocker, IncidentClient
 from incidentkit.cli.text import held_up
@@ -126,7 +127,7 @@ async def test_a_prepared_transaction_is_named(
         prepared_at = await host.fetchval("SELECT prepared FROM pg_prepared_xacts")
     await client.create("Line is down", source="partner")
     database = urlsplit(two_phase_url).path.strip("/")
-    blocker = await client.feed_blocker()
+    blocker = await blocker_of(client)
     assert blocker == FeedBlocker(
         prepared_at, None, "order 17", database, "postgres", None, None, waiting=True
     )
@@ -273,14 +274,17 @@ def test_db_check_succeeds_without_the_right_to_look(two_phase_url: str) -> None
     """If the feed cannot be asked, `db check` says so, and still succeeds."""
     with psycopg.connect(two_phase_url, autocommit=True) as host:
         role = f"blind_{host.info.backend_pid}"
-        host.execute(f"CREATE ROLE {role} LOGIN")
-        host.execute(f"GRANT SELECT ON incidentkit_version, incident_event TO {role}")
-        host.execute("REVOKE SELECT ON pg_stat_activity FROM public")
+        for statement in (
+            SQL("CREATE ROLE {} LOGIN"),
+            SQL("GRANT SELECT ON incidentkit_version, incident_event TO {}"),
+            SQL("REVOKE SELECT ON pg_stat_activity FROM public"),
+        ):
+            host.execute(statement.format(Identifier(role)))
         try:
             (line,) = check(two_phase_url.replace("postgres@", f"{role}@"))
         finally:
-            host.execute(f"DROP OWNED BY {role}")
-            host.execute(f"DROP ROLE {role}")
+            for statement in (SQL("DROP OWNED BY {}"), SQL("DROP ROLE {}")):
+                host.execute(statement.format(Identifier(role)))
     assert line.startswith("Warning: cannot tell whether the change feed is held up: ")
 
 

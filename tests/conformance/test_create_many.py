@@ -20,6 +20,7 @@ from tests.conformance.refusals import refused
 from tests.feed import take
 
 if TYPE_CHECKING:
+    from incidentkit import Incident
     from tests.conformance.embodiments import Embodiment, Verbs
 
 
@@ -134,23 +135,23 @@ async def test_a_failure_keeps_the_batches_before_it(
 ) -> None:
     """The error holds the committed incidents; a retry with the key stores only the others."""
     await refuse_disk_19(embodiment)
+    stored: tuple[Incident, ...] = ()
     for _ in range(2):
         with pytest.raises(PartlyStored, match="first 15 of 23 incidents are known") as caught:
             await incidents.create_many(disks(23), batch=5, idempotency_key="import 7")
         error = caught.value
         assert isinstance(error.__cause__, StoreError)
         assert error.reason == str(error.__cause__)
-        assert [one.incident_message for one in error.incidents] == [
-            f"Disk {n} is full" for n in range(15)
-        ]
-        assert await incidents.list(limit=100) == [*error.incidents[::-1]]
+        stored = error.incidents
+        assert [one.incident_message for one in stored] == [f"Disk {n} is full" for n in range(15)]
+        assert await incidents.list(limit=100) == [*stored[::-1]]
     await embodiment.sql(
         "DROP TRIGGER refuse"
         if embodiment.on_sqlite
         else 'ALTER TABLE "Incident" DROP CONSTRAINT refuse'
     )
     created = await incidents.create_many(disks(23), batch=5, idempotency_key="import 7")
-    assert created[:15] == [*error.incidents]
+    assert created[:15] == [*stored]
     assert await incidents.list(limit=100) == created[::-1]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, assert_type
 
 from incidentkit import (
     ChangePage,
+    FeedBlocker,
     Incident,
     IncidentClient,
     IncidentEvent,
@@ -130,6 +131,7 @@ async def followed(incidents: IncidentClient) -> None:
         assert_type(incident, Incident)
     async for change in incidents.changes(after="latest"):
         assert_type(change, IncidentEvent)
+    assert_type(await incidents.feed_blocker(), FeedBlocker | None)
     assert_type(await incidents.read_changes(wait=1.5), ChangePage)
     assert_type(await incidents.purge(datetime.now(UTC)), int)
     with acting_as("alice"):
