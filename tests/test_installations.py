@@ -299,7 +299,10 @@ async def main():
         print([incident.incident_id for incident in await incidents.list()])
         page = await incidents.search(text="disk", total=True)
         print(len(page.incidents), page.total)
-        print(len((await incidents.read_changes()).changes))
+        async for event in incidents.changes():
+            print(event.kind)
+            if event.kind == "noted":
+                break
         await refused(incidents.read_changes("nonsense"))
         later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
         print(await incidents.purge(later))
