@@ -364,7 +364,8 @@ async def test_a_file_that_is_taken_away_under_a_waiting_write_is_told(
 
             monkeypatch.setattr(DatabaseFile, "check", checked)
             write = asyncio.ensure_future(client.create("Disk is full", source="monitoring"))
-            await began.wait()
+            async with asyncio.timeout(60):
+                await began.wait()
             move(path)
             other.execute("ROLLBACK")
         with pytest.raises(StoreUnavailable, match="moved, deleted or replaced"):
