@@ -174,6 +174,8 @@ class OwnConnections:
 
     def _discard(self, connection: PostgresConnection) -> None:
         """Let another connection take the place of one that has ended."""
+        # Its end may not have been read yet.
+        connection.terminate()
         self._open.discard(connection)
         self._connecting += 1
         self._leave_place()

@@ -44,24 +44,26 @@ LOCK: Final = text("DELETE FROM incident_idempotency_key WHERE 0")
 
 def _insert_incident(*, or_count: bool) -> ReturningInsert[*tuple[Any, ...]]:
     status = text_parameter("incident_type", _columns.incident_type)
-    statement = insert_or(incident_table).values(
-        incident_message=bindparam("incident_message", type_=String()),
-        incident_type=status,
-        source=text_parameter("source", _columns.source),
-        dedup_key=bindparam("dedup_key", type_=String()),
-        ended_at=case((status != literal_column("'new'"), current_second())),
-    )
-    if or_count:
-        statement = statement.on_conflict_do_update(
-            index_elements=[_columns.dedup_key],
-            index_where=_open_with_key,
-            set_={
-                "version": _columns.version + literal_column("1"),
-                "occurrences": _columns.occurrences + literal_column("1"),
-                "last_seen_at": current_second(),
-            },
-        )
-    return statement.returning(*INCIDENT)
+    values = {
+        "incident_message": bindparam("incident_message", type_=String()),
+        "incident_type": status,
+        "source": text_parameter("source", _columns.source),
+        "dedup_key": bindparam("dedup_key", type_=String()),
+        "ended_at": case((status != literal_column("'new'"), current_second())),
+    }
+    if not or_count:
+        # SQLAlchemy 2.0 compiles an insert of its SQLite dialect again for each call.
+        return insert(incident_table).values(values).returning(*INCIDENT)
+    counted = insert_or(incident_table).values(values)
+    return counted.on_conflict_do_update(
+        index_elements=[_columns.dedup_key],
+        index_where=_open_with_key,
+        set_={
+            "version": _columns.version + literal_column("1"),
+            "occurrences": _columns.occurrences + literal_column("1"),
+            "last_seen_at": current_second(),
+        },
+    ).returning(*INCIDENT)
 
 
 INSERT_INCIDENT: Final = {
