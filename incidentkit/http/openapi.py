@@ -122,6 +122,7 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
     Conflict: "The incident that does not allow a change.",
     Health: "The state of one part.",
     SchemaHealth: "The state of the database's schema.",
+    FeedHealth: "Whether changes are delivered at once.",
     RequestLogHealth: "The state of the request log in the database.",
     Readiness: "Whether the service is ready, and the state of each part.",
 }
