@@ -455,7 +455,11 @@ def test_a_command_names_a_file_that_cannot_be_used(command: list[str], tmp_path
 )
 async def test_an_empty_name_is_no_database(url: str) -> None:
     """A URL whose file is an empty variable is refused with what to write, never kept in memory."""
-    for work in (IncidentClient.open, lambda url: asyncio.run(migrate.upgrade(url))):
+    works: list[Callable[[str], object]] = [
+        IncidentClient.open,
+        lambda url: asyncio.run(migrate.upgrade(url)),
+    ]
+    for work in works:
         with pytest.raises(InvalidSettings, match=r"names no file .*:memory:"):
             await asyncio.to_thread(work, url)
 

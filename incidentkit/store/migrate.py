@@ -376,7 +376,8 @@ async def _in_thread(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
 
     async def run() -> _T:
         task = asyncio.ensure_future(work())
-        cancelling.set_result(partial(task.get_loop().call_soon_threadsafe, task.cancel))
+        loop = task.get_loop()
+        cancelling.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
         return await task
 
     running = asyncio.ensure_future(asyncio.to_thread(lambda: asyncio.run(run())))

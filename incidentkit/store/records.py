@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial, wraps
 from inspect import signature
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from attrs import fields
 from sqlalchemy import Executable
@@ -52,8 +52,7 @@ from incidentkit.store.sql.rows import (
 from incidentkit.store.turns import Key, Turns
 from incidentkit.wire.encoding import encode_incident, encode_incidents
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R", bound="Records")
+_Operation = TypeVar("_Operation", bound=Callable[..., Awaitable[Any]])
 _T = TypeVar("_T")
 
 PLACES_KEPT: Final = timedelta(days=30)
@@ -92,13 +91,11 @@ class Sharing(Protocol):
         ...
 
 
-def names_database(
-    operation: Callable[Concatenate[_R, _P], Awaitable[_T]],
-) -> Callable[Concatenate[_R, _P], Coroutine[Any, Any, _T]]:
+def names_database(operation: _Operation) -> _Operation:
     """Make an operation name the database in its errors, and the field that it cannot store."""
 
     @wraps(operation)
-    async def run(records: _R, /, *arguments: _P.args, **options: _P.kwargs) -> _T:
+    async def run(records: Records, /, *arguments: Any, **options: Any) -> Any:
         try:
             return await operation(records, *arguments, **options)
         except StoreError as error:
@@ -106,7 +103,8 @@ def names_database(
             records.explain(error, given)
             raise
 
-    return run
+    named: Any = run
+    return cast("_Operation", named)
 
 
 class Records:
