@@ -20,6 +20,7 @@ __all__ = [
     "Abandonable",
     "Affinity",
     "Severable",
+    "check_loop_of",
     "check_running_loop",
     "keep",
     "running_loop",
@@ -158,6 +159,24 @@ def check_running_loop() -> AbstractEventLoop:
     if loop is None:
         raise WrongEventLoop(NO_LOOP)
     return loop
+
+
+def check_loop_of(host: object, name: str) -> None:
+    """Raise unless a connection or a pool of asyncpg belongs to the running event loop.
+
+    Args:
+        host: The connection or the pool, which asyncpg has no public name for the loop of.
+        name: What it is.
+
+    Raises:
+        WrongEventLoop: If it belongs to another one.
+    """
+    loop = getattr(host, "_loop", None)
+    if loop is not None and loop is not running_loop():
+        raise WrongEventLoop(
+            f"The {name} belongs to another event loop: use it, and the client, on the event loop "
+            f"that opened it"
+        )
 
 
 def sever(transport: Any) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
 import httpx2
+import psutil
 import pytest
 from attrs import frozen
 
@@ -49,6 +50,12 @@ def outcome(program: subprocess.Popen[bytes]) -> tuple[int, str, str]:
         (out or b"").decode("utf-8", "backslashreplace"),
         (err or b"").decode(),
     )
+
+
+def open_connections() -> set[object]:
+    """Return the open network connections of this process."""
+    found = psutil.Process().net_connections("inet")
+    return {each.laddr for each in found if each.status == psutil.CONN_ESTABLISHED}
 
 
 @frozen

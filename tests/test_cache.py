@@ -19,6 +19,7 @@ from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.cache import INDEX_KEY, TTL, MemoryCache, cache_from_url
 from incidentkit.cache.redis import BATCH, MAX_PAGES, SOCKET_TIMEOUT, RedisCache
 from tests import servers
+from tests.programs import open_connections
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -767,3 +768,29 @@ async def test_a_client_that_decodes_its_answers_serves(redis_url: str) -> None:
         assert await cache.get(KEY) == '["é"]'.encode()
         await cache.clear()
         assert await cache.get(KEY) is None
+
+
+async def test_a_severed_cache_has_no_connection_and_can_be_abandoned(shared_url: str) -> None:
+    """`sever` ends every connection of this process without the event loop; `abandon` opens others.
+
+    The old connections are never finalized: in a forked process, that would harm the parent.
+    """
+    before = open_connections()
+    cache = cache_from_url(shared_url)
+    await asyncio.gather(*(cache.set(f"{KEY}:{number}", b"[]", TTL) for number in range(10)))
+    assert open_connections() > before
+    cache.sever()
+    assert open_connections() == before
+    cache.abandon()
+    assert await cache.get(f"{KEY}:0") == b"[]"
+    await cache.close()
+
+
+async def test_the_applications_redis_is_never_severed(redis_url: str) -> None:
+    """A client of the application keeps its connections when the cache is severed or abandoned."""
+    async with Redis.from_url(redis_url) as redis:
+        cache = RedisCache(redis)
+        await cache.set(KEY, b"[]", TTL)
+        cache.sever()
+        cache.abandon()
+        assert await redis.get(KEY) == b"[]"

@@ -198,10 +198,12 @@ def test_the_tests_of_a_host_pass() -> None:
     """What the page shows as tests of a host are tests, and they pass without a warning of ours."""
     files = [file for file in write_files("docs/how-to/embed.md") if file.startswith("test_")]
     assert files
+    scope = "asyncio_default_fixture_loop_scope=function"
+    plugins = ("-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin", "-o", scope)
     exit_code, out, err = outcome(
         start(
             *files,
-            program=["-W", "error", "-m", "pytest", "-p", "no:cacheprovider"],
+            program=["-W", "error", "-m", "pytest", *plugins],
             env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         )
     )

@@ -38,6 +38,7 @@ from incidentkit import (
     StoreUnavailable,
     UnknownCursor,
     VersionConflict,
+    WrongEventLoop,
 )
 from incidentkit.domain.commands import StatusChange
 
@@ -91,6 +92,11 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         UnknownCursor(),
         "The cursor is unknown in this database: start again without a cursor",
         {},
+    ),
+    (
+        WrongEventLoop("The client was opened on another event loop"),
+        "The client was opened on another event loop",
+        {"reason": "The client was opened on another event loop"},
     ),
     (
         PartlyStored([DISK], 10, "The database is unavailable: it did not answer in time"),
@@ -209,6 +215,7 @@ def test_one_small_tree() -> None:
         "PartlyStored": {},
         "NotInTransaction": {},
         "ClientClosed": {},
+        "WrongEventLoop": {},
         "InvalidSettings": {},
         "MissingDependency": {},
         "CacheUnavailable": {},

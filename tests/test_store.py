@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 from attrs import asdict
+from sqlalchemy import make_url
 from sqlalchemy.dialects.sqlite import dialect
 
 from incidentkit import (
@@ -24,18 +25,21 @@ from incidentkit import (
     StoreUnavailable,
 )
 from incidentkit.opening import store_on
-from incidentkit.store import RequestRecord, StoreOptions, store_from_url
+from incidentkit.store import RequestRecord, SearchQuery, StoreOptions, store_from_url
 from incidentkit.store.migrate import downgrade, upgrade
+from incidentkit.store.postgresql import errors as postgresql_errors
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.postgresql.pool import PoolExecutor
 from incidentkit.store.request_log import INSERT_REQUEST
+from incidentkit.store.sql.rows import EVENT_COLUMNS, read_event, read_incident, read_page
 from incidentkit.store.sql.statements import SELECT_PAGE
+from incidentkit.store.sqlite import errors as sqlite_errors
 from incidentkit.store.sqlite import threads as sqlite
 from incidentkit.store.sqlite.threads import ThreadsExecutor
-from tests.hosts import run_sql
+from tests.hosts import host_engine, run_sql
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from incidentkit.store.ports import IncidentStore
@@ -313,6 +317,58 @@ async def test_a_row_that_breaks_the_schema_is_a_typed_error(url: str) -> None:
     with pytest.raises(StoreError, match=refusal):
         _ = (await store.list(ListQuery())).incidents
     await store.close()
+
+
+@pytest.mark.parametrize("value", ["'yesterday'", "17"])
+@pytest.mark.parametrize("hosted", [False, True])
+async def test_a_time_that_cannot_be_read_is_a_typed_error(
+    sqlite_url: str, value: str, *, hosted: bool
+) -> None:
+    """A row of an SQLite file with another value for a time raises StoreError, on an engine too."""
+    async with host_engine(sqlite_url) as engine:
+        store = store_on(engine if hosted else sqlite_url)
+        await store.open()
+        await store.create(DISK_FULL)
+        await run_sql(sqlite_url, f'UPDATE "Incident" SET last_seen_at = {value}')
+        for read in (store.get(1), store.list(ListQuery()), store.search(SearchQuery())):
+            with pytest.raises(StoreError, match="a row holds what no incident can have"):
+                await read
+        await store.close()
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, KeyError, AttributeError, RuntimeError])
+@pytest.mark.parametrize(
+    "translate", [sqlite_errors.translate_error, postgresql_errors.translate_error]
+)
+def test_no_exception_of_a_driver_counts_as_a_corrupt_row(
+    error: type[Exception], translate: Callable[[Exception], StoreError]
+) -> None:
+    """Only the reading of a row says that a row is corrupt, not an exception around it."""
+    assert "row" not in translate(error("a future belongs to a different loop")).reason
+
+
+def _read_page(rows: Any) -> object:
+    return read_page(rows, ThreadsExecutor(make_url("sqlite://"), StoreOptions()))
+
+
+@pytest.mark.parametrize(
+    ("read", "rows"),
+    [
+        (read_incident, ()),
+        (read_incident, ("token",)),
+        (read_event, ()),
+        (read_event, range(len(EVENT_COLUMNS) - 1)),
+        (read_event, range(len(EVENT_COLUMNS) + 1)),
+        (_read_page, []),
+        (_read_page, [("token",)]),
+    ],
+)
+def test_rows_of_another_statement_do_not_count_as_corrupt(
+    read: Callable[[Any], object], rows: Any
+) -> None:
+    """Rows with too few or too many columns are a StoreError that does not blame the stored row."""
+    with pytest.raises(StoreError, match="another statement"):
+        read(rows)
 
 
 async def test_waiting_for_another_writer_ends(sqlite_url: str, tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ class IncidentCache(Protocol):
 
     A cache may raise any exception and may be slow: the client limits the time of each call, and
     continues without the cache while it fails.
+
+    A cache may also have two plain methods: ``abandon()`` releases every connection without the
+    event loop that opened it, which has ended. ``sever()`` disconnects a process that was just
+    forked, and must reach neither the server nor the event loop.
     """
 
     async def get(self, key: str) -> bytes | None:

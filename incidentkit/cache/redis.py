@@ -7,7 +7,6 @@ from asyncio import Semaphore
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, nullcontext
 from functools import partial
-from itertools import chain
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -306,15 +305,24 @@ def _open_sentinel(redis_url: str) -> _Opened:
 
 def _transports(redis: Redis | RedisCluster) -> Iterator[Any]:
     """Yield the transports of a client's connections, for which redis-py has no public names."""
-    if isinstance(redis, RedisCluster):
-        found = [getattr(node, "_connections", ()) for node in redis.get_nodes()]
-    else:
-        names = ("_available_connections", "_in_use_connections")
-        found = [getattr(redis.connection_pool, name, ()) for name in names]
-    for connection in chain.from_iterable(found):
+    for connection in _connections(redis):
         writer = getattr(connection, "_writer", None)
         if writer is not None:
             yield writer.transport
+
+
+def _connections(redis: Redis | RedisCluster) -> Iterator[Any]:
+    if isinstance(redis, RedisCluster):
+        for node in (*redis.get_nodes(), *redis.nodes_manager.startup_nodes.values()):
+            yield from getattr(node, "_connections", ())
+        return
+    pools = [redis.connection_pool]
+    manager = getattr(redis.connection_pool, "sentinel_manager", None)
+    if manager is not None:
+        pools += [sentinel.connection_pool for sentinel in manager.sentinels]
+    for pool in pools:
+        yield from getattr(pool, "_available_connections", ())
+        yield from getattr(pool, "_in_use_connections", ())
 
 
 def _options_of_hosts(redis_url: str, *, port: int) -> tuple[list[tuple[str, int]], dict[str, Any]]:

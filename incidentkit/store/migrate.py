@@ -1,7 +1,7 @@
 """Migrate the schema.
 
-Alembic blocks the event loop that it runs on. A migration therefore runs in a thread, on an event
-loop of its own.
+A migration blocks the event loop that it runs on. It therefore runs in a thread, on an event loop
+of its own.
 
 Alembic keeps its operations in module globals, so only one migration runs at a time in a process.
 Across processes, the transaction of a migration holds a lock from its start.
@@ -369,14 +369,17 @@ def _down(target: str, connection: Connection) -> None:
 async def _in_thread(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     """Run a coroutine in a thread, on an event loop of its own.
 
-    If the caller is cancelled, the coroutine is cancelled and awaited.
+    If the caller is cancelled, so is the coroutine, and its end is awaited.
+
+    Raises:
+        WrongEventLoop: If no event loop of asyncio is running.
     """
     check_running_loop()
     cancelling: Future[Callable[[], object]] = Future()
 
     async def run() -> _T:
         task = asyncio.ensure_future(work())
-        loop = task.get_loop()
+        loop = asyncio.get_running_loop()
         cancelling.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
         return await task
 

@@ -150,7 +150,12 @@ class StoreOperations(Protocol):
 
 
 class IncidentStore(StoreOperations, Protocol):
-    """A place to keep incidents: each write is committed when it returns."""
+    """A place to keep incidents: each write is committed when it returns.
+
+    A store may also have a method ``abandon()``, which releases everything without the event loop
+    that opened the store. A client calls it in a thread when it is connected or closed after that
+    event loop has ended, or in a forked process.
+    """
 
     async def open(self) -> None:
         """Connect, and check the schema.

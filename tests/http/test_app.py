@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -18,11 +19,12 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Mount
 
-from incidentkit import IncidentClient, InvalidSettings
+from incidentkit import IncidentClient, InvalidSettings, WrongEventLoop
 from incidentkit.http import create_app, lifespan
 from incidentkit.http.service import Service
 from incidentkit.store.store import Store
 from tests.http.conftest import INCIDENT, MEMORY, Serve, service_on
+from tests.programs import DEADLINE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -57,6 +59,53 @@ async def test_the_lifespan_closes_the_client_after_an_error() -> None:
         async with lifespan(create_app(client)):
             raise ZeroDivisionError
     assert not client.connected
+
+
+def test_a_client_of_another_event_loop_is_refused_when_the_app_starts() -> None:
+    """The lifespan refuses a client that is open on another event loop, and leaves it open."""
+    client = IncidentClient.open(MEMORY)
+
+    async def start() -> None:
+        with pytest.raises(WrongEventLoop):
+            async with lifespan(create_app(client)):
+                pytest.fail("The app started")
+
+    with asyncio.Runner() as owner, asyncio.Runner() as other:
+        owner.run(client.connect())
+        other.run(start())
+        owner.run(client.check())
+        owner.run(client.close())
+
+
+def test_requests_on_another_event_loop_name_the_remedy_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without its lifespan, an app on another event loop answers 500, logs why, and harms nothing.
+
+    Its request log drops the records, and does not touch the client either.
+    """
+    client = IncidentClient.open(MEMORY)
+    app = service_on(client, request_log="database")
+
+    async def request() -> None:
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://service") as api:
+            answers = [
+                await api.post("/incident/create", json=INCIDENT),
+                await api.get("/incident/get"),
+                await api.get("/incident/changes?wait=5"),
+            ]
+        assert {answer.status_code for answer in answers} == {500}
+        assert app.request_log is not None
+        await app.request_log.close()
+
+    with asyncio.Runner() as owner, asyncio.Runner() as other:
+        owner.run(client.connect())
+        other.run(asyncio.wait_for(request(), DEADLINE))
+        assert "The client was opened on another event loop" in caplog.text
+        assert "records were refused: WrongEventLoop" in caplog.text
+        assert owner.run(client.list()) == []
+        owner.run(client.close())
 
 
 def test_another_request_log() -> None:

@@ -12,6 +12,7 @@ from weakref import WeakSet
 import asyncpg
 from sqlalchemy import Executable
 
+from incidentkit.affinity import check_loop_of
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction, StoreUnavailable
 from incidentkit.store.executor import Rows
 from incidentkit.store.hosts.sqlalchemy import has_every_character
@@ -36,9 +37,11 @@ class AsyncpgConnection:
 
     Raises:
         NotInTransaction: If it is not, or is closed.
+        WrongEventLoop: If it belongs to another event loop.
     """
 
     def __init__(self, connection: Connection, *, trusted: bool = False) -> None:
+        check_loop_of(connection, "connection")
         self._connection = connection
         self._trusted = trusted
         self._check()
@@ -94,11 +97,15 @@ class HostPool:
         pool: An open pool. Sizes, time limits and prepared statements are as the host has set them.
         timeout: Seconds to wait for a connection, and for the pool to take one back.
         trusted: Whether it may name prepared statements behind a pooler as it likes.
+
+    Raises:
+        WrongEventLoop: If the pool belongs to another event loop.
     """
 
     def __init__(
         self, pool: asyncpg.Pool[asyncpg.Record], timeout: float, *, trusted: bool = False
     ) -> None:
+        check_loop_of(pool, "pool")
         self._pool = pool
         self._timeout = timeout
         self._trusted = trusted
