@@ -24,6 +24,7 @@ DEPENDENT = (
     "tests/test_cache.py",
     "tests/test_cli.py",
     "tests/test_host_database.py",
+    "tests/test_interrupts.py",
     "tests/test_migrations.py",
     "tests/test_settings.py",
     "tests/test_sqlite.py",

@@ -122,7 +122,7 @@ def ours(database: str, redis: str | None, log: Path, checkout: Path = ROOT) -> 
     if redis is not None:
         environment["INCIDENTKIT_REDIS_URL"] = redis
     if database.startswith("postgresql"):
-        environment |= {"INCIDENTKIT_POOL_SIZE": str(POOL), "INCIDENTKIT_MAX_OVERFLOW": "0"}
+        environment |= {"DB_POOL_SIZE": str(POOL), "DB_MAX_OVERFLOW": "0"}
     with _running(("-m", "incidentkit", "serve"), environment, log, checkout) as service:
         yield service
 

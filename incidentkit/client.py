@@ -360,6 +360,18 @@ class IncidentClient(Incidents):
         query = ChangesQuery(after, limit, wait)
         return await self._opened().feed.read(query.after, query.limit, query.wait)
 
+    async def purgeable(self, ended_before: datetime) -> int:
+        """Return the number of incidents that :meth:`purge` would remove now.
+
+        Args:
+            ended_before: As for :meth:`purge`.
+
+        Raises:
+            InvalidIncident: If it is not an aware time.
+        """
+        ended_before = rules.check("ended_before", rules.time_bound, ended_before)
+        return await self._opened().store.purgeable(ended_before)
+
     async def purge(
         self, ended_before: datetime, *, progress: Callable[[int, int], object] | None = None
     ) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from ipaddress import IPv6Address
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -220,3 +221,39 @@ class Environment:
 
 VARIABLES: Final[tuple[str, ...]] = tuple(each.metadata["name"] for each in fields(Environment))
 """The name of every variable."""
+
+PREFIX: Final = "INCIDENTKIT_"
+"""The prefix of the names that mean nothing to other programs."""
+
+_TESTS: Final = "INCIDENTKIT_TEST_"
+"""The prefix of the variables of this project's own tests."""
+
+_SERVICE_HOST: Final = "_SERVICE_HOST"
+"""The end of a variable that Kubernetes sets for each service, beside others."""
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str]:
+    """Return each name that is meant for incidentkit and unknown to it, and what is wrong with it.
+
+    In a pod beside a service named ``incidentkit`` or ``incidentkit-web``, Kubernetes sets
+    ``INCIDENTKIT_PORT`` or ``INCIDENTKIT_WEB_SERVICE_HOST``: those are not meant.
+    """
+    own = {name for name in names if name.startswith(PREFIX)} - {*VARIABLES}
+    services = {name.removesuffix(_SERVICE_HOST) for name in own if name.endswith(_SERVICE_HOST)}
+    injected = tuple(
+        f"{service}_{part}_"
+        for service in {"INCIDENTKIT", *services}
+        for part in ("PORT", "SERVICE")
+    )
+    return {
+        name: _suggestion(name)
+        for name in sorted(own)
+        if not f"{name}_".startswith((_TESTS, *injected))
+    }
+
+
+def _suggestion(name: str) -> str:
+    # Without the prefix, which would make every name look alike.
+    known = {variable.removeprefix(PREFIX): variable for variable in VARIABLES}
+    nearest = get_close_matches(name.removeprefix(PREFIX), known, n=1)
+    return f"is unknown: did you mean {known[nearest[0]]}?" if nearest else "is unknown: unset it"

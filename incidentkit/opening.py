@@ -83,6 +83,20 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
     return backend.sqlite_store(database, None, migrations)
 
 
+def check_exists(database_url: str, *, with_schema: bool) -> None:
+    """Raise if opening a URL would create an SQLite file or, on request, the tables in a file.
+
+    PostgreSQL always passes: opening it creates nothing.
+
+    Raises:
+        InvalidSettings: If the URL names another kind of database, or cannot be parsed.
+        StoreError: If there is no such file.
+        SchemaOutOfDate: If ``with_schema`` is set, and the file has no incidents.
+    """
+    if database_kind(database_url) == "sqlite":
+        backend.check_exists(database_url, with_schema=with_schema)
+
+
 @_complete("the migrations are not in this installation")
 def migrations() -> Migrations:
     """Return the migrations; the first call loads them, and Alembic with them.

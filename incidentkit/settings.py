@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,13 @@ from dotenv import dotenv_values
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph
-from incidentkit.environment import Environment, RequestLog
+from incidentkit.environment import VARIABLES, Environment, RequestLog, unknown_variables
 from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.store.options import StoreOptions
 
 __all__ = ["PREFIXES", "Environment", "RequestLog", "Settings"]
+
+logger = logging.getLogger("incidentkit")
 
 PREFIXES: Final = ("INCIDENTKIT_", "POSTGRES_", "REDIS_", "DB_")
 """The prefixes of every variable."""
@@ -54,7 +57,8 @@ class Settings:
     ) -> Settings:
         """Read the environment of the process, and fill in missing variables from a file.
 
-        The environment of the process is never changed.
+        The environment of the process is never changed. An unknown ``INCIDENTKIT_*`` variable,
+        such as a misspelled one, is logged as a warning with the nearest name.
 
         Args:
             env_file: A file of ``NAME=value`` lines in UTF-8, which may be missing; None: no file.
@@ -63,9 +67,10 @@ class Settings:
         Raises:
             InvalidSettings: With the variable and the rule that it breaks.
         """
-        in_file = _read_file(env_file) if env_file else {}
-        in_process = {name: value for name, value in os.environ.items() if value.strip()}
-        return cls.from_mapping({**in_file, **in_process, **(overrides or {})})
+        variables = read_variables(env_file, overrides)
+        for name, fault in unknown_variables(variables).items():
+            logger.warning("%s %s", name, fault)
+        return cls.from_mapping(variables)
 
     @classmethod
     def from_mapping(cls, variables: Mapping[str, str | None]) -> Settings:
@@ -74,7 +79,7 @@ class Settings:
         Raises:
             InvalidSettings: With the variable and the rule that it breaks.
         """
-        given = {name: value for name, value in variables.items() if value and value.strip()}
+        given = _given(variables)
         overruled = _overruled_prefixes(given)
         used = {name: value for name, value in given.items() if not name.startswith(overruled)}
         _check_encoding(used)
@@ -99,6 +104,32 @@ class Settings:
                 prepared_statements=environment.prepared_statements,
             ),
         )
+
+
+def read_variables(
+    env_file: str | os.PathLike[str] | None = ".env", overrides: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the variables of the process and of a file that are not empty, and the overrides.
+
+    Raises:
+        InvalidSettings: If the file cannot be read.
+    """
+    in_file = _read_file(env_file) if env_file else {}
+    return {**_given(in_file), **_given(os.environ), **(overrides or {})}
+
+
+def names_database(variables: Mapping[str, str]) -> bool:
+    """Return whether the variables name a database; otherwise it is the default one."""
+    return any(
+        name in variables
+        for name in VARIABLES
+        if name == "INCIDENTKIT_DATABASE_URL" or name.startswith("POSTGRES_")
+    )
+
+
+def _given(variables: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the variables without those that are empty, which count as not set."""
+    return {name: value for name, value in variables.items() if value and value.strip()}
 
 
 def _read_file(env_file: str | os.PathLike[str]) -> dict[str, str | None]:

@@ -29,11 +29,18 @@ def start(
     executable: str | Path = sys.executable,
     stdout: int | IO[bytes] = subprocess.PIPE,
     stderr: int | IO[bytes] = subprocess.PIPE,
+    stdin: int | IO[bytes] | None = None,
     env: Mapping[str, str] | None = None,
+    new_group: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Start a command in its own process."""
+    """Start a command in its own process and, on request, in its own group of processes."""
     return subprocess.Popen(
-        [executable, *program, *arguments], stdout=stdout, stderr=stderr, env=env
+        [executable, *program, *arguments],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        env=env,
+        process_group=0 if new_group else None,
     )
 
 

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import socket
 import sqlite3
@@ -73,6 +74,18 @@ def errors(*arguments: str, exit_code: int) -> list[str]:
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (exit_code, "")
     return result.stderr.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def _database(migrated_sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name a database with the newest schema, which every command uses without an option."""
+    monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", migrated_sqlite_url)
+
+
+@pytest.fixture
+def _no_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name no database, so that commands use the default one."""
+    monkeypatch.delenv("INCIDENTKIT_DATABASE_URL")
 
 
 @pytest.fixture
@@ -222,6 +235,15 @@ def test_a_dash_reads_the_message_from_stdin() -> None:
     assert json.loads(created)["incident_message"] == "Diskette voll €"
 
 
+def test_a_dash_reads_a_note_from_stdin() -> None:
+    """With `-`, `note` and `update-status --note` read the note from stdin."""
+    output(*DISK_FULL)
+    output("note", "1", "-", stdin="The logs fill it\n")
+    output("update-status", "1", "completed", "--note", "-", stdin="Removed\n")
+    events = json.loads(output("history", "1", "--json"))
+    assert [event["note"] for event in events] == [None, "The logs fill it", "Removed"]
+
+
 def test_stdin_that_is_not_utf8_is_refused() -> None:
     """A message that is not UTF-8 is a usage error."""
     result = run("create", "-", "--source", "operator", stdin=b"caf\xe9 au lait")
@@ -310,6 +332,224 @@ def test_debug_shows_the_chain_of_an_error(unused_port: int) -> None:
     assert "secret" not in "".join(errors("--debug", "list", "--database-url", broken, exit_code=2))
 
 
+def _commands(group: click.Group, *path: str) -> Iterator[list[str]]:
+    for name, command in group.commands.items():
+        yield [*path, name]
+        if isinstance(command, click.Group):
+            yield from _commands(command, *path, name)
+
+
+def options() -> Iterator[tuple[list[str], click.Option]]:
+    """Yield every option of every command, with the command's name."""
+    for path in ([], *_commands(main)):
+        command: click.Command = main
+        for name in path:
+            assert isinstance(command, click.Group)
+            command = command.commands[name]
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                yield path, parameter
+
+
+SINGLE_VALUED = [
+    pytest.param(path, option.opts[0], id=" ".join([*path, option.opts[0]]))
+    for path, option in options()
+    if not option.is_flag and not option.multiple
+]
+
+
+@pytest.mark.parametrize(("command", "option"), SINGLE_VALUED)
+def test_a_repeated_option_is_refused(command: list[str], option: str) -> None:
+    """An option that takes one value is not given two, even if they are equal."""
+    for second in ([option, "1"], [f"{option}=2"]):
+        lines = errors(*command, option, "1", *second, exit_code=2)
+        assert lines[0].startswith("Usage: incidentkit")
+        assert lines[-1] == f"Error: Option '{option}' takes one value; it was given 2 times."
+
+
+def test_a_repeated_option_does_not_wait_for_stdin() -> None:
+    """A repeated option is refused before the message is read from stdin."""
+    reader, writer = os.pipe()
+    program = start("create", "-", "--source", "partner", "--source", "operator", stdin=reader)
+    exit_code, _, err = outcome(program)
+    os.close(reader)
+    os.close(writer)
+    assert (exit_code, "takes one value" in err) == (2, True)
+
+
+def test_flags_and_options_of_several_values_may_be_repeated() -> None:
+    """A repeated flag changes nothing, `search` takes several statuses, and help wins over all."""
+    assert json.loads(output("list", "--json", "--json")) == []
+    assert json.loads(output("search", *("--status", "new") * 2, "--json"))["incidents"] == []
+    assert output("list", *("--limit", "1") * 2, "--help").startswith("Usage: ")
+    assert output("--version", "--version") == f"incidentkit {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("create", "Disk is f\udcfcll", "--source", "partner"), "INCIDENT_MESSAGE"),
+        (("search", "--text", "\udce4"), "--text"),
+        (("search", "--status", "new", "--status", "\udce4"), "--status"),
+        (("note", "1", "\udce4"), "NOTE"),
+        (("list", "--database-url", "sqlite+aiosqlite:///\udce4.db"), "--database-url"),
+        (("purge", "--older-than", "90d", "--actor", "\udce4"), "--actor"),
+    ],
+)
+def test_an_argument_in_another_encoding_is_named(arguments: tuple[str, ...], name: str) -> None:
+    """An argument that is not in the terminal's encoding is refused by its name."""
+    line = errors(*arguments, exit_code=2)[-1]
+    assert line.startswith(f"Error: Invalid value for '{name}': ")
+    assert line.endswith(f"it is not in the terminal's encoding, {sys.getfilesystemencoding()}")
+
+
+def test_bytes_of_another_encoding_are_named() -> None:
+    """What a terminal in Latin-1 sends to a program in UTF-8 is refused by the option's name."""
+    program = [sys.executable, "-X", "utf8", "-m", "incidentkit"]
+    ended = subprocess.run(
+        [*map(os.fsencode, program), b"search", b"--text", b"\xe4"],
+        check=False,
+        capture_output=True,
+    )
+    assert ended.returncode == 2
+    assert b"'--text': it is not in the terminal's encoding, utf-8" in ended.stderr
+
+
+# The default database, and files that do not exist
+
+
+READING = [
+    ("list",),
+    ("search",),
+    ("get", "1"),
+    ("history", "1"),
+    ("watch",),
+    ("purge", "--older-than", "1d", "--dry-run"),
+    ("db", "current"),
+    ("db", "check"),
+]
+CHANGING = [
+    ("update-status", "1", "failed"),
+    ("note", "1", "Order a disk"),
+    ("purge", "--older-than", "1d"),
+    ("db", "downgrade"),
+]
+MISSING = "there is no such file: `incidentkit db upgrade` creates it"
+DEFAULT = "Reading incidentkit.db in the current folder, the default database.\n"
+
+
+@pytest.mark.parametrize("command", [*READING, *CHANGING])
+def test_only_create_creates_a_database(command: tuple[str, ...], tmp_path: Path) -> None:
+    """A command that needs incidents fails without its SQLite file, and says how to create it."""
+    folder = tmp_path / "else where"
+    folder.mkdir()
+    for url in (
+        f"sqlite+aiosqlite:///{folder}/missing.db",
+        f"sqlite+aiosqlite:///file:{folder}/missing.db?uri=true",
+    ):
+        (line,) = errors(*command, "--database-url", url, exit_code=1)
+        assert line == f"Error: The database {folder}/missing.db cannot be used: {MISSING}"
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_no_database")
+@pytest.mark.parametrize("command", READING)
+def test_a_missing_default_database_is_named(command: tuple[str, ...], tmp_path: Path) -> None:
+    """Without a setting, a command that reads names the default file if it does not exist."""
+    before = {*tmp_path.iterdir()}
+    (line,) = errors(*command, exit_code=1)
+    assert line == f"Error: The database {tmp_path}/incidentkit.db cannot be used: {MISSING}"
+    assert {*tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in (*READING, *CHANGING) if command[0] != "db"]
+)
+def test_no_tables_are_created_in_a_foreign_file(command: tuple[str, ...], tmp_path: Path) -> None:
+    """A command that needs incidents changes nothing in an SQLite file of another program."""
+    foreign = tmp_path / "foreign.db"
+    with sqlite3.connect(foreign) as connection:
+        connection.execute("CREATE TABLE bookmark (name TEXT)")
+    connection.close()
+    before = foreign.read_bytes()
+    (line,) = errors(*command, "--database-url", f"sqlite+aiosqlite:///{foreign}", exit_code=1)
+    assert "no incidentkit schema" in line
+    assert "run `incidentkit db upgrade`" in line
+    assert foreign.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("create", "hi", "--source", "partner"),
+        ("list", "--page", "0"),
+        ("watch", "--after", "nonsense"),
+        ("db", "upgrade", "nonsense"),
+        ("db", "downgrade", "nonsense"),
+    ],
+)
+def test_faulty_arguments_create_no_database(command: tuple[str, ...], tmp_path: Path) -> None:
+    """Faulty arguments are reported before a file is opened, missed or created."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'new.db'}"
+    (line,) = errors(*command, "--database-url", url, exit_code=2)
+    assert MISSING not in line
+    assert not (tmp_path / "new.db").exists()
+
+
+@pytest.mark.usefixtures("_no_database")
+def test_a_command_that_reads_names_the_default_database() -> None:
+    """What reads the default database says so on stderr; what changes it does not."""
+    assert "Disk is full" in output(*DISK_FULL)
+    for command in READING:
+        if command[0] != "watch":
+            result = run(*command)
+            assert (result.exit_code, result.stderr) == (0, DEFAULT)
+            assert result.stdout
+    with start("watch", "--from-start") as program:
+        assert "created" in line_of(program)
+        program.send_signal(signal.SIGINT)
+        assert outcome(program)[::2] == (130, DEFAULT)
+    assert "failed" in output("update-status", "1", "failed")
+    assert output("get", "1", "--database-url", "sqlite+aiosqlite:///incidentkit.db")
+
+
+@pytest.mark.parametrize("name", ["INCIDENTKIT_DATABASE_URL", "POSTGRES_HOST"])
+def test_a_named_database_is_not_announced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a database that nothing names is the default one, even if the file is the same."""
+    output(*DISK_FULL, "--database-url", "sqlite+aiosqlite:///incidentkit.db")
+    monkeypatch.delenv("INCIDENTKIT_DATABASE_URL")
+    url = "sqlite+aiosqlite:///incidentkit.db"
+    values = {"INCIDENTKIT_DATABASE_URL": url, "POSTGRES_HOST": "/nowhere"}
+    monkeypatch.setenv(name, values[name])
+    assert DEFAULT not in run("list").stderr
+
+
+# Unknown variables
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("INCIDENTKIT_DATABSE_URL", "is unknown: did you mean INCIDENTKIT_DATABASE_URL?"),
+        ("INCIDENTKIT_POOL_SIZE", "is unknown: did you mean DB_POOL_SIZE?"),
+        ("INCIDENTKIT_POSTGRES_HOST", "is unknown: did you mean POSTGRES_HOST?"),
+        ("INCIDENTKIT_COLOUR", "is unknown: unset it"),
+    ],
+)
+@pytest.mark.parametrize("place", ["process", "file"])
+def test_an_unknown_variable_is_refused(
+    place: str, name: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command refuses an unknown INCIDENTKIT_* variable, and names the nearest one."""
+    if place == "process":
+        monkeypatch.setenv(name, "secret")
+    else:
+        Path(".env").write_text(f"{name}=secret\n", "utf-8")
+    for command in (*READING, *CHANGING, DISK_FULL, ("db", "upgrade"), ("serve", "--port", "0")):
+        assert errors(*command, exit_code=2) == [f"Error: {name} {fault}"]
+    assert output("--version")
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "named"),
     [
@@ -323,6 +563,8 @@ def test_a_bad_setting_is_named_without_its_value(
     variable: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An invalid setting exits with 2, and its value, which may be a secret, is not shown."""
+    if variable.startswith("POSTGRES_"):
+        monkeypatch.delenv("INCIDENTKIT_DATABASE_URL")
     monkeypatch.setenv(variable, value)
     (line,) = errors("list", exit_code=2)
     assert named in line
@@ -352,7 +594,7 @@ def test_an_option_replaces_what_the_environment_names(
     """An option satisfies INCIDENTKIT_REDIS_REQUIRED, and replaces a faulty variable."""
     monkeypatch.setenv("INCIDENTKIT_REDIS_REQUIRED", "1")
     monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", "mysql://db")
-    database = ("--database-url", "sqlite+aiosqlite:///option.db")
+    database = ("--database-url", "sqlite+aiosqlite:///incidents.db")
     (line,) = errors("list", *database, exit_code=2)
     assert line.startswith("Error: INCIDENTKIT_REDIS_REQUIRED needs a Redis")
     assert output("list", "--json", *database, "--redis-url", redis_url) == "[]\n"
@@ -494,7 +736,7 @@ def test_purge_removes_what_ended_long_ago() -> None:
     output("update-status", "1", "failed")
     result = run("purge", "--older-than", "90d")
     assert (result.exit_code, result.stdout) == (0, "0 incidents removed.\n")
-    with sqlite3.connect("incidentkit.db") as connection:
+    with sqlite3.connect("incidents.db") as connection:
         connection.execute("UPDATE \"Incident\" SET ended_at = '2020-01-01 00:00:00'")
     connection.close()
     result = run("purge", "--older-than", "13w", "--actor", "janitor")
@@ -502,6 +744,19 @@ def test_purge_removes_what_ended_long_ago() -> None:
     (event,) = json.loads(output("history", "1", "--json"))
     assert (event["kind"], event["actor"]) == ("purged", "janitor")
     assert errors("get", "1", exit_code=1) == ["Error: Incident 1 not found"]
+
+
+def test_a_dry_run_of_a_purge_removes_nothing() -> None:
+    """`purge --dry-run` shows the number of incidents that a purge would remove."""
+    for _ in range(2):
+        output(*DISK_FULL, "--incident-type", "completed")
+    output(*DISK_FULL)
+    dry = ("purge", "--older-than", "0m", "--dry-run")
+    assert output("purge", "--older-than", "1d", "--dry-run") == "0 incidents would be removed.\n"
+    assert output(*dry) == "2 incidents would be removed.\n"
+    assert len(json.loads(output("list", "--json"))) == 3
+    assert output("purge", "--older-than", "0m") == "2 incidents removed.\n"
+    assert output(*dry) == "0 incidents would be removed.\n"
 
 
 @pytest.mark.parametrize("age", ["90", "d", "-1d", "1.5h", "90 d", "1y", "999999d", ""])
@@ -601,13 +856,6 @@ def test_an_unknown_revision_is_bad_usage(sqlite_url: str) -> None:
 # Help
 
 
-def _commands(group: click.Group, *path: str) -> Iterator[list[str]]:
-    for name, command in group.commands.items():
-        yield [*path, name]
-        if isinstance(command, click.Group):
-            yield from _commands(command, *path, name)
-
-
 @pytest.mark.parametrize("command", [[], *_commands(main)])
 def test_every_command_has_help(command: list[str]) -> None:
     """The help describes the command and each of its options."""
@@ -660,6 +908,112 @@ def test_help_needs_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("starlette", "uvicorn"):
         monkeypatch.setitem(sys.modules, package, None)
     assert "--workers" in output("serve", "--help")
+
+
+# Completion
+
+
+SHELLS = ("bash", "zsh", "fish")
+INCIDENTKIT = """
+import sys
+from incidentkit.__main__ import run
+sys.argv[0] = "incidentkit"
+run()
+"""
+"""Runs the program under its own name."""
+
+
+def completions(shell: str, *words: str) -> list[str]:
+    """Return the values that the program offers to a shell for the last of the words."""
+    # Fish passes the word itself, other shells its place.
+    last = words[-1] if shell == "fish" else str(len(words))
+    variables = {
+        "_INCIDENTKIT_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": shlex.join(["incidentkit", *words[:-1]]) + f" {words[-1]}",
+        "COMP_CWORD": last,
+    }
+    reader, writer = os.pipe()
+    program = start(program=("-c", INCIDENTKIT), env={**os.environ, **variables}, stdin=reader)
+    exit_code, out, err = outcome(program)
+    os.close(reader)
+    os.close(writer)
+    assert (exit_code, err) == (0, "")
+    lines = out.splitlines()
+    # Zsh gets three lines for each: its type, the value and its help.
+    if shell == "zsh":
+        return lines[1::3]
+    return [line.removeprefix("plain,").partition("\t")[0] for line in lines]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_shells_complete_values(shell: str) -> None:
+    """Bash, Zsh and Fish are offered the values of options and arguments that fit."""
+    assert completions(shell, "list", "--status", "") == ["new", "completed", "failed"]
+    assert completions(shell, "search", "--status", "new", "--source", "p") == ["partner"]
+    assert completions(shell, "search", "--order", "o") == ["oldest"]
+    assert completions(shell, "update-status", "7", "f") == ["failed"]
+    assert completions(shell, "db", "upgrade", "h") == ["head"]
+    assert completions(shell, "pur") == ["purge"]
+
+
+def test_completion_does_not_read_stdin() -> None:
+    """A dash before the word that is completed does not wait for input."""
+    assert completions("bash", "create", "-", "--sou") == ["--source"]
+
+
+def test_completion_offers_sqlite_files(tmp_path: Path) -> None:
+    """`--database-url` is completed to SQLite files and folders, and to PostgreSQL's scheme."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "old.sqlite3").touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".hidden").mkdir()
+    sqlite = "sqlite+aiosqlite:///"
+    urls = [f"{sqlite}incidents.db", f"{sqlite}other/"]
+    assert completions("zsh", "list", "--database-url", "") == ["postgresql://", *urls]
+    assert completions("zsh", "list", "--database-url", f"{sqlite}o") == urls[1:]
+    nested = completions("fish", "list", "--database-url", f"{sqlite}other/")
+    assert nested == [f"{sqlite}other/old.sqlite3"]
+    absolute = completions("fish", "list", "--database-url", f"{sqlite}{tmp_path}/i")
+    assert absolute == [f"{sqlite}{tmp_path}/incidents.db"]
+
+
+def test_every_list_of_values_is_offered() -> None:
+    """An option or argument whose help lists its values completes to exactly those."""
+    listed = 0
+    for path in _commands(main):
+        command: click.Command = main
+        for name in path:
+            assert isinstance(command, click.Group)
+            command = command.commands[name]
+        for parameter in command.params:
+            values = (parameter.metavar or "").strip("[]").split("|")
+            if len(values) > 1:
+                listed += 1
+                context = click.Context(command)
+                offered = [item.value for item in parameter.shell_complete(context, "")]
+                assert offered == values, (path, parameter.name)
+    assert listed >= 8
+
+
+def test_bash_completes_after_the_line_of_the_documentation(tmp_path: Path) -> None:
+    """With the documented line, Bash completes a word."""
+    script = tmp_path / "incidentkit"
+    script.write_text(f"#!{sys.executable}\n{INCIDENTKIT}")
+    script.chmod(0o755)
+    commands = """
+eval "$(_INCIDENTKIT_COMPLETE=bash_source incidentkit)"
+COMP_WORDS=(incidentkit list --status f) COMP_CWORD=3
+_incidentkit_completion incidentkit
+echo "${COMPREPLY[@]}"
+"""
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+    done = subprocess.run(
+        ["bash", "--norc", "-c", commands],
+        env={**os.environ, "PATH": path},
+        check=True,
+        capture_output=True,
+    )
+    assert (done.stdout, done.stderr) == (b"failed\n", b"")
 
 
 # Streams and signals
@@ -840,6 +1194,7 @@ def test_serve_uses_the_redis_of_its_option(
     assert len(json.loads(output("list", "--json", *servers))) == 1
 
 
+@pytest.mark.usefixtures("_no_database")
 def test_serve_hands_its_options_to_workers_unseen(sqlite_url: str, tmp_path: Path) -> None:
     """Workers get the database URL through neither their arguments nor their environment."""
     output(*DISK_FULL, "--database-url", sqlite_url)

@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from incidentkit import IncidentClient, InvalidSettings
+from incidentkit.environment import unknown_variables
 from incidentkit.settings import Settings
 from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.store.options import StoreOptions
@@ -445,6 +446,72 @@ def test_settings_can_be_pickled() -> None:
     )
     assert settings != Settings()
     assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+# Unknown variables
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("INCIDENTKIT_DATABSE_URL", "is unknown: did you mean INCIDENTKIT_DATABASE_URL?"),
+        ("INCIDENTKIT_REDIS_REQURED", "is unknown: did you mean INCIDENTKIT_REDIS_REQUIRED?"),
+        ("INCIDENTKIT_MAX_OVERFLOW", "is unknown: did you mean DB_MAX_OVERFLOW?"),
+        ("INCIDENTKIT_PORTAL", "is unknown: unset it"),
+        ("INCIDENTKIT_DB_PORT_5432_TCP", "is unknown: unset it"),
+    ],
+)
+def test_an_unknown_variable_has_a_nearest_name(name: str, fault: str) -> None:
+    """A misspelled INCIDENTKIT_* variable is unknown, and the nearest known one is named."""
+    assert unknown_variables([name, "INCIDENTKIT_REDIS_URL", "PATH"]) == {name: fault}
+
+
+@pytest.mark.parametrize("service", ["INCIDENTKIT", "INCIDENTKIT_DB", "INCIDENTKIT_WEB_API"])
+def test_what_kubernetes_sets_is_not_meant(service: str) -> None:
+    """What Kubernetes sets for a service named like incidentkit is not taken for a setting."""
+    injected = [
+        f"{service}_{part}"
+        for part in (
+            *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP"),
+            *(f"PORT_8000_TCP_{part}" for part in ("PROTO", "PORT", "ADDR")),
+        )
+    ]
+    assert unknown_variables(injected) == {}
+    misspelled = "INCIDENTKIT_REDIS_URI"
+    assert unknown_variables([*injected, misspelled]).keys() == {misspelled}
+
+
+def test_known_variables_are_known() -> None:
+    """Neither incidentkit's own variables nor those of its tests or of others are unknown."""
+    own = {*VARIABLES, "INCIDENTKIT_MAX_STALENESS", "INCIDENTKIT_TRANSITIONS"}
+    others = {"INCIDENTKIT_TEST_POSTGRES_URL", "DB_POOLSIZE", "REDIS_URL", "_INCIDENTKIT_COMPLETE"}
+    assert unknown_variables(own | others) == {}
+
+
+@pytest.mark.parametrize("place", ["process", "file"])
+def test_from_env_logs_a_warning_for_an_unknown_variable(
+    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client opens with a misspelled variable, and the log says what it may have meant."""
+    if place == "process":
+        monkeypatch.setenv("INCIDENTKIT_DATABSE_URL", SECRET)
+    else:
+        Path(".env").write_text(f"INCIDENTKIT_DATABSE_URL={SECRET}\n", "utf-8")
+    assert IncidentClient.from_env().connected is False
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("incidentkit", "WARNING")
+    assert record.getMessage() == (
+        "INCIDENTKIT_DATABSE_URL is unknown: did you mean INCIDENTKIT_DATABASE_URL?"
+    )
+
+
+def test_an_empty_unknown_variable_counts_as_not_set(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty variable, as left by Compose files, is not reported."""
+    monkeypatch.setenv("INCIDENTKIT_DATABSE_URL", " ")
+    Settings.from_env()
+    assert caplog.records == []
 
 
 # The process's environment and the file

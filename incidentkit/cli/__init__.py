@@ -1,5 +1,11 @@
 """The command line, ``incidentkit``: thin commands around the SDK."""
 
-from incidentkit.cli.program import main
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from incidentkit.cli.program import main
+else:
+    from incidentkit.lazy import face
+
+    __getattr__, __dir__ = face(globals(), {"incidentkit.cli.program": ("main",)})
 
 __all__ = ["main"]

@@ -10,11 +10,14 @@ from functools import wraps
 from typing import Any, Final
 
 import click
+from attrs import frozen
 
+from incidentkit.cli.completion import offer_databases
 from incidentkit.domain.actor import acting_as
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.values import IncidentSource, IncidentStatus
-from incidentkit.settings import Settings
+from incidentkit.environment import unknown_variables
+from incidentkit.settings import Settings, names_database, read_variables
 
 STATUSES: Final = f"[{'|'.join(IncidentStatus)}]"
 SOURCES: Final = f"[{'|'.join(IncidentSource)}]"
@@ -26,6 +29,7 @@ REDIS_URL: Final = "INCIDENTKIT_REDIS_URL"
 _database_option: Final = click.option(
     "--database-url",
     metavar="URL",
+    shell_complete=offer_databases,
     help="postgresql://user:password@host:port/database or sqlite+aiosqlite:///file; overrides "
     "the environment.",
 )
@@ -34,35 +38,51 @@ _redis_option: Final = click.option(
 )
 
 
+@frozen
+class Servers:
+    """The servers of a command.
+
+    Attributes:
+        settings: How to reach and to use them.
+        is_default: Whether the database is the default one, since nothing names another.
+    """
+
+    settings: Settings
+    is_default: bool
+
+
 def takes_database(command: Callable[..., None]) -> Callable[..., None]:
-    """Pass the settings to a command; ``--database-url`` overrides the environment."""
+    """Pass the servers to a command; ``--database-url`` overrides the environment."""
 
     @_database_option
     @wraps(command)
-    def with_settings(database_url: str | None, **arguments: Any) -> None:
-        command(_settings({DATABASE_URL: database_url}), **arguments)
+    def with_servers(database_url: str | None, **arguments: Any) -> None:
+        command(_servers({DATABASE_URL: database_url}), **arguments)
 
-    return with_settings
+    return with_servers
 
 
 def takes_servers(command: Callable[..., None]) -> Callable[..., None]:
-    """Pass the settings to a command; both options of servers override the environment."""
+    """Pass the servers to a command; an option for each overrides the environment."""
 
     @_redis_option
     @_database_option
     @wraps(command)
-    def with_settings(database_url: str | None, redis_url: str | None, **arguments: Any) -> None:
-        command(_settings({DATABASE_URL: database_url, REDIS_URL: redis_url}), **arguments)
+    def with_servers(database_url: str | None, redis_url: str | None, **arguments: Any) -> None:
+        command(_servers({DATABASE_URL: database_url, REDIS_URL: redis_url}), **arguments)
 
-    return with_settings
+    return with_servers
 
 
-def _settings(options: dict[str, str | None]) -> Settings:
+def _servers(options: dict[str, str | None]) -> Servers:
     overrides = {name: url for name, url in options.items() if url is not None}
     for name, url in overrides.items():
         if not url.strip():
             raise InvalidSettings(name, "is empty")
-    return Settings.from_env(overrides=overrides)
+    variables = read_variables(overrides=overrides)
+    for name, fault in unknown_variables(variables).items():
+        raise InvalidSettings(name, fault)
+    return Servers(Settings.from_mapping(variables), is_default=not names_database(variables))
 
 
 def takes_actor(command: Callable[..., None]) -> Callable[..., None]:

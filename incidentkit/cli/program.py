@@ -8,8 +8,10 @@ from typing import Any, Final
 
 import click
 
+from incidentkit.cli.commands import Group
 from incidentkit.cli.db import db
 from incidentkit.cli.failures import failure
+from incidentkit.cli.interrupts import INTERRUPTED
 from incidentkit.cli.reading import get, history, list_incidents, search, watch
 from incidentkit.cli.serve import serve
 from incidentkit.cli.text import harmless_lines
@@ -17,11 +19,8 @@ from incidentkit.cli.writing import create, note, purge, update_status
 from incidentkit.domain.errors import IncidentKitError
 from incidentkit.version import __version__
 
-INTERRUPTED: Final = 130
-"""Exit code of an interrupted command: 128 and the number of the signal, as a shell has it."""
 
-
-class Program(click.Group):
+class Program(Group):
     """Reports errors as lines on stderr and as an exit code, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -33,6 +32,7 @@ class Program(click.Group):
                 click.echo(harmless_lines("".join(format_exception(error))), err=True)
             raise failure(error) from error
         except KeyboardInterrupt:
+            # Raised where `main` is called by another program, with handlers of its own.
             ctx.exit(INTERRUPTED)
 
 

@@ -6,13 +6,28 @@ from typing import Any, Final
 
 import click
 
-from incidentkit.cli.options import SOURCES, STATUSES, Time, takes_json, takes_servers
+from incidentkit.cli.commands import Command
+from incidentkit.cli.completion import offering
+from incidentkit.cli.options import (
+    SOURCES,
+    STATUSES,
+    Servers,
+    Time,
+    takes_json,
+    takes_servers,
+)
 from incidentkit.cli.output import write, write_incident, write_table
-from incidentkit.cli.running import run
+from incidentkit.cli.running import read
 from incidentkit.cli.text import change_line, events
 from incidentkit.client import IncidentClient
-from incidentkit.domain.values import DEFAULT_LIMIT, LATEST, MAX_LIMIT, IncidentOrder
-from incidentkit.settings import Settings
+from incidentkit.domain.values import (
+    DEFAULT_LIMIT,
+    LATEST,
+    MAX_LIMIT,
+    IncidentOrder,
+    IncidentSource,
+    IncidentStatus,
+)
 from incidentkit.wire import encode_event, encode_events, encode_incidents, encode_search_page
 
 _takes_limit: Final = click.option(
@@ -24,14 +39,24 @@ _takes_limit: Final = click.option(
 )
 
 
-@click.command("list")
+@click.command("list", cls=Command)
 @click.option("--page", type=int, default=1, show_default=True, help="1 is the newest page.")
 @_takes_limit
-@click.option("--status", metavar=STATUSES, help="Only incidents with this status.")
-@click.option("--source", metavar=SOURCES, help="Only incidents from this source.")
+@click.option(
+    "--status",
+    metavar=STATUSES,
+    shell_complete=offering(IncidentStatus),
+    help="Only incidents with this status.",
+)
+@click.option(
+    "--source",
+    metavar=SOURCES,
+    shell_complete=offering(IncidentSource),
+    help="Only incidents from this source.",
+)
 @takes_json
 @takes_servers
-def list_incidents(settings: Settings, *, as_json: bool, **query: Any) -> None:
+def list_incidents(servers: Servers, *, as_json: bool, **query: Any) -> None:
     """Show one page of incidents, newest first.
 
     On a terminal, messages are shortened to its width.
@@ -41,24 +66,26 @@ def list_incidents(settings: Settings, *, as_json: bool, **query: Any) -> None:
       incidentkit list --status new --source monitoring
       incidentkit list --limit 1000 --json | jq '.[].incident_message'
     """  # noqa: D301
-    page = run(settings, lambda incidents: incidents.list(**query))
+    page = read(servers, lambda incidents: incidents.list(**query))
     if as_json:
         write(encode_incidents(page))
     else:
         write_table(page)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--status",
     multiple=True,
     metavar=STATUSES,
+    shell_complete=offering(IncidentStatus),
     help="Only incidents with this status; repeat it for several.",
 )
 @click.option(
     "--source",
     multiple=True,
     metavar=SOURCES,
+    shell_complete=offering(IncidentSource),
     help="Only incidents from this source; repeat it for several.",
 )
 @click.option(
@@ -75,6 +102,7 @@ def list_incidents(settings: Settings, *, as_json: bool, **query: Any) -> None:
 @click.option(
     "--order",
     metavar=f"[{'|'.join(IncidentOrder)}]",
+    shell_complete=offering(IncidentOrder),
     default=IncidentOrder.NEWEST.value,
     show_default=True,
     help="Which incidents come first.",
@@ -84,7 +112,7 @@ def list_incidents(settings: Settings, *, as_json: bool, **query: Any) -> None:
 @click.option("--total", is_flag=True, help="Count the incidents of all pages.")
 @takes_json
 @takes_servers
-def search(settings: Settings, *, as_json: bool, **query: Any) -> None:
+def search(servers: Servers, *, as_json: bool, **query: Any) -> None:
     """Find incidents, and show one page of them.
 
     The total and the option for the next page go to stderr; --json has both in its object.
@@ -96,7 +124,7 @@ def search(settings: Settings, *, as_json: bool, **query: Any) -> None:
     """  # noqa: D301
     for name in ("status", "source"):
         query[name] = query[name] or None
-    page = run(settings, lambda incidents: incidents.search(**query))
+    page = read(servers, lambda incidents: incidents.search(**query))
     if as_json:
         write(encode_search_page(page))
         return
@@ -107,17 +135,17 @@ def search(settings: Settings, *, as_json: bool, **query: Any) -> None:
         click.echo(f"For the next page: --after {page.next}", err=True)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("incident_id", type=int)
 @takes_json
 @takes_servers
-def get(settings: Settings, incident_id: int, *, as_json: bool) -> None:
+def get(servers: Servers, incident_id: int, *, as_json: bool) -> None:
     """Show one incident, with its message in full."""
-    incident = run(settings, lambda incidents: incidents.get(incident_id))
+    incident = read(servers, lambda incidents: incidents.get(incident_id))
     write_incident(incident, as_json=as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("incident_id", type=int)
 @click.option(
     "--limit",
@@ -129,21 +157,21 @@ def get(settings: Settings, incident_id: int, *, as_json: bool) -> None:
 @click.option("--after", metavar="CURSOR", help="Continue after the event with this cursor.")
 @takes_json
 @takes_servers
-def history(settings: Settings, incident_id: int, *, as_json: bool, **query: Any) -> None:
+def history(servers: Servers, incident_id: int, *, as_json: bool, **query: Any) -> None:
     """Show what happened to an incident, oldest first.
 
     Use --json to see the cursor of each event.
     """
-    found = run(settings, lambda incidents: incidents.history(incident_id, **query))
+    found = read(servers, lambda incidents: incidents.history(incident_id, **query))
     write(encode_events(found) if as_json else events(found))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--after", metavar="CURSOR", help="Continue after the change with this cursor.")
 @click.option("--from-start", is_flag=True, help="Start with the very first change.")
 @takes_json
 @takes_servers
-def watch(settings: Settings, *, after: str | None, from_start: bool, as_json: bool) -> None:
+def watch(servers: Servers, *, after: str | None, from_start: bool, as_json: bool) -> None:
     """Show every change of every incident as it happens, until interrupted.
 
     Starts with the next change unless an option says otherwise. With --json, each line is one
@@ -161,4 +189,4 @@ def watch(settings: Settings, *, after: str | None, from_start: bool, as_json: b
         async for change in incidents.changes(start):
             write(encode_event(change) if as_json else change_line(change))
 
-    run(settings, work)
+    read(servers, work)

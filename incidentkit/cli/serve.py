@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 from attrs import evolve
 
+from incidentkit.cli.commands import Command
 from incidentkit.cli.loading import run_server
-from incidentkit.cli.options import takes_servers
-from incidentkit.settings import Settings
+from incidentkit.cli.options import Servers, takes_servers
 from incidentkit.store.options import PREPARED_STATEMENTS
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port",
@@ -35,7 +35,7 @@ from incidentkit.store.options import PREPARED_STATEMENTS
 )
 @takes_servers
 def serve(
-    settings: Settings, host: str, port: int, workers: int, prepared_statements: str | None
+    servers: Servers, host: str, port: int, workers: int, prepared_statements: str | None
 ) -> None:
     """Run the REST service until it is interrupted or terminated.
 
@@ -52,6 +52,7 @@ def serve(
     if not host:
         # Python's sockets take an empty host for every address of the machine.
         raise click.UsageError("--host is empty: name an address, such as 127.0.0.1")
+    settings = servers.settings
     if prepared_statements is not None:
         chosen = PREPARED_STATEMENTS[prepared_statements]
         settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
-import select
-import signal
 import socket
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Final
 
 import click
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.supervisors import Multiprocess
 
 from incidentkit.cli.log import LOGGING, configure_logging
+from incidentkit.cli.running import run_coroutine
+from incidentkit.cli.supervision import GRACE, Server, Supervisor, stop_with_parent
 from incidentkit.cli.text import harmless
 from incidentkit.client import IncidentClient
 from incidentkit.http.app import create_app
@@ -28,9 +22,6 @@ from incidentkit.store.sqlite.url import in_memory
 from incidentkit.version import __version__
 
 logger = logging.getLogger("incidentkit")
-
-GRACE: Final = 10
-"""Seconds that running requests have to finish after a signal to stop."""
 
 
 def run(settings: Settings, host: str, port: int, workers: int) -> bool:
@@ -53,13 +44,10 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
         )
     configure_logging()
     client = IncidentClient.from_settings(settings)
-    asyncio.run(check_servers(client, with_cache=settings.redis_required))
+    run_coroutine(check_servers(client, with_cache=settings.redis_required))
     port = _free_port(host, port)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     logger.info("incidentkit %s on %s, documentation on %s/docs", __version__, url, url)
-    # Uvicorn restores this handler, and raises the signal again, once it has stopped: the default
-    # handler would end the process with an exit code other than 0.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = uvicorn.Config(
         partial(make_app, settings),
         factory=True,
@@ -80,23 +68,22 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
 
 
 def _run_one(config: uvicorn.Config) -> bool:
-    server = uvicorn.Server(config)
-    with suppress(KeyboardInterrupt):
-        server.run()
+    server = Server(config)
+    server.run()
     return server.started
 
 
 def _run_several(config: uvicorn.Config) -> bool:
     """Run the workers; each gets the settings with the pickled configuration."""
-    with _signal_catcher() as caught:
-        with suppress(KeyboardInterrupt):
-            Multiprocess(config, sockets=[config.bind_socket()]).run()
-        # Multiprocess also returns when a worker cannot start.
-        return caught()
+    supervisor = Supervisor(config, sockets=[config.bind_socket()])
+    supervisor.run()
+    # It also returns when a worker cannot start.
+    return supervisor.signalled
 
 
 def make_app(settings: Settings) -> Starlette:
     """Return the app on the servers that the settings name; each worker makes one."""
+    stop_with_parent()
     app = create_app(
         IncidentClient.from_settings(settings),
         request_log=settings.request_log,
@@ -118,19 +105,6 @@ async def check_servers(client: IncidentClient, *, with_cache: bool) -> None:
         await (client.connect() if with_cache else client.store.open())
     finally:
         await client.close()
-
-
-@contextmanager
-def _signal_catcher() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether a signal arrived, whichever handler it has."""
-    reader, writer = socket.socketpair()
-    with reader, writer:
-        writer.settimeout(0)
-        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        try:
-            yield lambda: bool(select.select([reader], [], [], 0)[0])
-        finally:
-            signal.set_wakeup_fd(before)
 
 
 def _free_port(host: str, port: int) -> int:

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
-from io import StringIO
 from typing import Any, Final
 
 import click
 
+from incidentkit.cli.commands import Command
+from incidentkit.cli.completion import offering
+from incidentkit.cli.interrupts import interrupts
 from incidentkit.cli.options import (
     SOURCES,
     STATUSES,
     Age,
+    Servers,
     takes_actor,
     takes_idempotency_key,
     takes_json,
     takes_servers,
 )
 from incidentkit.cli.output import write, write_incident
-from incidentkit.cli.running import run
+from incidentkit.cli.running import read, run
 from incidentkit.cli.text import events
-from incidentkit.client import IncidentClient
-from incidentkit.domain.values import IncidentStatus
-from incidentkit.settings import Settings
+from incidentkit.domain.values import IncidentSource, IncidentStatus
 from incidentkit.wire import encode_event
 
 MAX_STDIN_BYTES: Final = 1024 * 1024
 """Maximum number of bytes that are read from stdin."""
 
+SHOW_CURSOR: Final = b"\x1b[?25h\n"
+"""Shows the cursor again, which a progress bar hides."""
 
-def _read_message(_: click.Context, __: click.Parameter, value: str) -> str:
-    """Return the message, read from stdin for a dash."""
-    if value != "-":
+
+def _read_text(ctx: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Return the text, read from stdin for a dash."""
+    # The completion of a shell parses the arguments too, on the terminal's stdin.
+    if value != "-" or ctx.resilient_parsing:
         return value
     try:
         with click.open_file("-", "rb") as stdin:
@@ -44,12 +51,19 @@ def _read_message(_: click.Context, __: click.Parameter, value: str) -> str:
         raise click.BadParameter("stdin cannot be read") from error
 
 
-@click.command()
-@click.argument("incident_message", callback=_read_message)
-@click.option("--source", required=True, metavar=SOURCES, help="Who reports it.")
+@click.command(cls=Command)
+@click.argument("incident_message", callback=_read_text)
+@click.option(
+    "--source",
+    required=True,
+    metavar=SOURCES,
+    shell_complete=offering(IncidentSource),
+    help="Who reports it.",
+)
 @click.option(
     "--incident-type",
     metavar=STATUSES,
+    shell_complete=offering(IncidentStatus),
     default=IncidentStatus.NEW.value,
     show_default=True,
     help="The initial status.",
@@ -64,7 +78,7 @@ def _read_message(_: click.Context, __: click.Parameter, value: str) -> str:
 @takes_actor
 @takes_json
 @takes_servers
-def create(settings: Settings, incident_message: str, *, as_json: bool, **fields: Any) -> None:
+def create(servers: Servers, incident_message: str, *, as_json: bool, **fields: Any) -> None:
     """Record an incident, and show it with its id.
 
     INCIDENT_MESSAGE says what happened, in 5 to 1000 characters; a dash reads it from stdin.
@@ -75,14 +89,21 @@ def create(settings: Settings, incident_message: str, *, as_json: bool, **fields
       dmesg | tail -n 1 | incidentkit create - --source operator
       incidentkit create "Disk is full on db-1" --source monitoring --dedup-key disk:db-1
     """  # noqa: D301
-    incident = run(settings, lambda incidents: incidents.create(incident_message, **fields))
+    incident = run(
+        servers, lambda incidents: incidents.create(incident_message, **fields), creates=True
+    )
     write_incident(incident, as_json=as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("incident_id", type=int)
-@click.argument("status", metavar=STATUSES)
-@click.option("--note", metavar="TEXT", help="A note for the history.")
+@click.argument("status", metavar=STATUSES, shell_complete=offering(IncidentStatus))
+@click.option(
+    "--note",
+    metavar="TEXT",
+    callback=_read_text,
+    help="A note for the history; a dash reads it from stdin.",
+)
 @click.option(
     "--expected-version",
     type=int,
@@ -93,7 +114,7 @@ def create(settings: Settings, incident_message: str, *, as_json: bool, **fields
 @takes_json
 @takes_servers
 def update_status(
-    settings: Settings, incident_id: int, status: str, *, as_json: bool, **options: Any
+    servers: Servers, incident_id: int, status: str, *, as_json: bool, **options: Any
 ) -> None:
     """Change an incident's status, and show the incident.
 
@@ -102,24 +123,27 @@ def update_status(
       incidentkit update-status 7 completed --note "The old logs were removed" --actor alice
     """  # noqa: D301
     incident = run(
-        settings, lambda incidents: incidents.update_status(incident_id, status, **options)
+        servers, lambda incidents: incidents.update_status(incident_id, status, **options)
     )
     write_incident(incident, as_json=as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("incident_id", type=int)
-@click.argument("text", metavar="NOTE")
+@click.argument("text", metavar="NOTE", callback=_read_text)
 @takes_actor
 @takes_json
 @takes_servers
-def note(settings: Settings, incident_id: int, text: str, *, as_json: bool) -> None:
-    """Add a note to an incident's history, and show it."""
-    event = run(settings, lambda incidents: incidents.note(incident_id, text))
+def note(servers: Servers, incident_id: int, text: str, *, as_json: bool) -> None:
+    """Add a note to an incident's history, and show it.
+
+    NOTE is the text; a dash reads it from stdin.
+    """
+    event = run(servers, lambda incidents: incidents.note(incident_id, text))
     write(encode_event(event) if as_json else events([event]))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--older-than",
     type=Age(),
@@ -127,30 +151,52 @@ def note(settings: Settings, incident_id: int, text: str, *, as_json: bool) -> N
     metavar="AGE",
     help="Minimum time since the incident ended: a number with m, h, d or w, such as 90d.",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Show how many incidents would be removed, and remove none."
+)
 @takes_actor
 @takes_servers
-def purge(settings: Settings, older_than: timedelta) -> None:
+def purge(servers: Servers, older_than: timedelta, *, dry_run: bool) -> None:
     """Remove incidents that ended long ago, with their histories.
 
     Works in batches, and can run beside the service. For each removed incident one event stays,
     which records the removal.
 
     \b
-    Example:
+    Examples:
+      incidentkit purge --older-than 90d --dry-run
       incidentkit purge --older-than 90d
     """  # noqa: D301
     ended_before = datetime.now(UTC) - older_than
+    if dry_run:
+        count = read(servers, lambda incidents: incidents.purgeable(ended_before))
+        write(f"{_incidents(count)} would be removed.")
+        return
+    with _progress_bar() as progress:
+        count = run(servers, lambda incidents: incidents.purge(ended_before, progress=progress))
+    write(f"{_incidents(count)} removed.")
 
-    async def work(incidents: IncidentClient) -> int:
-        on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        shown = sys.stderr if on_terminal else StringIO()
-        with click.progressbar(length=0, label="Purging", file=shown) as bar:
 
-            def progress(done: int, total: int) -> None:
-                bar.length = total
-                bar.update(done - bar.pos)
+def _incidents(count: int) -> str:
+    return f"{count} incident{'' if count == 1 else 's'}"
 
-            return await incidents.purge(ended_before, progress=progress)
 
-    count = run(settings, work)
-    write(f"{count} incident{'' if count == 1 else 's'} removed.")
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function that shows the progress on the terminal; None if stderr is not one."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    bars: list[Any] = []
+    with ExitStack() as shown:
+
+        def progress(done: int, total: int) -> None:
+            if not bars:
+                interrupts.farewell = SHOW_CURSOR
+                bar = click.progressbar(length=total, label="Purging", file=sys.stderr)
+                bars.append(shown.enter_context(bar))
+            bars[0].length = total
+            bars[0].update(done - bars[0].pos)
+
+        yield progress
+    interrupts.farewell = b""

@@ -79,7 +79,7 @@ GAPS = (
     Gap(
         JOINED,
         Need.PURGE,
-        _no_verb("purge"),
+        _no_verb("purge", "purgeable"),
         "purge commits batch by batch, and only the host may commit",
     ),
     Gap(

@@ -37,6 +37,7 @@ FURTHER = [
         "changes": Need.CHANGES,
         "read_changes": Need.CHANGES,
         "purge": Need.PURGE,
+        "purgeable": Need.PURGE,
     }.items()
 ]
 """The verbs that some embodiments lack."""

@@ -63,6 +63,18 @@ async def test_ended_incidents_are_removed_with_their_histories(incidents: Verbs
     assert len(await incidents.history(still_open.incident_id)) == 1
 
 
+async def test_purgeable_counts_what_a_purge_would_remove(incidents: Verbs) -> None:
+    """`purgeable` returns the number of incidents that a purge removes, and changes nothing."""
+    await incidents.create("Line is down", source="partner")
+    gone = await ended(incidents, 2)
+    assert await incidents.purgeable(days_ago(1)) == 0
+    assert await incidents.purgeable(tomorrow()) == 2
+    assert len(await incidents.list()) == 3
+    assert len(await incidents.history(gone[0])) == 1
+    assert await incidents.purge(tomorrow()) == 2
+    assert await incidents.purgeable(tomorrow()) == 0
+
+
 @needs(Need.OUTSIDE_SQL)
 async def test_only_incidents_that_ended_before_are_removed(
     incidents: Verbs, embodiment: Embodiment
@@ -86,7 +98,8 @@ async def test_the_bound_is_exclusive(incidents: Verbs) -> None:
     (incident_id,) = await ended(incidents, 1)
     end = (await incidents.get(incident_id)).ended_at
     assert end is not None
-    assert await incidents.purge(end) == 0
+    assert await incidents.purgeable(end) == await incidents.purge(end) == 0
+    assert await incidents.purgeable(end + timedelta(seconds=1)) == 1
     assert await incidents.purge(end + timedelta(seconds=1)) == 1
 
 

@@ -134,6 +134,7 @@ async def followed(incidents: IncidentClient) -> None:
     assert_type(await incidents.feed_blocker(), FeedBlocker | None)
     assert_type(await incidents.read_changes(wait=1.5), ChangePage)
     assert_type(await incidents.purge(datetime.now(UTC)), int)
+    assert_type(await incidents.purgeable(datetime.now(UTC)), int)
     with acting_as("alice"):
         assert_type(
             await incidents.create(
