@@ -147,6 +147,15 @@ def pooler(session: nox.Session, versions: str) -> None:
     session.run("pytest", "tests/conformance", "-n", "2", env=through)
 
 
+@nox.session(python=next(iter(installed_pythons().values())))
+def frozen(session: nox.Session) -> None:
+    """Build programs with PyInstaller, and run them."""
+    if shutil.which("objcopy") is None:
+        session.error("objcopy is not installed: apt-get install -y binutils")
+    session.install("--editable", ".[all]", *groups("tests"))
+    session.run("pytest", "-m", "frozen", "tests/test_installations.py", *session.posargs)
+
+
 @nox.session
 def simulate(session: nox.Session) -> None:
     """Run thousands of simulations of the caches; `-- --seeds 100` runs fewer."""

@@ -82,6 +82,7 @@ def frozen(environment: Path, name: str, folder: Path) -> Path:
     return folder / "program" / stem
 
 
+@pytest.mark.frozen
 def test_a_frozen_application(
     environment: Path, tmp_path: Path, sqlite_url: str, migrated_postgres_url: str
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_frozen_application(
     assert revision_of(sqlite_url) == revision_of(outdated_url) == SCHEMA_REVISION
 
 
+@pytest.mark.frozen
 def test_a_frozen_command_line(environment: Path, tmp_path: Path, empty_postgres_url: str) -> None:
     """A frozen command line migrates PostgreSQL, and serves with several workers and Swagger UI."""
     program = frozen(environment, "incidents.py", tmp_path)
