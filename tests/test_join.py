@@ -1007,7 +1007,7 @@ async def test_reopening_beside_one_that_is_being_opened_is_a_conflict(
         open_host("asyncpg-connection", postgres_url) as first,
         open_host(way, postgres_url) as second,
     ):
-        for _ in range(3):
+        for _ in range(4):
             one = await client.create("Order 1 is late", source="partner", dedup_key="order-1")
             await client.update_status(one.incident_id, "failed")
         joined = await join(first, client)
@@ -1019,7 +1019,7 @@ async def test_reopening_beside_one_that_is_being_opened_is_a_conflict(
             for call in (
                 waiting.update_status(2, "new"),
                 client.update_status(3, "new"),
-                client.update_status(3, "new", idempotency_key="key"),
+                client.update_status(4, "new", idempotency_key="key"),
             )
         ]
         await _until_waiting(postgres_url, len(calls))
