@@ -337,6 +337,45 @@ async def test_an_abandoned_scan_is_cancelled(
         await SCANS[scan](client)
 
 
+STUBBORN_WORDS = SLOW_WORDS.replace(
+    "PERFORM pg_sleep(600);",
+    """BEGIN
+                PERFORM pg_sleep(600);
+            EXCEPTION WHEN query_canceled THEN
+                PERFORM pg_advisory_lock(1);
+            END;""",
+)
+"""Makes a search for `slowly` end only when nobody else has a lock, although it was cancelled."""
+
+
+@pytest.mark.parametrize("way", ["url", "pool"])
+async def test_a_place_is_free_once_the_server_has_stopped(
+    way: str, migrated_postgres_url: str
+) -> None:
+    """Searches that are abandoned take no further connections until the server has stopped them."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        first = await client.create("Disk is full", source="partner")
+        host = await asyncpg.connect(url)
+        await host.execute(STUBBORN_WORDS)
+        await host.execute("SELECT pg_advisory_lock(1)")
+        call = asyncio.ensure_future(client.search(text="slowly"))
+        await until(lambda: _equals(backends(url, SLEEPING), 1))
+        call.cancel()
+        await asyncio.wait([call])
+        await until(lambda: _equals(backends(url, WAITING), 1))
+        calls = [asyncio.ensure_future(client.search(text="slowly")) for _ in range(20)]
+        for _ in range(CONNECTIONS + 1):
+            assert await client.get(first.incident_id) == first
+            await client.create("Disk is full", source="partner")
+        assert await backends(url, f"({SLEEPING} OR {WAITING})") == 1
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        await host.close()
+        assert len((await client.search(text="disk")).incidents) == CONNECTIONS + 2
+
+
 async def test_a_search_is_cancelled_at_its_time_limit(migrated_postgres_url: str) -> None:
     """A search that takes too long fails, and the server stops it."""
     url = migrated_postgres_url
