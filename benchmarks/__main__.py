@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Final
 import asyncpg
 from attrs import evolve
 
-from benchmarks import before, growth, imports, in_process, over_http, report, results, search
+from benchmarks import (
+    before,
+    growth,
+    imports,
+    in_process,
+    isolation,
+    over_http,
+    report,
+    results,
+    search,
+)
 from benchmarks.services import load_program
 from tests.servers import PostgresServer, RedisServer
 
@@ -54,6 +64,10 @@ def _search(*, quick: bool) -> Result:
     return search.start(quick=quick)
 
 
+def _isolation(*, quick: bool) -> Result:
+    return isolation.start(quick=quick)
+
+
 SUBJECTS: Final[dict[str, Callable[..., Result]]] = {
     "http": _http,
     "sqlite": _sqlite,
@@ -61,6 +75,7 @@ SUBJECTS: Final[dict[str, Callable[..., Result]]] = {
     "in-process": _in_process,
     "growth": _growth,
     "search": _search,
+    "isolation": _isolation,
     "imports": _imports,
 }
 """The subjects of the page, by their names on the command line."""

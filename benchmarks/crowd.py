@@ -37,6 +37,8 @@ def requests(kind: str, incidents: int, choose: random.Random) -> Callable[[], b
             f"GET /incident/get?page={choose.randint(incidents // 20, incidents // 10)}"
         ),
         "exports": lambda: "GET /incident/search?limit=1000&order=oldest",
+        "histories": lambda: f"GET /incident/history/{HOT}",
+        "changes": lambda: "GET /incident/changes?limit=1000",
         "hot": lambda: f"PATCH /incident/update-status?incident_id={HOT}&status=failed",
     }
     make = kinds[kind]

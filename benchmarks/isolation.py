@@ -52,6 +52,8 @@ EXPENSIVE: Final = {
     "totals": "32 totals",
     "deep": "32 deep pages",
     "exports": "32 exports, 1,000 incidents a page",
+    "histories": "32 histories of 1,000 events",
+    "changes": "32 readers of all changes, 1,000 a page",
 }
 CALLERS: Final = 32
 WAITERS: Final = 200
@@ -77,7 +79,7 @@ def _create() -> str:
 def _update() -> str:
     # Each incident twice, so that every call changes something.
     turn = next(_numbers)
-    status = "completed" if turn // INCIDENTS % 2 == 0 else "failed"
+    status = "completed" if turn // 1000 % 2 else "failed"
     return f"PATCH /incident/update-status?incident_id={turn % 1000 + 2}&status={status}"
 
 
@@ -108,12 +110,22 @@ def rows_to_fill(incidents: int) -> Iterator[tuple[str, str, str, datetime]]:
 
 COLUMNS: Final = ("incident_message", "incident_type", "source", "created_at")
 
+FILL_HISTORY: Final = (
+    "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, note, at) "
+    "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000) "
+    f"SELECT {{transaction}}, i, {HOT}, 'noted', 'It came back', {{at}} FROM n"
+)
+"""Gives one incident a long history."""
+
 
 async def _fill_postgresql(url: str, incidents: int) -> None:
     await upgrade(url)
     connection = await asyncpg.connect(url)
     rows = list(rows_to_fill(incidents))
     await connection.copy_records_to_table("Incident", records=rows, columns=COLUMNS)
+    # Numbered as if each transaction came before all of the server's own.
+    history = FILL_HISTORY.format(transaction="i - 1001", at="date_trunc('second', now())")
+    await connection.execute(history)
     await connection.execute("VACUUM ANALYZE", timeout=600)
     await connection.close()
 
@@ -125,6 +137,7 @@ def _fill_sqlite(path: Path, incidents: int) -> None:
             f'INSERT INTO "Incident" ({", ".join(COLUMNS)}) VALUES (?, ?, ?, ?)',
             ((*row, f"{at:%Y-%m-%d %H:%M:%S}") for *row, at in rows_to_fill(incidents)),
         )
+        connection.execute(FILL_HISTORY.format(transaction="0", at="CURRENT_TIMESTAMP"))
 
 
 async def run(*, rounds: int, seconds: float, incidents: int) -> Result:
@@ -263,8 +276,12 @@ async def _times(url: str, name: str, call: Callable[[], str], seconds: float) -
     return times
 
 
-def start(*, quick: bool) -> Result:
+def start(*, quick: bool, seconds: float | None = None) -> Result:
     """Measure, in a short run with few incidents or in a long one."""
-    if quick:
-        return asyncio.run(run(rounds=1, seconds=0.5, incidents=5_000))
-    return asyncio.run(run(rounds=3, seconds=3.0, incidents=INCIDENTS))
+    return asyncio.run(
+        run(
+            rounds=1 if quick else 3,
+            seconds=seconds or (0.5 if quick else 2.0),
+            incidents=2_000 if quick else INCIDENTS,
+        )
+    )

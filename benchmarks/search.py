@@ -37,7 +37,12 @@ MUST_BE_FLAT: Final = (
     "search, last page",
     "feed, latest changes",
 )
-READ_MUCH: Final = ("search, a common word", "search, with the total")
+LARGE_PAGE: Final = "search, a common word, 1,000 a page"
+SMALL_PAGE: Final = "search, a common word, 100 a page"
+READ_MUCH: Final = ("search, a common word", SMALL_PAGE, LARGE_PAGE, "search, with the total")
+
+SLOWER: Final = 2.0
+"""Target of a large page: the time of ten small ones, times this."""
 
 RARE: Final = 100
 """Incidents of the rare kind in each table."""
@@ -118,6 +123,8 @@ async def calls(client: IncidentClient, size: int) -> dict[str, Call]:
         "search, two statuses, one source": search(status={"failed", "new"}, source="partner"),
         "search, a rare word": search(text="needle"),
         "search, a common word": search(text="disk"),
+        SMALL_PAGE: search(text="disk", limit=100, after=middle),
+        LARGE_PAGE: search(text="disk", limit=1000, after=middle),
         "search, with the total": search(total=True),
         "feed, latest changes": lambda: client.read_changes(last_seen.cursor),
     }
@@ -160,6 +167,7 @@ async def _compare(
     """Add the figures of one database, with the sizes interleaved."""
     by_size = [await calls(client, size) for client, size in zip(clients, sizes, strict=True)]
     table = [["read", *(f"{size:,}, ms" for size in sizes)]]
+    largest: dict[str, float] = {}
     for name in by_size[0]:
         medians = await medians_in_turn(
             lambda place, _, name=name: by_size[place][name](),  # type: ignore[misc]
@@ -167,10 +175,14 @@ async def _compare(
             max(rounds // 20, 3) if name in READ_MUCH else rounds,
         )
         table.append([name, *(f"{median * 1000:.3f}" for median in medians)])
+        largest[name] = medians[-1]
         if name in MUST_BE_FLAT:
             what = f"{sizes[-1]:,} incidents on {database}: {name}"
             against = f"the time with {sizes[0]:,}"
             result.rows.append(at_most(what, against, FLAT, medians[-1] / medians[0]))
+    what = f"{sizes[-1]:,} incidents on {database}: {LARGE_PAGE}"
+    slower = largest[LARGE_PAGE] / largest[SMALL_PAGE] / 10
+    result.rows.append(at_most(what, "ten pages of 100", SLOWER, slower))
     result.details[f"Searches and the feed on {database}, by number of incidents"] = table
 
 

@@ -16,6 +16,7 @@ from benchmarks import (
     growth,
     imports,
     in_process,
+    isolation,
     over_http,
     remarks,
     report,
@@ -149,6 +150,12 @@ def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_searches_are_measured() -> None:
     """A short run measures every search on both databases."""
     check(search.start(quick=True, sizes=[100, 200], rounds=2))
+
+
+def test_isolation_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run measures quick calls beside every crowd, and none of them fails."""
+    monkeypatch.setattr(isolation, "SETTLE", 0.1)
+    check(isolation.start(quick=True, seconds=0.05))
 
 
 def test_imports_are_measured() -> None:

@@ -75,10 +75,12 @@ WAITING = "wait_event_type = 'Lock'"
 async def locked(url: str) -> AsyncIterator[None]:
     """Keep every statement on incidents waiting."""
     host = await asyncpg.connect(url)
-    async with host.transaction():
-        await host.execute('LOCK TABLE "Incident"')
-        yield
-    await host.close()
+    try:
+        async with host.transaction():
+            await host.execute('LOCK TABLE "Incident"')
+            yield
+    finally:
+        await host.close()
 
 
 async def fill(client: IncidentClient, url: str) -> None:
@@ -335,6 +337,54 @@ async def test_an_abandoned_scan_is_cancelled(
                 assert call.cancelled()
                 await until(lambda: _equals(backends(url, WAITING), 0))
         await SCANS[scan](client)
+
+
+STUBBORN_WORDS = SLOW_WORDS.replace(
+    "PERFORM pg_sleep(600);",
+    """BEGIN
+                PERFORM pg_sleep(600);
+            EXCEPTION WHEN query_canceled THEN
+                PERFORM pg_advisory_lock(1);
+            END;""",
+)
+"""Makes a search for `slowly` end only when nobody else has a lock, although it was cancelled."""
+
+
+@asynccontextmanager
+async def locked_by_advice(url: str) -> AsyncIterator[None]:
+    """Keep a search for `slowly` from ending when it is cancelled."""
+    host = await asyncpg.connect(url)
+    try:
+        await host.execute(STUBBORN_WORDS)
+        await host.execute("SELECT pg_advisory_lock(1)")
+        yield
+    finally:
+        await host.close()
+
+
+@pytest.mark.parametrize("way", ["url", "pool"])
+async def test_a_place_is_free_once_the_server_has_stopped(
+    way: str, migrated_postgres_url: str
+) -> None:
+    """Searches that are abandoned take no further connections until the server has stopped them."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        first = await client.create("Disk is full", source="partner")
+        async with locked_by_advice(url):
+            call = asyncio.ensure_future(client.search(text="slowly"))
+            await until(lambda: _equals(backends(url, SLEEPING), 1))
+            call.cancel()
+            await asyncio.wait([call])
+            await until(lambda: _equals(backends(url, WAITING), 1))
+            calls = [asyncio.ensure_future(client.search(text="slowly")) for _ in range(20)]
+            for _ in range(CONNECTIONS + 1):
+                assert await client.get(first.incident_id) == first
+                await client.create("Disk is full", source="partner")
+            assert await backends(url, f"({SLEEPING} OR {WAITING})") == 1
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+        assert len((await client.search(text="disk")).incidents) == CONNECTIONS + 2
 
 
 async def test_a_search_is_cancelled_at_its_time_limit(migrated_postgres_url: str) -> None:

@@ -28,7 +28,13 @@ from incidentkit.domain.values import (
     IncidentSource,
     IncidentStatus,
 )
-from incidentkit.wire import encode_event, encode_events, encode_incidents, encode_search_page
+from incidentkit.wire import (
+    dump_json,
+    encode_event,
+    encode_events,
+    encode_incidents,
+    wire_converter,
+)
 
 _takes_limit: Final = click.option(
     "--limit",
@@ -126,7 +132,7 @@ def search(servers: Servers, *, as_json: bool, **query: Any) -> None:
         query[name] = query[name] or None
     page = read(servers, lambda incidents: incidents.search(**query))
     if as_json:
-        write(encode_search_page(page))
+        write(dump_json(wire_converter().unstructure(page)))
         return
     write_table(page.incidents)
     if page.total is not None:

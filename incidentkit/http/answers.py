@@ -34,7 +34,8 @@ from incidentkit.wire import (
     encode_event,
     encode_events,
     encode_incident,
-    search_page_parts,
+    encode_incidents,
+    encode_object,
     wire_converter,
 )
 
@@ -101,7 +102,8 @@ async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with one page of a search, and the link to the next one."""
     search = _service(request).client.search(**arguments)
     page = await run_until_disconnect(search, request.receive)
-    content = await _service(request).encoder.join(search_page_parts(page))
+    incidents = await _service(request).encoder.array(page.incidents, encode_incidents)
+    content = encode_object("incidents", incidents, {"next": page.next, "total": page.total})
     return _json(content, headers=_link(request, "/incident/search", page.next))
 
 
@@ -110,7 +112,8 @@ async def history(request: Request, arguments: Mapping[str, Any]) -> Response:
     events = await _service(request).client.history(**arguments)
     cursor = events[-1].cursor if len(events) == arguments["limit"] else None
     path = f"/incident/history/{arguments['incident_id']}"
-    return _json(encode_events(events), headers=_link(request, path, cursor))
+    content = await _service(request).encoder.array(events, encode_events)
+    return _json(content, headers=_link(request, path, cursor))
 
 
 async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
@@ -134,9 +137,9 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
             page = await run_until_stop(waiting, request.scope, request.receive)
     if page is None:
         page = await client.read_changes(after, limit=limit)
-    return _json(
-        dump_json(wire_converter().unstructure(page)), headers={"Cache-Control": "no-store"}
-    )
+    events = await service.encoder.array(page.changes, encode_events)
+    content = encode_object("changes", events, {"next": page.next})
+    return _json(content, headers={"Cache-Control": "no-store"})
 
 
 async def note(request: Request, arguments: Mapping[str, Any]) -> Response:

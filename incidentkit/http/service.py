@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
+from typing import Final, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,6 +25,11 @@ from incidentkit.http.problems import problem_response
 from incidentkit.http.request_log import RequestLog
 from incidentkit.http.streams import Readers
 
+_T = TypeVar("_T")
+
+STEP: Final = 50
+"""Number of items of an array that are encoded at a time, in about a millisecond."""
+
 
 class Service(Starlette):
     """A Starlette app that answers operations.
@@ -34,7 +40,7 @@ class Service(Starlette):
         request_log: Writes records of requests to the database; None: requests are only logged.
         cache_required: Whether the service is not ready while the cache is unavailable.
         readers: The readers that wait for changes.
-        encoder: Encodes large answers.
+        encoder: Encodes large arrays.
     """
 
     def __init__(
@@ -80,19 +86,26 @@ class Service(Starlette):
 
 
 class Encoder:
-    """Encodes large answers one at a time, and lets other requests run after each part."""
+    """Encodes large arrays one at a time, and lets other requests run after every few items."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
 
-    async def join(self, parts: Iterator[bytes]) -> bytes:
-        """Return the content of an answer; parts are made as they are taken."""
-        joined = [next(parts)]
+    async def array(self, items: Sequence[_T], encode: Callable[[Sequence[_T]], bytes]) -> bytes:
+        """Return items as a JSON array.
+
+        Args:
+            items: What to encode.
+            encode: Returns some of them as a JSON array.
+        """
+        if len(items) <= STEP:
+            return encode(items)
+        parts = []
         async with self._turn:
-            for part in parts:
-                joined.append(part)
+            for start in range(0, len(items), STEP):
+                parts.append(encode(items[start : start + STEP])[1:-1])
                 await asyncio.sleep(0)
-        return b"".join(joined)
+        return b"[%b]" % b",".join(parts)
 
 
 async def _answer_unrouted(request: Request, error: Exception) -> Response:

@@ -45,6 +45,7 @@ from incidentkit.store.sql.rows import (
     EVENT_COLUMNS,
     INCIDENT_COLUMNS,
     TOKEN,
+    in_steps,
     read_event,
     read_incident,
     read_page,
@@ -372,7 +373,7 @@ class Records:
             last = rows[-1][EVENT_COLUMNS.index("event_id")]
             values |= {"event_id": last, "limit": limit - SHORT}
             rows = [*rows, *await self._scan(statements.SELECT_HISTORY, values)]
-        return [read_event(row) for row in rows]
+        return await in_steps(read_event, rows)
 
     @names_database
     async def changes(self, after: Place, limit: int) -> EventList:
@@ -380,7 +381,7 @@ class Records:
         transaction_id, event_id = after
         values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
         rows = await self._executor.read(self._dialect.select_changes, values)
-        return [read_event(row) for row in rows]
+        return await in_steps(read_event, rows)
 
     @names_database
     async def latest_change(self) -> IncidentEvent | None:

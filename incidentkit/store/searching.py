@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
@@ -10,10 +9,10 @@ from typing import Any, Final
 from attrs import evolve
 
 from incidentkit.domain.queries import SearchQuery
-from incidentkit.domain.values import MAX_LIMIT, Incident, IncidentOrder, SearchPage
+from incidentkit.domain.values import MAX_LIMIT, IncidentOrder, SearchPage
 from incidentkit.store.dialect import Dialect
 from incidentkit.store.executor import Fetch, Rows
-from incidentkit.store.sql.rows import STORED_AT, read_incident
+from incidentkit.store.sql.rows import STORED_AT, in_steps, read_incident
 from incidentkit.store.sql.search import (
     Shape,
     count_found,
@@ -34,8 +33,7 @@ LIMITS: Final = (100, MAX_LIMIT + 1)
 """Constant LIMITs that let PostgreSQL reuse one plan for every smaller limit."""
 
 SHORT: Final = 100
-"""Maximum number of rows that are read from an index in no time worth mentioning, and made into
-models in one step of the event loop."""
+"""Maximum number of rows of a read from an index that does not count as a scan."""
 
 
 class Search:
@@ -100,7 +98,7 @@ class Search:
         else:
             rows, total = await self._find(fetch), None
         limit = self._query.limit
-        incidents = await _read_incidents(rows[:limit])
+        incidents = await in_steps(read_incident, rows[:limit])
         following = None
         if len(rows) > limit:
             following = self._query.cursor(rows[limit - 1][STORED_AT], incidents[-1].incident_id)
@@ -152,15 +150,6 @@ def messages_to_scan(rows: Rows, limit: int) -> int:
     scan = round(1.5 * (limit + 1) / share)
     incidents = rows[0][-1]
     return scan if scan * FOUND_PER_SCANNED < share * incidents else 0
-
-
-async def _read_incidents(rows: Rows) -> list[Incident]:
-    """Return the incidents of rows, in steps between which other calls run."""
-    incidents = [read_incident(row) for row in rows[:SHORT]]
-    for start in range(SHORT, len(rows), SHORT):
-        await asyncio.sleep(0)
-        incidents += [read_incident(row) for row in rows[start : start + SHORT]]
-    return incidents
 
 
 def _place(name: str, place: tuple[datetime, int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 from incidentkit.domain.errors import StoreUnavailable
@@ -45,6 +46,13 @@ class Share:
     def give(self) -> None:
         """Leave the place to another call."""
         self._places.release()
+
+    def give_after(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+        """Leave the place to another call once these have ended."""
+        if tasks:
+            asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: self.give())
+        else:
+            self.give()
 
     async def __aenter__(self) -> None:
         """Wait for a place, as :meth:`take` does."""

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
         dump_json,
         encode_incident,
         encode_incidents,
+        encode_object,
         encode_rows,
-        encode_search_page,
-        search_page_parts,
     )
 else:
     from incidentkit.lazy import face
@@ -38,9 +37,8 @@ else:
                 "dump_json",
                 "encode_incident",
                 "encode_incidents",
+                "encode_object",
                 "encode_rows",
-                "encode_search_page",
-                "search_page_parts",
             ),
         },
     )
@@ -55,8 +53,7 @@ __all__ = [
     "encode_events",
     "encode_incident",
     "encode_incidents",
+    "encode_object",
     "encode_rows",
-    "encode_search_page",
-    "search_page_parts",
     "wire_converter",
 ]

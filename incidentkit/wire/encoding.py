@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from operator import attrgetter
@@ -12,10 +12,7 @@ from typing import Any, Final, get_args, get_type_hints
 
 from attrs import fields_dict
 
-from incidentkit.domain.values import Incident, IncidentSource, IncidentStatus, SearchPage
-
-STEP: Final = 100
-"""Number of incidents that are encoded at a time, well within a millisecond."""
+from incidentkit.domain.values import Incident, IncidentSource, IncidentStatus
 
 _quote: Final = json.encoder.encode_basestring
 _text_of: Final = datetime.__str__
@@ -37,19 +34,15 @@ def encode_incidents(incidents: Iterable[Incident]) -> bytes:
     return f"[{','.join(map(_incident_to_json, incidents))}]".encode()
 
 
-def encode_search_page(page: SearchPage) -> bytes:
-    """Return a page of a search as a JSON object."""
-    return b"".join(search_page_parts(page))
+def encode_object(name: str, value: bytes, others: Mapping[str, Any]) -> bytes:
+    """Return a JSON object whose first member is JSON already.
 
-
-def search_page_parts(page: SearchPage) -> Iterator[bytes]:
-    """Yield the parts of a page of a search as a JSON object, :data:`STEP` incidents in each."""
-    incidents = page.incidents
-    others = dump_json({"next": page.next, "total": page.total})
-    for start in range(0, len(incidents) or 1, STEP):
-        head = b"," if start else b'{"incidents":['
-        tail = b"" if start + STEP < len(incidents) else b"],%b" % others[1:]
-        yield b"%b%b%b" % (head, encode_incidents(incidents[start : start + STEP])[1:-1], tail)
+    Args:
+        name: The name of that member.
+        value: Its value.
+        others: The other members, at least one.
+    """
+    return b"{%b:%b,%b" % (dump_json(name), value, dump_json(others)[1:])
 
 
 def encode_rows(rows: Iterable[Iterable[Any]]) -> bytes:

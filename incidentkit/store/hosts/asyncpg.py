@@ -146,14 +146,19 @@ class HostPool:
             # The statements succeeded: raising would tell the caller otherwise.
             logger.warning("A connection was lost when given back: %s", type(lost).__name__)
 
-    def recover(self, connection: PostgresConnection, error: BaseException) -> None:
-        """Give a connection back after a call that failed, without waiting for the server."""
+    def recover(self, connection: PostgresConnection, error: BaseException) -> asyncio.Task[None]:
+        """Give a connection back after a call that failed, without waiting for the server.
+
+        Returns:
+            What ends when the pool has the connection back.
+        """
         if isinstance(error, LOST):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
         task = asyncio.ensure_future(self._settle(connection, error))
         self._returning.add(task)
         task.add_done_callback(self._returning.discard)
+        return task
 
     async def close(self) -> None:
         """Wait until the pool has its connections back."""

@@ -86,15 +86,21 @@ class OwnConnections:
         elif self._trimming is None:
             self._trimming = loop.call_later(SURPLUS, self._trim, context=Context())
 
-    def recover(self, connection: PostgresConnection, error: BaseException) -> None:
-        """Take a connection back after a call that failed, without waiting for the server."""
+    def recover(
+        self, connection: PostgresConnection, error: BaseException
+    ) -> asyncio.Task[None] | None:
+        """Take a connection back after a call that failed, without waiting for the server.
+
+        Returns:
+            What ends when the server has stopped the call; None: it has.
+        """
         if isinstance(error, LOST):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
         if connection.is_closed() or connection.is_settled(error):
             self._put(connection)
-        else:
-            self._start(self._settle(connection))
+            return None
+        return self._start(self._settle(connection))
 
     async def close(self) -> None:
         """Wait up to ``pool_timeout`` for running calls, and close every connection."""
@@ -207,7 +213,8 @@ class OwnConnections:
             await connection.driver.close(timeout=self._options.pool_timeout)
         self._discard(connection)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

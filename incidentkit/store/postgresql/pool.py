@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Executable
 
@@ -16,6 +17,9 @@ from incidentkit.store.postgresql.errors import LOST, translate_error
 from incidentkit.store.share import Share, scanning_share, writing_share
 
 _T = TypeVar("_T")
+
+Call: TypeAlias = Callable[[PostgresConnection], Awaitable[_T]]
+"""Runs statements on a connection."""
 
 
 class Connections(Protocol):
@@ -34,8 +38,15 @@ class Connections(Protocol):
     async def put(self, connection: PostgresConnection) -> None:
         """Take a connection back after a call that succeeded; never raise."""
 
-    def recover(self, connection: PostgresConnection, error: BaseException) -> None:
-        """Take a connection back after a call that failed, without waiting for the server."""
+    def recover(
+        self, connection: PostgresConnection, error: BaseException
+    ) -> asyncio.Task[None] | None:
+        """Take a connection back after a call that failed, without waiting for the server.
+
+        Returns:
+            What ends when the connection is free again; None: it is.
+        """
+        ...
 
     async def close(self) -> None:
         """Wait for running calls as far as the time limit allows, and lend no more."""
@@ -99,11 +110,9 @@ class PoolExecutor:
 
     async def scan(self, work: Work[_T]) -> _T:
         """Run statements that only read; if their connection is dead, again on another."""
-        self._opened()
-        if self._scanning is None:
-            raise ClientClosed
-        async with self._scanning:
-            return await self._run(lambda connection: work(connection.fetch), resend=True)
+        return await self._run_in(
+            self._scanning, lambda connection: work(connection.fetch), resend=True
+        )
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, once: a lost answer may hide a commit."""
@@ -124,17 +133,36 @@ class PoolExecutor:
         values = [[row[name] for name in compiled.parameters] for row in rows]
         await self._write(lambda connection: connection.driver.executemany(compiled.text, values))
 
-    async def _write(self, call: Callable[[PostgresConnection], Awaitable[_T]]) -> _T:
+    async def _write(self, call: Call[_T]) -> _T:
+        return await self._run_in(self._writing, call)
+
+    async def _run_in(self, share: Share | None, call: Call[_T], *, resend: bool = False) -> _T:
+        """Run a call on one of the connections for its kind."""
         self._opened()
-        if self._writing is None:
+        if share is None:
             raise ClientClosed
-        async with self._writing:
-            return await self._run(call)
+        await share.take()
+        settling: list[asyncio.Task[None]] = []
+        try:
+            return await self._run(call, resend=resend, settling=settling)
+        finally:
+            # Until then the server may still be running the statement of a caller that is gone.
+            share.give_after(settling)
 
     async def _run(
-        self, call: Callable[[PostgresConnection], Awaitable[_T]], *, resend: bool = False
+        self,
+        call: Call[_T],
+        *,
+        resend: bool = False,
+        settling: list[asyncio.Task[None]] | None = None,
     ) -> _T:
-        """Run a call on a connection, and translate exceptions."""
+        """Run a call on a connection, and translate exceptions.
+
+        Args:
+            call: Runs statements.
+            resend: Whether to run it again if its connection is dead.
+            settling: Gets what ends when the connection of a call that failed is free again.
+        """
         connections = self._opened()
         left = connections.maximum
         while True:
@@ -147,7 +175,9 @@ class PoolExecutor:
             try:
                 done = await call(connection)
             except BaseException as error:
-                connections.recover(connection, error)
+                task = connections.recover(connection, error)
+                if task is not None and settling is not None:
+                    settling.append(task)
                 if not isinstance(error, Exception) or isinstance(error, IncidentKitError):
                     raise
                 left -= 1

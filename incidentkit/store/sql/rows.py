@@ -7,12 +7,13 @@ readers and the JSON of a row are all derived from it.
 
 from __future__ import annotations
 
+import asyncio
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, TypeVar, get_type_hints
 
 from attrs import fields
 from sqlalchemy import DateTime, Dialect
@@ -25,6 +26,11 @@ from incidentkit.domain.values import EventKind, Incident, IncidentEvent, Incide
 from incidentkit.store.executor import Executor
 from incidentkit.store.page import Page
 from incidentkit.wire.encoding import encode_rows
+
+_T = TypeVar("_T")
+
+STEP: Final = 100
+"""Number of rows that become models in one step of the event loop, well within a millisecond."""
 
 INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident))
 
@@ -117,6 +123,20 @@ def read_incident(row: Sequence[Any]) -> Incident:
         return Incident(*values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise unreadable_row() from error
+
+
+async def in_steps(read: Callable[[Sequence[Any]], _T], rows: Sequence[Any]) -> list[_T]:
+    """Return the models of rows, made in steps between which other calls run.
+
+    Args:
+        read: Returns the model of a row.
+        rows: The rows.
+    """
+    models = [read(row) for row in rows[:STEP]]
+    for start in range(STEP, len(rows), STEP):
+        await asyncio.sleep(0)
+        models += [read(row) for row in rows[start : start + STEP]]
+    return models
 
 
 def read_event(row: Sequence[Any]) -> IncidentEvent:

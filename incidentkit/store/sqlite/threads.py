@@ -47,7 +47,7 @@ READS: Final = 10
 """Maximum number of quick reads that run one after the other in a thread."""
 
 STEP: Final = 50
-"""Number of rows of a scan that its thread makes at a time."""
+"""Number of rows that a thread makes at a time, unless they are those of a quick read."""
 
 PAUSE: Final = 0.0001
 """Seconds between two steps: long enough for a waiting thread to run."""
@@ -297,10 +297,10 @@ class _Threads:
         running = 1 if one else options.pool_size
         self.writes: Batcher[_Write, Any] = Batcher(self._write_all, patient=True, size=WRITES)
         self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
-            self._read_all, running=running, patient=True, size=READS
+            partial(self._read_all, _fetch), running=running, patient=True, size=READS
         )
         self.slow_reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
-            self._read_all, running=running, patient=True, size=1
+            partial(self._read_all, _fetch_in_steps), running=running, patient=True, size=1
         )
 
     async def close(self) -> None:
@@ -355,10 +355,12 @@ class _Threads:
         return self.run(lambda connection: _transact(connection, given, self._check_file))
 
     def _read_all(
-        self, given: Sequence[tuple[Executable, Mapping[str, Any]]]
+        self,
+        fetch: Callable[[Connection, Executable, Mapping[str, Any]], Rows],
+        given: Sequence[tuple[Executable, Mapping[str, Any]]],
     ) -> asyncio.Future[list[Rows | Exception]]:
         def read(connection: Connection) -> list[Rows | Exception]:
-            return [_outcome(partial(_fetch, connection, *each)) for each in given]
+            return [_outcome(partial(fetch, connection, *each)) for each in given]
 
         return asyncio.get_running_loop().run_in_executor(self._readers, self._lend, read)
 
@@ -461,7 +463,7 @@ def _fetch(connection: Connection, statement: Executable, values: Mapping[str, A
 def _fetch_in_steps(
     connection: Connection, statement: Executable, values: Mapping[str, Any]
 ) -> Rows:
-    """Read the rows of a scan, and let other threads run after every few of them.
+    """Read rows, and let other threads run after every few of them.
 
     A thread that makes rows keeps the event loop from running for the interpreter's switch
     interval, five milliseconds, each time.
@@ -469,10 +471,10 @@ def _fetch_in_steps(
     result = _execute(connection, statement, values)
     rows: list[Any] = []
     try:
-        while some := result.fetchmany(STEP):
+        while len(some := result.fetchmany(STEP)) == STEP:
             rows += some
-            if len(some) == STEP:
-                time.sleep(PAUSE)
+            time.sleep(PAUSE)
+        rows += some
     except (TypeError, ValueError) as error:
         raise unreadable_row() from error
     return rows
