@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import asyncpg
 from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity, running_loop
@@ -106,7 +107,8 @@ class PostgresEngineExecutor:
             async with self._connection(self._single) as connection:
                 return await work(partial(fetch_rows, connection))
         except StoreUnavailable as error:
-            if not is_lost(error.__cause__):
+            cause = error.__cause__
+            if not (is_lost(cause) or isinstance(cause, asyncpg.InternalClientError)):
                 raise
         async with self._connection(self._single) as connection:
             return await work(partial(fetch_rows, connection))
@@ -127,8 +129,13 @@ class PostgresEngineExecutor:
             async with engine.connect() as connection:
                 await self._replace_dead(connection)
                 connecting = False
-                async with connection.begin():
-                    yield connection
+                try:
+                    async with connection.begin():
+                        yield connection
+                except asyncpg.InternalClientError:
+                    # The server has said that it ends the connection, and has not ended it yet.
+                    await connection.invalidate()
+                    raise
         except IncidentKitError:
             raise
         except Exception as error:

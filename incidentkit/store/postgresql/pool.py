@@ -180,9 +180,9 @@ class PoolExecutor:
                     settling.append(task)
                 if not isinstance(error, Exception) or isinstance(error, IncidentKitError):
                     raise
-                left -= 1
                 if not (resend and left and connection.used and isinstance(error, LOST)):
                     raise translate_error(error) from error
+                left -= 1
             else:
                 await connections.put(connection)
                 return done
