@@ -95,6 +95,12 @@ async def refused(call: Callable[[], Awaitable[object]]) -> str:
     return str(caught.value)
 
 
+async def idle() -> None:
+    """Wait for what runs in the background, such as the filling of a cache."""
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others)
+
+
 async def use(client: IncidentClient) -> None:
     """Write and read."""
     async with asyncio.timeout(DEADLINE):
@@ -265,6 +271,7 @@ def test_a_client_can_be_opened_again_once_its_event_loop_has_ended(
     async def leave_open() -> None:
         await client.connect()
         await use(client)
+        await idle()
 
     async def open_again() -> None:
         assert not client.connected
@@ -291,6 +298,7 @@ def test_closing_after_the_event_loop_has_ended_releases_connections(
     async def leave_open() -> None:
         await client.connect()
         await use(client)
+        await idle()
 
     async def close() -> None:
         async with asyncio.timeout(DEADLINE):
@@ -328,6 +336,7 @@ def test_closing_after_the_event_loop_has_ended_ends_the_threads(migrated_sqlite
     async def leave_open() -> None:
         await client.connect()
         await use(client)
+        await idle()
 
     asyncio.run(leave_open())
     assert running()
