@@ -69,6 +69,7 @@ VERBS: Final[dict[str, Callable[[Any], Awaitable[object]]]] = {
     "list_json": lambda it: it.list_json(ListQuery()),
     "changes": lambda it: anext(aiter(it.changes())),
     "read_changes": lambda it: it.read_changes(wait=5),
+    "purgeable": lambda it: it.purgeable(NOW),
     "purge": lambda it: it.purge(NOW),
     "check": lambda it: it.check(),
     "feed_blocker": lambda it: it.feed_blocker(),
