@@ -69,6 +69,7 @@ VERBS: Final[dict[str, Callable[[Any], Awaitable[object]]]] = {
     "list_json": lambda it: it.list_json(ListQuery()),
     "changes": lambda it: anext(aiter(it.changes())),
     "read_changes": lambda it: it.read_changes(wait=5),
+    "purgeable": lambda it: it.purgeable(NOW),
     "purge": lambda it: it.purge(NOW),
     "check": lambda it: it.check(),
     "feed_blocker": lambda it: it.feed_blocker(),
@@ -93,6 +94,12 @@ async def refused(call: Callable[[], Awaitable[object]]) -> str:
         with pytest.raises(WrongEventLoop) as caught:
             await call()
     return str(caught.value)
+
+
+async def idle() -> None:
+    """Wait for what runs in the background, such as the filling of a cache."""
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others)
 
 
 async def use(client: IncidentClient) -> None:
@@ -265,6 +272,7 @@ def test_a_client_can_be_opened_again_once_its_event_loop_has_ended(
     async def leave_open() -> None:
         await client.connect()
         await use(client)
+        await idle()
 
     async def open_again() -> None:
         assert not client.connected
@@ -291,6 +299,7 @@ def test_closing_after_the_event_loop_has_ended_releases_connections(
     async def leave_open() -> None:
         await client.connect()
         await use(client)
+        await idle()
 
     async def close() -> None:
         async with asyncio.timeout(DEADLINE):
@@ -328,6 +337,7 @@ def test_closing_after_the_event_loop_has_ended_ends_the_threads(migrated_sqlite
     async def leave_open() -> None:
         await client.connect()
         await use(client)
+        await idle()
 
     asyncio.run(leave_open())
     assert running()
