@@ -393,15 +393,20 @@ async def test_a_caller_is_not_kept_longer_than_its_timeouts(
 ) -> None:
     """A call on SQLite times out while its statement runs on, and close waits for the statement."""
     store: Any = store_on(sqlite_url)
-    await store.open()
-    store._connections._patience = 0.1
     proceed = threading.Event()
+    fetch = sqlite._fetch
+    hanging = False
 
-    def never_ending(*_: Any) -> Any:
+    def never_ending(*call: Any) -> Any:
+        if not hanging:
+            return fetch(*call)
         proceed.wait()
         return []
 
     monkeypatch.setattr(sqlite, "_fetch", never_ending)
+    await store.open()
+    store._connections._patience = 0.1
+    hanging = True
     with pytest.raises(StoreUnavailable, match="did not answer in time"):
         async with asyncio.timeout(20):
             await store.list(ListQuery())

@@ -37,7 +37,7 @@ from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, validate
 from tests.strategies import padding, stripped_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from starlette.applications import Starlette
 
@@ -342,11 +342,14 @@ class AlwaysStore(Store):
 
 
 @pytest.fixture(scope="module")
-def app() -> Starlette:
-    """The service without a database, connected."""
+def app() -> Iterator[Starlette]:
+    """The service without a database, connected on an event loop for all calls."""
     client = IncidentClient(AlwaysStore())
-    asyncio.run(client.connect())
-    return create_app(client)
+    app = create_app(client)
+    with asyncio.Runner() as runner:
+        runner.run(client.connect())
+        app.state.runner = runner
+        yield app
 
 
 def call(
@@ -376,7 +379,7 @@ def call(
         "query_string": query,
         "headers": [(b"content-type", b"application/json"), *headers],
     }
-    asyncio.run(app(scope, receive, send))
+    app.state.runner.run(app(scope, receive, send))
     start, body = sent
     value = json.loads(body["body"])
     if start["status"] >= 400:
