@@ -97,7 +97,9 @@ def tests(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """Run tests with the lowest versions of the dependencies; `-- tests` runs all of them."""
     session.install("--editable", ".[all]", *lowest_versions(), *groups("tests"))
-    session.run("pytest", "-n", "2", *(session.posargs or DEPENDENT))
+    # asyncpg 0.30 leaves connections of cancelled calls to the garbage collector.
+    unraisable = ("-W", "ignore::pytest.PytestUnraisableExceptionWarning")
+    session.run("pytest", "-n", "2", *unraisable, *(session.posargs or DEPENDENT))
 
 
 def lowest_versions() -> list[str]:

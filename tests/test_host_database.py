@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 from attrs import asdict
-from sqlalchemy import NullPool, create_engine, event, inspect, text
+from sqlalchemy import NullPool, QueuePool, create_engine, event, inspect, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from incidentkit import (
@@ -197,7 +197,7 @@ async def test_concurrent_calls_lose_nothing(client: IncidentClient) -> None:
 
 
 async def test_what_the_host_opened_stays_open(
-    name: str, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
+    database: AsyncEngine | asyncpg.Pool[asyncpg.Record],
 ) -> None:
     """Closing the client leaves the host's engine or pool open, and the client can be reopened."""
     client = IncidentClient.open(database)
@@ -211,13 +211,14 @@ async def test_what_the_host_opened_stays_open(
         store: Any = client.store
         with pytest.raises(ClientClosed):
             await store.append(INSERT_REQUEST, [])
-    if isinstance(database, AsyncEngine) and name in ("sqlite", "memory", "engine"):
-        assert "Current Checked out connections: 0" in database.pool.status() or name == "memory"
+    # The pool of an engine on SQLite counts them only from SQLAlchemy 2.0.38 on.
+    if isinstance(database, AsyncEngine) and isinstance(database.pool, QueuePool):
+        assert database.pool.checkedout() == 0
 
 
 @pytest.mark.parametrize("name", [name for name in DATABASES if not name.startswith("pool")])
 async def test_nothing_of_the_hosts_is_configured(
-    name: str, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
+    database: AsyncEngine | asyncpg.Pool[asyncpg.Record],
 ) -> None:
     """The client changes no settings of the host's connections, and its transactions still work."""
     assert isinstance(database, AsyncEngine)
@@ -259,7 +260,8 @@ async def test_a_caller_that_is_cancelled_leaves_the_database_whole(
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
     # An in-memory database has one connection, which the host must not take during a write.
-    running = getattr(client.store, "_running", None)
+    store: Any = client.store
+    running = getattr(store._connections, "_running", None)
     if running:
         await asyncio.wait(running)
     assert await works(database)
