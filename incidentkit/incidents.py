@@ -294,7 +294,8 @@ class Incidents(ABC):
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
             text: Words that the message must all contain, as whole words or as beginnings of
-                words, in any letter case: 1 to 200 characters with at least one letter or digit.
+                words, in any letter case: 1 to 200 characters with at least one letter or digit,
+                and at most 32 different words, not counting those that begin another one.
             order: ``newest`` or ``oldest`` first, by ``created_at`` and then by id.
             limit: Incidents per page, 1 to 1000.
             after: The ``next`` of the page before; None: the first page. The filters may change

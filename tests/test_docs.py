@@ -45,6 +45,7 @@ import incidentkit
 from incidentkit import IncidentKitError
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
+from incidentkit.domain.values import TEXT_MAX_WORDS
 from incidentkit.http import health, problems, request_log, requests
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.settings import Environment
@@ -55,11 +56,13 @@ from incidentkit.store.postgresql import url as urls
 from incidentkit.store.postgresql.dialect import PostgresDialect
 from incidentkit.store.request_log import INSERT_REQUEST
 from incidentkit.store.schema import REVISIONS, VERSION_TABLE
+from incidentkit.store.searching import SHORT
 from incidentkit.store.sql import statements
 from incidentkit.store.sql.tables import TEXT_TABLES, metadata
 from incidentkit.store.sqlite import errors as sqlite_causes
 from incidentkit.store.sqlite import statements as sqlite
 from incidentkit.store.sqlite.dialect import SqliteDialect
+from incidentkit.store.sqlite.file import scanners
 from incidentkit.store.sqlite.url import PARAMETERS
 from tests.programs import outcome, service, start
 from tests.test_migrations import ORIGIN_SCHEMA
@@ -733,6 +736,8 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert [float(limit) for limit in limits] == [
         options.connect_timeout,
         options.pool_timeout,
+        options.pool_timeout,
+        options.statement_timeout,
         options.statement_timeout,
         options.statement_timeout,
         breaker.CALL_TIMEOUT,
@@ -743,6 +748,11 @@ def test_the_limits_are_those_of_the_code() -> None:
         page(f"docs/{name}.md") for name in ("how-to/deploy", "reference/rest", "reference/cache")
     )
     assert f"{options.pool_size + options.max_overflow} by default" in deploy
+    text, most = " ".join(deploy.split()), options.pool_size + options.max_overflow
+    assert f"a fifth of the connections, at least one; {most // 5} by default" in text
+    assert f"half as many as `DB_POOL_SIZE`, at least one; {scanners(options)} by default" in text
+    assert f"more than {SHORT} incidents" in text
+    assert f"and at most {TEXT_MAX_WORDS} different words" in rest
     assert f"at most {redis.MAX_CONNECTIONS} per process" in deploy
     assert f"up to {request_log.BATCH}" in deploy
     assert f"up to {request_log.CAPACITY} of them wait" in deploy

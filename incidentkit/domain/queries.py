@@ -81,8 +81,8 @@ class SearchQuery:
         created_after: Only incidents created at this time or later; None: no lower bound.
         created_before: Only incidents created before this time; None: no upper bound.
         text: Words that the message must all contain, as whole words or as beginnings of words,
-            in any letter case: 1 to 200 characters with at least one letter or digit. None: any
-            message.
+            in any letter case: 1 to 200 characters with at least one letter or digit, and at most
+            32 different words, not counting those that begin another one. None: any message.
         order: ``newest`` or ``oldest`` first.
         limit: Incidents per page, 1 to 1000.
         after: The cursor of the page before; None: the first page.

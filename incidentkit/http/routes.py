@@ -19,6 +19,7 @@ from incidentkit.domain.values import (
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
     TEXT_MAX_LENGTH,
+    TEXT_MAX_WORDS,
     ChangePage,
     Incident,
     IncidentEvent,
@@ -182,7 +183,8 @@ OPERATIONS: Final = (
             Parameter(
                 "text",
                 "Words that the message must all contain, as whole words or as beginnings of "
-                "words, in any letter case. At least one letter or digit.",
+                "words, in any letter case. At least one letter or digit, and at most "
+                f"{TEXT_MAX_WORDS} different words, not counting those that begin another one.",
                 str,
                 minimum=1,
                 maximum=TEXT_MAX_LENGTH,

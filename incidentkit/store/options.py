@@ -40,13 +40,15 @@ class StoreOptions:
     """How a store uses its database.
 
     Attributes:
-        pool_size: Connections that stay open, at least 1; on SQLite, connections for reading.
+        pool_size: Connections that stay open, at least 1; on SQLite, connections for reading, and
+            half as many for searches, totals and deep pages.
         max_overflow: Further connections under load, at least 0; ignored on SQLite.
         connect_timeout: Seconds to wait for a new connection.
         pool_timeout: Seconds to wait for a free connection.
-        statement_timeout: Seconds that a statement may take. On SQLite: seconds to wait for
-            another process that is writing; added to ``pool_timeout``, the seconds that a call
-            waits for a read, or for its write to begin.
+        statement_timeout: Seconds that a statement may take. On SQLite: seconds that a search, a
+            total or a deep page may take, and seconds to wait for another process that is writing;
+            added to ``pool_timeout``, the seconds that a call waits for another read, or for its
+            write to begin.
         prepared_statements: Whether statements stay prepared on PostgreSQL, which saves each a
             round trip; None: as the URL says, and otherwise unless there is a connection pooler in
             front of the server. For a host's engine or pool, True states that its pooler handles

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from incidentkit import IncidentClient
+from incidentkit import IncidentClient, pacing
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.http import create_app
 from incidentkit.http.service import Encoder
@@ -160,8 +160,9 @@ def test_an_expensive_read_ends_with_its_connection(
 
 
 @pytest.mark.parametrize("number", [0, 1, 50, 51, 333])
-async def test_an_array_is_encoded_in_parts(number: int) -> None:
-    """An array of any length is whole and in order, and other tasks run meanwhile."""
+async def test_an_array_is_encoded_in_parts(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array of any length is whole and in order, and other tasks run after each part."""
+    monkeypatch.setattr(pacing, "BURST", 0)
     encoder = Encoder()
     numbers = list(range(number))
     turns = 0

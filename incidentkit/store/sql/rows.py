@@ -7,7 +7,6 @@ readers and the JSON of a row are all derived from it.
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from sqlalchemy.types import TypeDecorator
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import StoreError
 from incidentkit.domain.values import EventKind, Incident, IncidentEvent, IncidentStatus
+from incidentkit.pacing import Pace
 from incidentkit.store.executor import Executor
 from incidentkit.store.page import Page
 from incidentkit.wire.encoding import encode_rows
@@ -30,7 +30,7 @@ from incidentkit.wire.encoding import encode_rows
 _T = TypeVar("_T")
 
 STEP: Final = 100
-"""Number of rows that become models in one step of the event loop, well within a millisecond."""
+"""Number of rows that become models without a look at the clock."""
 
 INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident))
 
@@ -133,9 +133,10 @@ async def in_steps(read: Callable[[Sequence[Any]], _T], rows: Sequence[Any]) -> 
         rows: The rows.
     """
     models = [read(row) for row in rows[:STEP]]
+    pace = Pace()
     for start in range(STEP, len(rows), STEP):
-        await asyncio.sleep(0)
         models += [read(row) for row in rows[start : start + STEP]]
+        await pace.pause()
     return models
 
 
