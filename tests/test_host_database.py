@@ -218,7 +218,7 @@ async def test_what_the_host_opened_stays_open(
 
 @pytest.mark.parametrize("name", [name for name in DATABASES if not name.startswith("pool")])
 async def test_nothing_of_the_hosts_is_configured(
-    database: AsyncEngine | asyncpg.Pool[asyncpg.Record],
+    name: str, database: AsyncEngine | asyncpg.Pool[asyncpg.Record]
 ) -> None:
     """The client changes no settings of the host's connections, and its transactions still work."""
     assert isinstance(database, AsyncEngine)
