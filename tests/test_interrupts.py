@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 AT_CALLS = """
-import os, signal, sys
+import os, signal, sys, time
 from incidentkit.__main__ import run
 from incidentkit.cli.interrupts import interrupts
 
@@ -37,7 +37,10 @@ def count(frame, event, argument):
         calls += 1
         if calls in moments:
             os.kill(os.getpid(), number)
+            while is_handled and not interrupts.received:
+                time.sleep(0.001)
 
+is_handled = number == signal.SIGINT and signal.getsignal(number) is signal.default_int_handler
 interrupts.install()
 sys.setprofile(count)
 try:
@@ -208,6 +211,24 @@ def test_a_purge_that_ends_at_once_shows_the_cursor_again() -> None:
     assert outcome(program)[0] == 130
     assert b"\x1b[?25l" in shown
     assert shown.endswith(b"\x1b[?25h\r\n")
+
+
+def test_an_interrupt_answers_a_question() -> None:
+    """Ctrl+C at a confirmation exits with 130, on a new line, and nothing is dropped."""
+    keyboard, terminal = pty.openpty()
+    program = start("db", "downgrade", "base", stdin=terminal)
+    assert program.stderr is not None
+    asked = program.stderr.read(1)
+    while not asked.endswith(b"Continue? [y/N]: "):
+        byte = program.stderr.read(1)
+        assert byte, asked
+        asked += byte
+    program.send_signal(signal.SIGINT)
+    assert outcome(program) == (130, "", "\n")
+    os.close(terminal)
+    os.close(keyboard)
+    exit_code, out, _ = outcome(start("db", "current"))
+    assert (exit_code, "(head)" in out) == (0, True)
 
 
 # The service

@@ -10,7 +10,7 @@ import click
 
 
 class _Strict(click.Command):
-    """Refuses an option whose first value the second would replace, and text that is not text."""
+    """Refuses a repeated option that takes one value, and text in another encoding."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Check the arguments, then parse them into the context.

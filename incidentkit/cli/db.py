@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 
 import click
 
 from incidentkit.cli.commands import Group
 from incidentkit.cli.completion import offering
 from incidentkit.cli.failures import Refused
+from incidentkit.cli.interrupts import interrupts
 from incidentkit.cli.options import Servers, takes_database
 from incidentkit.cli.output import write
 from incidentkit.cli.running import name_default, run_coroutine
@@ -64,7 +67,10 @@ def downgrade(servers: Servers, revision: str, *, yes: bool) -> None:
         warning = f"a downgrade to {revision} drops the incident table with all its rows"
         if sys.stdin is None or not sys.stdin.isatty():
             raise Refused([f"{warning}: add --yes to confirm"])
+        # An interrupt leaves the prompt's line.
+        interrupts.farewell = partial(os.write, 2, b"\n")
         click.confirm(f"{warning.capitalize()}. Continue?", abort=True, err=True)
+        interrupts.farewell = None
     run_coroutine(migrations().downgrade(url, revision))
     _write_revision(run_coroutine(migrations().current(url)))
 

@@ -1,22 +1,23 @@
 """End the program on Ctrl+C: at once, with exit code 130 and without a traceback.
 
-Python would raise KeyboardInterrupt wherever the program happens to be: in the middle of an import,
-of a callback or of the cleanup. This handler ends the process instead, except while a command has
-connections to close. Then the first interrupt cancels the command, and the second one ends it.
+Python would raise KeyboardInterrupt wherever the main thread happens to be, such as in an import,
+and not before a system call that has just begun returns. Instead, a thread waits for the signal,
+which is blocked in all other threads. It ends the process, except while a command has connections
+to close: then the first interrupt cancels the command, and the second one ends it.
 
 This module loads next to nothing: it is the first one that the program uses.
 """
 
 from __future__ import annotations
 
-import atexit
+import _thread
 import os
 import signal
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
     from typing import Final
 
 INTERRUPTED: Final = 130
@@ -27,39 +28,61 @@ class Interrupts:
     """Handles SIGINT.
 
     Attributes:
-        cancel: Cancels the running command; None: there is nothing to clean up.
+        cancel: Cancels the running command, from another thread; None: there is nothing to clean
+            up.
         received: Whether an interrupt has arrived.
-        farewell: Written to stderr if the process ends at once, such as to show the cursor again.
+        farewell: Called before the process ends at once, such as to show the cursor again.
+        exit_code: The code with which it ends.
     """
 
     def __init__(self) -> None:
         self.cancel: Callable[[], object] | None = None
         self.received = False
-        self.farewell = b""
+        self.farewell: Callable[[], object] | None = None
+        self.exit_code = INTERRUPTED
+        self._installed = False
 
     def install(self) -> None:
         """Handle SIGINT from now on, unless the process ignores it or has a handler of its own."""
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._handle)
-            # Registered first, so called last: no thread is left to wait for, and Python would
-            # restore the signal's default action, which ends the process without an exit code.
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            return
+        if sys.platform == "win32":
+            signal.signal(signal.SIGINT, lambda *_: self._handle())
+            return
+        self._installed = True
+        self.block()
+        _thread.start_new_thread(self._wait, ())
 
-    def _handle(self, _: int, __: FrameType | None) -> None:
-        self.received = True
-        cancel, self.cancel = self.cancel, None
-        if cancel is None:
-            self.end()
-        else:
-            cancel()
+    def block(self) -> None:
+        """Block SIGINT in this thread, and in the threads and processes that it starts."""
+        if sys.platform != "win32" and self._installed:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def end(self) -> None:
         """End the process, whatever it is doing."""
         try:
-            if self.farewell:
-                os.write(2, self.farewell)
+            if self.farewell is not None:
+                self.farewell()
         finally:
-            os._exit(INTERRUPTED)
+            os._exit(self.exit_code)
+
+    def _wait(self) -> None:
+        while sys.platform != "win32":
+            signal.sigwait({signal.SIGINT})
+            self._handle()
+
+    def _handle(self) -> None:
+        # Before the command is looked at, which looks at this when it ends.
+        self.received = True
+        cancel, self.cancel = self.cancel, None
+        if cancel is None:
+            self.end()
+            return
+        try:
+            cancel()
+        except RuntimeError:
+            # The event loop has been closed meanwhile.
+            self.end()
 
 
 interrupts: Final = Interrupts()

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -40,6 +41,7 @@ class Server(uvicorn.Server):
         # Uvicorn restores these handlers once it has stopped.
         for number in HANDLED_SIGNALS:
             signal.signal(number, self.handle_exit)
+        interrupts.cancel = partial(self.handle_exit, signal.SIGINT, None)
         super().run(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -57,6 +59,7 @@ class Server(uvicorn.Server):
         elif self.should_exit and sig == signal.SIGINT:
             os._exit(0)
         else:
+            interrupts.exit_code = 0
             super().handle_exit(sig, frame)
 
 
@@ -64,7 +67,7 @@ class Supervisor(Multiprocess):
     """Runs workers, and stops them on a signal.
 
     A terminal sends an interrupt to the workers too. They start with that signal blocked, as it is
-    in every thread of the supervisor: only the supervisor stops a worker.
+    in the supervisor: only the supervisor stops a worker.
 
     Attributes:
         signalled: Whether a signal has arrived that stops the service.
@@ -74,11 +77,13 @@ class Supervisor(Multiprocess):
         super().__init__(config, sockets)
         self.signalled = False
         self._answered: set[int | None] = set()
+        interrupts.exit_code = 0
+        interrupts.farewell = self._kill
+        interrupts.cancel = partial(self.signal_queue.append, signal.SIGINT)
         if sys.platform != "win32":
             # It unblocks the signal when it starts, which would be with the first worker.
             resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            threading.Thread(target=self._take_interrupts, daemon=True).start()
+            interrupts.block()
 
     def keep_subprocess_alive(self) -> None:
         """Replace workers that are gone or hang, once every worker has answered a first time.
@@ -102,14 +107,9 @@ class Supervisor(Multiprocess):
         self.signalled = True
         super().handle_term()
 
-    def _take_interrupts(self) -> None:
-        """Queue the first interrupt, and end all processes at the second one."""
-        signal.sigwait({signal.SIGINT})
-        self.signal_queue.append(signal.SIGINT)
-        signal.sigwait({signal.SIGINT})
+    def _kill(self) -> None:
         for worker in self.processes:
             worker.process.kill()
-        os._exit(0)
 
 
 def stop_with_parent() -> None:

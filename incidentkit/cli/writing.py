@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 
 import click
@@ -192,11 +194,11 @@ def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
 
         def progress(done: int, total: int) -> None:
             if not bars:
-                interrupts.farewell = SHOW_CURSOR
+                interrupts.farewell = partial(os.write, 2, SHOW_CURSOR)
                 bar = click.progressbar(length=total, label="Purging", file=sys.stderr)
                 bars.append(shown.enter_context(bar))
             bars[0].length = total
             bars[0].update(done - bars[0].pos)
 
         yield progress
-    interrupts.farewell = b""
+    interrupts.farewell = None
