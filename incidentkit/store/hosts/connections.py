@@ -111,8 +111,6 @@ class SqlalchemyConnection:
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement in the transaction."""
-        if self._transaction not in (None, self._current()):
-            raise NotInTransaction
         connection = await self.connection()
         if self._check_use is not None:
             await self._check_use(connection)
@@ -127,7 +125,13 @@ class SqlalchemyConnection:
         return has_every_character(raw.driver_connection)
 
     async def connection(self) -> AsyncConnection:
-        """Return the connection of the transaction."""
+        """Return the connection of the transaction.
+
+        Raises:
+            NotInTransaction: If it has ended. A session would begin another one here.
+        """
+        if self._transaction not in (None, self._current()):
+            raise NotInTransaction
         connection = self._connection
         if is_session(connection):
             connection = await connection.connection()
