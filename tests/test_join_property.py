@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from incidentkit.incidents import Incidents
+    from incidentkit.joined import JoinedIncidents
 
 THOROUGH = os.environ.get("INCIDENTKIT_TEST_PROFILE") == "thorough"
 
@@ -272,10 +273,13 @@ class JoinMachine(RuleBasedStateMachine):
     # The transaction and its savepoints
 
     def begin_a_transaction(self) -> None:
-        self.run(self.host.begin())
-        self.joined = self.client.join(self.host.connection)
+        self.joined = self.run(self.begin_and_join())
         self.layers = [self.committed.copy()]
         self.touched = set()
+
+    async def begin_and_join(self) -> JoinedIncidents:
+        await self.host.begin()
+        return self.client.join(self.host.connection)
 
     @precondition(lambda self: self.layers)
     @rule(commits=st.booleans())
