@@ -549,13 +549,18 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
+def statements(log: pytest.LogCaptureFixture) -> list[str]:
+    """Return the statements in a log."""
+    return [record.getMessage().strip() for record in log.records]
+
+
 async def many(url: str, size: int) -> None:
-    """Store incidents in two seconds: every message says disk, every fourth quarter."""
+    """Store incidents in two seconds: every message says disk, every second one half."""
     await run_sql(
         url,
         'INSERT INTO "Incident" (incident_message, incident_type, source, created_at) '
         f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {size}) "
-        "SELECT CASE WHEN i % 4 = 0 THEN 'Disk in quarter' ELSE 'Disk in room' END, 'new', "
+        "SELECT CASE WHEN i % 2 = 0 THEN 'Disk in half' ELSE 'Disk in room' END, 'new', "
         f"'partner', CASE WHEN i * 2 < {size} THEN {second('2026-01-01 00:00:00', url)} "
         f"ELSE {second('2026-01-01 00:00:01', url)} END FROM n",
     )
@@ -572,30 +577,30 @@ async def test_a_large_page_of_a_common_word_is_scanned(
 ) -> None:
     """A page of any size is read in its order if enough messages have the words."""
     async with IncidentClient.open(url, options=StoreOptions(echo=True)) as incidents:
-        await many(url, 30_000)
-        for said, step in (("disk", 1), ("quarter", 4)):
+        await many(url, 40_000)
+        for said, limit, step in (("disk", 1000, 1), ("half", 400, 2)):
             for order, sign in (("newest", -1), ("oldest", 1)):
                 log.clear()
-                page = await incidents.search(text=said, limit=1000, order=order)
-                page = await incidents.search(text=said, limit=1000, order=order, after=page.next)
+                page = await incidents.search(text=said, limit=limit, order=order)
+                page = await incidents.search(text=said, limit=limit, order=order, after=page.next)
                 ids = [one.incident_id for one in page.incidents]
-                first = 1000 * step + step if sign > 0 else 30_000 - 1000 * step
-                assert ids == [first + sign * step * n for n in range(1000)]
+                first = (limit + 1) * step if sign > 0 else 40_000 - limit * step
+                assert ids == [first + sign * step * n for n in range(limit)]
                 # Two scans for each page, and none of the index of words.
-                assert len(log.records) == 4
+                assert [shown.split()[:2] for shown in statements(log)] == [["WITH", "first"]] * 4
 
 
 async def test_few_of_many_messages_are_found_by_their_index(
     url: str, log: pytest.LogCaptureFixture
 ) -> None:
-    """A large page of a word in every fourth of few messages is read from the index of words."""
+    """A large page of a word in every second one of few messages is read from their index."""
     async with IncidentClient.open(url, options=StoreOptions(echo=True)) as incidents:
         await many(url, 2_000)
         log.clear()
-        page = await incidents.search(text="quarter", limit=400)
-        assert [one.incident_id for one in page.incidents] == list(range(2_000, 400, -4))
+        page = await incidents.search(text="half", limit=800)
+        assert [one.incident_id for one in page.incidents] == list(range(2_000, 400, -2))
         # The first scan, and the index.
-        assert len(log.records) == 2
+        assert [shown.split()[1] for shown in statements(log)] == ["first", "found"]
 
 
 async def test_a_total_is_counted_only_if_the_page_does_not_tell_it(
@@ -605,24 +610,24 @@ async def test_a_total_is_counted_only_if_the_page_does_not_tell_it(
     async with IncidentClient.open(url, options=StoreOptions(echo=True)) as incidents:
         await many(url, 8)
 
-        async def statements(**search: Any) -> tuple[int, int | None]:
+        async def counted(**search: Any) -> tuple[int, int | None]:
             log.clear()
             page = await incidents.search(**search, total=True)
             return len(log.records), page.total
 
         first = (await incidents.search(limit=3)).next
-        assert await statements(limit=8) == (1, 8)
-        assert await statements(limit=7) == (2, 8)
-        assert await statements(limit=5, after=first) == (2, 8)
-        assert await statements(source="operator") == (1, 0)
-        assert await statements(text="quarter", limit=1) == (1, 2)
-        assert await statements(text="quarter", limit=2) == (1, 2)
-        assert await statements(text="disk", limit=5, after=first) == (1, 8)
-        assert await statements(text="needle") == (1, 0)
+        assert await counted(limit=8) == (1, 8)
+        assert await counted(limit=7) == (2, 8)
+        assert await counted(limit=5, after=first) == (2, 8)
+        assert await counted(source="operator") == (1, 0)
+        assert await counted(text="half", limit=1) == (1, 4)
+        assert await counted(text="half", limit=4) == (1, 4)
+        assert await counted(text="disk", limit=5, after=first) == (1, 8)
+        assert await counted(text="needle") == (1, 0)
         last = (await incidents.search(text="disk", limit=7)).next
         (found,) = (await incidents.search(text="disk", after=last)).incidents
         assert found.incident_id == 1
-        assert await statements(text="quarter", after=last) == (1, 2)
+        assert await counted(text="half", after=last) == (1, 4)
 
 
 def test_words_are_dropped_that_say_nothing_more() -> None:

@@ -25,7 +25,7 @@ from incidentkit.store.sql.search import (
 SCAN: Final = 500
 """Number of incidents whose messages a search scans first, to see how common its words are."""
 
-FOUND_PER_SCANNED: Final = 10
+FOUND_PER_SCANNED: Final = 15
 """Number of incidents that the index of words returns and the database sorts in the time that it
 takes to scan one message."""
 
