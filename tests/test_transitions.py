@@ -47,7 +47,7 @@ def test_a_status_is_reached_from_those_that_the_graph_names(
 def test_a_faulty_graph_is_refused(graph: Any) -> None:
     """A graph that does not map statuses to collections of statuses is refused."""
     with pytest.raises(InvalidSettings) as caught:
-        IncidentClient.open("sqlite://", transitions=graph)
+        IncidentClient.open("sqlite+aiosqlite:///:memory:", transitions=graph)
     assert caught.value.name == "transitions"
 
 
