@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -418,7 +418,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
         assert len(children) >= 2
         changes = {"Accept": "text/event-stream"}
         with (
-            httpx.stream("GET", f"{running.url}/incident/changes", headers=changes) as stream,
+            httpx2.stream("GET", f"{running.url}/incident/changes", headers=changes) as stream,
             _unfinished_request(running.url) as connection,
         ):
             running.program.kill()

@@ -43,11 +43,7 @@ def open_engine(url: URL, options: StoreOptions) -> Engine:
         url.set(drivername="sqlite"),
         isolation_level="AUTOCOMMIT",
         pool_reset_on_return=None,
-        connect_args={
-            "timeout": options.statement_timeout,
-            "check_same_thread": False,
-            "factory": _Connection,
-        },
+        connect_args={"timeout": options.statement_timeout, "check_same_thread": False},
         hide_parameters=True,
         poolclass=StaticPool if memory else QueuePool,
         # One connection more, for the writer.
@@ -61,17 +57,6 @@ def open_engine(url: URL, options: StoreOptions) -> Engine:
     if options.echo:
         event.listen(engine, "before_cursor_execute", _log_statement)
     return engine
-
-
-class _Connection(sqlite3.Connection):
-    """A connection that only a statement rolls back.
-
-    SQLAlchemy calls ``rollback`` when a connection is returned. A database in memory has one
-    connection, so that call would end the transaction of another caller.
-    """
-
-    # Does nothing. SQLAlchemy has the option `skip_autocommit_rollback` only from 2.0.43 on.
-    rollback = object.__init__
 
 
 def _prepare_connection(connection: Any, _: object) -> None:
