@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -16,6 +17,7 @@ from incidentkit.store import StoreOptions
 from incidentkit.store.share import Share
 from incidentkit.store.turns import Turns
 from tests.hosts import run_sql
+from tests.servers import HOST
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -134,6 +136,89 @@ async def test_dead_idle_connections_fail_no_call(
         for _ in range(CONNECTIONS + 1):
             await CALLS[call](client, kept.incident_id)
 
+
+class Relay:
+    """Passes bytes between clients and the server of a URL, and can announce a shutdown.
+
+    Attributes:
+        url: The URL for clients.
+    """
+
+    SHUTDOWN = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._parts = urlsplit(url)
+        self._clients: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, HOST)
+        port = self._server.sockets[0].getsockname()[1]
+        user = self._parts.netloc.rpartition("@")[0]
+        self.url = urlunsplit(self._parts._replace(netloc=f"{user}@{HOST}:{port}"))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def announce(self) -> int:
+        """Send every client the error of a shutdown, and leave the connections open.
+
+        Returns:
+            The number of clients.
+        """
+        length = (len(self.SHUTDOWN) + 4).to_bytes(4, "big")
+        told = len(self._clients)
+        while self._clients:
+            writer = self._clients.pop()
+            writer.write(b"E" + length + self.SHUTDOWN)
+            await writer.drain()
+        # The clients read it in the next turns of the event loop.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return told
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server = await asyncio.open_connection(self._parts.hostname, self._parts.port)
+        self._clients.add(writer)
+        for ends in ((reader, server[1]), (server[0], writer)):
+            pump = asyncio.ensure_future(self._pump(*ends))
+            self._pumps.add(pump)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+        finally:
+            self._clients.discard(writer)
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("call", CALLS)
+async def test_connections_whose_end_is_announced_fail_no_call(
+    call: str, way: str, migrated_postgres_url: str
+) -> None:
+    """Between the server's word that it ends connections and their end, every call succeeds."""
+    url = migrated_postgres_url
+    async with Relay(url) as relay, opened(way, relay.url) as client:
+        kept = await client.create("Disk is full", source="monitoring")
+        await fill(client, url)
+        assert await relay.announce() == CONNECTIONS
+        for _ in range(CONNECTIONS + 1):
+            await CALLS[call](client, kept.incident_id)
+        incidents = (await client.search(text="disk", limit=100)).incidents
+        assert len(incidents) == 1 + MADE.get(call, 0) * (CONNECTIONS + 1)
+
+
+MADE = {"create": 1, "create_many": 2}
+"""Number of incidents that a call creates."""
 
 WAITERS: dict[str, tuple[str, Callable[[IncidentClient, int], Awaitable[object]]]] = {
     "update_status": (

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import asyncpg
+from attrs import define
 from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity, running_loop
-from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
+from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.poolers import check_sqlalchemy
 from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
 from incidentkit.store.postgresql.connection import is_alive
-from incidentkit.store.postgresql.errors import translate_error
+from incidentkit.store.postgresql.errors import is_unsent, translate_error
 from incidentkit.store.postgresql.url import place_of
 from incidentkit.store.share import Share, scanning_share, writing_share
 
@@ -24,6 +23,24 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 _T = TypeVar("_T")
+
+
+@define
+class _Lent:
+    """A connection that is lent to one call.
+
+    Attributes:
+        answered: Whether the server has answered a statement of the call.
+    """
+
+    connection: AsyncConnection
+    answered: bool = False
+
+    async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement."""
+        rows = await fetch_rows(self.connection, statement, values)
+        self.answered = True
+        return rows
 
 
 class PostgresEngineExecutor:
@@ -76,42 +93,60 @@ class PostgresEngineExecutor:
         self._writing = self._scanning = self._affinity = None
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement that only reads; if its connection is dead, once more on another."""
-        return await self._read(lambda fetch: fetch(statement, values))
+        """Run a statement that only reads; if its connection is dead, again on another."""
+        self._opened()
+        return await self._run(
+            self._single, lambda lent: lent.fetch(statement, values), resend=True
+        )
 
     async def scan(self, work: Work[_T]) -> _T:
-        """Run statements that only read; if their connection is dead, once more on another."""
+        """Run statements that only read; if their connection is dead, again on another."""
         self._opened()
         if self._scanning is None:
             raise ClientClosed
         async with self._scanning:
-            return await self._read(work)
+            return await self._run(self._single, lambda lent: work(lent.fetch), resend=True)
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, each committed by itself."""
-        async with self._opened(), self._connection(self._single) as connection:
-            return await work(partial(fetch_rows, connection))
+        async with self._opened():
+            return await self._run(self._single, lambda lent: work(lent.fetch))
 
     async def transact(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction."""
-        async with self._opened(), self._connection(self._several) as connection:
-            return await work(partial(fetch_rows, connection))
+        async with self._opened():
+            return await self._run(self._several, lambda lent: work(lent.fetch))
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
-        async with self._opened(), self._connection(self._several) as connection:
-            await connection.execute(statement, rows)
+        async with self._opened():
+            await self._run(self._several, lambda lent: lent.connection.execute(statement, rows))
 
-    async def _read(self, work: Work[_T]) -> _T:
-        try:
-            async with self._connection(self._single) as connection:
-                return await work(partial(fetch_rows, connection))
-        except StoreUnavailable as error:
-            cause = error.__cause__
-            if not (is_lost(cause) or isinstance(cause, asyncpg.InternalClientError)):
-                raise
-        async with self._connection(self._single) as connection:
-            return await work(partial(fetch_rows, connection))
+    async def _run(
+        self, engine: AsyncEngine, call: Callable[[_Lent], Awaitable[_T]], *, resend: bool = False
+    ) -> _T:
+        """Run a call on a connection, and on another one if it is dead and nothing was sent.
+
+        Args:
+            engine: With the isolation level of the call.
+            call: Runs statements.
+            resend: Whether to run it once more after it was sent, too.
+        """
+        left = self._maximum
+        while True:
+            lent: _Lent | None = None
+            try:
+                async with self._connection(engine) as connection:
+                    lent = _Lent(connection)
+                    return await call(lent)
+            except StoreError as error:
+                cause = error.__cause__
+                unsent = lent is not None and not lent.answered and is_unsent(cause)
+                if not left or not (unsent or (resend and is_lost(cause))):
+                    raise
+                left -= 1
+                # SQLAlchemy has replaced the other connections, too.
+                resend = resend and not is_lost(cause)
 
     def _opened(self) -> Share:
         if self._writing is None or self._affinity is None:
@@ -132,9 +167,10 @@ class PostgresEngineExecutor:
                 try:
                     async with connection.begin():
                         yield connection
-                except asyncpg.InternalClientError:
-                    # The server has said that it ends the connection, and has not ended it yet.
-                    await connection.invalidate()
+                except Exception as error:
+                    if is_unsent(error):
+                        # The server has said that it ends the connection, and not ended it yet.
+                        await connection.invalidate()
                     raise
         except IncidentKitError:
             raise

@@ -67,16 +67,18 @@ class PostgresConnection:
 
     Attributes:
         used: Whether the connection has served a call before, and may have ended since.
+        answered: Whether the server has answered a statement of the present call.
         idle_since: When it was given back, on the clock of the event loop.
     """
 
-    __slots__ = ("_log", "_prepared", "_preparing", "driver", "idle_since", "used")
+    __slots__ = ("_log", "_prepared", "_preparing", "answered", "driver", "idle_since", "used")
 
     def __init__(
         self, driver: Connection, *, preparing: Preparing | None = None, log: Log | None = None
     ) -> None:
         self.driver = driver
         self.used = False
+        self.answered = False
         self.idle_since = 0.0
         self._preparing = preparing
         self._log = log
@@ -90,6 +92,7 @@ class PostgresConnection:
             rows = await fetch_rows(self.driver, statement, values)
         else:
             rows = await self._fetch_prepared(statement, values, self._preparing)
+        self.answered = True
         if self._log is not None:
             self._log(compile_statement(statement).text, time.perf_counter() - start)
         return rows
@@ -145,6 +148,7 @@ class PostgresConnection:
     async def _execute(self, command: str) -> str:
         start = time.perf_counter()
         tag = await self.driver.execute(command)
+        self.answered = True
         if self._log is not None:
             self._log(command, time.perf_counter() - start)
         return tag
@@ -188,11 +192,12 @@ async def is_alive(driver: Any) -> bool:
             return False
         if not _has_unread(driver):
             return True
-        # asyncpg reads in a turn of the loop, psycopg only when it is asked to.
-        await asyncio.sleep(0)
         if hasattr(driver, "pgconn"):
-            with suppress(Exception):
-                driver.pgconn.consume_input()
+            # psycopg reads only when it is asked to, and takes the error of an end for an answer
+            # to its next statement. A notice costs no more than a new connection.
+            return False
+        # asyncpg reads in a turn of the loop.
+        await asyncio.sleep(0)
     return False
 
 

@@ -35,6 +35,9 @@ LOST: Final = (
 )
 """Exceptions of a dead connection. A statement that only reads may be sent again on another one."""
 
+UNSENT: Final = ("cannot switch to state", "not connected", "cannot perform operation: connection")
+"""How the messages of asyncpg begin that refuse a statement before any of it is sent."""
+
 UNREADABLE_URL: Final = (ValueError, OverflowError)
 """Exceptions of asyncpg, on connecting, for a URL that it cannot parse."""
 
@@ -370,6 +373,18 @@ def _cause_by_type(causes: Iterable[BaseException], *, connecting: bool) -> Caus
 
 def _is_lost(error: BaseException) -> bool:
     return isinstance(error, LOST) or getattr(error, "connection_invalidated", False)
+
+
+def is_unsent(error: BaseException | None) -> bool:
+    """Return whether asyncpg refused a statement before any of it was sent.
+
+    It does so between the server's word that it ends the connection and the end itself.
+    """
+    return any(
+        isinstance(cause, (asyncpg.InternalClientError, asyncpg.InterfaceError))
+        and str(cause).startswith(UNSENT)
+        for cause in _causes(error)
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -13,7 +13,7 @@ from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.connection import NOT_RUN, PostgresConnection
 from incidentkit.store.postgresql.driver import compile_statement
-from incidentkit.store.postgresql.errors import LOST, translate_error
+from incidentkit.store.postgresql.errors import LOST, is_unsent, translate_error
 from incidentkit.store.share import Share, scanning_share, writing_share
 
 _T = TypeVar("_T")
@@ -115,7 +115,7 @@ class PoolExecutor:
         )
 
     async def write(self, work: Work[_T]) -> _T:
-        """Run statements that write, once: a lost answer may hide a commit."""
+        """Run statements that write, and send each once: a lost answer may hide a commit."""
         return await self._write(lambda connection: work(connection.fetch))
 
     async def transact(self, work: Work[_T]) -> _T:
@@ -160,7 +160,7 @@ class PoolExecutor:
 
         Args:
             call: Runs statements.
-            resend: Whether to run it again if its connection is dead.
+            resend: Whether to run it again if its connection is dead, even after it was sent.
             settling: Gets what ends when the connection of a call that failed is free again.
         """
         connections = self._opened()
@@ -172,6 +172,7 @@ class PoolExecutor:
                 raise
             except Exception as error:
                 raise translate_error(error, connecting=True) from error
+            connection.answered = False
             try:
                 done = await call(connection)
             except BaseException as error:
@@ -180,7 +181,8 @@ class PoolExecutor:
                     settling.append(task)
                 if not isinstance(error, Exception) or isinstance(error, IncidentKitError):
                     raise
-                if not (resend and left and connection.used and isinstance(error, LOST)):
+                resendable = resend or (is_unsent(error) and not connection.answered)
+                if not (resendable and left and connection.used and isinstance(error, LOST)):
                     raise translate_error(error) from error
                 left -= 1
             else:
