@@ -195,7 +195,7 @@ class Incidents(ABC):
         status: IncidentStatus | str,
         *,
         note: str | None = None,
-        expected_version: int | None = None,
+        expected_version: int | str | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
         """Change the status and return the incident.
@@ -205,7 +205,9 @@ class Incidents(ABC):
             status: The new status. Setting the present status changes nothing, and only records
                 the note.
             note: A note for the history, in 1 to 1000 characters; None: no note.
-            expected_version: The version that the incident must have; None: any version.
+            expected_version: The version that the incident must have. With its ``tag`` instead, the
+                change is refused also if the database has lost commits in a failover and assigned
+                the id and the version again. None: any version.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
                 call with the key changes nothing and returns the first answer. None: every call
                 takes effect.

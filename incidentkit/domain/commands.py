@@ -88,7 +88,7 @@ class StatusChange:
         incident_id: 1 to 2^63-1.
         status: The new status.
         note: A note for the history, in 1 to 1000 characters; None: no note.
-        expected_version: The version that the incident must have; None: any version.
+        expected_version: The version or the tag that the incident must have; None: any version.
 
     Raises:
         InvalidIncident: With every faulty field.
@@ -97,7 +97,7 @@ class StatusChange:
     incident_id: int = field(converter=rules.incident_id)
     status: IncidentStatus = field(converter=rules.status)
     note: str | None = field(default=None, converter=rules.optional_note)
-    expected_version: int | None = field(default=None, converter=rules.optional_version)
+    expected_version: int | str | None = field(default=None, converter=rules.optional_version)
 
     __attrs_post_init__ = raise_faults
 

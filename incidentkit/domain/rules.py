@@ -42,6 +42,7 @@ from incidentkit.domain.values import (
     MESSAGE_MIN_LENGTH,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    TAG_PATTERN,
     TEXT_MAX_LENGTH,
     TEXT_MAX_WORDS,
     IncidentOrder,
@@ -212,6 +213,7 @@ def optional_name(value: str | None) -> str | None:
     return None if value is None else name(value)
 
 
+_INCIDENT_TAG: Final = re.compile(TAG_PATTERN, re.ASCII)
 _STATUSES: Final = {member.value: member for member in IncidentStatus}
 _SOURCES: Final = {member.value: member for member in IncidentSource}
 _ORDERS: Final = {member.value: member for member in IncidentOrder}
@@ -285,8 +287,12 @@ def incident_id(value: int) -> int:
     return _integer(value, 1, MAX_ID)
 
 
-def optional_version(value: int | None) -> int | None:
-    """Return the version, 1 to 2^63-1, or None."""
+def optional_version(value: int | str | None) -> int | str | None:
+    """Return the version, 1 to 2^63-1; or the tag of an incident; or None."""
+    if isinstance(value, str):
+        if _INCIDENT_TAG.fullmatch(value) is None:
+            raise ValueError(f"must be an integer from 1 to {MAX_ID}, or the tag of an incident")
+        return value
     return None if value is None else _integer(value, 1, MAX_ID)
 
 

@@ -53,7 +53,9 @@ class Transitions:
             VersionConflict: If the incident does not have the expected version.
             IllegalTransition: If the graph does not contain the change.
         """
-        if change.expected_version not in (None, incident.version):
+        expected = change.expected_version
+        found = incident.tag if isinstance(expected, str) else incident.version
+        if expected not in (None, found):
             raise VersionConflict(incident)
         if incident.incident_type not in self.sources(change.status):
             raise IllegalTransition(incident, change.status)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from enum import StrEnum
+from hashlib import blake2b
 from typing import Final
 
 from attrs import Factory, field, frozen
@@ -25,6 +27,9 @@ TEXT_MAX_WORDS: Final = 32
 """Maximum number of different words of a search, not counting those that begin another one."""
 
 MAX_ID: Final = 2**63 - 1
+TAG_PATTERN: Final = r"[1-9]\d{0,18}-[0-9a-f]{12}"
+"""What the tag of an incident looks like."""
+
 DEFAULT_LIMIT: Final = 10
 MAX_LIMIT: Final = 1000
 MAX_OFFSET: Final = 2**63 - 1
@@ -107,7 +112,8 @@ class Incident:
     """An incident as it is stored.
 
     Attributes:
-        incident_id: Assigned by the database, 1 to 2^63-1, never reused.
+        incident_id: Assigned by the database, 1 to 2^63-1. The id of a removed incident is not
+            assigned again. A database that has lost commits assigns the lost ids again.
         incident_message: What happened.
         incident_type: The status.
         source: Who reported it.
@@ -133,6 +139,26 @@ class Incident:
         default=Factory(lambda self: self.created_at, takes_self=True), converter=_whole_utc_second
     )
     ended_at: datetime | None = field(default=None, converter=_whole_utc_second_or_none)
+
+    @property
+    def tag(self) -> str:
+        """The version with a digest of all fields, such as ``3-5f1c9a0e77d2``.
+
+        Pass it as ``expected_version``. After a failover or a restore that lost commits, the
+        database assigns ids and versions again. The tag of a lost incident then fits no other one.
+        """
+        values = (
+            self.incident_id,
+            self.incident_message,
+            self.incident_type.value,
+            self.source.value,
+            self.created_at.isoformat(),
+            self.dedup_key,
+            self.occurrences,
+            self.last_seen_at.isoformat(),
+            None if self.ended_at is None else self.ended_at.isoformat(),
+        )
+        return f"{self.version}-{blake2b(json.dumps(values).encode(), digest_size=6).hexdigest()}"
 
 
 @frozen

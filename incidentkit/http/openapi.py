@@ -21,6 +21,7 @@ from incidentkit.domain.values import (
     MESSAGE_MIN_LENGTH,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    TAG_PATTERN,
     ChangePage,
     EventKind,
     Incident,
@@ -76,7 +77,7 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (Incident, "created_at"): {"description": "When it was stored, in UTC."},
     (Incident, "version"): {
         "minimum": 1,
-        "description": "Increases by one with each change; in quotes it is the ETag.",
+        "description": "Increases by one with each change.",
     },
     (Incident, "occurrences"): {"minimum": 1, "description": "How often it was reported."},
     (Incident, "last_seen_at"): {"description": "When it was last reported, in UTC."},
@@ -237,10 +238,10 @@ _HEADERS: Final[Json] = {
         "example": _REQUEST_ID,
     },
     "ETag": {
-        "description": "The version of the incident, in quotes.",
+        "description": "The version of the incident with a digest of its fields, for If-Match.",
         "required": True,
-        "schema": {"type": "string", "pattern": r'^"\d+"$'},
-        "example": '"1"',
+        "schema": {"type": "string", "pattern": f'^"{TAG_PATTERN}"$'},
+        "example": '"1-5f1c9a0e77d2"',
     },
     "Location": {
         "description": "The path of the incident.",

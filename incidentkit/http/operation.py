@@ -13,15 +13,17 @@ from attrs import field, frozen
 from starlette.requests import Request
 from starlette.responses import Response
 
+from incidentkit.domain.values import TAG_PATTERN
+
 Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
 
 class EntityTag(str):
-    """The version of an incident in quotes, as in ``ETag``; or ``*``, any version."""
+    """The tag of an incident in quotes, as in ``ETag``; or its version in quotes; or ``*``, any."""
 
     __slots__ = ()
 
-    PATTERN: Final = r'\*|"[1-9]\d{0,18}"'
+    PATTERN: Final = rf'\*|"{TAG_PATTERN}"|"[1-9]\d{{0,18}}"'
 
 
 @frozen

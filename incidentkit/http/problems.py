@@ -160,8 +160,8 @@ def refusal_for(error: Exception) -> Refusal:
 
 
 def etag(incident: Incident) -> str:
-    """Return the entity tag of an incident: its version."""
-    return f'"{incident.version}"'
+    """Return the entity tag of an incident."""
+    return f'"{incident.tag}"'
 
 
 def _refusal_for_conflict(error: IncidentConflict) -> Refusal:

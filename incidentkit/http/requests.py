@@ -182,13 +182,13 @@ def read_integer(text: str) -> int | str:
 
 
 def read_version(text: str) -> int | str | None:
-    """Return the version in an entity tag, or None for ``*``.
+    """Return the tag or the version in an entity tag, or None for ``*``.
 
     Raises:
         ValueError: If the text is not one entity tag.
     """
     if _ENTITY_TAG.fullmatch(text) is None:
-        raise ValueError('(If-Match) must be one ETag from an answer, such as "3", or *')
+        raise ValueError("(If-Match) must be one ETag from an answer, or *")
     return None if text == "*" else read_integer(text.strip('"'))
 
 

@@ -136,7 +136,7 @@ OPERATIONS: Final = (
             Parameter("note", "A note for the history.", str, minimum=1, maximum=NOTE_MAX_LENGTH),
             Parameter(
                 "expected_version",
-                "The ETag that the incident must have; `*` means any.",
+                "The ETag that the incident must have, or its version in quotes; `*` means any.",
                 EntityTag,
                 where="header",
                 header="If-Match",

@@ -133,11 +133,33 @@ async def test_an_unexpected_version_is_refused(incidents: Verbs) -> None:
     assert done.version == 3
 
 
-async def test_one_of_many_with_the_same_version_wins(incidents: Verbs) -> None:
+async def test_another_tag_is_refused(incidents: Verbs) -> None:
+    """A tag fits one state of one incident, not another incident with the same version."""
+    first = await incidents.create("Disk is full", source="monitoring")
+    second = await incidents.create("Network is down", source="monitoring")
+    assert first.tag != second.tag
+    for tag in (second.tag, f"1-{0:012x}", f"2-{0:012x}"):
+        with pytest.raises(VersionConflict) as caught:
+            await incidents.update_status(1, "failed", note="Never mind", expected_version=tag)
+        assert caught.value.incident == first
+    assert (await incidents.get(1)).tag == first.tag
+    failed = await incidents.update_status(1, "failed", expected_version=first.tag)
+    assert (failed.version, len(await incidents.history(1))) == (2, 2)
+    with pytest.raises(VersionConflict):
+        await incidents.update_status(1, "failed", expected_version=first.tag)
+    with pytest.raises(IncidentNotFound):
+        await incidents.update_status(3, "failed", expected_version=first.tag)
+    reopened = await incidents.update_status(1, "new", expected_version=failed.tag)
+    assert (await incidents.update_status(1, "new", expected_version=reopened.tag)) == reopened
+
+
+@pytest.mark.parametrize("by_tag", [False, True])
+async def test_one_of_many_with_the_same_version_wins(incidents: Verbs, *, by_tag: bool) -> None:
     """Of concurrent changes that expect the same version, exactly one happens."""
-    await incidents.create("Disk is full", source="monitoring")
+    seen = await incidents.create("Disk is full", source="monitoring")
+    expected = seen.tag if by_tag else seen.version
     outcomes = await asyncio.gather(
-        *(incidents.update_status(1, "failed", expected_version=1) for _ in range(20)),
+        *(incidents.update_status(1, "failed", expected_version=expected) for _ in range(20)),
         return_exceptions=True,
     )
     won = [one for one in outcomes if not isinstance(one, BaseException)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -12,6 +13,7 @@ from starlette.middleware.authentication import AuthenticationMiddleware
 
 from incidentkit import IncidentClient
 from incidentkit.http import create_app
+from tests.hosts import run_sql
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def test_a_repeated_change_has_the_first_answer(serve: Serve, urls: tuple[str, s
     api.post("/incident/create", json=INCIDENT)
     headers = {"Idempotency_Key": "k", "If_Match": '"1"'}
     first = update(api, "completed", **headers)
-    assert (first.status_code, first.headers["ETag"]) == (200, '"2"')
+    assert (first.status_code, first.json()["version"]) == (200, 2)
     update(api, "new")
     assert update(api, "completed", **headers).content == first.content
     assert api.get("/incident/get/1").json()["incident_type"] == "new"
@@ -75,20 +77,76 @@ def test_a_further_occurrence_is_200(serve: Serve, urls: tuple[str, str | None])
 def test_an_entity_tag_guards_a_change(serve: Serve, urls: tuple[str, str | None]) -> None:
     """If-Match allows a change of one version only; a 412 shows the current incident."""
     api = serve(create_app(IncidentClient.open(*urls)))
-    created = api.post("/incident/create", json=INCIDENT)
-    assert created.headers["ETag"] == '"1"'
-    assert api.get("/incident/get/1").headers["ETag"] == '"1"'
-    changed = update(api, "failed", If_Match='"1"')
-    assert changed.headers["ETag"] == '"2"'
-    refused = update(api, "completed", If_Match='"1"')
-    assert refused.status_code == 412
-    assert refused.headers["ETag"] == '"2"'
-    assert refused.json()["incident"] == changed.json()
+    created = api.post("/incident/create", json=INCIDENT).headers["ETag"]
+    assert re.fullmatch('"1-[0-9a-f]{12}"', created)
+    assert api.get("/incident/get/1").headers["ETag"] == created
+    changed = update(api, "failed", If_Match=created)
+    assert changed.headers["ETag"].startswith('"2-')
+    for outdated in (created, '"1"'):
+        refused = update(api, "completed", If_Match=outdated)
+        assert refused.status_code == 412
+        assert refused.headers["ETag"] == changed.headers["ETag"]
+        assert refused.json()["incident"] == changed.json()
     assert api.get("/incident/get/1").json() == changed.json()
-    assert update(api, "completed", If_Match="*").status_code == 200
+    for status, tag in (("completed", '"2"'), ("failed", "*")):
+        assert update(api, status, If_Match=tag).status_code == 200
 
 
-@pytest.mark.parametrize("tag", ["1", '"a"', 'W/"1"', '"1", "2"', '""', '"0"', '"-1"', "**"])
+def test_an_entity_tag_of_a_lost_incident_fits_no_other(
+    serve: Serve, urls: tuple[str, str | None]
+) -> None:
+    """After a failover that lost commits, an id and a version mean another incident: 412."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    api.post("/incident/create", json=INCIDENT)
+    lost = api.post("/incident/create", json=INCIDENT).headers["ETag"]
+    asyncio.run(lose_incidents_after(urls[0], 1))
+    body = INCIDENT | {"incident_message": "Another incident with the id"}
+    found = api.post("/incident/create", json=body)
+    assert (found.json()["incident_id"], found.json()["version"]) == (2, 1)
+    patch = "/incident/update-status?incident_id=2&status=failed"
+    refused = api.patch(patch, headers={"If-Match": lost})
+    assert refused.status_code == 412
+    assert refused.json()["incident"] == found.json()
+    assert api.get("/incident/history/2").json()[-1]["kind"] == "created"
+    # The same with a change that was lost, and another one after it.
+    assert api.patch(patch, headers={"If-Match": found.headers["ETag"]}).status_code == 200
+    lost = api.get("/incident/get/2").headers["ETag"]
+    asyncio.run(
+        run_sql(
+            urls[0], "UPDATE \"Incident\" SET incident_type = 'completed' WHERE incident_id = 2"
+        )
+    )
+    assert api.patch(patch, headers={"If-Match": lost}).status_code == 412
+    assert api.patch(patch, headers={"If-Match": '"2"'}).status_code == 200
+
+
+async def lose_incidents_after(url: str, incident_id: int) -> None:
+    """Bring the incidents back to the state in which this one was the last."""
+    await run_sql(url, f'DELETE FROM "Incident" WHERE incident_id > {incident_id}')
+    await run_sql(url, f"DELETE FROM incident_event WHERE incident_id > {incident_id}")
+    await run_sql(
+        url,
+        f"UPDATE sqlite_sequence SET seq = {incident_id} WHERE name = 'Incident'"
+        if url.startswith("sqlite")
+        else f"SELECT setval('\"Incident_incident_id_seq\"', {incident_id})",
+    )
+
+
+INVALID_TAGS = [
+    "1",
+    '"a"',
+    'W/"1"',
+    '"1", "2"',
+    '""',
+    '"0"',
+    '"-1"',
+    "**",
+    '"1-"',
+    '"1-5F1C9A0E77D2"',
+]
+
+
+@pytest.mark.parametrize("tag", INVALID_TAGS)
 def test_an_invalid_entity_tag_is_refused(api: httpx2.Client, tag: str) -> None:
     """If-Match takes one strong tag from an answer, or a star."""
     answer = update(api, "failed", If_Match=tag)

@@ -99,6 +99,14 @@ class PostgresDialect:
             "actor": actor,
         }
         for _ in range(ATTEMPTS):
+            if isinstance(change.expected_version, str):
+                # Only the client knows the tag: the statement compares the version that has it.
+                rows = await fetch(SELECT_INCIDENT, {"incident_id": change.incident_id})
+                if not rows:
+                    raise IncidentNotFound(change.incident_id)
+                seen = read_incident(rows[0])
+                transitions.check(seen, change)
+                values["expected_version"] = seen.version
             rows = await fetch(sql.UPDATE_STATUS, values)
             if rows:
                 return read_incident(rows[0])

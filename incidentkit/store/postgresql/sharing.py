@@ -91,8 +91,8 @@ class PostgresSharing:
     def update_status(
         self, change: StatusChange, transitions: Transitions, actor: str | None
     ) -> Awaitable[Incident | None] | None:
-        """Change one status, unless it is a change back to ``new``."""
-        if change.status is OPEN:
+        """Change one status, unless it is a change back to ``new``, or of a tagged incident."""
+        if change.status is OPEN or isinstance(change.expected_version, str):
             return None
         return self._share(self._updates, (change, transitions, actor))
 
