@@ -173,6 +173,15 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def large(session: nox.Session) -> None:
+    """Upgrade a million incidents on each database, and measure it; `-- 100000` takes fewer."""
+    session.install("--editable", ".[all]", *groups("tests"))
+    rows = session.posargs[0] if session.posargs else "1000000"
+    env = {"INCIDENTKIT_TEST_ROWS": rows}
+    session.run("pytest", "tests/test_large_tables.py", "--log-cli-level=INFO", env=env)
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Kill and pause processes and servers under load for 300 seconds; `-- 60` takes 60."""
     session.install("--editable", ".[all]", *groups("tests"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import click
@@ -40,12 +43,14 @@ def db() -> None:
 def upgrade(servers: Servers, revision: str) -> None:
     """Bring the schema up to REVISION, by default the newest; no row is lost.
 
-    Takes over a database of the origin as it is. Safe to run from several places at once.
+    Takes over a database of the origin as it is. Safe to run from several places at once, and to
+    run again after a kill. Shows the progress of an upgrade that takes long.
     """
     url = servers.settings.database_url
     # A faulty revision is reported before a file is created.
     migrations_to(revision, 0)
-    run_coroutine(migrations().upgrade(url, revision))
+    with _progress():
+        run_coroutine(migrations().upgrade(url, revision))
     _write_revision(run_coroutine(migrations().current(url)))
 
 
@@ -71,7 +76,8 @@ def downgrade(servers: Servers, revision: str, *, yes: bool) -> None:
         interrupts.farewell = partial(os.write, 2, b"\n")
         click.confirm(f"{warning.capitalize()}. Continue?", abort=True, err=True)
         interrupts.farewell = None
-    run_coroutine(migrations().downgrade(url, revision))
+    with _progress():
+        run_coroutine(migrations().downgrade(url, revision))
     _write_revision(run_coroutine(migrations().current(url)))
 
 
@@ -115,6 +121,28 @@ async def _feed_blocker(settings: Settings) -> FeedBlocker | None:
         return await store.feed_blocker()
     finally:
         await store.close()
+
+
+class _Lines(logging.Handler):
+    """Writes each record to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the message."""
+        click.echo(harmless(record.getMessage()), err=True)
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Show the progress of a migration, and for whom it waits."""
+    logger, lines = logging.getLogger("incidentkit.store"), _Lines()
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
 
 
 def _warn(message: str) -> None:

@@ -4,7 +4,8 @@ A migration blocks the event loop that it runs on. It therefore runs in a thread
 of its own.
 
 Alembic keeps its operations in module globals, so only one migration runs at a time in a process.
-Across processes, the transaction of a migration holds a lock from its start.
+Across processes, a migration holds a lock from its start to its end: on SQLite that of the file, on
+PostgreSQL an advisory lock in a transaction of its own, since a migration may commit several.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -79,20 +80,56 @@ ORIGIN_VERSION_TABLE: Final = "alembic_version"
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds to wait for a new connection to PostgreSQL."""
 
-LOCK_TIMEOUT: Final = 60.0
+LOCK_TIMEOUT: Final = 600.0
 """Seconds to wait for another process that is migrating the same SQLite file."""
 
 LOCK_STEP: Final = 0.5
 """Seconds of this wait after which it can be cancelled."""
 
-MIGRATION_LOCK_TIMEOUT: Final = 60.0
-"""Seconds to wait for another migration of the same PostgreSQL database."""
+LOCK_POLL: Final = 0.5
+"""Seconds between two attempts to start while another migration of the same database runs.
 
-TABLE_LOCK_TIMEOUT: Final = 10.0
+It must not wait inside a statement: a concurrent build of an index would wait for that statement.
+"""
+
+RELEASE_TIMEOUT: Final = 1.0
+"""Seconds to wait for the server when a migration that has ended makes way for the next one."""
+
+TABLE_LOCK_TIMEOUT: Final = 2.0
 """Seconds to wait for other users of a table, while further ones queue behind the migration."""
+
+TABLE_LOCK_PAUSE: Final = 2.0
+"""Seconds after which the migration tries again, so that those who queued behind it go on."""
+
+TABLE_LOCK_ATTEMPTS: Final = 15
+"""Maximum number of attempts."""
+
+REPORT_INTERVAL: Final = 5.0
+"""Seconds between two reports of the progress."""
 
 LOCK_KEY: Final = 0x696E636964656E74
 """The key of the advisory lock for migrations on PostgreSQL: "incident" in ASCII."""
+
+NO_TIME_LIMITS: Final = (
+    "SELECT set_config(name, '0', true) FROM pg_settings WHERE name IN ('statement_timeout', "
+    "'lock_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout')"
+)
+"""Lifts the limits of an account for a transaction on PostgreSQL; older servers lack some."""
+
+SELECT_BUILD: Final = """
+SELECT
+    c.relname,
+    p.phase,
+    p.current_locker_pid,
+    CASE
+        WHEN p.tuples_total > 0 THEN 100 * p.tuples_done / p.tuples_total
+        WHEN p.blocks_total > 0 THEN 100 * p.blocks_done / p.blocks_total
+    END
+FROM pg_stat_progress_create_index p
+JOIN pg_class c ON c.oid = p.index_relid
+WHERE p.datname = current_database()
+"""
+"""The index that is being built, what the build does, for whom it waits, and the percent done."""
 
 OPTIONS: Final[dict[str, Any]] = {"version_table": VERSION_TABLE, "transactional_ddl": True}
 """How Alembic runs the migrations."""
@@ -147,7 +184,9 @@ async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
         # Without its cause, which shows parts of the URL.
         raise unreadable_url() from None
     try:
-        await find_pooler(connection)
+        if not await find_pooler(connection):
+            # Also for statements outside a transaction, and before it is prepared.
+            await connection.execute(NO_TIME_LIMITS.replace("true", "false"))
     except BaseException:
         connection.terminate()
         raise
@@ -156,6 +195,10 @@ async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
 
 def _disable_implicit_begin(connection: Any, _: object) -> None:
     connection.isolation_level = None
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
 
 
 def _begin_immediate(connection: Connection) -> None:
@@ -196,7 +239,7 @@ async def current(database_url: str) -> str | None:
     Raises:
         StoreUnavailable: If the database cannot be reached.
     """
-    return await _in_thread(partial(run, database_url, current_revision))
+    return await _in_thread(partial(run, database_url, current_revision, reads=True))
 
 
 async def check(database_url: str) -> None:
@@ -206,7 +249,7 @@ async def check(database_url: str) -> None:
         SchemaOutOfDate: With the command to run.
         StoreUnavailable: If the database cannot be reached.
     """
-    await _in_thread(partial(run, database_url, _check))
+    await _in_thread(partial(run, database_url, _check, reads=True))
 
 
 def _check(connection: Connection) -> None:
@@ -308,21 +351,16 @@ def put_in_order(connection: Connection) -> None:
             connection.execute(statement, {"latest": latest})
 
 
-def wait_for_locks(connection: Connection, seconds: float) -> None:
-    """Limit the wait for locks, since readers queue behind a migration that waits for a table."""
-    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
-
-
 def prepare(connection: Connection) -> None:
-    """Lock a database, and take it over from the origin; the first step of a migration.
+    """Take a database over from the origin; the first step of a migration.
 
     Raises:
         StoreError: If a foreign table is in the way.
     """
     if connection.dialect.name == "postgresql":
-        wait_for_locks(connection, MIGRATION_LOCK_TIMEOUT)
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
-        wait_for_locks(connection, TABLE_LOCK_TIMEOUT)
+        connection.exec_driver_sql(NO_TIME_LIMITS)
+        # Readers queue behind a migration that waits for a table.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(TABLE_LOCK_TIMEOUT * 1000)}")
     revision = adopt(connection)
     if revision is not None:
         record_revision(connection, revision)
@@ -399,20 +437,28 @@ def _cancel(cancelling: Future[Callable[[], object]]) -> None:
         cancelling.result()()
 
 
-async def run(database_url: str, work: Callable[[Connection], _T]) -> _T:
-    """Run work on a connection, with no other migration of this process beside it.
+async def run(database_url: str, work: Callable[[Connection], _T], *, reads: bool = False) -> _T:
+    """Run work on a connection, with no other migration of the database beside it.
 
-    It blocks the event loop.
+    It may block the event loop. While a table or the file is locked, the work starts over.
+
+    Args:
+        database_url: The database.
+        work: Migrates it, or looks at it.
+        reads: Whether it only looks: then a migration may run beside it.
     """
     kind = database_kind(database_url)
     file = sqlite_url(database_url) if kind == "sqlite" else None
     place = parse_url(database_url).place if file is None else place_of(file)
-    async with _alone():
+    async with nullcontext() if reads else _alone():
         with _translated(kind, place):
-            if file is None:
+            if file is not None:
+                await probe(file)
+                return await _run_on_file(file, work, reads=reads)
+            if reads:
                 return await _run_on(migration_engine(database_url), work)
-            await probe(file)
-            return await _run_on_file(file, work)
+            async with _only_migration(parse_url(database_url)):
+                return await _run_on_server(migration_engine(database_url), work)
 
 
 @asynccontextmanager
@@ -431,8 +477,87 @@ async def _run_on(engine: AsyncEngine, work: Callable[[Connection], _T]) -> _T:
         return await connection.run_sync(work)
 
 
-async def _run_on_file(url: URL, work: Callable[[Connection], _T]) -> _T:
-    """Run work on a connection whose transactions lock the file from their first statement.
+@asynccontextmanager
+async def _only_migration(server: Server) -> AsyncIterator[None]:
+    """Wait while another process migrates the database, then keep others out; report progress.
+
+    The lock is that of a transaction, which works through a pooler and ends with the process. The
+    transaction runs no further statement: a concurrent build of an index that finds it with a
+    snapshot waits for its end.
+    """
+    connection = await _connect(server)
+    try:
+        waits = False
+        while not await _try_lock(connection):
+            if not waits:
+                logger.warning(
+                    "Another process migrates the database %s: waiting until it ends.", server.place
+                )
+            waits = True
+            await asyncio.sleep(LOCK_POLL)
+        reporting = asyncio.create_task(_report(server))
+        try:
+            yield
+        finally:
+            reporting.cancel()
+            # The server notices the end of a connection only after a moment.
+            with suppress(*_DRIVER_ERRORS):
+                await connection.execute("ROLLBACK", timeout=RELEASE_TIMEOUT)
+    finally:
+        connection.terminate()
+
+
+async def _try_lock(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
+    """Begin a transaction that keeps other migrations out, unless another one does."""
+    # In another isolation level, the transaction would keep a snapshot.
+    await connection.execute(f"BEGIN ISOLATION LEVEL READ COMMITTED; {NO_TIME_LIMITS}")
+    taken = await connection.execute(f"SELECT WHERE pg_try_advisory_xact_lock({LOCK_KEY})")
+    if taken == "SELECT 1":
+        return True
+    await connection.execute("ROLLBACK")
+    return False
+
+
+async def _report(server: Server) -> None:
+    """Log the progress of a migration that takes long."""
+    began = time.monotonic()
+    await asyncio.sleep(REPORT_INTERVAL)
+    # Without reports, the migration goes on.
+    with suppress(*_DRIVER_ERRORS, StoreError):
+        connection = await _connect(server)
+        try:
+            while True:
+                async with connection.transaction():
+                    builds = await connection.fetch(SELECT_BUILD)
+                progress = "; ".join(map(_progress, builds)) or "the migration is running"
+                logger.info("%s s: %s", round(time.monotonic() - began), progress)
+                await asyncio.sleep(REPORT_INTERVAL)
+        finally:
+            connection.terminate()
+
+
+def _progress(build: asyncpg.Record) -> str:
+    name, phase, locker, percent = build
+    done = "" if percent is None else f", {percent} %"
+    waits = f", waiting for the transaction of the server process {locker}" if locker else ""
+    return f"building the index {name}: {phase}{done}{waits}"
+
+
+async def _run_on_server(engine: AsyncEngine, work: Callable[[Connection], _T]) -> _T:
+    """Run work on a connection, again and again while others lock a table."""
+    for _ in range(TABLE_LOCK_ATTEMPTS - 1):
+        try:
+            return await _run_on(engine, work)
+        except DBAPIError as error:
+            if not isinstance(server_error(error), asyncpg.LockNotAvailableError):
+                raise
+        logger.warning("Another session holds a table that has to change: trying again.")
+        await asyncio.sleep(TABLE_LOCK_PAUSE)
+    return await _run_on(engine, work)
+
+
+async def _run_on_file(url: URL, work: Callable[[Connection], _T], *, reads: bool) -> _T:
+    """Run work on a connection; unless it only reads, transactions lock the file from the start.
 
     While the file is locked, the work starts over.
     """
@@ -443,8 +568,9 @@ async def _run_on_file(url: URL, work: Callable[[Connection], _T]) -> _T:
         hide_parameters=True,
     )
     event.listen(engine, "connect", _disable_implicit_begin)
-    event.listen(engine, "begin", _begin_immediate)
+    event.listen(engine, "begin", _begin if reads else _begin_immediate)
     deadline = time.monotonic() + LOCK_TIMEOUT
+    waits = False
     while True:
         try:
             with engine.connect() as connection:
@@ -452,6 +578,11 @@ async def _run_on_file(url: URL, work: Callable[[Connection], _T]) -> _T:
         except DBAPIError as error:
             if not _is_locked(error) or time.monotonic() > deadline:
                 raise
+        if not waits:
+            logger.warning(
+                "Another process writes to %s or migrates it: waiting for it.", place_of(url)
+            )
+        waits = True
         await asyncio.sleep(0)
 
 
@@ -478,7 +609,7 @@ def _translate(error: Exception) -> StoreError:
     refusal = server_error(error)
     if isinstance(refusal, asyncpg.LockNotAvailableError):
         return StoreUnavailable(
-            "another session holds the table, or another migration runs: try again",
+            "another session holds a table that has to change: try again",
             sqlstate=refusal.sqlstate,
         )
     if refusal is not None and (refusal.sqlstate or "").startswith(OPERATORS_CLASSES):

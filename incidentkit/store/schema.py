@@ -15,6 +15,7 @@ REVISIONS: Final = (
     "9b3f6d20c7e8",
     "c7d15a82e9b4",
     "3e92f6b08d47",
+    "a61c08d5e372",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 
@@ -97,8 +98,9 @@ def _number(name: str, at: int) -> int | None:
     return known[0] if len(known) == 1 else None
 
 
-def in_the_way(name: str) -> StoreError:
-    """Return the error for a foreign table with the name of one of incidentkit's."""
+def in_the_way(name: str, kind: str = "table") -> StoreError:
+    """Return the error for a foreign object with the name of one of incidentkit's."""
     return StoreError(
-        f'a table "{name}" that neither incidentkit nor the origin\'s migrations made is in the way'
+        f'a {kind} "{name}" that neither incidentkit nor the origin\'s migrations made '
+        "is in the way"
     )

@@ -19,6 +19,7 @@ from incidentkit import IncidentClient, NewIncident
 from incidentkit.store.schema import SCHEMA_REVISION
 from tests.pooler.worker import Question, ask
 from tests.programs import DEADLINE, outcome, start
+from tests.test_migrations import ORIGIN_ROWS, ORIGIN_SCHEMA
 
 if TYPE_CHECKING:
     from typing import Self
@@ -153,6 +154,23 @@ async def test_the_schema_is_migrated_through_a_pooler(
     assert outcome(start("-c", ini, "upgrade", "head", program=("-m", "alembic")))[0] == 0
     async with IncidentClient.open(url) as incidents:
         await incidents.create("The disk is full", source="operator")
+
+
+async def test_indexes_are_built_through_a_pooler(
+    pooler: PgBouncer, empty_postgres_url: str
+) -> None:
+    """A table with rows is indexed outside a transaction, and other upgrades wait for that."""
+    connection = await asyncpg.connect(empty_postgres_url)
+    await connection.execute(ORIGIN_SCHEMA + ORIGIN_ROWS)
+    url = pooler.through(empty_postgres_url)
+    upgrades = [start("db", "upgrade", "--database-url", url) for _ in range(2)]
+    assert {outcome(upgrade)[:2] for upgrade in upgrades} == {(0, f"{SCHEMA_REVISION} (head)\n")}
+    valid = await connection.fetch(
+        "SELECT indisvalid FROM pg_index "
+        """WHERE indrelid = '"Incident"'::regclass AND indexrelid::regclass::text LIKE '%ix%'"""
+    )
+    await connection.close()
+    assert [row["indisvalid"] for row in valid] == [True] * 6
 
 
 async def test_no_statement_of_a_migration_has_a_name(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from incidentkit.store.migrations import (
+    concurrent_indexes,
     event_writer,
     incident_event,
     incident_token,
@@ -40,5 +41,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     incident_event,
     token_without_waiting,
     event_writer,
+    concurrent_indexes,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

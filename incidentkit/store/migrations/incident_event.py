@@ -1,8 +1,11 @@
-"""Add histories, idempotency keys, and the indexes for searching.
+"""Add histories, idempotency keys, and what a search for words needs.
 
 ``incident_event`` starts empty, because earlier events were not recorded. An incident that has
 already ended gets the time of the migration as its end, because the real one is unknown. The
 columns added to ``"Incident"`` have defaults, so that other writers keep working.
+
+The large indexes follow in the migration ``a61c08d5e372``, which blocks no other program, and on
+SQLite the table of words.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from incidentkit.store.indexes import check_free, has_rows, start_transaction
 from incidentkit.store.schema import in_the_way
 
 revision = "9b3f6d20c7e8"
@@ -20,10 +24,10 @@ depends_on = None
 STATUSES = "('new', 'completed', 'failed')"
 KINDS = "('created', 'recurred', 'status_changed', 'noted', 'purged')"
 OPEN_WITH_KEY = sa.text("incident_type = 'new' AND dedup_key IS NOT NULL")
-ENDED = sa.text("ended_at IS NOT NULL")
 
 COLUMNS = ("version", "dedup_key", "occurrences", "last_seen_at", "ended_at", "transaction_id")
 TABLES = ("incident_event", "incident_purged_event", "incident_idempotency_key")
+INDEXES = ("ix_Incident_ended_at", "ix_Incident_incident_message")
 MAX_WORD = 255
 TIME_TRIGGERS = ("incident_created_at_insert", "incident_created_at_update")
 TEXT_TRIGGERS = ("incident_text_insert", "incident_text_update", "incident_text_delete")
@@ -38,6 +42,11 @@ def upgrade() -> None:
     for name in (*TABLES, *(("incident_text",) if on_sqlite() else ())):
         if found.has_table(name, schema=found.default_schema_name):
             raise in_the_way(name)
+    if not on_sqlite():
+        check_free("Incident", *INDEXES)
+    elif has_rows("Incident"):
+        # Other writers go on between the copy of the table and its update.
+        start_transaction()
     time = sa.DateTime(timezone=True)
     now = sa.text("CURRENT_TIMESTAMP" if on_sqlite() else "date_trunc('second', clock_timestamp())")
     key = sa.Integer() if on_sqlite() else sa.BigInteger()
@@ -102,24 +111,17 @@ def upgrade() -> None:
         postgresql_where=OPEN_WITH_KEY,
         sqlite_where=OPEN_WITH_KEY,
     )
-    op.create_index(
-        "ix_Incident_ended_at",
-        "Incident",
-        ["ended_at", "incident_id"],
-        postgresql_where=ENDED,
-        sqlite_where=ENDED,
-    )
     if on_sqlite():
+        op.execute(f"UPDATE \"Incident\" SET ended_at = {now.text} WHERE incident_type <> 'new'")
         upgrade_sqlite_times()
-        upgrade_sqlite_text()
-    else:
-        upgrade_postgresql_text()
-    op.execute(f"UPDATE \"Incident\" SET ended_at = {now.text} WHERE incident_type <> 'new'")
-    if not on_sqlite():
-        # Fire the deferred triggers now, so that a later migration can change the table in this
-        # transaction.
-        op.execute("SET CONSTRAINTS ALL IMMEDIATE")
-        op.execute("SET CONSTRAINTS ALL DEFERRED")
+        return
+    # Faster than an update: it fires no trigger for each row, and leaves no dead rows.
+    op.execute(
+        'ALTER TABLE "Incident" ALTER ended_at TYPE timestamptz '
+        f"USING CASE WHEN incident_type <> 'new' THEN {now.text} END"
+    )
+    op.execute("UPDATE incident_token SET token = gen_random_uuid()")
+    upgrade_postgresql_text()
 
 
 def upgrade_sqlite_times() -> None:
@@ -135,32 +137,8 @@ def upgrade_sqlite_times() -> None:
         )
 
 
-def upgrade_sqlite_text() -> None:
-    """Index the words of the messages in a table without a copy of the messages."""
-    op.execute(
-        "CREATE VIRTUAL TABLE incident_text USING fts5(incident_message, content='Incident', "
-        "content_rowid='incident_id', tokenize='unicode61 remove_diacritics 0')"
-    )
-    add = (
-        "INSERT INTO incident_text (rowid, incident_message) "
-        "VALUES (new.incident_id, new.incident_message)"
-    )
-    remove = (
-        "INSERT INTO incident_text (incident_text, rowid, incident_message) "
-        "VALUES ('delete', old.incident_id, old.incident_message)"
-    )
-    insert, update, delete = TEXT_TRIGGERS
-    op.execute(f'CREATE TRIGGER {insert} AFTER INSERT ON "Incident" BEGIN {add}; END')
-    op.execute(
-        f'CREATE TRIGGER {update} AFTER UPDATE OF incident_id, incident_message ON "Incident" '
-        f"BEGIN {remove}; {add}; END"
-    )
-    op.execute(f'CREATE TRIGGER {delete} AFTER DELETE ON "Incident" BEGIN {remove}; END')
-    op.execute("INSERT INTO incident_text (incident_text) VALUES ('rebuild')")
-
-
 def upgrade_postgresql_text() -> None:
-    """Index the words of the messages by a function, which queries must use too."""
+    """Add the function by which messages are indexed, and which queries must use too."""
     # In a database with the locale C, lower() and [:alnum:] know only ASCII.
     collation = (
         "SELECT 1 FROM pg_collation WHERE collname = 'pg_c_utf8' "
@@ -181,21 +159,17 @@ def upgrade_postgresql_text() -> None:
         END $$
         """
     )
-    op.execute(
-        'CREATE INDEX "ix_Incident_incident_message" ON "Incident" '
-        "USING gin (incident_words(incident_message))"
-    )
 
 
 def downgrade() -> None:
     if on_sqlite():
         for name in (*TEXT_TRIGGERS, *TIME_TRIGGERS):
-            op.execute(f"DROP TRIGGER {name}")
-        op.execute("DROP TABLE incident_text")
+            op.execute(f"DROP TRIGGER IF EXISTS {name}")
+        op.execute("DROP TABLE IF EXISTS incident_text")
     else:
-        op.drop_index("ix_Incident_incident_message", "Incident")
+        op.execute('DROP INDEX IF EXISTS "ix_Incident_incident_message"')
         op.execute("DROP FUNCTION incident_words(text)")
-    op.drop_index("ix_Incident_ended_at", "Incident")
+    op.execute('DROP INDEX IF EXISTS "ix_Incident_ended_at"')
     op.drop_index("ux_Incident_dedup_key", "Incident")
     for name in reversed(COLUMNS):
         op.drop_column("Incident", name)

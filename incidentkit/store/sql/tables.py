@@ -187,10 +187,10 @@ TEXT_TABLES: Final = (
     "incident_text",
     *(f"incident_text_{part}" for part in ("config", "data", "docsize", "idx")),
 )
-"""The tables of the full-text index on SQLite, made by the migration ``9b3f6d20c7e8``."""
+"""The tables of the full-text index on SQLite, made by the migration ``a61c08d5e372``."""
 
 TEXT_INDEX: Final = "ix_Incident_incident_message"
-"""The full-text index on PostgreSQL, on a function made by the same migration."""
+"""The full-text index on PostgreSQL, made by the same migration."""
 
 
 def schema_on_postgresql() -> MetaData:
