@@ -246,8 +246,8 @@ class IncidentClient(Incidents):
     async def close(self) -> None:
         """Wait for running writes, then release every connection; once closed, do nothing.
 
-        A running read finishes or raises :class:`~incidentkit.ClientClosed`. Where the event loop
-        that opened the client has ended, or in a forked process, only release the connections.
+        A running read finishes or raises :class:`~incidentkit.ClientClosed`. If the event loop that
+        opened the client has ended, or in a forked process, only release the connections.
 
         Raises:
             WrongEventLoop: If the client is open on another event loop that has not ended.
@@ -417,7 +417,7 @@ class IncidentClient(Incidents):
         await session.pages.probe()
 
     async def feed_blocker(self) -> FeedBlocker | None:
-        """Return the transaction that holds :meth:`changes` up, or None if there is none.
+        """Return the transaction that holds up :meth:`changes`, or None if there is none.
 
         On PostgreSQL, a change is delivered once every transaction of the server that began to
         write before it has ended. While such a transaction stays open, the feed looks quiet:
@@ -426,7 +426,7 @@ class IncidentClient(Incidents):
 
             blocker = await incidents.feed_blocker()
             if blocker is not None and blocker.waiting:
-                print(f"The feed is held up since {blocker.since} by {blocker.holder}")
+                print(f"The feed has been held up since {blocker.since} by {blocker.holder}")
 
         Returns:
             The oldest open transaction once it has been open for five seconds; otherwise None, and

@@ -632,7 +632,7 @@ def test_the_parameters_of_urls_are_those_of_the_code() -> None:
     tables = {
         "parameter of PostgreSQL": {*urls.HONORED, *urls.PASSED_ON},
         "accepted, without an effect": {*urls.WITHOUT_MEANING},
-        "accepted with one value": {*urls.ONLY},
+        "accepted with some values": {*urls.ONLY},
         "refused parameter": {*urls.REFUSED},
         "parameter of SQLite": {*PARAMETERS},
     }

@@ -743,7 +743,7 @@ async def test_impossible_times_and_ids_are_replaced(empty_postgres_url: str) ->
     [
         ("ALTER TYPE incidentstatus ADD VALUE 'closed'", "incidentstatus has a label .*: closed"),
         ('CREATE VIEW seen AS SELECT * FROM "Incident"', "the view seen is in the way"),
-        ("CREATE TABLE request_log (color text)", 'a table "request_log" that .* is in the way'),
+        ("CREATE TABLE request_log (color text)", 'a table "request_log" is in the way'),
         ('CREATE SEQUENCE "ix_Incident_source"', 'relation "ix_Incident_source" already exists'),
     ],
 )

@@ -40,7 +40,7 @@ def db() -> None:
 def upgrade(servers: Servers, revision: str) -> None:
     """Bring the schema up to REVISION, by default the newest; no row is lost.
 
-    Takes over a database of the origin as it is. Safe to run from several places at once.
+    Takes over a database of Incident API as it is. Safe to run from several places at once.
     """
     url = servers.settings.database_url
     # A faulty revision is reported before a file is created.
@@ -56,7 +56,7 @@ def upgrade(servers: Servers, revision: str) -> None:
 def downgrade(servers: Servers, revision: str, *, yes: bool) -> None:
     """Bring the schema down to REVISION, by default by one step.
 
-    Incidents are kept down to the origin's revision, dadc1db062ae. Below it, `base` drops the
+    Incidents are kept down to the first revision, dadc1db062ae. Below it, `base` drops the
     incident table with all its rows, after a confirmation.
     """
     url = servers.settings.database_url
@@ -91,7 +91,7 @@ def current(servers: Servers) -> None:
 def check(servers: Servers) -> None:
     """Exit with 1, and say what to do, unless the schema has the newest revision.
 
-    Also warns of a transaction on PostgreSQL that holds the change feed up.
+    Also warns of a transaction on PostgreSQL that holds up the change feed.
     """
     url = servers.settings.database_url
     check_exists(url, with_schema=False)

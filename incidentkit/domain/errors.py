@@ -186,7 +186,8 @@ class PartlyStored(IncidentKitError):
     def __str__(self) -> str:
         return (
             f"Only the first {len(self.incidents)} of {self.given} incidents are known to be "
-            f"stored. {self.reason}. Repeat the call with its idempotency_key, or with the rest"
+            f"stored. {self.reason}. Repeat the call with the same idempotency_key, or pass only "
+            "the rest"
         )
 
 
@@ -207,7 +208,7 @@ class ClientClosed(IncidentKitError):
 class WrongEventLoop(IncidentKitError):
     """The client was opened on another event loop, in another thread, or before a fork.
 
-    Nothing was read or written, and the client goes on working where it was opened.
+    Nothing was read or written, and the client keeps working where it was opened.
 
     Attributes:
         reason: Where the client was opened, and what to do instead.
@@ -279,7 +280,7 @@ class StoreError(IncidentKitError):
             password. None: it is not known.
         sqlstate: The SQLSTATE of PostgreSQL, or the name of the error in SQLite, such as
             ``SQLITE_FULL``. None: the error does not come from the database itself.
-        retryable: Whether the same call may succeed later although nothing is changed.
+        retryable: Whether the same call may succeed later, with nothing changed.
     """
 
     def __init__(
@@ -312,7 +313,7 @@ class StoreError(IncidentKitError):
 
 
 class StoreUnavailable(StoreError):
-    """The database cannot be reached, did not answer in time, or does no work at present.
+    """The database cannot be reached, did not answer in time, or cannot do its work at present.
 
     A write that raises this may or may not be stored.
 

@@ -165,7 +165,7 @@ def _begin_immediate(connection: Connection) -> None:
 async def upgrade(database_url: str, revision: str = "head") -> None:
     """Bring the schema up to a revision; several processes may do so at once.
 
-    A database of the origin, Incident API, is recognized by its ``alembic_version`` and taken over.
+    A database of Incident API is recognized by its ``alembic_version`` and taken over.
     In a database that was copied from another PostgreSQL server, the order of events is repaired.
 
     Raises:
@@ -179,8 +179,8 @@ async def upgrade(database_url: str, revision: str = "head") -> None:
 async def downgrade(database_url: str, revision: str = "-1") -> None:
     """Bring the schema down to a revision, by default by one step.
 
-    Down to the origin's revision every incident is kept. Below it, at ``base``, the table of
-    incidents is dropped with its rows. The first step down drops ``request_log`` with its rows.
+    A step drops the tables that its upgrade added, with their rows. Every incident is kept down to
+    the first revision. Below it, at ``base``, the table of incidents is dropped too.
 
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
@@ -281,12 +281,12 @@ def _check_encoding(connection: Connection) -> None:
     if encoding == "SQL_ASCII":
         logger.warning(
             "The encoding of the database is SQL_ASCII: it also accepts texts that are not UTF-8, "
-            "which cannot be read, and a search knows only ASCII letters. Use UTF8."
+            "which cannot be read, and a search recognizes only ASCII letters. Use UTF8."
         )
     elif encoding != "UTF8":
         logger.warning(
-            "The encoding of the database is %s: incidents with other characters than it has are "
-            "refused. Use UTF8.",
+            "The encoding of the database is %s: incidents with characters that it does not have "
+            "are refused. Use UTF8.",
             encoding,
         )
 

@@ -171,7 +171,7 @@ class IncidentStore(StoreOperations, Protocol):
         """Raise unless the database answers and has the schema that this version works on."""
 
     async def feed_blocker(self) -> FeedBlocker | None:
-        """Return the transaction that holds the feed up; None if none has done so for long."""
+        """Return the transaction that has held up the feed for five seconds, or None."""
         ...
 
     async def purgeable(self, ended_before: datetime) -> int:

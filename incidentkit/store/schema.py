@@ -89,5 +89,5 @@ def _number(name: str, at: int) -> int | None:
 def in_the_way(name: str) -> StoreError:
     """Return the error for a foreign table with the name of one of incidentkit's."""
     return StoreError(
-        f'a table "{name}" that neither incidentkit nor the origin\'s migrations made is in the way'
+        f'a table "{name}" is in the way: neither incidentkit nor Incident API created it'
     )

@@ -97,7 +97,7 @@ TLS_FAILED: Final = Cause(
     text="SSL error|invalid response to SSL negotiation",
 )
 WRONG_KIND: Final = Cause(
-    "no host is of the kind that target_session_attrs requires; wait for the end of a failover",
+    "no host meets target_session_attrs; if a failover is running, wait for its end",
     retryable=True,
     text="target attribute requirement|session is (not )?read-only|server is (not )?in hot standby",
 )
@@ -177,8 +177,8 @@ CAUSES: Final = (
         text="unsupported startup parameter",
     ),
     Cause(
-        "the connection does not know its prepared statement, as behind a connection pooler; set "
-        "prepared_statements to off, or let your own pool or engine name none",
+        "the connection does not know the prepared statement, as behind a connection pooler; set "
+        "prepared_statements to off, or open your own pool or engine without named statements",
         StoreError,
         codes=("26000", "42P05"),
     ),

@@ -48,7 +48,7 @@ CAUSES: Final = (
     ),
     Cause("the file is read-only; check its permissions", codes=("SQLITE_READONLY",)),
     Cause(
-        "the file cannot be read or written; check the disk and the log of the system",
+        "the file cannot be read or written; check the disk and the system log",
         codes=("SQLITE_IOERR",),
     ),
     Cause("the disk is full; free space on it", codes=("SQLITE_FULL",)),
