@@ -147,14 +147,14 @@ class Incidents(ABC):
     ) -> IncidentList:
         """Store many incidents and return them in their order: all or none, unless in batches.
 
-        The result is that of :meth:`create` called for one after the other, also where several
+        The result is the same as that of calling :meth:`create` for each in turn, even if several
         incidents have the same ``dedup_key``. Each has its event in its history.
 
         Args:
             incidents: At most 100,000.
-            batch: Number of incidents to commit at a time, 1 to 100,000, so that no transaction is
-                long. If the caller is cancelled, committed batches stay stored. None: one
-                transaction; the only choice in a joined transaction.
+            batch: Number of incidents to commit at a time, 1 to 100,000, to keep each transaction
+                short. If the caller is cancelled, committed batches stay stored. None: one
+                transaction; in a joined transaction, it must be None.
             idempotency_key: As for :meth:`create`, for all of them together. A retry with the same
                 incidents and the same ``batch`` continues after the committed batches.
 
@@ -162,7 +162,7 @@ class Incidents(ABC):
             InvalidIncident: If an item is not a :class:`~incidentkit.NewIncident`, there are too
                 many, or ``batch`` is invalid.
             IdempotencyKeyReused: If the key was used with other parameters.
-            PartlyStored: If it fails after a batch was committed.
+            PartlyStored: If a batch fails after another was committed.
         """
         checked = check_many(incidents)
         batch = rules.check("batch", rules.optional_batch, batch)

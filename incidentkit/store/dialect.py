@@ -85,7 +85,7 @@ class Dialect(Protocol):
         """
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
-        """Return the transaction that holds the feed up for so many seconds; None if none does."""
+        """Return the transaction that has held up the feed for so many seconds, or None."""
         ...
 
     def words(self, text: str) -> str:

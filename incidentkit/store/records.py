@@ -396,7 +396,7 @@ class Records:
 
     @names_database
     async def feed_blocker(self) -> FeedBlocker | None:
-        """Return the transaction that holds the feed up; None if none has done so for long."""
+        """Return the transaction that has held up the feed for a while, or None."""
         return await self._dialect.feed_blocker(self._executor.read, HELD_UP_AFTER)
 
     @names_database
