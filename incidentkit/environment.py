@@ -197,7 +197,10 @@ class Environment:
     redis_port: int = _variable("REDIS_PORT", 6379, _PORT, "Redis' port")
     redis_db: int = _variable("REDIS_DB", 0, _integer(0, 1_000_000), "Redis' database number")
     pool_size: int = _variable(
-        "DB_POOL_SIZE", 5, _integer(1, 10_000), "database connections that stay open"
+        "DB_POOL_SIZE",
+        5,
+        _integer(1, 10_000),
+        "database connections that are kept; on PostgreSQL for five minutes without use",
     )
     max_overflow: int = _variable(
         "DB_MAX_OVERFLOW",

@@ -40,8 +40,8 @@ class StoreOptions:
     """How a store uses its database.
 
     Attributes:
-        pool_size: Connections that stay open, at least 1; on SQLite, connections for reading, and
-            half as many for searches, totals and deep pages.
+        pool_size: Connections that are kept, on PostgreSQL for five minutes without use; at least
+            1. On SQLite: connections for reading, and half as many more for slow reads.
         max_overflow: Further connections under load, at least 0; ignored on SQLite.
         connect_timeout: Seconds to wait for a new connection.
         pool_timeout: Seconds to wait for a free connection.

@@ -118,7 +118,7 @@ REFUSED: Final[Mapping[str, str]] = {
     "sslcrldir": "name a single file with sslcrl",
     "sslkeylogfile": "set the environment variable SSLKEYLOGFILE",
 }
-"""Parameters of libpq that cannot be honored, and what to do instead."""
+"""Parameters of libpq that are not supported, and what to do instead."""
 
 _FLAGS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("1", "on", "true", "yes", "no-verify"), "require"),
@@ -155,7 +155,7 @@ def parse_url(database_url: str) -> Server:
     """Return the server that a URL names.
 
     Raises:
-        InvalidSettings: If the URL cannot be parsed, or a parameter cannot be honored.
+        InvalidSettings: If the URL cannot be parsed, or a parameter is not supported.
     """
     authority, path, parameters = _split(database_url)
     account, _, addresses = authority.rpartition("@")
@@ -342,13 +342,13 @@ def _refuse(parameters: dict[str, str]) -> None:
     """Drop the parameters without a meaning.
 
     Raises:
-        InvalidSettings: If one of the others cannot be honored.
+        InvalidSettings: If one of the others is not supported.
     """
     for name in WITHOUT_MEANING:
         parameters.pop(name, None)
     for name, instead in REFUSED.items():
         if name in parameters:
-            raise _invalid(f"has the parameter {name}, which cannot be honored: {instead}")
+            raise _invalid(f"has the parameter {name}, which is not supported: {instead}")
     for name, values in ONLY.items():
         if name in parameters and parameters.pop(name).lower() not in values:
             allowed = " or ".join(values)
