@@ -434,7 +434,7 @@ CHANGING = [
     ("purge", "--older-than", "1d"),
     ("db", "downgrade"),
 ]
-MISSING = "there is no such file: `incidentkit db upgrade` creates it"
+MISSING = "there is no such file: correct the path, or create it with `incidentkit db upgrade`"
 DEFAULT = "Reading incidentkit.db in the current folder, the default database.\n"
 
 

@@ -186,8 +186,8 @@ class PartlyStored(IncidentKitError):
     def __str__(self) -> str:
         return (
             f"Only the first {len(self.incidents)} of {self.given} incidents are known to be "
-            f"stored. {self.reason}. Repeat the call with the same idempotency_key, or pass only "
-            "the rest"
+            f"stored. {self.reason}. Repeat the call with the same idempotency_key; without one, "
+            "look which are stored before you pass the rest"
         )
 
 

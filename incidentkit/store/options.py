@@ -51,8 +51,9 @@ class StoreOptions:
             after ``pool_timeout`` and ``statement_timeout`` together.
         prepared_statements: Whether statements stay prepared on PostgreSQL, which saves each one a
             round trip. None: as the URL says; if it says nothing, unless there is a connection
-            pooler. For a host's engine or pool, pass True if its pooler supports prepared
-            statements, or is in session mode. Ignored on SQLite.
+            pooler. For a host's engine or pool, which decides that itself, pass True if its
+            pooler supports prepared statements, or is in session mode; False changes nothing.
+            Ignored on SQLite.
         echo: Log every statement, without its values, to the logger ``incidentkit.store``.
 
     Raises:

@@ -34,7 +34,7 @@ def check_exists(database_url: str, *, with_schema: bool) -> None:
     try:
         Path(place).stat()
     except (FileNotFoundError, NotADirectoryError):
-        reason = "there is no such file: `incidentkit db upgrade` creates it"
+        reason = "there is no such file: correct the path, or create it with `incidentkit db upgrade`"
         raise StoreError(reason, place=place) from None
     except OSError:
         return
