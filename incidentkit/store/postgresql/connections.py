@@ -9,7 +9,7 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any, Final
 
-from incidentkit.domain.errors import StoreUnavailable
+from incidentkit.domain.errors import ClientClosed, StoreUnavailable
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.errors import LOST
@@ -45,13 +45,17 @@ class OwnConnections:
         self._trimming: asyncio.TimerHandle | None = None
         # Set while close() waits.
         self._returned: asyncio.Event | None = None
+        self._closed = False
 
     async def take(self) -> PostgresConnection:
         """Lend a connection.
 
         Raises:
             StoreUnavailable: If none is free within ``pool_timeout``.
+            ClientClosed: If every connection was closed.
         """
+        if self._closed:
+            raise ClientClosed
         while self._idle:
             connection = self._idle.pop()
             try:
@@ -117,6 +121,7 @@ class OwnConnections:
         except TimeoutError:
             pass
         finally:
+            self._closed = True
             for connection in self._open:
                 connection.terminate()
             self._open.clear()
@@ -136,6 +141,10 @@ class OwnConnections:
         except BaseException:
             self._leave_place()
             raise
+        if self._closed:
+            connection.terminate()
+            self._leave_place()
+            raise ClientClosed
         self._connecting -= 1
         self._open.add(connection)
         return connection
