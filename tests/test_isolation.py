@@ -499,6 +499,30 @@ async def test_a_search_waits_for_its_place_only_so_long(migrated_postgres_url: 
         assert (await client.search(text="disk")).incidents == []
 
 
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_search_that_is_ended_with_its_connection_runs_once_more(
+    way: str, migrated_postgres_url: str
+) -> None:
+    """A search whose connection an administrator ends is sent a second time, and no third time."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        await fill(client, url)
+        ended: set[int] = set()
+        async with locked(url):
+            search = asyncio.ensure_future(client.search(text="disk"))
+            while not search.done():
+                rows = await run_sql(
+                    url,
+                    "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity "
+                    f"WHERE datname = current_database() AND {WAITING}",
+                )
+                ended |= {row[0] for row in rows}
+                await asyncio.sleep(0.01)
+        assert len(ended) == 2
+        with pytest.raises(StoreUnavailable):
+            await search
+
+
 async def test_a_shared_deep_page_is_read_as_long_as_one_call_waits(
     migrated_postgres_url: str,
 ) -> None:

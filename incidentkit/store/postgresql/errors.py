@@ -387,6 +387,14 @@ def is_unsent(error: BaseException | None) -> bool:
     )
 
 
+def was_dead(error: BaseException) -> bool:
+    """Return whether the network refused a statement on a connection that asyncpg thought alive.
+
+    The server itself ends a connection in another way, which has no error of the network.
+    """
+    return isinstance(error.__cause__ or error, ConnectionError)
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the exception of the driver first, then those around it."""
     if isinstance(error, DBAPIError):
