@@ -427,7 +427,3 @@ def _fields(name: str, value: object, character: str) -> Iterator[str]:
             for number, each in enumerate(value):
                 for field in _fields("", each, character):
                     yield f"{name}[{number}].{field}"
-
-
-def _between(low: tuple[datetime, int], high: tuple[datetime, int]) -> dict[str, Any]:
-    return {"low_at": low[0], "low_id": low[1], "high_at": high[0], "high_id": high[1]}
