@@ -121,6 +121,22 @@ async def test_a_call_that_is_cancelled_while_it_is_answered_loses_nothing(
     await connections.put(third)
 
 
+async def test_a_cancelled_recovery_loses_no_connection(connections: OwnConnections) -> None:
+    """A connection comes back although the task that recovers it is cancelled."""
+    for turns in range(3):
+        connection = await connections.take()
+        recovery = connections.recover(connection, asyncio.CancelledError())
+        assert recovery is not None
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        recovery.cancel()
+        await asyncio.wait([recovery])
+    async with asyncio.timeout(60):
+        lent = [await connections.take(), await connections.take()]
+    for connection in lent:
+        await connections.put(connection)
+
+
 async def test_a_failed_connect_leaves_its_place(migrated_postgres_url: str) -> None:
     """After connects that failed, as many connections as before can be opened."""
     failing = True

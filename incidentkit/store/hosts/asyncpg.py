@@ -190,12 +190,14 @@ class HostPool:
 
     async def _settle(self, connection: PostgresConnection, error: BaseException) -> None:
         # The pool closes a connection that it cannot take back in time.
-        with suppress(Exception):
-            if not (connection.is_closed() or connection.is_settled(error)):
-                async with asyncio.timeout(self._timeout):
-                    await connection.settle()
-        with suppress(Exception):
-            await self._release(connection)
+        try:
+            with suppress(Exception):
+                if not (connection.is_closed() or connection.is_settled(error)):
+                    async with asyncio.timeout(self._timeout):
+                        await connection.settle()
+        finally:
+            with suppress(Exception):
+                await self._release(connection)
 
     async def _release(self, connection: PostgresConnection) -> None:
         acquired: Any = connection.driver

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from contextvars import Context
 from typing import Any, Final
 
@@ -104,7 +103,7 @@ class OwnConnections:
         if connection.is_closed() or connection.is_settled(error):
             self._put(connection)
             return None
-        return self._start(self._settle(connection))
+        return self._finish(connection, self._settle(connection))
 
     async def close(self) -> None:
         """Wait up to ``pool_timeout`` for running calls, and close every connection."""
@@ -196,12 +195,8 @@ class OwnConnections:
         self._leave_place()
 
     async def _settle(self, connection: PostgresConnection) -> None:
-        try:
-            async with asyncio.timeout(self._options.pool_timeout):
-                await connection.settle()
-        except Exception:  # noqa: BLE001
-            connection.terminate()
-        self._put(connection)
+        async with asyncio.timeout(self._options.pool_timeout):
+            await connection.settle()
 
     def _trim(self) -> None:
         """Close connections that were not used for a while."""
@@ -213,17 +208,24 @@ class OwnConnections:
             if seconds >= LIFETIME or (surplus > 0 and seconds >= SURPLUS):
                 surplus -= 1
                 self._idle.remove(connection)
-                self._start(self._end(connection))
+                closing = connection.driver.close(timeout=self._options.pool_timeout)
+                self._finish(connection, closing)
         if self._idle:
             self._trimming = loop.call_later(SURPLUS, self._trim, context=Context())
 
-    async def _end(self, connection: PostgresConnection) -> None:
-        with suppress(Exception):
-            await connection.driver.close(timeout=self._options.pool_timeout)
-        self._discard(connection)
+    def _finish(
+        self, connection: PostgresConnection, work: Coroutine[Any, Any, None]
+    ) -> asyncio.Task[None]:
+        """Run work on a connection that no call has, then take it back."""
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled() or task.exception() is not None:
+                connection.terminate()
+            self._put(connection)
+
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        # Not in the work, which does not run at all if every task of the loop is cancelled.
+        task.add_done_callback(end)
         return task
