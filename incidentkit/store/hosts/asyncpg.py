@@ -18,7 +18,7 @@ from incidentkit.store.executor import Rows
 from incidentkit.store.hosts.sqlalchemy import has_every_character
 from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.driver import Connection, fetch_rows
-from incidentkit.store.postgresql.errors import LOST, translate_error
+from incidentkit.store.postgresql.errors import LOST, lost_connection, translate_error
 from incidentkit.store.postgresql.poolers import check_asyncpg, find_pooler
 from incidentkit.store.postgresql.url import place_of_connection
 
@@ -152,7 +152,7 @@ class HostPool:
         Returns:
             What ends when the pool has the connection back.
         """
-        if isinstance(error, LOST):
+        if lost_connection(error):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
         task = asyncio.ensure_future(self._settle(connection, error))

@@ -11,7 +11,7 @@ from typing import Any, Final
 from incidentkit.domain.errors import ClientClosed, StoreUnavailable
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.postgresql.connection import PostgresConnection
-from incidentkit.store.postgresql.errors import LOST
+from incidentkit.store.postgresql.errors import lost_connection
 
 SURPLUS: Final = 10.0
 """Seconds without use after which a connection beyond ``pool_size`` is closed."""
@@ -97,7 +97,7 @@ class OwnConnections:
         Returns:
             What ends when the server has stopped the call; None: it has.
         """
-        if isinstance(error, LOST):
+        if lost_connection(error):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
         if connection.is_closed() or connection.is_settled(error):

@@ -13,7 +13,12 @@ from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.connection import NOT_RUN, PostgresConnection
 from incidentkit.store.postgresql.driver import compile_statement
-from incidentkit.store.postgresql.errors import LOST, is_unsent, translate_error, was_dead
+from incidentkit.store.postgresql.errors import (
+    is_unsent,
+    lost_before,
+    lost_connection,
+    translate_error,
+)
 from incidentkit.store.share import Share, scanning_share, writing_share
 
 _T = TypeVar("_T")
@@ -183,12 +188,12 @@ class PoolExecutor:
                 if not isinstance(error, Exception) or isinstance(error, IncidentKitError):
                     raise
                 unsent = is_unsent(error) and not connection.answered
-                lost = connection.used and isinstance(error, LOST)
+                lost = connection.used and lost_connection(error)
                 if not (lost and left and (unsent or resend)):
                     raise translate_error(error) from error
                 left -= 1
                 # A statement may be what ends its connections, or an administrator may end them.
-                resend = resend and (unsent or was_dead(error))
+                resend = resend and (unsent or lost_before(error))
             else:
                 await connections.put(connection)
                 return done
