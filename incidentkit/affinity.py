@@ -1,8 +1,8 @@
 """Bind what is open to the event loop and the process that opened it.
 
-Connections, locks and waiting calls work only on the event loop that made them, and a fork copies
-them without the threads and the server's half that belong to them. What is open therefore keeps an
-:class:`Affinity`, and compares its loop with the running one before each call.
+Connections, locks and waiting calls work only on the event loop that made them. A fork copies them
+without their threads, and both processes share the sockets. An open store, client or turn therefore
+keeps an :class:`Affinity`, and compares its loop with the running one before each call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _FORKED: Final = object()
 """Stands for the event loop of the process that this one was forked from."""
 
 _inherited: Final[list[object]] = []
-"""What that process has open. Finalizers here would close it there."""
+"""Connections of that process, kept alive: their finalizers would end them for both processes."""
 
 
 class Affinity:
@@ -141,11 +141,11 @@ class Severable(Protocol):
     """A cache that can disconnect from what a parent process has open."""
 
     def sever(self) -> None:
-        """Disconnect this process, without the event loop and without a word to the server."""
+        """Disconnect this process, without the event loop and without telling the server."""
 
 
 def keep(inherited: object) -> None:
-    """Keep what a parent process has open from being finalized while this process runs."""
+    """Keep an object of a parent process from being finalized while this process runs."""
     _inherited.append(inherited)
 
 
@@ -165,8 +165,8 @@ def check_loop_of(host: object, name: str) -> None:
     """Raise unless a connection or a pool of asyncpg belongs to the running event loop.
 
     Args:
-        host: The connection or the pool, which asyncpg has no public name for the loop of.
-        name: What it is.
+        host: The connection or the pool; asyncpg has no public name for its loop.
+        name: Its kind, for the error.
 
     Raises:
         WrongEventLoop: If it belongs to another one.

@@ -73,7 +73,7 @@ class AsyncpgConnection:
 
     async def _refuse_unsafe(self) -> None:
         connection = self._connection
-        # A pool wraps its connection anew for each borrower.
+        # A pool wraps its connection in a new object for each borrower.
         itself = getattr(connection, "_con", connection)
         if itself not in _safe:
             await check_asyncpg(connection, "connection", "connect with statement_cache_size=0")

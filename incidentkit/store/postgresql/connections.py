@@ -159,7 +159,7 @@ class OwnConnections:
                 return await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled():
-                # It was answered in the moment in which the caller gave up.
+                # It was answered just as the caller gave up.
                 connection = waiter.result()
                 if connection is None:
                     self._leave_place()

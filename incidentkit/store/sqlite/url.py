@@ -64,7 +64,7 @@ def sqlite_url(database_url: str) -> URL:
     uri = parameters.pop("uri", None) is not None
     if name in MEMORY:
         if parameters:
-            raise InvalidSettings("database_url", "has parameters, but a database in memory none")
+            raise InvalidSettings("database_url", "has parameters; a database in memory takes none")
         return url
     if not parameters and not name.startswith(_URI):
         return url
