@@ -146,8 +146,9 @@ class Records:
         if character is None:
             return
         names = [each for name, value in given.items() for each in _fields(name, value, character)]
-        reason = f"must not contain {character!r}, which the encoding of the database does not have"
         if names:
+            encoding = "the encoding of the database or of its connection"
+            reason = f"must not contain {character!r}, which {encoding} does not have"
             faults = [FieldError(name, reason) for name in names[:MAX_FAULTS]]
             raise InvalidIncident(faults) from error.__cause__
 

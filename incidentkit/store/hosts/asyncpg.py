@@ -77,7 +77,7 @@ class AsyncpgConnection:
         itself = getattr(connection, "_con", connection)
         if itself not in _safe:
             await check_asyncpg(connection, "connection", "connect with statement_cache_size=0")
-        _safe.add(itself)
+            _safe.add(itself)
 
     def _check(self) -> None:
         connection = self._connection
