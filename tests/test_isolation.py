@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
+import struct
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
@@ -139,7 +141,7 @@ async def test_dead_idle_connections_fail_no_call(
 
 
 class Relay:
-    """Passes bytes between clients and the server of a URL, and can announce a shutdown.
+    """Passes bytes between clients and the server of a URL, and can end connections in two ways.
 
     Attributes:
         url: The URL for clients.
@@ -151,6 +153,7 @@ class Relay:
         self.url = url
         self._parts = urlsplit(url)
         self._clients: set[asyncio.StreamWriter] = set()
+        self._forgotten: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -183,16 +186,36 @@ class Relay:
             await asyncio.sleep(0)
         return told
 
+    def forget(self) -> int:
+        """Reset each open connection when its client sends more, as a restarted firewall does.
+
+        Returns:
+            The number of connections.
+        """
+        self._forgotten = {*self._clients}
+        return len(self._forgotten)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server = await asyncio.open_connection(self._parts.hostname, self._parts.port)
         self._clients.add(writer)
         for ends in ((reader, server[1]), (server[0], writer)):
-            pump = asyncio.ensure_future(self._pump(*ends))
+            pump = asyncio.ensure_future(self._pump(*ends, client=writer))
             self._pumps.add(pump)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        client: asyncio.StreamWriter,
+    ) -> None:
         try:
             while data := await reader.read(65536):
+                if client in self._forgotten:
+                    linger = struct.pack("ii", 1, 0)
+                    connection = client.get_extra_info("socket")
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    client.transport.abort()
+                    return
                 writer.write(data)
         finally:
             self._clients.discard(writer)
@@ -216,6 +239,21 @@ async def test_connections_whose_end_is_announced_fail_no_call(
             await CALLS[call](client, kept.incident_id)
         incidents = (await client.search(text="disk", limit=100)).incidents
         assert len(incidents) == 1 + MADE.get(call, 0) * (CONNECTIONS + 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("call", ["get", "list", "search", "check"])
+async def test_forgotten_connections_fail_no_read(
+    call: str, way: str, migrated_postgres_url: str
+) -> None:
+    """After the network has forgotten every idle connection, the next reads succeed."""
+    url = migrated_postgres_url
+    async with Relay(url) as relay, opened(way, relay.url) as client:
+        kept = await client.create("Disk is full", source="monitoring")
+        await fill(client, url)
+        assert relay.forget() == CONNECTIONS
+        for _ in range(CONNECTIONS + 1):
+            await CALLS[call](client, kept.incident_id)
 
 
 MADE = {"create": 1, "create_many": 2}
