@@ -11,6 +11,7 @@ import os
 from asyncio import AbstractEventLoop
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Final, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -103,22 +104,28 @@ class Affinity:
             return WrongEventLoop(NO_LOOP)
         return WrongEventLoop(OTHER_THREAD if self.loop.is_running() else OTHER_LOOP)
 
-    def fork(self) -> None:
-        """Note that this process was forked from the one with the event loop."""
+    def fork(self, releasing: ExitStack) -> None:
+        """Note that this process was forked from the one with the event loop.
+
+        Args:
+            releasing: Calls :attr:`on_fork`, once all that is open is noted.
+        """
         if self.forked:
             return
         keep(self.loop)
         self.loop = _FORKED
         if self.on_fork is not None:
-            self.on_fork()
+            releasing.callback(self.on_fork)
 
 
 _affinities: Final[WeakSet[Affinity]] = WeakSet()
 
 
 def _fork_all() -> None:
-    for affinity in list(_affinities):
-        affinity.fork()
+    # A failure, as at the limit of open files, must not leave others bound to the parent.
+    with ExitStack() as releasing:
+        for affinity in list(_affinities):
+            affinity.fork(releasing)
 
 
 if hasattr(os, "register_at_fork"):
