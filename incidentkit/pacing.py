@@ -10,7 +10,7 @@ BURST: Final = 0.001
 """Seconds of a computation after which others run."""
 
 PAUSE: Final = 0.001
-"""Seconds for which they do.
+"""Seconds for which others run.
 
 A turn of the event loop would not be enough. It releases the interpreter for so short a time that a
 waiting thread does not get it, and starts its wait again.

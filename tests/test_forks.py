@@ -187,3 +187,24 @@ async def test_a_forked_process_keeps_no_connection(
     with pytest.raises(WrongEventLoop, match="connect it after the fork"):
         await client.list()
     await client.close()
+
+
+async def test_a_failure_at_the_fork_leaves_no_other_client_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every client is disconnected, although disconnecting one of them fails."""
+    clients = [affinity.Affinity() for _ in range(3)]
+    disconnected = []
+
+    def fail() -> None:
+        disconnected.append(True)
+        raise OSError("Too many open files")
+
+    for each in clients:
+        each.on_fork = fail
+    monkeypatch.setattr(affinity, "_affinities", clients)
+    # What os.fork() calls in the child, which only prints the error.
+    with pytest.raises(OSError, match="Too many"):
+        affinity._fork_all()
+    assert disconnected == [True] * 3
+    assert all(each.forked for each in clients)

@@ -146,8 +146,9 @@ class Records:
         if character is None:
             return
         names = [each for name, value in given.items() for each in _fields(name, value, character)]
-        reason = f"must not contain {character!r}, which the encoding of the database does not have"
         if names:
+            encoding = "the encoding of the database or of its connection"
+            reason = f"must not contain {character!r}, which {encoding} does not have"
             faults = [FieldError(name, reason) for name in names[:MAX_FAULTS]]
             raise InvalidIncident(faults) from error.__cause__
 
@@ -427,7 +428,3 @@ def _fields(name: str, value: object, character: str) -> Iterator[str]:
             for number, each in enumerate(value):
                 for field in _fields("", each, character):
                     yield f"{name}[{number}].{field}"
-
-
-def _between(low: tuple[datetime, int], high: tuple[datetime, int]) -> dict[str, Any]:
-    return {"low_at": low[0], "low_id": low[1], "high_at": high[0], "high_id": high[1]}

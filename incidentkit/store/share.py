@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Final
 
 from incidentkit.domain.errors import StoreUnavailable
-
-AGAIN: Final = 0.05
-"""Seconds between two interrupts of a scan on SQLite: one that comes just before its statement
-begins is lost."""
 
 
 class Share:

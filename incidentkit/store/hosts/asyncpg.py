@@ -18,7 +18,7 @@ from incidentkit.store.executor import Rows
 from incidentkit.store.hosts.sqlalchemy import has_every_character
 from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.driver import Connection, fetch_rows
-from incidentkit.store.postgresql.errors import LOST, translate_error
+from incidentkit.store.postgresql.errors import LOST, lost_connection, translate_error
 from incidentkit.store.postgresql.poolers import check_asyncpg, find_pooler
 from incidentkit.store.postgresql.url import place_of_connection
 
@@ -73,11 +73,11 @@ class AsyncpgConnection:
 
     async def _refuse_unsafe(self) -> None:
         connection = self._connection
-        # A pool wraps its connection anew for each borrower.
+        # A pool wraps its connection in a new object for each borrower.
         itself = getattr(connection, "_con", connection)
         if itself not in _safe:
             await check_asyncpg(connection, "connection", "connect with statement_cache_size=0")
-        _safe.add(itself)
+            _safe.add(itself)
 
     def _check(self) -> None:
         connection = self._connection
@@ -152,7 +152,7 @@ class HostPool:
         Returns:
             What ends when the pool has the connection back.
         """
-        if isinstance(error, LOST):
+        if lost_connection(error):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
         task = asyncio.ensure_future(self._settle(connection, error))
@@ -190,12 +190,14 @@ class HostPool:
 
     async def _settle(self, connection: PostgresConnection, error: BaseException) -> None:
         # The pool closes a connection that it cannot take back in time.
-        with suppress(Exception):
-            if not (connection.is_closed() or connection.is_settled(error)):
-                async with asyncio.timeout(self._timeout):
-                    await connection.settle()
-        with suppress(Exception):
-            await self._release(connection)
+        try:
+            with suppress(Exception):
+                if not (connection.is_closed() or connection.is_settled(error)):
+                    async with asyncio.timeout(self._timeout):
+                        await connection.settle()
+        finally:
+            with suppress(Exception):
+                await self._release(connection)
 
     async def _release(self, connection: PostgresConnection) -> None:
         acquired: Any = connection.driver

@@ -24,8 +24,7 @@ from incidentkit.store.hosts.sqlalchemy import (
     sqlite_driver,
     translate_sqlalchemy_error,
 )
-from incidentkit.store.share import AGAIN
-from incidentkit.store.sqlite.statements import LOCK
+from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL, LOCK
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -184,7 +183,7 @@ async def _fetch_to_completion(
         try:
             if stops and cancelled is not None:
                 await driver.interrupt()
-                await asyncio.wait((task,), timeout=AGAIN)
+                await asyncio.wait((task,), timeout=INTERRUPT_INTERVAL)
             else:
                 await asyncio.wait((task,))
         except asyncio.CancelledError as error:

@@ -23,10 +23,10 @@ from incidentkit.store.hosts.sqlalchemy import (
     translate_sqlalchemy_error,
 )
 from incidentkit.store.options import StoreOptions
-from incidentkit.store.share import AGAIN, Share, scanning_share
+from incidentkit.store.share import Share, scanning_share
 from incidentkit.store.sqlite.errors import translate_error
 from incidentkit.store.sqlite.file import probe
-from incidentkit.store.sqlite.statements import LOCK
+from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL, LOCK
 from incidentkit.store.sqlite.threads import DatabaseFile
 from incidentkit.store.sqlite.url import MEMORY, place_of
 
@@ -254,7 +254,7 @@ class _Scan:
         """Interrupt the statement until the driver has noticed."""
         while self.driver is not None:
             await self.driver.interrupt()
-            await asyncio.sleep(AGAIN)
+            await asyncio.sleep(INTERRUPT_INTERVAL)
 
 
 def _share(engine: AsyncEngine) -> Share:

@@ -18,7 +18,7 @@ from incidentkit.affinity import sever
 from incidentkit.domain.errors import StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.driver import Connection, compile_statement, fetch_rows
-from incidentkit.store.postgresql.errors import LOST
+from incidentkit.store.postgresql.errors import LOST, lost_connection
 
 _T = TypeVar("_T")
 
@@ -118,8 +118,9 @@ class PostgresConnection:
 
     def is_settled(self, error: BaseException) -> bool:
         """Return whether the server has nothing left to do for a call that raised this error."""
-        answered = isinstance(error, Exception) and not isinstance(error, (TimeoutError, *LOST))
-        return answered and not self.driver.is_in_transaction()
+        if not isinstance(error, Exception) or isinstance(error, TimeoutError):
+            return False
+        return not (lost_connection(error) or self.driver.is_in_transaction())
 
     async def settle(self) -> None:
         """Wait until the server has cancelled a statement, and end its transaction."""

@@ -372,7 +372,7 @@ def _cause_by_type(causes: Iterable[BaseException], *, connecting: bool) -> Caus
 
 
 def _is_lost(error: BaseException) -> bool:
-    return isinstance(error, LOST) or getattr(error, "connection_invalidated", False)
+    return lost_connection(error) or getattr(error, "connection_invalidated", False)
 
 
 def is_unsent(error: BaseException | None) -> bool:
@@ -387,10 +387,26 @@ def is_unsent(error: BaseException | None) -> bool:
     )
 
 
+def lost_connection(error: BaseException) -> bool:
+    """Return whether an exception of asyncpg is that of a dead connection."""
+    # asyncpg counts a value that it cannot encode among the faults of its interface.
+    return isinstance(error, LOST) and not isinstance(error, asyncpg.DataError)
+
+
+def lost_before(error: BaseException) -> bool:
+    """Return whether the network refused a statement on a connection that asyncpg thought alive.
+
+    The server itself ends a connection in another way, which has no error of the network.
+    """
+    return isinstance(error.__cause__ or error, ConnectionError)
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the exception of the driver first, then those around it."""
     if isinstance(error, DBAPIError):
         yield from _causes(error.orig and (error.orig.__cause__ or error.orig))
+    if isinstance(error, asyncpg.DataError) and isinstance(error.__cause__, UnicodeEncodeError):
+        yield error.__cause__
     if error is not None:
         yield error
 
@@ -410,7 +426,7 @@ def unstorable(error: BaseException | None) -> str | None:
     """Return the character that the database's encoding does not have, if that is the cause."""
     for cause in _causes(error):
         if isinstance(cause, UnicodeEncodeError):
-            # psycopg encodes in the encoding of the database.
+            # psycopg encodes in the encoding of the database, both in that of the connection.
             return str(cause.object[cause.start])
         if sqlstate_of(cause) == UNSTORABLE:
             # The message has the bytes of the character, in every language.

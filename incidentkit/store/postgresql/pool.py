@@ -13,7 +13,12 @@ from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.connection import NOT_RUN, PostgresConnection
 from incidentkit.store.postgresql.driver import compile_statement
-from incidentkit.store.postgresql.errors import LOST, is_unsent, translate_error
+from incidentkit.store.postgresql.errors import (
+    is_unsent,
+    lost_before,
+    lost_connection,
+    translate_error,
+)
 from incidentkit.store.share import Share, scanning_share, writing_share
 
 _T = TypeVar("_T")
@@ -160,7 +165,8 @@ class PoolExecutor:
 
         Args:
             call: Runs statements.
-            resend: Whether to run it again if its connection is dead, even after it was sent.
+            resend: Whether to run it again if its connection is dead, even after it was sent; only
+                once if the server has ended the connection meanwhile.
             settling: Gets what ends when the connection of a call that failed is free again.
         """
         connections = self._opened()
@@ -181,10 +187,13 @@ class PoolExecutor:
                     settling.append(task)
                 if not isinstance(error, Exception) or isinstance(error, IncidentKitError):
                     raise
-                resendable = resend or (is_unsent(error) and not connection.answered)
-                if not (resendable and left and connection.used and isinstance(error, LOST)):
+                unsent = is_unsent(error) and not connection.answered
+                lost = connection.used and lost_connection(error)
+                if not (lost and left and (unsent or resend)):
                     raise translate_error(error) from error
                 left -= 1
+                # A statement may be what ends its connections, or an administrator may end them.
+                resend = resend and (unsent or lost_before(error))
             else:
                 await connections.put(connection)
                 return done

@@ -41,6 +41,10 @@ _open_with_key: Final = text("incident_type = 'new' AND dedup_key IS NOT NULL")
 LOCK: Final = text("DELETE FROM incident_idempotency_key WHERE 0")
 """Changes nothing, but takes the write lock for the transaction."""
 
+INTERRUPT_INTERVAL: Final = 0.05
+"""Seconds between two interrupts of one statement: an interrupt that comes just before the
+statement begins is lost."""
+
 
 def _insert_incident(*, or_count: bool) -> ReturningInsert[*tuple[Any, ...]]:
     status = text_parameter("incident_type", _columns.incident_type)

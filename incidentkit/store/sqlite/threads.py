@@ -31,11 +31,12 @@ from incidentkit.domain.errors import ClientClosed, IncidentKitError
 from incidentkit.store.causes import NO_ANSWER
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
-from incidentkit.store.share import AGAIN, scans
+from incidentkit.store.share import scans
 from incidentkit.store.sql.rows import unreadable_row
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
 from incidentkit.store.sqlite.errors import MOVED, is_stale_schema, translate_error
 from incidentkit.store.sqlite.file import open_engine, probe, scanners
+from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL
 from incidentkit.store.sqlite.url import MEMORY, place_of
 
 _T = TypeVar("_T")
@@ -379,7 +380,7 @@ def _stop(scan: _Scan, running: asyncio.Future[Rows]) -> None:
     """Interrupt a scan until its thread has noticed."""
     if not running.done():
         scan.stop()
-        asyncio.get_running_loop().call_later(AGAIN, _stop, scan, running)
+        asyncio.get_running_loop().call_later(INTERRUPT_INTERVAL, _stop, scan, running)
 
 
 def _transact(
