@@ -45,10 +45,10 @@ from incidentkit.store.sql.rows import (
     EVENT_COLUMNS,
     INCIDENT_COLUMNS,
     TOKEN,
-    in_steps,
     read_event,
     read_incident,
     read_page,
+    read_rows,
 )
 from incidentkit.store.turns import Key, Turns
 from incidentkit.wire.encoding import encode_incident, encode_incidents
@@ -362,8 +362,8 @@ class Records:
         """Read one page of a search, and its total if the query asks for it."""
         search = Search(self._dialect, query)
         if search.short:
-            return await search.run(self._executor.read, self._scan)
-        return await self._executor.scan(lambda fetch: search.run(fetch, fetch))
+            return await search.run(self._executor.read)
+        return await self._executor.scan(search.run)
 
     @names_database
     async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> EventList:
@@ -374,7 +374,7 @@ class Records:
             last = rows[-1][EVENT_COLUMNS.index("event_id")]
             values |= {"event_id": last, "limit": limit - SHORT}
             rows = [*rows, *await self._scan(statements.SELECT_HISTORY, values)]
-        return await in_steps(read_event, rows)
+        return await read_rows(read_event, rows)
 
     @names_database
     async def changes(self, after: Place, limit: int) -> EventList:
@@ -382,7 +382,7 @@ class Records:
         transaction_id, event_id = after
         values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
         rows = await self._executor.read(self._dialect.select_changes, values)
-        return await in_steps(read_event, rows)
+        return await read_rows(read_event, rows)
 
     @names_database
     async def latest_change(self) -> IncidentEvent | None:
