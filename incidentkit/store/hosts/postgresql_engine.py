@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,6 +70,7 @@ class PostgresEngineExecutor:
         self._writing: Share | None = None
         self._affinity: Affinity | None = None
         self._scanning: Share | None = None
+        self._scans: set[asyncio.Task[Any]] = set()
 
     async def open(self, affinity: Affinity) -> None:
         """Accept statements, and refuse an engine that is unsafe behind a pooler."""
@@ -85,12 +87,16 @@ class PostgresEngineExecutor:
                 self._single = self._several
 
     async def close(self) -> None:
-        """Accept no more statements."""
+        """Accept no more statements, and wait up to the time limit for scans that are stopped."""
+        scans = self._scans
         self.abandon()
+        if scans:
+            await asyncio.wait(scans, timeout=self._timeout)
 
     def abandon(self) -> None:
         """Accept no more statements."""
         self._writing = self._scanning = self._affinity = None
+        self._scans = set()
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, again on another."""
@@ -104,8 +110,20 @@ class PostgresEngineExecutor:
         self._opened()
         if self._scanning is None:
             raise ClientClosed
-        async with self._scanning:
-            return await self._run(self._single, lambda lent: work(lent.fetch), resend=True)
+        share = self._scanning
+        await share.take()
+        call = self._run(self._single, lambda lent: work(lent.fetch), resend=True)
+        # Beside the caller, who need not wait until the server has stopped the statement.
+        task = asyncio.ensure_future(call)
+        self._scans.add(task)
+        task.add_done_callback(self._scans.discard)
+        try:
+            await asyncio.wait((task,))
+            return task.result()
+        finally:
+            # Until SQLAlchemy has ended the connection, the server may be running the statement.
+            task.cancel()
+            share.give_after((task,))
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, each committed by itself."""
