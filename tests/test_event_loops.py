@@ -477,6 +477,16 @@ def test_a_custom_store_is_protected_too() -> None:
     assert store.calls == ["open", "open", "close"]
 
 
+def test_joining_without_an_event_loop_is_refused(sqlite_url: str) -> None:
+    """Outside of a coroutine, `join` says that no event loop runs, and what to do."""
+    client = IncidentClient.open(sqlite_url)
+    with asyncio.Runner() as runner:
+        runner.run(client.connect())
+        with pytest.raises(WrongEventLoop, match="No event loop of asyncio is running here"):
+            client.join(object())
+        runner.run(client.close())
+
+
 def test_trio_is_refused_with_one_clear_error(sqlite_url: str) -> None:
     """Under trio, `connect` and every verb of an open client say that incidentkit needs asyncio."""
     client = IncidentClient.open(sqlite_url)
