@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -445,6 +446,30 @@ async def test_an_abandoned_search_leaves_a_host_its_connections(
             endless.on = False
             assert (await client.search(text="line", total=True)).total == 5
             assert await client.list(page=101) == []
+
+
+async def test_a_place_is_free_once_the_driver_has_stopped(sqlite_url: str) -> None:
+    """Searches that are abandoned take no further connections until the driver stops them."""
+    async with (
+        host_engine(sqlite_url, pool_size=5, max_overflow=0) as engine,
+        IncidentClient.open(engine) as client,
+    ):
+        created = await client.create("Disk is full", source="partner")
+        gate = Event()
+        endless = Endless(engine.sync_engine, gate)
+        searches = [asyncio.ensure_future(client.search(text="disk")) for _ in range(5)]
+        await endless.until_running(1)
+        for search in searches[:4]:
+            search.cancel()
+        await asyncio.wait(searches[:4])
+        endless.on = False
+        for _ in range(5):
+            assert await client.get(created.incident_id) == created
+        waits = not searches[4].done()
+        gate.set()
+        assert waits
+        assert (await searches[4]).incidents == [created]
+        assert endless.running == 0
 
 
 async def test_a_search_in_memory_is_not_interrupted(memory_url: str) -> None:

@@ -359,6 +359,24 @@ async def test_a_search_waits_for_a_thread_only_so_long(sqlite_url: str) -> None
         await endless.until_running(0)
 
 
+async def test_a_place_is_free_once_its_thread_is(sqlite_url: str) -> None:
+    """An abandoned search keeps its place until its thread has noticed the interrupt."""
+    options = StoreOptions(pool_size=1, pool_timeout=0.1)
+    async with IncidentClient.open(sqlite_url, options=options) as client:
+        gate = Event()
+        endless = Endless(threads_of(client)._engine, gate)
+        search = asyncio.ensure_future(client.search(text="disk"))
+        await endless.until_running(1)
+        search.cancel()
+        await asyncio.wait([search])
+        endless.on = False
+        with pytest.raises(StoreUnavailable, match="all 1 connections for searches"):
+            await client.search(text="disk")
+        gate.set()
+        await endless.until_running(0)
+        assert (await client.search(text="disk")).incidents == []
+
+
 async def test_close_waits_for_a_scan_to_be_interrupted(sqlite_url: str) -> None:
     """Closing after a search was abandoned leaves no thread and no connection behind."""
     async with IncidentClient.open(sqlite_url) as client:

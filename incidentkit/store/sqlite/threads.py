@@ -143,12 +143,27 @@ class ThreadsExecutor:
 
     async def scan(self, work: Work[_T]) -> _T:
         """Run statements that only read, but may read or return very many rows."""
-        async with self._opened().share:
-            return await work(self._scan)
-
-    async def _scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        share = self._opened().share
+        await share.take()
+        running: list[asyncio.Future[Rows]] = []
         try:
-            return await self._opened().scan(statement, values)
+            return await work(partial(self._scan, running))
+        finally:
+            # A thread notices an interrupt after its caller has gone.
+            share.give_after(running)
+
+    async def _scan(
+        self,
+        running: list[asyncio.Future[Rows]],
+        statement: Executable,
+        values: Mapping[str, Any],
+    ) -> Rows:
+        """Run a statement, and add to a list what ends when its thread is free again."""
+        try:
+            threads = self._opened()
+            scan = _Scan(statement, values)
+            running.append(threads.start_scan(scan))
+            return await threads.end_scan(scan, running[-1])
         except IncidentKitError:
             raise
         except Exception as error:
@@ -328,16 +343,19 @@ class _Threads:
         """Run work on a connection, in the writing thread."""
         return asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
 
-    async def scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement in a thread for scans; stop it if its time is up or its caller is gone.
+    def start_scan(self, scan: _Scan) -> asyncio.Future[Rows]:
+        """Run a statement in a thread for scans."""
+        running = asyncio.get_running_loop().run_in_executor(self._scanners, self._lend, scan.run)
+        self._scans[running] = scan
+        running.add_done_callback(self._forget_scan)
+        return running
+
+    async def end_scan(self, scan: _Scan, running: asyncio.Future[Rows]) -> Rows:
+        """Wait for a statement; stop it if its time is up or its caller is gone.
 
         Raises:
             TimeoutError: If the time is up.
         """
-        scan = _Scan(statement, values)
-        running = asyncio.get_running_loop().run_in_executor(self._scanners, self._lend, scan.run)
-        self._scans[running] = scan
-        running.add_done_callback(self._end_scan)
         try:
             await asyncio.wait((running,), timeout=self._scan_limit)
             if running.done():
@@ -346,7 +364,7 @@ class _Threads:
             _stop(scan, running)
         raise TimeoutError
 
-    def _end_scan(self, running: asyncio.Future[Rows]) -> None:
+    def _forget_scan(self, running: asyncio.Future[Rows]) -> None:
         self._scans.pop(running)
         if not running.cancelled():
             # Retrieve the failure of a scan that was stopped.
