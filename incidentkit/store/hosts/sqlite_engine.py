@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from incidentkit.affinity import Affinity, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
+from incidentkit.store.causes import NO_ANSWER
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
     fetch_rows,
@@ -138,7 +139,9 @@ class SqliteEngineExecutor:
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction, with no other writer from its start."""
-        return await self._run(self._transact(work), writes=True)
+        write = _Write()
+        task = self._start(self._transact(work, write), writes=True)
+        return await self._wait(task, write)
 
     async def transact(self, work: Work[_T]) -> _T:
         """Run statements that write, all or none, as :meth:`write` does."""
@@ -162,8 +165,10 @@ class SqliteEngineExecutor:
         async with self._connection() as connection:
             return await scan.run(connection)
 
-    async def _transact(self, work: Work[_T]) -> _T:
+    async def _transact(self, work: Work[_T], write: _Write) -> _T:
         async with self._transaction() as connection:
+            if not write.begin():
+                raise NO_ANSWER.as_error()
             return await work(partial(fetch_rows, connection))
 
     def _connection(self) -> AsyncConnection:
@@ -201,9 +206,9 @@ class SqliteEngineExecutor:
                     await connection.exec_driver_sql("ROLLBACK")
                 raise
 
-    async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
+    async def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run work to completion, even if the caller is cancelled."""
-        return await self._wait(self._start(work, writes=writes))
+        return await self._wait(self._start(work))
 
     def _start(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> asyncio.Task[_T]:
         """Run work in a task, which goes on if the caller is cancelled."""
@@ -221,12 +226,16 @@ class SqliteEngineExecutor:
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return task
 
-    async def _wait(self, task: asyncio.Task[_T]) -> _T:
-        """Wait for a task up to the time limit, and translate exceptions."""
+    async def _wait(self, task: asyncio.Task[_T], write: _Write | None = None) -> _T:
+        """Wait for a task up to the time limit, and translate exceptions.
+
+        A write that has begun is awaited beyond it, so that an error never hides a stored write.
+        """
+        done, _ = await asyncio.wait((task,), timeout=PATIENCE)
+        if not done and (write is None or write.give_up()):
+            raise NO_ANSWER.as_error()
+        await asyncio.wait((task,))
         try:
-            done, _ = await asyncio.wait((task,), timeout=PATIENCE)
-            if not done:
-                raise TimeoutError
             return task.result()
         except (IncidentKitError, asyncio.CancelledError):
             raise
@@ -248,6 +257,24 @@ class SqliteEngineExecutor:
             return await work
         finally:
             self._writing.release()
+
+
+class _Write:
+    """A write that is either begun, or given up by its caller, who is told that it failed."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._given_up = False
+
+    def begin(self) -> bool:
+        """Begin it; return False if it was given up."""
+        self._begun = not self._given_up
+        return self._begun
+
+    def give_up(self) -> bool:
+        """Keep it from beginning; return False if it has begun."""
+        self._given_up = not self._begun
+        return self._given_up
 
 
 class _Scan:
