@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Engine, Executable
@@ -266,6 +266,8 @@ class _Scan:
         # Held while the connection is taken, given back or interrupted: an interrupt must not hit
         # the next statement on it.
         self._turn = Lock()
+        self._ended = Event()
+        self._interrupting: Thread | None = None
 
     def run(self, connection: Connection) -> Rows:
         """Run the statement, unless it was stopped before."""
@@ -278,13 +280,28 @@ class _Scan:
         finally:
             with self._turn:
                 self._driver = None
+            self._ended.set()
+            if self._interrupting is not None:
+                self._interrupting.join()
 
     def stop(self) -> None:
-        """Interrupt the statement, or keep it from starting."""
+        """Interrupt the statement until its thread has noticed, or keep it from starting."""
         with self._turn:
+            if self._stopped:
+                return
             self._stopped = True
-            if self._driver is not None:
-                self._driver.interrupt()
+            if self._driver is None:
+                return
+            self._driver.interrupt()
+            # Not on the event loop, which may end before the thread has noticed.
+            self._interrupting = Thread(target=self._interrupt, daemon=True)
+            self._interrupting.start()
+
+    def _interrupt(self) -> None:
+        while not self._ended.wait(INTERRUPT_INTERVAL):
+            with self._turn:
+                if self._driver is not None:
+                    self._driver.interrupt()
 
 
 class _Threads:
@@ -361,7 +378,8 @@ class _Threads:
             if running.done():
                 return running.result()
         finally:
-            _stop(scan, running)
+            # Has no effect on a scan that has ended.
+            scan.stop()
         raise TimeoutError
 
     def _forget_scan(self, running: asyncio.Future[Rows]) -> None:
@@ -392,13 +410,6 @@ class _Threads:
         self._check_file()
         with self._engine.connect() as connection:
             return work(connection)
-
-
-def _stop(scan: _Scan, running: asyncio.Future[Rows]) -> None:
-    """Interrupt a scan until its thread has noticed."""
-    if not running.done():
-        scan.stop()
-        asyncio.get_running_loop().call_later(INTERRUPT_INTERVAL, _stop, scan, running)
 
 
 def _transact(
