@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 NO_LOOP: Final = (
-    "No asyncio event loop is running here: incidentkit works with asyncio, not with trio"
+    "No event loop of asyncio is running here: call incidentkit in a coroutine that asyncio runs; "
+    "trio is not supported"
 )
 OTHER_LOOP: Final = (
     "The client was opened on another event loop: open a client in each asyncio.run(), or keep one "

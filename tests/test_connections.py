@@ -245,8 +245,9 @@ def own(client: IncidentClient) -> OwnConnections:
     assert isinstance(client.store, Store)
     executor = client.store._connections
     assert isinstance(executor, PoolExecutor)
-    assert isinstance(executor._connections, OwnConnections)
-    return executor._connections
+    connections = executor._opened().connections
+    assert isinstance(connections, OwnConnections)
+    return connections
 
 
 async def names(client: IncidentClient) -> list[str]:

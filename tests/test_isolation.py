@@ -486,7 +486,7 @@ async def locked_by_advice(url: str) -> AsyncIterator[None]:
         await host.close()
 
 
-@pytest.mark.parametrize("way", ["url", "pool"])
+@pytest.mark.parametrize("way", WAYS)
 async def test_a_place_is_free_once_the_server_has_stopped(
     way: str, migrated_postgres_url: str
 ) -> None:

@@ -138,7 +138,7 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
         with ExitStack() as place:
             place.enter_context(readers.place())
             first = await client.read_changes(after, limit=BATCH)
-            return ChangeStream(client, first, place.pop_all())
+            return ChangeStream(client, first, readers, place.pop_all())
     page: ChangePage | None = None
     if wait:
         with readers.place():

@@ -49,7 +49,7 @@ class Service(Starlette):
         self.operations = operations
         self.request_log = request_log
         self.cache_required = cache_required
-        self.readers = Readers()
+        self.readers = Readers(client)
         self._endpoints = [Endpoint(operation) for operation in operations]
         super().__init__(
             routes=[endpoint.route for endpoint in self._endpoints],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -117,6 +118,16 @@ _T = TypeVar("_T")
 
 logger = logging.getLogger("incidentkit.store")
 _migrating = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _migrating  # noqa: PLW0603
+    _migrating = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A thread that held the lock does not run in the forked process.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def migration_engine(database_url: str) -> AsyncEngine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from incidentkit.domain.errors import StoreUnavailable
 
@@ -42,7 +43,7 @@ class Share:
         """Leave the place to another call."""
         self._places.release()
 
-    def give_after(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+    def give_after(self, tasks: Sequence[asyncio.Future[Any]]) -> None:
         """Leave the place to another call once these have ended."""
         if tasks:
             asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: self.give())

@@ -62,9 +62,9 @@ async def test_every_statement_has_a_unique_name_in_session_mode(
     async with IncidentClient.open(url, options=options) as client:
         await client.create("The disk is full", source="operator")
         store: Any = client.store
-        connection = await store._connections._connections.take()
+        connection = await store._connections._opened().connections.take()
         kept = [row["name"] for row in await connection.driver.fetch(NAMES)]
-        await store._connections._connections.put(connection)
+        await store._connections._opened().connections.put(connection)
     assert kept
     assert all(re.fullmatch(r"incidentkit_[0-9a-f]{16}", name) for name in kept)
 
