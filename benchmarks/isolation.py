@@ -111,9 +111,9 @@ def rows_to_fill(incidents: int) -> Iterator[tuple[str, str, str, datetime]]:
 COLUMNS: Final = ("incident_message", "incident_type", "source", "created_at")
 
 FILL_HISTORY: Final = (
-    "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, note, at) "
+    "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, note, at, writer) "
     "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000) "
-    f"SELECT {{transaction}}, i, {HOT}, 'noted', 'It came back', {{at}} FROM n"
+    f"SELECT {{transaction}}, i, {HOT}, 'noted', 'It came back', {{at}}, 2 FROM n"
 )
 """Gives one incident a long history."""
 

@@ -60,8 +60,8 @@ FILL: Final = (
 )
 
 FILL_FEED: Final = (
-    "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, to_status, at) "
-    "SELECT {transaction}, incident_id, incident_id, 'created', 'new', created_at "
+    "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, to_status, at, writer) "
+    "SELECT {transaction}, incident_id, incident_id, 'created', 'new', created_at, 2 "
     'FROM "Incident" ORDER BY incident_id'
 )
 

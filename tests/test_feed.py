@@ -492,9 +492,9 @@ async def test_a_feed_and_a_history_are_read_from_their_indexes(
 ) -> None:
     """Pages of the feed and of a history are read from an index, without sorting."""
     fill = (
-        "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, at) "
+        "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, at, writer) "
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
-        "SELECT {place}, i, i % 100, 'noted', {now} FROM n"
+        "SELECT {place}, i, i % 100, 'noted', {now}, 2 FROM n"
     )
     values = {"transaction_id": 0, "event_id": 0, "incident_id": 7, "limit": 10}
     async with connected(migrated_postgres_url) as connection:

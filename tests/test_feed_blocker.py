@@ -33,7 +33,7 @@ INSERT = (
     "VALUES ('By hand', 'new', 'operator')"
 )
 CREATED = (
-    "INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, at) SELECT "
+    "INSERT INTO incident_event (writer, transaction_id, nonce, incident_id, kind, at) SELECT 2, "
     "CAST(CAST(pg_current_xact_id() AS text) AS bigint), 1, 1, 'noted', "
     "date_trunc('second', clock_timestamp())"
 )

@@ -23,8 +23,8 @@ FILL = """
     WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {size})
     SELECT 'Disk is full', iif(i % 3, 'new', 'failed'), iif(i % 2, 'partner', 'operator'),
         'disk-' || i FROM n;
-    INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, at)
-    SELECT 0, incident_id, incident_id, 'noted', created_at FROM "Incident";
+    INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, at, writer)
+    SELECT 0, incident_id, incident_id, 'noted', created_at, 2 FROM "Incident";
     INSERT INTO incident_idempotency_key (idempotency_key, fingerprint, answer)
     SELECT 'key-' || incident_id, '', '' FROM "Incident";
 """

@@ -9,7 +9,7 @@ from typing import Final
 from attrs import field, frozen
 
 from incidentkit.domain.errors import SchemaOutOfDate, StoreError, StoreUnavailable
-from incidentkit.store.schema import SCHEMA_REVISION
+from incidentkit.store.schema import SCHEMA_REVISION, WRITER_CHECK
 
 
 def _compile(pattern: str | None) -> re.Pattern[str] | None:
@@ -51,6 +51,13 @@ TRANSACTION_FAILED: Final = Cause(
     "the transaction has failed before, or was ended; roll it back and begin another",
     StoreError,
     codes=("25P02",),
+)
+
+OLDER_WRITER: Final = Cause(
+    "a newer version of incidentkit has upgraded the schema, and it takes no more writes of this "
+    "one; restart this process with the newer version",
+    StoreError,
+    text=WRITER_CHECK,
 )
 
 NO_ANSWER: Final = Cause("it did not answer in time", retryable=True)

@@ -14,6 +14,7 @@ REVISIONS: Final = (
     "e4a81c3f5d27",
     "9b3f6d20c7e8",
     "c7d15a82e9b4",
+    "3e92f6b08d47",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 
@@ -22,6 +23,16 @@ The first is that of the origin, Incident API.
 
 SCHEMA_REVISION: Final = REVISIONS[-1]
 """The revision that the statements work on."""
+
+WRITER: Final = 2
+"""The number of the statements that write. The schema takes events of this number only.
+
+A migration raises it if the statements before it would write what the new ones cannot work on.
+Statements without a number are older than ``3e92f6b08d47``.
+"""
+
+WRITER_CHECK: Final = "ck_incident_event_writer"
+"""The constraint or trigger that refuses an event of other statements."""
 
 VERSION_TABLE: Final = "incidentkit_version"
 """The table that records the revision, separate from a host's own ``alembic_version``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from incidentkit.store.migrations import (
+    event_writer,
     incident_event,
     incident_token,
     origin,
@@ -38,5 +39,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     incident_token,
     incident_event,
     token_without_waiting,
+    event_writer,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import asyncpg
+from attrs import evolve
 from sqlalchemy.exc import DBAPIError
 
 from incidentkit.domain.errors import SchemaOutOfDate, StoreError, StoreUnavailable
 from incidentkit.store.causes import (
     NO_ANSWER,
+    OLDER_WRITER,
     POOL_EXHAUSTED,
     TRANSACTION_FAILED,
     Cause,
@@ -44,7 +46,9 @@ UNREADABLE_URL: Final = (ValueError, OverflowError)
 UNSTORABLE: Final = "22P05"
 """The SQLSTATE of a character that the encoding of the database does not have."""
 
-AMBIGUOUS: Final = frozenset({"08003", "08P01", "0A000", "28000", "55000", "57014", "XX000"})
+AMBIGUOUS: Final = frozenset(
+    {"08003", "08P01", "0A000", "23514", "28000", "55000", "57014", "XX000"}
+)
 """SQLSTATEs of several causes, which the message tells apart. Poolers use 08P01 and XX000 for most
 of their own errors, and asyncpg 08003 for one that ends the connection."""
 
@@ -289,6 +293,7 @@ CAUSES: Final = (
         StoreError,
         codes=(UNSTORABLE,),
     ),
+    evolve(OLDER_WRITER, codes=("23514",)),
     Cause("a constraint of the database refused the values", StoreError, codes=("23",)),
     Cause("a trigger or function of the database raised an error", StoreError, codes=("P0",)),
     Cause(

@@ -16,6 +16,7 @@ from typing import Final
 from sqlalchemy import TextClause, text
 
 from incidentkit.domain.values import DEEP
+from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS
 from incidentkit.store.sql.search import WordsMatch
@@ -67,8 +68,9 @@ def _insert_incident(*, or_count: bool) -> TextClause:
         ),
         event AS (
             INSERT INTO incident_event
-                (transaction_id, nonce, incident_id, kind, to_status, actor, note, at)
+                (writer, transaction_id, nonce, incident_id, kind, to_status, actor, note, at)
             SELECT
+                {WRITER},
                 transaction_id,
                 {_NONCE},
                 incident_id,
@@ -121,8 +123,9 @@ INSERT_INCIDENTS: Final = text(f"""
     ),
     event AS (
         INSERT INTO incident_event
-            (transaction_id, nonce, incident_id, kind, to_status, actor, at)
+            (writer, transaction_id, nonce, incident_id, kind, to_status, actor, at)
         SELECT
+            {WRITER},
             transaction_id,
             {_NONCE},
             incident_id,
@@ -175,8 +178,9 @@ INSERT_OR_COUNT: Final = text(f"""
     ),
     event AS (
         INSERT INTO incident_event
-            (transaction_id, nonce, incident_id, kind, to_status, actor, note, at)
+            (writer, transaction_id, nonce, incident_id, kind, to_status, actor, note, at)
         SELECT
+            {WRITER},
             transaction_id,
             {_NONCE},
             incident_id,
@@ -232,8 +236,12 @@ UPDATE_STATUS: Final = text(f"""
     ),
     event AS (
         INSERT INTO incident_event
-            (transaction_id, nonce, incident_id, kind, from_status, to_status, actor, note, at)
+            (
+                writer, transaction_id, nonce, incident_id, kind, from_status, to_status, actor,
+                note, at
+            )
         SELECT
+            {WRITER},
             transaction_id,
             {_NONCE},
             incident_id,
@@ -295,8 +303,12 @@ UPDATE_STATUSES: Final = text(f"""
     ),
     event AS (
         INSERT INTO incident_event
-            (transaction_id, nonce, incident_id, kind, from_status, to_status, actor, note, at)
+            (
+                writer, transaction_id, nonce, incident_id, kind, from_status, to_status, actor,
+                note, at
+            )
         SELECT
+            {WRITER},
             transaction_id,
             {_NONCE},
             incident_id,
@@ -329,8 +341,9 @@ INSERT_NOTE: Final = text(f"""
         WHERE incident_id = CAST(:incident_id AS bigint)
         RETURNING incident_id, transaction_id
     )
-    INSERT INTO incident_event (transaction_id, nonce, incident_id, kind, actor, note, at)
+    INSERT INTO incident_event (writer, transaction_id, nonce, incident_id, kind, actor, note, at)
     SELECT
+        {WRITER},
         transaction_id,
         {_NONCE},
         incident_id,
@@ -476,8 +489,9 @@ DELETE_INCIDENTS: Final = text(f"""
     ),
     event AS (
         INSERT INTO incident_event
-            (transaction_id, nonce, incident_id, kind, from_status, actor, at)
+            (writer, transaction_id, nonce, incident_id, kind, from_status, actor, at)
         SELECT
+            {WRITER},
             transaction_id,
             {_NONCE},
             incident_id,

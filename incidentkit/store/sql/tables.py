@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 
 from incidentkit.domain.values import EventKind, IncidentSource, IncidentStatus
-from incidentkit.store.schema import VERSION_TABLE
+from incidentkit.store.schema import VERSION_TABLE, WRITER
 from incidentkit.store.sql.functions import current_second
 from incidentkit.store.sql.rows import UtcDateTime
 
@@ -118,7 +118,11 @@ incident_event_table: Final = Table(
     Column("actor", String),
     Column("note", String),
     Column("at", UtcDateTime, nullable=False),
+    # Zero is what statements write that do not name it.
+    Column("writer", SmallInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("event_id", name="pk_incident_event"),
+    # On SQLite, a trigger of the migration ``3e92f6b08d47`` checks it.
+    CheckConstraint(f"writer = {WRITER}", name="writer").ddl_if(dialect="postgresql"),
     CheckConstraint(_one_of("kind", EventKind), name="kind"),
     CheckConstraint(_one_of("from_status", IncidentStatus), name="from_status"),
     CheckConstraint(_one_of("to_status", IncidentStatus), name="to_status"),

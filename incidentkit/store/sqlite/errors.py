@@ -6,12 +6,14 @@ import errno
 import sqlite3
 from typing import Final
 
+from attrs import evolve
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from incidentkit.domain.errors import SchemaOutOfDate, StoreError
 from incidentkit.store.causes import (
     NO_ANSWER,
+    OLDER_WRITER,
     POOL_EXHAUSTED,
     Cause,
     find_cause,
@@ -76,6 +78,7 @@ CAUSES: Final = (
     NO_ANSWER,
     POOL_EXHAUSTED,
     # The statement.
+    evolve(OLDER_WRITER, codes=("SQLITE_CONSTRAINT_TRIGGER",)),
     Cause(
         "a constraint of the database refused the values", StoreError, codes=("SQLITE_CONSTRAINT",)
     ),
@@ -93,7 +96,7 @@ _PRIMARY_NAMES: Final[dict[int, str]] = {
     getattr(sqlite3, code): code for cause in CAUSES for code in cause.codes
 }
 
-_AMBIGUOUS: Final = frozenset({"SQLITE_ERROR"})
+_AMBIGUOUS: Final = frozenset({"SQLITE_CONSTRAINT_TRIGGER", "SQLITE_ERROR"})
 
 
 def translate_error(error: BaseException) -> StoreError:

@@ -24,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.sql.dml import ReturningInsert
 
+from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import a_day_ago, current_second
 from incidentkit.store.sql.rows import UtcDateTime
 from incidentkit.store.sql.search import WordsMatch
@@ -117,6 +118,7 @@ INSERT_EVENT: Final = (
         actor=bindparam("actor", type_=String()),
         note=bindparam("note", type_=String()),
         at=current_second(),
+        writer=literal_column(str(WRITER)),
     )
 )
 """Inserts an event."""

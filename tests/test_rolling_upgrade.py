@@ -1,0 +1,179 @@
+"""Processes of the version before, that still run after an upgrade of the schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.before import check_out
+from incidentkit import IncidentClient, IncidentStatus, StoreError
+from incidentkit.store.migrate import upgrade
+from tests.hosts import run_sql
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+BEFORE_WRITERS = "d27e77b1c3b3b8373dc1109931980484bd3610e0"
+"""The last commit whose statements write no number of theirs."""
+
+WORKER = """
+import asyncio, json, sys
+from datetime import UTC, datetime
+from incidentkit import IncidentClient, IncidentKitError, NewIncident
+
+async def main(url):
+    new = NewIncident("Disk is full", source="partner")
+    statuses = iter(["failed", "completed"])
+    async with IncidentClient.open(url) as incidents:
+        calls = {
+            "create": lambda: incidents.create("Disk is full", source="partner"),
+            "count": lambda: incidents.create("Disk is full", source="partner", dedup_key="disk-1"),
+            "create_many": lambda: incidents.create_many([new]),
+            "update_status": lambda: incidents.update_status(1, next(statuses)),
+            "note": lambda: incidents.note(1, "It came back"),
+            "purge": lambda: incidents.purge(ended_before=datetime(2999, 1, 1, tzinfo=UTC)),
+            "get": lambda: incidents.get(1),
+            "list": lambda: incidents.list(),
+            "search": lambda: incidents.search(text="disk"),
+            "history": lambda: incidents.history(1),
+        }
+        for line in sys.stdin:
+            try:
+                await calls[line.strip()]()
+                answer = None
+            except IncidentKitError as error:
+                answer = str(error)
+            print(json.dumps(answer), flush=True)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+WRITES = ("create", "count", "create_many", "update_status", "note", "purge")
+REFUSE_OTHERS = {
+    "postgresql": [
+        "ALTER TABLE incident_event DROP CONSTRAINT ck_incident_event_writer",
+        (
+            "ALTER TABLE incident_event ADD CONSTRAINT ck_incident_event_writer "
+            "CHECK (writer = 1000) NOT VALID"
+        ),
+    ],
+    "sqlite": [
+        "DROP TRIGGER ck_incident_event_writer",
+        (
+            "CREATE TRIGGER ck_incident_event_writer BEFORE INSERT ON incident_event "
+            "WHEN new.writer <> 1000 BEGIN SELECT RAISE(ABORT, 'ck_incident_event_writer'); END"
+        ),
+    ],
+}
+"""What a migration to a version with other statements does to the events."""
+
+READS = ("get", "list", "search", "history")
+
+
+@pytest.fixture(scope="session")
+def version_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the version before."""
+    return check_out(BEFORE_WRITERS, tmp_path_factory.mktemp("before") / "checkout")
+
+
+@contextmanager
+def running(folder: Path, url: str) -> Iterator[Callable[[str], Any]]:
+    """Run a process of another version; the function makes one call and returns its error."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER, url],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        sent, answers = process.stdin, process.stdout
+
+        def call(name: str) -> Any:
+            sent.write(f"{name}\n")
+            sent.flush()
+            return json.loads(answers.readline())
+
+        try:
+            yield call
+        finally:
+            sent.close()
+            process.wait(timeout=60)
+
+
+def upgrade_to_version(folder: Path, url: str) -> None:
+    """Bring a database to the schema of another version."""
+    subprocess.run(
+        [sys.executable, "-m", "incidentkit", "db", "upgrade"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "INCIDENTKIT_DATABASE_URL": url},
+        capture_output=True,
+        check=True,
+    )
+
+
+@pytest.fixture(params=["sqlite_url", "empty_postgres_url"])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database."""
+    return str(request.getfixturevalue(request.param))
+
+
+async def test_the_version_before_reads_and_no_longer_writes(
+    version_before: Path, url: str
+) -> None:
+    """After the upgrade, an older process goes on reading; all its writes fail and do nothing."""
+    upgrade_to_version(version_before, url)
+    with running(version_before, url) as call:
+        assert call("count") is None
+        assert call("update_status") is None
+        await upgrade(url)
+        async with IncidentClient.open(url) as client:
+            # It keeps what the version before has written, and its cursors.
+            written = await client.history(1)
+            assert [event.kind for event in written] == ["created", "status_changed"]
+            after = written[0].cursor
+            opened = await client.create("Disk is full", source="partner", dedup_key="disk-1")
+            before = await client.search(total=True), await client.history(opened.incident_id)
+            for name in WRITES:
+                assert "constraint" in (call(name) or ""), name
+            assert (await client.search(total=True), await client.history(2)) == before
+            assert [call(name) for name in READS] == [None] * len(READS)
+            following = (await client.read_changes(after)).changes
+            assert [event.kind for event in following] == ["status_changed", "created"]
+
+
+async def test_other_writers_go_on_after_an_upgrade(version_before: Path, url: str) -> None:
+    """What the origin and SQL by hand write to the table of incidents is taken, as before."""
+    upgrade_to_version(version_before, url)
+    await upgrade(url)
+    await run_sql(
+        url,
+        'INSERT INTO "Incident" (incident_message, incident_type, source) '
+        "VALUES ('By hand', 'new', 'operator')",
+    )
+    await run_sql(url, "UPDATE \"Incident\" SET incident_type = 'failed'")
+    async with IncidentClient.open(url) as client:
+        (found,) = await client.list()
+    assert (found.incident_message, found.incident_type) == ("By hand", IncidentStatus.FAILED)
+
+
+async def test_a_newer_schema_names_itself(url: str) -> None:
+    """A client whose schema was upgraded under it says that its process has to be restarted."""
+    await upgrade(url)
+    async with IncidentClient.open(url) as client:
+        await client.create("Disk is full", source="partner")
+        for statement in REFUSE_OTHERS[url.partition("+")[0].partition(":")[0]]:
+            await run_sql(url, statement)
+        with pytest.raises(StoreError, match="a newer version of incidentkit has upgraded"):
+            await client.create("Disk is full", source="partner")
+        assert len(await client.list()) == 1
