@@ -39,9 +39,14 @@ class Compiled:
 
 @cache
 def compile_statement(statement: Executable) -> Compiled:
-    """Return the statement as asyncpg takes it."""
+    """Return the statement as asyncpg takes it, on the tables of the schema that it has."""
     clause: Any = statement
-    compiled = clause.compile(dialect=_DIALECT)
+    translate_map = clause.get_execution_options().get("schema_translate_map")
+    compiled = clause.compile(
+        dialect=_DIALECT,
+        schema_translate_map=translate_map,
+        render_schema_translate=bool(translate_map),
+    )
     return Compiled(compiled.string, tuple(compiled.positiontup or ()))
 
 

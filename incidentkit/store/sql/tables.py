@@ -183,6 +183,15 @@ token_table: Final = Table(
 """Random tokens. Every transaction that changes an incident replaces one of them, by triggers of
 the migration ``e4a81c3f5d27``."""
 
+version_table: Final = Table(
+    VERSION_TABLE,
+    # Not declared with the others: Alembic creates it.
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
+)
+"""The table that records the revision, as Alembic creates it."""
+
 TEXT_TABLES: Final = (
     "incident_text",
     *(f"incident_text_{part}" for part in ("config", "data", "docsize", "idx")),
