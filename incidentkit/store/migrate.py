@@ -385,18 +385,20 @@ def prepare(connection: Connection, *, creates: bool = True) -> None:
         wait_for_locks(connection, MIGRATION_LOCK_TIMEOUT)
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
         wait_for_locks(connection, TABLE_LOCK_TIMEOUT)
-        schema, current_schema = _named_schema(connection), _current_schema(connection)
+        schema = _named_schema(connection)
         if schema is None:
-            _check_schema(connection, current_schema)
-        elif current_schema is None and creates:
+            _check_schema(connection)
+        # The server checks the privilege before it looks for the schema.
+        elif creates and schema not in inspect(connection).get_schema_names():
             connection.execute(CreateSchema(schema))
     revision = adopt(connection)
     if revision is not None:
         record_revision(connection, revision)
 
 
-def _check_schema(connection: Connection, current_schema: str | None) -> None:
+def _check_schema(connection: Connection) -> None:
     """Raise unless the tables that the search path leads to are where new ones would go."""
+    current_schema = _current_schema(connection)
     found = connection.scalar(SCHEMA_FOUND)
     if found not in (None, current_schema):
         raise InvalidSettings(
