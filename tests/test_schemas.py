@@ -167,7 +167,7 @@ async def test_a_client_works_in_its_schema(way: str, tenants_url: str) -> None:
             )
             assert created.incident_id == 1
             assert (await incidents.search(text="disk", total=True)).total == 1
-            assert [each.incident_id async for each in _changes(incidents)] == [1]
+            assert await _changed(incidents) == [1]
             store: Any = incidents.store
             await store.append(INSERT_REQUEST, [asdict(record)] * 2)
             assert await incidents.list() == [created]
@@ -175,12 +175,11 @@ async def test_a_client_works_in_its_schema(way: str, tenants_url: str) -> None:
     assert rows == [(2,)]
 
 
-async def _changes(incidents: IncidentClient) -> Any:
+async def _changed(incidents: IncidentClient) -> list[int]:
     async with asyncio.timeout(30):
         while not (page := await incidents.read_changes()).changes:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    for change in page.changes:
-        yield change
+    return [change.incident_id for change in page.changes]
 
 
 async def test_the_settings_name_the_schema(

@@ -212,9 +212,11 @@ class Joined(Embodiment):
 class JoinedInSchema(Joined):
     """The same on the tables of one tenant, beside those of others."""
 
-    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
         """Join a new transaction and roll it back at the end."""
-        return super().open(**options, schema=TENANTS[0])
+        async with super().open(**options, schema=TENANTS[0]) as verbs:
+            yield verbs
 
     async def sql(self, statement: str) -> list[tuple[Any, ...]]:
         """Run a statement of the tenant in the first transaction of the test."""
