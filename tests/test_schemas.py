@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import subprocess
@@ -27,8 +28,9 @@ from incidentkit.opening import check_exists
 from incidentkit.settings import Settings
 from incidentkit.store import RequestRecord, keep_out_of_autogenerate, migrate
 from incidentkit.store.hosts.sqlalchemy import fetch_rows
+from incidentkit.store.postgresql import driver
 from incidentkit.store.postgresql.driver import compile_statement
-from incidentkit.store.postgresql.namespace import in_schema
+from incidentkit.store.postgresql.namespace import Namespace
 from incidentkit.store.request_log import INSERT_REQUEST
 from incidentkit.store.schema import SCHEMA_REVISION
 from incidentkit.store.sql import naming
@@ -75,12 +77,12 @@ def statements() -> Iterator[tuple[str, Executable]]:
 def test_every_name_in_a_statement_gets_the_schema() -> None:
     """Each table, type and function of a statement is in the schema; without one, none is."""
     names = re.compile("|".join((*naming.TABLES, *naming.TYPES, *naming.FUNCTIONS)))
-    found = set()
+    found, namespace = set(), Namespace("Shop A")
     for name, statement in statements():
         if name == "SHIFT":
             # Only a migration runs it, which has the schema in its search path.
             continue
-        sql = compile_statement(in_schema(statement, "Shop A")).text
+        sql = compile_statement(namespace(statement)).text
         for match in names.finditer(sql):
             before = sql[: match.start()]
             # A column that begins like a table, a constraint or an alias is no name of these.
@@ -159,7 +161,7 @@ async def test_a_client_works_in_its_schema(way: str, tenants_url: str) -> None:
         asyncpg.create_pool(tenants_url, min_size=1) as pool,
         host_engine(url or tenants_url) as engine,
     ):
-        database = {"url": tenants_url, "pool": pool}.get(way, engine)
+        database: Any = {"url": tenants_url, "pool": pool}.get(way, engine)
         async with IncidentClient.open(database, schema=schema) as incidents:
             # The other tenants have used this key.
             created = await incidents.create(
@@ -180,6 +182,23 @@ async def _changed(incidents: IncidentClient) -> list[int]:
         while not (page := await incidents.read_changes()).changes:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return [change.incident_id for change in page.changes]
+
+
+async def test_statements_live_as_long_as_their_client(tenants_url: str) -> None:
+    """A process that opens a client for each of many tenants keeps no statements of those gone."""
+
+    async def use() -> int:
+        async with IncidentClient.open(tenants_url, schema=TENANTS[0]) as incidents:
+            await incidents.list()
+            await incidents.search(text="disk")
+            return len(driver._compiled)
+
+    await use()
+    gc.collect()
+    before = len(driver._compiled)
+    assert await use() > before
+    gc.collect()
+    assert len(driver._compiled) == before
 
 
 async def test_the_settings_name_the_schema(

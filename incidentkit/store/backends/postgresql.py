@@ -26,7 +26,7 @@ from incidentkit.store.postgresql.connections import OwnConnections
 from incidentkit.store.postgresql.connector import Connector
 from incidentkit.store.postgresql.dialect import PostgresDialect
 from incidentkit.store.postgresql.errors import translate_error
-from incidentkit.store.postgresql.namespace import OwnSchemaExecutor, SchemaExecutor
+from incidentkit.store.postgresql.namespace import Namespace, OwnSchemaExecutor, SchemaExecutor
 from incidentkit.store.postgresql.pool import PoolExecutor
 from incidentkit.store.postgresql.sharing import PostgresSharing
 from incidentkit.store.postgresql.url import Server, parse_url, place_of, place_of_pool
@@ -84,12 +84,13 @@ def _store(
 ) -> Store:
     """Return the store on an executor with this number of connections."""
     dialect = PostgresDialect(schema)
-    if schema is not None:
-        executor = OwnSchemaExecutor(executor, schema)
+    namespace = None if schema is None else Namespace(schema)
+    if namespace is not None:
+        executor = OwnSchemaExecutor(executor, namespace)
     return Store(
         dialect,
         executor,
-        join=partial(join, trusted=options.prepared_statements is True, schema=schema),
+        join=partial(join, trusted=options.prepared_statements is True, namespace=namespace),
         share=lambda: PostgresSharing(dialect, executor, in_transactions=in_transactions),
         turns=lambda: Turns(max(1, maximum // 2), options.statement_timeout),
     )
@@ -100,14 +101,14 @@ def _own_connections(server: Server, options: StoreOptions) -> OwnConnections:
 
 
 def join(
-    connection: object, *, trusted: bool = False, schema: str | None = None
+    connection: object, *, trusted: bool = False, namespace: Namespace | None = None
 ) -> StoreOperations:
     """Return the operations in the transaction of a host's connection.
 
     Args:
         connection: SQLAlchemy's ``AsyncConnection`` or ``AsyncSession``, or asyncpg's connection.
         trusted: Whether it may name prepared statements behind a pooler as it likes.
-        schema: Where the tables are; None: where the search path of the connection leads.
+        namespace: Where the tables are; None: where the search path of the connection leads.
 
     Raises:
         NotInTransaction: If it commits each statement by itself.
@@ -116,16 +117,17 @@ def join(
     if is_connection(connection) or is_session(connection):
         check = None if trusted else check_joined
         host = SqlalchemyConnection(connection, "postgresql", translate_error, place_of, check)
-        return _joined(HostExecutor(host), schema)
+        return _joined(HostExecutor(host), namespace)
     if isinstance(connection, (asyncpg.Connection, PoolConnectionProxy)):
         own = AsyncpgConnection(connection, trusted=trusted)
-        return _joined(HostExecutor(own), schema)
+        return _joined(HostExecutor(own), namespace)
     raise TypeError(
         "Only SQLAlchemy's AsyncConnection and AsyncSession, and asyncpg's Connection, can be "
         f"joined, not {type(connection).__name__}"
     )
 
 
-def _joined(executor: HostExecutor, schema: str | None) -> StoreOperations:
-    dialect = PostgresDialect(schema)
-    return Records(dialect, executor if schema is None else SchemaExecutor(executor, schema))
+def _joined(executor: HostExecutor, namespace: Namespace | None) -> StoreOperations:
+    if namespace is None:
+        return Records(PostgresDialect(), executor)
+    return Records(PostgresDialect(namespace.schema), SchemaExecutor(executor, namespace))

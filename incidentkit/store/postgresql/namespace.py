@@ -7,7 +7,6 @@ changes the search path of a connection does not matter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, TypeVar
 
 from sqlalchemy import Executable
@@ -19,10 +18,24 @@ from incidentkit.store.schema import named_place
 _T = TypeVar("_T")
 
 
-@cache
-def in_schema(statement: Executable, schema: str) -> Executable:
-    """Return the statement on the tables of a schema: the same object for the same arguments."""
-    return statement.execution_options(schema_translate_map={None: schema})
+class Namespace:
+    """The statements on the tables of one schema, which live as long as its client.
+
+    Args:
+        schema: The name of the schema.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self.schema = schema
+        self._options: dict[str, Any] = {"schema_translate_map": {None: schema}}
+        self._statements: dict[Executable, Executable] = {}
+
+    def __call__(self, statement: Executable) -> Executable:
+        """Return a statement on the tables of the schema: the same one for the same statement."""
+        found = self._statements.get(statement)
+        if found is None:
+            found = self._statements[statement] = statement.execution_options(**self._options)
+        return found
 
 
 class SchemaExecutor:
@@ -30,23 +43,23 @@ class SchemaExecutor:
 
     Args:
         executor: Runs them on connections with any search path.
-        schema: The name of the schema.
+        namespace: The schema.
     """
 
-    def __init__(self, executor: Executor, schema: str) -> None:
+    def __init__(self, executor: Executor, namespace: Namespace) -> None:
         self._executor = executor
-        self._schema = schema
+        self._namespace = namespace
         self.in_host_transaction = executor.in_host_transaction
 
     @property
     def place(self) -> str | None:
         """The database and the schema."""
         place = self._executor.place
-        return place and named_place(place, self._schema)
+        return place and named_place(place, self._namespace.schema)
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads, and reads few rows."""
-        return await self._executor.read(in_schema(statement, self._schema), values)
+        return await self._executor.read(self._namespace(statement), values)
 
     async def scan(self, work: Work[_T]) -> _T:
         """Run statements that only read, but may read or return very many rows."""
@@ -61,14 +74,14 @@ class SchemaExecutor:
         return await self._executor.transact(lambda fetch: work(self._fetch(fetch)))
 
     def _fetch(self, fetch: Fetch) -> Fetch:
-        return lambda statement, values: fetch(in_schema(statement, self._schema), values)
+        return lambda statement, values: fetch(self._namespace(statement), values)
 
 
 class OwnSchemaExecutor(SchemaExecutor):
     """The same on connections that a store opens, or takes from a host's pool."""
 
-    def __init__(self, executor: OwnExecutor, schema: str) -> None:
-        super().__init__(executor, schema)
+    def __init__(self, executor: OwnExecutor, namespace: Namespace) -> None:
+        super().__init__(executor, namespace)
         self._connections = executor
 
     async def open(self, affinity: Affinity) -> None:
@@ -85,4 +98,4 @@ class OwnSchemaExecutor(SchemaExecutor):
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
-        await self._connections.append(in_schema(statement, self._schema), rows)
+        await self._connections.append(self._namespace(statement), rows)
