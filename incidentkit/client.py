@@ -139,6 +139,7 @@ class IncidentClient(Incidents):
         max_staleness: float = 0.0,
         transitions: Graph | None = None,
         options: StoreOptions | None = None,
+        schema: str | None = None,
     ) -> Self:
         """Return a client for these servers; it connects when it is entered.
 
@@ -157,14 +158,18 @@ class IncidentClient(Incidents):
                 listed is final. None: every change is allowed.
             options: Sizes and time limits for a database that is given as a URL; None: the
                 defaults.
+            schema: The schema of PostgreSQL that has the tables, whatever the search path of a
+                connection is; keys in Redis begin with it. None: the first schema of the search
+                path that has the tables.
 
         Raises:
-            InvalidSettings: If a URL, ``max_staleness`` or ``transitions`` is invalid.
+            InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid.
             MissingDependency: If a Redis is given and its package is not installed.
         """
+        prefix = "" if schema is None else f"{schema}:"
         return cls(
-            store_on(database, options),
-            cache=None if redis_url is None else cache_from_url(redis_url),
+            store_on(database, options, schema=schema),
+            cache=None if redis_url is None else cache_from_url(redis_url, prefix=prefix),
             cache_required=redis_required,
             max_staleness=max_staleness,
             transitions=transitions,
@@ -198,6 +203,7 @@ class IncidentClient(Incidents):
             max_staleness=settings.max_staleness,
             transitions=settings.transitions,
             options=settings.store,
+            schema=settings.schema,
         )
 
     async def __aenter__(self) -> Self:

@@ -779,7 +779,11 @@ def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> No
         assert exit_code == 1
         assert len(err.splitlines()) == 1
         assert "run `incidentkit db upgrade`" in err
-    assert output("db", "upgrade", *database) == f"{SCHEMA_REVISION} (head)\n"
+    assert outcome(start("db", "upgrade", *database)) == (
+        0,
+        f"{SCHEMA_REVISION} (head)\n",
+        "The tables are in the schema public.\n",
+    )
     assert output("db", "current", *database) == f"{SCHEMA_REVISION} (head)\n"
     assert output("db", "check", *database) == "The schema is up to date.\n"
     output(*DISK_FULL, *database)

@@ -515,7 +515,7 @@ async def test_the_query_of_the_database_page(migrated_postgres_url: str, sqlite
 
 async def test_the_privileges_of_the_service_are_enough(migrated_postgres_url: str) -> None:
     """With the grants of the page the service's statements work, and the clean-up cleans up."""
-    grants, prune = fences("docs/how-to/deploy.md", "sql")
+    grants, *_, prune = fences("docs/how-to/deploy.md", "sql")
     name = f"service_{os.getpid()}"
     password = "of no consequence"
     try:

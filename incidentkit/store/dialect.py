@@ -31,6 +31,7 @@ class Dialect(Protocol):
         indexes_pairs: Whether the database looks up a pair of a time and an id in an index.
         keeps_plans: Whether the database reuses a generic plan for a statement whose cost does not
             depend on its values.
+        schema: Where the tables are; None: in the default schema, or the database has none.
     """
 
     claim_key: Executable
@@ -39,6 +40,7 @@ class Dialect(Protocol):
     words_match: WordsMatch
     indexes_pairs: bool
     keeps_plans: bool
+    schema: str | None
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""

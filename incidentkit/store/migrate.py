@@ -25,13 +25,9 @@ import asyncpg
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from sqlalchemy import (
-    Column,
     Connection,
-    MetaData,
     NullPool,
-    PrimaryKeyConstraint,
     String,
-    Table,
     column,
     create_engine,
     delete,
@@ -40,10 +36,12 @@ from sqlalchemy import (
     inspect,
     select,
     table,
+    text,
 )
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.schema import CreateSchema
 
 from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
@@ -64,11 +62,14 @@ from incidentkit.store.schema import (
     SCHEMA_REVISION,
     VERSION_TABLE,
     check_revision,
+    check_schema,
+    copied,
     in_the_way,
     migrations_below,
     migrations_to,
+    named_place,
 )
-from incidentkit.store.sql.tables import incident_table
+from incidentkit.store.sql.tables import incident_table, version_table
 from incidentkit.store.sqlite.errors import PRIMARY_CODE
 from incidentkit.store.sqlite.errors import translate_error as translate_sqlite
 from incidentkit.store.sqlite.file import probe
@@ -95,16 +96,19 @@ TABLE_LOCK_TIMEOUT: Final = 10.0
 LOCK_KEY: Final = 0x696E636964656E74
 """The key of the advisory lock for migrations on PostgreSQL: "incident" in ASCII."""
 
+SCHEMA: Final = "incidentkit_schema"
+"""The option of an engine for the schema of the tables, for SQLAlchemy to pass on."""
+
+SCHEMA_FOUND: Final = text("""
+    SELECT nspname
+    FROM pg_class
+    JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE pg_class.oid = to_regclass('incidentkit_version')
+""")
+"""Returns the schema in which the search path finds incidentkit's tables."""
+
 OPTIONS: Final[dict[str, Any]] = {"version_table": VERSION_TABLE, "transactional_ddl": True}
 """How Alembic runs the migrations."""
-
-version_table: Final = Table(
-    VERSION_TABLE,
-    MetaData(),
-    Column("version_num", String(32), nullable=False),
-    PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
-)
-"""The table as Alembic creates it."""
 
 _DRIVER_ERRORS: Final = (
     SQLAlchemyError,
@@ -130,9 +134,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def migration_engine(database_url: str) -> AsyncEngine:
-    """Return an engine on a PostgreSQL database, directly or through a pooler."""
-    return create_async_engine(
+def migration_engine(database_url: str, schema: str | None = None) -> AsyncEngine:
+    """Return an engine on a PostgreSQL database, directly or through a pooler.
+
+    Args:
+        database_url: The database.
+        schema: Where every transaction finds and makes tables, types and functions; None: where
+            the search path of the connection leads.
+    """
+    engine = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
             "async_creator_fn": partial(_connect, parse_url(database_url)),
@@ -142,7 +152,27 @@ def migration_engine(database_url: str) -> AsyncEngine:
         },
         poolclass=NullPool,
         hide_parameters=True,
+        execution_options={SCHEMA: schema},
     )
+    if schema is not None:
+        event.listen(engine.sync_engine, "begin", _work_in_schema)
+    return engine
+
+
+def _work_in_schema(connection: Connection) -> None:
+    """Limit a transaction to the schema that is named."""
+    schema = _named_schema(connection)
+    name = connection.dialect.identifier_preparer.quote_identifier(str(schema))
+    # A setting of the session would not survive a connection pooler.
+    connection.exec_driver_sql(f"SET LOCAL search_path = {name}")
+    # Inspections look there for a table without a schema.
+    connection.dialect.default_schema_name = schema
+
+
+def _named_schema(connection: Connection) -> str | None:
+    """Return the schema that is named for the tables; None: none is."""
+    schema: str | None = connection.get_execution_options().get(SCHEMA)
+    return schema
 
 
 async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
@@ -173,22 +203,34 @@ def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-async def upgrade(database_url: str, revision: str = "head") -> None:
-    """Bring the schema up to a revision; several processes may do so at once.
+async def upgrade(
+    database_url: str, revision: str = "head", *, schema: str | None = None
+) -> str | None:
+    """Bring the tables up to a revision; several processes may do so at once.
 
     A database of Incident API is recognized by its ``alembic_version`` and taken over.
     In a database that was copied from another PostgreSQL server, the order of events is repaired.
 
+    Args:
+        database_url: The database.
+        revision: ``head``, a revision, or the beginning of one.
+        schema: The schema of PostgreSQL for the tables, which is created if it does not exist;
+            None: the first one of the search path that exists.
+
+    Returns:
+        The schema of PostgreSQL that has the tables; None on SQLite.
+
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
         StoreError: With the obstacle; nothing was changed.
-        InvalidSettings: If the revision is unknown.
+        InvalidSettings: If the revision is unknown, the schema cannot have the tables, or it must
+            be named: the search path leads to tables in another one than it has for new tables.
     """
-    await _in_thread(partial(run, database_url, partial(_upgrade, revision)))
+    return await _in_thread(partial(run, database_url, partial(_upgrade, revision), schema))
 
 
-async def downgrade(database_url: str, revision: str = "-1") -> None:
-    """Bring the schema down to a revision, by default by one step.
+async def downgrade(database_url: str, revision: str = "-1", *, schema: str | None = None) -> None:
+    """Bring the tables down to a revision, by default by one step. No schema is dropped.
 
     A step drops the tables that its upgrade added, with their rows. Every incident is kept down to
     the first revision. Below it, at ``base``, the table of incidents is dropped too.
@@ -196,32 +238,38 @@ async def downgrade(database_url: str, revision: str = "-1") -> None:
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
         StoreError: With the obstacle; nothing was changed.
-        InvalidSettings: If the revision is unknown.
+        InvalidSettings: As for :func:`upgrade`.
     """
-    await _in_thread(partial(run, database_url, partial(_down, revision)))
+    await _in_thread(partial(run, database_url, partial(_down, revision), schema))
 
 
-async def current(database_url: str) -> str | None:
-    """Return the revision of a database, or None if it has no schema of incidentkit.
+async def current(database_url: str, *, schema: str | None = None) -> str | None:
+    """Return the revision of the tables, or None if there are none of incidentkit.
 
     Raises:
         StoreUnavailable: If the database cannot be reached.
+        InvalidSettings: If the schema cannot have the tables.
     """
-    return await _in_thread(partial(run, database_url, current_revision))
+    return await _in_thread(partial(run, database_url, current_revision, schema))
 
 
-async def check(database_url: str) -> None:
-    """Raise unless the database is at the newest revision.
+async def check(database_url: str, *, schema: str | None = None) -> None:
+    """Raise unless the tables are at the newest revision, and their events in order.
 
     Raises:
         SchemaOutOfDate: With the command to run.
+        StoreError: If the database was copied from another server; with the command to run.
         StoreUnavailable: If the database cannot be reached.
+        InvalidSettings: If the schema cannot have the tables.
     """
-    await _in_thread(partial(run, database_url, _check))
+    await _in_thread(partial(run, database_url, _check, schema))
 
 
 def _check(connection: Connection) -> None:
-    check_revision(current_revision(connection))
+    schema = _named_schema(connection)
+    check_revision(current_revision(connection), schema)
+    if connection.dialect.name == "postgresql" and connection.scalar(SELECT_STRANDED) is not None:
+        raise copied(schema)
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
@@ -275,15 +323,24 @@ def adopt(connection: Connection) -> str | None:
     return revision
 
 
-def _upgrade(revision: str, connection: Connection) -> None:
+def _upgrade(revision: str, connection: Connection) -> str | None:
     if connection.dialect.name == "postgresql":
         _check_encoding(connection)
     _up(revision, connection)
     at = current_revision(connection)
     connection.rollback()
-    if connection.dialect.name == "postgresql" and at == SCHEMA_REVISION:
-        with connection.begin():
+    if connection.dialect.name != "postgresql":
+        return None
+    with connection.begin():
+        if at == SCHEMA_REVISION:
             put_in_order(connection)
+        return _current_schema(connection)
+
+
+def _current_schema(connection: Connection) -> str | None:
+    """Return the schema for new tables; None if the search path has none that exists."""
+    name: str | None = connection.exec_driver_sql("SELECT current_schema()").scalar_one()
+    return name
 
 
 def _check_encoding(connection: Connection) -> None:
@@ -324,19 +381,42 @@ def wait_for_locks(connection: Connection, seconds: float) -> None:
     connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
 
 
-def prepare(connection: Connection) -> None:
+def prepare(connection: Connection, *, creates: bool = True) -> None:
     """Lock a database, and take it over from the origin; the first step of a migration.
+
+    Args:
+        connection: In the transaction of the migration.
+        creates: Whether to create the named schema if it does not exist.
 
     Raises:
         StoreError: If a foreign table is in the way.
+        InvalidSettings: If the schema has to be named.
     """
     if connection.dialect.name == "postgresql":
         wait_for_locks(connection, MIGRATION_LOCK_TIMEOUT)
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
         wait_for_locks(connection, TABLE_LOCK_TIMEOUT)
+        schema = _named_schema(connection)
+        if schema is None:
+            _check_schema(connection)
+        # The server checks the privilege before it looks for the schema.
+        elif creates and schema not in inspect(connection).get_schema_names():
+            connection.execute(CreateSchema(schema))
     revision = adopt(connection)
     if revision is not None:
         record_revision(connection, revision)
+
+
+def _check_schema(connection: Connection) -> None:
+    """Raise unless the tables that the search path leads to are where new ones would go."""
+    current_schema = _current_schema(connection)
+    found = connection.scalar(SCHEMA_FOUND)
+    if found not in (None, current_schema):
+        raise InvalidSettings(
+            "schema",
+            f"must be named: the search path leads to the tables in the schema {found}, and would "
+            f"take new ones to {current_schema}",
+        )
 
 
 def record_revision(connection: Connection, revision: str | None) -> None:
@@ -348,20 +428,20 @@ def record_revision(connection: Connection, revision: str | None) -> None:
 
 
 @contextmanager
-def _migration(connection: Connection) -> Iterator[int]:
-    """Begin the transaction of a migration, and yield how many led to the schema as it is."""
+def _migration(connection: Connection, *, creates: bool = False) -> Iterator[int]:
+    """Begin the transaction of a migration, and yield how many led to the tables as they are."""
     # Refuses a newer schema without a lock.
     migrations_below(current_revision(connection))
     # Ends the transaction that only read: Alembic begins its own.
     connection.rollback()
     context = MigrationContext.configure(connection, opts=OPTIONS)
     with context.begin_transaction(), Operations.context(context):
-        prepare(connection)
+        prepare(connection, creates=creates)
         yield migrations_below(current_revision(connection))
 
 
 def _up(target: str, connection: Connection) -> None:
-    with _migration(connection) as at:
+    with _migration(connection, creates=True) as at:
         for number in range(at, migrations_to(target, at)):
             MIGRATIONS[number].upgrade()
             record_revision(connection, REVISIONS[number])
@@ -410,18 +490,25 @@ def _cancel(cancelling: Future[Callable[[], object]]) -> None:
         cancelling.result()()
 
 
-async def run(database_url: str, work: Callable[[Connection], _T]) -> _T:
+async def run(database_url: str, work: Callable[[Connection], _T], schema: str | None = None) -> _T:
     """Run work on a connection, with no other migration of this process beside it.
 
     It blocks the event loop.
+
+    Args:
+        database_url: The database.
+        work: Works in transactions of its own.
+        schema: Where the tables are; None: where the search path leads.
     """
     kind = database_kind(database_url)
+    check_schema(schema, kind)
     file = sqlite_url(database_url) if kind == "sqlite" else None
     place = parse_url(database_url).place if file is None else place_of(file)
+    place = named_place(place, schema)
     async with _alone():
         with _translated(kind, place):
             if file is None:
-                return await _run_on(migration_engine(database_url), work)
+                return await _run_on(migration_engine(database_url, schema), work)
             await probe(file)
             return await _run_on_file(file, work)
 

@@ -204,18 +204,23 @@ class IncidentStore(StoreOperations, Protocol):
 class Migrations(Protocol):
     """Functions of ``incidentkit.store.migrate``, which is loaded only if it is needed."""
 
-    async def upgrade(self, database_url: str, revision: str = ...) -> None:
-        """Bring the schema of a database up to a revision."""
-
-    async def downgrade(self, database_url: str, revision: str = ...) -> None:
-        """Bring the schema of a database down to a revision."""
-
-    async def current(self, database_url: str) -> str | None:
-        """Return the revision of a database; None if it has no schema of incidentkit."""
+    async def upgrade(
+        self, database_url: str, revision: str = ..., *, schema: str | None = ...
+    ) -> str | None:
+        """Bring the tables up to a revision; return the schema of PostgreSQL that has them."""
         ...
 
-    async def check(self, database_url: str) -> None:
-        """Raise unless a database is at the newest revision."""
+    async def downgrade(
+        self, database_url: str, revision: str = ..., *, schema: str | None = ...
+    ) -> None:
+        """Bring the tables down to a revision."""
+
+    async def current(self, database_url: str, *, schema: str | None = ...) -> str | None:
+        """Return the revision of the tables; None if there are none of incidentkit."""
+        ...
+
+    async def check(self, database_url: str, *, schema: str | None = ...) -> None:
+        """Raise unless the tables are at the newest revision, and their events in order."""
 
     async def upgrade_memory(self, engine: AsyncEngine) -> None:
         """Create the schema in the SQLite database in memory of an engine."""

@@ -18,6 +18,7 @@ from incidentkit.domain.errors import (
     FieldError,
     IdempotencyKeyReused,
     InvalidIncident,
+    SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
     UnknownCursor,
@@ -39,6 +40,7 @@ from incidentkit.store.executor import Executor, Fetch, Rows, Work
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
 from incidentkit.store.ports import EventList, IncidentList, Place
+from incidentkit.store.schema import upgrade_command
 from incidentkit.store.searching import SHORT, Search
 from incidentkit.store.sql import statements
 from incidentkit.store.sql.rows import (
@@ -135,13 +137,16 @@ class Records:
         self._bookmarks = bookmarks
 
     def explain(self, error: StoreError, given: Mapping[str, object]) -> None:
-        """Name the database in an error.
+        """Name the database in an error, and its schema in the command that mends it.
 
         Raises:
             InvalidIncident: If the database cannot hold a character of the given values.
         """
         if error.place is None:
             error.place = self._executor.place
+        if isinstance(error, SchemaOutOfDate) and error.command == upgrade_command(None):
+            error.command = upgrade_command(self._dialect.schema)
+            error.args = (*error.args[:2], error.command)
         character = self._dialect.unstorable(error.__cause__)
         if character is None:
             return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from shlex import quote
+from typing import Final, Literal
 
 from incidentkit.domain.errors import InvalidSettings, SchemaOutOfDate, StoreError
 
@@ -37,11 +38,53 @@ WRITER_CHECK: Final = "ck_incident_event_writer"
 VERSION_TABLE: Final = "incidentkit_version"
 """The table that records the revision, separate from a host's own ``alembic_version``."""
 
+MAX_SCHEMA: Final = 63
+"""Maximum number of bytes in the name of a schema: PostgreSQL shortens a longer one."""
+
+_RESERVED: Final = re.compile("pg_|information_schema$")
+
 _TARGET: Final = re.compile(r"(?P<start>\w*)(?P<steps>[+-][0-9]{1,9})?", re.ASCII)
 
 
-def check_revision(current: str | None) -> None:
+def check_schema(schema: object, kind: Literal["postgresql", "sqlite"]) -> None:
+    """Raise unless a schema can hold the tables in a database of this kind; None always can.
+
+    Raises:
+        InvalidSettings: With the rule.
+    """
+    if schema is None:
+        return
+    if kind == "sqlite":
+        raise InvalidSettings("schema", "is only for PostgreSQL: on SQLite, use a file for each")
+    name = schema if isinstance(schema, str) else ""
+    # Quotes and backslashes would need an escape wherever a name is part of a text.
+    plain = name.isprintable() and not set(name) & set("\"'`\\")
+    size = len(name.encode()) if plain else 0
+    if not 0 < size <= MAX_SCHEMA or _RESERVED.match(name):
+        raise InvalidSettings(
+            "schema",
+            f"must be the name of a schema: 1 to {MAX_SCHEMA} bytes, without quotes, backslashes "
+            "and control characters, and not one of PostgreSQL's own",
+        )
+
+
+def named_place(place: str, schema: str | None) -> str:
+    """Return the text that names a database, with the schema if there is one."""
+    return place if schema is None else f"{place} (schema {schema})"
+
+
+def upgrade_command(schema: str | None) -> str:
+    """Return the command that brings the tables of a schema up to date; None: the default one."""
+    command = "incidentkit db upgrade"
+    return command if schema is None else f"{command} --schema {quote(schema)}"
+
+
+def check_revision(current: str | None, schema: str | None = None) -> None:
     """Raise unless the revision is :data:`SCHEMA_REVISION`.
+
+    Args:
+        current: The revision; None: there is none.
+        schema: Where the tables are, for the command; None: in the default schema.
 
     Raises:
         SchemaOutOfDate: With the command to run.
@@ -49,7 +92,7 @@ def check_revision(current: str | None) -> None:
     if current == SCHEMA_REVISION:
         return
     newer = current is not None and current not in REVISIONS
-    command = "pip install --upgrade incidentkit" if newer else "incidentkit db upgrade"
+    command = "pip install --upgrade incidentkit" if newer else upgrade_command(schema)
     raise SchemaOutOfDate(current, SCHEMA_REVISION, command)
 
 
@@ -101,4 +144,16 @@ def in_the_way(name: str) -> StoreError:
     """Return the error for a foreign table with the name of one of incidentkit's."""
     return StoreError(
         f'a table "{name}" is in the way: neither incidentkit nor Incident API created it'
+    )
+
+
+def copied(schema: str | None) -> StoreError:
+    """Return the error for events that come after those that the server has yet to write.
+
+    Args:
+        schema: Where the tables are, for the command; None: in the default schema.
+    """
+    return StoreError(
+        "it was copied from another server, whose transactions had larger numbers: "
+        f"run `{upgrade_command(schema)}`"
     )

@@ -83,7 +83,7 @@ class Store(Records):
 
     async def _check_schema(self) -> None:
         rows = await self._connections.read(SELECT_REVISION, {})
-        check_revision(rows[0][0] if rows else None)
+        check_revision(rows[0][0] if rows else None, self._dialect.schema)
 
     async def close(self) -> None:
         """Wait for running calls, and release every connection; once closed, do nothing."""

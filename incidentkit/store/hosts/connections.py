@@ -15,6 +15,7 @@ from incidentkit.domain.errors import IncidentKitError, NotInTransaction
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
+    TRANSLATE_MAP,
     commits_by_itself,
     fetch_rows,
     has_every_character,
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_SAVE: Final = text("SAVEPOINT incidentkit")
-_KEEP: Final = text("RELEASE SAVEPOINT incidentkit")
-_UNDO: Final = text("ROLLBACK TO SAVEPOINT incidentkit")
+# They name no table, so that a host's map of schemas does not matter.
+_ANYWHERE: Final[dict[str, Any]] = {TRANSLATE_MAP: {}}
+_SAVE: Final = text("SAVEPOINT incidentkit").execution_options(**_ANYWHERE)
+_KEEP: Final = text("RELEASE SAVEPOINT incidentkit").execution_options(**_ANYWHERE)
+_UNDO: Final = text("ROLLBACK TO SAVEPOINT incidentkit").execution_options(**_ANYWHERE)
 
 
 class HostConnection(Protocol):

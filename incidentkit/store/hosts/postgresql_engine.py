@@ -14,7 +14,12 @@ from incidentkit.affinity import Affinity, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.poolers import check_sqlalchemy
-from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
+from incidentkit.store.hosts.sqlalchemy import (
+    execute,
+    fetch_rows,
+    is_lost,
+    translate_sqlalchemy_error,
+)
 from incidentkit.store.postgresql.connection import is_alive
 from incidentkit.store.postgresql.errors import is_unsent, translate_error
 from incidentkit.store.postgresql.url import place_of
@@ -147,7 +152,7 @@ class PostgresEngineExecutor:
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
         async with self._opened().writing:
-            await self._run(self._several, lambda lent: lent.connection.execute(statement, rows))
+            await self._run(self._several, lambda lent: execute(lent.connection, statement, rows))
 
     async def _run(
         self, engine: AsyncEngine, call: Callable[[_Lent], Awaitable[_T]], *, resend: bool = False

@@ -13,7 +13,6 @@ from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
     IncidentNotFound,
-    StoreError,
     StoreUnavailable,
 )
 from incidentkit.domain.transitions import Transitions
@@ -22,6 +21,7 @@ from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race, unstorable
+from incidentkit.store.schema import copied
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
 
@@ -35,7 +35,12 @@ ATTEMPTS: Final = 10
 
 
 class PostgresDialect:
-    """The statements of PostgreSQL."""
+    """The statements of PostgreSQL.
+
+    Args:
+        schema: Where the tables are; None: where the search path leads. The executor takes the
+            statements there.
+    """
 
     claim_key: Executable = sql.CLAIM_KEY
     delete_expired_keys: Executable = sql.DELETE_EXPIRED_KEYS
@@ -43,6 +48,9 @@ class PostgresDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = True
     keeps_plans = True
+
+    def __init__(self, schema: str | None = None) -> None:
+        self.schema = schema
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
@@ -144,10 +152,7 @@ class PostgresDialect:
     async def check_order(self, fetch: Fetch) -> None:
         """Raise if events have numbers of transactions that this server has yet to assign."""
         if await fetch(sql.SELECT_STRANDED, {}):
-            raise StoreError(
-                "it was copied from another server, whose transactions had larger numbers: "
-                "run `incidentkit db upgrade`"
-            )
+            raise copied(self.schema)
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
         """Return the oldest open transaction that has a number, if it is old enough."""

@@ -6,8 +6,8 @@ A statement is compiled once, when it first runs; SQLAlchemy takes no part in a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, Final, TypeAlias
+from weakref import WeakKeyDictionary
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -37,11 +37,26 @@ class Compiled:
     parameters: tuple[str, ...]
 
 
-@cache
+_compiled: Final[WeakKeyDictionary[Executable, Compiled]] = WeakKeyDictionary()
+"""What was compiled: for as long as the statement, which is that of a client or of a module."""
+
+
 def compile_statement(statement: Executable) -> Compiled:
-    """Return the statement as asyncpg takes it."""
+    """Return the statement as asyncpg takes it, on the tables of the schema that it has."""
+    compiled = _compiled.get(statement)
+    if compiled is None:
+        compiled = _compiled[statement] = _compile(statement)
+    return compiled
+
+
+def _compile(statement: Executable) -> Compiled:
     clause: Any = statement
-    compiled = clause.compile(dialect=_DIALECT)
+    translate_map = clause.get_execution_options().get("schema_translate_map")
+    compiled = clause.compile(
+        dialect=_DIALECT,
+        schema_translate_map=translate_map,
+        render_schema_translate=bool(translate_map),
+    )
     return Compiled(compiled.string, tuple(compiled.positiontup or ()))
 
 

@@ -127,6 +127,12 @@ NOT_UTF8: Final = Cause(
     codes=("22021",),
 )
 
+LACKS_PRIVILEGE: Final = Cause(
+    "the account lacks a privilege; grant those that the deployment guide lists",
+    StoreError,
+    codes=("42501",),
+)
+
 CAUSES: Final = (
     # Between the client and the server.
     REFUSED,
@@ -207,11 +213,7 @@ CAUSES: Final = (
         codes=("3D000",),
         text='database ".*" does not exist|no such database',
     ),
-    Cause(
-        "the account lacks a privilege; grant those that the deployment guide lists",
-        StoreError,
-        codes=("42501",),
-    ),
+    LACKS_PRIVILEGE,
     # The state of the server.
     Cause(
         "it is starting up, shutting down or recovering",
@@ -331,6 +333,12 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], Cause], ...]] = (
     (TimeoutError, LOST_CONNECTION),
 )
 
+_KINDS: Final = "(?:foreign )?table|(?:materialized )?view|sequence|schema|function|type|database"
+_DENIED: Final = re.compile(rf'for ({_KINDS}) "?(.+?)"?$')
+"""The end of the message about a missing privilege: the kind of the object, and its name."""
+
+_OWN_NAME: Final = re.compile(r"\b(?:Incident|incident_|incidentkit_|request_log)\w*")
+
 _ONE_OPEN: Final = "ux_Incident_dedup_key"
 
 
@@ -355,11 +363,26 @@ def translate_error(error: BaseException, *, connecting: bool = False) -> StoreE
         cause = find_cause(CAUSES, sqlstate, str(causes[0]), ambiguous=AMBIGUOUS)
     if cause is None and sqlstate is None and any(map(_is_lost, causes)):
         cause = LOST_CONNECTION
+    if cause is LACKS_PRIVILEGE:
+        return _lacks_privilege(str(causes[0])).as_error(sqlstate)
     if cause is not None:
         return cause.as_error(sqlstate)
     # Without a SQLSTATE, the driver or the network has failed, and not the statement.
     down = sqlstate is None and any(isinstance(each, (OSError, DBAPIError)) for each in causes)
     return unknown_cause(causes[0], sqlstate, unavailable=down)
+
+
+def _lacks_privilege(message: str) -> Cause:
+    """Return the cause with the object that the server names in its message."""
+    first, *_ = message.splitlines() or [""]
+    denied = _DENIED.search(first)
+    # In another language than English, the names are the same.
+    own = None if denied else _OWN_NAME.search(first)
+    if denied is None and own is None:
+        return LACKS_PRIVILEGE
+    named = f"the {denied[1]} {denied[2]}" if denied else own and own[0]
+    reason = LACKS_PRIVILEGE.reason.replace("privilege", f"privilege on {named}", 1)
+    return evolve(LACKS_PRIVILEGE, reason=reason)
 
 
 def _cause_by_type(causes: Iterable[BaseException], *, connecting: bool) -> Cause | None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 from itertools import product
 from typing import Final
 
-from sqlalchemy import TextClause, text
+from sqlalchemy import TextClause
 
 from incidentkit.domain.values import DEEP
 from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
+from incidentkit.store.sql.naming import text
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS
 from incidentkit.store.sql.search import WordsMatch
 

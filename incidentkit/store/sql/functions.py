@@ -7,8 +7,10 @@ from typing import Any, Final
 
 from sqlalchemy import BigInteger, Text
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
+from incidentkit.store.sql.naming import in_schema
 from incidentkit.store.sql.rows import UtcDateTime
 
 
@@ -65,8 +67,8 @@ after the table was emptied by hand: the token of fewer rows could come back."""
 
 
 @compiles(current_token)
-def _current_token(*_: Any, **__: Any) -> str:
-    return TOKEN_ON_POSTGRESQL
+def _current_token(_: Any, compiler: SQLCompiler, **__: Any) -> str:
+    return in_schema(TOKEN_ON_POSTGRESQL, compiler)
 
 
 @compiles(current_token, "sqlite")

@@ -20,7 +20,6 @@ from sqlalchemy import (
     func,
     literal_column,
     select,
-    table,
     true,
     tuple_,
     union_all,
@@ -29,7 +28,6 @@ from sqlalchemy import (
 
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import MAX_LIMIT
-from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.functions import current_token, feed_horizon
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS, UtcDateTime
 from incidentkit.store.sql.tables import (
@@ -37,6 +35,7 @@ from incidentkit.store.sql.tables import (
     incident_event_table,
     incident_table,
     purged_event_table,
+    version_table,
 )
 
 _columns = incident_table.c
@@ -236,7 +235,5 @@ UPDATE_ANSWER: Final = (
 )
 """Stores the first answer of an idempotency key."""
 
-SELECT_REVISION: Final = select(column("version_num", String())).select_from(
-    table(VERSION_TABLE, column("version_num"))
-)
+SELECT_REVISION: Final = select(column("version_num", String())).select_from(version_table)
 """Returns the revision of the schema."""

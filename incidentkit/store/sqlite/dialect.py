@@ -37,6 +37,7 @@ class SqliteDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = False
     keeps_plans = False
+    schema: str | None = None
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
