@@ -209,8 +209,8 @@ async def test_joined_words_are_one_phrase(incidents: Verbs) -> None:
 async def test_text_of_any_script_is_found(incidents: Verbs) -> None:
     """Letter case, normal forms and widths make no difference; marks belong to their words."""
     said = {
-        "Gera\u0308teu\u0308bersicht": ["Geräteübersicht", "GERÄTEÜBER", "gera\u0308te"],
-        "Geräte im Überblick": ["GERA\u0308TE", "Geräte Ü"],
+        "Gera\u0308teu\u0308bersicht": ["Geräteübersicht", "GERÄTEÜBER", "gera\u0308teu\u0308"],
+        "Geräte im Überblick": ['"GERA\u0308TE"', "Geräte U\u0308"],
         "ΔΊΣΚΟΣ γεμάτος": ["δίσκος", "ΔΊΣΚΟΣ", "δίσκοσ"],
         "Straße gesperrt": ["STRASSE", "strasse gesp"],
         "ＦＵＬＬ　ＤＩＳＫ": ['"full disk"', "ｆｕｌｌ"],
@@ -263,7 +263,7 @@ async def test_operators_in_text_are_plain_text(incidents: Verbs) -> None:
         "disk%",
     ):
         assert await messages(incidents, text) == [message], text
-    for text in ("NEAR(disk)", "disk_and_%", "a%e", "di_k", "^near"):
+    for text in ("NEAR(disk)", "a%e", "di_k", "%disk%one", "^near"):
         assert await messages(incidents, text) == ([message] if text == "^near" else []), text
     for text in ('"', "'; --", "*", " ", '""', "%", "_"):
         assert await refused(incidents.search(text=text)) == ["text"]
