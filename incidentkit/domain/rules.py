@@ -344,7 +344,7 @@ def upper_bound(value: datetime | None) -> datetime:
     return LATEST_TIME if value is None else time_bound(value)
 
 
-def optional_words(value: str | None) -> str | None:
+def optional_text(value: str | None) -> str | None:
     """Return the text of a search, or None."""
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""The index of words on SQLite, for the migration ``search_words``.
+"""The triggers that index the words of a message on SQLite, which a migration creates.
 
 The triggers are plain SQL, since other programs that write do not have functions of incidentkit. A
 message in ASCII is stored in the full-text table as it is, and its tokenizer does what the rule
@@ -14,18 +14,25 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, Final
 
-import sqlalchemy as sa
-from alembic import op
-
 from incidentkit.domain.characters import MARKS
-from incidentkit.domain.words import compared, compositions, rules
-from incidentkit.store.migrations.incident_event import TEXT_TRIGGERS, upgrade_sqlite_text
-from incidentkit.store.schema import in_the_way
+from incidentkit.domain.words import compositions, rules
 
 CHARACTERS: Final = "incident_character"
+"""The table of characters."""
 
-BATCH: Final = 1000
-"""Number of messages that are indexed at a time."""
+CREATE_CHARACTERS: Final = f"""CREATE TABLE {CHARACTERS} (
+    first INTEGER NOT NULL PRIMARY KEY,
+    folded TEXT,
+    separated TEXT,
+    class INTEGER NOT NULL,
+    composes INTEGER NOT NULL,
+    parts TEXT
+)"""
+
+CREATE_TEXT: Final = (
+    "CREATE VIRTUAL TABLE incident_text USING fts5(words, tokenize = 'ascii', columnsize = 0)"
+)
+"""The full-text table. Its tokenizer takes every character beyond ASCII for one of a word."""
 
 HANGUL_VOWELS: Final = range(0x1161, 0x1176)
 HANGUL_FINALS: Final = range(0x11A8, 0x11C3)
@@ -41,84 +48,24 @@ PLAIN: Final = (
 """Characters that the full-text table takes as they are."""
 
 
-def upgrade() -> None:
-    """Create the table of characters, and a new full-text table with its triggers."""
-    if sa.inspect(op.get_bind()).has_table(CHARACTERS):
-        raise in_the_way(CHARACTERS)
-    op.execute(
-        f"""CREATE TABLE {CHARACTERS} (
-            first INTEGER NOT NULL PRIMARY KEY,
-            folded TEXT,
-            separated TEXT,
-            class INTEGER NOT NULL DEFAULT 0,
-            composes INTEGER NOT NULL DEFAULT 0,
-            parts TEXT
-        )"""
-    )
-    rows = list(characters())
-    marks = ", ".join("?" * len(rows[0]))
-    op.get_bind().exec_driver_sql(f"INSERT INTO {CHARACTERS} VALUES ({marks})", rows)
-    drop_text()
-    op.execute(
-        "CREATE VIRTUAL TABLE incident_text USING fts5(words, tokenize = 'ascii', columnsize = 0)"
-    )
-    create_triggers()
-    index_messages()
-
-
-def downgrade() -> None:
-    """Create the full-text table of the rule before."""
-    drop_text()
-    op.drop_table(CHARACTERS)
-    upgrade_sqlite_text()
-
-
-def drop_text() -> None:
-    """Drop the full-text table with its triggers."""
-    for name in TEXT_TRIGGERS:
-        op.execute(f"DROP TRIGGER {name}")
-    op.execute("DROP TABLE incident_text")
-
-
-def create_triggers() -> None:
-    """Create the triggers that keep the words of each message."""
+def triggers() -> Iterator[str]:
+    """Yield the definitions of the triggers that keep the words of each message."""
     # Not REPLACE: the conflict clause of the statement that fires a trigger comes first.
-    remove = "DELETE FROM incident_text WHERE rowid = {}.incident_id"
+    remove = "DELETE FROM incident_text WHERE rowid = {}.incident_id; "
     add = (
         "INSERT INTO incident_text (rowid, words) VALUES (new.incident_id, "
         f"CASE WHEN new.incident_message GLOB {OTHER_THAN_ASCII} "
-        f"THEN {words('new.incident_message')} ELSE new.incident_message END)"
+        f"THEN {words('new.incident_message')} ELSE new.incident_message END); "
     )
-    actions = {
-        "INSERT": [remove.format("new"), add],
-        "UPDATE OF incident_id, incident_message": [
-            remove.format("old"),
-            remove.format("new"),
-            add,
-        ],
-        "DELETE": [remove.format("old")],
-    }
-    for name, (event, statements) in zip(TEXT_TRIGGERS, actions.items(), strict=True):
-        body = "".join(f"{statement}; " for statement in statements)
-        # Not op.execute(), which would take a colon for a parameter.
-        op.get_bind().exec_driver_sql(
-            f'CREATE TRIGGER {name} AFTER {event} ON "Incident" BEGIN {body}END'
+    before, after = remove.format("old"), remove.format("new") + add
+    for name, event, actions in (
+        ("insert", "INSERT", after),
+        ("update", "UPDATE OF incident_id, incident_message", before + after),
+        ("delete", "DELETE", before),
+    ):
+        yield (
+            f'CREATE TRIGGER incident_text_{name} AFTER {event} ON "Incident" BEGIN {actions}END'
         )
-
-
-def index_messages() -> None:
-    """Fill the full-text table."""
-    connection = op.get_bind()
-    add = "INSERT INTO incident_text (rowid, words) VALUES (?, ?)"
-    select = (
-        'SELECT incident_id, incident_message FROM "Incident" '
-        f"WHERE incident_id > ? ORDER BY incident_id LIMIT {BATCH}"
-    )
-    last = 0
-    while rows := connection.exec_driver_sql(select, (last,)).all():
-        # In the order of the ids, in which the full-text table grows fastest.
-        connection.exec_driver_sql(add, [(key, compared(message)) for key, message in rows])
-        last = rows[-1][0]
 
 
 def characters() -> Iterator[tuple[Any, ...]]:

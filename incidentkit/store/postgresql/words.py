@@ -1,4 +1,4 @@
-"""The index of words on PostgreSQL, for the migration ``search_words``.
+"""The functions that find the words of a message on PostgreSQL, which a migration creates.
 
 The table of characters stands in a function, not in a table: an index must not depend on rows that
 can change, or that are missing while a dump is restored.
@@ -10,12 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Final
 
-import sqlalchemy as sa
-from alembic import op
-
 from incidentkit.domain.words import LONG, RULE, compared, rules
-
-INDEX: Final = "ix_Incident_incident_message"
 
 MAX_BYTES: Final = 2046
 """Maximum number of bytes of a word in a ``tsvector``."""
@@ -42,42 +37,6 @@ EASTERN: Final = tuple(
     )
 )
 """The usual characters of European languages, by the alphabet."""
-
-
-def upgrade() -> None:
-    """Create the functions, and the index on them."""
-    schema = table_schema()
-    encoding = str(op.get_bind().scalar(sa.text("SELECT getdatabaseencoding()")))
-    for definition in functions(schema, encoding):
-        # Not op.execute(), which would take a colon for a parameter.
-        op.get_bind().exec_driver_sql(definition)
-    op.drop_index(INDEX, "Incident")
-    create_index(f"incident_words_{RULE}")
-
-
-def downgrade() -> None:
-    """Create the index of the rule before, and drop the functions."""
-    op.drop_index(INDEX, "Incident")
-    create_index("incident_words")
-    for name in ("words", "text", "characters"):
-        op.execute(f"DROP FUNCTION {table_schema()}.incident_{name}_{RULE}(text)")
-
-
-def create_index(function: str) -> None:
-    """Create the index of words by a function."""
-    op.execute(
-        f'CREATE INDEX "{INDEX}" ON "Incident" '
-        f"USING gin ({table_schema()}.{function}(incident_message))"
-    )
-
-
-def table_schema() -> str:
-    """Return the schema of the incidents, quoted where it has to be."""
-    select = (
-        "SELECT CAST(CAST(relnamespace AS regnamespace) AS text) FROM pg_class "
-        """WHERE oid = CAST('"Incident"' AS regclass)"""
-    )
-    return str(op.get_bind().scalar(sa.text(select)))
 
 
 def functions(schema: str, encoding: str) -> Iterator[str]:
