@@ -293,9 +293,11 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
-            text: Words that the message must all contain, as whole words or as beginnings of
-                words, in any letter case: 1 to 200 characters with at least one letter or digit,
-                and at most 32 different words, not counting those that begin another one.
+            text: Words that the message must all contain, in any letter case. Words that
+                punctuation joins, as in ``db-1``, or between quotation marks must follow each other
+                in the message. A last word that stands alone may be the beginning of a word. 1 to
+                200 characters with at least one letter or digit, and at most 32 different words
+                and phrases, not counting those that another one includes.
             order: ``newest`` or ``oldest`` first, by ``created_at`` and then by id.
             limit: Incidents per page, 1 to 1000.
             after: The ``next`` of the page before; None: the first page. The filters may change
@@ -336,7 +338,7 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
-            text: Words that the message must all contain.
+            text: Words and phrases that the message must all contain.
             order: ``newest`` or ``oldest`` first.
             batch: Number of incidents read at a time, 1 to 1000.
 

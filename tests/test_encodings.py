@@ -89,7 +89,7 @@ def calls(
         (("note",), partial(incidents.note, 1, given)),
         (("note",), partial(incidents.update_status, 1, "failed", note=given)),
         (("actor",), partial(note_as, given)),
-        (("text",), partial(incidents.search, text=given)),
+        (("text",), partial(incidents.search, text=f"text{character}")),
     ]
 
 

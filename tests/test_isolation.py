@@ -380,14 +380,14 @@ async def test_writes_that_all_wait_leave_connections_to_reads(
 
 
 SLOW_WORDS = """
-    ALTER FUNCTION incident_words(text) RENAME TO words_of;
-    CREATE FUNCTION incident_words(message text) RETURNS tsvector
+    ALTER FUNCTION incident_text_1(text) RENAME TO text_of;
+    CREATE FUNCTION incident_text_1(message text) RETURNS text
     LANGUAGE plpgsql IMMUTABLE STRICT AS $$
     BEGIN
         IF message = 'slowly' THEN
             PERFORM pg_sleep(600);
         END IF;
-        RETURN words_of(message);
+        RETURN text_of(message);
     END $$
 """
 """Makes a search for this word take ten minutes."""

@@ -19,10 +19,11 @@ NAME_MAX_LENGTH: Final = 255
 
 NOTE_MAX_LENGTH: Final = 1000
 TEXT_MAX_LENGTH: Final = 200
-"""Maximum length of the words of a search, in characters."""
+"""Maximum length of the text of a search, in characters."""
 
 TEXT_MAX_WORDS: Final = 32
-"""Maximum number of different words of a search, not counting those that begin another one."""
+"""Maximum number of different words and phrases of a search, not counting those that another one
+includes."""
 
 MAX_ID: Final = 2**63 - 1
 DEFAULT_LIMIT: Final = 10

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from sqlalchemy import Executable
 
@@ -27,7 +27,7 @@ class Dialect(Protocol):
             was used in the last 24 hours.
         delete_expired_keys: Removes at most ``limit`` idempotency keys older than that.
         select_changes: Returns the events after a place, in the order of their commits.
-        words_match: The conditions for a message that has the words of a search.
+        words_match: The conditions for a message that has the phrases of a search.
         indexes_pairs: Whether the database looks up a pair of a time and an id in an index.
         keeps_plans: Whether the database reuses a generic plan for a statement whose cost does not
             depend on its values.
@@ -90,8 +90,8 @@ class Dialect(Protocol):
         """Return the transaction that has held up the feed for so many seconds, or None."""
         ...
 
-    def words(self, text: str) -> str:
-        """Return the words of a search in the form that the index of words takes."""
+    def phrases(self, text: str) -> Mapping[str, Any]:
+        """Return the values of :attr:`words_match` for the text of a search."""
         ...
 
     def lost_race(self, error: BaseException | None) -> bool:

@@ -16,6 +16,7 @@ REVISIONS: Final = (
     "9b3f6d20c7e8",
     "c7d15a82e9b4",
     "3e92f6b08d47",
+    "a6d40b7f21c8",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 

@@ -70,7 +70,7 @@ class Search:
             most=limit if dialect.keeps_plans else None,
         )
         self._values: Mapping[str, Any] = {
-            "words": query.text and dialect.words(query.text),
+            **({} if query.text is None else dialect.phrases(query.text)),
             # One more row tells whether there is another page.
             "limit": query.limit + 1,
             **{f"status_{n}": status.value for n, status in enumerate(statuses)},

@@ -10,6 +10,7 @@ from incidentkit.store.migrations import (
     incident_token,
     origin,
     request_log,
+    search_words,
     strict_columns,
     token_without_waiting,
 )
@@ -40,5 +41,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     incident_event,
     token_without_waiting,
     event_writer,
+    search_words,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
@@ -17,6 +17,7 @@ from incidentkit.domain.errors import (
 )
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, FeedBlocker, Incident, IncidentEvent
+from incidentkit.domain.words import phrases
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
@@ -160,9 +161,13 @@ class PostgresDialect:
             return FeedBlocker(*row)
         return None
 
-    def words(self, text: str) -> str:
-        """Return the text: the database finds its words, by the rule for messages."""
-        return text
+    def phrases(self, text: str) -> Mapping[str, Any]:
+        """Return the phrases as they are: the database compares them as it does messages."""
+        found = phrases(text)
+        return {
+            "phrases": [phrase.given for phrase in found],
+            "begins": found[-1].begins,
+        }
 
     def lost_race(self, error: BaseException | None) -> bool:
         """Return whether another incident with the same key was opened at the same time."""

@@ -15,7 +15,8 @@ from typing import Final
 
 from sqlalchemy import TextClause
 
-from incidentkit.domain.values import DEEP
+from incidentkit.domain.values import DEEP, TEXT_MAX_WORDS
+from incidentkit.domain.words import LONG, RULE
 from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
 from incidentkit.store.sql.naming import text
@@ -580,29 +581,66 @@ SHIFT: Final = {
 }
 """Moves the existing events, in their order, before every event to come; by table."""
 
-_QUERY: Final = """CAST((
+TEXT: Final = f"incident_text_{RULE}"
+"""The function that returns the words of a text, with a blank before and after each."""
+
+WORDS: Final = f"incident_words_{RULE}"
+"""The function of the index of words."""
+
+_PHRASES: Final = f"""(
+    SELECT
+        CAST(:begins AS boolean) AND number = cardinality(CAST(:phrases AS text[])) AS begins,
+        -- A text that this database finds no word in is in no message.
+        coalesce(nullif({TEXT}(phrase), ' '), ' " ') AS words
+    FROM unnest(CAST(:phrases AS text[])) WITH ORDINALITY AS given (phrase, number)
+) AS phrase"""
+"""The phrases of a search, with a blank before and after each word. Only the last one may begin a
+word."""
+
+_PATTERNS: Final = f"""ARRAY(
+    SELECT '%' || CASE WHEN begins THEN rtrim(words) ELSE words END || '%'
+    FROM {_PHRASES}
+)"""
+"""The patterns that the words of a message match: one for each phrase."""
+
+_QUERY: Final = f"""CAST((
     WITH word AS (
-        SELECT lexeme
-        FROM unnest(incident_words(CAST(:words AS text)))
+        SELECT DISTINCT "left"(word, {LONG}) AS word, begins AND number = count AS begins
+        FROM {_PHRASES}
+        CROSS JOIN LATERAL string_to_array(btrim(words), ' ') AS each
+        CROSS JOIN LATERAL cardinality(each) AS count
+        CROSS JOIN LATERAL unnest(each) WITH ORDINALITY AS one (word, number)
+    ), longest AS (
+        SELECT word, begins
+        FROM word
+        ORDER BY length(word) DESC
+        LIMIT {TEXT_MAX_WORDS}
     )
-    SELECT string_agg(quote_literal(lexeme) || '\\:*', ' & ')
-    FROM word
-    WHERE NOT EXISTS (
-        SELECT
-        FROM word AS longer
-        WHERE longer.lexeme <> word.lexeme AND starts_with(longer.lexeme, word.lexeme)
+    SELECT string_agg(
+        quote_literal(word) || CASE WHEN begins THEN '\\:*' ELSE '' END,
+        ' & '
     )
+    FROM longest
 ) AS tsquery)"""
-"""The query for messages that have each word. A word that begins another one is left out: the index
-would return every message that has it, for nothing."""
+"""The query for messages that have the words of all phrases, somewhere."""
+
+_SINGLE: Final = f"""(
+    SELECT bool_and(strpos(btrim(words), ' ') = 0 AND length(words) <= {LONG})
+    FROM {_PHRASES}
+)"""
+"""Whether each phrase is one word, which the index holds to its end: then it tells enough."""
 
 WORDS_MATCH: Final = WordsMatch(
-    by_index=text(f'incident_words("Incident".incident_message) @@ {_QUERY}'),
-    of_first=text(f"incident_words(first.incident_message) @@ {_QUERY}"),
+    by_index=text(f"""
+        {WORDS}("Incident".incident_message) @@ {_QUERY}
+        AND ({_SINGLE} OR {TEXT}("Incident".incident_message) COLLATE "C" LIKE ALL ({_PATTERNS}))
+    """),
+    of_first=text(f'{TEXT}(first.incident_message) COLLATE "C" LIKE ALL ({_PATTERNS})'),
     incidents=text("""
         SELECT CAST(reltuples AS bigint)
         FROM pg_class
         WHERE oid = CAST('"Incident"' AS regclass)
     """),
 )
-"""Holds for a message that has each word, as a whole word or as the beginning of one."""
+"""Holds for a message that has each phrase. The index knows words, but not which ones are next to
+each other."""

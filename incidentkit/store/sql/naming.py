@@ -29,7 +29,7 @@ TABLES: Final = (
 TYPES: Final = ("incidentstatus", "incidentsource")
 """The names of the types."""
 
-FUNCTIONS: Final = ("incident_words",)
+FUNCTIONS: Final = ("incident_text_1", "incident_words_1")
 """The names of the functions that statements call."""
 
 _NAME: Final = re.compile(

@@ -194,10 +194,11 @@ version_table: Final = Table(
 """The table that records the revision, as Alembic creates it."""
 
 TEXT_TABLES: Final = (
+    "incident_character",
     "incident_text",
-    *(f"incident_text_{part}" for part in ("config", "data", "docsize", "idx")),
+    *(f"incident_text_{part}" for part in ("config", "content", "data", "idx")),
 )
-"""The tables of the full-text index on SQLite, made by the migration ``9b3f6d20c7e8``."""
+"""The tables of the full-text index on SQLite, made by the migration ``a6d40b7f21c8``."""
 
 TEXT_INDEX: Final = "ix_Incident_incident_message"
 """The full-text index on PostgreSQL, on a function made by the same migration."""

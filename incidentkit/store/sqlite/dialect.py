@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,6 @@ from sqlalchemy import Executable
 import incidentkit.store.sqlite.statements as sql
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
-from incidentkit.domain.rules import words
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
     OPEN,
@@ -21,6 +20,7 @@ from incidentkit.domain.values import (
     IncidentEvent,
     IncidentStatus,
 )
+from incidentkit.domain.words import phrases
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch
 from incidentkit.store.ports import IncidentList
@@ -149,9 +149,10 @@ class SqliteDialect:
         """Return None: with one writer at a time, no change waits for another one."""
         return None
 
-    def words(self, text: str) -> str:
-        """Return the words of the text for FTS5, each as the beginning of a word."""
-        return " ".join(f'"{word}"*' for word in words(text))
+    def phrases(self, text: str) -> Mapping[str, Any]:
+        """Return the phrases of the text for FTS5."""
+        found = (f'"{each.words}"{"*" if each.begins else ""}' for each in phrases(text))
+        return {"phrases": " ".join(found)}
 
     def lost_race(self, error: BaseException | None) -> bool:  # noqa: ARG002
         """Return False: there is one writer at a time."""

@@ -207,13 +207,14 @@ DELETE_INCIDENTS: Final = delete(incident_table).where(_columns.incident_id.in_(
 WORDS_MATCH: Final = WordsMatch(
     by_index=text(
         '"Incident".incident_id IN '
-        "(SELECT rowid FROM incident_text WHERE incident_text MATCH :words)"
+        "(SELECT rowid FROM incident_text WHERE incident_text MATCH :phrases)"
     ),
     of_first=text(
-        "first.incident_id IN (SELECT rowid FROM incident_text WHERE incident_text MATCH :words "
+        "first.incident_id IN (SELECT rowid FROM incident_text WHERE incident_text MATCH :phrases "
         "AND rowid BETWEEN (SELECT min(incident_id) FROM first) "
         "AND (SELECT max(incident_id) FROM first))"
     ),
     incidents=text('SELECT max(incident_id) FROM "Incident"'),
 )
-"""Holds for a message that has each word, as a whole word or as the beginning of one."""
+"""Holds for a message that has each phrase. The triggers index every message, so that the index
+alone tells."""
