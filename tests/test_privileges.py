@@ -84,7 +84,7 @@ MISSING = {
     "TABLE incident_event": ("SELECT", "the table incident_event"),
     'TABLE "Incident"': ("INSERT", "the table Incident"),
     "TABLE incident_token": ("SELECT", "the table incident_token"),
-    "FUNCTION incident_words(text)": ("EXECUTE", "the function incident_words"),
+    "FUNCTION incident_words_1(text)": ("EXECUTE", "the function incident_words_1"),
     'SEQUENCE "Incident_incident_id_seq"': ("USAGE", "the sequence Incident_incident_id_seq"),
     "SCHEMA shop": ("USAGE", "the schema shop"),
 }

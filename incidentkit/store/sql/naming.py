@@ -13,6 +13,7 @@ from sqlalchemy import MetaData, Table, TextClause
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from incidentkit.domain.words import RULE
 from incidentkit.store.schema import VERSION_TABLE
 
 TABLES: Final = (
@@ -29,8 +30,11 @@ TABLES: Final = (
 TYPES: Final = ("incidentstatus", "incidentsource")
 """The names of the types."""
 
-FUNCTIONS: Final = ("incident_text_1", "incident_words_1")
-"""The names of the functions that statements call."""
+FUNCTIONS: Final = (
+    "incident_words",
+    *(f"incident_{name}_{RULE}" for name in ("characters", "text", "words")),
+)
+"""The names of the functions that statements and indexes call."""
 
 _NAME: Final = re.compile(
     rf"(?<![\w.:\"])(?:{'|'.join((*TABLES, *TYPES, *FUNCTIONS))})(?![\w\"])", re.ASCII
