@@ -26,6 +26,7 @@ DEPENDENT = (
     "tests/test_host_database.py",
     "tests/test_interrupts.py",
     "tests/test_migrations.py",
+    "tests/test_schemas.py",
     "tests/test_settings.py",
     "tests/test_sqlite.py",
     "tests/test_wire.py",

@@ -19,6 +19,7 @@ from incidentkit.store.hosts.sqlalchemy import (
     fetch_rows,
     is_lost,
     translate_sqlalchemy_error,
+    with_isolation,
 )
 from incidentkit.store.postgresql.connection import is_alive
 from incidentkit.store.postgresql.errors import is_unsent, translate_error
@@ -83,8 +84,8 @@ class PostgresEngineExecutor:
     ) -> None:
         self.place = place_of(engine.url)
         # The host's default may be any isolation level.
-        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._several = engine.execution_options(isolation_level="READ COMMITTED")
+        self._autocommit = with_isolation(engine, "AUTOCOMMIT")
+        self._several = with_isolation(engine, "READ COMMITTED")
         self._single = self._autocommit
         self._trusted = trusted
         self._maximum = maximum

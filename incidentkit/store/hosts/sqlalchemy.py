@@ -116,6 +116,19 @@ def pool_maximum(engine: AsyncEngine) -> int:
     return USUAL_MAXIMUM if size is None or overflow < 0 else max(1, size() + overflow)
 
 
+def with_isolation(engine: AsyncEngine, level: str) -> AsyncEngine:
+    """Return a host's engine with an isolation level of its own."""
+    try:
+        return engine.execution_options(isolation_level=level)
+    except InvalidRequestError:
+        # Before SQLAlchemy 2.0.38, an engine with options takes none that sets up connections.
+        root: Any = engine.sync_engine
+        options = {**root.get_execution_options(), "isolation_level": level}
+        while hasattr(root, "_proxied"):
+            root = root._proxied  # noqa: SLF001
+        return type(engine)(root.execution_options(**options))
+
+
 def commits_by_itself(connection: AsyncConnection) -> bool:
     """Return whether each statement on the connection is a transaction of its own."""
     begun = connection.sync_connection
