@@ -571,14 +571,20 @@ DELETE_EVENTS: Final = text("""
 number of events, and that of places."""
 
 DELETE_INCIDENTS: Final = text(f"""
-    WITH changed AS (
-        DELETE FROM "Incident" AS stored
-        WHERE stored.incident_id = ANY(CAST(:incident_ids AS bigint[]))
+    WITH due AS (
+        SELECT found.incident_id
+        FROM "Incident" AS found
+        WHERE found.incident_id = ANY(CAST(:incident_ids AS bigint[]))
             AND NOT EXISTS (
                 SELECT
-                FROM incident_event AS event
-                WHERE event.incident_id = stored.incident_id
+                FROM incident_event AS earlier
+                WHERE earlier.incident_id = found.incident_id
             )
+    ),
+    changed AS (
+        DELETE FROM "Incident" AS stored
+        USING due
+        WHERE stored.incident_id = due.incident_id
         RETURNING
             stored.incident_id,
             CAST(stored.incident_type AS text) AS status,
@@ -601,7 +607,7 @@ DELETE_INCIDENTS: Final = text(f"""
     )
     SELECT count(*)
     FROM changed
-    WHERE {_none_kept_out("changed")}
+    WHERE {_none_kept_out("due")}
 """)
 """Removes the incidents whose events an earlier statement of the transaction has removed, inserts
 the events of their purge, and returns their number."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Executable
 
@@ -21,11 +21,14 @@ from incidentkit.domain.values import (
     IncidentEvent,
     IncidentStatus,
 )
+from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.executor import Fetch
+from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
-from incidentkit.store.sql.rows import read_event, read_incident
+from incidentkit.store.sql.rows import EVENT_COLUMNS, read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
+
+_TO_STATUS: Final = EVENT_COLUMNS.index("to_status")
 
 
 class SqliteDialect:
@@ -40,7 +43,8 @@ class SqliteDialect:
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
-        rows = await fetch(
+        (row,) = await _written(
+            fetch,
             sql.INSERT_INCIDENT[incident.dedup_key is not None],
             {
                 "incident_message": incident.incident_message,
@@ -49,19 +53,20 @@ class SqliteDialect:
                 "dedup_key": incident.dedup_key,
             },
         )
-        stored = read_incident(rows[0])
+        stored = read_incident(row)
         repeated = stored.occurrences > 1
         differs = repeated and incident.incident_message != stored.incident_message
         event = {
             "incident_id": stored.incident_id,
             "kind": EventKind.RECURRED.value if repeated else EventKind.CREATED.value,
             "from_status": None,
-            "to_status": None if repeated else stored.incident_type.value,
             "actor": actor,
             "note": incident.incident_message if differs else None,
         }
-        await fetch(sql.INSERT_EVENT, event)
-        return stored
+        if repeated:
+            await _written(fetch, sql.INSERT_EVENT, event)
+            return stored
+        return await _with_event(fetch, stored, event)
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
@@ -83,17 +88,18 @@ class SqliteDialect:
         ):
             raise DuplicateOpenIncident(incident)
         status = {"id": change.incident_id, "status": change.status.value}
-        rows = await fetch(sql.UPDATE_STATUS, status)
+        (row,) = await _written(fetch, sql.UPDATE_STATUS, status)
         event = {
             "incident_id": change.incident_id,
             "kind": EventKind.STATUS_CHANGED.value,
             "from_status": incident.incident_type.value,
-            "to_status": change.status.value,
             "actor": actor,
             "note": change.note,
         }
-        await fetch(sql.INSERT_EVENT, event)
-        return read_incident(rows[0])
+        changed = await _with_event(fetch, read_incident(row), event)
+        if changed.incident_type is incident.incident_type:
+            raise KEPT_OUT.as_error()
+        return changed
 
     async def note(
         self, fetch: Fetch, incident_id: int, note: str, actor: str | None
@@ -104,11 +110,11 @@ class SqliteDialect:
             "incident_id": incident_id,
             "kind": EventKind.NOTED.value,
             "from_status": None,
-            "to_status": None,
             "actor": actor,
             "note": note,
         }
-        return read_event((await fetch(sql.INSERT_AND_RETURN_EVENT, event))[0])
+        (row,) = await _written(fetch, sql.INSERT_EVENT, event)
+        return read_event(row)
 
     async def purge(
         self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
@@ -121,20 +127,22 @@ class SqliteDialect:
             return 0, False
         some = {"incident_ids": list(statuses), "events": PURGED_EVENTS}
         await fetch(sql.INSERT_PLACES, some)
-        await fetch(sql.DELETE_EVENTS, some)
+        events = await fetch(sql.DELETE_EVENTS, some)
         left = await fetch(sql.SELECT_WITH_EVENTS, {"incident_ids": list(statuses)})
-        gone = sorted(statuses.keys() - {incident_id for (incident_id,) in left})
-        await fetch(sql.DELETE_INCIDENTS, {"incident_ids": gone})
+        due = sorted(statuses.keys() - {incident_id for (incident_id,) in left})
+        deleted = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": due})
+        gone = sorted(incident_id for (incident_id,) in deleted)
+        if gone != due or not (events or gone):
+            raise KEPT_OUT.as_error()
         for incident_id in gone:
             event = {
                 "incident_id": incident_id,
                 "kind": EventKind.PURGED.value,
                 "from_status": IncidentStatus(statuses[incident_id]).value,
-                "to_status": None,
                 "actor": actor,
                 "note": None,
             }
-            await fetch(sql.INSERT_EVENT, event)
+            await _written(fetch, sql.INSERT_EVENT, event)
         return len(gone), len(statuses) == limit or len(gone) < len(statuses)
 
     async def check_order(self, fetch: Fetch) -> None:
@@ -165,3 +173,32 @@ async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:
     if not rows:
         raise IncidentNotFound(incident_id)
     return read_incident(rows[0])
+
+
+async def _written(fetch: Fetch, statement: Executable, values: Mapping[str, Any]) -> Rows:
+    """Run a statement that writes a row, and return it.
+
+    Raises:
+        StoreError: If a trigger keeps it out.
+    """
+    rows = await fetch(statement, values)
+    if not rows:
+        raise KEPT_OUT.as_error()
+    return rows
+
+
+async def _with_event(fetch: Fetch, written: Incident, event: Mapping[str, Any]) -> Incident:
+    """Insert the event of a status that was written, and return the incident as it is then.
+
+    A trigger may have changed the status: it runs after the statement has returned the row.
+
+    Raises:
+        StoreError: If a trigger keeps out the incident or the event.
+    """
+    (row,) = await _written(fetch, sql.INSERT_STATUS_EVENT, event)
+    status = row[_TO_STATUS]
+    if status == written.incident_type.value:
+        return written
+    if status is None:
+        raise KEPT_OUT.as_error()
+    return await _select_incident(fetch, written.incident_id)

@@ -17,8 +17,10 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    null,
     select,
     text,
+    type_coerce,
     update,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
@@ -100,27 +102,38 @@ SELECT_OPEN_DUPLICATE: Final = (
 )
 """Returns a row if an incident with the deduplication key is open."""
 
-INSERT_EVENT: Final = (
-    insert(incident_event_table)
-    .inline()
-    .values(
-        transaction_id=literal_column("0"),
-        # 53 bits: the integers that JavaScript reads exactly.
-        nonce=literal_column("random() & 9007199254740991"),
-        incident_id=number_parameter("incident_id"),
-        kind=bindparam("kind", type_=String()),
-        from_status=bindparam("from_status", type_=String()),
-        to_status=bindparam("to_status", type_=String()),
-        actor=bindparam("actor", type_=String()),
-        note=bindparam("note", type_=String()),
-        at=current_second(),
-        writer=literal_column(str(WRITER)),
-    )
-)
-"""Inserts an event."""
 
-INSERT_AND_RETURN_EVENT: Final = INSERT_EVENT.returning(*EVENT)
-"""Inserts an event and returns it."""
+def _insert_event(to_status: ColumnElement[Any]) -> ReturningInsert[*tuple[Any, ...]]:
+    return (
+        insert(incident_event_table)
+        .inline()
+        .values(
+            transaction_id=literal_column("0"),
+            # 53 bits: the integers that JavaScript reads exactly.
+            nonce=literal_column("random() & 9007199254740991"),
+            incident_id=number_parameter("incident_id"),
+            kind=bindparam("kind", type_=String()),
+            from_status=bindparam("from_status", type_=String()),
+            to_status=to_status,
+            actor=bindparam("actor", type_=String()),
+            note=bindparam("note", type_=String()),
+            at=current_second(),
+            writer=literal_column(str(WRITER)),
+        )
+        .returning(*EVENT)
+    )
+
+
+INSERT_EVENT: Final = _insert_event(null())
+"""Inserts an event that sets no status, and returns it."""
+
+INSERT_STATUS_EVENT: Final = _insert_event(
+    select(type_coerce(_columns.incident_type, String()))
+    .where(_columns.incident_id == number_parameter("incident_id"))
+    .scalar_subquery()
+)
+"""Inserts an event that sets the status which the incident has now, and returns it: a trigger may
+have changed what was written."""
 
 _expired: Final[ColumnElement[bool]] = idempotency_table.c.created_at < a_day_ago()
 
@@ -185,10 +198,12 @@ INSERT_PLACES: Final = (
 )
 """Keeps the places of the events that the next statement removes."""
 
-DELETE_EVENTS: Final = delete(incident_event_table).where(
-    incident_event_table.c.event_id.in_(_some_events)
+DELETE_EVENTS: Final = (
+    delete(incident_event_table)
+    .where(incident_event_table.c.event_id.in_(_some_events))
+    .returning(incident_event_table.c.event_id)
 )
-"""Removes events of incidents to purge, at most ``events``."""
+"""Removes events of incidents to purge, at most ``events``, and returns their ids."""
 
 SELECT_WITH_EVENTS: Final = (
     select(incident_event_table.c.incident_id)
@@ -197,8 +212,10 @@ SELECT_WITH_EVENTS: Final = (
 )
 """Returns the incidents to purge that still have events."""
 
-DELETE_INCIDENTS: Final = delete(incident_table).where(_columns.incident_id.in_(_purged))
-"""Removes incidents."""
+DELETE_INCIDENTS: Final = (
+    delete(incident_table).where(_columns.incident_id.in_(_purged)).returning(_columns.incident_id)
+)
+"""Removes incidents, and returns their ids."""
 
 WORDS_MATCH: Final = WordsMatch(
     by_index=text(
