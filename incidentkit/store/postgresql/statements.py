@@ -727,36 +727,53 @@ Of other accounts' transactions, the start is hidden without the role ``pg_read_
 standby, the transaction runs on another server. Then the age of the first event that waits counts.
 """
 
-_EARLIER: Final = "transaction_id = stored.transaction_id - :latest - 1"
+_WRITER: Final = "CAST(CAST({}.xmin AS text) AS bigint)"
+
+_OWN: Final = f"""own AS MATERIALIZED (
+    SELECT {_WRITER.format("event")} AS writer, min(event.event_id) AS event_id
+    FROM incident_event AS event
+    GROUP BY {_WRITER.format("event")}
+    HAVING min(event.transaction_id) = max(event.transaction_id)
+        AND max(event.transaction_id) % 4294967296 = {_WRITER.format("event")}
+)"""
+"""The transactions of this server that have written the events with their number (``xmin``). A
+transaction that restores events writes events with many numbers."""
 
 SHIFT: Final = {
-    "incident_event": text(f"""
-        UPDATE incident_event AS stored
-        SET {_EARLIER}
-        WHERE stored.transaction_id >= :unassigned
-            OR stored.transaction_id < 0
-            OR (
-                stored.event_id <= :event_id
-                AND stored.transaction_id % 4294967296 <> CAST(CAST(stored.xmin AS text) AS bigint)
-            )
-    """),
-    "incident_purged_event": text(f"""
+    "incident_purged_event": text("""
         UPDATE incident_purged_event AS stored
-        SET {_EARLIER}
+        SET transaction_id = stored.transaction_id - :latest - 1
         WHERE stored.transaction_id >= :unassigned
             OR stored.transaction_id < 0
             OR stored.event_id <= :event_id
     """),
+    "incident_event": text(f"""
+        WITH {_OWN}
+        UPDATE incident_event AS stored
+        SET transaction_id = CASE
+            WHEN stored.transaction_id >= :unassigned
+                AND stored.event_id > (SELECT min(own.event_id) FROM own)
+                AND {_WRITER.format("stored")} > (SELECT min(own.writer) FROM own)
+            THEN {_TRANSACTION}
+            ELSE stored.transaction_id - :latest - 1
+        END
+        WHERE stored.transaction_id >= :unassigned
+            OR stored.transaction_id < 0
+            OR (
+                stored.event_id <= :event_id
+                AND {_WRITER.format("stored")} NOT IN (SELECT own.writer FROM own)
+            )
+    """),
     "Incident": text(f"""
         UPDATE "Incident" AS stored
-        SET {_EARLIER}
+        SET transaction_id = {_TRANSACTION}
         WHERE stored.transaction_id >= :unassigned
     """),
 }
-"""Moves the events from another server, in their order, before every event of this one; by table.
+"""Moves the events of another server, in their order, before every event of this one; by table.
 
-An event of this server has a greater id, since its sequence was copied too, or is in a row that its
-own transaction has written (``xmin``). The number of an incident is only a lower bound for its next
+Events that this server has written stay. Those that took the number of a copied incident have not
+been delivered yet, and come last. The number of an incident is only a lower bound for its next
 event."""
 
 _QUERY: Final = """CAST((
