@@ -1,4 +1,4 @@
-"""Triggers, columns and sequences that a host has put on incidentkit's tables.
+"""What a host has set: triggers, columns and sequences, the isolation, and pools of its own.
 
 Everything works with them, or ends with an error that says what is in the way.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from sqlalchemy import event, inspect, text
+from sqlalchemy import StaticPool, event, inspect, text
 
-from incidentkit import IncidentClient, NewIncident, StoreError, acting_as
+from incidentkit import IncidentClient, InvalidSettings, NewIncident, StoreError, acting_as
 from incidentkit.store.migrate import upgrade
 from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.tables import metadata
@@ -472,3 +472,115 @@ async def test_keys_that_a_trigger_makes_the_same_are_named(migrated_postgres_ur
         assert created[2].occurrences == 2
         with pytest.raises(StoreError, match="the same dedup_key"):
             await incidents.create_many([one, NewIncident("Full disk", "partner", dedup_key="a")])
+
+
+# Isolation
+
+
+async def by_role(url: str) -> None:
+    """Make `REPEATABLE READ` the default of a database, as its administrator would."""
+    await run_sql(
+        url,
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = %L', "
+        "current_database(), 'repeatable read'); END $$",
+    )
+
+
+@asynccontextmanager
+async def opened(way: str, url: str) -> AsyncIterator[IncidentClient]:
+    """Open a client by URL, on a pool, or on an engine with either driver."""
+    async with AsyncExitStack() as stack:
+        database: Any = url
+        if way == "pool":
+            database = await stack.enter_async_context(asyncpg.create_pool(url, min_size=1))
+        elif way != "url":
+            host = url.replace("postgresql", way, 1)
+            database = await stack.enter_async_context(host_engine(host))
+        yield await stack.enter_async_context(IncidentClient.open(database))
+
+
+WAYS = ("url", "pool", "postgresql+asyncpg", "postgresql+psycopg")
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_list_is_never_what_never_was(migrated_postgres_url: str, way: str) -> None:
+    """With `REPEATABLE READ` by default, a list that waits for a reload shows what was loaded."""
+    url = migrated_postgres_url
+    await by_role(url)
+    async with opened(way, url) as incidents, IncidentClient.open(url) as other:
+        first = await incidents.create("Disk is full", source="partner")
+        assert await incidents.list() == [first]
+        connection = await asyncpg.connect(url)
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute('CREATE TEMP TABLE saved AS TABLE "Incident"')
+        await connection.execute('TRUNCATE "Incident"')
+        await connection.execute('INSERT INTO "Incident" TABLE saved')
+        lists = [asyncio.ensure_future(incidents.list(limit=limit)) for limit in (10, 20, 30)]
+        deep = asyncio.ensure_future(incidents.list(page=101, limit=10))
+        search = asyncio.ensure_future(incidents.search(text="disk"))
+        get = asyncio.ensure_future(incidents.get(first.incident_id))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"  # fmt: skip
+        async with asyncio.timeout(30):
+            while (await run_sql(url, waiting))[0][0] < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await transaction.commit()
+        await connection.close()
+        for page in lists:
+            assert await page == [first]
+        assert await deep == []
+        assert (await search).incidents == [first]
+        assert await get == first
+        for client in (incidents, other):
+            assert await client.list() == [first]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_own_statements_are_read_committed(migrated_postgres_url: str, way: str) -> None:
+    """With `SERIALIZABLE` by default, changes of one incident wait for each other."""
+    url = migrated_postgres_url
+    await by_role(url)
+    async with opened(way, url) as incidents:
+        await incidents.create("Disk is full", source="partner", dedup_key="key")
+        async with asyncio.timeout(30):
+            await asyncio.gather(
+                *(incidents.note(1, f"Note {n}") for n in range(20)),
+                *(
+                    incidents.create("Disk is full", source="partner", dedup_key="key")
+                    for _ in range(20)
+                ),
+            )
+        assert (await incidents.get(1)).occurrences == 21
+        assert len(await incidents.history(1)) == 41
+
+
+async def test_a_joined_transaction_has_the_isolation_of_the_host(
+    migrated_postgres_url: str,
+) -> None:
+    """A joined transaction stays under the default that the host has chosen."""
+    url = migrated_postgres_url
+    await by_role(url)
+    async with IncidentClient.open(url) as incidents:
+        connection = await asyncpg.connect(url)
+        async with connection.transaction():
+            assert await incidents.join(connection).list() == []
+            await incidents.create("Disk is full", source="partner")
+            assert await incidents.join(connection).list() == []
+        await connection.close()
+
+
+# Pools
+
+
+async def test_an_engine_with_one_shared_connection_is_refused(
+    url: str, incidents: IncidentClient
+) -> None:
+    """An engine whose callers all share a connection is refused, and the host's writes stay."""
+    await incidents.create("Disk is full", source="partner")
+    async with host_engine(url, poolclass=StaticPool) as engine, engine.connect() as connection:
+        await connection.execute(text("DELETE FROM incident_event"))
+        with pytest.raises(InvalidSettings, match="StaticPool"):
+            async with IncidentClient.open(engine) as client:
+                await client.list()
+        await connection.commit()
+    assert await incidents.history(1) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from attrs import define
 from sqlalchemy import Executable
@@ -15,6 +16,7 @@ from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.poolers import check_sqlalchemy
 from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
 from incidentkit.store.postgresql.connection import is_alive
+from incidentkit.store.postgresql.driver import STRICTER
 from incidentkit.store.postgresql.errors import is_unsent, translate_error
 from incidentkit.store.postgresql.url import place_of
 from incidentkit.store.share import Share, scanning_share, writing_share
@@ -69,6 +71,7 @@ class PostgresEngineExecutor:
         self._writing: Share | None = None
         self._affinity: Affinity | None = None
         self._scanning: Share | None = None
+        self._read_committed: WeakKeyDictionary[object, bool] = WeakKeyDictionary()
 
     async def open(self, affinity: Affinity) -> None:
         """Accept statements, and refuse an engine that is unsafe behind a pooler."""
@@ -163,6 +166,8 @@ class PostgresEngineExecutor:
         try:
             async with engine.connect() as connection:
                 await self._replace_dead(connection)
+                if engine is self._autocommit and not await self._reads_committed(connection):
+                    await connection.execution_options(isolation_level="READ COMMITTED")
                 connecting = False
                 try:
                     async with connection.begin():
@@ -186,3 +191,14 @@ class PostgresEngineExecutor:
             if await is_alive(raw.driver_connection):
                 return
             await connection.invalidate()
+
+    async def _reads_committed(self, connection: AsyncConnection) -> bool:
+        """Return whether a statement by itself is ``READ COMMITTED`` on a connection."""
+        raw = await connection.get_raw_connection()
+        driver = raw.driver_connection
+        known = self._read_committed.get(driver)
+        if known is None:
+            known = not (await connection.exec_driver_sql(STRICTER)).all()
+            await connection.rollback()
+            self._read_committed[driver] = known
+        return known

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Executable
+from sqlalchemy import Executable, SingletonThreadPool, StaticPool
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from incidentkit.domain.errors import StoreError
+from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.store.causes import POOL_EXHAUSTED, TRANSACTION_FAILED
 from incidentkit.store.executor import Rows
 from incidentkit.store.sql.rows import unreadable_row
@@ -78,6 +78,22 @@ def pool_maximum(engine: AsyncEngine) -> int:
     size = getattr(pool, "size", None)
     overflow = getattr(pool, "_max_overflow", -1)
     return USUAL_MAXIMUM if size is None or overflow < 0 else max(1, size() + overflow)
+
+
+def refuse_shared_connection(engine: AsyncEngine) -> None:
+    """Refuse an engine whose callers all get the same connection.
+
+    A call of the client would end the transaction of the host, whose connection it gives back.
+
+    Raises:
+        InvalidSettings: With the name of the pool.
+    """
+    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
+        raise InvalidSettings(
+            "database",
+            f"must not be an engine with {type(engine.pool).__name__}, whose callers share one "
+            "connection and end each other's transactions: use another pool",
+        )
 
 
 def commits_by_itself(connection: AsyncConnection) -> bool:
