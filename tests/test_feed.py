@@ -448,9 +448,8 @@ async def test_only_events_of_the_other_server_are_moved(migrated_postgres_url: 
         assert [_of(each)[1:] for each in await take(incidents, 4)] == [
             _of(each)[1:] for each in old
         ]
-        assert [
-            decode_cursor(each.cursor, 4)[1] for each in await take(incidents, 2, encode_cursor(*cursor))
-        ] == [7, 1000]  # fmt: skip
+        after = await take(incidents, 2, encode_cursor(*cursor))
+        assert [decode_cursor(each.cursor, 4)[1] for each in after] == [7, 1000]
 
 
 async def test_an_export_of_incidents_alone_does_not_strand_the_feed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Executable
 
@@ -25,10 +25,8 @@ from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
-from incidentkit.store.sql.rows import EVENT_COLUMNS, read_event, read_incident
+from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
-
-_TO_STATUS: Final = EVENT_COLUMNS.index("to_status")
 
 
 class SqliteDialect:
@@ -126,13 +124,13 @@ class SqliteDialect:
         if not statuses:
             return 0, False
         some = {"incident_ids": list(statuses), "events": PURGED_EVENTS}
-        await fetch(sql.INSERT_PLACES, some)
+        places = await fetch(sql.INSERT_PLACES, some)
         events = await fetch(sql.DELETE_EVENTS, some)
         left = await fetch(sql.SELECT_WITH_EVENTS, {"incident_ids": list(statuses)})
         due = sorted(statuses.keys() - {incident_id for (incident_id,) in left})
         deleted = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": due})
         gone = sorted(incident_id for (incident_id,) in deleted)
-        if gone != due or not (events or gone):
+        if gone != due or len(places) < len(events) or not (events or gone):
             raise KEPT_OUT.as_error()
         for incident_id in gone:
             event = {
@@ -195,8 +193,7 @@ async def _with_event(fetch: Fetch, written: Incident, event: Mapping[str, Any])
     Raises:
         StoreError: If a trigger keeps out the incident or the event.
     """
-    (row,) = await _written(fetch, sql.INSERT_STATUS_EVENT, event)
-    status = row[_TO_STATUS]
+    ((status,),) = await _written(fetch, sql.INSERT_STATUS_EVENT, event)
     if status == written.incident_type.value:
         return written
     if status is None:

@@ -5,6 +5,7 @@ SQLite has one writer at a time, so a write can safely be several statements.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -103,7 +104,9 @@ SELECT_OPEN_DUPLICATE: Final = (
 """Returns a row if an incident with the deduplication key is open."""
 
 
-def _insert_event(to_status: ColumnElement[Any]) -> ReturningInsert[*tuple[Any, ...]]:
+def _insert_event(
+    to_status: ColumnElement[Any], returned: Sequence[ColumnElement[Any]]
+) -> ReturningInsert[*tuple[Any, ...]]:
     return (
         insert(incident_event_table)
         .inline()
@@ -120,20 +123,21 @@ def _insert_event(to_status: ColumnElement[Any]) -> ReturningInsert[*tuple[Any, 
             at=current_second(),
             writer=literal_column(str(WRITER)),
         )
-        .returning(*EVENT)
+        .returning(*returned)
     )
 
 
-INSERT_EVENT: Final = _insert_event(null())
+INSERT_EVENT: Final = _insert_event(null(), EVENT)
 """Inserts an event that sets no status, and returns it."""
 
 INSERT_STATUS_EVENT: Final = _insert_event(
     select(type_coerce(_columns.incident_type, String()))
     .where(_columns.incident_id == number_parameter("incident_id"))
-    .scalar_subquery()
+    .scalar_subquery(),
+    [incident_event_table.c.to_status],
 )
-"""Inserts an event that sets the status which the incident has now, and returns it: a trigger may
-have changed what was written."""
+"""Inserts an event that sets the status which the incident has now, and returns this status: a
+trigger may have changed what was written."""
 
 _expired: Final[ColumnElement[bool]] = idempotency_table.c.created_at < a_day_ago()
 
@@ -195,8 +199,9 @@ INSERT_PLACES: Final = (
         ).where(incident_event_table.c.event_id.in_(_some_events)),
         include_defaults=False,
     )
+    .returning(purged_event_table.c.event_id)
 )
-"""Keeps the places of the events that the next statement removes."""
+"""Keeps the places of the events that the next statement removes, and returns their ids."""
 
 DELETE_EVENTS: Final = (
     delete(incident_event_table)
