@@ -64,7 +64,10 @@ class SqliteDialect:
         if repeated:
             await _written(fetch, sql.INSERT_EVENT, event)
             return stored
-        return await _with_event(fetch, stored, event)
+        rows = await fetch(sql.INSERT_STATUS_EVENT, event)
+        if rows and rows[0][0] == stored.incident_type.value:
+            return stored
+        return await _as_changed(fetch, stored.incident_id, rows)
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
@@ -94,7 +97,10 @@ class SqliteDialect:
             "actor": actor,
             "note": change.note,
         }
-        changed = await _with_event(fetch, read_incident(row), event)
+        rows = await fetch(sql.INSERT_STATUS_EVENT, event)
+        changed = read_incident(row)
+        if not rows or rows[0][0] != changed.incident_type.value:
+            changed = await _as_changed(fetch, change.incident_id, rows)
         if changed.incident_type is incident.incident_type:
             raise KEPT_OUT.as_error()
         return changed
@@ -185,17 +191,13 @@ async def _written(fetch: Fetch, statement: Executable, values: Mapping[str, Any
     return rows
 
 
-async def _with_event(fetch: Fetch, written: Incident, event: Mapping[str, Any]) -> Incident:
-    """Insert the event of a status that was written, and return the incident as it is then.
-
-    A trigger may have changed the status: it runs after the statement has returned the row.
+async def _as_changed(fetch: Fetch, incident_id: int, statuses: Rows) -> Incident:
+    """Return an incident whose status a trigger has changed after the statement that wrote it.
 
     Raises:
-        StoreError: If a trigger keeps out the incident or the event.
+        StoreError: If the trigger has kept out the event, of which ``statuses`` has the status, or
+            the incident is gone.
     """
-    ((status,),) = await _written(fetch, sql.INSERT_STATUS_EVENT, event)
-    if status == written.incident_type.value:
-        return written
-    if status is None:
+    if not statuses or statuses[0][0] is None:
         raise KEPT_OUT.as_error()
-    return await _select_incident(fetch, written.incident_id)
+    return await _select_incident(fetch, incident_id)
