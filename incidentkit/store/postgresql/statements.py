@@ -53,10 +53,9 @@ _UNASSIGNED: Final = """greatest(
 """The number from which on no event that the statement sees can have its own: neither its own
 transaction nor one before its snapshot had a number as large."""
 
-_IN_ORDER: Final = f"""NOT EXISTS (
-    SELECT
-    FROM incident_event AS stranded
-    WHERE stranded.transaction_id >= {_UNASSIGNED}
+_IN_ORDER: Final = f"""coalesce(
+    (SELECT max(last.transaction_id) FROM incident_event AS last) < {_UNASSIGNED},
+    true
 )"""
 """Holds unless events were copied from another server, whose transactions had larger numbers: a new
 event would come before them, where no reader looks any more."""
