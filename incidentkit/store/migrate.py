@@ -55,7 +55,12 @@ from incidentkit.store.postgresql.errors import (
     translate_error,
 )
 from incidentkit.store.postgresql.poolers import find_pooler
-from incidentkit.store.postgresql.statements import SELECT_STRANDED, SHIFT
+from incidentkit.store.postgresql.statements import (
+    SELECT_DISORDERED_SEQUENCES,
+    SELECT_LAST_EVENT_ID,
+    SELECT_STRANDED,
+    SHIFT,
+)
 from incidentkit.store.postgresql.url import Server, parse_url, refused_parameter
 from incidentkit.store.schema import (
     REVISIONS,
@@ -150,6 +155,8 @@ def migration_engine(database_url: str, schema: str | None = None) -> AsyncEngin
             "prepared_statement_name_func": str,
             "prepared_statement_cache_size": 0,
         },
+        # Whatever the default of the database is: what is read after a lock must be new.
+        isolation_level="READ COMMITTED",
         poolclass=NullPool,
         hide_parameters=True,
         execution_options={SCHEMA: schema},
@@ -360,20 +367,28 @@ def _check_encoding(connection: Connection) -> None:
 
 
 def put_in_order(connection: Connection) -> None:
-    """Repair the order of events in a database that was copied from another server.
+    """Make new events come after the existing ones.
 
-    The transactions of that server may have larger numbers than those of this one: new events would
-    come before the existing ones.
+    In a database that was copied from another server, transactions may have had larger numbers than
+    those of this one. The sequence of events may have a cache, of which each session takes a part,
+    or count down.
     """
-    latest = connection.scalar(SELECT_STRANDED)
-    if latest is None:
-        return
-    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(TABLE_LOCK_TIMEOUT * 1000)}")
-    connection.exec_driver_sql('LOCK TABLE "Incident", incident_event IN SHARE ROW EXCLUSIVE MODE')
-    latest = connection.scalar(SELECT_STRANDED)
-    if latest is not None:
-        for statement in SHIFT.values():
-            connection.execute(statement, {"latest": latest})
+    if connection.execute(SELECT_STRANDED).first() is not None:
+        wait_for_locks(connection, TABLE_LOCK_TIMEOUT)
+        connection.exec_driver_sql(
+            'LOCK TABLE "Incident", incident_event IN SHARE ROW EXCLUSIVE MODE'
+        )
+        for unassigned, latest, event_id in connection.execute(SELECT_STRANDED).all():
+            values = {"unassigned": unassigned, "latest": latest, "event_id": event_id}
+            for statement in SHIFT.values():
+                connection.execute(statement, values)
+    for sequence in connection.scalars(SELECT_DISORDERED_SEQUENCES).all():
+        wait_for_locks(connection, TABLE_LOCK_TIMEOUT)
+        connection.exec_driver_sql("LOCK TABLE incident_event IN SHARE ROW EXCLUSIVE MODE")
+        last = connection.scalar(SELECT_LAST_EVENT_ID)
+        connection.exec_driver_sql(
+            f"ALTER SEQUENCE {sequence} INCREMENT BY 1 CACHE 1 RESTART WITH {last + 1}"
+        )
 
 
 def wait_for_locks(connection: Connection, seconds: float) -> None:

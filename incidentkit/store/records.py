@@ -35,6 +35,7 @@ from incidentkit.domain.values import (
     SearchPage,
 )
 from incidentkit.store.bookmarks import Bookmarks
+from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.dialect import PURGED_EVENTS, Dialect
 from incidentkit.store.executor import Executor, Fetch, Rows, Work
 from incidentkit.store.idempotency import Idempotency
@@ -66,6 +67,9 @@ HELD_UP_AFTER: Final = 5.0
 
 EXPIRED_KEYS: Final = 10
 """Maximum number of expired idempotency keys that a write with a key removes."""
+
+CLAIMS: Final = 10
+"""Maximum number of tries to take an idempotency key that other transactions remove."""
 
 
 class Sharing(Protocol):
@@ -284,16 +288,21 @@ class Records:
             await fetch(self._dialect.delete_expired_keys, {"limit": EXPIRED_KEYS})
             # Waits for another transaction that holds the key.
             claim = {"idempotency_key": key, "fingerprint": fingerprint}
-            while not await fetch(self._dialect.claim_key, claim):
+            for _ in range(CLAIMS):
+                if await fetch(self._dialect.claim_key, claim):
+                    break
                 rows = await fetch(statements.SELECT_ANSWER, {"idempotency_key": key})
                 for first_fingerprint, answer in rows:
                     if first_fingerprint != fingerprint:
                         raise IdempotencyKeyReused(key)
                     return decode(answer)
                 # The key had expired, and another transaction has just removed it.
+            else:
+                raise KEPT_OUT.as_error()
             written = await write(fetch)
             values = {"key": key, "answer": encode(written).decode()}
-            await fetch(statements.UPDATE_ANSWER, values)
+            if not await fetch(statements.UPDATE_ANSWER, values):
+                raise KEPT_OUT.as_error()
             return written
 
         return await self._executor.transact(work)

@@ -107,6 +107,7 @@ class Store(Records):
     async def check(self) -> None:
         """Raise unless the database answers and has the schema that this version works on."""
         await self._check_schema()
+        await self.check_order()
 
     def join(self, connection: object) -> StoreOperations:
         """Return the operations in the transaction of a host's connection."""

@@ -15,13 +15,16 @@ import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import asyncpg
 from attrs import Factory, asdict, define, field, frozen
 
-from incidentkit import EventKind, IncidentClient, IncidentEvent
+from incidentkit import EventKind, IncidentClient, IncidentEvent, StoreError, UnknownCursor
+from incidentkit.domain.cursor import decode_cursor
 from incidentkit.domain.values import MAX_WAIT
+from incidentkit.store.migrate import upgrade
 from tests.faults.history import History, Row, Verdict, check, read_log
 from tests.faults.worker import COLUMNS, Settings, sqlite_file
 
@@ -112,6 +115,8 @@ class Round:
     started: list[Settings] = field(factory=list, init=False)
     redis_hits: int = field(default=0, init=False)
     dump: dict[bytes, tuple[bytes, int]] = field(factory=dict, init=False)
+    restored: list[tuple[int, int]] = field(factory=list, init=False)
+    follower: Follower | None = field(default=None, init=False)
 
     @contextmanager
     def running(self, clients: int) -> Iterator[None]:
@@ -124,6 +129,8 @@ class Round:
             for _ in range(clients):
                 self._start()
             self._start(sql=True)
+            if self.database_url.startswith("postgresql"):
+                self.follower = stack.enter_context(Follower(self.database_url))
             self.await_answers()
             yield
             for worker in self.workers:
@@ -225,6 +232,17 @@ class Round:
         finally:
             worker.process.send_signal(signal.SIGCONT)
 
+    def restore_elsewhere(self) -> None:
+        """Make the database one that another server wrote, let writers notice, and put it in order.
+
+        That server has run for longer: its transactions had larger numbers.
+        """
+        asyncio.run(execute(self.database_url, RESTORE_ELSEWHERE))
+        begin = time.monotonic_ns()
+        time.sleep(RESTORED)
+        self.restored.append((begin, time.monotonic_ns()))
+        asyncio.run(upgrade(self.database_url))
+
     def check(self) -> tuple[Verdict, Figures]:
         """Check the logs against the database, and return the verdict with the figures."""
         history = History()
@@ -234,6 +252,14 @@ class Round:
         stored = asyncio.run(stored_rows(self.database_url))
         verdict = check(history, stored)
         verdict.lost += asyncio.run(broken_histories(self.database_url, history))
+        verdict.lost += [
+            f"{write.message} was acknowledged before the order was restored"
+            for write in history.writes
+            for begin, end in self.restored
+            if begin < write.start and write.end < end and write.message[:3] in self._by_clients
+        ]
+        if self.follower is not None:
+            verdict.lost += asyncio.run(self.follower.faults())
         outcomes = Counter(write.outcome for write in history.writes)
         figures = Figures(
             rounds=1,
@@ -249,6 +275,10 @@ class Round:
             lost=len(verdict.lost),
         )
         return verdict, figures
+
+    @property
+    def _by_clients(self) -> set[str]:
+        return {settings.name for settings in self.started if not settings.sql}
 
     @property
     def _redis_url(self) -> str | None:
@@ -342,6 +372,76 @@ class Round:
             asyncio.run(execute(self.database_url, TERMINATE))
             self.await_answers()
 
+
+class Follower:
+    """Follows the feed of a database by its cursor while faults are injected.
+
+    Args:
+        database_url: The database.
+    """
+
+    def __init__(self, database_url: str) -> None:
+        self._url = database_url
+        self._seen: list[tuple[int, ...]] = []
+        self._after: str | None = None
+        self._stopping = Event()
+        self._failed: list[str] = []
+        self._thread = Thread(target=lambda: asyncio.run(self._follow()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    async def _follow(self) -> None:
+        async with IncidentClient.open(self._url) as incidents:
+            while not self._stopping.is_set():
+                try:
+                    await self._read(incidents, 0.2)
+                except StoreError:
+                    # Events are out of order, or the server is away.
+                    await asyncio.sleep(0.02)
+                except UnknownCursor as error:
+                    self._failed.append(str(error))
+                    return
+
+    async def _read(self, incidents: IncidentClient, wait: float) -> None:
+        page = await incidents.read_changes(self._after, limit=1000, wait=wait)
+        self._seen += [decode_cursor(change.cursor, 4)[1:3] for change in page.changes]
+        self._after = page.next
+
+    async def faults(self) -> list[str]:
+        """Read the rest; return the events that were missed or came twice."""
+        statement = "SELECT event_id, nonce FROM incident_event"
+        stored = {(event_id, nonce) for event_id, nonce in await select(self._url, statement)}
+        async with IncidentClient.open(self._url) as incidents:
+            # Transactions of others on the server may hold up the feed.
+            for _ in range(round(DEADLINE)):
+                if self._failed or stored <= set(self._seen):
+                    break
+                await self._read(incidents, 1)
+        missed = [f"the event {event[0]} was not delivered" for event in stored - set(self._seen)]
+        twice = Counter(self._seen) - Counter(set(self._seen))
+        return [*self._failed, *missed, *(f"the event {event[0]} came twice" for event in twice)]
+
+
+RESTORED = 0.3
+"""Seconds before a restored database is put in order."""
+
+FURTHER = 10**7
+"""By how much further the other server's transactions were."""
+
+RESTORE_ELSEWHERE = f"""
+    BEGIN;
+    LOCK TABLE "Incident", incident_event, incident_purged_event;
+    UPDATE incident_event SET transaction_id = transaction_id + {FURTHER};
+    UPDATE incident_purged_event SET transaction_id = transaction_id + {FURTHER};
+    UPDATE "Incident" SET transaction_id = transaction_id + {FURTHER};
+    COMMIT
+"""
 
 TERMINATE = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "

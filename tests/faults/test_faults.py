@@ -19,7 +19,7 @@ import pytest
 from incidentkit.store.migrate import upgrade
 from tests.faults.history import Verdict
 from tests.faults.rounds import DEADLINE, Figures, Round, execute
-from tests.faults.worker import MUTANTS
+from tests.faults.worker import STALE_MUTANTS, UNORDERED
 from tests.servers import RedisCluster, RedisSentinel, RedisServer
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SECONDS = float(os.environ.get("INCIDENTKIT_TEST_FAULTS", "0"))
-TESTS = 5
+TESTS = 6
 ANSWERS = 400 if SECONDS else 50
 CLIENTS = 3 if SECONDS else 2
 
@@ -125,6 +125,11 @@ def of_all(each: Round) -> list[Callable[[], None]]:
     return [*of_workers(each), each.kill_redis, each.end_postgres_connections]
 
 
+def of_restores(each: Round) -> list[Callable[[], None]]:
+    """Return the faults of the processes of a round, and restores into another server."""
+    return [each.kill_worker, each.restore_elsewhere, each.restore_elsewhere]
+
+
 def test_faults_of_redis_and_of_processes(
     migrated_postgres_url: str, redis: RedisServer, tmp_path: Path
 ) -> None:
@@ -139,6 +144,26 @@ def test_ended_connections_to_postgresql(
 ) -> None:
     """If PostgreSQL ends connections too, calls may fail, but no list is stale, no write lost."""
     run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_all)
+
+
+def test_restores_under_running_clients(
+    migrated_postgres_url: str, redis: RedisServer, tmp_path: Path
+) -> None:
+    """After a restore into another server, writes are refused or reach a reader's old cursor."""
+    run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_restores)
+
+
+def test_a_write_that_ignores_a_restore_is_found(
+    migrated_postgres_url: str, tmp_path: Path
+) -> None:
+    """A deliberate bug that writes events out of order after a restore is detected."""
+    for each in on_postgresql(migrated_postgres_url, None, folders(tmp_path, DEADLINE), UNORDERED):
+        with each.running(CLIENTS):
+            each.inject(each.restore_elsewhere)
+        verdict, _ = each.check()
+        if any("before the order was restored" in fault for fault in verdict.lost):
+            return
+    pytest.fail("the bug was not found")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +196,7 @@ def stale_lists(rounds: Iterator[Round]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", STALE_MUTANTS)
 def test_a_fault_of_incidentkit_is_found_on_postgresql(
     migrated_postgres_url: str, redis: RedisServer, tmp_path: Path, mutant: str
 ) -> None:
@@ -180,7 +205,7 @@ def test_a_fault_of_incidentkit_is_found_on_postgresql(
     assert stale_lists(on_postgresql(migrated_postgres_url, redis, paths, mutant))
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", STALE_MUTANTS)
 def test_a_fault_of_incidentkit_is_found_on_sqlite(tmp_path: Path, mutant: str) -> None:
     """A deliberate bug that trusts outdated cached pages is detected by its stale lists."""
     assert stale_lists(on_sqlite(folders(tmp_path, DEADLINE), mutant))

@@ -11,30 +11,36 @@ import os
 import sqlite3
 import sys
 import time
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 from unittest import mock
 
 import asyncpg
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from incidentkit import (
     IncidentClient,
     IncidentSource,
     IncidentStatus,
+    StoreError,
     StoreUnavailable,
     acting_as,
 )
 from incidentkit.cache.base import TTL
 from incidentkit.store.page import Page
+from incidentkit.store.postgresql.driver import compile_statement
+from incidentkit.store.postgresql.statements import _IN_ORDER
 from tests.faults.history import Query, Row, Write, note_end, note_read, note_write
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from sqlalchemy import Executable
 
     from incidentkit import Incident, ListQuery
     from incidentkit.cache.pages import PageCache
+    from incidentkit.store.postgresql.driver import Compiled
 
 STATUSES = [status.value for status in IncidentStatus]
 SOURCES = [source.value for source in IncidentSource]
@@ -231,11 +237,12 @@ class ClientTarget:
 
     async def create(self, message: str, status: str, source: str) -> Row:
         """Store an incident, and retry while its outcome is unknown."""
-        for _ in range(RETRIES):
-            with suppress(StoreUnavailable):
-                return await self._create(message, status, source)
-            await asyncio.sleep(BETWEEN)
-        return await self._create(message, status, source)
+        with refusals():
+            for _ in range(RETRIES):
+                with suppress(StoreUnavailable):
+                    return await self._create(message, status, source)
+                await asyncio.sleep(BETWEEN)
+            return await self._create(message, status, source)
 
     async def _create(self, message: str, status: str, source: str) -> Row:
         with acting_as(message.partition(" ")[0]):
@@ -246,7 +253,19 @@ class ClientTarget:
 
     async def change(self, incident_id: int, status: str) -> Row:
         """Change a status."""
-        return row_of(await self.client.update_status(incident_id, status))
+        with refusals():
+            return row_of(await self.client.update_status(incident_id, status))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Take a refusal to write into a database that was restored elsewhere as a rollback."""
+    try:
+        yield
+    except StoreError as error:
+        if "copied from another server" not in str(error):
+            raise
+        raise RolledBack from error
 
 
 COLUMNS = "incident_id, incident_message, incident_type, source, created_at"
@@ -377,10 +396,25 @@ async def fill_late(self: PageCache, query: ListQuery) -> Page:
     return page
 
 
+def compile_without_order(statement: Executable) -> Compiled:
+    """Return a statement that does not look whether events are in order."""
+    compiled = compile_statement(statement)
+    return evolve(compiled, text=compiled.text.replace(_IN_ORDER, "true"))
+
+
+UNORDERED = "unordered"
+
 MUTANTS = {
     "any token": ("incidentkit.cache.pages.PageCache.page", trust_everything),
     "late token": ("incidentkit.cache.pages.PageCache._fill", fill_late),
+    UNORDERED: (
+        "incidentkit.store.postgresql.connection.compile_statement",
+        compile_without_order,
+    ),
 }
+
+STALE_MUTANTS = [name for name in MUTANTS if name != UNORDERED]
+"""The mutants that trust outdated pages."""
 
 
 @asynccontextmanager
@@ -411,7 +445,8 @@ async def use_client(settings: Settings, notes: Notes, stopping: asyncio.Event) 
         writer = Writer(name, notes, ClientTarget(client), random)
         while not stopping.is_set():
             if random.random() < WRITES:
-                await writer.write()
+                with suppress(RolledBack):
+                    await writer.write()
             await read(client, notes, random.choice(QUERIES))
 
     async with opened(settings, notes) as client, asyncio.TaskGroup() as tasks:

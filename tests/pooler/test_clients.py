@@ -14,6 +14,7 @@ from incidentkit.store.migrate import upgrade
 from tests.hosts import naming_nothing
 from tests.pooler.test_hosts import KINDS, database, each_kind, work
 from tests.programs import outcome, start
+from tests.test_host_schema import by_role, check_reload
 
 if TYPE_CHECKING:
     from tests.servers import PgBouncer
@@ -67,6 +68,15 @@ async def test_every_statement_has_a_unique_name_in_session_mode(
         await store._connections._opened().connections.put(connection)
     assert kept
     assert all(re.fullmatch(r"incidentkit_[0-9a-f]{16}", name) for name in kept)
+
+
+async def test_own_statements_are_read_committed_behind_a_pooler(
+    pooler: PgBouncer, migrated_postgres_url: str
+) -> None:
+    """Where the pooler does not pass the setting on, a list still is what was at some instant."""
+    await by_role(migrated_postgres_url)
+    async with IncidentClient.open(pooler.through(migrated_postgres_url)) as client:
+        await check_reload(client, migrated_postgres_url)
 
 
 @pytest.mark.parametrize("prepared_statements", [None, True])

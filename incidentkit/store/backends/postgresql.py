@@ -19,6 +19,7 @@ from incidentkit.store.hosts.sqlalchemy import (
     is_engine,
     is_session,
     pool_maximum,
+    refuse_shared_connection,
 )
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.ports import StoreOperations
@@ -66,6 +67,7 @@ def postgresql_store(
         pool = PoolExecutor(lent, options.pool_timeout, place_of_pool(database))
         return _store(pool, maximum, options, schema)
     if is_engine(database):
+        refuse_shared_connection(database)
         maximum = pool_maximum(database)
         engine = PostgresEngineExecutor(database, maximum, options.pool_timeout, trusted=trusted)
         return _store(engine, maximum, options, schema, in_transactions=True)

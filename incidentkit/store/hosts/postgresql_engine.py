@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from attrs import Factory, define
 from sqlalchemy import Executable
@@ -22,6 +23,7 @@ from incidentkit.store.hosts.sqlalchemy import (
     with_isolation,
 )
 from incidentkit.store.postgresql.connection import is_alive
+from incidentkit.store.postgresql.driver import STRICTER
 from incidentkit.store.postgresql.errors import is_unsent, translate_error
 from incidentkit.store.postgresql.url import place_of
 from incidentkit.store.share import Share, scanning_share, writing_share
@@ -91,6 +93,7 @@ class PostgresEngineExecutor:
         self._maximum = maximum
         self._timeout = timeout
         self._open: _Open | None = None
+        self._read_committed: WeakKeyDictionary[object, bool] = WeakKeyDictionary()
 
     async def open(self, affinity: Affinity) -> None:
         """Accept statements, and refuse an engine that is unsafe behind a pooler."""
@@ -197,6 +200,8 @@ class PostgresEngineExecutor:
         try:
             async with engine.connect() as connection:
                 await self._replace_dead(connection)
+                if engine is self._autocommit and not await self._reads_committed(connection):
+                    await connection.execution_options(isolation_level="READ COMMITTED")
                 connecting = False
                 try:
                     async with connection.begin():
@@ -220,3 +225,14 @@ class PostgresEngineExecutor:
             if await is_alive(raw.driver_connection):
                 return
             await connection.invalidate()
+
+    async def _reads_committed(self, connection: AsyncConnection) -> bool:
+        """Return whether a statement by itself is ``READ COMMITTED`` on a connection."""
+        raw = await connection.get_raw_connection()
+        driver = raw.driver_connection
+        known = self._read_committed.get(driver)
+        if known is None:
+            known = not (await connection.exec_driver_sql(STRICTER)).all()
+            await connection.rollback()
+            self._read_committed[driver] = known
+        return known

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import CursorResult, Executable
+from sqlalchemy import CursorResult, Executable, SingletonThreadPool, StaticPool
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -127,6 +127,22 @@ def with_isolation(engine: AsyncEngine, level: str) -> AsyncEngine:
         while hasattr(root, "_proxied"):
             root = root._proxied  # noqa: SLF001
         return type(engine)(root.execution_options(**options))
+
+
+def refuse_shared_connection(engine: AsyncEngine) -> None:
+    """Refuse an engine whose callers all get the same connection.
+
+    A call of the client would end the transaction of the host, whose connection it gives back.
+
+    Raises:
+        InvalidSettings: With the name of the pool.
+    """
+    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
+        raise InvalidSettings(
+            "database",
+            f"must not be an engine with {type(engine.pool).__name__}, whose callers share one "
+            "connection and end each other's transactions: use another pool",
+        )
 
 
 def commits_by_itself(connection: AsyncConnection) -> bool:

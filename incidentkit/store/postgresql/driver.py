@@ -68,6 +68,26 @@ async def fetch_rows(
     return await connection.fetch(compiled.text, *[values[name] for name in compiled.parameters])
 
 
+ISOLATION: Final[Mapping[str, str]] = {"default_transaction_isolation": "read committed"}
+"""The setting of the server under which a statement sees all that was committed before it began.
+
+Under a stricter one, a statement that waits for a table sees it as it was before the wait, and a
+table that was truncated meanwhile as empty.
+"""
+
+STRICTER: Final = (
+    "SELECT 1 WHERE current_setting('default_transaction_isolation') "
+    "NOT IN ('read committed', 'read uncommitted')"
+)
+"""Returns a row if statements outside of transactions run under a stricter isolation."""
+
+
+async def reads_committed(connection: Connection) -> bool:
+    """Return whether statements outside of transactions are ``READ COMMITTED``."""
+    # Without parameters asyncpg sends only the text, and prepares nothing.
+    return await connection.execute(STRICTER) == "SELECT 0"
+
+
 def unreadable_url() -> InvalidSettings:
     """Return the error for a URL that asyncpg cannot parse."""
     return InvalidSettings("database_url", "is not a URL that PostgreSQL's driver can read")

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from incidentkit.domain.errors import SchemaOutOfDate, StoreError, StoreUnavailable
 from incidentkit.store.causes import (
+    KEPT_OUT,
     NO_ANSWER,
     OLDER_WRITER,
     POOL_EXHAUSTED,
@@ -47,7 +48,7 @@ UNSTORABLE: Final = "22P05"
 """The SQLSTATE of a character that the encoding of the database does not have."""
 
 AMBIGUOUS: Final = frozenset(
-    {"08003", "08P01", "0A000", "23514", "28000", "55000", "57014", "XX000"}
+    {"08003", "08P01", "0A000", "22P02", "23514", "28000", "55000", "57014", "XX000"}
 )
 """SQLSTATEs of several causes, which the message tells apart. Poolers use 08P01 and XX000 for most
 of their own errors, and asyncpg 08003 for one that ends the connection."""
@@ -296,6 +297,19 @@ CAUSES: Final = (
         codes=(UNSTORABLE,),
     ),
     evolve(OLDER_WRITER, codes=("23514",)),
+    evolve(KEPT_OUT, codes=("22P02",)),
+    Cause(
+        "a rule of the database rewrites what is written; drop it, or make it a trigger",
+        StoreError,
+        codes=("0A000",),
+        text="rewritten by|DO INSTEAD|on relation .* with (INSERT|UPDATE) rules",
+    ),
+    Cause(
+        "a trigger of the database gives two incidents of one call the same dedup_key; let it "
+        "leave the key as it is",
+        StoreError,
+        codes=("21000",),
+    ),
     Cause("a constraint of the database refused the values", StoreError, codes=("23",)),
     Cause("a trigger or function of the database raised an error", StoreError, codes=("P0",)),
     Cause(

@@ -139,7 +139,7 @@ class PostgresSharing:
 
             return [await self._executor.write(work)]
         rows = await self._write_all(sql.INSERT_INCIDENTS, values_to_insert(given))
-        return [None] * len(given) if rows is None else [read_incident(row) for row in rows]
+        return [read_incident(row) for row in rows] if rows else [None] * len(given)
 
     async def _update_all(
         self, given: Sequence[tuple[StatusChange, Transitions, str | None]]

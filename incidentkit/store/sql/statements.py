@@ -232,8 +232,9 @@ UPDATE_ANSWER: Final = (
     update(idempotency_table)
     .where(_keys.idempotency_key == bindparam("key", type_=String()))
     .values(answer=bindparam("answer", type_=String()))
+    .returning(_keys.idempotency_key)
 )
-"""Stores the first answer of an idempotency key."""
+"""Stores the first answer of an idempotency key, and returns a row."""
 
 SELECT_REVISION: Final = select(column("version_num", String())).select_from(version_table)
 """Returns the revision of the schema."""

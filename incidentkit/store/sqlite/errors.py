@@ -12,6 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from incidentkit.domain.errors import SchemaOutOfDate, StoreError
 from incidentkit.store.causes import (
+    KEPT_OUT,
     NO_ANSWER,
     OLDER_WRITER,
     POOL_EXHAUSTED,
@@ -79,6 +80,7 @@ CAUSES: Final = (
     POOL_EXHAUSTED,
     # The statement.
     evolve(OLDER_WRITER, codes=("SQLITE_CONSTRAINT_TRIGGER",)),
+    KEPT_OUT,
     Cause(
         "a constraint of the database refused the values", StoreError, codes=("SQLITE_CONSTRAINT",)
     ),
