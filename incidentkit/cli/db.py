@@ -40,12 +40,14 @@ def db() -> None:
 def upgrade(servers: Servers, revision: str) -> None:
     """Bring the schema up to REVISION, by default the newest; no row is lost.
 
-    Takes over a database of the origin as it is. Safe to run from several places at once.
+    Takes over a database of the origin as it is. Restores functions, triggers and indexes that are
+    missing or were changed. Safe to run from several places at once.
     """
     url = servers.settings.database_url
     # A faulty revision is reported before a file is created.
     migrations_to(revision, 0)
-    run_coroutine(migrations().upgrade(url, revision))
+    for part in run_coroutine(migrations().upgrade(url, revision)):
+        write(f"Restored {part}.")
     _write_revision(run_coroutine(migrations().current(url)))
 
 
@@ -91,7 +93,7 @@ def current(servers: Servers) -> None:
 def check(servers: Servers) -> None:
     """Exit with 1, and say what to do, unless the schema has the newest revision.
 
-    Also warns of a transaction on PostgreSQL that holds the change feed up.
+    Its functions, triggers and indexes must be there, and as the revision defines them. Also warns of a transaction on PostgreSQL that holds the change feed up.
     """
     url = servers.settings.database_url
     check_exists(url, with_schema=False)

@@ -47,6 +47,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store.database import DatabaseKind, database_kind
+from incidentkit.store.mending import mend, read_schema, restore_token_function
 from incidentkit.store.migrations import MIGRATIONS
 from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import (
@@ -62,6 +63,7 @@ from incidentkit.store.schema import (
     REVISIONS,
     SCHEMA_REVISION,
     VERSION_TABLE,
+    check_parts,
     check_revision,
     in_the_way,
     migrations_below,
@@ -162,18 +164,23 @@ def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-async def upgrade(database_url: str, revision: str = "head") -> None:
+async def upgrade(database_url: str, revision: str = "head") -> tuple[str, ...]:
     """Bring the schema up to a revision; several processes may do so at once.
 
     A database of the origin, Incident API, is recognized by its ``alembic_version`` and taken over.
     In a database that was copied from another PostgreSQL server, the order of events is repaired.
+    At the newest revision, functions, triggers and indexes that are missing or were changed are
+    restored, and with a trigger the tokens are replaced.
+
+    Returns:
+        What was restored, as in ``the trigger incident_token_change``.
 
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown.
     """
-    await _in_thread(partial(run, database_url, partial(_upgrade, revision)))
+    return await _in_thread(partial(run, database_url, partial(_upgrade, revision)))
 
 
 async def downgrade(database_url: str, revision: str = "-1") -> None:
@@ -200,7 +207,7 @@ async def current(database_url: str) -> str | None:
 
 
 async def check(database_url: str) -> None:
-    """Raise unless the database is at the newest revision.
+    """Raise unless the database is at the newest revision, with all its parts.
 
     Raises:
         SchemaOutOfDate: With the command to run.
@@ -211,6 +218,7 @@ async def check(database_url: str) -> None:
 
 def _check(connection: Connection) -> None:
     check_revision(current_revision(connection))
+    check_parts(read_schema(connection).differences)
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
@@ -264,15 +272,16 @@ def adopt(connection: Connection) -> str | None:
     return revision
 
 
-def _upgrade(revision: str, connection: Connection) -> None:
+def _upgrade(revision: str, connection: Connection) -> tuple[str, ...]:
     if connection.dialect.name == "postgresql":
         _check_encoding(connection)
-    _up(revision, connection)
+    restored = _up(revision, connection)
     at = current_revision(connection)
     connection.rollback()
     if connection.dialect.name == "postgresql" and at == SCHEMA_REVISION:
         with connection.begin():
             put_in_order(connection)
+    return restored
 
 
 def _check_encoding(connection: Connection) -> None:
@@ -326,6 +335,14 @@ def prepare(connection: Connection) -> None:
     revision = adopt(connection)
     if revision is not None:
         record_revision(connection, revision)
+    if connection.dialect.name == "postgresql" and _names_schema(current_revision(connection)):
+        # If the schema was renamed, no migration could change an incident.
+        restore_token_function(connection)
+
+
+def _names_schema(revision: str | None) -> bool:
+    """Return whether the function of the token names the schema of the tables."""
+    return revision in REVISIONS[REVISIONS.index("e4a81c3f5d27") : REVISIONS.index("a1f80c46d2b7")]
 
 
 def record_revision(connection: Connection, revision: str | None) -> None:
@@ -349,11 +366,14 @@ def _migration(connection: Connection) -> Iterator[int]:
         yield migrations_below(current_revision(connection))
 
 
-def _up(target: str, connection: Connection) -> None:
+def _up(target: str, connection: Connection) -> tuple[str, ...]:
+    """Bring the schema up to a revision, and return what was restored at the newest one."""
     with _migration(connection) as at:
         for number in range(at, migrations_to(target, at)):
             MIGRATIONS[number].upgrade()
             record_revision(connection, REVISIONS[number])
+        newest = current_revision(connection) == SCHEMA_REVISION
+        return mend(connection) if newest else ()
 
 
 def _down(target: str, connection: Connection) -> None:

@@ -204,8 +204,9 @@ class IncidentStore(StoreOperations, Protocol):
 class Migrations(Protocol):
     """Functions of ``incidentkit.store.migrate``, which is loaded only if it is needed."""
 
-    async def upgrade(self, database_url: str, revision: str = ...) -> None:
-        """Bring the schema of a database up to a revision."""
+    async def upgrade(self, database_url: str, revision: str = ...) -> tuple[str, ...]:
+        """Bring the schema of a database up to a revision, and return what was restored."""
+        ...
 
     async def downgrade(self, database_url: str, revision: str = ...) -> None:
         """Bring the schema of a database down to a revision."""

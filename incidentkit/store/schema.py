@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from incidentkit.domain.errors import InvalidSettings, SchemaOutOfDate, StoreError
@@ -15,6 +16,7 @@ REVISIONS: Final = (
     "9b3f6d20c7e8",
     "c7d15a82e9b4",
     "3e92f6b08d47",
+    "a1f80c46d2b7",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 
@@ -51,6 +53,17 @@ def check_revision(current: str | None) -> None:
     newer = current is not None and current not in REVISIONS
     command = "pip install --upgrade incidentkit" if newer else "incidentkit db upgrade"
     raise SchemaOutOfDate(current, SCHEMA_REVISION, command)
+
+
+def check_parts(differences: Iterable[object]) -> None:
+    """Raise if parts of a schema at :data:`SCHEMA_REVISION` are missing or were changed.
+
+    Raises:
+        SchemaOutOfDate: With these parts and the command to run.
+    """
+    found = [str(difference) for difference in differences]
+    if found:
+        raise SchemaOutOfDate(SCHEMA_REVISION, SCHEMA_REVISION, differences=found)
 
 
 def migrations_below(current: str | None) -> int:

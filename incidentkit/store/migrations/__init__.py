@@ -11,6 +11,7 @@ from incidentkit.store.migrations import (
     origin,
     request_log,
     strict_columns,
+    token_of_table,
     token_without_waiting,
 )
 
@@ -40,5 +41,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     incident_event,
     token_without_waiting,
     event_writer,
+    token_of_table,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

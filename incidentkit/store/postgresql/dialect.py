@@ -19,9 +19,10 @@ from incidentkit.domain.errors import (
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, FeedBlocker, Incident, IncidentEvent
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.executor import Fetch
+from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race, unstorable
+from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
 
@@ -43,6 +44,11 @@ class PostgresDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = True
     keeps_plans = True
+    select_schema: Executable = definitions.SELECT_ON_POSTGRESQL
+
+    def read_schema(self, rows: Rows) -> definitions.Schema:
+        """Return the schema of the rows."""
+        return definitions.read_on_postgresql(rows)
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""

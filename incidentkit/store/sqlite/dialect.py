@@ -22,8 +22,9 @@ from incidentkit.domain.values import (
     IncidentStatus,
 )
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.executor import Fetch
+from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
+from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
 
@@ -37,6 +38,11 @@ class SqliteDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = False
     keeps_plans = False
+    select_schema: Executable = definitions.SELECT_ON_SQLITE
+
+    def read_schema(self, rows: Rows) -> definitions.Schema:
+        """Return the schema of the rows."""
+        return definitions.read_on_sqlite(rows)
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
