@@ -93,7 +93,9 @@ def current(servers: Servers) -> None:
 def check(servers: Servers) -> None:
     """Exit with 1, and say what to do, unless the schema has the newest revision.
 
-    Its functions, triggers and indexes must be there, and as the revision defines them. Also warns of a transaction on PostgreSQL that holds the change feed up.
+    Its functions, triggers and indexes must be as the revision defines them.
+
+    Also warns of a transaction on PostgreSQL that holds the change feed up.
     """
     url = servers.settings.database_url
     check_exists(url, with_schema=False)

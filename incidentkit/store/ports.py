@@ -152,6 +152,9 @@ class StoreOperations(Protocol):
 class IncidentStore(StoreOperations, Protocol):
     """A place to keep incidents: each write is committed when it returns.
 
+    A store may also have an attribute ``row_security``: whether policies decide which rows a
+    session sees, so that no call may share the answer of another.
+
     A store may also have a method ``abandon()``, which releases everything without the event loop
     that opened the store. A client calls it in a thread when it is connected or closed after that
     event loop has ended, or in a forked process.

@@ -73,8 +73,9 @@ class Store(Records):
             schema = await self._check_or_upgrade()
             # A policy may show each session of a host's pool other rows.
             self.row_security = schema.row_security
-            shares = self._share is not None and not schema.row_security
-            self._sharing = self._share() if shares else None
+            self._sharing = None
+            if self._share is not None and not self.row_security:
+                self._sharing = self._share()
             await self.check_order()
         except BaseException:
             # A failure to close must not replace the error.

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from alembic import op
 
-from incidentkit.store.migrations import incident_token, token_without_waiting
 from incidentkit.store.mending import restore_token
+from incidentkit.store.migrations import incident_token, token_without_waiting
 
 revision = "a1f80c46d2b7"
 down_revision = "3e92f6b08d47"

@@ -94,7 +94,17 @@ INSERT_INCIDENT: Final = {
 """Inserts an incident, or counts an occurrence of the open one with its key, and returns the
 incident; by whether it has a deduplication key."""
 
-INSERT_INCIDENTS: Final = text(f"""
+_ALL_SEE_THE_SAME: Final = """(
+        SELECT NOT relrowsecurity
+        FROM pg_class
+        WHERE oid = CAST('"Incident"' AS regclass)
+    )"""
+"""Holds unless sessions may see different rows. A statement that several calls share must not do
+anything otherwise."""
+
+
+def _insert_incidents(condition: str) -> TextClause:
+    return text(f"""
     WITH given AS (
         SELECT *
         FROM unnest(
@@ -103,6 +113,7 @@ INSERT_INCIDENTS: Final = text(f"""
             CAST(:sources AS text[]),
             CAST(:actors AS text[])
         ) WITH ORDINALITY AS given (message, status, source, actor, n)
+        {condition}
     ),
     changed AS (
         INSERT INTO "Incident"
@@ -150,12 +161,18 @@ INSERT_INCIDENTS: Final = text(f"""
         FROM missing
     )
     ORDER BY n
-""")
+    """)
+
+
+INSERT_INCIDENTS: Final = _insert_incidents("")
 """Inserts incidents without deduplication keys and returns them in the given order, which is that
 of their ids, since each row takes the next one.
 
 If a host's trigger keeps out a row, the numbers no longer tell which incident is which. The
 statement then fails and inserts none: the text cannot be cast to a boolean (SQLSTATE 22P02)."""
+
+INSERT_FOR_SEVERAL: Final = _insert_incidents(f"WHERE {_ALL_SEE_THE_SAME}")
+"""The same for several calls; under row security it inserts none and returns no row."""
 
 INSERT_OR_COUNT: Final = text(f"""
     WITH given AS (
@@ -270,6 +287,7 @@ UPDATE_STATUSES: Final = text(f"""
             CAST(:notes AS text[]),
             CAST(:actors AS text[])
         ) AS given (id, status, from_statuses, expected_version, note, actor)
+        WHERE {_ALL_SEE_THE_SAME}
     ),
     found AS (
         SELECT
@@ -358,10 +376,11 @@ INSERT_NOTE: Final = text(f"""
 
 SELECT_INCIDENTS: Final = text(f"""
     SELECT {_INCIDENT}
-    FROM "Incident"
-    WHERE incident_id = ANY({_numbers("incident_ids")})
+    FROM (SELECT WHERE {_ALL_SEE_THE_SAME}) AS here
+    LEFT JOIN "Incident" ON incident_id = ANY({_numbers("incident_ids")})
 """)
-"""Returns several incidents, by their ids, in any order."""
+"""Returns several incidents, by their ids, in any order; one row of nulls if there is none. Under
+row security it returns no row."""
 
 
 def _select_pages(*, by_status: bool, by_source: bool) -> str:
@@ -408,12 +427,14 @@ SELECT_PAGES: Final = text(f"""
             {_numbers("limits")},
             {_numbers("offsets")}
         ) WITH ORDINALITY AS wanted (status, source, size, skip, n)
+        WHERE {_ALL_SEE_THE_SAME}
     )
     {_PAGES}
     ORDER BY n, created_at DESC, incident_id DESC
 """)
 """Returns several pages with their token, each row with the number of its page at the end. An empty
-page is one row. Each combination of filters has an index, and so a part of the statement."""
+page is one row. Each combination of filters has an index, and so a part of the statement. Under row
+security it returns no row."""
 
 _EXPIRED: Final = "created_at < clock_timestamp() - interval '24 hours'"
 

@@ -117,7 +117,7 @@ TOKEN_ON_SQLITE: Final = f"""(
     WHERE slot = 0 AND (
         SELECT count(*)
         FROM sqlite_master
-        WHERE type = 'trigger' AND sql IN ({', '.join(map(quoted, TOKEN_TRIGGERS.values()))})
+        WHERE type = 'trigger' AND sql IN ({", ".join(map(quoted, TOKEN_TRIGGERS.values()))})
     ) = {len(TOKEN_TRIGGERS)}
 )"""
 """The token as text: that in the table, with its random ``rowid``, which a dump as SQL does not

@@ -170,8 +170,7 @@ _WHOLE_SECOND: Final = "strftime('%Y-%m-%d %H:%M:%S', {0}created_at)"
 _OTHER_TIME: Final = f"{{0}}created_at <> {_WHOLE_SECOND}"
 
 WHOLE_TIMES: Final = (
-    f'UPDATE "Incident" SET created_at = {_WHOLE_SECOND.format("")} '
-    f"WHERE {_OTHER_TIME.format('')}"
+    f'UPDATE "Incident" SET created_at = {_WHOLE_SECOND.format("")} WHERE {_OTHER_TIME.format("")}'
 )
 """Stores every time on SQLite in the form that sorts chronologically."""
 
