@@ -128,7 +128,11 @@ class PostgresSharing:
             near = query.offset + query.limit <= NEAR
             statement = page_statement(query, "near" if near else "any")
             rows = await self._executor.read(statement, page_values(query))
-            return [read_page(rows, self._executor)]
+            page = read_page(rows, self._executor)
+            if page.token is None:
+                alike = await self._executor.read(sql.SELECT_WITHOUT_ROW_SECURITY, {})
+                self._alone = not alike
+            return [None if self._alone else page]
         values = {
             "statuses": [query.status and query.status.value for query in queries],
             "sources": [query.source and query.source.value for query in queries],

@@ -102,6 +102,9 @@ _ALL_SEE_THE_SAME: Final = """(
 """Holds unless sessions may see different rows. A statement that several calls share must not do
 anything otherwise."""
 
+SELECT_WITHOUT_ROW_SECURITY: Final = text(f"SELECT WHERE {_ALL_SEE_THE_SAME}")
+"""Returns a row unless sessions may see different incidents."""
+
 
 def _insert_incidents(condition: str) -> TextClause:
     return text(f"""
