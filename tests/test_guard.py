@@ -70,13 +70,13 @@ async def _open_with_two(url: str, **options: Any) -> AsyncIterator[IncidentClie
 
 def _dump(url: str, *options: str) -> str:
     """Return the dump of a database of PostgreSQL, as SQL."""
-    command = [PROGRAMS / "pg_dump", url, *options]
+    command = [str(PROGRAMS / "pg_dump"), url, *options]
     return subprocess.run(command, capture_output=True, check=True, text=True).stdout
 
 
 def _restore(url: str, dump: str) -> None:
     """Run a dump in a database."""
-    command = [PROGRAMS / "psql", "--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1", url]
+    command = [str(PROGRAMS / "psql"), "--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1", url]
     subprocess.run(command, input=dump, capture_output=True, check=True, text=True)
 
 

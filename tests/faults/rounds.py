@@ -209,7 +209,7 @@ class Round:
         self._start()
 
     def lose_triggers(self) -> None:
-        """Drop or disable the triggers while the load continues, and let an upgrade restore them."""
+        """Drop or disable triggers while the load continues, and let an upgrade restore them."""
         if self.database_url.startswith("postgresql"):
             asyncio.run(execute(self.database_url, 'ALTER TABLE "Incident" DISABLE TRIGGER ALL'))
         else:
@@ -245,6 +245,7 @@ class Round:
             await connection.close()
 
     def _list_copy(self, copy_url: str) -> None:
+        self.flush_redis()
         settings = Settings(
             "copy",
             str(self.folder / "copy.log"),
@@ -257,7 +258,7 @@ class Round:
             [sys.executable, "-m", "tests.faults.worker", json.dumps(asdict(settings))],
             cwd=ROOT,
             check=True,
-            stdin=subprocess.DEVNULL,
+            input=b"",
         )
 
     def kill_sql(self) -> None:
@@ -436,7 +437,7 @@ async def stored_rows(database_url: str) -> list[Row]:
 async def select(database_url: str, statement: str) -> list[tuple[Any, ...]]:
     """Return the rows of a statement, run without incidentkit."""
     if not database_url.startswith("postgresql"):
-        connection = sqlite3.connect(sqlite_file(database_url))
+        connection = sqlite3.connect(sqlite_file(database_url), timeout=DEADLINE)
         try:
             return connection.execute(statement).fetchall()
         finally:
