@@ -36,7 +36,7 @@ class Store(Records):
         upgrade: Brings the schema up to date; None: an outdated schema is an error.
 
     Attributes:
-        row_security: Whether policies decide which rows a session sees, as of the last opening.
+        row_security: Whether policies decide which rows a session sees, as of the last check.
     """
 
     def __init__(  # noqa: PLR0913
@@ -66,16 +66,12 @@ class Store(Records):
         self._affinity = Affinity()
         # New for each opening: the next one may be on another event loop, or find another database
         # at the same address.
+        self._sharing = None if self._share is None else self._share()
         self._turns = None if self._new_turns is None else self._new_turns()
         self._bookmarks = Bookmarks()
         try:
             await self._connections.open(self._affinity)
-            schema = await self._check_or_upgrade()
-            # A policy may show each session of a host's pool other rows.
-            self.row_security = schema.row_security
-            self._sharing = None
-            if self._share is not None and not self.row_security:
-                self._sharing = self._share()
+            await self._check_or_upgrade()
             await self.check_order()
         except BaseException:
             # A failure to close must not replace the error.
@@ -83,7 +79,7 @@ class Store(Records):
                 await self.close()
             raise
 
-    async def _check_or_upgrade(self) -> Schema:
+    async def _check_or_upgrade(self) -> None:
         try:
             schema = await self._check_schema()
             if self._upgrade is not None:
@@ -94,8 +90,7 @@ class Store(Records):
             await self._upgrade()
             schema = await self._check_schema()
         for difference in schema.differences:
-            logger.warning("%s: run `incidentkit db upgrade`", str(difference).capitalize())
-        return schema
+            logger.warning("In the schema, %s: run `incidentkit db upgrade`", difference)
 
     async def _check_schema(self) -> Schema:
         """Return the schema; raise unless it can be worked on.
@@ -106,6 +101,10 @@ class Store(Records):
         schema = self._dialect.read_schema(rows)
         check_revision(schema.revision)
         check_parts(each for each in schema.differences if each.kind != "index")
+        self.row_security = schema.row_security
+        if self.row_security:
+            # Each session of a host's pool may see other rows.
+            self._sharing = None
         return schema
 
     async def close(self) -> None:

@@ -15,12 +15,10 @@ from sqlalchemy import (
     Text,
     bindparam,
     cast,
-    column,
     delete,
     func,
     literal_column,
     select,
-    table,
     true,
     tuple_,
     union_all,
@@ -29,7 +27,6 @@ from sqlalchemy import (
 
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import MAX_LIMIT
-from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.functions import current_token, feed_horizon
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS, UtcDateTime
 from incidentkit.store.sql.tables import (
@@ -235,8 +232,3 @@ UPDATE_ANSWER: Final = (
     .values(answer=bindparam("answer", type_=String()))
 )
 """Stores the first answer of an idempotency key."""
-
-SELECT_REVISION: Final = select(column("version_num", String())).select_from(
-    table(VERSION_TABLE, column("version_num"))
-)
-"""Returns the revision of the schema."""
