@@ -159,7 +159,7 @@ async def test_without_a_token_no_list_shares_a_page(pages: PageCache, source: S
     await pages.list(QUERY)
     source.asked.clear()
     await asyncio.gather(*(pages.list(QUERY) for _ in range(5)))
-    assert source.asked == ["list"]
+    assert source.asked.count("list") == 1
 
 
 async def test_concurrent_lists_share_a_token_and_a_page(pages: PageCache, source: Source) -> None:
