@@ -40,7 +40,8 @@ class EventStore(Protocol):
 class ChangeFeed:
     """Delivers changes to waiting readers.
 
-    Readers at the same place share a read. A change by this process wakes them at once; changes by
+    Readers at the same place share a read, unless the store has ``row_security``: each session may
+    then see other events. A change by this process wakes them at once; changes by
     other processes are found by polling every :data:`POLL_INTERVAL` seconds.
 
     Args:
@@ -108,7 +109,9 @@ class ChangeFeed:
             change = self._change
             if self._closed.is_set():
                 raise ClientClosed
-            events = await self._reads((cursor, place, limit))
+            key = (cursor, place, limit)
+            alone = getattr(self._store, "row_security", False)
+            events = await (self._read(key) if alone else self._reads(key))
             if events is None:
                 place, cursor = await self._find(cursor)
                 continue

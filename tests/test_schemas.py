@@ -389,9 +389,9 @@ async def test_an_upgrade_makes_the_schema_and_leaves_others_alone(
     url, objects = empty_postgres_url, partial(_objects, empty_postgres_url)
     public = await objects("public")
     assert await migrate.current(url, schema="shop") is None
-    assert await migrate.upgrade(url, schema="shop") == "shop"
+    assert (await migrate.upgrade(url, schema="shop")).schema == "shop"
     assert await migrate.current(url, schema="shop") == SCHEMA_REVISION
-    assert await migrate.upgrade(url, schema="other") == "other"
+    assert (await migrate.upgrade(url, schema="other")).schema == "other"
     assert await objects("other") == await objects("shop")
     assert await objects("public") == public
     async with IncidentClient.open(url, schema="shop") as incidents:
@@ -444,8 +444,8 @@ async def test_an_upgrade_does_not_take_the_tables_of_another_schema(
     for work in (migrate.upgrade, migrate.downgrade):
         with pytest.raises(InvalidSettings, match=reason):
             await work(url)
-    assert await migrate.upgrade(url, schema="shop") == "shop"
-    assert await migrate.upgrade(url) == "shop"
+    assert (await migrate.upgrade(url, schema="shop")).schema == "shop"
+    assert (await migrate.upgrade(url)).schema == "shop"
     await migrate.check(url, schema="public")
     await migrate.downgrade(url, "base")
     await migrate.check(url, schema="public")

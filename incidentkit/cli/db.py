@@ -45,15 +45,18 @@ def db() -> None:
 def upgrade(servers: Servers, revision: str) -> None:
     """Bring the schema up to REVISION, by default the newest; no row is lost.
 
-    Takes over a database of Incident API as it is. Safe to run from several places at once. Names
-    the schema of PostgreSQL that has the tables, and creates the one of --schema if there is none.
+    Takes over a database of Incident API as it is. Restores functions, triggers and indexes that
+    are missing or were changed. Safe to run from several places at once. Names the schema of
+    PostgreSQL that has the tables, and creates the one of --schema if there is none.
     """
     url, schema = servers.settings.database_url, servers.settings.schema
     # A faulty revision is reported before a file is created.
     migrations_to(revision, 0)
-    found = run_coroutine(migrations().upgrade(url, revision, schema=schema))
-    if found is not None:
-        click.echo(f"The tables are in the schema {harmless(found)}.", err=True)
+    done = run_coroutine(migrations().upgrade(url, revision, schema=schema))
+    for part in done.restored:
+        write(f"Restored {part}.")
+    if done.schema is not None:
+        click.echo(f"The tables are in the schema {harmless(done.schema)}.", err=True)
     _write_revision(run_coroutine(migrations().current(url, schema=schema)), schema)
 
 
@@ -98,6 +101,8 @@ def current(servers: Servers) -> None:
 @takes_database
 def check(servers: Servers) -> None:
     """Exit with 1, and say what to do, unless a client can work on the database.
+
+    Its functions, triggers and indexes must be as the revision defines them.
 
     Also warns of a transaction on PostgreSQL that holds up the change feed.
     """

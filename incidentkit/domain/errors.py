@@ -343,24 +343,33 @@ class SchemaOutOfDate(StoreError):
         current: The revision of the database; None: it has no incidentkit schema.
         expected: The revision that this version of incidentkit needs.
         command: The command to run.
+        differences: The parts that are missing or were changed although the revision is the
+            expected one, as in ``the trigger incident_token_change is missing``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         current: str | None,
         expected: str,
         command: str = "incidentkit db upgrade",
         *,
+        differences: Sequence[str] = (),
         place: str | None = None,
         sqlstate: str | None = None,
     ) -> None:
         self.current = current
         self.expected = expected
         self.command = command
+        self.differences = tuple(differences)
         super().__init__("the schema is out of date", place=place, sqlstate=sqlstate)
         self.args = (current, expected, command)
 
     def __str__(self) -> str:
+        if self.differences:
+            return (
+                f"{self._database} is at revision {self.current}, but {', '.join(self.differences)}"
+                f": run `{self.command}`"
+            )
         found = f"is at revision {self.current}" if self.current else "has no incidentkit schema"
         return (
             f"{self._database} {found}; this version of incidentkit needs revision "

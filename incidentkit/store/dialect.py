@@ -11,8 +11,9 @@ from sqlalchemy import Executable
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent
-from incidentkit.store.executor import Fetch
+from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
+from incidentkit.store.sql.definitions import Schema
 from incidentkit.store.sql.search import WordsMatch
 
 PURGED_EVENTS: Final = 5_000
@@ -29,6 +30,7 @@ class Dialect(Protocol):
         select_changes: Returns the events after a place, in the order of their commits.
         words_match: The conditions for a message that has the phrases of a search.
         indexes_pairs: Whether the database looks up a pair of a time and an id in an index.
+        select_schema: Returns the revision and the parts of the schema.
         keeps_plans: Whether the database reuses a generic plan for a statement whose cost does not
             depend on its values.
         schema: Where the tables are; None: in the default schema, or the database has none.
@@ -41,6 +43,11 @@ class Dialect(Protocol):
     indexes_pairs: bool
     keeps_plans: bool
     schema: str | None
+    select_schema: Executable
+
+    def read_schema(self, rows: Rows) -> Schema:
+        """Return the schema of the rows of :attr:`select_schema`."""
+        ...
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""

@@ -46,6 +46,7 @@ from sqlalchemy.schema import CreateSchema
 from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store.database import DatabaseKind, database_kind
+from incidentkit.store.mending import mend, read_schema, restore_token_function
 from incidentkit.store.migrations import MIGRATIONS
 from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import (
@@ -66,6 +67,8 @@ from incidentkit.store.schema import (
     REVISIONS,
     SCHEMA_REVISION,
     VERSION_TABLE,
+    Upgrade,
+    check_parts,
     check_revision,
     check_schema,
     copied,
@@ -212,11 +215,13 @@ def _begin_immediate(connection: Connection) -> None:
 
 async def upgrade(
     database_url: str, revision: str = "head", *, schema: str | None = None
-) -> str | None:
+) -> Upgrade:
     """Bring the tables up to a revision; several processes may do so at once.
 
     A database of Incident API is recognized by its ``alembic_version`` and taken over.
     In a database that was copied from another PostgreSQL server, the order of events is repaired.
+    At the newest revision, functions, triggers and indexes that are missing or were changed are
+    restored, and with a trigger the tokens are replaced.
 
     Args:
         database_url: The database.
@@ -225,7 +230,7 @@ async def upgrade(
             None: the first one of the search path that exists.
 
     Returns:
-        The schema of PostgreSQL that has the tables; None on SQLite.
+        Where the tables are, and what was restored.
 
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
@@ -275,6 +280,7 @@ async def check(database_url: str, *, schema: str | None = None) -> None:
 def _check(connection: Connection) -> None:
     schema = _named_schema(connection)
     check_revision(current_revision(connection), schema)
+    check_parts(read_schema(connection).differences, schema)
     if connection.dialect.name == "postgresql" and connection.scalar(SELECT_STRANDED) is not None:
         raise copied(schema)
 
@@ -330,18 +336,18 @@ def adopt(connection: Connection) -> str | None:
     return revision
 
 
-def _upgrade(revision: str, connection: Connection) -> str | None:
+def _upgrade(revision: str, connection: Connection) -> Upgrade:
     if connection.dialect.name == "postgresql":
         _check_encoding(connection)
-    _up(revision, connection)
+    restored = _up(revision, connection)
     at = current_revision(connection)
     connection.rollback()
     if connection.dialect.name != "postgresql":
-        return None
+        return Upgrade(None, restored)
     with connection.begin():
         if at == SCHEMA_REVISION:
             put_in_order(connection)
-        return _current_schema(connection)
+        return Upgrade(_current_schema(connection), restored)
 
 
 def _current_schema(connection: Connection) -> str | None:
@@ -420,6 +426,14 @@ def prepare(connection: Connection, *, creates: bool = True) -> None:
     revision = adopt(connection)
     if revision is not None:
         record_revision(connection, revision)
+    if connection.dialect.name == "postgresql" and _names_schema(current_revision(connection)):
+        # If the schema was renamed, no migration could change an incident.
+        restore_token_function(connection)
+
+
+def _names_schema(revision: str | None) -> bool:
+    """Return whether the function of the token names the schema of the tables."""
+    return revision in REVISIONS[REVISIONS.index("e4a81c3f5d27") : REVISIONS.index("a1f80c46d2b7")]
 
 
 def _check_schema(connection: Connection) -> None:
@@ -455,11 +469,14 @@ def _migration(connection: Connection, *, creates: bool = False) -> Iterator[int
         yield migrations_below(current_revision(connection))
 
 
-def _up(target: str, connection: Connection) -> None:
+def _up(target: str, connection: Connection) -> tuple[str, ...]:
+    """Bring the schema up to a revision, and return what was restored at the newest one."""
     with _migration(connection, creates=True) as at:
         for number in range(at, migrations_to(target, at)):
             MIGRATIONS[number].upgrade()
             record_revision(connection, REVISIONS[number])
+        newest = current_revision(connection) == SCHEMA_REVISION
+        return mend(connection) if newest else ()
 
 
 def _down(target: str, connection: Connection) -> None:

@@ -11,6 +11,7 @@ from incidentkit.domain.queries import ListQuery, SearchQuery
 from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent, SearchPage
+from incidentkit.store.schema import Upgrade
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -152,6 +153,9 @@ class StoreOperations(Protocol):
 class IncidentStore(StoreOperations, Protocol):
     """A place to keep incidents: each write is committed when it returns.
 
+    A store may also have an attribute ``row_security``: whether policies decide which rows a
+    session sees, so that no call may share the answer of another.
+
     A store may also have a method ``abandon()``, which releases everything without the event loop
     that opened the store. A client calls it in a thread when it is connected or closed after that
     event loop has ended, or in a forked process.
@@ -206,8 +210,8 @@ class Migrations(Protocol):
 
     async def upgrade(
         self, database_url: str, revision: str = ..., *, schema: str | None = ...
-    ) -> str | None:
-        """Bring the tables up to a revision; return the schema of PostgreSQL that has them."""
+    ) -> Upgrade:
+        """Bring the tables up to a revision, and restore parts of the newest one."""
         ...
 
     async def downgrade(

@@ -75,15 +75,15 @@ CLAIMS: Final = 10
 class Sharing(Protocol):
     """Answers calls that wait at the same time from one statement.
 
-    Except for ``get``, each method returns None for a call that must run alone from the start. If
-    the answer of a write is None, nothing was written, and the call is tried alone.
+    Each method returns None for a call that must run alone from the start. If the answer is None,
+    nothing was read or written, and the call is tried alone.
     """
 
-    def get(self, incident_id: int) -> Awaitable[Incident | None]:
-        """Read one incident; None if there is none with this id."""
+    def get(self, incident_id: int) -> Awaitable[tuple[Incident, ...] | None] | None:
+        """Read one incident; an empty tuple if there is none with this id."""
         ...
 
-    def list(self, query: ListQuery) -> Awaitable[Page] | None:
+    def list(self, query: ListQuery) -> Awaitable[Page | None] | None:
         """Read one page."""
         ...
 
@@ -311,7 +311,10 @@ class Records:
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident."""
         if self._sharing is not None:
-            return await self._sharing.get(incident_id)
+            shared = self._sharing.get(incident_id)
+            found = None if shared is None else await shared
+            if found is not None:
+                return found[0] if found else None
         values = {"incident_id": incident_id}
         rows = await self._executor.read(statements.SELECT_INCIDENT, values)
         return read_incident(rows[0]) if rows else None
@@ -321,8 +324,9 @@ class Records:
         """Read one page and its token, from one snapshot."""
         if self._sharing is not None:
             shared = self._sharing.list(query)
-            if shared is not None:
-                return await shared
+            page = None if shared is None else await shared
+            if page is not None:
+                return page
         if query.deep:
             return await self._list_deep(query)
         near = self._dialect.keeps_plans and query.offset + query.limit <= statements.NEAR

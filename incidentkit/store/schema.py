@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from shlex import quote
 from typing import Final, Literal
+
+from attrs import frozen
 
 from incidentkit.domain.errors import InvalidSettings, SchemaOutOfDate, StoreError
 
@@ -17,6 +20,7 @@ REVISIONS: Final = (
     "c7d15a82e9b4",
     "3e92f6b08d47",
     "a6d40b7f21c8",
+    "a1f80c46d2b7",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 
@@ -43,6 +47,21 @@ MAX_SCHEMA: Final = 63
 """Maximum number of bytes in the name of a schema: PostgreSQL shortens a longer one."""
 
 _RESERVED: Final = re.compile("pg_|information_schema$")
+
+
+@frozen
+class Upgrade:
+    """What an upgrade has done.
+
+    Attributes:
+        schema: The schema of PostgreSQL that has the tables; None on SQLite.
+        restored: The parts that were missing or had been changed, as in ``the trigger
+            incident_token_change``.
+    """
+
+    schema: str | None
+    restored: tuple[str, ...]
+
 
 _TARGET: Final = re.compile(r"(?P<start>\w*)(?P<steps>[+-][0-9]{1,9})?", re.ASCII)
 
@@ -95,6 +114,18 @@ def check_revision(current: str | None, schema: str | None = None) -> None:
     newer = current is not None and current not in REVISIONS
     command = "pip install --upgrade incidentkit" if newer else upgrade_command(schema)
     raise SchemaOutOfDate(current, SCHEMA_REVISION, command)
+
+
+def check_parts(differences: Iterable[object], schema: str | None = None) -> None:
+    """Raise if parts of a schema at :data:`SCHEMA_REVISION` are missing or were changed.
+
+    Raises:
+        SchemaOutOfDate: With these parts and the command to run.
+    """
+    found = [str(difference) for difference in differences]
+    if found:
+        command = upgrade_command(schema)
+        raise SchemaOutOfDate(SCHEMA_REVISION, SCHEMA_REVISION, command, differences=found)
 
 
 def migrations_below(current: str | None) -> int:

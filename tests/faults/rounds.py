@@ -29,7 +29,7 @@ from tests.faults.history import History, Row, Verdict, check, read_log
 from tests.faults.worker import COLUMNS, Settings, sqlite_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from random import Random
 
     from tests.servers import RedisCluster, RedisSentinel, RedisServer
@@ -101,6 +101,7 @@ class Round:
         expected: The number of calls that must succeed during a fault, and again after it.
         mutant: The deliberate bug in the processes, or None.
         group: The servers used instead of a single Redis, or None.
+        copy_url: A database with the schema and no incidents, or None.
     """
 
     folder: Path
@@ -110,6 +111,7 @@ class Round:
     expected: int
     mutant: str | None = None
     group: RedisCluster | RedisSentinel | None = None
+    copy_url: str | None = None
     workers: list[Worker] = field(factory=list, init=False)
     faults: Counter[str] = field(factory=Counter, init=False)
     started: list[Settings] = field(factory=list, init=False)
@@ -211,6 +213,59 @@ class Round:
         self.workers.remove(worker)
         self.await_answers()
         self._start()
+
+    def lose_triggers(self) -> None:
+        """Drop or disable triggers while the load continues, and let an upgrade restore them."""
+        if self.database_url.startswith("postgresql"):
+            asyncio.run(execute(self.database_url, 'ALTER TABLE "Incident" DISABLE TRIGGER ALL'))
+        else:
+            asyncio.run(select(self.database_url, "DROP TRIGGER incident_token_insert"))
+            asyncio.run(select(self.database_url, "DROP TRIGGER incident_token_update"))
+        try:
+            self.await_answers()
+        finally:
+            assert asyncio.run(upgrade(self.database_url)).restored
+
+    def forge_copy(self) -> None:
+        """Fill Redis with the pages of a copy that has no incidents, and start a process.
+
+        Nothing is written meanwhile, so that the copy has the present tokens.
+        """
+        assert self.copy_url is not None
+        worker = self.random.choice(self._clients)
+        worker.process.kill()
+        worker.process.communicate()
+        self.workers.remove(worker)
+        asyncio.run(self._forge_copy(self.copy_url))
+
+    async def _forge_copy(self, copy_url: str) -> None:
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            await connection.execute('BEGIN; LOCK TABLE "Incident" IN SHARE MODE')
+            tokens = await connection.fetch("SELECT slot, token FROM incident_token")
+            await copy_tokens(copy_url, tokens)
+            await asyncio.to_thread(self._list_copy, copy_url)
+            await asyncio.to_thread(self._start)
+            await asyncio.to_thread(self.await_answers)
+        finally:
+            await connection.close()
+
+    def _list_copy(self, copy_url: str) -> None:
+        self.flush_redis()
+        settings = Settings(
+            "copy",
+            str(self.folder / "copy.log"),
+            copy_url,
+            self._redis_url,
+            mutant=self.mutant,
+            lists=True,
+        )
+        subprocess.run(
+            [sys.executable, "-m", "tests.faults.worker", json.dumps(asdict(settings))],
+            cwd=ROOT,
+            check=True,
+            input=b"",
+        )
 
     def kill_sql(self) -> None:
         """Kill the plain SQL writer, and start another."""
@@ -449,6 +504,16 @@ TERMINATE = (
 )
 
 
+async def copy_tokens(database_url: str, tokens: Sequence[asyncpg.Record]) -> None:
+    """Replace the tokens of a database by those of another one."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        await connection.execute("TRUNCATE incident_token")
+        await connection.copy_records_to_table("incident_token", records=map(tuple, tokens))
+    finally:
+        await connection.close()
+
+
 async def execute(database_url: str, statement: str) -> None:
     """Run a statement on PostgreSQL."""
     connection = await asyncpg.connect(database_url)
@@ -471,7 +536,7 @@ async def stored_rows(database_url: str) -> list[Row]:
 async def select(database_url: str, statement: str) -> list[tuple[Any, ...]]:
     """Return the rows of a statement, run without incidentkit."""
     if not database_url.startswith("postgresql"):
-        connection = sqlite3.connect(sqlite_file(database_url))
+        connection = sqlite3.connect(sqlite_file(database_url), timeout=DEADLINE)
         try:
             return connection.execute(statement).fetchall()
         finally:

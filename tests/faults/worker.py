@@ -82,7 +82,8 @@ class Settings:
         database_url: The database of the incidents.
         redis_url: The Redis that caches lists; None: cache in the process only.
         sql: Whether it writes by plain SQL, without incidentkit.
-        mutant: The name of a deliberate bug in ``MUTANTS``, or None.
+        mutant: The name of a deliberate bug in ``MUTANTS`` or ``GUARD_MUTANTS``, or None.
+        lists: Whether it only lists each page once.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Settings:
     redis_url: str | None = None
     sql: bool = False
     mutant: str | None = None
+    lists: bool = False
 
 
 @define
@@ -417,6 +419,23 @@ STALE_MUTANTS = [name for name in MUTANTS if name != UNORDERED]
 """The mutants that trust outdated pages."""
 
 
+ROWS_ON_POSTGRESQL = """(
+    SELECT CASE WHEN count(*) FILTER (WHERE slot < 16) = 16 THEN
+        encode(sha256(string_agg(uuid_send(token), CAST('' AS bytea) ORDER BY slot)), 'hex')
+    END
+    FROM incident_token
+)"""
+ROWS_ON_SQLITE = "(SELECT token FROM incident_token WHERE slot = 0)"
+
+GUARD_MUTANTS = {
+    "rows alone": [
+        ("incidentkit.store.sql.functions.TOKEN_ON_POSTGRESQL", ROWS_ON_POSTGRESQL),
+        ("incidentkit.store.sql.functions.TOKEN_ON_SQLITE", ROWS_ON_SQLITE),
+    ],
+}
+"""Bugs in the statement of the token: it sees the rows of the tokens, not their place or guard."""
+
+
 @asynccontextmanager
 async def opened(settings: Settings, notes: Notes) -> AsyncIterator[IncidentClient]:
     """Open a client that counts the pages read from the database."""
@@ -429,8 +448,10 @@ async def opened(settings: Settings, notes: Notes) -> AsyncIterator[IncidentClie
 
     async with AsyncExitStack() as stack:
         stack.enter_context(mock.patch.object(client.store, "list", counted))
-        if settings.mutant is not None:
+        if settings.mutant in MUTANTS:
             stack.enter_context(mock.patch(*MUTANTS[settings.mutant]))
+        for target, text in GUARD_MUTANTS.get(settings.mutant or "", ()):
+            stack.enter_context(mock.patch(target, text))
         yield await stack.enter_async_context(client)
 
 
@@ -454,6 +475,14 @@ async def use_client(settings: Settings, notes: Notes, stopping: asyncio.Event) 
             tasks.create_task(only_read(Random(f"{settings.name} r{number}")))
             name = f"{settings.name}{'ab'[number]}"
             tasks.create_task(read_and_write(name, Random(name)))
+
+
+async def list_once(settings: Settings, notes: Notes) -> None:
+    """Read each list once, and leave the pages in Redis."""
+    async with opened(settings, notes) as client:
+        for query in QUERIES:
+            await read(client, notes, query)
+            await asyncio.sleep(BETWEEN)
 
 
 async def use_sql(settings: Settings, notes: Notes, stopping: asyncio.Event) -> None:
@@ -483,7 +512,10 @@ async def work(settings: Settings) -> None:
     file = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     notes = Notes(file)
     try:
-        await (use_sql if settings.sql else use_client)(settings, notes, stopping)
+        if settings.lists:
+            await list_once(settings, notes)
+        else:
+            await (use_sql if settings.sql else use_client)(settings, notes, stopping)
     finally:
         transport.close()
         os.close(file)

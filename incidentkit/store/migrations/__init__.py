@@ -12,6 +12,7 @@ from incidentkit.store.migrations import (
     request_log,
     search_words,
     strict_columns,
+    token_of_table,
     token_without_waiting,
 )
 
@@ -42,5 +43,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     token_without_waiting,
     event_writer,
     search_words,
+    token_of_table,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from incidentkit.domain.words import compared
 from incidentkit.store.migrations.incident_event import TEXT_TRIGGERS, upgrade_sqlite_text
 from incidentkit.store.postgresql import words as postgresql
 from incidentkit.store.schema import in_the_way
@@ -26,9 +25,6 @@ branch_labels = None
 depends_on = None
 
 INDEX = "ix_Incident_incident_message"
-
-BATCH = 1000
-"""Number of messages that are indexed at a time on SQLite."""
 
 
 def upgrade() -> None:
@@ -90,9 +86,9 @@ def upgrade_sqlite() -> None:
     op.get_bind().exec_driver_sql(f"INSERT INTO {sqlite.CHARACTERS} VALUES ({marks})", rows)
     drop_sqlite_text()
     op.execute(sqlite.CREATE_TEXT)
-    for definition in sqlite.triggers():
+    for definition in sqlite.triggers().values():
         op.get_bind().exec_driver_sql(definition)
-    index_sqlite_messages()
+    sqlite.index_messages(op.get_bind())
 
 
 def downgrade_sqlite() -> None:
@@ -107,17 +103,3 @@ def drop_sqlite_text() -> None:
     for name in TEXT_TRIGGERS:
         op.execute(f"DROP TRIGGER {name}")
     op.execute("DROP TABLE incident_text")
-
-
-def index_sqlite_messages() -> None:
-    """Fill the full-text table, in the order of the ids, in which it grows fastest."""
-    connection = op.get_bind()
-    select = (
-        'SELECT incident_id, incident_message FROM "Incident" '
-        f"WHERE incident_id > ? ORDER BY incident_id LIMIT {BATCH}"
-    )
-    last = 0
-    while rows := connection.exec_driver_sql(select, (last,)).all():
-        words = [(incident_id, compared(message)) for incident_id, message in rows]
-        connection.exec_driver_sql("INSERT INTO incident_text (rowid, words) VALUES (?, ?)", words)
-        last = rows[-1][0]

@@ -25,6 +25,7 @@ from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race, unstorable
 from incidentkit.store.schema import copied, upgrade_command
+from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
 
@@ -51,6 +52,11 @@ class PostgresDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = True
     keeps_plans = True
+    select_schema: Executable = definitions.SELECT_ON_POSTGRESQL
+
+    def read_schema(self, rows: Rows) -> definitions.Schema:
+        """Return the schema of the rows."""
+        return definitions.read_on_postgresql(rows)
 
     def __init__(self, schema: str | None = None) -> None:
         self.schema = schema

@@ -147,7 +147,20 @@ INSERT_INCIDENT: Final = {
 incident; by whether it has a deduplication key. Returns no row if events are out of order, or a
 trigger keeps out the incident."""
 
-INSERT_INCIDENTS: Final = text(f"""
+_ALL_SEE_THE_SAME: Final = """(
+        SELECT NOT relrowsecurity
+        FROM pg_class
+        WHERE oid = CAST('"Incident"' AS regclass)
+    )"""
+"""Holds unless sessions may see different rows. A statement that several calls share must not do
+anything otherwise."""
+
+SELECT_WITHOUT_ROW_SECURITY: Final = text(f"SELECT WHERE {_ALL_SEE_THE_SAME}")
+"""Returns a row unless sessions may see different incidents."""
+
+
+def _insert_incidents(condition: str) -> TextClause:
+    return text(f"""
     WITH given AS (
         SELECT given.*
         FROM unnest(
@@ -156,7 +169,7 @@ INSERT_INCIDENTS: Final = text(f"""
             CAST(:sources AS text[]),
             CAST(:actors AS text[])
         ) WITH ORDINALITY AS given (message, status, source, actor, n)
-        WHERE {_IN_ORDER}
+        WHERE {_IN_ORDER} {condition}
     ),
     changed AS (
         INSERT INTO "Incident" AS stored
@@ -197,12 +210,18 @@ INSERT_INCIDENTS: Final = text(f"""
     FROM numbered
     WHERE {_none_kept_out("given")}
     ORDER BY numbered.n
-""")
+    """)
+
+
+INSERT_INCIDENTS: Final = _insert_incidents("")
 """Inserts incidents without deduplication keys and returns them in the given order: that in which
 the insert returns its rows, whatever ids they have. Returns no row if events are out of order.
 
 If a host's trigger keeps out a row, the numbers no longer tell which incident is which. The
 statement then fails and inserts none."""
+
+INSERT_FOR_SEVERAL: Final = _insert_incidents(f"AND {_ALL_SEE_THE_SAME}")
+"""The same for several calls; under row security it inserts none and returns no row."""
 
 INSERT_OR_COUNT: Final = text(f"""
     WITH given AS (
@@ -341,7 +360,7 @@ UPDATE_STATUSES: Final = text(f"""
             CAST(:notes AS text[]),
             CAST(:actors AS text[])
         ) AS given (incident_id, status, from_statuses, expected_version, note, actor)
-        WHERE {_IN_ORDER}
+        WHERE {_IN_ORDER} AND {_ALL_SEE_THE_SAME}
     ),
     found AS (
         SELECT
@@ -452,10 +471,11 @@ out of order, or a trigger keeps the note out."""
 
 SELECT_INCIDENTS: Final = text(f"""
     SELECT {_incident('"Incident"')}
-    FROM "Incident"
-    WHERE "Incident".incident_id = ANY({_numbers("incident_ids")})
+    FROM (SELECT WHERE {_ALL_SEE_THE_SAME}) AS here
+    LEFT JOIN "Incident" ON "Incident".incident_id = ANY({_numbers("incident_ids")})
 """)
-"""Returns several incidents, by their ids, in any order."""
+"""Returns several incidents, by their ids, in any order; one row of nulls if there is none. Under
+row security it returns no row."""
 
 
 def _select_pages(*, by_status: bool, by_source: bool) -> str:
@@ -501,12 +521,14 @@ SELECT_PAGES: Final = text(f"""
             {_numbers("limits")},
             {_numbers("offsets")}
         ) WITH ORDINALITY AS wanted (status, source, size, skip, n)
+        WHERE {_ALL_SEE_THE_SAME}
     )
     {_PAGES}
     ORDER BY n, created_at DESC, incident_id DESC
 """)
 """Returns several pages with their token, each row with the number of its page at the end. An empty
-page is one row. Each combination of filters has an index, and so a part of the statement."""
+page is one row. Each combination of filters has an index, and so a part of the statement. Under row
+security it returns no row."""
 
 _EXPIRED: Final = "created_at < clock_timestamp() - interval '24 hours'"
 

@@ -30,10 +30,13 @@ TABLES: Final = (
 TYPES: Final = ("incidentstatus", "incidentsource")
 """The names of the types."""
 
-FUNCTIONS: Final = (
-    "incident_words",
-    *(f"incident_{name}_{RULE}" for name in ("characters", "text", "words")),
-)
+RULE_FUNCTIONS: Final = tuple(f"incident_{name}_{RULE}" for name in ("characters", "text", "words"))
+"""The names of the functions that hold the rule of words."""
+
+WORDS_FUNCTION: Final = RULE_FUNCTIONS[-1]
+"""The function of the index of words."""
+
+FUNCTIONS: Final = ("incident_words", *RULE_FUNCTIONS)
 """The names of the functions that statements and indexes call."""
 
 _NAME: Final = re.compile(

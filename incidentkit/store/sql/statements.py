@@ -15,7 +15,6 @@ from sqlalchemy import (
     Text,
     bindparam,
     cast,
-    column,
     delete,
     func,
     literal_column,
@@ -35,7 +34,6 @@ from incidentkit.store.sql.tables import (
     incident_event_table,
     incident_table,
     purged_event_table,
-    version_table,
 )
 
 _columns = incident_table.c
@@ -235,6 +233,3 @@ UPDATE_ANSWER: Final = (
     .returning(_keys.idempotency_key)
 )
 """Stores the first answer of an idempotency key, and returns a row."""
-
-SELECT_REVISION: Final = select(column("version_num", String())).select_from(version_table)
-"""Returns the revision of the schema."""

@@ -25,8 +25,10 @@ from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
+from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
+from incidentkit.store.sqlite.words import triggers
 
 
 class SqliteDialect:
@@ -39,6 +41,11 @@ class SqliteDialect:
     indexes_pairs = False
     keeps_plans = False
     schema: str | None = None
+    select_schema: Executable = definitions.SELECT_ON_SQLITE
+
+    def read_schema(self, rows: Rows) -> definitions.Schema:
+        """Return the schema of the rows."""
+        return definitions.read_on_sqlite(rows, triggers())
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""

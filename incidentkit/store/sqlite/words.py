@@ -14,8 +14,10 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, Final
 
+from sqlalchemy import Connection
+
 from incidentkit.domain.characters import MARKS
-from incidentkit.domain.words import compositions, rules
+from incidentkit.domain.words import compared, compositions, rules
 
 CHARACTERS: Final = "incident_character"
 """The table of characters."""
@@ -34,6 +36,9 @@ CREATE_TEXT: Final = (
 )
 """The full-text table. Its tokenizer takes every character beyond ASCII for one of a word."""
 
+BATCH: Final = 1000
+"""Number of messages that are indexed at a time."""
+
 HANGUL_VOWELS: Final = range(0x1161, 0x1176)
 HANGUL_FINALS: Final = range(0x11A8, 0x11C3)
 
@@ -48,8 +53,8 @@ PLAIN: Final = (
 """Characters that the full-text table takes as they are."""
 
 
-def triggers() -> Iterator[str]:
-    """Yield the definitions of the triggers that keep the words of each message."""
+def triggers() -> dict[str, str]:
+    """Return the definitions of the triggers that keep the words of each message, by name."""
     # Not REPLACE: the conflict clause of the statement that fires a trigger comes first.
     remove = "DELETE FROM incident_text WHERE rowid = {}.incident_id; "
     add = (
@@ -58,14 +63,29 @@ def triggers() -> Iterator[str]:
         f"THEN {words('new.incident_message')} ELSE new.incident_message END); "
     )
     before, after = remove.format("old"), remove.format("new") + add
-    for name, event, actions in (
-        ("insert", "INSERT", after),
-        ("update", "UPDATE OF incident_id, incident_message", before + after),
-        ("delete", "DELETE", before),
-    ):
-        yield (
+    return {
+        f"incident_text_{name}": (
             f'CREATE TRIGGER incident_text_{name} AFTER {event} ON "Incident" BEGIN {actions}END'
         )
+        for name, event, actions in (
+            ("insert", "INSERT", after),
+            ("update", "UPDATE OF incident_id, incident_message", before + after),
+            ("delete", "DELETE", before),
+        )
+    }
+
+
+def index_messages(connection: Connection) -> None:
+    """Fill the empty full-text table, in the order of the ids, in which it grows fastest."""
+    select = (
+        'SELECT incident_id, incident_message FROM "Incident" '
+        f"WHERE incident_id > ? ORDER BY incident_id LIMIT {BATCH}"
+    )
+    last = 0
+    while rows := connection.exec_driver_sql(select, (last,)).all():
+        words = [(incident_id, compared(message)) for incident_id, message in rows]
+        connection.exec_driver_sql("INSERT INTO incident_text (rowid, words) VALUES (?, ?)", words)
+        last = rows[-1][0]
 
 
 def characters() -> Iterator[tuple[Any, ...]]:
