@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from attrs import evolve
+from psycopg.conninfo import conninfo_to_dict
 
 from incidentkit import IncidentClient, IncidentEvent, StoreError
 from incidentkit.store import migrate
@@ -28,7 +29,7 @@ def commands(old_url: str) -> dict[str, list[str]]:
     section = GUIDE.read_text("utf-8").partition("### Move to another server")[2]
     section = section.partition("\n### ")[0]
     blocks: list[str] = re.findall(r"```sql\n(.*?)```", section, re.DOTALL)
-    connection = " ".join(f"{k}={v}" for k, v in psycopg.conninfo.conninfo_to_dict(old_url).items())
+    connection = " ".join(f"{k}={v}" for k, v in conninfo_to_dict(old_url).items())
     return {
         " ".join(block.split()[:2]): [
             each.strip().replace("host=old dbname=app", connection)

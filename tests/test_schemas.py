@@ -427,7 +427,7 @@ async def test_a_downgrade_makes_no_schema(empty_postgres_url: str) -> None:
     await migrate.downgrade(empty_postgres_url, "base", schema="shop")
     with pytest.raises(SchemaOutOfDate):
         await migrate.check(empty_postgres_url, schema="shop")
-    found = "SELECT FROM pg_namespace WHERE nspname = 'shop'"
+    found = "SELECT 1 FROM pg_namespace WHERE nspname = 'shop'"
     assert await run_sql(empty_postgres_url, found) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from incidentkit import IncidentClient, StoreError
 from incidentkit.store import StoreOptions
-from incidentkit.store.migrate import upgrade
+from incidentkit.store.migrate import check, current, upgrade
 from tests.hosts import naming_nothing
 from tests.pooler.test_hosts import KINDS, database, each_kind, work
 from tests.programs import outcome, start
@@ -88,6 +89,24 @@ async def test_a_pooler_that_names_statements_itself_takes_any_client(
     url = renaming_pooler.through(migrated_postgres_url)
     async with IncidentClient.open(url, options=options) as client:
         await work(client)
+
+
+async def test_schemas_are_kept_apart(pooler: PgBouncer, empty_postgres_url: str) -> None:
+    """Tables of several schemas are made and used through shared connections."""
+    url, schemas = pooler.through(empty_postgres_url), ("north", "south")
+    await asyncio.gather(*(upgrade(url, schema=schema) for schema in schemas))
+    async with (
+        IncidentClient.open(url, schema="north") as north,
+        IncidentClient.open(url, schema="south") as south,
+    ):
+        for n in range(1, 6):
+            await asyncio.gather(
+                *(each.create("Disk is full", source="partner") for each in (north, south))
+            )
+            assert [len(await each.list()) for each in (north, south)] == [n, n]
+    for schema in schemas:
+        await check(url, schema=schema)
+    assert await current(url) is None
 
 
 async def test_statement_mode_is_refused_by_name(
