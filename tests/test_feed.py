@@ -259,6 +259,52 @@ async def test_an_outage_hides_nothing_from_who_began_with_the_latest(
     assert change.note == "during the outage"
 
 
+async def test_latest_passes_over_what_was_committed_before(migrated_postgres_url: str) -> None:
+    """While a transaction is open, `latest` begins after what was committed, and misses nothing."""
+    url = migrated_postgres_url
+    async with IncidentClient.open(url) as incidents, connected(url) as connection:
+
+        async def shown(change: IncidentEvent) -> str:
+            return change.note or (await incidents.get(change.incident_id)).incident_message
+
+        feed: Any = incidents._opened().feed
+        for readers in (2, 4):
+            host = connection.transaction()
+            await host.start()
+            joined = incidents.join(connection)
+            await joined.create("Open before", source="partner")
+            committed = await incidents.create("Committed before", source="partner")
+            await incidents.note(committed.incident_id, "before")
+            following = asyncio.ensure_future(take(incidents, 4, "latest"))
+            page = await incidents.read_changes("latest")
+            assert page.changes == []
+            async with asyncio.timeout(60):
+                while len(feed._beginnings) < readers:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await incidents.note(committed.incident_id, "after")
+            await joined.create("Open after", source="partner")
+            await host.commit()
+            await incidents.create("Later", source="partner")
+            expected = ["Open before", "Open after", "after", "Later"]
+
+            assert [await shown(change) for change in await following] == expected
+            # Page by page, with a retry of each.
+            polled: list[IncidentEvent] = []
+            cursor = page.next
+            async with asyncio.timeout(60):
+                while len(polled) < 4:
+                    first = await incidents.read_changes(cursor, limit=1, wait=1)
+                    again = await incidents.read_changes(cursor, limit=1, wait=1)
+                    assert again.changes[: len(first.changes)] == first.changes
+                    polled += again.changes
+                    cursor = again.next
+            assert [await shown(change) for change in polled] == expected
+            # Another process does not know of the beginning: it delivers more, and misses nothing.
+            async with IncidentClient.open(url) as other:
+                assert len((await other.read_changes(page.next)).changes) == 6
+            assert (await incidents.read_changes(polled[-1].cursor)).changes == []
+
+
 async def test_closing_ends_who_waits_for_the_database(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +466,46 @@ async def test_no_write_is_lost_after_a_restore_under_a_running_client(
             for write in writes(incidents.join(connection))[:4]:
                 await write()
         assert len(await take(incidents, 12, cursor)) >= 12
+
+
+@pytest.mark.parametrize("part", ["whole", "data"])
+async def test_a_dump_of_another_server_is_followed_on(part: str) -> None:
+    """A reader follows on in a dump, or an export of the data, that was loaded under a client."""
+    with PostgresServer() as old, PostgresServer() as new:
+
+        def run(program: str, *arguments: str, given: str | None = None) -> str:
+            command = [str(old._programs / program), *arguments]
+            done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+            return done.stdout
+
+        for server in (old, new):
+            await migrate.upgrade(server.url)
+        async with connected(old.url) as connection:
+            await connection.execute(
+                "DO $$ BEGIN FOR n IN 1..5000 LOOP "
+                "PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$"
+            )
+        async with IncidentClient.open(old.url) as incidents:
+            await some_changes(incidents)
+            changes = await take(incidents, 7)
+        async with IncidentClient.open(new.url) as running:
+            assert await running.list() == []
+            if part == "whole":
+                async with connected(new.url) as connection:
+                    await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+            options = ("--data-only",) if part == "data" else ()
+            # Two tables have their rows already: that of tokens, and that of the revision.
+            run("psql", "-q", new.url, given=run("pg_dump", *options, old.url))
+            with pytest.raises(StoreError, match=COPIED):
+                await running.create("Line is down", source="partner")
+            await migrate.upgrade(new.url)
+            created = await running.create("Line is down", source="partner")
+            await running.note(1, "Found")
+            after = await take(running, 2, changes[-1].cursor)
+            assert [change.incident_id for change in after] == [created.incident_id, 1]
+            again = await take(running, 9)
+            assert [_of(change) for change in again[:7]] == [_of(change) for change in changes]
+            assert len(await running.list()) == 3
 
 
 async def test_only_events_of_the_other_server_are_moved(migrated_postgres_url: str) -> None:

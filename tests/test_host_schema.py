@@ -344,6 +344,19 @@ async def test_a_trigger_that_restores_the_status_is_named(
     assert str((await incidents.update_status(1, "completed")).incident_type) == "completed"
 
 
+async def test_an_incident_that_is_open_again_is_not_purged(
+    url: str, incidents: IncidentClient
+) -> None:
+    """An incident that another program has opened again stays, although it has ended before."""
+    for _ in range(2):
+        await incidents.create("Disk is full", source="partner", incident_type="failed")
+    await run_sql(url, "UPDATE \"Incident\" SET incident_type = 'new' WHERE incident_id = 1")
+    later = datetime.now(UTC) + LATER
+    assert await incidents.purgeable(later) == 1
+    assert await incidents.purge(later) == 1
+    assert [one.incident_id for one in await incidents.list()] == [1]
+
+
 async def test_redundant_updates_may_be_left_out(migrated_postgres_url: str) -> None:
     """With `suppress_redundant_updates_trigger`, notes of one transaction are all recorded."""
     url = migrated_postgres_url
@@ -432,6 +445,10 @@ async def test_a_sequence_that_breaks_histories_is_named(
     url = migrated_postgres_url
     async with IncidentClient.open(url) as incidents:
         await incidents.create("Disk is full", source="partner")
+        # The sequence of another column is the host's own affair.
+        await run_sql(url, "ALTER TABLE incident_event ADD host bigserial")
+        await run_sql(url, "ALTER SEQUENCE incident_event_host_seq CACHE 10")
+        await incidents.check()
         await run_sql(url, f"ALTER SEQUENCE incident_event_event_id_seq {change}")
         with pytest.raises(StoreError, match=r"incident_event_event_id_seq .*db upgrade"):
             await incidents.check()

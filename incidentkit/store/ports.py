@@ -133,6 +133,13 @@ class StoreOperations(Protocol):
         """Return the last of all events that :meth:`changes` has, or None if it has none."""
         ...
 
+    async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
+        """Return place and nonce of committed events after a place, also of those that wait.
+
+        :meth:`changes` returns an event only once no other can come before it.
+        """
+        ...
+
     async def check_order(self) -> None:
         """Raise unless new events come after the existing ones.
 

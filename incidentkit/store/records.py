@@ -409,6 +409,14 @@ class Records:
         return read_event(rows[0]) if rows else None
 
     @names_database
+    async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
+        """Read place and nonce of committed events after a place, also of those that wait."""
+        transaction_id, event_id = after
+        values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
+        rows = await self._executor.read(statements.SELECT_WAITING, values)
+        return [(row[0], row[1], row[2]) for row in rows]
+
+    @names_database
     async def check_order(self) -> None:
         """Raise unless new events come after the existing ones."""
         await self._dialect.check_order(self._executor.read)

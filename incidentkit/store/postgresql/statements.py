@@ -558,12 +558,15 @@ DELETE_EXPIRED_KEYS: Final = text(f"""
 SELECT_PURGEABLE: Final = text("""
     SELECT incident_id
     FROM "Incident"
-    WHERE ended_at < CAST(:ended_before AS timestamptz)
+    WHERE ended_at < CAST(:ended_before AS timestamptz) AND incident_type <> 'new'
     ORDER BY ended_at, incident_id
     LIMIT CAST(:limit AS bigint)
     FOR UPDATE SKIP LOCKED
 """)
-"""Locks and returns incidents to purge, those that ended first in front."""
+"""Locks and returns incidents to purge, those that ended first in front.
+
+A trigger or another program may have opened an incident again that has a time of its end.
+"""
 
 DELETE_EVENTS: Final = text("""
     WITH gone AS (
@@ -638,9 +641,12 @@ the events of their purge, and returns their number."""
 _SEQUENCE: Final = """
     FROM pg_sequence AS sequence
     JOIN pg_depend AS owned ON owned.objid = sequence.seqrelid
+    JOIN pg_attribute AS owner
+        ON owner.attrelid = owned.refobjid AND owner.attnum = owned.refobjsubid
     WHERE owned.classid = CAST('pg_class' AS regclass)
         AND owned.refclassid = CAST('pg_class' AS regclass)
         AND owned.refobjid = CAST('incident_event' AS regclass)
+        AND owner.attname = 'event_id'
         AND (sequence.seqcache > 1 OR sequence.seqincrement < 0)
 """
 """The sequence of ``event_id``, if its numbers are not in the order in which they are taken."""

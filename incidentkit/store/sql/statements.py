@@ -106,6 +106,18 @@ SELECT_LATEST_CHANGE: Final = (
 )
 """Returns the last event whose place is final."""
 
+SELECT_WAITING: Final = (
+    select(_events.transaction_id, _events.event_id, _events.nonce)
+    .where(
+        tuple_(_events.transaction_id, _events.event_id)
+        > tuple_(number_parameter("transaction_id"), number_parameter("event_id"))
+    )
+    .order_by(_events.transaction_id, _events.event_id)
+    .limit(number_parameter("limit"))
+)
+"""Returns place and nonce of the events after a place that are committed, even if others may still
+come before them."""
+
 
 def _select_place(events: Table) -> Select[*tuple[Any, ...]]:
     statement: Select[*tuple[Any, ...]] = select(events.c.transaction_id, events.c.event_id)
@@ -217,7 +229,8 @@ SELECT_TOKEN: Final = select(current_token().label("token"))
 """Returns the token of the incidents."""
 
 COUNT_PURGEABLE: Final = select(func.count()).where(
-    _columns.ended_at < bindparam("ended_before", type_=UtcDateTime())
+    _columns.ended_at < bindparam("ended_before", type_=UtcDateTime()),
+    _columns.incident_type != literal_column("'new'"),
 )
 """Returns the number of incidents that ended before a time."""
 

@@ -176,7 +176,11 @@ DELETE_EXPIRED_KEYS: Final = delete(idempotency_table).where(
 
 SELECT_PURGEABLE: Final = (
     select(_columns.incident_id, _columns.incident_type)
-    .where(_columns.ended_at < bindparam("ended_before", type_=UtcDateTime()))
+    .where(
+        _columns.ended_at < bindparam("ended_before", type_=UtcDateTime()),
+        # A trigger or another program may have opened it again.
+        _columns.incident_type != literal_column("'new'"),
+    )
     .order_by(_columns.ended_at, _columns.incident_id)
     .limit(number_parameter("limit"))
 )
