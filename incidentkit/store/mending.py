@@ -58,10 +58,11 @@ def mend(connection: Connection) -> tuple[str, ...]:
     on_postgresql = connection.dialect.name == "postgresql"
     if differences:
         (_mend_postgresql if on_postgresql else _mend_sqlite)(connection, differences)
-    elif _run(connection, _COUNT_TOKENS).scalar() != (16 if on_postgresql else 1):
+    restored = [difference.part for difference in differences]
+    if _run(connection, _COUNT_TOKENS).scalar() != (16 if on_postgresql else 1):
         replace_tokens(connection)
-        return (TOKENS,)
-    return tuple(difference.part for difference in differences)
+        restored.append(TOKENS)
+    return tuple(restored)
 
 
 def restore_token(connection: Connection) -> None:
