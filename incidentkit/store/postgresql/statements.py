@@ -604,7 +604,10 @@ _PATTERNS: Final = f"""ARRAY(
 
 _QUERY: Final = f"""CAST((
     WITH word AS (
-        SELECT DISTINCT "left"(word, {LONG}) AS word, begins AND number = count AS begins
+        SELECT DISTINCT
+            "left"(word, {LONG}) AS word,
+            -- Of a long word, the index may hold more, or the beginning alone.
+            begins AND number = count OR length(word) >= {LONG} AS begins
         FROM {_PHRASES}
         CROSS JOIN LATERAL string_to_array(btrim(words), ' ') AS each
         CROSS JOIN LATERAL cardinality(each) AS count

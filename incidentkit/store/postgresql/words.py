@@ -10,13 +10,10 @@ import json
 from collections.abc import Iterator
 from typing import Final
 
-from incidentkit.domain.words import LONG, RULE, compared, rules
+from incidentkit.domain.words import LONG, RULE, SEARCHED, compared, rules
 
 MAX_BYTES: Final = 2046
 """Maximum number of bytes of a word in a ``tsvector``."""
-
-MAX_CHARACTERS: Final = 250_000
-"""Number of characters of a message that are indexed, so that they fit into a ``tsvector``."""
 
 ALONE: Final = "*"
 """Stands in the table for a character that is a word of its own."""
@@ -65,7 +62,9 @@ def functions(schema: str, encoding: str) -> Iterator[str]:
         f"{schema}.incident_text_{RULE}",
         "text",
         f"""
-        RETURN CASE {cases({condition: one_blank(words) for condition, words in usual.items()})}
+        RETURN CASE
+            WHEN octet_length(message) > {SEARCHED} THEN {unusual}("left"(message, {SEARCHED}))
+            {cases({condition: one_blank(words) for condition, words in usual.items()})}
             ELSE {unusual}(message)
         END""",
     )
@@ -133,7 +132,7 @@ def one_blank(words: str) -> str:
 def shortened(words: str) -> str:
     """Return the expression for words as the index can hold them."""
     beginnings = f"'([^ ]{{{LONG}}})[^ ]+', '\\1', 'g'"
-    return f"regexp_replace(left({words}, {MAX_CHARACTERS}), {beginnings})"
+    return f"regexp_replace({words}, {beginnings})"
 
 
 def vector(words: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from incidentkit.domain.characters import MARKS
-from incidentkit.domain.words import compositions, rules
+from incidentkit.domain.words import SEARCHED, compositions, rules
 
 CHARACTERS: Final = "incident_character"
 """The table of characters."""
@@ -52,10 +52,11 @@ def triggers() -> Iterator[str]:
     """Yield the definitions of the triggers that keep the words of each message."""
     # Not REPLACE: the conflict clause of the statement that fires a trigger comes first.
     remove = "DELETE FROM incident_text WHERE rowid = {}.incident_id; "
+    message = f"substr(new.incident_message, 1, {SEARCHED})"
     add = (
         "INSERT INTO incident_text (rowid, words) VALUES (new.incident_id, "
         f"CASE WHEN new.incident_message GLOB {OTHER_THAN_ASCII} "
-        f"THEN {words('new.incident_message')} ELSE new.incident_message END); "
+        f"THEN {words(message)} ELSE {message} END); "
     )
     before, after = remove.format("old"), remove.format("new") + add
     for name, event, actions in (
