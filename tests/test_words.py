@@ -214,11 +214,15 @@ class World:
         """Replace the messages, as another program does."""
         self.run_sql('DELETE FROM "Incident"')
         for message in messages:
-            self.run_sql(
-                'INSERT INTO "Incident" (incident_message, incident_type, source) '
-                "VALUES (?, 'new', 'partner')",
-                message,
-            )
+            self.fill_also(message)
+
+    def fill_also(self, message: str) -> None:
+        """Insert one message, as another program does."""
+        self.run_sql(
+            'INSERT INTO "Incident" (incident_message, incident_type, source) '
+            "VALUES (?, 'new', 'partner')",
+            message,
+        )
 
     def search(self, text: str) -> list[str]:
         """Return the messages that a search finds, by a scan and by the index."""
@@ -314,6 +318,24 @@ def test_a_search_finds_what_the_model_finds(
         if not phrases(said) or len(said) > 200 or any(mark in said for mark in "“”«»"):
             continue
         assert world.search(said) == [one for one in messages if Model.finds(one, asked)], said
+
+
+def test_long_words_are_found(world: World) -> None:
+    """Words of any length are found, although an index may hold only their beginnings."""
+    long, longer, longest = "ffi" * 100, "ffi" * 200, "ä" * 3000
+    world.fill([f"A {long}.", f"B {longer}.", f"C {longest} end", " é, 磁-x" * 20_000])
+    for message in ("é" * 4_900, "e\u0301" * 2_450, "x" * 4_900):
+        world.fill_also(f"{message} {'-' * 98}y z")
+    # A ligature stands for three letters, so that a short text has a long word.
+    assert world.search('"' + "ﬃ" * 100 + '"') == [f"A {long}."]
+    assert world.search("ﬃ" * 100) == [f"A {long}.", f"B {longer}."]
+    assert world.search("ﬃ" * 150) == [f"B {longer}."]
+    assert world.search("ä" * 199) == [f"C {longest} end"]
+    assert world.search("ä" * 194 + " end") == []
+    assert len(world.search('"x É 磁 x"')) == 1
+    # A search looks at the first 5,000 characters.
+    assert [len(message) for message in world.search("y")] == [5_002] * 3
+    assert world.search("z") == []
 
 
 # Other programs, and other versions

@@ -18,8 +18,11 @@ from incidentkit.domain.characters import CHARACTERS, COMPOSED
 RULE: Final = 1
 """The number of the rule, in the names of the functions on PostgreSQL."""
 
+SEARCHED: Final = 5000
+"""Number of characters that have words: more than those of any message that incidentkit stores."""
+
 LONG: Final = 255
-"""Number of characters from which on an index knows only the beginning of a word."""
+"""Number of characters from which on an index may know only the beginning of a word."""
 
 _QUOTES: Final = str.maketrans(dict.fromkeys("“”„‟«»\N{FULLWIDTH QUOTATION MARK}", '"'))
 """Other quotation marks than the plain one."""
@@ -109,8 +112,9 @@ def compared(text: str) -> str:
     """Return the words of a text as they are compared, with a blank between each two.
 
     A word is a run of letters, marks and digits. Where a script has no blanks between words, each
-    character is a word.
+    character is a word. Of a longer text, the first :data:`SEARCHED` characters count.
     """
+    text = text[:SEARCHED]
     if text.isascii():
         return " ".join(text.translate(_ASCII).split())
     folding, separating = _tables()
@@ -120,7 +124,7 @@ def compared(text: str) -> str:
 
 
 class Phrase(NamedTuple):
-    """Words of a search that a message must have one after the other.
+    """Words of a search that a message must have, one directly after the other.
 
     Attributes:
         given: The text of the search.
@@ -136,11 +140,6 @@ class Phrase(NamedTuple):
     def pattern(self) -> str:
         """The text that is a part of `` one two three `` for each message that has the phrase."""
         return f" {self.words}" if self.begins else f" {self.words} "
-
-    @property
-    def single(self) -> bool:
-        """Whether it is one word, and one that an index knows to its end."""
-        return " " not in self.words and len(self.words) < LONG
 
 
 def phrases(text: str) -> list[Phrase]:

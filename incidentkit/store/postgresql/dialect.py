@@ -196,10 +196,10 @@ class PostgresDialect:
         return None
 
     def phrases(self, text: str) -> Mapping[str, Any]:
-        """Return the phrases as they are: the database compares them as it does messages."""
+        """Return the phrases for the database, which compares them as its encoding allows."""
         found = phrases(text)
         return {
-            "phrases": [phrase.given for phrase in found],
+            "phrases": [each.words if each.given.isascii() else each.given for each in found],
             "begins": found[-1].begins,
         }
 

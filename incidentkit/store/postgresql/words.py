@@ -10,13 +10,10 @@ import json
 from collections.abc import Iterator
 from typing import Final
 
-from incidentkit.domain.words import LONG, RULE, compared, rules
+from incidentkit.domain.words import LONG, RULE, SEARCHED, compared, rules
 
 MAX_BYTES: Final = 2046
 """Maximum number of bytes of a word in a ``tsvector``."""
-
-MAX_CHARACTERS: Final = 250_000
-"""Number of characters of a message that are indexed, so that they fit into a ``tsvector``."""
 
 ALONE: Final = "*"
 """Stands in the table for a character that is a word of its own."""
@@ -44,29 +41,26 @@ def functions(schema: str, encoding: str) -> Iterator[str]:
 
     ``incident_text`` returns the words of a message as they are compared, with a blank before and
     after each, and ``incident_words`` returns them for the index. Both are expressions that the
-    planner puts in the place of a call. For a message with unusual characters they call
-    ``incident_characters``. These references are resolved now, so they need no search path, and
-    follow a schema that is renamed.
+    planner puts in the place of a call, and leave other characters than those of ASCII to
+    ``incident_characters``. This reference is resolved now, so it needs no search path, and follows
+    a schema that is renamed.
     """
-    unusual = f"{schema}.incident_characters_{RULE}"
-    if encoding == "UTF8":
-        yield function(unusual, "text", any_characters())
-        usual = {
-            "octet_length(message) = length(message)": translated(ASCII),
-            **{
-                f"""message COLLATE "C" ~ '^[{known(characters)}]*$'""": translated(characters)
-                for characters in (WESTERN, EASTERN)
-            },
-        }
-    else:
-        yield function(unusual, "text", characters_by_locale(encoding))
-        usual = {r"""message COLLATE "C" ~ '^[\x01-\x7f]*$'""": translated(ASCII)}
+    ascii_only = (
+        "octet_length(message) = length(message)"
+        if encoding == "UTF8"
+        else r"""message COLLATE "C" ~ '^[\x01-\x7f]*$'"""
+    )
+    characters = f"{schema}.incident_characters_{RULE}"
+    words = any_characters() if encoding == "UTF8" else characters_by_locale(encoding)
+    yield function(characters, "text", words)
     yield function(
         f"{schema}.incident_text_{RULE}",
         "text",
         f"""
-        RETURN CASE {cases({condition: one_blank(words) for condition, words in usual.items()})}
-            ELSE {unusual}(message)
+        RETURN CASE
+            WHEN {ascii_only} AND octet_length(message) <= {SEARCHED}
+            THEN {one_blank(translated(ASCII))}
+            ELSE {characters}(message)
         END""",
     )
     yield function(
@@ -74,10 +68,13 @@ def functions(schema: str, encoding: str) -> Iterator[str]:
         "tsvector",
         f"""
         RETURN CASE
-            WHEN octet_length(message) > {MAX_BYTES}
-            THEN {vector(shortened(f"{schema}.incident_text_{RULE}(message)"))}
-            {cases({condition: vector(words) for condition, words in usual.items()})}
-            ELSE {vector(shortened(f"{unusual}(message)"))}
+            WHEN {ascii_only} AND octet_length(message) <= {MAX_BYTES}
+            THEN CAST({translated(ASCII)} AS tsvector)
+            ELSE CAST(
+                regexp_replace(
+                    {characters}(message), '([^ ]{{{LONG}}})[^ ]+', '\\1', 'g'
+                ) AS tsvector
+            )
         END""",
     )
 
@@ -86,11 +83,6 @@ def function(name: str, returns: str, body: str) -> str:
     """Return the definition of a function of a message."""
     # Not STRICT, which would keep the planner from putting the body in the place of a call.
     return f"CREATE FUNCTION {name}(message text) RETURNS {returns} IMMUTABLE PARALLEL SAFE {body}"
-
-
-def cases(expressions: dict[str, str]) -> str:
-    """Return the branches of a CASE: an expression for each condition."""
-    return "".join(f"\nWHEN {condition} THEN {each}" for condition, each in expressions.items())
 
 
 def translated(characters: tuple[str, ...]) -> str:
@@ -130,17 +122,6 @@ def one_blank(words: str) -> str:
     return f"replace(replace({apart}, E'\\x01 ', ''), E'\\x01', '')"
 
 
-def shortened(words: str) -> str:
-    """Return the expression for words as the index can hold them."""
-    beginnings = f"'([^ ]{{{LONG}}})[^ ]+', '\\1', 'g'"
-    return f"regexp_replace(left({words}, {MAX_CHARACTERS}), {beginnings})"
-
-
-def vector(words: str) -> str:
-    """Return the expression for words in the index."""
-    return f"CAST({words} AS tsvector)"
-
-
 def any_characters() -> str:
     """Return the body of the function for all characters, in the encoding UTF8."""
     table = rules()
@@ -149,6 +130,13 @@ def any_characters() -> str:
     separated = json.dumps(
         [ALONE if rule.alone else rule.separated for rule in table], separators=(",", ":")
     )
+    usual = "".join(
+        f"""
+            IF message COLLATE "C" ~ '^[{known(characters)}]*$' THEN
+                RETURN {one_blank(translated(characters))};
+            END IF;"""
+        for characters in (WESTERN, EASTERN)
+    )
     return f"""
         LANGUAGE plpgsql STRICT SET search_path = pg_catalog, pg_temp AS $$
         DECLARE
@@ -156,6 +144,7 @@ def any_characters() -> str:
             separated text;
             composed text;
         BEGIN
+            message := "left"(message, {SEARCHED});{usual}
             LOOP
                 SELECT
                     string_agg(coalesce('{folded}'::jsonb ->> rule, character), ''),
@@ -188,11 +177,14 @@ def characters_by_locale(encoding: str) -> str:
     Where characters have several bytes, each of them is a word: most are those of languages without
     blanks between words.
     """
-    words = "regexp_replace(lower(message), '[^[:alnum:]]+', ' ', 'g')"
+    # In Turkish, the small letter of I is another one than i.
+    lower = f"lower(translate(message, '{LATIN[1:27].upper()}', '{LATIN[1:27]}'))"
+    words = f"regexp_replace({lower}, '[^[:alnum:]]+', ' ', 'g')"
     if encoding.startswith(("EUC", "MULE")):
         words = f"regexp_replace({words}, '([^\\x01-\\x7f])', ' \\1 ', 'g')"
     return f"""
         LANGUAGE plpgsql STRICT SET search_path = pg_catalog, pg_temp AS $$
         BEGIN
+            message := "left"(message, {SEARCHED});
             RETURN {one_blank(words)};
         END $$"""

@@ -17,7 +17,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from incidentkit.domain.characters import MARKS
-from incidentkit.domain.words import compared, compositions, rules
+from incidentkit.domain.words import SEARCHED, compared, compositions, rules
 
 CHARACTERS: Final = "incident_character"
 """The table of characters."""
@@ -57,10 +57,11 @@ def triggers() -> dict[str, str]:
     """Return the definitions of the triggers that keep the words of each message, by name."""
     # Not REPLACE: the conflict clause of the statement that fires a trigger comes first.
     remove = "DELETE FROM incident_text WHERE rowid = {}.incident_id; "
+    message = f"substr(new.incident_message, 1, {SEARCHED})"
     add = (
         "INSERT INTO incident_text (rowid, words) VALUES (new.incident_id, "
         f"CASE WHEN new.incident_message GLOB {OTHER_THAN_ASCII} "
-        f"THEN {words('new.incident_message')} ELSE new.incident_message END); "
+        f"THEN {words(message)} ELSE {message} END); "
     )
     before, after = remove.format("old"), remove.format("new") + add
     return {
