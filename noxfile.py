@@ -26,6 +26,7 @@ DEPENDENT = (
     "tests/test_host_database.py",
     "tests/test_interrupts.py",
     "tests/test_migrations.py",
+    "tests/test_schemas.py",
     "tests/test_settings.py",
     "tests/test_sqlite.py",
     "tests/test_wire.py",
@@ -187,7 +188,8 @@ def faults(session: nox.Session) -> None:
     session.install("--editable", ".[all]", *groups("tests"))
     name = "INCIDENTKIT_TEST_FAULTS"
     seconds = session.posargs[0] if session.posargs else os.environ.get(name, "300")
-    session.run("pytest", "tests/faults", "--log-cli-level=INFO", env={name: seconds})
+    unlimited = ("--timeout", "0")
+    session.run("pytest", "tests/faults", "--log-cli-level=INFO", *unlimited, env={name: seconds})
     # About one restart or cut a second.
     rounds = {"INCIDENTKIT_TEST_FEED_ROUNDS": seconds}
-    session.run("pytest", "tests/test_feed.py", "-k", "restarts", env=rounds)
+    session.run("pytest", "tests/test_feed.py", "-k", "restarts", *unlimited, env=rounds)

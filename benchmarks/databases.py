@@ -57,14 +57,16 @@ async def make(ours: str, rivals: list[str], incidents: int) -> None:
     indexes = await connection.fetch(
         "SELECT indexdef FROM pg_indexes WHERE indexname = ANY($1)", COMMON_INDEXES
     )
-    words = await connection.fetchval(
-        "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE proname = 'incident_words'"
+    words = await connection.fetch(
+        "SELECT pg_get_functiondef(oid) FROM pg_proc "
+        r"WHERE proname LIKE 'incident\_%\_1' ORDER BY oid"
     )
     await fill(connection, incidents)
     for rival in rivals:
         other = await asyncpg.connect(rival)
         await other.execute(RIVAL_TABLE)
-        await other.execute(words)
+        for (function,) in words:
+            await other.execute(function)
         for (index,) in indexes:
             await other.execute(index)
         await fill(other, incidents)

@@ -1,8 +1,8 @@
 """Bind what is open to the event loop and the process that opened it.
 
-Connections, locks and waiting calls work only on the event loop that made them, and a fork copies
-them without the threads and the server's half that belong to them. What is open therefore keeps an
-:class:`Affinity`, and compares its loop with the running one before each call.
+Connections, locks and waiting calls work only on the event loop that made them. A fork copies them
+without their threads, and both processes share the sockets. An open store, client or turn therefore
+keeps an :class:`Affinity`, and compares its loop with the running one before each call.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from asyncio import AbstractEventLoop
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Final, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -28,7 +29,8 @@ __all__ = [
 ]
 
 NO_LOOP: Final = (
-    "No asyncio event loop is running here: incidentkit works with asyncio, not with trio"
+    "No event loop of asyncio is running here: call incidentkit in a coroutine that asyncio runs; "
+    "trio is not supported"
 )
 OTHER_LOOP: Final = (
     "The client was opened on another event loop: open a client in each asyncio.run(), or keep one "
@@ -48,7 +50,7 @@ _FORKED: Final = object()
 """Stands for the event loop of the process that this one was forked from."""
 
 _inherited: Final[list[object]] = []
-"""What that process has open. Finalizers here would close it there."""
+"""Connections of that process, kept alive: their finalizers would end them for both processes."""
 
 
 class Affinity:
@@ -103,22 +105,28 @@ class Affinity:
             return WrongEventLoop(NO_LOOP)
         return WrongEventLoop(OTHER_THREAD if self.loop.is_running() else OTHER_LOOP)
 
-    def fork(self) -> None:
-        """Note that this process was forked from the one with the event loop."""
+    def fork(self, releasing: ExitStack) -> None:
+        """Note that this process was forked from the one with the event loop.
+
+        Args:
+            releasing: Calls :attr:`on_fork`, once all that is open is noted.
+        """
         if self.forked:
             return
         keep(self.loop)
         self.loop = _FORKED
         if self.on_fork is not None:
-            self.on_fork()
+            releasing.callback(self.on_fork)
 
 
 _affinities: Final[WeakSet[Affinity]] = WeakSet()
 
 
 def _fork_all() -> None:
-    for affinity in list(_affinities):
-        affinity.fork()
+    # A failure, as at the limit of open files, must not leave others bound to the parent.
+    with ExitStack() as releasing:
+        for affinity in list(_affinities):
+            affinity.fork(releasing)
 
 
 if hasattr(os, "register_at_fork"):
@@ -141,11 +149,11 @@ class Severable(Protocol):
     """A cache that can disconnect from what a parent process has open."""
 
     def sever(self) -> None:
-        """Disconnect this process, without the event loop and without a word to the server."""
+        """Disconnect this process, without the event loop and without telling the server."""
 
 
 def keep(inherited: object) -> None:
-    """Keep what a parent process has open from being finalized while this process runs."""
+    """Keep an object of a parent process from being finalized while this process runs."""
     _inherited.append(inherited)
 
 
@@ -165,8 +173,8 @@ def check_loop_of(host: object, name: str) -> None:
     """Raise unless a connection or a pool of asyncpg belongs to the running event loop.
 
     Args:
-        host: The connection or the pool, which asyncpg has no public name for the loop of.
-        name: What it is.
+        host: The connection or the pool; asyncpg has no public name for its loop.
+        name: Its kind, for the error.
 
     Raises:
         WrongEventLoop: If it belongs to another one.

@@ -139,6 +139,7 @@ class IncidentClient(Incidents):
         max_staleness: float = 0.0,
         transitions: Graph | None = None,
         options: StoreOptions | None = None,
+        schema: str | None = None,
     ) -> Self:
         """Return a client for these servers; it connects when it is entered.
 
@@ -157,14 +158,18 @@ class IncidentClient(Incidents):
                 listed is final. None: every change is allowed.
             options: Sizes and time limits for a database that is given as a URL; None: the
                 defaults.
+            schema: The schema of PostgreSQL that has the tables, whatever the search path of a
+                connection is; keys in Redis begin with it. None: the first schema of the search
+                path that has the tables.
 
         Raises:
-            InvalidSettings: If a URL, ``max_staleness`` or ``transitions`` is invalid.
+            InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid.
             MissingDependency: If a Redis is given and its package is not installed.
         """
+        prefix = "" if schema is None else f"{schema}:"
         return cls(
-            store_on(database, options),
-            cache=None if redis_url is None else cache_from_url(redis_url),
+            store_on(database, options, schema=schema),
+            cache=None if redis_url is None else cache_from_url(redis_url, prefix=prefix),
             cache_required=redis_required,
             max_staleness=max_staleness,
             transitions=transitions,
@@ -198,6 +203,7 @@ class IncidentClient(Incidents):
             max_staleness=settings.max_staleness,
             transitions=settings.transitions,
             options=settings.store,
+            schema=settings.schema,
         )
 
     async def __aenter__(self) -> Self:
@@ -246,8 +252,8 @@ class IncidentClient(Incidents):
     async def close(self) -> None:
         """Wait for running writes, then release every connection; once closed, do nothing.
 
-        A running read finishes or raises :class:`~incidentkit.ClientClosed`. Where the event loop
-        that opened the client has ended, or in a forked process, only release the connections.
+        A running read finishes or raises :class:`~incidentkit.ClientClosed`. If the event loop that
+        opened the client has ended, or in a forked process, only release the connections.
 
         Raises:
             WrongEventLoop: If the client is open on another event loop that has not ended.
@@ -417,7 +423,7 @@ class IncidentClient(Incidents):
         await session.pages.probe()
 
     async def feed_blocker(self) -> FeedBlocker | None:
-        """Return the transaction that holds :meth:`changes` up, or None if there is none.
+        """Return the transaction that holds up :meth:`changes`, or None if there is none.
 
         On PostgreSQL, a change is delivered once every transaction of the server that began to
         write before it has ended. While such a transaction stays open, the feed looks quiet:
@@ -426,7 +432,7 @@ class IncidentClient(Incidents):
 
             blocker = await incidents.feed_blocker()
             if blocker is not None and blocker.waiting:
-                print(f"The feed is held up since {blocker.since} by {blocker.holder}")
+                print(f"The feed has been held up since {blocker.since} by {blocker.holder}")
 
         Returns:
             The oldest open transaction once it has been open for five seconds; otherwise None, and

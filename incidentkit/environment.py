@@ -16,6 +16,7 @@ from incidentkit.domain.transitions import Graph
 from incidentkit.domain.values import MAX_STALENESS, IncidentStatus
 from incidentkit.store.database import database_kind
 from incidentkit.store.options import PREPARED_STATEMENTS
+from incidentkit.store.schema import check_schema
 
 RequestLog: TypeAlias = Literal["log", "database"]
 
@@ -75,6 +76,11 @@ def _prepared_statements(value: str) -> bool | None:
 
 def _database_url(value: str) -> str:
     database_kind(value)
+    return value
+
+
+def _schema(value: str) -> str:
+    check_schema(value, "postgresql")
     return value
 
 
@@ -141,6 +147,13 @@ class Environment:
         "postgresql://user:password@host:port/database or sqlite+aiosqlite:///file; "
         "wins over POSTGRES_*",
     )
+    schema: str | None = _variable(
+        "INCIDENTKIT_SCHEMA",
+        None,
+        _schema,
+        "the schema of PostgreSQL that has the tables; by default the first one of the search path "
+        "that has them",
+    )
     redis_url: str | None = _variable(
         "INCIDENTKIT_REDIS_URL",
         None,
@@ -197,7 +210,10 @@ class Environment:
     redis_port: int = _variable("REDIS_PORT", 6379, _PORT, "Redis' port")
     redis_db: int = _variable("REDIS_DB", 0, _integer(0, 1_000_000), "Redis' database number")
     pool_size: int = _variable(
-        "DB_POOL_SIZE", 5, _integer(1, 10_000), "database connections that stay open"
+        "DB_POOL_SIZE",
+        5,
+        _integer(1, 10_000),
+        "database connections that are kept; on PostgreSQL for five minutes without use",
     )
     max_overflow: int = _variable(
         "DB_MAX_OVERFLOW",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, Protocol
 
+from attrs import frozen
+
 from incidentkit.batching import Coalescer
+from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import ClientClosed
 from incidentkit.domain.rules import EventCursor, event_cursor
 from incidentkit.domain.values import LATEST, ChangePage, IncidentEvent
@@ -15,6 +19,13 @@ from incidentkit.store.ports import BEGINNING, EventList, Place
 
 POLL_INTERVAL: Final = 0.25
 """Seconds between two reads that look for changes by other processes, while a reader waits."""
+
+
+WAITING: Final = 10_000
+"""Maximum number of committed events that a reader which begins at ``latest`` passes over."""
+
+BEGINNINGS: Final = 100
+"""Maximum number of beginnings that are kept."""
 
 
 class EventStore(Protocol):
@@ -28,6 +39,10 @@ class EventStore(Protocol):
         """Return the last of all events, or None if there is none."""
         ...
 
+    async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
+        """Return place and nonce of committed events after a place, also of those that wait."""
+        ...
+
     async def place(self, cursor: EventCursor) -> Place:
         """Return the place of the event that a cursor stands for."""
         ...
@@ -37,10 +52,29 @@ class EventStore(Protocol):
         ...
 
 
+@frozen
+class Beginning:
+    """A reader's beginning at ``latest``, when committed events waited for open transactions.
+
+    They have no place yet before which no other event can come, but the reader must not get them.
+
+    Attributes:
+        number: Names the beginning in the cursors of this process. In another process, the events
+            are delivered.
+        events: The events, each by its id and nonce.
+        last: The place of the last of them.
+    """
+
+    number: int
+    events: frozenset[tuple[int, int]]
+    last: Place
+
+
 class ChangeFeed:
     """Delivers changes to waiting readers.
 
-    Readers at the same place share a read. A change by this process wakes them at once; changes by
+    Readers at the same place share a read, unless the store has ``row_security``: each session may
+    then see other events. A change by this process wakes them at once; changes by
     other processes are found by polling every :data:`POLL_INTERVAL` seconds.
 
     Args:
@@ -60,6 +94,8 @@ class ChangeFeed:
         self._look: asyncio.TimerHandle | None = None
         self._closed = asyncio.Event()
         self.readers = 0
+        # The most recent last.
+        self._beginnings: dict[int, Beginning] = {}
 
     def wake(self) -> None:
         """Make waiting readers look for changes now, instead of at the end of the interval."""
@@ -102,33 +138,62 @@ class ChangeFeed:
 
     async def _read_or_wait(self, after: str | None, limit: int, wait: float) -> ChangePage:
         await self._store.check_order()
-        place, cursor = await self._find(after)
+        finding = self._begin() if after == LATEST else self._find(after)
+        place, cursor, beginning = await finding
         ends_at = self._clock() + wait
         while True:
             change = self._change
             if self._closed.is_set():
                 raise ClientClosed
-            events = await self._reads((cursor, place, limit))
+            key = (cursor, place, limit)
+            alone = getattr(self._store, "row_security", False)
+            events = await (self._read(key) if alone else self._reads(key))
             if events is None:
-                place, cursor = await self._find(cursor)
+                # The places have moved, also those of the beginning.
+                place, cursor, beginning = await self._find(cursor)
                 continue
             if events:
-                return ChangePage(events.copy(), events[-1].cursor)
+                new = [each for each in events if not _is_passed_over(each, beginning)]
+                cursor = events[-1].cursor
+                place = event_cursor(cursor)[:2]
+                if beginning is not None and place >= beginning.last:
+                    beginning = None
+                if new:
+                    return ChangePage(new, _name(cursor, beginning))
+                continue
             left = ends_at - self._clock()
             if left <= 0:
-                return ChangePage([], cursor)
+                return ChangePage([], _name(cursor, beginning))
             if self._look is None and not change.is_set():
                 # One timer for all waiting readers, so that they read at the same time and share.
                 loop = asyncio.get_running_loop()
                 self._look = loop.call_later(POLL_INTERVAL, self.wake)
             await _event_or_time(change, left)
 
-    async def _find(self, after: str | None) -> tuple[Place, str | None]:
-        """Return the place of a cursor, and the cursor to return if there is no change."""
-        if after == LATEST:
-            latest = await self._store.latest_change()
-            after = None if latest is None else latest.cursor
-        return (BEGINNING if after is None else await self._store.place(event_cursor(after))), after
+    async def _begin(self) -> tuple[Place, str | None, Beginning | None]:
+        """Return the place, the cursor and the beginning of a reader that begins now."""
+        latest = await self._store.latest_change()
+        cursor = None if latest is None else latest.cursor
+        place, _, _ = await self._find(cursor)
+        waiting = await self._store.waiting_changes(place, WAITING)
+        if not waiting:
+            return place, cursor, None
+        number = -(2**62) - secrets.randbelow(2**62)
+        events = frozenset((event_id, nonce) for _, event_id, nonce in waiting)
+        beginning = self._beginnings[number] = Beginning(number, events, waiting[-1][:2])
+        if len(self._beginnings) > BEGINNINGS:
+            del self._beginnings[next(iter(self._beginnings))]
+        return place, cursor, beginning
+
+    async def _find(self, after: str | None) -> tuple[Place, str | None, Beginning | None]:
+        """Return the place of a cursor, the cursor of its event, and how its reader began."""
+        if after is None:
+            return BEGINNING, None, None
+        cursor = event_cursor(after)
+        beginning = self._beginnings.get(cursor.transaction_id)
+        if not cursor.event_id:
+            return BEGINNING, None, beginning
+        return await self._store.place(cursor), after, beginning
 
     async def _read(self, key: tuple[str | None, Place, int]) -> EventList | None:
         """Return events after a place, or None if the cursor has moved."""
@@ -145,3 +210,15 @@ async def _event_or_time(event: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
+
+
+def _is_passed_over(event: IncidentEvent, beginning: Beginning | None) -> bool:
+    return beginning is not None and event_cursor(event.cursor)[1:3] in beginning.events
+
+
+def _name(cursor: str | None, beginning: Beginning | None) -> str | None:
+    """Return the cursor with the number of a beginning, in place of that of a transaction."""
+    if beginning is None:
+        return cursor
+    numbers = (0, 0, 0, 0) if cursor is None else event_cursor(cursor)
+    return encode_cursor(beginning.number, *numbers[1:])

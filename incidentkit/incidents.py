@@ -147,14 +147,14 @@ class Incidents(ABC):
     ) -> IncidentList:
         """Store many incidents and return them in their order: all or none, unless in batches.
 
-        The result is that of :meth:`create` called for one after the other, also where several
+        The result is the same as that of calling :meth:`create` for each in turn, even if several
         incidents have the same ``dedup_key``. Each has its event in its history.
 
         Args:
             incidents: At most 100,000.
-            batch: Number of incidents to commit at a time, 1 to 100,000, so that no transaction is
-                long. If the caller is cancelled, committed batches stay stored. None: one
-                transaction; the only choice in a joined transaction.
+            batch: Number of incidents to commit at a time, 1 to 100,000, to keep each transaction
+                short. If the caller is cancelled, committed batches stay stored. None: one
+                transaction; in a joined transaction, it must be None.
             idempotency_key: As for :meth:`create`, for all of them together. A retry with the same
                 incidents and the same ``batch`` continues after the committed batches.
 
@@ -162,7 +162,7 @@ class Incidents(ABC):
             InvalidIncident: If an item is not a :class:`~incidentkit.NewIncident`, there are too
                 many, or ``batch`` is invalid.
             IdempotencyKeyReused: If the key was used with other parameters.
-            PartlyStored: If it fails after a batch was committed.
+            PartlyStored: If a batch fails after another was committed.
         """
         checked = check_many(incidents)
         batch = rules.check("batch", rules.optional_batch, batch)
@@ -295,9 +295,11 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
-            text: Words that the message must all contain, as whole words or as beginnings of
-                words, in any letter case: 1 to 200 characters with at least one letter or digit,
-                and at most 32 different words, not counting those that begin another one.
+            text: Words that the message must all contain, in any letter case. Words that
+                punctuation joins, as in ``db-1``, or between quotation marks must follow each other
+                in the message. A last word that stands alone may be the beginning of a word. 1 to
+                200 characters with at least one letter or digit, and at most 32 different words
+                and phrases, not counting those that another one includes.
             order: ``newest`` or ``oldest`` first, by ``created_at`` and then by id.
             limit: Incidents per page, 1 to 1000.
             after: The ``next`` of the page before; None: the first page. The filters may change
@@ -338,7 +340,7 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
-            text: Words that the message must all contain.
+            text: Words and phrases that the message must all contain.
             order: ``newest`` or ``oldest`` first.
             batch: Number of incidents read at a time, 1 to 1000.
 

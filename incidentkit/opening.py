@@ -15,6 +15,7 @@ from attrs import evolve
 import incidentkit.store.backends as backend
 from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
+from incidentkit.store.schema import check_schema
 
 if TYPE_CHECKING:
     from incidentkit.cache.base import IncidentCache
@@ -42,30 +43,45 @@ def _complete(lack: str) -> Iterator[None]:
 
 @_complete("the driver of the database is not in this installation")
 def store_from_url(
-    database_url: str = DEFAULT_DATABASE_URL, options: StoreOptions | None = None
+    database_url: str = DEFAULT_DATABASE_URL,
+    options: StoreOptions | None = None,
+    *,
+    schema: str | None = None,
 ) -> IncidentStore:
     """Return the store, not yet open, for a ``postgresql://`` or ``sqlite+aiosqlite:///`` URL.
 
     The schema of SQLite is brought up to date when the store opens. On PostgreSQL it is only
     checked: ``incidentkit db upgrade`` changes it.
 
+    Args:
+        database_url: The database.
+        options: Sizes and time limits; None: the defaults.
+        schema: The schema of PostgreSQL that has the tables; None: the first one of the search path
+            that has them.
+
     Raises:
-        InvalidSettings: If the URL names another kind of database, or cannot be parsed.
+        InvalidSettings: If the URL names another kind of database, or cannot be parsed, or the
+            schema cannot have the tables.
         StoreError: If a module that the database needs is not in this installation.
     """
-    if database_kind(database_url) == "postgresql":
-        return backend.postgresql_store(database_url, options)
+    kind = database_kind(database_url)
+    check_schema(schema, kind)
+    if kind == "postgresql":
+        return backend.postgresql_store(database_url, options, schema)
     return backend.sqlite_store(database_url, options, migrations)
 
 
 @_complete("the driver of the database is not in this installation")
-def store_on(database: object, options: StoreOptions | None = None) -> IncidentStore:
+def store_on(
+    database: object, options: StoreOptions | None = None, *, schema: str | None = None
+) -> IncidentStore:
     """Return the store, not yet open, on a URL, or on an engine or a pool that a host has opened.
 
     Args:
         database: A URL, SQLAlchemy's ``AsyncEngine``, or a pool of asyncpg.
         options: For a URL. An engine or a pool already has sizes and time limits: for it, only
             ``prepared_statements`` may be set.
+        schema: As for :func:`store_from_url`.
 
     Raises:
         InvalidSettings: If it is something else, is on another kind of database, or has options
@@ -73,13 +89,15 @@ def store_on(database: object, options: StoreOptions | None = None) -> IncidentS
         StoreError: If a module that the database needs is not in this installation.
     """
     if isinstance(database, str):
-        return store_from_url(database, options)
+        return store_from_url(database, options, schema=schema)
     if options is not None and evolve(options, prepared_statements=None) != type(options)():
         reason = "are only for a URL: an engine or a pool has its own"
         raise InvalidSettings("options", f"other than prepared_statements {reason}")
     dialect = getattr(database, "dialect", None)
-    if getattr(dialect, "name", "postgresql") == "postgresql":
-        return backend.postgresql_store(database, options)
+    name = getattr(dialect, "name", "postgresql")
+    check_schema(schema, "postgresql" if name == "postgresql" else "sqlite")
+    if name == "postgresql":
+        return backend.postgresql_store(database, options, schema)
     return backend.sqlite_store(database, None, migrations)
 
 

@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Final
+from typing import Final, TypeVar
+from weakref import WeakKeyDictionary
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 BURST: Final = 0.001
 """Seconds of a computation after which others run."""
 
 PAUSE: Final = 0.001
-"""Seconds for which they do.
+"""Seconds for which others run.
 
 A turn of the event loop would not be enough. It releases the interpreter for so short a time that a
 waiting thread does not get it, and starts its wait again.
 """
 
 
-class Pace:
-    """Interrupts a computation of the event loop, so that it takes at most half of the time.
+STEP: Final = 50
+"""Number of items that are computed without a look at the clock."""
 
-    Await :meth:`pause` after every part of the computation; a part should take well less than
-    :data:`BURST`.
+_turns: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = WeakKeyDictionary()
+
+
+async def in_parts(
+    compute: Callable[[Sequence[_Item]], _Result], items: Sequence[_Item]
+) -> list[_Result]:
+    """Compute something for parts of many items, and let others run in between.
+
+    An event loop computes for one caller at a time, and for at most half of the time: however many
+    callers there are, other tasks wait for no more than one burst.
+
+    Args:
+        compute: Called with at most :data:`STEP` items, which should take well less than
+            :data:`BURST`.
+        items: The items.
+
+    Returns:
+        The result for each part, in order.
     """
-
-    def __init__(self) -> None:
-        self._due = perf_counter() + BURST
-
-    async def pause(self) -> None:
-        """Let others run, if the computation has taken its time."""
-        if perf_counter() >= self._due:
-            await asyncio.sleep(PAUSE)
-            self._due = perf_counter() + BURST
+    if len(items) <= STEP:
+        return [compute(items)]
+    results = []
+    async with _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+        due = perf_counter() + BURST
+        for start in range(0, len(items), STEP):
+            results.append(compute(items[start : start + STEP]))
+            if perf_counter() >= due:
+                await asyncio.sleep(PAUSE)
+                due = perf_counter() + BURST
+    return results

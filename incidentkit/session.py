@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from incidentkit.affinity import Abandonable, Affinity, Severable, running_loop
@@ -106,9 +105,11 @@ class Session:
             await self._store.open()
             await self._ping_cache(self._pages)
         except BaseException:
-            # A failure to close must not replace the error.
-            with suppress(Exception):
+            try:
                 await self._close()
+            except Exception:  # noqa: BLE001
+                # A failure to close must not replace the error, or bind the session to this loop.
+                self._feed = self._pages = self._owner = None
             raise
         self._open = True
 

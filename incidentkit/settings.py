@@ -15,8 +15,9 @@ from dotenv import dotenv_values
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph
 from incidentkit.environment import VARIABLES, Environment, RequestLog, unknown_variables
-from incidentkit.store.database import DEFAULT_DATABASE_URL
+from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
 from incidentkit.store.options import StoreOptions
+from incidentkit.store.schema import check_schema
 
 __all__ = ["PREFIXES", "Environment", "RequestLog", "Settings"]
 
@@ -38,6 +39,8 @@ class Settings:
         transitions: For each status, the statuses that may follow it; None allows every change.
         request_log: Where the REST service records requests.
         store: Sizes and time limits of the database.
+        schema: The schema of PostgreSQL that has the tables; None: the first one of the search path
+            that has them.
     """
 
     database_url: str = field(default=DEFAULT_DATABASE_URL, repr=False)
@@ -47,6 +50,7 @@ class Settings:
     transitions: Graph | None = None
     request_log: RequestLog = "log"
     store: StoreOptions = field(factory=StoreOptions)
+    schema: str | None = None
 
     @classmethod
     def from_env(
@@ -88,10 +92,13 @@ class Settings:
         if environment.redis_required and redis_url is None:
             reason = "needs a Redis: set INCIDENTKIT_REDIS_URL or REDIS_HOST"
             raise InvalidSettings("INCIDENTKIT_REDIS_REQUIRED", reason)
+        database_url = (
+            environment.database_url or _postgres_url(environment) or DEFAULT_DATABASE_URL
+        )
+        if environment.schema is not None:
+            _check_schema(environment.schema, database_url)
         return cls(
-            database_url=environment.database_url
-            or _postgres_url(environment)
-            or DEFAULT_DATABASE_URL,
+            database_url=database_url,
             redis_url=redis_url,
             redis_required=environment.redis_required,
             max_staleness=environment.max_staleness,
@@ -103,6 +110,7 @@ class Settings:
                 echo=environment.echo,
                 prepared_statements=environment.prepared_statements,
             ),
+            schema=environment.schema,
         )
 
 
@@ -167,6 +175,14 @@ def _check_encoding(given: Mapping[str, str]) -> None:
         except UnicodeEncodeError:
             # Without its cause, which shows the value.
             raise InvalidSettings(name, "is not UTF-8") from None
+
+
+def _check_schema(schema: str, database_url: str) -> None:
+    """Raise InvalidSettings, with the variable, if the database cannot have the schema."""
+    try:
+        check_schema(schema, database_kind(database_url))
+    except InvalidSettings as error:
+        raise InvalidSettings("INCIDENTKIT_SCHEMA", error.reason) from None
 
 
 def _postgres_url(environment: Environment) -> str | None:

@@ -45,4 +45,5 @@ if context.is_offline_mode():
     raise SystemExit("--sql is not supported: migrations inspect existing rows")
 if context.config.config_file_name is not None:
     fileConfig(context.config.config_file_name, disable_existing_loggers=False)
-asyncio.run(run(Settings.from_env().database_url, run_migrations))
+settings = Settings.from_env()
+asyncio.run(run(settings.database_url, run_migrations, settings.schema))

@@ -160,6 +160,54 @@ def migrated_postgres_url(_administrator: Administrator, _migrated_template: str
         yield url
 
 
+TENANTS = ("tenant a", "tenant_b")
+"""The schemas of `tenants_url`."""
+
+
+@pytest.fixture(scope="session")
+def _tenants_template(_administrator: Administrator) -> Iterator[str]:
+    from incidentkit.store.migrate import upgrade
+
+    async def fill(url: str) -> None:
+        for schema in ("public", *TENANTS):
+            await upgrade(url, schema=schema)
+            if schema != TENANTS[0]:
+                async with IncidentClient.open(url, schema=schema) as incidents:
+                    await incidents.create(
+                        f"Disk of {schema} is full", source="partner", idempotency_key="key"
+                    )
+
+    with _administrator.database(template="template1") as url:
+        asyncio.run(fill(url))
+        yield urlsplit(url).path.strip("/")
+
+
+@pytest.fixture
+def tenants_url(_administrator: Administrator, _tenants_template: str) -> Iterator[str]:
+    """The URL of a PostgreSQL database with tables in several schemas.
+
+    Those of the first tenant have no rows. Those of the other tenant and of `public`, where the
+    search path leads, have an incident each, and must have nothing else at the end.
+    """
+    with _administrator.database(template=_tenants_template) as url:
+        before = _rows_of_others(url)
+        yield url
+        assert _rows_of_others(url) == before
+
+
+def _rows_of_others(url: str) -> list[Any]:
+    """Return the rows of every table outside the schema of the first tenant."""
+    with psycopg.connect(url) as connection:
+        tables = connection.execute(
+            "SELECT schemaname, tablename FROM pg_tables WHERE schemaname = ANY(%s) ORDER BY 1, 2",
+            (["public", *TENANTS[1:]],),
+        ).fetchall()
+        return [
+            (name, connection.execute(SQL("TABLE {}").format(Identifier(*name))).fetchall())
+            for name in tables
+        ]
+
+
 @pytest.fixture(scope="session")
 def _two_phase_administrator() -> Iterator[Administrator]:
     with (

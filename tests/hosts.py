@@ -220,9 +220,17 @@ async def prepared(url: str) -> str:
     return url
 
 
-async def run_sql(url: str, statement: str, *, commit: bool = True) -> list[tuple[Any, ...]]:
-    """Run a statement on a new connection, commit or roll back, and return its rows."""
-    async with host_engine(url, poolclass=NullPool) as engine, engine.connect() as connection:
+async def run_sql(
+    url: str, statement: str, *, commit: bool = True, **options: Any
+) -> list[tuple[Any, ...]]:
+    """Run a statement on a new connection, commit or roll back, and return its rows.
+
+    The options are those of the driver.
+    """
+    async with (
+        host_engine(url, poolclass=NullPool, connect_args=options) as engine,
+        engine.connect() as connection,
+    ):
         result = await connection.execute(text(statement))
         rows = [tuple(row) for row in result] if result.returns_rows else []
         if commit:

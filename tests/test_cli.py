@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import logging
@@ -37,6 +38,7 @@ from incidentkit.cli.log import LineFormatter
 from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
+from tests.hosts import run_sql
 from tests.programs import DEADLINE, outcome, service, start
 
 if TYPE_CHECKING:
@@ -434,7 +436,7 @@ CHANGING = [
     ("purge", "--older-than", "1d"),
     ("db", "downgrade"),
 ]
-MISSING = "there is no such file: `incidentkit db upgrade` creates it"
+MISSING = "there is no such file: correct the path, or create it with `incidentkit db upgrade`"
 DEFAULT = "Reading incidentkit.db in the current folder, the default database.\n"
 
 
@@ -779,7 +781,11 @@ def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> No
         assert exit_code == 1
         assert len(err.splitlines()) == 1
         assert "run `incidentkit db upgrade`" in err
-    assert output("db", "upgrade", *database) == f"{SCHEMA_REVISION} (head)\n"
+    assert outcome(start("db", "upgrade", *database)) == (
+        0,
+        f"{SCHEMA_REVISION} (head)\n",
+        "The tables are in the schema public.\n",
+    )
     assert output("db", "current", *database) == f"{SCHEMA_REVISION} (head)\n"
     assert output("db", "check", *database) == "The schema is up to date.\n"
     output(*DISK_FULL, *database)
@@ -787,8 +793,9 @@ def test_db_takes_a_postgres_database_up_and_down(empty_postgres_url: str) -> No
     assert output("db", "downgrade", "-1", *database) == f"{REVISIONS[-3]}\n"
     (line,) = errors("db", "check", *database, exit_code=1)
     assert REVISIONS[-3] in line
-    assert output("db", "upgrade", REVISIONS[-3], *database) == f"{REVISIONS[-3]}\n"
-    assert output("db", "upgrade", "+2", *database) == f"{SCHEMA_REVISION} (head)\n"
+    for revision, reached in ((REVISIONS[-3], REVISIONS[-3]), ("+2", f"{SCHEMA_REVISION} (head)")):
+        result = run("db", "upgrade", revision, *database)
+        assert (result.exit_code, result.stdout) == (0, f"{reached}\n")
     assert json.loads(output("get", "1", "--json", *database))["source"] == "monitoring"
 
 
@@ -798,6 +805,26 @@ def test_db_works_on_sqlite(sqlite_url: str) -> None:
     assert output("db", "upgrade", *database) == f"{SCHEMA_REVISION} (head)\n"
     assert output("db", "downgrade", "base", "--yes", *database) == NO_SCHEMA
     assert output("db", "downgrade", "base", *database) == NO_SCHEMA
+
+
+def test_db_names_and_restores_a_lost_trigger(
+    migrated_postgres_url: str, migrated_sqlite_url: str
+) -> None:
+    """`db check` names what is missing although the revision is the newest; `db upgrade` mends."""
+    url = migrated_postgres_url
+    asyncio.run(run_sql(url, 'DROP TRIGGER incident_token_truncate ON "Incident"'))
+    asyncio.run(run_sql(migrated_sqlite_url, "DROP TRIGGER incident_text_insert"))
+    for database_url, name in (
+        (url, "incident_token_truncate"),
+        (migrated_sqlite_url, "incident_text_insert"),
+    ):
+        database = ("--database-url", database_url)
+        assert output("db", "current", *database) == f"{SCHEMA_REVISION} (head)\n"
+        (line,) = errors("db", "check", *database, exit_code=1)
+        assert f"the trigger {name} is missing: run `incidentkit db upgrade`" in line
+        restored = f"Restored the trigger {name}.\n{SCHEMA_REVISION} (head)\n"
+        assert output("db", "upgrade", *database) == restored
+        assert output("db", "check", *database) == "The schema is up to date.\n"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
+from sqlalchemy import text
 
-from incidentkit import IncidentClient, InvalidSettings, NewIncident, StoreUnavailable
+from incidentkit import (
+    ClientClosed,
+    IncidentClient,
+    InvalidSettings,
+    NewIncident,
+    StoreUnavailable,
+)
+from incidentkit.affinity import Affinity
 from incidentkit.store import StoreOptions
 from incidentkit.store.postgresql.connection import PREPARED, PostgresConnection, Preparing
 from incidentkit.store.postgresql.connections import OwnConnections
@@ -113,6 +121,22 @@ async def test_a_call_that_is_cancelled_while_it_is_answered_loses_nothing(
     await connections.put(third)
 
 
+async def test_a_cancelled_recovery_loses_no_connection(connections: OwnConnections) -> None:
+    """A connection comes back although the task that recovers it is cancelled."""
+    for turns in range(3):
+        connection = await connections.take()
+        recovery = connections.recover(connection, asyncio.CancelledError())
+        assert recovery is not None
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        recovery.cancel()
+        await asyncio.wait([recovery])
+    async with asyncio.timeout(60):
+        lent = [await connections.take(), await connections.take()]
+    for connection in lent:
+        await connections.put(connection)
+
+
 async def test_a_failed_connect_leaves_its_place(migrated_postgres_url: str) -> None:
     """After connects that failed, as many connections as before can be opened."""
     failing = True
@@ -172,13 +196,58 @@ async def test_closing_does_not_wait_for_ever(migrated_postgres_url: str) -> Non
     assert connection.is_closed()
 
 
+async def test_a_closed_store_opens_no_connection(migrated_postgres_url: str) -> None:
+    """A read that loses its connection at the close is not sent again; no waiting call connects."""
+    connections = opened(migrated_postgres_url, TWO)
+    executor = PoolExecutor(lambda: connections, 60, None)
+    await executor.open(Affinity())
+    # From the second call on, a connection may be dead, and reads are sent again.
+    await asyncio.gather(*(executor.read(text("SELECT pg_sleep(0.1)"), {}) for _ in range(2)))
+    sleep = text("SELECT pg_sleep(30)")
+    calls: list[asyncio.Future[Any]]
+    calls = [asyncio.ensure_future(executor.read(sleep, {})) for _ in range(2)]
+    closing = asyncio.ensure_future(executor.close())
+    await asyncio.sleep(0.1)
+    calls.append(asyncio.ensure_future(connections.take()))
+    await closing
+    for call in calls:
+        with pytest.raises(ClientClosed):
+            await call
+    assert not connections._open
+
+
+async def test_a_connection_that_opens_after_the_close_is_closed(
+    migrated_postgres_url: str,
+) -> None:
+    """A call that was connecting at the close gets no connection, and leaves none open."""
+    made: list[PostgresConnection] = []
+    closed = asyncio.Event()
+
+    async def connect() -> PostgresConnection:
+        made.append(
+            PostgresConnection(await asyncpg.connect(migrated_postgres_url, statement_cache_size=0))
+        )
+        await closed.wait()
+        return made[0]
+
+    connections = OwnConnections(connect, TWO)
+    taking = asyncio.ensure_future(connections.take())
+    await asyncio.sleep(0)
+    await connections.close()
+    closed.set()
+    with pytest.raises(ClientClosed):
+        await taking
+    assert [connection.is_closed() for connection in made] == [True]
+
+
 def own(client: IncidentClient) -> OwnConnections:
     """Return the connections of a client."""
     assert isinstance(client.store, Store)
     executor = client.store._connections
     assert isinstance(executor, PoolExecutor)
-    assert isinstance(executor._connections, OwnConnections)
-    return executor._connections
+    connections = executor._opened().connections
+    assert isinstance(connections, OwnConnections)
+    return connections
 
 
 async def names(client: IncidentClient) -> list[str]:

@@ -515,7 +515,7 @@ async def test_the_query_of_the_database_page(migrated_postgres_url: str, sqlite
 
 async def test_the_privileges_of_the_service_are_enough(migrated_postgres_url: str) -> None:
     """With the grants of the page the service's statements work, and the clean-up cleans up."""
-    grants, prune = fences("docs/how-to/deploy.md", "sql")
+    grants, *_, prune = fences("docs/how-to/deploy.md", "sql")
     name = f"service_{os.getpid()}"
     password = "of no consequence"
     try:
@@ -632,7 +632,7 @@ def test_the_parameters_of_urls_are_those_of_the_code() -> None:
     tables = {
         "parameter of PostgreSQL": {*urls.HONORED, *urls.PASSED_ON},
         "accepted, without an effect": {*urls.WITHOUT_MEANING},
-        "accepted with one value": {*urls.ONLY},
+        "accepted with some values": {*urls.ONLY},
         "refused parameter": {*urls.REFUSED},
         "parameter of SQLite": {*PARAMETERS},
     }

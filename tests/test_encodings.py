@@ -89,7 +89,7 @@ def calls(
         (("note",), partial(incidents.note, 1, given)),
         (("note",), partial(incidents.update_status, 1, "failed", note=given)),
         (("actor",), partial(note_as, given)),
-        (("text",), partial(incidents.search, text=given)),
+        (("text",), partial(incidents.search, text=f"text{character}")),
     ]
 
 
@@ -160,6 +160,24 @@ async def test_a_hosts_transaction_survives_a_character_that_cannot_be_stored(
         await incidents.create("Schlüssel müde", source="operator")
         await transaction.commit()
         assert len(await client.list()) == 2
+
+
+async def test_a_hosts_pool_may_have_another_encoding(migrated_postgres_url: str) -> None:
+    """A character that a connection cannot send is a value error too, and ends no connection."""
+    settings = {"client_encoding": "LATIN1"}
+    async with (
+        asyncpg.create_pool(
+            migrated_postgres_url, min_size=0, max_size=1, server_settings=settings
+        ) as pool,
+        IncidentClient.open(pool) as incidents,
+    ):
+        await incidents.create("Schlüssel müde", source="operator")
+        before = await pool.fetchval("SELECT pg_backend_pid()")
+        for fields, call in calls(incidents, "€"):
+            with pytest.raises(InvalidIncident) as caught:
+                await call()
+            assert tuple(fault.field for fault in caught.value.errors) == fields
+        assert await pool.fetchval("SELECT pg_backend_pid()") == before
 
 
 async def test_a_database_without_an_encoding_holds_every_text(

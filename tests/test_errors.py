@@ -102,7 +102,8 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         PartlyStored([DISK], 10, "The database is unavailable: it did not answer in time"),
         (
             "Only the first 1 of 10 incidents are known to be stored. The database is unavailable: "
-            "it did not answer in time. Repeat the call with its idempotency_key, or with the rest"
+            "it did not answer in time. Repeat the call with the same idempotency_key; "
+            "without one, look which are stored before you pass the rest"
         ),
         {
             "incidents": (DISK,),

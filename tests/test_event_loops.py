@@ -31,6 +31,7 @@ from incidentkit import (
     JoinedIncidents,
     ListQuery,
     NewIncident,
+    StoreUnavailable,
     WrongEventLoop,
 )
 from incidentkit.store import SearchQuery, migrate, store_from_url, store_on
@@ -475,6 +476,38 @@ def test_a_custom_store_is_protected_too() -> None:
         runner.run(client.connect())
         runner.run(client.close())
     assert store.calls == ["open", "open", "close"]
+
+
+class FailingStore(PlainStore):
+    """A store that can neither be opened nor be closed."""
+
+    async def open(self) -> None:
+        """Fail."""
+        raise StoreUnavailable("it cannot be opened")
+
+    async def close(self) -> None:
+        """Fail."""
+        raise StoreUnavailable("it cannot be closed")
+
+
+def test_an_opening_that_failed_leaves_the_client_to_any_event_loop() -> None:
+    """If cleaning up after a failed opening fails too, another event loop can still open it."""
+    store: Any = FailingStore()
+    client = IncidentClient(store)
+    with two_loops() as loops:
+        for loop in loops:
+            with pytest.raises(StoreUnavailable, match="it cannot be opened"):
+                loop.run(client.connect())
+
+
+def test_joining_without_an_event_loop_is_refused(sqlite_url: str) -> None:
+    """Outside of a coroutine, `join` says that no event loop runs, and what to do."""
+    client = IncidentClient.open(sqlite_url)
+    with asyncio.Runner() as runner:
+        runner.run(client.connect())
+        with pytest.raises(WrongEventLoop, match="No event loop of asyncio is running here"):
+            client.join(object())
+        runner.run(client.close())
 
 
 def test_trio_is_refused_with_one_clear_error(sqlite_url: str) -> None:

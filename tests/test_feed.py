@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -27,6 +28,7 @@ from incidentkit import (
     ClientClosed,
     IncidentClient,
     IncidentEvent,
+    NewIncident,
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
@@ -257,6 +259,52 @@ async def test_an_outage_hides_nothing_from_who_began_with_the_latest(
     assert change.note == "during the outage"
 
 
+async def test_latest_passes_over_what_was_committed_before(migrated_postgres_url: str) -> None:
+    """While a transaction is open, `latest` begins after what was committed, and misses nothing."""
+    url = migrated_postgres_url
+    async with IncidentClient.open(url) as incidents, connected(url) as connection:
+
+        async def shown(change: IncidentEvent) -> str:
+            return change.note or (await incidents.get(change.incident_id)).incident_message
+
+        feed: Any = incidents._opened().feed
+        for readers in (2, 4):
+            host = connection.transaction()
+            await host.start()
+            joined = incidents.join(connection)
+            await joined.create("Open before", source="partner")
+            committed = await incidents.create("Committed before", source="partner")
+            await incidents.note(committed.incident_id, "before")
+            following = asyncio.ensure_future(take(incidents, 4, "latest"))
+            page = await incidents.read_changes("latest")
+            assert page.changes == []
+            async with asyncio.timeout(60):
+                while len(feed._beginnings) < readers:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await incidents.note(committed.incident_id, "after")
+            await joined.create("Open after", source="partner")
+            await host.commit()
+            await incidents.create("Later", source="partner")
+            expected = ["Open before", "Open after", "after", "Later"]
+
+            assert [await shown(change) for change in await following] == expected
+            # Page by page, with a retry of each.
+            polled: list[IncidentEvent] = []
+            cursor = page.next
+            async with asyncio.timeout(60):
+                while len(polled) < 4:
+                    first = await incidents.read_changes(cursor, limit=1, wait=1)
+                    again = await incidents.read_changes(cursor, limit=1, wait=1)
+                    assert again.changes[: len(first.changes)] == first.changes
+                    polled += again.changes
+                    cursor = again.next
+            assert [await shown(change) for change in polled] == expected
+            # Another process does not know of the beginning: it delivers more, and misses nothing.
+            async with IncidentClient.open(url) as other:
+                assert len((await other.read_changes(page.next)).changes) == 6
+            assert (await incidents.read_changes(polled[-1].cursor)).changes == []
+
+
 async def test_closing_ends_who_waits_for_the_database(
     incidents: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +404,180 @@ async def test_a_dump_from_a_server_with_larger_numbers_is_put_in_order(
         assert [_of(change) for change in rest] == [_of(change) for change in after[3:]]
         await migrate.upgrade(migrated_postgres_url)
         assert await take(incidents, 8) == after
+
+
+async def _restore_elsewhere(url: str) -> None:
+    """Make a database as if it had been restored into a server that has run for a shorter time."""
+    async with connected(url) as connection, connection.transaction():
+        for table in ("incident_event", "incident_purged_event", '"Incident"'):
+            await connection.execute(
+                f"UPDATE {table} SET transaction_id = transaction_id + 1000000000000"
+            )
+
+
+COPIED = r"copied from another server.*incidentkit db upgrade"
+
+
+async def test_no_write_is_lost_after_a_restore_under_a_running_client(
+    migrated_postgres_url: str,
+) -> None:
+    """After a restore, no write is acknowledged until `db upgrade`; then readers get the next."""
+    url = migrated_postgres_url
+    many = [NewIncident("Disk is full", "partner", dedup_key=key) for key in (None, "b")]
+    async with IncidentClient.open(url) as incidents, connected(url) as connection:
+        await incidents.create("Disk is full", source="partner", dedup_key="a")
+        await incidents.create("Disk is full", source="partner", incident_type="failed")
+        cursor = (await take(incidents, 2))[-1].cursor
+        await _restore_elsewhere(url)
+
+        def writes(verbs: Any) -> list[Any]:
+            return [
+                lambda: verbs.create("Line is down", source="partner"),
+                lambda: verbs.create("Line is down", source="partner", dedup_key="a"),
+                lambda: verbs.create("Line is down", source="partner", idempotency_key="key"),
+                lambda: verbs.create_many(many),
+                lambda: verbs.update_status(1, "failed"),
+                lambda: verbs.update_status(2, "new"),
+                lambda: verbs.note(1, "Lost"),
+            ]
+
+        purge = lambda: incidents.purge(datetime.now(UTC) + timedelta(hours=1))  # noqa: E731
+        for write in [*writes(incidents), purge, incidents.check]:
+            with pytest.raises(StoreError, match=COPIED):
+                await write()
+        shared = [
+            *(incidents.create("Line is down", source="partner") for _ in range(9)),
+            *(incidents.update_status(1, "failed") for _ in range(3)),
+        ]
+        for outcome in await asyncio.gather(*shared, return_exceptions=True):
+            assert re.search(COPIED, str(outcome))
+        async with connection.transaction():
+            for write in writes(incidents.join(connection)):
+                with pytest.raises(StoreError, match=COPIED):
+                    await write()
+            # The transaction goes on.
+            assert await connection.fetchval("SELECT count(*) FROM incident_event") == 2
+        await migrate.upgrade(url)
+        for write in writes(incidents):
+            await write()
+        assert len(await take(incidents, 8, cursor)) == 8
+        async with connection.transaction():
+            # The transaction's own events are not taken for those of another server.
+            for write in writes(incidents.join(connection))[:4]:
+                await write()
+        assert len(await take(incidents, 12, cursor)) >= 12
+
+
+@pytest.mark.parametrize("part", ["whole", "data"])
+async def test_a_dump_of_another_server_is_followed_on(part: str) -> None:
+    """A reader follows on in a dump, or an export of the data, that was loaded under a client."""
+    with PostgresServer() as old, PostgresServer() as new:
+
+        def run(program: str, *arguments: str, given: str | None = None) -> str:
+            command = [str(old._programs / program), *arguments]
+            done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+            return done.stdout
+
+        for server in (old, new):
+            await migrate.upgrade(server.url)
+        async with connected(old.url) as connection:
+            await connection.execute(
+                "DO $$ BEGIN FOR n IN 1..5000 LOOP "
+                "PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$"
+            )
+        async with IncidentClient.open(old.url) as incidents:
+            await some_changes(incidents)
+            changes = await take(incidents, 7)
+        async with IncidentClient.open(new.url) as running:
+            assert await running.list() == []
+            if part == "whole":
+                async with connected(new.url) as connection:
+                    await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+            options = ("--data-only",) if part == "data" else ()
+            # Two tables have their rows already: that of tokens, and that of the revision.
+            run("psql", "-q", new.url, given=run("pg_dump", *options, old.url))
+            with pytest.raises(StoreError, match=COPIED):
+                await running.create("Line is down", source="partner")
+            await migrate.upgrade(new.url)
+            created = await running.create("Line is down", source="partner")
+            await running.note(1, "Found")
+            after = await take(running, 2, changes[-1].cursor)
+            assert [change.incident_id for change in after] == [created.incident_id, 1]
+            again = await take(running, 9)
+            assert [_of(change) for change in again[:7]] == [_of(change) for change in changes]
+            assert len(await running.list()) == 3
+
+
+async def test_only_events_of_the_other_server_are_moved(migrated_postgres_url: str) -> None:
+    """Events that this server wrote before `db upgrade` stay after a reader's old cursor."""
+    url = migrated_postgres_url
+    event = """
+        INSERT INTO incident_event (writer, event_id, transaction_id, nonce, incident_id, kind, at)
+        SELECT 2, {}, pg_current_xact_id()::text::bigint, 1, 1, 'noted', now()
+    """
+    async with IncidentClient.open(url) as incidents, connected(url) as connection:
+        await incidents.create("Disk is full", source="partner")
+        for n in range(3):
+            await incidents.note(1, f"Note {n}")
+        old = await take(incidents, 4)
+        await _restore_elsewhere(url)
+        # As a program would that does not look: before and after the events that were restored.
+        await connection.execute("UPDATE incident_event SET event_id = event_id + 100")
+        await connection.execute(event.format(7))
+        await connection.execute(event.format(1000))
+        cursor = await connection.fetchrow(
+            "SELECT transaction_id, event_id, nonce, incident_id FROM incident_event "
+            "WHERE event_id = 104"
+        )
+        assert cursor is not None
+        await migrate.upgrade(url)
+        assert [_of(each)[1:] for each in await take(incidents, 4)] == [
+            _of(each)[1:] for each in old
+        ]
+        after = await take(incidents, 2, encode_cursor(*cursor))
+        assert [decode_cursor(each.cursor, 4)[1] for each in after] == [7, 1000]
+
+
+async def test_an_export_of_incidents_alone_does_not_strand_the_feed(
+    migrated_postgres_url: str,
+) -> None:
+    """Incidents from another server, without its events, are followed after `db upgrade`."""
+    url = migrated_postgres_url
+    async with IncidentClient.open(url) as incidents, connected(url) as connection:
+        await incidents.create("Disk is full", source="partner")
+        await connection.execute("TRUNCATE incident_event")
+        await connection.execute(
+            'UPDATE "Incident" SET transaction_id = transaction_id + 1000000000000'
+        )
+        await migrate.upgrade(url)
+        await incidents.update_status(1, "failed")
+        (change,) = await take(incidents, 1)
+        assert change.to_status == "failed"
+
+
+async def test_an_export_of_incidents_alone_is_noticed(migrated_postgres_url: str) -> None:
+    """Without `db upgrade`, the first change is the last until then, and none is lost."""
+    url = migrated_postgres_url
+    async with IncidentClient.open(url) as incidents, connected(url) as connection:
+        await incidents.create("Disk is full", source="partner")
+        await connection.execute("TRUNCATE incident_event")
+        await connection.execute(
+            'UPDATE "Incident" SET transaction_id = transaction_id + 1000000000000'
+        )
+        await incidents.create("Line is down", source="partner")
+        cursor = (await take(incidents, 1))[0].cursor
+        await incidents.update_status(1, "failed")
+        with pytest.raises(StoreError, match=COPIED):
+            await incidents.note(2, "Lost")
+        with pytest.raises(StoreError, match=COPIED):
+            await incidents.read_changes()
+        await migrate.upgrade(url)
+        await incidents.note(2, "Found")
+        changes = await take(incidents, 2, cursor)
+        assert {(change.incident_id, str(change.kind)) for change in changes} == {
+            (1, "status_changed"),
+            (2, "noted"),
+        }
 
 
 async def test_a_cursor_of_a_purged_change_stays_good(migrated_postgres_url: str) -> None:

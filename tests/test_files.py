@@ -472,7 +472,7 @@ async def test_an_empty_name_is_no_database(url: str) -> None:
         ("sqlite:///x.db?mode=memory", "the parameter mode, .* write :memory:"),
         ("sqlite:///file:x?mode=memory&cache=shared&uri=true", "the parameter mode"),
         ("sqlite:///file::memory:?uri=true", "write :memory: alone"),
-        ("sqlite:///:memory:?cache=shared", "a database in memory none"),
+        ("sqlite:///:memory:?cache=shared", "which a database in memory does not take"),
         ("sqlite:///what?.db", "write it as %3F"),
         ("sqlite:///x.db?mode", "write it as %3F"),
     ],

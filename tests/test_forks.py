@@ -134,6 +134,49 @@ def run(url: str, redis_url: str, *how: str) -> tuple[object, object]:
     return parent, child
 
 
+MIGRATING: Final = """\
+import asyncio, os, sys, threading, time
+from incidentkit.store import migrate
+
+migrating, forked = threading.Event(), threading.Event()
+
+
+def work(connection):
+    migrating.set()
+    forked.wait(30)
+
+
+threading.Thread(target=lambda: asyncio.run(migrate.run(sys.argv[1], work))).start()
+migrating.wait(30)
+pid = os.fork()
+if not pid:
+    asyncio.run(migrate.check(sys.argv[1]))
+    os._exit(0)
+for _ in range(3000):
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if ended:
+        break
+    time.sleep(0.01)
+else:
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+forked.set()
+sys.exit(0 if ended and status == 0 else "the child hangs or has failed")
+"""
+"""Forks while another thread migrates."""
+
+
+def test_a_process_that_is_forked_during_a_migration_can_migrate(
+    migrated_sqlite_url: str, migrated_postgres_url: str
+) -> None:
+    """A migration of the parent, which does not run in the child, keeps the child from nothing."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for url in (migrated_sqlite_url, migrated_postgres_url):
+        program = start(url, program=("-W", "ignore", "-c", MIGRATING), env=environment)
+        code, _, errors = outcome(program)
+        assert code == 0, errors
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("fork", ["running", "between"])
 def test_verbs_in_a_forked_process_are_refused(url: str, loop: str, fork: str) -> None:
@@ -187,3 +230,24 @@ async def test_a_forked_process_keeps_no_connection(
     with pytest.raises(WrongEventLoop, match="connect it after the fork"):
         await client.list()
     await client.close()
+
+
+async def test_a_failure_at_the_fork_leaves_no_other_client_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every client is disconnected, although disconnecting one of them fails."""
+    clients = [affinity.Affinity() for _ in range(3)]
+    disconnected = []
+
+    def fail() -> None:
+        disconnected.append(True)
+        raise OSError("Too many open files")
+
+    for each in clients:
+        each.on_fork = fail
+    monkeypatch.setattr(affinity, "_affinities", clients)
+    # What os.fork() calls in the child, which only prints the error.
+    with pytest.raises(OSError, match="Too many"):
+        affinity._fork_all()
+    assert disconnected == [True] * 3
+    assert all(each.forked for each in clients)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import AsyncExitStack, asynccontextmanager
+import time
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -29,6 +31,7 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.store import RequestRecord, StoreOptions
+from incidentkit.store.hosts import sqlite_engine
 from incidentkit.store.migrate import downgrade, upgrade
 from incidentkit.store.ports import BEGINNING
 from incidentkit.store.request_log import INSERT_REQUEST
@@ -445,6 +448,69 @@ async def test_an_abandoned_search_leaves_a_host_its_connections(
             endless.on = False
             assert (await client.search(text="line", total=True)).total == 5
             assert await client.list(page=101) == []
+
+
+@pytest.mark.parametrize("name", ["sqlite", "sqlite-begins", "sqlite-autocommit"])
+async def test_a_write_that_was_given_up_is_not_done_later(
+    name: str, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write whose caller was told that it timed out stores nothing, also once it could."""
+    async with opened(name, sqlite_url) as engine:
+        async with IncidentClient.open(engine) as client:
+            monkeypatch.setattr(sqlite_engine, "PATIENCE", 0.3)
+            with closing(sqlite3.connect(sqlite_url.partition("///")[2])) as other:
+                other.execute("BEGIN IMMEDIATE")
+                with pytest.raises(StoreUnavailable, match="did not answer in time"):
+                    await client.create("Disk is full", source="partner")
+                other.execute("ROLLBACK")
+            monkeypatch.undo()
+        async with IncidentClient.open(engine) as client:
+            assert await client.list() == []
+
+
+async def test_a_write_that_has_begun_is_waited_for(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller of a write that has begun learns whether it was stored."""
+    async with host_engine(sqlite_url) as engine, IncidentClient.open(engine) as client:
+
+        @event.listens_for(engine.sync_engine, "before_cursor_execute")
+        def hold(*arguments: Any) -> None:
+            if 'INSERT INTO "Incident"' in arguments[2]:
+                driver = arguments[0].connection.dbapi_connection
+                driver.create_function("hold", 0, lambda: time.sleep(2))
+                cursor = driver.cursor()
+                cursor.execute("SELECT hold()")
+                cursor.close()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite_engine, "PATIENCE", 1)
+            created = await client.create("Disk is full", source="partner")
+        assert await client.list() == [created]
+
+
+async def test_a_place_is_free_once_the_driver_has_stopped(sqlite_url: str) -> None:
+    """Searches that are abandoned take no further connections until the driver stops them."""
+    async with (
+        host_engine(sqlite_url, pool_size=5, max_overflow=0) as engine,
+        IncidentClient.open(engine) as client,
+    ):
+        created = await client.create("Disk is full", source="partner")
+        gate = Event()
+        endless = Endless(engine.sync_engine, gate)
+        searches = [asyncio.ensure_future(client.search(text="disk")) for _ in range(5)]
+        await endless.until_running(1)
+        for search in searches[:4]:
+            search.cancel()
+        await asyncio.wait(searches[:4])
+        endless.on = False
+        for _ in range(5):
+            assert await client.get(created.incident_id) == created
+        waits = not searches[4].done()
+        gate.set()
+        assert waits
+        assert (await searches[4]).incidents == [created]
+        assert endless.running == 0
 
 
 async def test_a_search_in_memory_is_not_interrupted(memory_url: str) -> None:

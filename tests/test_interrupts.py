@@ -219,12 +219,14 @@ def test_an_interrupt_answers_a_question() -> None:
     program = start("db", "downgrade", "base", stdin=terminal)
     assert program.stderr is not None
     asked = program.stderr.read(1)
-    while not asked.endswith(b"Continue? [y/N]: "):
+    while not asked.endswith(b"Continue? [y/N]:"):
         byte = program.stderr.read(1)
         assert byte, asked
         asked += byte
     program.send_signal(signal.SIGINT)
-    assert outcome(program) == (130, "", "\n")
+    exit_code, out, err = outcome(program)
+    # Older versions of Click write the last blank of the question to stdout.
+    assert (exit_code, out.strip(), err.strip(" ")) == (130, "", "\n")
     os.close(terminal)
     os.close(keyboard)
     exit_code, out, _ = outcome(start("db", "current"))

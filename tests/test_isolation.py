@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
+import struct
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
@@ -138,7 +141,7 @@ async def test_dead_idle_connections_fail_no_call(
 
 
 class Relay:
-    """Passes bytes between clients and the server of a URL, and can announce a shutdown.
+    """Passes bytes between clients and the server of a URL, and can end connections in two ways.
 
     Attributes:
         url: The URL for clients.
@@ -150,6 +153,7 @@ class Relay:
         self.url = url
         self._parts = urlsplit(url)
         self._clients: set[asyncio.StreamWriter] = set()
+        self._forgotten: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -182,16 +186,36 @@ class Relay:
             await asyncio.sleep(0)
         return told
 
+    def forget(self) -> int:
+        """Reset each open connection when its client sends more, as a restarted firewall does.
+
+        Returns:
+            The number of connections.
+        """
+        self._forgotten = {*self._clients}
+        return len(self._forgotten)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server = await asyncio.open_connection(self._parts.hostname, self._parts.port)
         self._clients.add(writer)
         for ends in ((reader, server[1]), (server[0], writer)):
-            pump = asyncio.ensure_future(self._pump(*ends))
+            pump = asyncio.ensure_future(self._pump(*ends, client=writer))
             self._pumps.add(pump)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        client: asyncio.StreamWriter,
+    ) -> None:
         try:
             while data := await reader.read(65536):
+                if client in self._forgotten:
+                    linger = struct.pack("ii", 1, 0)
+                    connection = client.get_extra_info("socket")
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    client.transport.abort()
+                    return
                 writer.write(data)
         finally:
             self._clients.discard(writer)
@@ -215,6 +239,21 @@ async def test_connections_whose_end_is_announced_fail_no_call(
             await CALLS[call](client, kept.incident_id)
         incidents = (await client.search(text="disk", limit=100)).incidents
         assert len(incidents) == 1 + MADE.get(call, 0) * (CONNECTIONS + 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("call", ["get", "list", "search", "check"])
+async def test_forgotten_connections_fail_no_read(
+    call: str, way: str, migrated_postgres_url: str
+) -> None:
+    """After the network has forgotten every idle connection, the next reads succeed."""
+    url = migrated_postgres_url
+    async with Relay(url) as relay, opened(way, relay.url) as client:
+        kept = await client.create("Disk is full", source="monitoring")
+        await fill(client, url)
+        assert relay.forget() == CONNECTIONS
+        for _ in range(CONNECTIONS + 1):
+            await CALLS[call](client, kept.incident_id)
 
 
 MADE = {"create": 1, "create_many": 2}
@@ -341,14 +380,14 @@ async def test_writes_that_all_wait_leave_connections_to_reads(
 
 
 SLOW_WORDS = """
-    ALTER FUNCTION incident_words(text) RENAME TO words_of;
-    CREATE FUNCTION incident_words(message text) RETURNS tsvector
+    ALTER FUNCTION incident_text_1(text) RENAME TO text_of;
+    CREATE FUNCTION incident_text_1(message text) RETURNS text
     LANGUAGE plpgsql IMMUTABLE STRICT AS $$
     BEGIN
         IF message = 'slowly' THEN
             PERFORM pg_sleep(600);
         END IF;
-        RETURN words_of(message);
+        RETURN text_of(message);
     END $$
 """
 """Makes a search for this word take ten minutes."""
@@ -447,7 +486,7 @@ async def locked_by_advice(url: str) -> AsyncIterator[None]:
         await host.close()
 
 
-@pytest.mark.parametrize("way", ["url", "pool"])
+@pytest.mark.parametrize("way", WAYS)
 async def test_a_place_is_free_once_the_server_has_stopped(
     way: str, migrated_postgres_url: str
 ) -> None:
@@ -499,6 +538,30 @@ async def test_a_search_waits_for_its_place_only_so_long(migrated_postgres_url: 
         assert (await client.search(text="disk")).incidents == []
 
 
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_search_that_is_ended_with_its_connection_runs_once_more(
+    way: str, migrated_postgres_url: str
+) -> None:
+    """A search whose connection an administrator ends is sent a second time, and no third time."""
+    url = migrated_postgres_url
+    async with opened(way, url) as client:
+        await fill(client, url)
+        ended: set[int] = set()
+        async with locked(url):
+            search = asyncio.ensure_future(client.search(text="disk"))
+            while not search.done():
+                rows = await run_sql(
+                    url,
+                    "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity "
+                    f"WHERE datname = current_database() AND {WAITING}",
+                )
+                ended |= {row[0] for row in rows}
+                await asyncio.sleep(0.01)
+        assert len(ended) == 2
+        with pytest.raises(StoreUnavailable):
+            await search
+
+
 async def test_a_shared_deep_page_is_read_as_long_as_one_call_waits(
     migrated_postgres_url: str,
 ) -> None:
@@ -535,7 +598,8 @@ async def test_a_call_waits_for_its_turn_only_so_long() -> None:
                     pass
     async with turns([("incident_id", 1), ("incident_id", 2)]):
         pass
-    assert not turns._waiting
+    gc.collect()
+    assert not turns._keys
 
 
 async def test_a_cancelled_call_leaves_its_place() -> None:

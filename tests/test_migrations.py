@@ -743,8 +743,8 @@ async def test_impossible_times_and_ids_are_replaced(empty_postgres_url: str) ->
     [
         ("ALTER TYPE incidentstatus ADD VALUE 'closed'", "incidentstatus has a label .*: closed"),
         ('CREATE VIEW seen AS SELECT * FROM "Incident"', "the view seen is in the way"),
-        ("CREATE TABLE request_log (color text)", 'a table "request_log" that .* is in the way'),
-        ('CREATE SEQUENCE "ix_Incident_source"', 'a relation "ix_Incident_source" .* in the way'),
+        ("CREATE TABLE request_log (color text)", 'a table "request_log" is in the way'),
+        ('CREATE SEQUENCE "ix_Incident_source"', 'a relation "ix_Incident_source" is in the way'),
     ],
 )
 async def test_what_is_in_the_way_of_an_upgrade_is_told(

@@ -267,7 +267,7 @@ async def test_the_option_wins_over_the_url(
     async with IncidentClient.open(url, options=options) as client:
         await client.create("The disk is full", source="operator")
         executor: Any = client.store
-        connections = executor._connections._connections
+        connections = executor._opened().connections
         connection = await connections.take()
         names = await connection.driver.fetch("SELECT name FROM pg_prepared_statements")
         await connections.put(connection)

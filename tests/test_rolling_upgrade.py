@@ -28,6 +28,10 @@ import asyncio, json, sys
 from datetime import UTC, datetime
 from incidentkit import IncidentClient, IncidentKitError, NewIncident
 
+async def find(incidents):
+    found = [await incidents.search(text="disk fu", total=total) for total in (False, True)]
+    assert [one.incident_id for each in found for one in each.incidents] == [2, 1, 2, 1]
+
 async def main(url):
     new = NewIncident("Disk is full", source="partner")
     statuses = iter(["failed", "completed"])
@@ -41,7 +45,7 @@ async def main(url):
             "purge": lambda: incidents.purge(ended_before=datetime(2999, 1, 1, tzinfo=UTC)),
             "get": lambda: incidents.get(1),
             "list": lambda: incidents.list(),
-            "search": lambda: incidents.search(text="disk"),
+            "search": lambda: find(incidents),
             "history": lambda: incidents.history(1),
         }
         for line in sys.stdin:

@@ -29,7 +29,7 @@ from incidentkit import (
 )
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.queries import SearchQuery
-from incidentkit.domain.rules import words
+from incidentkit.domain.words import phrases
 from incidentkit.store import StoreOptions
 from incidentkit.store.postgresql import statements as postgresql_statements
 from incidentkit.store.postgresql.driver import compile_statement
@@ -118,10 +118,19 @@ class World:
 
 
 def has_words(message: str, said: str) -> bool:
-    """Return whether each word asked for begins a word of the message."""
+    """Return whether a message has each word, the last one as the beginning of a word."""
     words = re.findall(r"[^\W_]+", message.lower())
-    asked = re.findall(r"[^\W_]+", said.lower())
-    return all(any(word.startswith(one) for word in words) for one in asked)
+    *asked, last = (re.findall(r"[^\W_]+", one) for one in said.lower().split())
+    return all(has_phrase(words, phrase) for phrase in asked) and (
+        any(word.startswith(last[0]) for word in words)
+        if len(last) == 1
+        else has_phrase(words, last)
+    )
+
+
+def has_phrase(words: list[str], phrase: list[str]) -> bool:
+    """Return whether words stand one after the other."""
+    return any(words[at : at + len(phrase)] == phrase for at in range(len(words)))
 
 
 @pytest.fixture
@@ -131,7 +140,7 @@ def world(url: str) -> Iterator[World]:
         yield world
 
 
-SAID = ("disk", "DISK db", "диск", "ДИ ПО", "x", "1-db", "zz")
+SAID = ("disk", "DISK db", "диск", "ДИСК ПО", "x", "db-1", "1-db", "full disks", "zz")
 
 searches = st.fixed_dictionaries(
     {
@@ -306,8 +315,9 @@ def test_a_message_is_found_by_its_own_words(world: World, words: list[str]) -> 
     """A message is found by its words and their beginnings, even words like numbers or hashes."""
     message = f"Here {' '.join(words)} ends"
     created = world.run(world.client.create(message, source="partner"))
-    for said in (*words, *(word[:5] for word in words), message):
-        page = world.run(world.client.search(text=said[:200], limit=1))
+    for said in (*words, *(re.split(r"[\W_]", word)[0][:5] for word in words), message):
+        whole = said if len(said) <= 200 else said[:200].rpartition(" ")[0] or said[:200]
+        page = world.run(world.client.search(text=whole, limit=1))
         assert [one.incident_id for one in page.incidents] == [created.incident_id]
 
 
@@ -367,14 +377,15 @@ SHAPES = [
 ]
 
 
-def bound(query: SearchQuery, words: str) -> dict[str, Any]:
+def bound(query: SearchQuery) -> dict[str, Any]:
     """Return values for any shape, for a page deep in the list."""
     return {
         "low_at": query.created_after,
         "low_id": 0,
         "high_at": EPOCH + timedelta(seconds=10_000),
         "high_id": 10_000,
-        "words": words,
+        "phrases": ["needle"],
+        "begins": True,
         "limit": 11,
         # One row in a thousand is `failed`, one in a hundred is from `partner`.
         "status_0": "failed",
@@ -421,7 +432,7 @@ def test_sqlite_reads_an_index_in_order(
 ) -> None:
     """Each branch of a page is read from an index, and a single branch needs no sort."""
     shape = Shape(statuses, sources, oldest, None, pairs=False, onward=onward)
-    values = bound(SearchQuery(), "")
+    values = bound(SearchQuery())
     statement: Any = select_page(shape)
     compiled = statement.compile(dialect=dialect())
     names = compiled.positiontup or []
@@ -466,7 +477,7 @@ def steps_of(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 async def test_postgresql_reads_an_index_in_order(filled_postgres: str) -> None:
     """Each branch reads at most about a page of rows from an index, at any depth and filter."""
     connection = await asyncpg.connect(filled_postgres)
-    values = bound(SearchQuery(), "")
+    values = bound(SearchQuery())
     for statuses_, sources_, oldest in SHAPES:
         compiled = compile_statement(select_page(Shape(statuses_, sources_, oldest, None)))
         record = await connection.fetchval(
@@ -487,7 +498,7 @@ async def test_postgresql_reads_an_index_in_order(filled_postgres: str) -> None:
 async def test_words_are_found_by_their_index(filled_postgres: str, filled_sqlite: str) -> None:
     """Words are found by their index, and the scan of the first incidents is limited."""
     connection = await asyncpg.connect(filled_postgres)
-    values = bound(SearchQuery(), "'needle':*") | {"scan": 500}
+    values = bound(SearchQuery()) | {"scan": 500}
     values["high_at"] = datetime(9999, 12, 31, tzinfo=UTC)
     values |= {"from_at": values["low_at"], "from_id": 0}
     values |= {"until_at": values["high_at"], "until_id": 0}
@@ -630,14 +641,24 @@ async def test_a_total_is_counted_only_if_the_page_does_not_tell_it(
         assert await counted(text="half", after=last) == (1, 4)
 
 
-def test_words_are_dropped_that_say_nothing_more() -> None:
-    """Each word is looked for once, without those that begin another, in any letter case."""
-    assert words("disk Disk DISK") == ["DISK"]
-    assert words("d di disk-1 1") == ["disk", "1"]
-    assert words("disk disks d_is") == ["disks", "is"]
-    assert words("Диски ДИСК полон") == ["Диски", "полон"]
-    assert words("b a ab ba") == ["ab", "ba"]
-    assert words("ab ac b") == ["ab", "ac", "b"]
+def test_phrases_are_dropped_that_say_nothing_more() -> None:
+    """Each phrase is looked for once, without those that another one includes, in any case."""
+
+    def asked(text: str) -> list[str]:
+        return [f"{one.words}*" if one.begins else one.words for one in phrases(text)]
+
+    assert asked("disk Disk DISK") == ["disk"]
+    assert asked("disk disks d_is") == ["disk", "disks", "d is"]
+    assert asked("disk dis") == ["disk"]
+    assert asked("dis disk") == ["dis", "disk*"]
+    assert asked("1 db-1 db") == ["db 1"]
+    assert asked("Диски ДИСК полон") == ["диски", "диск", "полон*"]
+    assert asked('"disk is full" is full') == ["disk is full"]
+    assert asked('disk "is full"') == ["disk", "is full"]
+    assert asked("disk “is full”, now") == ["disk", "is full", "now*"]
+    assert asked('disk "is full') == ["disk", "is", "full*"]
+    assert asked("disk. ") == ["disk*"]
+    assert asked("? -") == []
 
 
 def test_the_longer_way_to_a_page_is_not_taken() -> None:

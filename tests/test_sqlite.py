@@ -25,7 +25,7 @@ from incidentkit.opening import store_on
 from incidentkit.store import StoreOptions
 from incidentkit.store.sqlite.threads import ThreadsExecutor, _Threads
 from incidentkit.store.store import Store
-from tests.endless import Endless
+from tests.endless import ENDLESS, Endless
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -357,6 +357,53 @@ async def test_a_search_waits_for_a_thread_only_so_long(sqlite_url: str) -> None
         search.cancel()
         await asyncio.wait([search])
         await endless.until_running(0)
+
+
+async def test_a_place_is_free_once_its_thread_is(sqlite_url: str) -> None:
+    """An abandoned search keeps its place until its thread has noticed the interrupt."""
+    options = StoreOptions(pool_size=1, pool_timeout=0.1)
+    async with IncidentClient.open(sqlite_url, options=options) as client:
+        gate = Event()
+        endless = Endless(threads_of(client)._engine, gate)
+        search = asyncio.ensure_future(client.search(text="disk"))
+        await endless.until_running(1)
+        search.cancel()
+        await asyncio.wait([search])
+        endless.on = False
+        with pytest.raises(StoreUnavailable, match="all 1 connections for searches"):
+            await client.search(text="disk")
+        gate.set()
+        await endless.until_running(0)
+        assert (await client.search(text="disk")).incidents == []
+
+
+def test_an_interrupt_is_repeated_after_the_event_loop_has_ended(sqlite_url: str) -> None:
+    """An interrupt that comes before its statement ends it all the same, without an event loop."""
+    client = IncidentClient.open(sqlite_url)
+    begun, gate = Event(), Event()
+
+    def hold(*arguments: Any) -> None:
+        if arguments[2] == ENDLESS:
+            begun.set()
+            gate.wait(30)
+
+    async def abandon() -> Endless:
+        await client.connect()
+        engine = threads_of(client)._engine
+        endless = Endless(engine)
+        event.listen(engine, "before_cursor_execute", hold)
+        search = asyncio.ensure_future(client.search(text="disk"))
+        assert await asyncio.to_thread(begun.wait, 30)
+        search.cancel()
+        await asyncio.wait([search])
+        return endless
+
+    endless = asyncio.run(abandon())
+    gate.set()
+    try:
+        asyncio.run(endless.until_running(0))
+    finally:
+        asyncio.run(client.close())
 
 
 async def test_close_waits_for_a_scan_to_be_interrupted(sqlite_url: str) -> None:

@@ -261,8 +261,8 @@ async def test_a_parameter_that_cannot_be_honored_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        (f"postgresql://app:{PASSWORD}@{HOST}:port/app", "a port that is no number"),
-        (f"postgresql://app:{PASSWORD}@{HOST}:70000/app", "a port that is no number"),
+        (f"postgresql://app:{PASSWORD}@{HOST}:port/app", "a port that is not a number"),
+        (f"postgresql://app:{PASSWORD}@{HOST}:70000/app", "a port that is not a number"),
         (f"postgresql://app:{PASSWORD}@db1,db2/app?port=1,2,3", "one port, or as many as hosts"),
         (f"postgresql://app:{PASSWORD}@db1,,db2/app", "an empty host"),
         (f"postgresql://app:{PASSWORD}@::1/app", "an IPv6 address without brackets"),

@@ -28,8 +28,12 @@ def check_redis_url(redis_url: str) -> None:
         )
 
 
-def cache_from_url(redis_url: str) -> RedisCache:
+def cache_from_url(redis_url: str, *, prefix: str = "") -> RedisCache:
     """Return the cache that a URL names, not yet connected.
+
+    Args:
+        redis_url: The servers.
+        prefix: The beginning of every key, to keep several databases apart.
 
     Raises:
         InvalidSettings: If the URL cannot be used.
@@ -42,4 +46,4 @@ def cache_from_url(redis_url: str) -> RedisCache:
         if error.name != "redis":
             raise
         raise MissingDependency("redis", extra="redis") from error
-    return RedisCache.from_url(redis_url)
+    return RedisCache.from_url(redis_url, prefix=prefix)

@@ -108,6 +108,8 @@ class PageCache:
         self._writes: Batcher[tuple[str, Page, int], None] = Batcher(self._write, forget=True)
         self._trusted: tuple[str | None, float] | None = None
         self._changes = 0
+        # Whether the last page had no token.
+        self._unknown = False
 
     @property
     def available(self) -> bool | None:
@@ -119,8 +121,18 @@ class PageCache:
         return (await self.page(query)).incidents.copy()
 
     async def page(self, query: ListQuery) -> Page:
-        """Return the page as the database has it at a moment during this call."""
-        return await self._current(query.cache_key) or await self._reads(query)
+        """Return the page as the database has it at a moment during this call.
+
+        Without a token, nothing is kept and no call shares the page of another: under row security
+        each session may see other rows.
+        """
+        if not self._unknown:
+            page = await self._current(query.cache_key) or await self._reads(query)
+            if page.token is not None:
+                return page
+        page = await self._store.list(query)
+        self._unknown = page.token is None
+        return page
 
     def forget(self) -> None:
         """Remove every page after this process has changed an incident.
@@ -196,6 +208,8 @@ class PageCache:
         key, now, changes = query.cache_key, self._clock(), self._changes
         page = await self._store.list(query)
         self._trust(page.token, now, changes)
+        if page.token is None:
+            return page
         # Keep the bytes alone: every garbage collection would visit the objects.
         self._memory.set(key, Page(partial(_read, page.json), page.token, page.json), TTL)
         if self._shared is not None and len(self._writes) < MAX_WRITES:

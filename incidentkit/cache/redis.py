@@ -68,12 +68,16 @@ class RedisCache:
     Args:
         redis: A client of the application, which stays open when the cache is closed. Give it short
             timeouts and no retries: redis-py's defaults hold a call for up to a minute.
+        prefix: The beginning of every key, also of ``incidentkit:pages``. Caches with different
+            prefixes keep their pages apart.
 
     Attributes:
         address: Names the servers in messages, without user and password.
     """
 
-    def __init__(self, redis: Redis | RedisCluster) -> None:
+    def __init__(self, redis: Redis | RedisCluster, *, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._index = f"{prefix}{INDEX_KEY}"
         self.address = "the application's Redis"
         self._open: Callable[[], _Opened] = lambda: (redis, ())
         self._use(redis, ())
@@ -95,7 +99,7 @@ class RedisCache:
         )
 
     @classmethod
-    def from_url(cls, redis_url: str) -> RedisCache:
+    def from_url(cls, redis_url: str, *, prefix: str = "") -> RedisCache:
         """Return a cache that opens its own connections.
 
         Args:
@@ -105,6 +109,7 @@ class RedisCache:
                 Sentinels. ``rediss`` in place of ``redis`` selects TLS. The query takes
                 redis-py's parameters, and ``sentinel_username`` and ``sentinel_password`` for the
                 Sentinels.
+            prefix: The beginning of every key.
 
         Raises:
             InvalidSettings: If a part of the URL cannot be used.
@@ -116,7 +121,7 @@ class RedisCache:
         except UNREADABLE_URL:
             # Without its cause, whose text may hold the password.
             raise InvalidSettings("redis_url", "is not a URL that redis-py can use") from None
-        cache = cls(opened[0])
+        cache = cls(opened[0], prefix=prefix)
         cache.address = _address(redis_url)
         cache._open = partial(open_by[kind], redis_url)
         cache._use(*opened)
@@ -124,11 +129,11 @@ class RedisCache:
 
     async def get(self, key: str) -> bytes | None:
         """Return the value, or None if the key is missing or holds another type."""
-        return await self._gets(key)
+        return await self._gets(f"{self._prefix}{key}")
 
     async def set(self, key: str, value: bytes, ttl: float) -> None:
         """Store a value and its name, and remove random pages above the maximum."""
-        await self._sets((key, value, ttl))
+        await self._sets((f"{self._prefix}{key}", value, ttl))
 
     async def clear(self) -> None:
         """Remove every page whose name is in the set, and the set."""
@@ -179,9 +184,9 @@ class RedisCache:
                 ("SET", key, value, "EX", ttl)
                 for (key, value, _), ttl in zip(given, seconds, strict=True)
             ),
-            ("SADD", INDEX_KEY, *(key for key, _, _ in given)),
-            ("EXPIRE", INDEX_KEY, max(seconds)),
-            ("SCARD", INDEX_KEY),
+            ("SADD", self._index, *(key for key, _, _ in given)),
+            ("EXPIRE", self._index, max(seconds)),
+            ("SCARD", self._index),
         )
         if kept > MAX_PAGES:
             await self._remove(min(kept - MAX_PAGES, BATCH))
@@ -189,7 +194,7 @@ class RedisCache:
 
     async def _remove(self, count: int) -> int:
         """Remove up to ``count`` pages, and return the number of names that were removed."""
-        (names,) = await self._send_with_index(("SPOP", INDEX_KEY, count))
+        (names,) = await self._send_with_index(("SPOP", self._index, count))
         if isinstance(self._redis, RedisCluster):
             await self._send(*(("UNLINK", name) for name in names))
         elif names:
@@ -202,7 +207,7 @@ class RedisCache:
             return await self._send(*commands)
         except ResponseError as error:
             if _has_another_type(error):
-                await self._send(("UNLINK", INDEX_KEY))
+                await self._send(("UNLINK", self._index))
             raise
 
     async def _send(

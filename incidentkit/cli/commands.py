@@ -1,4 +1,4 @@
-"""Commands that refuse what click would accept in silence."""
+"""Commands that refuse arguments that click silently accepts."""
 
 from __future__ import annotations
 

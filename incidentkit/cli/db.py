@@ -20,10 +20,15 @@ from incidentkit.cli.output import write
 from incidentkit.cli.running import name_default, run_coroutine
 from incidentkit.cli.text import harmless, held_up
 from incidentkit.domain.errors import StoreError
-from incidentkit.domain.values import FeedBlocker
 from incidentkit.opening import check_exists, migrations, store_from_url
 from incidentkit.settings import Settings
-from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, migrations_below, migrations_to
+from incidentkit.store.schema import (
+    REVISIONS,
+    SCHEMA_REVISION,
+    migrations_below,
+    migrations_to,
+    upgrade_command,
+)
 
 
 @click.group(cls=Group)
@@ -43,15 +48,21 @@ def db() -> None:
 def upgrade(servers: Servers, revision: str) -> None:
     """Bring the schema up to REVISION, by default the newest; no row is lost.
 
-    Takes over a database of the origin as it is. Safe to run from several places at once, and to
-    run again after a kill. Shows the progress of an upgrade that takes long.
+    Takes over a database of Incident API as it is. Restores functions, triggers and indexes that
+    are missing or were changed. Safe to run from several places at once, and to run again after a
+    kill. Shows the progress of an upgrade that takes long. Names the schema of PostgreSQL that has
+    the tables, and creates the one of --schema if there is none.
     """
-    url = servers.settings.database_url
+    url, schema = servers.settings.database_url, servers.settings.schema
     # A faulty revision is reported before a file is created.
     migrations_to(revision, 0)
     with _progress():
-        run_coroutine(migrations().upgrade(url, revision))
-    _write_revision(run_coroutine(migrations().current(url)))
+        done = run_coroutine(migrations().upgrade(url, revision, schema=schema))
+    for part in done.restored:
+        write(f"Restored {part}.")
+    if done.schema is not None:
+        click.echo(f"The tables are in the schema {harmless(done.schema)}.", err=True)
+    _write_revision(run_coroutine(migrations().current(url, schema=schema)), schema)
 
 
 @db.command(context_settings={"ignore_unknown_options": True})
@@ -61,13 +72,13 @@ def upgrade(servers: Servers, revision: str) -> None:
 def downgrade(servers: Servers, revision: str, *, yes: bool) -> None:
     """Bring the schema down to REVISION, by default by one step.
 
-    Incidents are kept down to the origin's revision, dadc1db062ae. Below it, `base` drops the
+    Incidents are kept down to the first revision, dadc1db062ae. Below it, `base` drops the
     incident table with all its rows, after a confirmation.
     """
-    url = servers.settings.database_url
+    url, schema = servers.settings.database_url, servers.settings.schema
     migrations_to(revision, len(REVISIONS))
     check_exists(url, with_schema=False)
-    at = None if yes else run_coroutine(migrations().current(url))
+    at = None if yes else run_coroutine(migrations().current(url, schema=schema))
     if at is not None and migrations_to(revision, migrations_below(at)) == 0:
         warning = f"a downgrade to {revision} drops the incident table with all its rows"
         if sys.stdin is None or not sys.stdin.isatty():
@@ -77,50 +88,52 @@ def downgrade(servers: Servers, revision: str, *, yes: bool) -> None:
         click.confirm(f"{warning.capitalize()}. Continue?", abort=True, err=True)
         interrupts.farewell = None
     with _progress():
-        run_coroutine(migrations().downgrade(url, revision))
-    _write_revision(run_coroutine(migrations().current(url)))
+        run_coroutine(migrations().downgrade(url, revision, schema=schema))
+    _write_revision(run_coroutine(migrations().current(url, schema=schema)), schema)
 
 
 @db.command()
 @takes_database
 def current(servers: Servers) -> None:
     """Show the revision of the schema."""
-    url = servers.settings.database_url
+    url, schema = servers.settings.database_url, servers.settings.schema
     check_exists(url, with_schema=False)
-    revision = run_coroutine(migrations().current(url))
+    revision = run_coroutine(migrations().current(url, schema=schema))
     name_default(servers)
-    _write_revision(revision)
+    _write_revision(revision, schema)
 
 
 @db.command()
 @takes_database
 def check(servers: Servers) -> None:
-    """Exit with 1, and say what to do, unless the schema has the newest revision.
+    """Exit with 1, and say what to do, unless a client can work on the database.
 
-    Also warns of a transaction on PostgreSQL that holds the change feed up.
+    Its functions, triggers and indexes must be as the revision defines them.
+
+    Also warns of a transaction on PostgreSQL that holds up the change feed.
     """
-    url = servers.settings.database_url
+    url, schema = servers.settings.database_url, servers.settings.schema
     check_exists(url, with_schema=False)
-    run_coroutine(migrations().check(url))
+    run_coroutine(migrations().check(url, schema=schema))
+    warning = run_coroutine(_open(servers.settings))
     name_default(servers)
     write("The schema is up to date.")
-    try:
-        blocker = run_coroutine(_feed_blocker(servers.settings))
-    except StoreError as error:
-        # Such as a missing privilege: the schema is in order all the same.
-        _warn(f"cannot tell whether the change feed is held up: {error}")
-    else:
-        if blocker is not None:
-            _warn(held_up(blocker))
+    if warning is not None:
+        click.echo(f"Warning: {harmless(warning)}", err=True)
 
 
-async def _feed_blocker(settings: Settings) -> FeedBlocker | None:
-    store = store_from_url(settings.database_url, settings.store)
+async def _open(settings: Settings) -> str | None:
+    """Open the store as a client does, and return a warning about the change feed."""
+    store = store_from_url(settings.database_url, settings.store, schema=settings.schema)
     await store.open()
     try:
-        return await store.feed_blocker()
+        blocker = await store.feed_blocker()
+    except StoreError as error:
+        # Such as a missing privilege: the schema is in order all the same.
+        return f"cannot tell whether the change feed is held up: {error}"
     finally:
         await store.close()
+    return None if blocker is None else held_up(blocker)
 
 
 class _Lines(logging.Handler):
@@ -145,12 +158,9 @@ def _progress() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _warn(message: str) -> None:
-    click.echo(f"Warning: {harmless(message)}", err=True)
-
-
-def _write_revision(revision: str | None) -> None:
+def _write_revision(revision: str | None, schema: str | None) -> None:
     if revision is None:
-        write("The database has no incidentkit schema yet: run `incidentkit db upgrade`.")
+        command = upgrade_command(schema)
+        write(f"The database has no incidentkit schema yet: run `{command}`.")
     else:
         write(f"{revision} (head)" if revision == SCHEMA_REVISION else revision)

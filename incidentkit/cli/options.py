@@ -24,7 +24,8 @@ SOURCES: Final = f"[{'|'.join(IncidentSource)}]"
 
 DATABASE_URL: Final = "INCIDENTKIT_DATABASE_URL"
 REDIS_URL: Final = "INCIDENTKIT_REDIS_URL"
-"""The variables that ``--database-url`` and ``--redis-url`` override."""
+SCHEMA: Final = "INCIDENTKIT_SCHEMA"
+"""The variables that ``--database-url``, ``--redis-url`` and ``--schema`` override."""
 
 _database_option: Final = click.option(
     "--database-url",
@@ -32,6 +33,11 @@ _database_option: Final = click.option(
     shell_complete=offer_databases,
     help="postgresql://user:password@host:port/database or sqlite+aiosqlite:///file; overrides "
     "the environment.",
+)
+_schema_option: Final = click.option(
+    "--schema",
+    metavar="NAME",
+    help="The schema of PostgreSQL that has the tables; overrides the environment.",
 )
 _redis_option: Final = click.option(
     "--redis-url", metavar="URL", help="redis://host:port/db; overrides the environment."
@@ -52,12 +58,13 @@ class Servers:
 
 
 def takes_database(command: Callable[..., None]) -> Callable[..., None]:
-    """Pass the servers to a command; ``--database-url`` overrides the environment."""
+    """Pass the servers to a command; options for the database override the environment."""
 
+    @_schema_option
     @_database_option
     @wraps(command)
-    def with_servers(database_url: str | None, **arguments: Any) -> None:
-        command(_servers({DATABASE_URL: database_url}), **arguments)
+    def with_servers(database_url: str | None, schema: str | None, **arguments: Any) -> None:
+        command(_servers({DATABASE_URL: database_url, SCHEMA: schema}), **arguments)
 
     return with_servers
 
@@ -66,18 +73,22 @@ def takes_servers(command: Callable[..., None]) -> Callable[..., None]:
     """Pass the servers to a command; an option for each overrides the environment."""
 
     @_redis_option
+    @_schema_option
     @_database_option
     @wraps(command)
-    def with_servers(database_url: str | None, redis_url: str | None, **arguments: Any) -> None:
-        command(_servers({DATABASE_URL: database_url, REDIS_URL: redis_url}), **arguments)
+    def with_servers(
+        database_url: str | None, schema: str | None, redis_url: str | None, **arguments: Any
+    ) -> None:
+        given = {DATABASE_URL: database_url, SCHEMA: schema, REDIS_URL: redis_url}
+        command(_servers(given), **arguments)
 
     return with_servers
 
 
 def _servers(options: dict[str, str | None]) -> Servers:
-    overrides = {name: url for name, url in options.items() if url is not None}
-    for name, url in overrides.items():
-        if not url.strip():
+    overrides = {name: value for name, value in options.items() if value is not None}
+    for name, value in overrides.items():
+        if not value.strip():
             raise InvalidSettings(name, "is empty")
     variables = read_variables(overrides=overrides)
     for name, fault in unknown_variables(variables).items():

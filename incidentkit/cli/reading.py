@@ -104,7 +104,7 @@ def list_incidents(servers: Servers, *, as_json: bool, **query: Any) -> None:
     type=Time(),
     help="Only incidents created before this time, in UTC unless it has an offset.",
 )
-@click.option("--text", help="Words, or beginnings of words, that the message must all contain.")
+@click.option("--text", help='Words and "phrases" that the message must all contain.')
 @click.option(
     "--order",
     metavar=f"[{'|'.join(IncidentOrder)}]",

@@ -186,7 +186,8 @@ class PartlyStored(IncidentKitError):
     def __str__(self) -> str:
         return (
             f"Only the first {len(self.incidents)} of {self.given} incidents are known to be "
-            f"stored. {self.reason}. Repeat the call with its idempotency_key, or with the rest"
+            f"stored. {self.reason}. Repeat the call with the same idempotency_key; without one, "
+            "look which are stored before you pass the rest"
         )
 
 
@@ -207,7 +208,7 @@ class ClientClosed(IncidentKitError):
 class WrongEventLoop(IncidentKitError):
     """The client was opened on another event loop, in another thread, or before a fork.
 
-    Nothing was read or written, and the client goes on working where it was opened.
+    Nothing was read or written, and the client keeps working where it was opened.
 
     Attributes:
         reason: Where the client was opened, and what to do instead.
@@ -279,7 +280,7 @@ class StoreError(IncidentKitError):
             password. None: it is not known.
         sqlstate: The SQLSTATE of PostgreSQL, or the name of the error in SQLite, such as
             ``SQLITE_FULL``. None: the error does not come from the database itself.
-        retryable: Whether the same call may succeed later although nothing is changed.
+        retryable: Whether the same call may succeed later, with nothing changed.
     """
 
     def __init__(
@@ -312,7 +313,7 @@ class StoreError(IncidentKitError):
 
 
 class StoreUnavailable(StoreError):
-    """The database cannot be reached, did not answer in time, or does no work at present.
+    """The database cannot be reached, did not answer in time, or cannot do its work at present.
 
     A write that raises this may or may not be stored.
 
@@ -342,24 +343,33 @@ class SchemaOutOfDate(StoreError):
         current: The revision of the database; None: it has no incidentkit schema.
         expected: The revision that this version of incidentkit needs.
         command: The command to run.
+        differences: The parts that are missing or were changed although the revision is the
+            expected one, as in ``the trigger incident_token_change is missing``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         current: str | None,
         expected: str,
         command: str = "incidentkit db upgrade",
         *,
+        differences: Sequence[str] = (),
         place: str | None = None,
         sqlstate: str | None = None,
     ) -> None:
         self.current = current
         self.expected = expected
         self.command = command
+        self.differences = tuple(differences)
         super().__init__("the schema is out of date", place=place, sqlstate=sqlstate)
         self.args = (current, expected, command)
 
     def __str__(self) -> str:
+        if self.differences:
+            return (
+                f"{self._database} is at revision {self.current}, but {', '.join(self.differences)}"
+                f": run `{self.command}`"
+            )
         found = f"is at revision {self.current}" if self.current else "has no incidentkit schema"
         return (
             f"{self._database} {found}; this version of incidentkit needs revision "

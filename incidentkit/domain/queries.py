@@ -80,9 +80,9 @@ class SearchQuery:
         source: One source or several; None: any source.
         created_after: Only incidents created at this time or later; None: no lower bound.
         created_before: Only incidents created before this time; None: no upper bound.
-        text: Words that the message must all contain, as whole words or as beginnings of words,
-            in any letter case: 1 to 200 characters with at least one letter or digit, and at most
-            32 different words, not counting those that begin another one. None: any message.
+        text: Words and phrases that the message must all contain: 1 to 200 characters with at least
+            one letter or digit, and at most 32 different words and phrases, not counting those that
+            another one includes. None: any message.
         order: ``newest`` or ``oldest`` first.
         limit: Incidents per page, 1 to 1000.
         after: The cursor of the page before; None: the first page.
@@ -96,7 +96,7 @@ class SearchQuery:
     source: frozenset[IncidentSource] | None = field(default=None, converter=rules.sources)
     created_after: datetime = field(default=None, converter=rules.lower_bound)
     created_before: datetime = field(default=None, converter=rules.upper_bound)
-    text: str | None = field(default=None, converter=rules.optional_words)
+    text: str | None = field(default=None, converter=rules.optional_text)
     order: IncidentOrder = field(default=IncidentOrder.NEWEST, converter=rules.order)
     limit: int = field(default=DEFAULT_LIMIT, converter=rules.limit)
     after: SearchCursor | None = field(

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import wraps
-from itertools import pairwise
 from typing import Any, Final, NamedTuple, TypeVar
 
 from attrs import NOTHING, Attribute, AttrsInstance, fields, fields_dict
@@ -49,6 +48,7 @@ from incidentkit.domain.values import (
     IncidentSource,
     IncidentStatus,
 )
+from incidentkit.domain.words import phrases
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
@@ -351,34 +351,19 @@ def upper_bound(value: datetime | None) -> datetime:
     return LATEST_TIME if value is None else time_bound(value)
 
 
-def optional_words(value: str | None) -> str | None:
-    """Return the words of a search, or None."""
+def optional_text(value: str | None) -> str | None:
+    """Return the text of a search, or None."""
     if value is None:
         return None
     text = storable(value)
-    if not 1 <= len(text) <= TEXT_MAX_LENGTH or not any(map(str.isalnum, text)):
+    found = phrases(text) if len(text) <= TEXT_MAX_LENGTH else []
+    if not found:
         raise ValueError(
             f"must have 1 to {TEXT_MAX_LENGTH} characters, and among them a letter or a digit"
         )
-    if len(words(text)) > TEXT_MAX_WORDS:
-        raise ValueError(
-            f"must have at most {TEXT_MAX_WORDS} different words, not counting those that begin "
-            "another one"
-        )
+    if len(found) > TEXT_MAX_WORDS:
+        raise ValueError(f"must have at most {TEXT_MAX_WORDS} different words and phrases")
     return text
-
-
-def words(text: str) -> list[str]:
-    """Return the words to look for in messages: each word once, without those that begin another.
-
-    A message with the longer word has the shorter one too, as the beginning of a word.
-    """
-    # By character, since the lower case of a whole word can depend on its end.
-    found = {"".join(map(str.lower, word)): word for word in re.findall(r"[^\W_]+", text)}
-    # In this order a word that begins others stands directly before one of them.
-    order = sorted(found)
-    begun = {word for word, after in pairwise(order) if after.startswith(word)}
-    return [word for lower, word in found.items() if lower not in begun]
 
 
 class EventCursor(NamedTuple):

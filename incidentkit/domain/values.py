@@ -21,10 +21,11 @@ NAME_MAX_LENGTH: Final = 255
 
 NOTE_MAX_LENGTH: Final = 1000
 TEXT_MAX_LENGTH: Final = 200
-"""Maximum length of the words of a search, in characters."""
+"""Maximum length of the text of a search, in characters."""
 
 TEXT_MAX_WORDS: Final = 32
-"""Maximum number of different words of a search, not counting those that begin another one."""
+"""Maximum number of different words and phrases of a search, not counting those that another one
+includes."""
 
 MAX_ID: Final = 2**63 - 1
 TAG_PATTERN: Final = r"[1-9]\d{0,18}-[0-9a-f]{12}"
@@ -203,18 +204,18 @@ class ChangePage:
 
 @frozen
 class FeedBlocker:
-    """The oldest open transaction of a PostgreSQL server, which holds the change feed up.
+    """The oldest open transaction of a PostgreSQL server, which holds up the change feed.
 
     Changes of younger transactions are delivered once it has ended.
 
     Attributes:
-        since: When it began, or was prepared. If that is hidden from the client's account: when
-            the oldest waiting change was recorded. Aware, in UTC, in whole seconds.
+        since: When it began, or was prepared. If the client's account may not see that: when the
+            oldest waiting change was recorded. Aware, in UTC, in whole seconds.
         pid: The server process that runs it; None for a prepared transaction, and if the server
-            does not show it, as a standby does not.
+            does not show it, as on a standby.
         prepared: The identifier of a prepared transaction; None for any other.
-        database: The database that it works in, which may be another one; None if it is unknown,
-            like the next three.
+        database: Its database, which may differ from the client's. None if unknown; the same
+            applies to the next three.
         user: The account that began it.
         application: The ``application_name`` of its connection; None if it has none.
         state: The state of its connection, such as ``active`` or ``idle in transaction``.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, lru_cache
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.requests import Request
@@ -28,6 +28,7 @@ from incidentkit.http.streams import (
     run_until_disconnect,
     run_until_stop,
 )
+from incidentkit.pacing import in_parts
 from incidentkit.wire import (
     NewNote,
     dump_json,
@@ -39,6 +40,8 @@ from incidentkit.wire import (
     wire_converter,
 )
 
+_T = TypeVar("_T")
+
 _list_query: Final = lru_cache(KNOWN_QUERIES)(ListQuery)
 
 
@@ -49,6 +52,12 @@ def _service(request: Request) -> Service:
 
 def _json(content: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(content, status, headers, "application/json")
+
+
+async def encode_array(items: Sequence[_T], encode: Callable[[Sequence[_T]], bytes]) -> bytes:
+    """Return items as a JSON array; other requests run in between."""
+    parts = await in_parts(encode, items)
+    return parts[0] if len(parts) == 1 else b"[%b]" % b",".join(part[1:-1] for part in parts)
 
 
 def _root_path(request: Request) -> str:
@@ -102,7 +111,7 @@ async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with one page of a search, and the link to the next one."""
     search = _service(request).client.search(**arguments)
     page = await run_until_disconnect(search, request.receive)
-    incidents = await _service(request).encoder.array(page.incidents, encode_incidents)
+    incidents = await encode_array(page.incidents, encode_incidents)
     content = encode_object("incidents", incidents, {"next": page.next, "total": page.total})
     return _json(content, headers=_link(request, "/incident/search", page.next))
 
@@ -112,7 +121,7 @@ async def history(request: Request, arguments: Mapping[str, Any]) -> Response:
     events = await _service(request).client.history(**arguments)
     cursor = events[-1].cursor if len(events) == arguments["limit"] else None
     path = f"/incident/history/{arguments['incident_id']}"
-    content = await _service(request).encoder.array(events, encode_events)
+    content = await encode_array(events, encode_events)
     return _json(content, headers=_link(request, path, cursor))
 
 
@@ -129,7 +138,7 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
         with ExitStack() as place:
             place.enter_context(readers.place())
             first = await client.read_changes(after, limit=BATCH)
-            return ChangeStream(client, first, place.pop_all())
+            return ChangeStream(client, first, readers, place.pop_all())
     page: ChangePage | None = None
     if wait:
         with readers.place():
@@ -137,7 +146,7 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
             page = await run_until_stop(waiting, request.scope, request.receive)
     if page is None:
         page = await client.read_changes(after, limit=limit)
-    events = await service.encoder.array(page.changes, encode_events)
+    events = await encode_array(page.changes, encode_events)
     content = encode_object("changes", events, {"next": page.next})
     return _json(content, headers={"Cache-Control": "no-store"})
 

@@ -97,7 +97,7 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (Problem, "status"): {"minimum": 400, "maximum": 599},
     (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},
     (FeedHealth, "since"): {
-        "description": "When the transaction that holds the feed up began, in UTC; otherwise null."
+        "description": "When the transaction that holds up the feed began, in UTC; otherwise null."
     },
     (FeedHealth, "pid"): {"description": "The process of PostgreSQL that runs it, or null."},
     (FeedHealth, "prepared"): {"description": "The identifier of a prepared transaction, or null."},

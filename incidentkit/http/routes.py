@@ -182,9 +182,10 @@ OPERATIONS: Final = (
             ),
             Parameter(
                 "text",
-                "Words that the message must all contain, as whole words or as beginnings of "
-                "words, in any letter case. At least one letter or digit, and at most "
-                f"{TEXT_MAX_WORDS} different words, not counting those that begin another one.",
+                "Words that the message must all contain, in any case. Words that punctuation "
+                "joins, or between quotation marks, must follow each other. The last word may be "
+                "the beginning of one. At least one letter or digit, and at most "
+                f"{TEXT_MAX_WORDS} different words and phrases.",
                 str,
                 minimum=1,
                 maximum=TEXT_MAX_LENGTH,

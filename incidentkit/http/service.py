@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Final, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,12 +22,6 @@ from incidentkit.http.operation import Operation
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_log import RequestLog
 from incidentkit.http.streams import Readers
-from incidentkit.pacing import Pace
-
-_T = TypeVar("_T")
-
-STEP: Final = 50
-"""Number of items of an array that are encoded without a look at the clock."""
 
 
 class Service(Starlette):
@@ -57,8 +49,7 @@ class Service(Starlette):
         self.operations = operations
         self.request_log = request_log
         self.cache_required = cache_required
-        self.readers = Readers()
-        self.encoder = Encoder()
+        self.readers = Readers(client)
         self._endpoints = [Endpoint(operation) for operation in operations]
         super().__init__(
             routes=[endpoint.route for endpoint in self._endpoints],
@@ -84,30 +75,6 @@ class Service(Starlette):
         if handler is not None or self.debug:
             app = ServerErrorMiddleware(app, handler, self.debug)
         return Envelope(app)
-
-
-class Encoder:
-    """Encodes large arrays one at a time, and lets other requests run after every few items."""
-
-    def __init__(self) -> None:
-        self._turn = asyncio.Lock()
-
-    async def array(self, items: Sequence[_T], encode: Callable[[Sequence[_T]], bytes]) -> bytes:
-        """Return items as a JSON array.
-
-        Args:
-            items: What to encode.
-            encode: Returns some of them as a JSON array.
-        """
-        if len(items) <= STEP:
-            return encode(items)
-        parts = []
-        async with self._turn:
-            pace = Pace()
-            for start in range(0, len(items), STEP):
-                parts.append(encode(items[start : start + STEP])[1:-1])
-                await pace.pause()
-        return b"[%b]" % b",".join(parts)
 
 
 async def _answer_unrouted(request: Request, error: Exception) -> Response:

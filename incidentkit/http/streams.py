@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from math import inf
 from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from incidentkit.batching import Coalescer
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import IncidentKitError, StoreError
 from incidentkit.domain.values import ChangePage, FeedBlocker
@@ -47,12 +50,19 @@ RETRY: Final = 2
 class Readers:
     """Counts the readers that wait for changes, and refuses too many of them.
 
+    Args:
+        client: Reads the changes.
+
     Attributes:
         count: Readers at present.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, client: IncidentClient) -> None:
         self.count = 0
+        self._client = client
+        self._ask = Coalescer(self._ask_client)
+        self._blocker: FeedBlocker | None = None
+        self._asked_at = -inf
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -69,6 +79,23 @@ class Readers:
             yield
         finally:
             self.count -= 1
+
+    async def blocker(self) -> FeedBlocker | None:
+        """Return the transaction that changes wait for; None if the feed is quiet.
+
+        The streams of an app share the answer, which is at most a third of a heartbeat old.
+        """
+        if time.monotonic() - self._asked_at >= HEARTBEAT / 3:
+            await self._ask(None)
+        return self._blocker
+
+    async def _ask_client(self, _: None) -> None:
+        asked_at = time.monotonic()
+        blocker = None
+        with suppress(StoreError):
+            blocker = await self._client.feed_blocker()
+        self._blocker = blocker if blocker is not None and blocker.waiting else None
+        self._asked_at = asked_at
 
 
 async def run_until_stop(
@@ -120,16 +147,20 @@ class ChangeStream(Response):
     Args:
         client: Reads the changes.
         page: The first of them.
+        readers: The readers of the app.
         place: The reader's place, released at the end of the stream.
     """
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, client: IncidentClient, page: ChangePage, place: ExitStack) -> None:
+    def __init__(
+        self, client: IncidentClient, page: ChangePage, readers: Readers, place: ExitStack
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._client = client
         self._page = page
+        self._readers = readers
         self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,16 +201,8 @@ class ChangeStream(Response):
         await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
         while True:
             frames = _frames(page)
-            await self._send(send, frames or _heartbeat(page, await self._blocker()))
+            await self._send(send, frames or _heartbeat(page, await self._readers.blocker()))
             page = await self._client.read_changes(page.next, limit=BATCH, wait=HEARTBEAT)
-
-    async def _blocker(self) -> FeedBlocker | None:
-        """Return the transaction that changes wait for; None if the feed is quiet."""
-        with suppress(StoreError):
-            blocker = await self._client.feed_blocker()
-            if blocker is not None and blocker.waiting:
-                return blocker
-        return None
 
     async def _send(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(SEND_TIMEOUT):

@@ -60,6 +60,13 @@ OLDER_WRITER: Final = Cause(
     text=WRITER_CHECK,
 )
 
+KEPT_OUT: Final = Cause(
+    "a trigger of the database keeps out or undoes what is written; drop it, or let it pass the "
+    "rows of incidentkit",
+    StoreError,
+    text="a trigger kept out rows",
+)
+
 NO_ANSWER: Final = Cause("it did not answer in time", retryable=True)
 
 

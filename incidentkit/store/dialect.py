@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from sqlalchemy import Executable
 
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent
-from incidentkit.store.executor import Fetch
+from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
+from incidentkit.store.sql.definitions import Schema
 from incidentkit.store.sql.search import WordsMatch
 
 PURGED_EVENTS: Final = 5_000
@@ -27,10 +28,12 @@ class Dialect(Protocol):
             was used in the last 24 hours.
         delete_expired_keys: Removes at most ``limit`` idempotency keys older than that.
         select_changes: Returns the events after a place, in the order of their commits.
-        words_match: The conditions for a message that has the words of a search.
+        words_match: The conditions for a message that has the phrases of a search.
         indexes_pairs: Whether the database looks up a pair of a time and an id in an index.
+        select_schema: Returns the revision and the parts of the schema.
         keeps_plans: Whether the database reuses a generic plan for a statement whose cost does not
             depend on its values.
+        schema: Where the tables are; None: in the default schema, or the database has none.
     """
 
     claim_key: Executable
@@ -39,6 +42,12 @@ class Dialect(Protocol):
     words_match: WordsMatch
     indexes_pairs: bool
     keeps_plans: bool
+    schema: str | None
+    select_schema: Executable
+
+    def read_schema(self, rows: Rows) -> Schema:
+        """Return the schema of the rows of :attr:`select_schema`."""
+        ...
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
@@ -85,11 +94,11 @@ class Dialect(Protocol):
         """
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
-        """Return the transaction that holds the feed up for so many seconds; None if none does."""
+        """Return the transaction that has held up the feed for so many seconds, or None."""
         ...
 
-    def words(self, text: str) -> str:
-        """Return the words of a search in the form that the index of words takes."""
+    def phrases(self, text: str) -> Mapping[str, Any]:
+        """Return the values of :attr:`words_match` for the text of a search."""
         ...
 
     def lost_race(self, error: BaseException | None) -> bool:

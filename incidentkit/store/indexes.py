@@ -15,13 +15,15 @@ from typing import Any, Final
 import sqlalchemy as sa
 from alembic import op
 
-from incidentkit.store.schema import in_the_way
+from incidentkit.store.schema import VERSION_TABLE, in_the_way
 
 SETTINGS: Final = ("search_path", "lock_timeout", "statement_timeout", "transaction_timeout")
 """The settings of a transaction on PostgreSQL that the next transaction of the migration keeps."""
 
 GAP: Final = 0.2
 """Seconds between two transactions on SQLite. Writers that wait look every tenth of a second."""
+
+_REVISION: Final = sa.text(f"SELECT version_num FROM {VERSION_TABLE}")
 
 _FINISHED: Final = sa.text(
     "SELECT i.indisvalid FROM pg_class c JOIN pg_class t ON t.relnamespace = c.relnamespace "
@@ -31,7 +33,11 @@ _FINISHED: Final = sa.text(
 """Whether an index is finished; NULL if its name is that of something else."""
 
 
-def build_index(name: str, table: str, definition: str) -> None:
+class Overtaken(Exception):
+    """Another process has gone on with the migration between two of its transactions."""
+
+
+def build_index(name: str, table: str, definition: str, *, unique: bool = False) -> None:
     """Build an index unless it exists.
 
     If the table has rows, everything that the migration has done before is committed.
@@ -41,6 +47,7 @@ def build_index(name: str, table: str, definition: str) -> None:
         table: The name of the table, without quotes.
         definition: The rest of the statement after the table's name. On PostgreSQL, ``{schema}`` in
             it stands for the schema of the table.
+        unique: Whether it refuses equal values.
 
     Raises:
         StoreError: If something else on PostgreSQL has the name.
@@ -48,11 +55,26 @@ def build_index(name: str, table: str, definition: str) -> None:
     if has_rows(table):
         start_transaction()
         if _on_postgresql():
-            _build_concurrently(name, table, definition)
+            _build_concurrently(name, table, definition, unique=unique)
             return
     schema = schema_of(table) if _on_postgresql() else "main"
     definition = definition.format(schema=schema)
-    op.execute(f'CREATE INDEX IF NOT EXISTS "{name}" ON "{table}" {definition}')
+    op.execute(f'CREATE {_kind(unique=unique)} IF NOT EXISTS "{name}" ON "{table}" {definition}')
+
+
+def drop_index(name: str, table: str) -> None:
+    """Drop an index if it exists, while other programs read and write its table.
+
+    If the table has rows, everything that the migration has done before is committed.
+    """
+    if has_rows(table):
+        start_transaction()
+        if _on_postgresql():
+            schema = schema_of(table)
+            with outside_transaction():
+                run_alone(f'DROP INDEX CONCURRENTLY IF EXISTS {schema}."{name}"')
+            return
+    op.execute(f'DROP INDEX IF EXISTS "{name}"')
 
 
 def check_free(table: str, *names: str) -> None:
@@ -67,7 +89,7 @@ def check_free(table: str, *names: str) -> None:
             raise in_the_way(name, "relation")
 
 
-def _build_concurrently(name: str, table: str, definition: str) -> None:
+def _build_concurrently(name: str, table: str, definition: str, *, unique: bool) -> None:
     schema = schema_of(table)
     qualified = f'{schema}."{table}"'
     _wait_for_builds(qualified)
@@ -80,7 +102,12 @@ def _build_concurrently(name: str, table: str, definition: str) -> None:
         if finished == [False]:
             run_alone(f'DROP INDEX CONCURRENTLY {schema}."{name}"')
         definition = definition.format(schema=schema)
-        run_alone(f'CREATE INDEX CONCURRENTLY "{name}" ON {qualified} {definition}')
+        kind = _kind(unique=unique)
+        run_alone(f'CREATE {kind} CONCURRENTLY "{name}" ON {qualified} {definition}')
+
+
+def _kind(*, unique: bool) -> str:
+    return "UNIQUE INDEX" if unique else "INDEX"
 
 
 def has_rows(table: str) -> bool:
@@ -107,16 +134,23 @@ def run_alone(statement: str) -> None:
 
 
 def start_transaction() -> None:
-    """Commit what the migration has done so far, and begin another transaction."""
+    """Commit what the migration has done so far, and begin another transaction.
+
+    Raises:
+        Overtaken: If another process has gone on with the migration meanwhile, on SQLite.
+    """
     if _on_postgresql():
         with outside_transaction():
             pass
         return
     connection: Any = op.get_bind().connection.driver_connection
     if connection.in_transaction:
+        revision = op.get_bind().scalar(_REVISION)
         op.execute("COMMIT")
         time.sleep(GAP)
         op.execute("BEGIN IMMEDIATE")
+        if op.get_bind().scalar(_REVISION) != revision:
+            raise Overtaken
 
 
 @contextmanager

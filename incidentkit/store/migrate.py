@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -25,13 +26,9 @@ import asyncpg
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from sqlalchemy import (
-    Column,
     Connection,
-    MetaData,
     NullPool,
-    PrimaryKeyConstraint,
     String,
-    Table,
     column,
     create_engine,
     delete,
@@ -40,14 +37,18 @@ from sqlalchemy import (
     inspect,
     select,
     table,
+    text,
 )
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.schema import CreateSchema
 
 from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store.database import DatabaseKind, database_kind
+from incidentkit.store.indexes import Overtaken
+from incidentkit.store.mending import mend, read_schema, restore_token_function
 from incidentkit.store.migrations import MIGRATIONS
 from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import (
@@ -57,18 +58,28 @@ from incidentkit.store.postgresql.errors import (
     translate_error,
 )
 from incidentkit.store.postgresql.poolers import find_pooler
-from incidentkit.store.postgresql.statements import SELECT_STRANDED, SHIFT
+from incidentkit.store.postgresql.statements import (
+    SELECT_DISORDERED_SEQUENCES,
+    SELECT_LAST_EVENT_ID,
+    SELECT_STRANDED,
+    SHIFT,
+)
 from incidentkit.store.postgresql.url import Server, parse_url, refused_parameter
 from incidentkit.store.schema import (
     REVISIONS,
     SCHEMA_REVISION,
     VERSION_TABLE,
+    Upgrade,
+    check_parts,
     check_revision,
+    check_schema,
+    copied,
     in_the_way,
     migrations_below,
     migrations_to,
+    named_place,
 )
-from incidentkit.store.sql.tables import incident_table
+from incidentkit.store.sql.tables import incident_table, version_table
 from incidentkit.store.sqlite.errors import PRIMARY_CODE
 from incidentkit.store.sqlite.errors import translate_error as translate_sqlite
 from incidentkit.store.sqlite.file import probe
@@ -131,16 +142,19 @@ WHERE p.datname = current_database()
 """
 """The index that is being built, what the build does, for whom it waits, and the percent done."""
 
+SCHEMA: Final = "incidentkit_schema"
+"""The option of an engine for the schema of the tables, for SQLAlchemy to pass on."""
+
+SCHEMA_FOUND: Final = text("""
+    SELECT nspname
+    FROM pg_class
+    JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE pg_class.oid = to_regclass('incidentkit_version')
+""")
+"""Returns the schema in which the search path finds incidentkit's tables."""
+
 OPTIONS: Final[dict[str, Any]] = {"version_table": VERSION_TABLE, "transactional_ddl": True}
 """How Alembic runs the migrations."""
-
-version_table: Final = Table(
-    VERSION_TABLE,
-    MetaData(),
-    Column("version_num", String(32), nullable=False),
-    PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
-)
-"""The table as Alembic creates it."""
 
 _DRIVER_ERRORS: Final = (
     SQLAlchemyError,
@@ -156,9 +170,25 @@ logger = logging.getLogger("incidentkit.store")
 _migrating = threading.Lock()
 
 
-def migration_engine(database_url: str) -> AsyncEngine:
-    """Return an engine on a PostgreSQL database, directly or through a pooler."""
-    return create_async_engine(
+def _renew_lock() -> None:
+    global _migrating  # noqa: PLW0603
+    _migrating = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A thread that held the lock does not run in the forked process.
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def migration_engine(database_url: str, schema: str | None = None) -> AsyncEngine:
+    """Return an engine on a PostgreSQL database, directly or through a pooler.
+
+    Args:
+        database_url: The database.
+        schema: Where every transaction finds and makes tables, types and functions; None: where
+            the search path of the connection leads.
+    """
+    engine = create_async_engine(
         "postgresql+asyncpg://",
         connect_args={
             "async_creator_fn": partial(_connect, parse_url(database_url)),
@@ -166,9 +196,31 @@ def migration_engine(database_url: str) -> AsyncEngine:
             "prepared_statement_name_func": str,
             "prepared_statement_cache_size": 0,
         },
+        # Whatever the default of the database is: what is read after a lock must be new.
+        isolation_level="READ COMMITTED",
         poolclass=NullPool,
         hide_parameters=True,
+        execution_options={SCHEMA: schema},
     )
+    if schema is not None:
+        event.listen(engine.sync_engine, "begin", _work_in_schema)
+    return engine
+
+
+def _work_in_schema(connection: Connection) -> None:
+    """Limit a transaction to the schema that is named."""
+    schema = _named_schema(connection)
+    name = connection.dialect.identifier_preparer.quote_identifier(str(schema))
+    # A setting of the session would not survive a connection pooler.
+    connection.exec_driver_sql(f"SET LOCAL search_path = {name}")
+    # Inspections look there for a table without a schema.
+    connection.dialect.default_schema_name = schema
+
+
+def _named_schema(connection: Connection) -> str | None:
+    """Return the schema that is named for the tables; None: none is."""
+    schema: str | None = connection.get_execution_options().get(SCHEMA)
+    return schema
 
 
 async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
@@ -205,55 +257,76 @@ def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-async def upgrade(database_url: str, revision: str = "head") -> None:
-    """Bring the schema up to a revision; several processes may do so at once.
+async def upgrade(
+    database_url: str, revision: str = "head", *, schema: str | None = None
+) -> Upgrade:
+    """Bring the tables up to a revision; several processes may do so at once.
 
-    A database of the origin, Incident API, is recognized by its ``alembic_version`` and taken over.
+    A database of Incident API is recognized by its ``alembic_version`` and taken over.
     In a database that was copied from another PostgreSQL server, the order of events is repaired.
+    At the newest revision, functions, triggers and indexes that are missing or were changed are
+    restored, and with a trigger the tokens are replaced.
+
+    Args:
+        database_url: The database.
+        revision: ``head``, a revision, or the beginning of one.
+        schema: The schema of PostgreSQL for the tables, which is created if it does not exist;
+            None: the first one of the search path that exists.
+
+    Returns:
+        Where the tables are, and what was restored.
 
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
         StoreError: With the obstacle; nothing was changed.
-        InvalidSettings: If the revision is unknown.
+        InvalidSettings: If the revision is unknown, the schema cannot have the tables, or it must
+            be named: the search path leads to tables in another one than it has for new tables.
     """
-    await _in_thread(partial(run, database_url, partial(_upgrade, revision)))
+    return await _in_thread(partial(run, database_url, partial(_upgrade, revision), schema))
 
 
-async def downgrade(database_url: str, revision: str = "-1") -> None:
-    """Bring the schema down to a revision, by default by one step.
+async def downgrade(database_url: str, revision: str = "-1", *, schema: str | None = None) -> None:
+    """Bring the tables down to a revision, by default by one step. No schema is dropped.
 
-    Down to the origin's revision every incident is kept. Below it, at ``base``, the table of
-    incidents is dropped with its rows. The first step down drops ``request_log`` with its rows.
+    A step drops the tables that its upgrade added, with their rows. Every incident is kept down to
+    the first revision. Below it, at ``base``, the table of incidents is dropped too.
 
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
         StoreError: With the obstacle; nothing was changed.
-        InvalidSettings: If the revision is unknown.
+        InvalidSettings: As for :func:`upgrade`.
     """
-    await _in_thread(partial(run, database_url, partial(_down, revision)))
+    await _in_thread(partial(run, database_url, partial(_down, revision), schema))
 
 
-async def current(database_url: str) -> str | None:
-    """Return the revision of a database, or None if it has no schema of incidentkit.
+async def current(database_url: str, *, schema: str | None = None) -> str | None:
+    """Return the revision of the tables, or None if there are none of incidentkit.
 
     Raises:
         StoreUnavailable: If the database cannot be reached.
+        InvalidSettings: If the schema cannot have the tables.
     """
-    return await _in_thread(partial(run, database_url, current_revision, reads=True))
+    return await _in_thread(partial(run, database_url, current_revision, schema, reads=True))
 
 
-async def check(database_url: str) -> None:
-    """Raise unless the database is at the newest revision.
+async def check(database_url: str, *, schema: str | None = None) -> None:
+    """Raise unless the tables are at the newest revision, and their events in order.
 
     Raises:
         SchemaOutOfDate: With the command to run.
+        StoreError: If the database was copied from another server; with the command to run.
         StoreUnavailable: If the database cannot be reached.
+        InvalidSettings: If the schema cannot have the tables.
     """
-    await _in_thread(partial(run, database_url, _check, reads=True))
+    await _in_thread(partial(run, database_url, _check, schema, reads=True))
 
 
 def _check(connection: Connection) -> None:
-    check_revision(current_revision(connection))
+    schema = _named_schema(connection)
+    check_revision(current_revision(connection), schema)
+    check_parts(read_schema(connection).differences, schema)
+    if connection.dialect.name == "postgresql" and connection.scalar(SELECT_STRANDED) is not None:
+        raise copied(schema)
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
@@ -307,15 +380,24 @@ def adopt(connection: Connection) -> str | None:
     return revision
 
 
-def _upgrade(revision: str, connection: Connection) -> None:
+def _upgrade(revision: str, connection: Connection) -> Upgrade:
     if connection.dialect.name == "postgresql":
         _check_encoding(connection)
-    _up(revision, connection)
+    restored = _up(revision, connection)
     at = current_revision(connection)
     connection.rollback()
-    if connection.dialect.name == "postgresql" and at == SCHEMA_REVISION:
-        with connection.begin():
+    if connection.dialect.name != "postgresql":
+        return Upgrade(None, restored)
+    with connection.begin():
+        if at == SCHEMA_REVISION:
             put_in_order(connection)
+        return Upgrade(_current_schema(connection), restored)
+
+
+def _current_schema(connection: Connection) -> str | None:
+    """Return the schema for new tables; None if the search path has none that exists."""
+    name: str | None = connection.exec_driver_sql("SELECT current_schema()").scalar_one()
+    return name
 
 
 def _check_encoding(connection: Connection) -> None:
@@ -324,46 +406,89 @@ def _check_encoding(connection: Connection) -> None:
     if encoding == "SQL_ASCII":
         logger.warning(
             "The encoding of the database is SQL_ASCII: it also accepts texts that are not UTF-8, "
-            "which cannot be read, and a search knows only ASCII letters. Use UTF8."
+            "which cannot be read, and a search recognizes only ASCII letters. Use UTF8."
         )
     elif encoding != "UTF8":
         logger.warning(
-            "The encoding of the database is %s: incidents with other characters than it has are "
-            "refused. Use UTF8.",
+            "The encoding of the database is %s: incidents with characters that it does not have "
+            "are refused. Use UTF8.",
             encoding,
         )
 
 
 def put_in_order(connection: Connection) -> None:
-    """Repair the order of events in a database that was copied from another server.
+    """Make new events come after the existing ones.
 
-    The transactions of that server may have larger numbers than those of this one: new events would
-    come before the existing ones.
+    In a database that was copied from another server, transactions may have had larger numbers than
+    those of this one. The sequence of events may have a cache, of which each session takes a part,
+    or count down.
     """
-    latest = connection.scalar(SELECT_STRANDED)
-    if latest is None:
-        return
+    if connection.execute(SELECT_STRANDED).first() is not None:
+        wait_for_tables(connection)
+        connection.exec_driver_sql(
+            'LOCK TABLE "Incident", incident_event IN SHARE ROW EXCLUSIVE MODE'
+        )
+        for unassigned, latest, event_id in connection.execute(SELECT_STRANDED).all():
+            values = {"unassigned": unassigned, "latest": latest, "event_id": event_id}
+            for statement in SHIFT.values():
+                connection.execute(statement, values)
+    for sequence in connection.scalars(SELECT_DISORDERED_SEQUENCES).all():
+        wait_for_tables(connection)
+        connection.exec_driver_sql("LOCK TABLE incident_event IN SHARE ROW EXCLUSIVE MODE")
+        last = connection.scalar(SELECT_LAST_EVENT_ID)
+        connection.exec_driver_sql(
+            f"ALTER SEQUENCE {sequence} INCREMENT BY 1 CACHE 1 RESTART WITH {last + 1}"
+        )
+
+
+def wait_for_tables(connection: Connection) -> None:
+    """Limit the wait for locks, since readers queue behind a migration that waits for a table."""
     connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(TABLE_LOCK_TIMEOUT * 1000)}")
-    connection.exec_driver_sql('LOCK TABLE "Incident", incident_event IN SHARE ROW EXCLUSIVE MODE')
-    latest = connection.scalar(SELECT_STRANDED)
-    if latest is not None:
-        for statement in SHIFT.values():
-            connection.execute(statement, {"latest": latest})
 
 
-def prepare(connection: Connection) -> None:
+def prepare(connection: Connection, *, creates: bool = True) -> None:
     """Take a database over from the origin; the first step of a migration.
+
+    Args:
+        connection: In the transaction of the migration.
+        creates: Whether to create the named schema if it does not exist.
 
     Raises:
         StoreError: If a foreign table is in the way.
+        InvalidSettings: If the schema has to be named.
     """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(NO_TIME_LIMITS)
-        # Readers queue behind a migration that waits for a table.
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(TABLE_LOCK_TIMEOUT * 1000)}")
+        wait_for_tables(connection)
+        schema = _named_schema(connection)
+        if schema is None:
+            _check_schema(connection)
+        # The server checks the privilege before it looks for the schema.
+        elif creates and schema not in inspect(connection).get_schema_names():
+            connection.execute(CreateSchema(schema))
     revision = adopt(connection)
     if revision is not None:
         record_revision(connection, revision)
+    if connection.dialect.name == "postgresql" and _names_schema(current_revision(connection)):
+        # If the schema was renamed, no migration could change an incident.
+        restore_token_function(connection)
+
+
+def _names_schema(revision: str | None) -> bool:
+    """Return whether the function of the token names the schema of the tables."""
+    return revision in REVISIONS[REVISIONS.index("e4a81c3f5d27") : REVISIONS.index("a1f80c46d2b7")]
+
+
+def _check_schema(connection: Connection) -> None:
+    """Raise unless the tables that the search path leads to are where new ones would go."""
+    current_schema = _current_schema(connection)
+    found = connection.scalar(SCHEMA_FOUND)
+    if found not in (None, current_schema):
+        raise InvalidSettings(
+            "schema",
+            f"must be named: the search path leads to the tables in the schema {found}, and would "
+            f"take new ones to {current_schema}",
+        )
 
 
 def record_revision(connection: Connection, revision: str | None) -> None:
@@ -375,23 +500,26 @@ def record_revision(connection: Connection, revision: str | None) -> None:
 
 
 @contextmanager
-def _migration(connection: Connection) -> Iterator[int]:
-    """Begin the transaction of a migration, and yield how many led to the schema as it is."""
+def _migration(connection: Connection, *, creates: bool = False) -> Iterator[int]:
+    """Begin the transaction of a migration, and yield how many led to the tables as they are."""
     # Refuses a newer schema without a lock.
     migrations_below(current_revision(connection))
     # Ends the transaction that only read: Alembic begins its own.
     connection.rollback()
     context = MigrationContext.configure(connection, opts=OPTIONS)
     with context.begin_transaction(), Operations.context(context):
-        prepare(connection)
+        prepare(connection, creates=creates)
         yield migrations_below(current_revision(connection))
 
 
-def _up(target: str, connection: Connection) -> None:
-    with _migration(connection) as at:
+def _up(target: str, connection: Connection) -> tuple[str, ...]:
+    """Bring the schema up to a revision, and return what was restored at the newest one."""
+    with _migration(connection, creates=True) as at:
         for number in range(at, migrations_to(target, at)):
             MIGRATIONS[number].upgrade()
             record_revision(connection, REVISIONS[number])
+        newest = current_revision(connection) == SCHEMA_REVISION
+        return mend(connection) if newest else ()
 
 
 def _down(target: str, connection: Connection) -> None:
@@ -437,28 +565,38 @@ def _cancel(cancelling: Future[Callable[[], object]]) -> None:
         cancelling.result()()
 
 
-async def run(database_url: str, work: Callable[[Connection], _T], *, reads: bool = False) -> _T:
+async def run(
+    database_url: str,
+    work: Callable[[Connection], _T],
+    schema: str | None = None,
+    *,
+    reads: bool = False,
+) -> _T:
     """Run work on a connection, with no other migration of the database beside it.
 
     It may block the event loop. While a table or the file is locked, the work starts over.
 
     Args:
         database_url: The database.
-        work: Migrates it, or looks at it.
+        work: Works in transactions of its own.
+        schema: Where the tables are; None: where the search path leads.
         reads: Whether it only looks: then a migration may run beside it.
     """
     kind = database_kind(database_url)
+    check_schema(schema, kind)
     file = sqlite_url(database_url) if kind == "sqlite" else None
     place = parse_url(database_url).place if file is None else place_of(file)
+    place = named_place(place, schema)
     async with nullcontext() if reads else _alone():
         with _translated(kind, place):
             if file is not None:
                 await probe(file)
                 return await _run_on_file(file, work, reads=reads)
+            engine = migration_engine(database_url, schema)
             if reads:
-                return await _run_on(migration_engine(database_url), work)
+                return await _run_on(engine, work)
             async with _only_migration(parse_url(database_url)):
-                return await _run_on_server(migration_engine(database_url), work)
+                return await _run_on_server(engine, work)
 
 
 @asynccontextmanager
@@ -578,6 +716,8 @@ async def _run_on_file(url: URL, work: Callable[[Connection], _T], *, reads: boo
         except DBAPIError as error:
             if not _is_locked(error) or time.monotonic() > deadline:
                 raise
+        except Overtaken:
+            continue
         if not waits:
             logger.warning(
                 "Another process writes to %s or migrates it: waiting for it.", place_of(url)

@@ -40,19 +40,20 @@ class StoreOptions:
     """How a store uses its database.
 
     Attributes:
-        pool_size: Connections that stay open, at least 1; on SQLite, connections for reading, and
-            half as many for searches, totals and deep pages.
+        pool_size: Connections that are kept, on PostgreSQL for five minutes without use; at least
+            1. On SQLite: connections for reading, and half as many more for slow reads.
         max_overflow: Further connections under load, at least 0; ignored on SQLite.
         connect_timeout: Seconds to wait for a new connection.
         pool_timeout: Seconds to wait for a free connection.
-        statement_timeout: Seconds that a statement may take. On SQLite: seconds that a search, a
-            total or a deep page may take, and seconds to wait for another process that is writing;
-            added to ``pool_timeout``, the seconds that a call waits for another read, or for its
-            write to begin.
-        prepared_statements: Whether statements stay prepared on PostgreSQL, which saves each a
-            round trip; None: as the URL says, and otherwise unless there is a connection pooler in
-            front of the server. For a host's engine or pool, True states that its pooler handles
-            prepared statements, or is in session mode. Ignored on SQLite.
+        statement_timeout: Seconds that a statement may take. On SQLite: seconds that a slow read,
+            such as a search, a total or a deep page, may take, and seconds to wait for another
+            process that is writing. There, another read, or a write that has not begun, fails
+            after ``pool_timeout`` and ``statement_timeout`` together.
+        prepared_statements: Whether statements stay prepared on PostgreSQL, which saves each one a
+            round trip. None: as the URL says; if it says nothing, unless there is a connection
+            pooler. For a host's engine or pool, which decides that itself, pass True if its
+            pooler supports prepared statements, or is in session mode; False changes nothing.
+            Ignored on SQLite.
         echo: Log every statement, without its values, to the logger ``incidentkit.store``.
 
     Raises:

@@ -11,6 +11,7 @@ from incidentkit.domain.queries import ListQuery, SearchQuery
 from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent, SearchPage
+from incidentkit.store.schema import Upgrade
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -132,6 +133,13 @@ class StoreOperations(Protocol):
         """Return the last of all events that :meth:`changes` has, or None if it has none."""
         ...
 
+    async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
+        """Return place and nonce of committed events after a place, also of those that wait.
+
+        :meth:`changes` returns an event only once no other can come before it.
+        """
+        ...
+
     async def check_order(self) -> None:
         """Raise unless new events come after the existing ones.
 
@@ -152,6 +160,9 @@ class StoreOperations(Protocol):
 class IncidentStore(StoreOperations, Protocol):
     """A place to keep incidents: each write is committed when it returns.
 
+    A store may also have an attribute ``row_security``: whether policies decide which rows a
+    session sees, so that no call may share the answer of another.
+
     A store may also have a method ``abandon()``, which releases everything without the event loop
     that opened the store. A client calls it in a thread when it is connected or closed after that
     event loop has ended, or in a forked process.
@@ -171,7 +182,7 @@ class IncidentStore(StoreOperations, Protocol):
         """Raise unless the database answers and has the schema that this version works on."""
 
     async def feed_blocker(self) -> FeedBlocker | None:
-        """Return the transaction that holds the feed up; None if none has done so for long."""
+        """Return the transaction that has held up the feed for five seconds, or None."""
         ...
 
     async def purgeable(self, ended_before: datetime) -> int:
@@ -204,18 +215,23 @@ class IncidentStore(StoreOperations, Protocol):
 class Migrations(Protocol):
     """Functions of ``incidentkit.store.migrate``, which is loaded only if it is needed."""
 
-    async def upgrade(self, database_url: str, revision: str = ...) -> None:
-        """Bring the schema of a database up to a revision."""
-
-    async def downgrade(self, database_url: str, revision: str = ...) -> None:
-        """Bring the schema of a database down to a revision."""
-
-    async def current(self, database_url: str) -> str | None:
-        """Return the revision of a database; None if it has no schema of incidentkit."""
+    async def upgrade(
+        self, database_url: str, revision: str = ..., *, schema: str | None = ...
+    ) -> Upgrade:
+        """Bring the tables up to a revision, and restore parts of the newest one."""
         ...
 
-    async def check(self, database_url: str) -> None:
-        """Raise unless a database is at the newest revision."""
+    async def downgrade(
+        self, database_url: str, revision: str = ..., *, schema: str | None = ...
+    ) -> None:
+        """Bring the tables down to a revision."""
+
+    async def current(self, database_url: str, *, schema: str | None = ...) -> str | None:
+        """Return the revision of the tables; None if there are none of incidentkit."""
+        ...
+
+    async def check(self, database_url: str, *, schema: str | None = ...) -> None:
+        """Raise unless the tables are at the newest revision, and their events in order."""
 
     async def upgrade_memory(self, engine: AsyncEngine) -> None:
         """Create the schema in the SQLite database in memory of an engine."""

@@ -18,6 +18,7 @@ from incidentkit.domain.errors import (
     FieldError,
     IdempotencyKeyReused,
     InvalidIncident,
+    SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
     UnknownCursor,
@@ -34,21 +35,23 @@ from incidentkit.domain.values import (
     SearchPage,
 )
 from incidentkit.store.bookmarks import Bookmarks
+from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.dialect import PURGED_EVENTS, Dialect
 from incidentkit.store.executor import Executor, Fetch, Rows, Work
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
 from incidentkit.store.ports import EventList, IncidentList, Place
+from incidentkit.store.schema import upgrade_command
 from incidentkit.store.searching import SHORT, Search
 from incidentkit.store.sql import statements
 from incidentkit.store.sql.rows import (
     EVENT_COLUMNS,
     INCIDENT_COLUMNS,
     TOKEN,
-    in_steps,
     read_event,
     read_incident,
     read_page,
+    read_rows,
 )
 from incidentkit.store.turns import Key, Turns
 from incidentkit.wire.encoding import encode_incident, encode_incidents
@@ -65,19 +68,22 @@ HELD_UP_AFTER: Final = 5.0
 EXPIRED_KEYS: Final = 10
 """Maximum number of expired idempotency keys that a write with a key removes."""
 
+CLAIMS: Final = 10
+"""Maximum number of tries to take an idempotency key that other transactions remove."""
+
 
 class Sharing(Protocol):
     """Answers calls that wait at the same time from one statement.
 
-    Except for ``get``, each method returns None for a call that must run alone from the start. If
-    the answer of a write is None, nothing was written, and the call is tried alone.
+    Each method returns None for a call that must run alone from the start. If the answer is None,
+    nothing was read or written, and the call is tried alone.
     """
 
-    def get(self, incident_id: int) -> Awaitable[Incident | None]:
-        """Read one incident; None if there is none with this id."""
+    def get(self, incident_id: int) -> Awaitable[tuple[Incident, ...] | None] | None:
+        """Read one incident; an empty tuple if there is none with this id."""
         ...
 
-    def list(self, query: ListQuery) -> Awaitable[Page] | None:
+    def list(self, query: ListQuery) -> Awaitable[Page | None] | None:
         """Read one page."""
         ...
 
@@ -135,19 +141,23 @@ class Records:
         self._bookmarks = bookmarks
 
     def explain(self, error: StoreError, given: Mapping[str, object]) -> None:
-        """Name the database in an error.
+        """Name the database in an error, and its schema in the command that mends it.
 
         Raises:
             InvalidIncident: If the database cannot hold a character of the given values.
         """
         if error.place is None:
             error.place = self._executor.place
+        if isinstance(error, SchemaOutOfDate) and error.command == upgrade_command(None):
+            error.command = upgrade_command(self._dialect.schema)
+            error.args = (*error.args[:2], error.command)
         character = self._dialect.unstorable(error.__cause__)
         if character is None:
             return
         names = [each for name, value in given.items() for each in _fields(name, value, character)]
-        reason = f"must not contain {character!r}, which the encoding of the database does not have"
         if names:
+            encoding = "the encoding of the database or of its connection"
+            reason = f"must not contain {character!r}, which {encoding} does not have"
             faults = [FieldError(name, reason) for name in names[:MAX_FAULTS]]
             raise InvalidIncident(faults) from error.__cause__
 
@@ -278,16 +288,21 @@ class Records:
             await fetch(self._dialect.delete_expired_keys, {"limit": EXPIRED_KEYS})
             # Waits for another transaction that holds the key.
             claim = {"idempotency_key": key, "fingerprint": fingerprint}
-            while not await fetch(self._dialect.claim_key, claim):
+            for _ in range(CLAIMS):
+                if await fetch(self._dialect.claim_key, claim):
+                    break
                 rows = await fetch(statements.SELECT_ANSWER, {"idempotency_key": key})
                 for first_fingerprint, answer in rows:
                     if first_fingerprint != fingerprint:
                         raise IdempotencyKeyReused(key)
                     return decode(answer)
                 # The key had expired, and another transaction has just removed it.
+            else:
+                raise KEPT_OUT.as_error()
             written = await write(fetch)
             values = {"key": key, "answer": encode(written).decode()}
-            await fetch(statements.UPDATE_ANSWER, values)
+            if not await fetch(statements.UPDATE_ANSWER, values):
+                raise KEPT_OUT.as_error()
             return written
 
         return await self._executor.transact(work)
@@ -296,7 +311,10 @@ class Records:
     async def get(self, incident_id: int) -> Incident | None:
         """Read one incident."""
         if self._sharing is not None:
-            return await self._sharing.get(incident_id)
+            shared = self._sharing.get(incident_id)
+            found = None if shared is None else await shared
+            if found is not None:
+                return found[0] if found else None
         values = {"incident_id": incident_id}
         rows = await self._executor.read(statements.SELECT_INCIDENT, values)
         return read_incident(rows[0]) if rows else None
@@ -306,8 +324,9 @@ class Records:
         """Read one page and its token, from one snapshot."""
         if self._sharing is not None:
             shared = self._sharing.list(query)
-            if shared is not None:
-                return await shared
+            page = None if shared is None else await shared
+            if page is not None:
+                return page
         if query.deep:
             return await self._list_deep(query)
         near = self._dialect.keeps_plans and query.offset + query.limit <= statements.NEAR
@@ -361,8 +380,8 @@ class Records:
         """Read one page of a search, and its total if the query asks for it."""
         search = Search(self._dialect, query)
         if search.short:
-            return await search.run(self._executor.read, self._scan)
-        return await self._executor.scan(lambda fetch: search.run(fetch, fetch))
+            return await search.run(self._executor.read)
+        return await self._executor.scan(search.run)
 
     @names_database
     async def history(self, incident_id: int, *, after: int = 0, limit: int = MAX_ID) -> EventList:
@@ -373,7 +392,7 @@ class Records:
             last = rows[-1][EVENT_COLUMNS.index("event_id")]
             values |= {"event_id": last, "limit": limit - SHORT}
             rows = [*rows, *await self._scan(statements.SELECT_HISTORY, values)]
-        return await in_steps(read_event, rows)
+        return await read_rows(read_event, rows)
 
     @names_database
     async def changes(self, after: Place, limit: int) -> EventList:
@@ -381,7 +400,7 @@ class Records:
         transaction_id, event_id = after
         values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
         rows = await self._executor.read(self._dialect.select_changes, values)
-        return await in_steps(read_event, rows)
+        return await read_rows(read_event, rows)
 
     @names_database
     async def latest_change(self) -> IncidentEvent | None:
@@ -390,13 +409,21 @@ class Records:
         return read_event(rows[0]) if rows else None
 
     @names_database
+    async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
+        """Read place and nonce of committed events after a place, also of those that wait."""
+        transaction_id, event_id = after
+        values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
+        rows = await self._executor.read(statements.SELECT_WAITING, values)
+        return [(row[0], row[1], row[2]) for row in rows]
+
+    @names_database
     async def check_order(self) -> None:
         """Raise unless new events come after the existing ones."""
         await self._dialect.check_order(self._executor.read)
 
     @names_database
     async def feed_blocker(self) -> FeedBlocker | None:
-        """Return the transaction that holds the feed up; None if none has done so for long."""
+        """Return the transaction that has held up the feed for a while, or None."""
         return await self._dialect.feed_blocker(self._executor.read, HELD_UP_AFTER)
 
     @names_database
@@ -427,7 +454,3 @@ def _fields(name: str, value: object, character: str) -> Iterator[str]:
             for number, each in enumerate(value):
                 for field in _fields("", each, character):
                     yield f"{name}[{number}].{field}"
-
-
-def _between(low: tuple[datetime, int], high: tuple[datetime, int]) -> dict[str, Any]:
-    return {"low_at": low[0], "low_id": low[1], "high_at": high[0], "high_id": high[1]}

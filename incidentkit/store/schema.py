@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Iterable
+from shlex import quote
+from typing import Final, Literal
+
+from attrs import frozen
 
 from incidentkit.domain.errors import InvalidSettings, SchemaOutOfDate, StoreError
 
@@ -16,6 +20,8 @@ REVISIONS: Final = (
     "c7d15a82e9b4",
     "3e92f6b08d47",
     "a61c08d5e372",
+    "a6d40b7f21c8",
+    "a1f80c46d2b7",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 
@@ -38,11 +44,68 @@ WRITER_CHECK: Final = "ck_incident_event_writer"
 VERSION_TABLE: Final = "incidentkit_version"
 """The table that records the revision, separate from a host's own ``alembic_version``."""
 
+MAX_SCHEMA: Final = 63
+"""Maximum number of bytes in the name of a schema: PostgreSQL shortens a longer one."""
+
+_RESERVED: Final = re.compile("pg_|information_schema$")
+
+
+@frozen
+class Upgrade:
+    """What an upgrade has done.
+
+    Attributes:
+        schema: The schema of PostgreSQL that has the tables; None on SQLite.
+        restored: The parts that were missing or had been changed, as in ``the trigger
+            incident_token_change``.
+    """
+
+    schema: str | None
+    restored: tuple[str, ...]
+
+
 _TARGET: Final = re.compile(r"(?P<start>\w*)(?P<steps>[+-][0-9]{1,9})?", re.ASCII)
 
 
-def check_revision(current: str | None) -> None:
+def check_schema(schema: object, kind: Literal["postgresql", "sqlite"]) -> None:
+    """Raise unless a schema can hold the tables in a database of this kind; None always can.
+
+    Raises:
+        InvalidSettings: With the rule.
+    """
+    if schema is None:
+        return
+    if kind == "sqlite":
+        raise InvalidSettings("schema", "is only for PostgreSQL: on SQLite, use a file for each")
+    name = schema if isinstance(schema, str) else ""
+    # Quotes and backslashes would need an escape wherever a name is part of a text.
+    plain = name.isprintable() and not set(name) & set("\"'`\\")
+    size = len(name.encode()) if plain else 0
+    if not 0 < size <= MAX_SCHEMA or _RESERVED.match(name):
+        raise InvalidSettings(
+            "schema",
+            f"must be the name of a schema: 1 to {MAX_SCHEMA} bytes, without quotes, backslashes "
+            "and control characters, and not one of PostgreSQL's own",
+        )
+
+
+def named_place(place: str, schema: str | None) -> str:
+    """Return the text that names a database, with the schema if there is one."""
+    return place if schema is None else f"{place} (schema {schema})"
+
+
+def upgrade_command(schema: str | None) -> str:
+    """Return the command that brings the tables of a schema up to date; None: the default one."""
+    command = "incidentkit db upgrade"
+    return command if schema is None else f"{command} --schema {quote(schema)}"
+
+
+def check_revision(current: str | None, schema: str | None = None) -> None:
     """Raise unless the revision is :data:`SCHEMA_REVISION`.
+
+    Args:
+        current: The revision; None: there is none.
+        schema: Where the tables are, for the command; None: in the default schema.
 
     Raises:
         SchemaOutOfDate: With the command to run.
@@ -50,8 +113,20 @@ def check_revision(current: str | None) -> None:
     if current == SCHEMA_REVISION:
         return
     newer = current is not None and current not in REVISIONS
-    command = "pip install --upgrade incidentkit" if newer else "incidentkit db upgrade"
+    command = "pip install --upgrade incidentkit" if newer else upgrade_command(schema)
     raise SchemaOutOfDate(current, SCHEMA_REVISION, command)
+
+
+def check_parts(differences: Iterable[object], schema: str | None = None) -> None:
+    """Raise if parts of a schema at :data:`SCHEMA_REVISION` are missing or were changed.
+
+    Raises:
+        SchemaOutOfDate: With these parts and the command to run.
+    """
+    found = [str(difference) for difference in differences]
+    if found:
+        command = upgrade_command(schema)
+        raise SchemaOutOfDate(SCHEMA_REVISION, SCHEMA_REVISION, command, differences=found)
 
 
 def migrations_below(current: str | None) -> int:
@@ -101,6 +176,17 @@ def _number(name: str, at: int) -> int | None:
 def in_the_way(name: str, kind: str = "table") -> StoreError:
     """Return the error for a foreign object with the name of one of incidentkit's."""
     return StoreError(
-        f'a {kind} "{name}" that neither incidentkit nor the origin\'s migrations made '
-        "is in the way"
+        f'a {kind} "{name}" is in the way: neither incidentkit nor Incident API created it'
+    )
+
+
+def copied(schema: str | None) -> StoreError:
+    """Return the error for events that come after those that the server has yet to write.
+
+    Args:
+        schema: Where the tables are, for the command; None: in the default schema.
+    """
+    return StoreError(
+        "it was copied from another server, whose transactions had larger numbers: "
+        f"run `{upgrade_command(schema)}`"
     )

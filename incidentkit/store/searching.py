@@ -12,7 +12,7 @@ from incidentkit.domain.queries import SearchQuery
 from incidentkit.domain.values import MAX_LIMIT, IncidentOrder, SearchPage
 from incidentkit.store.dialect import Dialect
 from incidentkit.store.executor import Fetch, Rows
-from incidentkit.store.sql.rows import STORED_AT, in_steps, read_incident
+from incidentkit.store.sql.rows import STORED_AT, read_incident, read_rows
 from incidentkit.store.sql.search import (
     Shape,
     count_found,
@@ -44,7 +44,7 @@ class Search:
         query: The search.
 
     Attributes:
-        short: Whether its page is read from an index and has few rows.
+        short: Whether all that it reads is a page of few rows from an index.
     """
 
     def __init__(self, dialect: Dialect, query: SearchQuery) -> None:
@@ -70,7 +70,7 @@ class Search:
             most=limit if dialect.keeps_plans else None,
         )
         self._values: Mapping[str, Any] = {
-            "words": query.text and dialect.words(query.text),
+            **({} if query.text is None else dialect.phrases(query.text)),
             # One more row tells whether there is another page.
             "limit": query.limit + 1,
             **{f"status_{n}": status.value for n, status in enumerate(statuses)},
@@ -78,9 +78,9 @@ class Search:
             **_place("low", low),
             **_place("high", high),
         }
-        self.short = query.text is None and query.limit <= SHORT
+        self.short = query.text is None and not query.total and query.limit <= SHORT
 
-    async def run(self, fetch: Fetch, count: Fetch) -> SearchPage:
+    async def run(self, fetch: Fetch) -> SearchPage:
         """Read one page.
 
         Without words that is one statement, and one more for a total that the page does not tell.
@@ -88,23 +88,22 @@ class Search:
 
         Args:
             fetch: Runs a statement.
-            count: Runs the statement that counts.
         """
         if self._query.text is None:
             rows = await fetch(select_page(self._shape), self._values)
-            total = await self._total(count, rows)
+            total = await self._total(fetch, rows)
         elif self._query.total:
             rows, total = await self._find_and_count(fetch)
         else:
             rows, total = await self._find(fetch), None
         limit = self._query.limit
-        incidents = await in_steps(read_incident, rows[:limit])
+        incidents = await read_rows(read_incident, rows[:limit])
         following = None
         if len(rows) > limit:
             following = self._query.cursor(rows[limit - 1][STORED_AT], incidents[-1].incident_id)
         return SearchPage(incidents, following, total)
 
-    async def _total(self, count: Fetch, rows: Rows) -> int | None:
+    async def _total(self, fetch: Fetch, rows: Rows) -> int | None:
         """Return the number of incidents of all pages, if the query asks for it."""
         if not self._query.total:
             return None
@@ -113,7 +112,7 @@ class Search:
             return len(rows)
         low, high = self._everything
         values = {**self._values, **_place("low", low), **_place("high", high)}
-        ((total,),) = await count(count_found(evolve(self._shape, onward=False)), values)
+        ((total,),) = await fetch(count_found(evolve(self._shape, onward=False)), values)
         return int(total)
 
     async def _find_and_count(self, fetch: Fetch) -> tuple[Rows, int]:

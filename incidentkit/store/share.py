@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Final
+from typing import Any
 
 from incidentkit.domain.errors import StoreUnavailable
-
-AGAIN: Final = 0.05
-"""Seconds between two interrupts of a scan on SQLite: one that comes just before its statement
-begins is lost."""
 
 
 class Share:
@@ -47,7 +43,7 @@ class Share:
         """Leave the place to another call."""
         self._places.release()
 
-    def give_after(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+    def give_after(self, tasks: Sequence[asyncio.Future[Any]]) -> None:
         """Leave the place to another call once these have ended."""
         if tasks:
             asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: self.give())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,9 +17,11 @@ from incidentkit.store.dialect import Dialect
 from incidentkit.store.executor import OwnExecutor
 from incidentkit.store.ports import StoreOperations
 from incidentkit.store.records import Records, Sharing, names_database
-from incidentkit.store.schema import check_revision
-from incidentkit.store.sql.statements import SELECT_REVISION
+from incidentkit.store.schema import check_parts, check_revision, upgrade_command
+from incidentkit.store.sql.definitions import Schema
 from incidentkit.store.turns import Turns
+
+logger = logging.getLogger("incidentkit.store")
 
 
 class Store(Records):
@@ -31,6 +34,9 @@ class Store(Records):
         share: Makes the sharing of statements, for each opening; None: every call runs alone.
         turns: Makes the turns of calls that wait for locks, for each opening; None: no turns.
         upgrade: Brings the schema up to date; None: an outdated schema is an error.
+
+    Attributes:
+        row_security: Whether policies decide which rows a session sees, as of the last check.
     """
 
     def __init__(  # noqa: PLR0913
@@ -49,6 +55,7 @@ class Store(Records):
         self._share = share
         self._new_turns = turns
         self._upgrade = upgrade
+        self.row_security = False
         # Where the store is open; None: it is closed.
         self._affinity: Affinity | None = None
 
@@ -74,16 +81,33 @@ class Store(Records):
 
     async def _check_or_upgrade(self) -> None:
         try:
-            await self._check_schema()
+            schema = await self._check_schema()
+            if self._upgrade is not None:
+                check_parts(schema.differences, self._dialect.schema)
         except SchemaOutOfDate:
             if self._upgrade is None:
                 raise
             await self._upgrade()
-            await self._check_schema()
+            schema = await self._check_schema()
+        for difference in schema.differences:
+            command = upgrade_command(self._dialect.schema)
+            logger.warning("In the schema, %s: run `%s`", difference, command)
 
-    async def _check_schema(self) -> None:
-        rows = await self._connections.read(SELECT_REVISION, {})
-        check_revision(rows[0][0] if rows else None)
+    async def _check_schema(self) -> Schema:
+        """Return the schema; raise unless it can be worked on.
+
+        A missing index costs time alone, and another function finds other words.
+        """
+        rows = await self._connections.read(self._dialect.select_schema, {})
+        schema = self._dialect.read_schema(rows)
+        check_revision(schema.revision, self._dialect.schema)
+        vital = [each for each in schema.differences if each.kind == "trigger"]
+        check_parts(vital, self._dialect.schema)
+        self.row_security = schema.row_security
+        if self.row_security:
+            # Each session of a host's pool may see other rows.
+            self._sharing = None
+        return schema
 
     async def close(self) -> None:
         """Wait for running calls, and release every connection; once closed, do nothing."""
@@ -107,6 +131,7 @@ class Store(Records):
     async def check(self) -> None:
         """Raise unless the database answers and has the schema that this version works on."""
         await self._check_schema()
+        await self.check_order()
 
     def join(self, connection: object) -> StoreOperations:
         """Return the operations in the transaction of a host's connection."""

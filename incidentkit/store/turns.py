@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 from incidentkit.affinity import Affinity, running_loop
-from incidentkit.domain.errors import StoreUnavailable
 from incidentkit.store.share import Share
 
 Key: TypeAlias = tuple[str, int | str | None]
@@ -24,97 +23,46 @@ class Turns:
 
     Args:
         places: Maximum number of calls that run at a time, at least 1.
-        timeout: Seconds to wait for a turn, and for a place.
+        timeout: Seconds to wait for each key, and for a place.
     """
 
     def __init__(self, places: int, timeout: float) -> None:
-        self.timeout = timeout
-        self.places = Share(
+        self._timeout = timeout
+        self._places = Share(
             places, timeout, f"{places} other calls waited {timeout:g} seconds for locks"
         )
-        # The keys that are taken, each with the calls that wait for it.
-        self._waiting: dict[Key, deque[asyncio.Future[None]]] = {}
+        # A key goes when no call holds it or waits for it.
+        self._keys: WeakValueDictionary[Key, Share] = WeakValueDictionary()
         self._affinity = Affinity()
 
-    def __call__(self, keys: Sequence[Key]) -> Turn:
-        """Return the turn of a call, to be awaited with ``async with``.
+    @asynccontextmanager
+    async def __call__(self, keys: Sequence[Key]) -> AsyncIterator[None]:
+        """Hold every key, in their order, and a place.
 
         Args:
             keys: What the call may lock. Calls name keys that they share in the same order.
 
         Raises:
+            StoreUnavailable: If that takes too long.
             WrongEventLoop: On another event loop than that of the other calls.
         """
         if self._affinity.loop is not running_loop():
             raise self._affinity.error()
-        return Turn(self, keys)
-
-    async def take(self, key: Key) -> None:
-        """Wait for a key.
-
-        Raises:
-            StoreUnavailable: If that takes too long.
-        """
-        waiting = self._waiting.get(key)
-        if waiting is None:
-            self._waiting[key] = deque()
-            return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting.append(waiter)
+        held: list[Share] = []
         try:
-            async with asyncio.timeout(self.timeout):
-                await waiter
-        except BaseException as error:
-            if waiter.done() and not waiter.cancelled():
-                # It got the key in the moment in which the caller gave up.
-                self.give(key)
-            if isinstance(error, TimeoutError):
-                reason = (
-                    f"other calls with this {key[0]} waited {self.timeout:g} seconds for a lock"
-                )
-                raise StoreUnavailable(reason) from None
-            raise
+            for share in (*map(self._key, keys), self._places):
+                await share.take()
+                held.append(share)
+            yield
+        finally:
+            for share in held:
+                share.give()
 
-    def give(self, key: Key) -> None:
-        """Pass a key to the next call that waits for it, or free it."""
-        waiting = self._waiting[key]
-        while waiting:
-            waiter = waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-        del self._waiting[key]
-
-
-class Turn:
-    """The turn of one call: every key, in their order, and a place."""
-
-    __slots__ = ("_held", "_keys", "_turns")
-
-    def __init__(self, turns: Turns, keys: Sequence[Key]) -> None:
-        self._turns = turns
-        self._keys = keys
-        self._held: list[Key] = []
-
-    async def __aenter__(self) -> None:
-        """Wait for the turn.
-
-        Raises:
-            StoreUnavailable: If that takes too long.
-        """
-        try:
-            for key in self._keys:
-                await self._turns.take(key)
-                self._held.append(key)
-            await self._turns.places.take()
-        except BaseException:
-            self._give_keys()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._turns.places.give()
-        self._give_keys()
-
-    def _give_keys(self) -> None:
-        for key in self._held:
-            self._turns.give(key)
+    def _key(self, key: Key) -> Share:
+        """Return the share of a key, which one call holds at a time."""
+        share = self._keys.get(key)
+        if share is None:
+            seconds = f"{self._timeout:g} seconds"
+            reason = f"other calls with this {key[0]} waited {seconds} for a lock"
+            share = self._keys[key] = Share(1, self._timeout, reason)
+        return share

@@ -16,6 +16,7 @@ import asyncpg
 from attrs import frozen
 
 from incidentkit import IncidentClient
+from tests.conftest import TENANTS
 from tests.hosts import (
     AsyncpgHost,
     host_engine,
@@ -92,6 +93,19 @@ class ByUrl(Embodiment):
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
         """Return a client that opens its own connections."""
         return IncidentClient.open(self.url, **options)
+
+
+class InSchema(ByUrl):
+    """A client on the tables of one tenant, beside those of others."""
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client that opens its own connections."""
+        return super().open(**options, schema=TENANTS[0])
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement as another program of the tenant would, and return its rows."""
+        settings = {"search_path": f'"{TENANTS[0]}"'}
+        return await run_sql(self._server_url, statement, server_settings=settings)
 
 
 class WithRedis(Embodiment):
@@ -195,6 +209,23 @@ class Joined(Embodiment):
         return await self._hosts[0].execute(statement)
 
 
+class JoinedInSchema(Joined):
+    """The same on the tables of one tenant, beside those of others."""
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Join a new transaction and roll it back at the end."""
+        async with super().open(**options, schema=TENANTS[0]) as verbs:
+            yield verbs
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement of the tenant in the first transaction of the test."""
+        await self._hosts[0].execute(f'SET LOCAL search_path = "{TENANTS[0]}"')
+        rows = await super().sql(statement)
+        await self._hosts[0].execute("SET LOCAL search_path = DEFAULT")
+        return rows
+
+
 @frozen
 class Setup:
     """How to create an embodiment.
@@ -235,10 +266,16 @@ EMBODIMENTS = {
     ),
     "joined-asyncpg-connection": _on_postgres(partial(Joined, way="asyncpg-connection")),
     "joined-asyncpg-pool": _on_postgres(partial(Joined, way="asyncpg-pool")),
+    "schema-url": Setup(InSchema, ("tenants_url",)),
+    "joined-schema-connection": Setup(
+        partial(JoinedInSchema, way="postgresql-connection"), ("tenants_url",)
+    ),
 }
 """Every embodiment, by name."""
 
 ON_POSTGRES = tuple(
-    name for name, setup in EMBODIMENTS.items() if setup.fixtures[0] == "migrated_postgres_url"
+    name
+    for name, setup in EMBODIMENTS.items()
+    if setup.fixtures[0] in ("migrated_postgres_url", "tenants_url")
 )
 """The embodiments that a pooler can be in front of."""

@@ -15,18 +15,21 @@ import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import asyncpg
 from attrs import Factory, asdict, define, field, frozen
 
-from incidentkit import EventKind, IncidentClient, IncidentEvent
+from incidentkit import EventKind, IncidentClient, IncidentEvent, StoreError, UnknownCursor
+from incidentkit.domain.cursor import decode_cursor
 from incidentkit.domain.values import MAX_WAIT
+from incidentkit.store.migrate import upgrade
 from tests.faults.history import History, Row, Verdict, check, read_log
 from tests.faults.worker import COLUMNS, Settings, sqlite_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from random import Random
 
     from tests.servers import RedisCluster, RedisSentinel, RedisServer
@@ -98,6 +101,7 @@ class Round:
         expected: The number of calls that must succeed during a fault, and again after it.
         mutant: The deliberate bug in the processes, or None.
         group: The servers used instead of a single Redis, or None.
+        copy_url: A database with the schema and no incidents, or None.
     """
 
     folder: Path
@@ -107,11 +111,14 @@ class Round:
     expected: int
     mutant: str | None = None
     group: RedisCluster | RedisSentinel | None = None
+    copy_url: str | None = None
     workers: list[Worker] = field(factory=list, init=False)
     faults: Counter[str] = field(factory=Counter, init=False)
     started: list[Settings] = field(factory=list, init=False)
     redis_hits: int = field(default=0, init=False)
     dump: dict[bytes, tuple[bytes, int]] = field(factory=dict, init=False)
+    restored: list[tuple[int, int]] = field(factory=list, init=False)
+    follower: Follower | None = field(default=None, init=False)
 
     @contextmanager
     def running(self, clients: int) -> Iterator[None]:
@@ -124,6 +131,8 @@ class Round:
             for _ in range(clients):
                 self._start()
             self._start(sql=True)
+            if self.database_url.startswith("postgresql"):
+                self.follower = stack.enter_context(Follower(self.database_url))
             self.await_answers()
             yield
             for worker in self.workers:
@@ -205,6 +214,59 @@ class Round:
         self.await_answers()
         self._start()
 
+    def lose_triggers(self) -> None:
+        """Drop or disable triggers while the load continues, and let an upgrade restore them."""
+        if self.database_url.startswith("postgresql"):
+            asyncio.run(execute(self.database_url, 'ALTER TABLE "Incident" DISABLE TRIGGER ALL'))
+        else:
+            asyncio.run(select(self.database_url, "DROP TRIGGER incident_token_insert"))
+            asyncio.run(select(self.database_url, "DROP TRIGGER incident_token_update"))
+        try:
+            self.await_answers()
+        finally:
+            assert asyncio.run(upgrade(self.database_url)).restored
+
+    def forge_copy(self) -> None:
+        """Fill Redis with the pages of a copy that has no incidents, and start a process.
+
+        Nothing is written meanwhile, so that the copy has the present tokens.
+        """
+        assert self.copy_url is not None
+        worker = self.random.choice(self._clients)
+        worker.process.kill()
+        worker.process.communicate()
+        self.workers.remove(worker)
+        asyncio.run(self._forge_copy(self.copy_url))
+
+    async def _forge_copy(self, copy_url: str) -> None:
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            await connection.execute('BEGIN; LOCK TABLE "Incident" IN SHARE MODE')
+            tokens = await connection.fetch("SELECT slot, token FROM incident_token")
+            await copy_tokens(copy_url, tokens)
+            await asyncio.to_thread(self._list_copy, copy_url)
+            await asyncio.to_thread(self._start)
+            await asyncio.to_thread(self.await_answers)
+        finally:
+            await connection.close()
+
+    def _list_copy(self, copy_url: str) -> None:
+        self.flush_redis()
+        settings = Settings(
+            "copy",
+            str(self.folder / "copy.log"),
+            copy_url,
+            self._redis_url,
+            mutant=self.mutant,
+            lists=True,
+        )
+        subprocess.run(
+            [sys.executable, "-m", "tests.faults.worker", json.dumps(asdict(settings))],
+            cwd=ROOT,
+            check=True,
+            input=b"",
+        )
+
     def kill_sql(self) -> None:
         """Kill the plain SQL writer, and start another."""
         (worker,) = (worker for worker in self.workers if worker.settings.sql)
@@ -225,6 +287,17 @@ class Round:
         finally:
             worker.process.send_signal(signal.SIGCONT)
 
+    def restore_elsewhere(self) -> None:
+        """Make the database one that another server wrote, let writers notice, and put it in order.
+
+        That server has run for longer: its transactions had larger numbers.
+        """
+        asyncio.run(execute(self.database_url, RESTORE_ELSEWHERE))
+        begin = time.monotonic_ns()
+        time.sleep(RESTORED)
+        self.restored.append((begin, time.monotonic_ns()))
+        asyncio.run(upgrade(self.database_url))
+
     def check(self) -> tuple[Verdict, Figures]:
         """Check the logs against the database, and return the verdict with the figures."""
         history = History()
@@ -234,6 +307,14 @@ class Round:
         stored = asyncio.run(stored_rows(self.database_url))
         verdict = check(history, stored)
         verdict.lost += asyncio.run(broken_histories(self.database_url, history))
+        verdict.lost += [
+            f"{write.message} was acknowledged before the order was restored"
+            for write in history.writes
+            for begin, end in self.restored
+            if begin < write.start and write.end < end and write.message[:3] in self._by_clients
+        ]
+        if self.follower is not None:
+            verdict.lost += asyncio.run(self.follower.faults())
         outcomes = Counter(write.outcome for write in history.writes)
         figures = Figures(
             rounds=1,
@@ -249,6 +330,10 @@ class Round:
             lost=len(verdict.lost),
         )
         return verdict, figures
+
+    @property
+    def _by_clients(self) -> set[str]:
+        return {settings.name for settings in self.started if not settings.sql}
 
     @property
     def _redis_url(self) -> str | None:
@@ -343,10 +428,90 @@ class Round:
             self.await_answers()
 
 
+class Follower:
+    """Follows the feed of a database by its cursor while faults are injected.
+
+    Args:
+        database_url: The database.
+    """
+
+    def __init__(self, database_url: str) -> None:
+        self._url = database_url
+        self._seen: list[tuple[int, ...]] = []
+        self._after: str | None = None
+        self._stopping = Event()
+        self._failed: list[str] = []
+        self._thread = Thread(target=lambda: asyncio.run(self._follow()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    async def _follow(self) -> None:
+        async with IncidentClient.open(self._url) as incidents:
+            while not self._stopping.is_set():
+                try:
+                    await self._read(incidents, 0.2)
+                except StoreError:
+                    # Events are out of order, or the server is away.
+                    await asyncio.sleep(0.02)
+                except UnknownCursor as error:
+                    self._failed.append(str(error))
+                    return
+
+    async def _read(self, incidents: IncidentClient, wait: float) -> None:
+        page = await incidents.read_changes(self._after, limit=1000, wait=wait)
+        self._seen += [decode_cursor(change.cursor, 4)[1:3] for change in page.changes]
+        self._after = page.next
+
+    async def faults(self) -> list[str]:
+        """Read the rest; return the events that were missed or came twice."""
+        statement = "SELECT event_id, nonce FROM incident_event"
+        stored = {(event_id, nonce) for event_id, nonce in await select(self._url, statement)}
+        async with IncidentClient.open(self._url) as incidents:
+            # Transactions of others on the server may hold up the feed.
+            for _ in range(round(DEADLINE)):
+                if self._failed or stored <= set(self._seen):
+                    break
+                await self._read(incidents, 1)
+        missed = [f"the event {event[0]} was not delivered" for event in stored - set(self._seen)]
+        twice = Counter(self._seen) - Counter(set(self._seen))
+        return [*self._failed, *missed, *(f"the event {event[0]} came twice" for event in twice)]
+
+
+RESTORED = 0.3
+"""Seconds before a restored database is put in order."""
+
+FURTHER = 10**7
+"""By how much further the other server's transactions were."""
+
+RESTORE_ELSEWHERE = f"""
+    BEGIN;
+    LOCK TABLE "Incident", incident_event, incident_purged_event;
+    UPDATE incident_event SET transaction_id = transaction_id + {FURTHER};
+    UPDATE incident_purged_event SET transaction_id = transaction_id + {FURTHER};
+    UPDATE "Incident" SET transaction_id = transaction_id + {FURTHER};
+    COMMIT
+"""
+
 TERMINATE = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
     "WHERE datname = current_database() AND pid <> pg_backend_pid()"
 )
+
+
+async def copy_tokens(database_url: str, tokens: Sequence[asyncpg.Record]) -> None:
+    """Replace the tokens of a database by those of another one."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        await connection.execute("TRUNCATE incident_token")
+        await connection.copy_records_to_table("incident_token", records=map(tuple, tokens))
+    finally:
+        await connection.close()
 
 
 async def execute(database_url: str, statement: str) -> None:
@@ -371,7 +536,7 @@ async def stored_rows(database_url: str) -> list[Row]:
 async def select(database_url: str, statement: str) -> list[tuple[Any, ...]]:
     """Return the rows of a statement, run without incidentkit."""
     if not database_url.startswith("postgresql"):
-        connection = sqlite3.connect(sqlite_file(database_url))
+        connection = sqlite3.connect(sqlite_file(database_url), timeout=DEADLINE)
         try:
             return connection.execute(statement).fetchall()
         finally:

@@ -19,15 +19,17 @@ import pytest
 from incidentkit.store.migrate import upgrade
 from tests.faults.history import Verdict
 from tests.faults.rounds import DEADLINE, Figures, Round, execute
-from tests.faults.worker import MUTANTS
+from tests.faults.worker import GUARD_MUTANTS, STALE_MUTANTS, UNORDERED
 from tests.servers import RedisCluster, RedisSentinel, RedisServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tests.conftest import Administrator
+
 SECONDS = float(os.environ.get("INCIDENTKIT_TEST_FAULTS", "0"))
-TESTS = 5
+TESTS = 6
 ANSWERS = 400 if SECONDS else 50
 CLIENTS = 3 if SECONDS else 2
 
@@ -40,6 +42,13 @@ def redis() -> Iterator[RedisServer]:
     """A Redis for these tests only."""
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture
+def copy_url(_administrator: Administrator, _migrated_template: str) -> Iterator[str]:
+    """The URL of another database with the schema and no incidents."""
+    with _administrator.database(template=_migrated_template) as url:
+        yield url
 
 
 def folders(parent: Path, seconds: float = SECONDS / TESTS) -> Iterator[Path]:
@@ -80,14 +89,16 @@ def on_postgresql(
     redis: RedisServer | None,
     folders: Iterator[Path],
     mutant: str | None = None,
+    *,
     group: RedisCluster | RedisSentinel | None = None,
+    copy_url: str | None = None,
 ) -> Iterator[Round]:
     """Yield rounds on a database that is emptied for each, and a Redis that is not."""
     for folder in folders:
         asyncio.run(
             execute(database_url, 'TRUNCATE "Incident", incident_event, incident_idempotency_key')
         )
-        yield Round(folder, database_url, redis, random, ANSWERS, mutant, group)
+        yield Round(folder, database_url, redis, random, ANSWERS, mutant, group, copy_url)
 
 
 def on_sqlite(folders: Iterator[Path], mutant: str | None = None) -> Iterator[Round]:
@@ -101,6 +112,16 @@ def on_sqlite(folders: Iterator[Path], mutant: str | None = None) -> Iterator[Ro
 def of_workers(each: Round) -> list[Callable[[], None]]:
     """Return the faults of the processes of a round."""
     return [each.kill_worker, each.kill_sql, each.pause_worker]
+
+
+def of_a_file(each: Round) -> list[Callable[[], None]]:
+    """Return the faults of the processes of a round and of their file."""
+    return [*of_workers(each), each.lose_triggers]
+
+
+def of_the_guard(each: Round) -> list[Callable[[], None]]:
+    """Return the faults that the token's statement has to see."""
+    return [each.lose_triggers, each.forge_copy]
 
 
 def of_redis(each: Round) -> list[Callable[[], None]]:
@@ -125,6 +146,11 @@ def of_all(each: Round) -> list[Callable[[], None]]:
     return [*of_workers(each), each.kill_redis, each.end_postgres_connections]
 
 
+def of_restores(each: Round) -> list[Callable[[], None]]:
+    """Return the faults of the processes of a round, and restores into another server."""
+    return [each.kill_worker, each.restore_elsewhere, each.restore_elsewhere]
+
+
 def test_faults_of_redis_and_of_processes(
     migrated_postgres_url: str, redis: RedisServer, tmp_path: Path
 ) -> None:
@@ -141,6 +167,26 @@ def test_ended_connections_to_postgresql(
     run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_all)
 
 
+def test_restores_under_running_clients(
+    migrated_postgres_url: str, redis: RedisServer, tmp_path: Path
+) -> None:
+    """After a restore into another server, writes are refused or reach a reader's old cursor."""
+    run_rounds(on_postgresql(migrated_postgres_url, redis, folders(tmp_path)), of_restores)
+
+
+def test_a_write_that_ignores_a_restore_is_found(
+    migrated_postgres_url: str, tmp_path: Path
+) -> None:
+    """A deliberate bug that writes events out of order after a restore is detected."""
+    for each in on_postgresql(migrated_postgres_url, None, folders(tmp_path, DEADLINE), UNORDERED):
+        with each.running(CLIENTS):
+            each.inject(each.restore_elsewhere)
+        verdict, _ = each.check()
+        if any("before the order was restored" in fault for fault in verdict.lost):
+            return
+    pytest.fail("the bug was not found")
+
+
 @pytest.mark.parametrize(
     "kind", [RedisCluster, partial(RedisSentinel, down_after=1)], ids=["cluster", "sentinel"]
 )
@@ -154,16 +200,29 @@ def test_faults_of_several_redis_servers(
     assert not total.errors
 
 
+def test_lost_triggers_and_forged_copies(
+    migrated_postgres_url: str, copy_url: str, redis: RedisServer, tmp_path: Path
+) -> None:
+    """Without triggers, or with a copy's pages in Redis, no list is stale and no write is lost.
+
+    A write may fail, since both faults lock the table.
+    """
+    rounds = on_postgresql(migrated_postgres_url, redis, folders(tmp_path), copy_url=copy_url)
+    run_rounds(rounds, of_the_guard)
+
+
 def test_faults_of_processes_on_an_sqlite_file(tmp_path: Path) -> None:
-    """While processes on a file are killed and paused, no list is stale and no write is lost."""
-    run_rounds(on_sqlite(folders(tmp_path)), of_workers)
+    """While processes on a file are killed and paused, or its triggers lost, no list is stale."""
+    run_rounds(on_sqlite(folders(tmp_path)), of_a_file)
 
 
-def stale_lists(rounds: Iterator[Round]) -> list[str]:
-    """Run rounds without injected faults until a list is stale; return the stale lists."""
+def stale_lists(rounds: Iterator[Round], fault: str | None = None) -> list[str]:
+    """Run rounds, with this fault at most, until a list is stale; return the stale lists."""
     for each in rounds:
         with each.running(CLIENTS):
             each.await_answers()
+            if fault is not None:
+                each.inject(getattr(each, fault))
         verdict, _ = each.check()
         assert not verdict.lost
         if verdict.stale:
@@ -171,7 +230,7 @@ def stale_lists(rounds: Iterator[Round]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", STALE_MUTANTS)
 def test_a_fault_of_incidentkit_is_found_on_postgresql(
     migrated_postgres_url: str, redis: RedisServer, tmp_path: Path, mutant: str
 ) -> None:
@@ -180,7 +239,24 @@ def test_a_fault_of_incidentkit_is_found_on_postgresql(
     assert stale_lists(on_postgresql(migrated_postgres_url, redis, paths, mutant))
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", STALE_MUTANTS)
 def test_a_fault_of_incidentkit_is_found_on_sqlite(tmp_path: Path, mutant: str) -> None:
     """A deliberate bug that trusts outdated cached pages is detected by its stale lists."""
     assert stale_lists(on_sqlite(folders(tmp_path, DEADLINE), mutant))
+
+
+@pytest.mark.parametrize("fault", ["lose_triggers", "forge_copy"])
+def test_a_token_without_its_guard_is_found_on_postgresql(
+    migrated_postgres_url: str, copy_url: str, redis: RedisServer, tmp_path: Path, fault: str
+) -> None:
+    """A token that does not see its triggers, or its place, is detected by stale lists."""
+    (mutant,) = GUARD_MUTANTS
+    paths = folders(tmp_path, DEADLINE)
+    rounds = on_postgresql(migrated_postgres_url, redis, paths, mutant, copy_url=copy_url)
+    assert stale_lists(rounds, fault)
+
+
+@pytest.mark.parametrize("mutant", GUARD_MUTANTS)
+def test_a_token_without_its_guard_is_found_on_sqlite(tmp_path: Path, mutant: str) -> None:
+    """A token that does not see its triggers is detected by stale lists."""
+    assert stale_lists(on_sqlite(folders(tmp_path, DEADLINE), mutant), "lose_triggers")

@@ -11,30 +11,36 @@ import os
 import sqlite3
 import sys
 import time
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 from unittest import mock
 
 import asyncpg
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from incidentkit import (
     IncidentClient,
     IncidentSource,
     IncidentStatus,
+    StoreError,
     StoreUnavailable,
     acting_as,
 )
 from incidentkit.cache.base import TTL
 from incidentkit.store.page import Page
+from incidentkit.store.postgresql.driver import compile_statement
+from incidentkit.store.postgresql.statements import _IN_ORDER
 from tests.faults.history import Query, Row, Write, note_end, note_read, note_write
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from sqlalchemy import Executable
 
     from incidentkit import Incident, ListQuery
     from incidentkit.cache.pages import PageCache
+    from incidentkit.store.postgresql.driver import Compiled
 
 STATUSES = [status.value for status in IncidentStatus]
 SOURCES = [source.value for source in IncidentSource]
@@ -76,7 +82,8 @@ class Settings:
         database_url: The database of the incidents.
         redis_url: The Redis that caches lists; None: cache in the process only.
         sql: Whether it writes by plain SQL, without incidentkit.
-        mutant: The name of a deliberate bug in ``MUTANTS``, or None.
+        mutant: The name of a deliberate bug in ``MUTANTS`` or ``GUARD_MUTANTS``, or None.
+        lists: Whether it only lists each page once.
     """
 
     name: str
@@ -85,6 +92,7 @@ class Settings:
     redis_url: str | None = None
     sql: bool = False
     mutant: str | None = None
+    lists: bool = False
 
 
 @define
@@ -231,11 +239,12 @@ class ClientTarget:
 
     async def create(self, message: str, status: str, source: str) -> Row:
         """Store an incident, and retry while its outcome is unknown."""
-        for _ in range(RETRIES):
-            with suppress(StoreUnavailable):
-                return await self._create(message, status, source)
-            await asyncio.sleep(BETWEEN)
-        return await self._create(message, status, source)
+        with refusals():
+            for _ in range(RETRIES):
+                with suppress(StoreUnavailable):
+                    return await self._create(message, status, source)
+                await asyncio.sleep(BETWEEN)
+            return await self._create(message, status, source)
 
     async def _create(self, message: str, status: str, source: str) -> Row:
         with acting_as(message.partition(" ")[0]):
@@ -246,7 +255,19 @@ class ClientTarget:
 
     async def change(self, incident_id: int, status: str) -> Row:
         """Change a status."""
-        return row_of(await self.client.update_status(incident_id, status))
+        with refusals():
+            return row_of(await self.client.update_status(incident_id, status))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Take a refusal to write into a database that was restored elsewhere as a rollback."""
+    try:
+        yield
+    except StoreError as error:
+        if "copied from another server" not in str(error):
+            raise
+        raise RolledBack from error
 
 
 COLUMNS = "incident_id, incident_message, incident_type, source, created_at"
@@ -377,10 +398,42 @@ async def fill_late(self: PageCache, query: ListQuery) -> Page:
     return page
 
 
+def compile_without_order(statement: Executable) -> Compiled:
+    """Return a statement that does not look whether events are in order."""
+    compiled = compile_statement(statement)
+    return evolve(compiled, text=compiled.text.replace(_IN_ORDER, "true"))
+
+
+UNORDERED = "unordered"
+
 MUTANTS = {
     "any token": ("incidentkit.cache.pages.PageCache.page", trust_everything),
     "late token": ("incidentkit.cache.pages.PageCache._fill", fill_late),
+    UNORDERED: (
+        "incidentkit.store.postgresql.connection.compile_statement",
+        compile_without_order,
+    ),
 }
+
+STALE_MUTANTS = [name for name in MUTANTS if name != UNORDERED]
+"""The mutants that trust outdated pages."""
+
+
+ROWS_ON_POSTGRESQL = """(
+    SELECT CASE WHEN count(*) FILTER (WHERE slot < 16) = 16 THEN
+        encode(sha256(string_agg(uuid_send(token), CAST('' AS bytea) ORDER BY slot)), 'hex')
+    END
+    FROM incident_token
+)"""
+ROWS_ON_SQLITE = "(SELECT token FROM incident_token WHERE slot = 0)"
+
+GUARD_MUTANTS = {
+    "rows alone": [
+        ("incidentkit.store.sql.functions.TOKEN_ON_POSTGRESQL", ROWS_ON_POSTGRESQL),
+        ("incidentkit.store.sql.functions.TOKEN_ON_SQLITE", ROWS_ON_SQLITE),
+    ],
+}
+"""Bugs in the statement of the token: it sees the rows of the tokens, not their place or guard."""
 
 
 @asynccontextmanager
@@ -395,8 +448,10 @@ async def opened(settings: Settings, notes: Notes) -> AsyncIterator[IncidentClie
 
     async with AsyncExitStack() as stack:
         stack.enter_context(mock.patch.object(client.store, "list", counted))
-        if settings.mutant is not None:
+        if settings.mutant in MUTANTS:
             stack.enter_context(mock.patch(*MUTANTS[settings.mutant]))
+        for target, text in GUARD_MUTANTS.get(settings.mutant or "", ()):
+            stack.enter_context(mock.patch(target, text))
         yield await stack.enter_async_context(client)
 
 
@@ -411,7 +466,8 @@ async def use_client(settings: Settings, notes: Notes, stopping: asyncio.Event) 
         writer = Writer(name, notes, ClientTarget(client), random)
         while not stopping.is_set():
             if random.random() < WRITES:
-                await writer.write()
+                with suppress(RolledBack):
+                    await writer.write()
             await read(client, notes, random.choice(QUERIES))
 
     async with opened(settings, notes) as client, asyncio.TaskGroup() as tasks:
@@ -419,6 +475,14 @@ async def use_client(settings: Settings, notes: Notes, stopping: asyncio.Event) 
             tasks.create_task(only_read(Random(f"{settings.name} r{number}")))
             name = f"{settings.name}{'ab'[number]}"
             tasks.create_task(read_and_write(name, Random(name)))
+
+
+async def list_once(settings: Settings, notes: Notes) -> None:
+    """Read each list once, and leave the pages in Redis."""
+    async with opened(settings, notes) as client:
+        for query in QUERIES:
+            await read(client, notes, query)
+            await asyncio.sleep(BETWEEN)
 
 
 async def use_sql(settings: Settings, notes: Notes, stopping: asyncio.Event) -> None:
@@ -448,7 +512,10 @@ async def work(settings: Settings) -> None:
     file = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     notes = Notes(file)
     try:
-        await (use_sql if settings.sql else use_client)(settings, notes, stopping)
+        if settings.lists:
+            await list_once(settings, notes)
+        else:
+            await (use_sql if settings.sql else use_client)(settings, notes, stopping)
     finally:
         transport.close()
         os.close(file)

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +172,26 @@ def test_a_stream_goes_on_if_the_feed_cannot_be_asked(
         blocks = messages(stream)
         assert next(blocks) == {"retry": "2000"}
         assert [next(blocks), next(blocks)] == [{"": "nothing new"}] * 2
+
+
+def test_streams_share_the_question_what_holds_the_feed_up(serve: Serve) -> None:
+    """All streams of an app ask the database once for the heartbeats of some seconds."""
+    client = IncidentClient.open(MEMORY)
+    asked = 0
+
+    async def ask() -> FeedBlocker | None:
+        nonlocal asked
+        asked += 1
+        return None
+
+    client.store.feed_blocker = ask  # type: ignore[method-assign]
+    api = serve(create_app(client), checked=False)
+    with ExitStack() as stack:
+        for _ in range(5):
+            stream = stack.enter_context(api.stream("GET", "/incident/changes", headers=STREAM))
+            blocks = messages(stream)
+            assert [next(blocks), next(blocks)] == [{"retry": "2000"}, {"": "nothing new"}]
+    assert asked == 1
 
 
 def test_a_head_of_a_stream_ends(api: httpx2.Client) -> None:

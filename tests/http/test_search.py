@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 from itertools import product
@@ -12,12 +11,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from incidentkit import IncidentClient, pacing
+from incidentkit import IncidentClient
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.http import create_app
-from incidentkit.http.service import Encoder
 from incidentkit.store.records import Records as StoreRecords
-from incidentkit.wire import dump_json
 from tests.http.conftest import MEMORY, Records, Serve
 
 
@@ -157,24 +154,3 @@ def test_an_expensive_read_ends_with_its_connection(
     assert call.cancelled.wait(60)
     assert api.get("/health/live").status_code == httpx2.codes.OK
     assert not [record for record in records.seen if record.exc_info]
-
-
-@pytest.mark.parametrize("number", [0, 1, 50, 51, 333])
-async def test_an_array_is_encoded_in_parts(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An array of any length is whole and in order, and other tasks run after each part."""
-    monkeypatch.setattr(pacing, "BURST", 0)
-    encoder = Encoder()
-    numbers = list(range(number))
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    counting = asyncio.ensure_future(count())
-    first, second = await asyncio.gather(*(encoder.array(numbers, dump_json) for _ in range(2)))
-    counting.cancel()
-    assert json.loads(first) == json.loads(second) == numbers
-    assert turns >= number // 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ import pytest
 
 from incidentkit import IncidentClient, StoreError
 from incidentkit.store import StoreOptions
-from incidentkit.store.migrate import upgrade
+from incidentkit.store.migrate import check, current, upgrade
 from tests.hosts import naming_nothing
 from tests.pooler.test_hosts import KINDS, database, each_kind, work
 from tests.programs import outcome, start
+from tests.test_host_schema import by_role, check_reload
 
 if TYPE_CHECKING:
     from tests.servers import PgBouncer
@@ -62,11 +64,20 @@ async def test_every_statement_has_a_unique_name_in_session_mode(
     async with IncidentClient.open(url, options=options) as client:
         await client.create("The disk is full", source="operator")
         store: Any = client.store
-        connection = await store._connections._connections.take()
+        connection = await store._connections._opened().connections.take()
         kept = [row["name"] for row in await connection.driver.fetch(NAMES)]
-        await store._connections._connections.put(connection)
+        await store._connections._opened().connections.put(connection)
     assert kept
     assert all(re.fullmatch(r"incidentkit_[0-9a-f]{16}", name) for name in kept)
+
+
+async def test_own_statements_are_read_committed_behind_a_pooler(
+    pooler: PgBouncer, migrated_postgres_url: str
+) -> None:
+    """Where the pooler does not pass the setting on, a list still is what was at some instant."""
+    await by_role(migrated_postgres_url)
+    async with IncidentClient.open(pooler.through(migrated_postgres_url)) as client:
+        await check_reload(client, migrated_postgres_url)
 
 
 @pytest.mark.parametrize("prepared_statements", [None, True])
@@ -78,6 +89,24 @@ async def test_a_pooler_that_names_statements_itself_takes_any_client(
     url = renaming_pooler.through(migrated_postgres_url)
     async with IncidentClient.open(url, options=options) as client:
         await work(client)
+
+
+async def test_schemas_are_kept_apart(pooler: PgBouncer, empty_postgres_url: str) -> None:
+    """Tables of several schemas are made and used through shared connections."""
+    url, schemas = pooler.through(empty_postgres_url), ("north", "south")
+    await asyncio.gather(*(upgrade(url, schema=schema) for schema in schemas))
+    async with (
+        IncidentClient.open(url, schema="north") as north,
+        IncidentClient.open(url, schema="south") as south,
+    ):
+        for n in range(1, 6):
+            await asyncio.gather(
+                *(each.create("Disk is full", source="partner") for each in (north, south))
+            )
+            assert [len(await each.list()) for each in (north, south)] == [n, n]
+    for schema in schemas:
+        await check(url, schema=schema)
+    assert await current(url) is None
 
 
 async def test_statement_mode_is_refused_by_name(

@@ -25,7 +25,8 @@ from incidentkit import (
     NewIncident,
     StoreUnavailable,
 )
-from incidentkit.cache.pages import PageCache
+from incidentkit.cache.base import TTL
+from incidentkit.cache.pages import PageCache, seal
 from incidentkit.cache.redis import RedisCache
 from tests.simulation.loop import PROCESS, SimulatedLoop
 from tests.simulation.world import COMMITS, Database, RedisClient, RedisServer, SimulatedStore
@@ -429,11 +430,28 @@ class Simulation:
     def _fail_over(self) -> None:
         last = self.database.number
         self.database.go_back(max(INCIDENTS, last - self.random.randint(1, 6)))
+        if not self.database.current.guarded:
+            self.loop.call_later(self.random.uniform(0.01, 0.2), self.database.mend)
 
     def _empty_token(self) -> None:
         """Empty the token, once or several times."""
         for _ in range(self.random.randint(1, 4)):
             self.loop.call_later(self.random.uniform(0.0, 0.4), self.database.empty_token)
+
+    def _lose_triggers(self) -> None:
+        self.database.lose_triggers()
+        self.loop.call_later(self.random.uniform(0.01, 0.2), self.database.mend)
+
+    def _forge_copy(self) -> None:
+        """Put into Redis a page of a copy of the database that has its token and no incident.
+
+        The copy may also have no token, and be of a version that stores such pages.
+        """
+        token = self.database.token_of(self.database.current, "elsewhere")
+        if self.random.random() < 0.3:
+            token = None
+        key = self.random.choice(QUERIES).cache_key
+        self.redis.values[key] = seal(key, token, b"[]"), self.loop.time() + TTL
 
     def _pause(self) -> None:
         process = self._a_process()
@@ -461,6 +479,8 @@ KINDS: Final[dict[str, Callable[[Simulation], None]]] = {
     "flushall": lambda here: here.redis.flush(),
     "failover": Simulation._fail_over,
     "emptied_token": Simulation._empty_token,
+    "lost_trigger": Simulation._lose_triggers,
+    "forged_copy": Simulation._forge_copy,
     "pause": Simulation._pause,
     "outage": lambda here: here._for_a_while(here.database, "failing", 0.5),
     "slow_database": lambda here: here._for_a_while(here.database, "slow", 0.3),

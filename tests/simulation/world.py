@@ -42,15 +42,17 @@ class Version:
 
     Attributes:
         incidents: Newest first.
-        token: None while emptied by hand.
+        token: The row of the token; None while emptied by hand.
         since: The simulated time of the commit.
         next_id: The id of the next incident.
+        guarded: Whether the triggers are there, which replace the row.
     """
 
     incidents: tuple[Incident, ...]
     token: str | None
     since: float
     next_id: int
+    guarded: bool = True
 
     def page(self, query: ListQuery) -> list[Incident]:
         """Return the expected page of a list."""
@@ -103,8 +105,19 @@ class Database:
         return f"{self.random.getrandbits(64):016x}"
 
     def trigger(self, operation: Operation, *, by_client: bool) -> str | None:  # noqa: ARG002
-        """Return the token after a change."""
-        return self.new_token()
+        """Return the row of the token after a change."""
+        return self.new_token() if self.current.guarded else self.current.token
+
+    def token_of(self, version: Version, place: str = "here") -> str | None:
+        """Return the token that a statement sees: that of the row in its place.
+
+        Args:
+            version: The contents that the statement sees.
+            place: The database; a copy with the same row is another one.
+        """
+        if version.token is None or not version.guarded:
+            return None
+        return f"{version.token} {place}"
 
     def insert(self, incident: NewIncident, *, by_client: bool = True) -> Incident:
         """Commit a new incident and return it."""
@@ -115,7 +128,7 @@ class Database:
         )
         incidents = (stored, *self.current.incidents)
         token = self.trigger("insert", by_client=by_client)
-        self._commit(Version(incidents, token, now, new_id + 1))
+        self._commit(evolve(self.current, incidents=incidents, token=token, next_id=new_id + 1))
         return stored
 
     def update(self, changed: Incident, *, by_client: bool = True) -> None:
@@ -132,6 +145,14 @@ class Database:
         incidents = tuple(one for one in self.current.incidents if one != incident)
         token = self.trigger("delete", by_client=by_client)
         self._commit(evolve(self.current, incidents=incidents, token=token))
+
+    def lose_triggers(self) -> None:
+        """Drop the triggers, which nothing but the guard notices."""
+        self._commit(evolve(self.current, guarded=False))
+
+    def mend(self) -> None:
+        """Restore the triggers, and replace the token."""
+        self._commit(evolve(self.current, guarded=True, token=self.new_token()))
 
     def empty_token(self) -> None:
         """Remove the token by hand."""
@@ -198,7 +219,7 @@ class SimulatedStore:
         def effect() -> Page:
             self.database.pages += 1
             version = self.database.current
-            return Page(version.page(query), version.token)
+            return Page(version.page(query), self.database.token_of(version))
 
         return await self.database.request(effect)
 
@@ -207,7 +228,7 @@ class SimulatedStore:
 
         def effect() -> str | None:
             self.database.tokens += 1
-            return self.database.current.token
+            return self.database.token_of(self.database.current)
 
         return await self.database.request(effect)
 

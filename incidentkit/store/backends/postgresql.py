@@ -19,6 +19,7 @@ from incidentkit.store.hosts.sqlalchemy import (
     is_engine,
     is_session,
     pool_maximum,
+    refuse_shared_connection,
 )
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.ports import StoreOperations
@@ -26,6 +27,7 @@ from incidentkit.store.postgresql.connections import OwnConnections
 from incidentkit.store.postgresql.connector import Connector
 from incidentkit.store.postgresql.dialect import PostgresDialect
 from incidentkit.store.postgresql.errors import translate_error
+from incidentkit.store.postgresql.namespace import Namespace, OwnSchemaExecutor, SchemaExecutor
 from incidentkit.store.postgresql.pool import PoolExecutor
 from incidentkit.store.postgresql.sharing import PostgresSharing
 from incidentkit.store.postgresql.url import Server, parse_url, place_of, place_of_pool
@@ -34,7 +36,9 @@ from incidentkit.store.store import Store
 from incidentkit.store.turns import Turns
 
 
-def postgresql_store(database: object, options: StoreOptions | None = None) -> Store:
+def postgresql_store(
+    database: object, options: StoreOptions | None = None, schema: str | None = None
+) -> Store:
     """Return the store, not yet open, on a URL, on SQLAlchemy's ``AsyncEngine`` or a pool.
 
     The schema is checked when the store opens, never changed: ``incidentkit db upgrade`` does that.
@@ -42,6 +46,7 @@ def postgresql_store(database: object, options: StoreOptions | None = None) -> S
     Args:
         database: The URL, the engine or the pool.
         options: Sizes and time limits; for an engine or a pool, only ``prepared_statements``.
+        schema: Where the tables are; None: where the search path of each connection leads.
 
     Raises:
         InvalidSettings: If the database is something else.
@@ -55,30 +60,39 @@ def postgresql_store(database: object, options: StoreOptions | None = None) -> S
         maximum = options.pool_size + options.max_overflow
         connections = partial(_own_connections, server, options)
         own = PoolExecutor(connections, options.pool_timeout, server.place)
-        return _store(own, maximum, options)
+        return _store(own, maximum, options, schema)
     if isinstance(database, asyncpg.Pool):
         maximum = database.get_max_size()
         lent = partial(HostPool, database, options.pool_timeout, trusted=trusted)
         pool = PoolExecutor(lent, options.pool_timeout, place_of_pool(database))
-        return _store(pool, maximum, options)
+        return _store(pool, maximum, options, schema)
     if is_engine(database):
+        refuse_shared_connection(database)
         maximum = pool_maximum(database)
         engine = PostgresEngineExecutor(database, maximum, options.pool_timeout, trusted=trusted)
-        return _store(engine, maximum, options, in_transactions=True)
+        return _store(engine, maximum, options, schema, in_transactions=True)
     raise InvalidSettings(
         "database", "must be a URL, an AsyncEngine on PostgreSQL or SQLite, or a pool of asyncpg"
     )
 
 
 def _store(
-    executor: OwnExecutor, maximum: int, options: StoreOptions, *, in_transactions: bool = False
+    executor: OwnExecutor,
+    maximum: int,
+    options: StoreOptions,
+    schema: str | None,
+    *,
+    in_transactions: bool = False,
 ) -> Store:
     """Return the store on an executor with this number of connections."""
-    dialect = PostgresDialect()
+    dialect = PostgresDialect(schema)
+    namespace = None if schema is None else Namespace(schema)
+    if namespace is not None:
+        executor = OwnSchemaExecutor(executor, namespace)
     return Store(
         dialect,
         executor,
-        join=partial(join, trusted=options.prepared_statements is True),
+        join=partial(join, trusted=options.prepared_statements is True, namespace=namespace),
         share=lambda: PostgresSharing(dialect, executor, in_transactions=in_transactions),
         turns=lambda: Turns(max(1, maximum // 2), options.statement_timeout),
     )
@@ -88,12 +102,15 @@ def _own_connections(server: Server, options: StoreOptions) -> OwnConnections:
     return OwnConnections(Connector(server, options), options)
 
 
-def join(connection: object, *, trusted: bool = False) -> StoreOperations:
+def join(
+    connection: object, *, trusted: bool = False, namespace: Namespace | None = None
+) -> StoreOperations:
     """Return the operations in the transaction of a host's connection.
 
     Args:
         connection: SQLAlchemy's ``AsyncConnection`` or ``AsyncSession``, or asyncpg's connection.
         trusted: Whether it may name prepared statements behind a pooler as it likes.
+        namespace: Where the tables are; None: where the search path of the connection leads.
 
     Raises:
         NotInTransaction: If it commits each statement by itself.
@@ -102,11 +119,17 @@ def join(connection: object, *, trusted: bool = False) -> StoreOperations:
     if is_connection(connection) or is_session(connection):
         check = None if trusted else check_joined
         host = SqlalchemyConnection(connection, "postgresql", translate_error, place_of, check)
-        return Records(PostgresDialect(), HostExecutor(host))
+        return _joined(HostExecutor(host), namespace)
     if isinstance(connection, (asyncpg.Connection, PoolConnectionProxy)):
         own = AsyncpgConnection(connection, trusted=trusted)
-        return Records(PostgresDialect(), HostExecutor(own))
+        return _joined(HostExecutor(own), namespace)
     raise TypeError(
         "Only SQLAlchemy's AsyncConnection and AsyncSession, and asyncpg's Connection, can be "
         f"joined, not {type(connection).__name__}"
     )
+
+
+def _joined(executor: HostExecutor, namespace: Namespace | None) -> StoreOperations:
+    if namespace is None:
+        return Records(PostgresDialect(), executor)
+    return Records(PostgresDialect(namespace.schema), SchemaExecutor(executor, namespace))

@@ -10,7 +10,12 @@ from sqlalchemy.engine import URL
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.hosts.connections import SqlalchemyConnection, SqliteHostExecutor
-from incidentkit.store.hosts.sqlalchemy import is_connection, is_engine, is_session
+from incidentkit.store.hosts.sqlalchemy import (
+    is_connection,
+    is_engine,
+    is_session,
+    refuse_shared_connection,
+)
 from incidentkit.store.hosts.sqlite_engine import SqliteEngineExecutor, file_url
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.ports import Migrations, StoreOperations
@@ -67,6 +72,8 @@ def _file_store(
 
 def _engine_store(engine: AsyncEngine, load_migrations: Callable[[], Migrations]) -> Store:
     url = file_url(engine)
+    if url.database not in MEMORY:
+        refuse_shared_connection(engine)
 
     async def upgrade() -> None:
         # In a thread: Alembic takes long to load.

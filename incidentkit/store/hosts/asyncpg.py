@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import asyncpg
 from sqlalchemy import Executable
@@ -17,8 +17,8 @@ from incidentkit.domain.errors import IncidentKitError, NotInTransaction, StoreU
 from incidentkit.store.executor import Rows
 from incidentkit.store.hosts.sqlalchemy import has_every_character
 from incidentkit.store.postgresql.connection import PostgresConnection
-from incidentkit.store.postgresql.driver import Connection, fetch_rows
-from incidentkit.store.postgresql.errors import LOST, translate_error
+from incidentkit.store.postgresql.driver import Connection, fetch_rows, reads_committed
+from incidentkit.store.postgresql.errors import LOST, lost_connection, translate_error
 from incidentkit.store.postgresql.poolers import check_asyncpg, find_pooler
 from incidentkit.store.postgresql.url import place_of_connection
 
@@ -73,11 +73,11 @@ class AsyncpgConnection:
 
     async def _refuse_unsafe(self) -> None:
         connection = self._connection
-        # A pool wraps its connection anew for each borrower.
+        # A pool wraps its connection in a new object for each borrower.
         itself = getattr(connection, "_con", connection)
         if itself not in _safe:
             await check_asyncpg(connection, "connection", "connect with statement_cache_size=0")
-        _safe.add(itself)
+            _safe.add(itself)
 
     def _check(self) -> None:
         connection = self._connection
@@ -111,6 +111,7 @@ class HostPool:
         self._trusted = trusted
         self.maximum = pool.get_max_size()
         self._returning: set[asyncio.Task[None]] = set()
+        self._read_committed: WeakKeyDictionary[object, bool] = WeakKeyDictionary()
 
     async def take(self) -> PostgresConnection:
         """Lend a connection.
@@ -136,6 +137,7 @@ class HostPool:
         connection.used = True
         if not self._trusted:
             await self._refuse_unsafe(connection)
+        await self._look_at_isolation(connection)
         return connection
 
     async def put(self, connection: PostgresConnection) -> None:
@@ -152,7 +154,7 @@ class HostPool:
         Returns:
             What ends when the pool has the connection back.
         """
-        if isinstance(error, LOST):
+        if lost_connection(error):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
         task = asyncio.ensure_future(self._settle(connection, error))
@@ -179,6 +181,18 @@ class HostPool:
             raise
         self._trusted = True
 
+    async def _look_at_isolation(self, connection: PostgresConnection) -> None:
+        """Find out the default isolation of a connection, when it is first lent."""
+        # A pool wraps its connection anew for each borrower, and resets its settings afterwards.
+        itself = getattr(connection.driver, "_con", connection.driver)
+        if itself not in self._read_committed:
+            try:
+                self._read_committed[itself] = await reads_committed(connection.driver)
+            except BaseException as error:
+                self.recover(connection, error)
+                raise
+        connection.reads_committed = self._read_committed[itself]
+
     async def _acquire(self) -> PostgresConnection:
         try:
             return PostgresConnection(await self._pool.acquire(timeout=self._timeout))
@@ -190,12 +204,14 @@ class HostPool:
 
     async def _settle(self, connection: PostgresConnection, error: BaseException) -> None:
         # The pool closes a connection that it cannot take back in time.
-        with suppress(Exception):
-            if not (connection.is_closed() or connection.is_settled(error)):
-                async with asyncio.timeout(self._timeout):
-                    await connection.settle()
-        with suppress(Exception):
-            await self._release(connection)
+        try:
+            with suppress(Exception):
+                if not (connection.is_closed() or connection.is_settled(error)):
+                    async with asyncio.timeout(self._timeout):
+                        await connection.settle()
+        finally:
+            with suppress(Exception):
+                await self._release(connection)
 
     async def _release(self, connection: PostgresConnection) -> None:
         acquired: Any = connection.driver

@@ -15,6 +15,7 @@ from incidentkit.domain.errors import IncidentKitError, NotInTransaction
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
+    TRANSLATE_MAP,
     commits_by_itself,
     fetch_rows,
     has_every_character,
@@ -24,17 +25,18 @@ from incidentkit.store.hosts.sqlalchemy import (
     sqlite_driver,
     translate_sqlalchemy_error,
 )
-from incidentkit.store.share import AGAIN
-from incidentkit.store.sqlite.statements import LOCK
+from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL, LOCK
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 _T = TypeVar("_T")
 
-_SAVE: Final = text("SAVEPOINT incidentkit")
-_KEEP: Final = text("RELEASE SAVEPOINT incidentkit")
-_UNDO: Final = text("ROLLBACK TO SAVEPOINT incidentkit")
+# They name no table, so that a host's map of schemas does not matter.
+_ANYWHERE: Final[dict[str, Any]] = {TRANSLATE_MAP: {}}
+_SAVE: Final = text("SAVEPOINT incidentkit").execution_options(**_ANYWHERE)
+_KEEP: Final = text("RELEASE SAVEPOINT incidentkit").execution_options(**_ANYWHERE)
+_UNDO: Final = text("ROLLBACK TO SAVEPOINT incidentkit").execution_options(**_ANYWHERE)
 
 
 class HostConnection(Protocol):
@@ -184,7 +186,7 @@ async def _fetch_to_completion(
         try:
             if stops and cancelled is not None:
                 await driver.interrupt()
-                await asyncio.wait((task,), timeout=AGAIN)
+                await asyncio.wait((task,), timeout=INTERRUPT_INTERVAL)
             else:
                 await asyncio.wait((task,))
         except asyncio.CancelledError as error:

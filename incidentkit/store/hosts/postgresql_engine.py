@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
-from attrs import define
+from attrs import Factory, define
 from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.poolers import check_sqlalchemy
-from incidentkit.store.hosts.sqlalchemy import fetch_rows, is_lost, translate_sqlalchemy_error
+from incidentkit.store.hosts.sqlalchemy import (
+    execute,
+    fetch_rows,
+    is_lost,
+    translate_sqlalchemy_error,
+    with_isolation,
+)
 from incidentkit.store.postgresql.connection import is_alive
+from incidentkit.store.postgresql.driver import STRICTER
 from incidentkit.store.postgresql.errors import is_unsent, translate_error
 from incidentkit.store.postgresql.url import place_of
 from incidentkit.store.share import Share, scanning_share, writing_share
@@ -43,6 +52,23 @@ class _Lent:
         return rows
 
 
+@define(eq=False)
+class _Open:
+    """What an executor has while it is open.
+
+    Attributes:
+        affinity: Where it was opened.
+        writing: The share of writes.
+        scanning: The share of scans.
+        scans: Scans that are running, or are being stopped.
+    """
+
+    affinity: Affinity
+    writing: Share
+    scanning: Share
+    scans: set[asyncio.Task[Any]] = Factory(set)
+
+
 class PostgresEngineExecutor:
     """Runs statements on an engine that stays the host's.
 
@@ -60,21 +86,20 @@ class PostgresEngineExecutor:
     ) -> None:
         self.place = place_of(engine.url)
         # The host's default may be any isolation level.
-        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._several = engine.execution_options(isolation_level="READ COMMITTED")
+        self._autocommit = with_isolation(engine, "AUTOCOMMIT")
+        self._several = with_isolation(engine, "READ COMMITTED")
         self._single = self._autocommit
         self._trusted = trusted
         self._maximum = maximum
         self._timeout = timeout
-        self._writing: Share | None = None
-        self._affinity: Affinity | None = None
-        self._scanning: Share | None = None
+        self._open: _Open | None = None
+        self._read_committed: WeakKeyDictionary[object, bool] = WeakKeyDictionary()
 
     async def open(self, affinity: Affinity) -> None:
         """Accept statements, and refuse an engine that is unsafe behind a pooler."""
-        self._affinity = affinity
-        self._writing = writing_share(self._maximum, self._timeout)
-        self._scanning = scanning_share(self._maximum, self._timeout)
+        writing = writing_share(self._maximum, self._timeout)
+        scanning = scanning_share(self._maximum, self._timeout)
+        self._open = _Open(affinity, writing, scanning)
         self._single = self._autocommit
         if self._trusted:
             return
@@ -85,12 +110,14 @@ class PostgresEngineExecutor:
                 self._single = self._several
 
     async def close(self) -> None:
-        """Accept no more statements."""
-        self.abandon()
+        """Accept no more statements, and wait up to the time limit for scans that are stopped."""
+        opened, self._open = self._open, None
+        if opened is not None and opened.scans:
+            await asyncio.wait(opened.scans, timeout=self._timeout)
 
     def abandon(self) -> None:
         """Accept no more statements."""
-        self._writing = self._scanning = self._affinity = None
+        self._open = None
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, again on another."""
@@ -101,26 +128,35 @@ class PostgresEngineExecutor:
 
     async def scan(self, work: Work[_T]) -> _T:
         """Run statements that only read; if their connection is dead, again on another."""
-        self._opened()
-        if self._scanning is None:
-            raise ClientClosed
-        async with self._scanning:
-            return await self._run(self._single, lambda lent: work(lent.fetch), resend=True)
+        opened = self._opened()
+        await opened.scanning.take()
+        call = self._run(self._single, lambda lent: work(lent.fetch), resend=True)
+        # Beside the caller, who need not wait until the server has stopped the statement.
+        task = asyncio.ensure_future(call)
+        opened.scans.add(task)
+        task.add_done_callback(opened.scans.discard)
+        try:
+            await asyncio.wait((task,))
+            return task.result()
+        finally:
+            # Until SQLAlchemy has ended the connection, the server may be running the statement.
+            task.cancel()
+            opened.scanning.give_after((task,))
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, each committed by itself."""
-        async with self._opened():
+        async with self._opened().writing:
             return await self._run(self._single, lambda lent: work(lent.fetch))
 
     async def transact(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction."""
-        async with self._opened():
+        async with self._opened().writing:
             return await self._run(self._several, lambda lent: work(lent.fetch))
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
-        async with self._opened():
-            await self._run(self._several, lambda lent: lent.connection.execute(statement, rows))
+        async with self._opened().writing:
+            await self._run(self._several, lambda lent: execute(lent.connection, statement, rows))
 
     async def _run(
         self, engine: AsyncEngine, call: Callable[[_Lent], Awaitable[_T]], *, resend: bool = False
@@ -148,12 +184,13 @@ class PostgresEngineExecutor:
                 # SQLAlchemy has replaced the other connections, too.
                 resend = resend and not is_lost(cause)
 
-    def _opened(self) -> Share:
-        if self._writing is None or self._affinity is None:
+    def _opened(self) -> _Open:
+        opened = self._open
+        if opened is None:
             raise ClientClosed
-        if self._affinity.loop is not running_loop():
-            raise self._affinity.error()
-        return self._writing
+        if opened.affinity.loop is not running_loop():
+            raise opened.affinity.error()
+        return opened
 
     @asynccontextmanager
     async def _connection(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
@@ -163,6 +200,8 @@ class PostgresEngineExecutor:
         try:
             async with engine.connect() as connection:
                 await self._replace_dead(connection)
+                if engine is self._autocommit and not await self._reads_committed(connection):
+                    await connection.execution_options(isolation_level="READ COMMITTED")
                 connecting = False
                 try:
                     async with connection.begin():
@@ -186,3 +225,14 @@ class PostgresEngineExecutor:
             if await is_alive(raw.driver_connection):
                 return
             await connection.invalidate()
+
+    async def _reads_committed(self, connection: AsyncConnection) -> bool:
+        """Return whether a statement by itself is ``READ COMMITTED`` on a connection."""
+        raw = await connection.get_raw_connection()
+        driver = raw.driver_connection
+        known = self._read_committed.get(driver)
+        if known is None:
+            known = not (await connection.exec_driver_sql(STRICTER)).all()
+            await connection.rollback()
+            self._read_committed[driver] = known
+        return known

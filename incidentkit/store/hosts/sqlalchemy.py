@@ -6,14 +6,14 @@ This module never loads ``sqlalchemy.ext.asyncio``, which loads the ORM: a host 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Executable
+from sqlalchemy import CursorResult, Executable, SingletonThreadPool, StaticPool
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from incidentkit.domain.errors import StoreError
+from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.store.causes import POOL_EXHAUSTED, TRANSACTION_FAILED
 from incidentkit.store.executor import Rows
 from incidentkit.store.sql.rows import unreadable_row
@@ -21,6 +21,10 @@ from incidentkit.store.sql.rows import unreadable_row
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
     from typing_extensions import TypeIs
+
+TRANSLATE_MAP: Final = "schema_translate_map"
+"""The option of SQLAlchemy that gives tables another schema. A statement of incidentkit has it if a
+client has a schema, or if the statement names no table."""
 
 USUAL_MAXIMUM: Final = 15
 """Number of connections of an engine of SQLAlchemy without options."""
@@ -50,12 +54,44 @@ def _is_a(name: str, value: object) -> bool:
 async def fetch_rows(
     connection: AsyncConnection, statement: Executable, values: Mapping[str, Any]
 ) -> Rows:
-    """Run a statement on a connection of SQLAlchemy."""
-    result = await connection.execute(statement, values)
+    """Run a statement on a connection of SQLAlchemy.
+
+    Raises:
+        InvalidSettings: If the host moves the tables to another schema.
+    """
+    result = await execute(connection, statement, values)
     try:
         return result.all() if result.returns_rows else ()
     except (TypeError, ValueError) as error:
         raise unreadable_row() from error
+
+
+async def execute(
+    connection: AsyncConnection,
+    statement: Executable,
+    values: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+) -> CursorResult[Any]:
+    """Execute a statement in the schema that it has, or where the connection finds the tables.
+
+    Raises:
+        InvalidSettings: If the statement has none, and the host moves the tables to another one.
+    """
+    own = statement.get_execution_options()
+    if TRANSLATE_MAP in own:
+        # Those of the connection win over the statement's own.
+        return await connection.execute(statement, values, execution_options=own)
+    begun = connection.sync_connection
+    host: Any = None if begun is None else begun.get_execution_options().get(TRANSLATE_MAP)
+    if not host:
+        return await connection.execute(statement, values)
+    if host.get(None) is not None:
+        reason = (
+            "moves tables without a schema, and would move those of incidentkit: "
+            "name their schema with schema=, or use an engine or connection without the map"
+        )
+        raise InvalidSettings(TRANSLATE_MAP, reason)
+    # What SQLAlchemy compiles for such a map fits no map that moves tables without a schema.
+    return await connection.execute(statement, values, execution_options={TRANSLATE_MAP: {}})
 
 
 def translate_sqlalchemy_error(error: Exception) -> StoreError | None:
@@ -78,6 +114,35 @@ def pool_maximum(engine: AsyncEngine) -> int:
     size = getattr(pool, "size", None)
     overflow = getattr(pool, "_max_overflow", -1)
     return USUAL_MAXIMUM if size is None or overflow < 0 else max(1, size() + overflow)
+
+
+def with_isolation(engine: AsyncEngine, level: str) -> AsyncEngine:
+    """Return a host's engine with an isolation level of its own."""
+    try:
+        return engine.execution_options(isolation_level=level)
+    except InvalidRequestError:
+        # Before SQLAlchemy 2.0.38, an engine with options takes none that sets up connections.
+        root: Any = engine.sync_engine
+        options = {**root.get_execution_options(), "isolation_level": level}
+        while hasattr(root, "_proxied"):
+            root = root._proxied  # noqa: SLF001
+        return type(engine)(root.execution_options(**options))
+
+
+def refuse_shared_connection(engine: AsyncEngine) -> None:
+    """Refuse an engine whose callers all get the same connection.
+
+    A call of the client would end the transaction of the host, whose connection it gives back.
+
+    Raises:
+        InvalidSettings: With the name of the pool.
+    """
+    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
+        raise InvalidSettings(
+            "database",
+            f"must not be an engine with {type(engine.pool).__name__}, whose callers share one "
+            "connection and end each other's transactions: use another pool",
+        )
 
 
 def commits_by_itself(connection: AsyncConnection) -> bool:

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from incidentkit.affinity import Affinity, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreUnavailable
+from incidentkit.store.causes import NO_ANSWER
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
     fetch_rows,
@@ -23,10 +24,10 @@ from incidentkit.store.hosts.sqlalchemy import (
     translate_sqlalchemy_error,
 )
 from incidentkit.store.options import StoreOptions
-from incidentkit.store.share import AGAIN, Share, scanning_share
+from incidentkit.store.share import Share, scanning_share
 from incidentkit.store.sqlite.errors import translate_error
 from incidentkit.store.sqlite.file import probe
-from incidentkit.store.sqlite.statements import LOCK
+from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL, LOCK
 from incidentkit.store.sqlite.threads import DatabaseFile
 from incidentkit.store.sqlite.url import MEMORY, place_of
 
@@ -37,6 +38,9 @@ _T = TypeVar("_T")
 
 OPTIONS: Final = StoreOptions()
 """How long calls wait; the time limits of the engine itself are the host's."""
+
+PATIENCE: Final = OPTIONS.pool_timeout + OPTIONS.statement_timeout
+"""Seconds after which a call has taken too long."""
 
 
 class SqliteEngineExecutor:
@@ -102,26 +106,42 @@ class SqliteEngineExecutor:
     async def scan(self, work: Work[_T]) -> _T:
         """Run statements that only read, but may read or return very many rows."""
         self._check_loop()
-        # In memory the host may use the same connection: an interrupt could hit its statement.
-        fetch = self.read if self._url.database in MEMORY else self._scan
-        async with self._share:
-            return await work(fetch)
-
-    async def _scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement, and interrupt it if its time is up or its caller is gone."""
-        scan = _Scan(statement, values)
+        share = self._share
+        await share.take()
+        running: list[asyncio.Task[Rows]] = []
         try:
-            return await self._run(self._run_scan(scan))
+            return await work(partial(self._scan, running))
         finally:
-            scan.stopped = True
-            if scan.driver is not None:
+            # The driver notices an interrupt after the caller has gone.
+            share.give_after(running)
+
+    async def _scan(
+        self, running: list[asyncio.Task[Rows]], statement: Executable, values: Mapping[str, Any]
+    ) -> Rows:
+        """Run a statement, and interrupt it if its time is up or its caller is gone.
+
+        Args:
+            running: Gets what ends when the connection is free again.
+            statement: The statement.
+            values: Its parameters.
+        """
+        scan = _Scan(statement, values)
+        running.append(self._start(self._run_scan(scan)))
+        try:
+            return await self._wait(running[-1])
+        finally:
+            # In memory the host may use the same connection: an interrupt could hit its statement.
+            scan.stopped = self._url.database not in MEMORY
+            if scan.stopped and scan.driver is not None:
                 interrupting = asyncio.ensure_future(scan.interrupt())
                 self._running.add(interrupting)
                 interrupting.add_done_callback(self._running.discard)
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction, with no other writer from its start."""
-        return await self._run(self._transact(work), writes=True)
+        write = _Write()
+        task = self._start(self._transact(work, write), writes=True)
+        return await self._wait(task, write)
 
     async def transact(self, work: Work[_T]) -> _T:
         """Run statements that write, all or none, as :meth:`write` does."""
@@ -145,8 +165,10 @@ class SqliteEngineExecutor:
         async with self._connection() as connection:
             return await scan.run(connection)
 
-    async def _transact(self, work: Work[_T]) -> _T:
+    async def _transact(self, work: Work[_T], write: _Write) -> _T:
         async with self._transaction() as connection:
+            if not write.begin():
+                raise NO_ANSWER.as_error()
             return await work(partial(fetch_rows, connection))
 
     def _connection(self) -> AsyncConnection:
@@ -184,8 +206,12 @@ class SqliteEngineExecutor:
                     await connection.exec_driver_sql("ROLLBACK")
                 raise
 
-    async def _run(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> _T:
+    async def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run work to completion, even if the caller is cancelled."""
+        return await self._wait(self._start(work))
+
+    def _start(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> asyncio.Task[_T]:
+        """Run work in a task, which goes on if the caller is cancelled."""
         try:
             self._check_loop()
         except BaseException:
@@ -196,17 +222,25 @@ class SqliteEngineExecutor:
         task = asyncio.ensure_future(self._in_turn(work) if alone else work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        seconds = OPTIONS.pool_timeout + OPTIONS.statement_timeout
+        # The caller may be gone: retrieve a failure that no one else will.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return task
+
+    async def _wait(self, task: asyncio.Task[_T], write: _Write | None = None) -> _T:
+        """Wait for a task up to the time limit, and translate exceptions.
+
+        A write that has begun is awaited beyond it, so that an error never hides a stored write.
+        """
+        done, _ = await asyncio.wait((task,), timeout=PATIENCE)
+        if not done and (write is None or write.give_up()):
+            raise NO_ANSWER.as_error()
+        await asyncio.wait((task,))
         try:
-            async with asyncio.timeout(seconds):
-                return await asyncio.shield(task)
+            return task.result()
         except (IncidentKitError, asyncio.CancelledError):
             raise
         except Exception as error:
             raise translate_sqlalchemy_error(error) or translate_error(error) from error
-        finally:
-            # The caller may be gone: retrieve a failure that no one else will.
-            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     def _check_loop(self) -> None:
         if self._affinity is not None and self._affinity.loop is not running_loop():
@@ -223,6 +257,24 @@ class SqliteEngineExecutor:
             return await work
         finally:
             self._writing.release()
+
+
+class _Write:
+    """A write that is either begun, or given up by its caller, who is told that it failed."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._given_up = False
+
+    def begin(self) -> bool:
+        """Begin it; return False if it was given up."""
+        self._begun = not self._given_up
+        return self._begun
+
+    def give_up(self) -> bool:
+        """Keep it from beginning; return False if it has begun."""
+        self._given_up = not self._begun
+        return self._given_up
 
 
 class _Scan:
@@ -254,7 +306,7 @@ class _Scan:
         """Interrupt the statement until the driver has noticed."""
         while self.driver is not None:
             await self.driver.interrupt()
-            await asyncio.sleep(AGAIN)
+            await asyncio.sleep(INTERRUPT_INTERVAL)
 
 
 def _share(engine: AsyncEngine) -> Share:

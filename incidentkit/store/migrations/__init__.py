@@ -11,7 +11,9 @@ from incidentkit.store.migrations import (
     incident_token,
     origin,
     request_log,
+    search_words,
     strict_columns,
+    token_of_table,
     token_without_waiting,
 )
 
@@ -42,5 +44,7 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     token_without_waiting,
     event_writer,
     concurrent_indexes,
+    search_words,
+    token_of_table,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

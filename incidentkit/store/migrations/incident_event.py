@@ -4,8 +4,8 @@
 already ended gets the time of the migration as its end, because the real one is unknown. The
 columns added to ``"Incident"`` have defaults, so that other writers keep working.
 
-The large indexes follow in the migration ``a61c08d5e372``, which blocks no other program, and on
-SQLite the table of words.
+The large indexes follow in the migrations ``a61c08d5e372`` and ``a6d40b7f21c8``, which block no
+other program; so does the table of words on SQLite.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def on_sqlite() -> bool:
 
 
 def upgrade() -> None:
+    if on_sqlite() and has_rows("Incident"):
+        # Other writers go on between the copy of the table and its update.
+        start_transaction()
     found = sa.inspect(op.get_bind())
     for name in (*TABLES, *(("incident_text",) if on_sqlite() else ())):
         if found.has_table(name, schema=found.default_schema_name):
             raise in_the_way(name)
     if not on_sqlite():
         check_free("Incident", *INDEXES)
-    elif has_rows("Incident"):
-        # Other writers go on between the copy of the table and its update.
-        start_transaction()
     time = sa.DateTime(timezone=True)
     now = sa.text("CURRENT_TIMESTAMP" if on_sqlite() else "date_trunc('second', clock_timestamp())")
     key = sa.Integer() if on_sqlite() else sa.BigInteger()

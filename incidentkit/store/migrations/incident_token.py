@@ -26,6 +26,9 @@ SQLITE_TRIGGERS = {
 }
 
 
+POSTGRESQL_TRIGGERS = ("incident_token_change", "incident_token_truncate")
+
+
 def upgrade() -> None:
     found = sa.inspect(op.get_bind())
     if found.has_table("incident_token", schema=found.default_schema_name):
@@ -37,12 +40,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("slot", name="pk_incident_token"),
     )
     if op.get_bind().dialect.name == "sqlite":
-        upgrade_sqlite()
+        create_sqlite_triggers()
     else:
         upgrade_postgresql()
 
 
-def upgrade_sqlite() -> None:
+def create_sqlite_triggers() -> None:
     replacement = "INSERT INTO incident_token VALUES (0, lower(hex(randomblob(16))))"
     op.execute(replacement)
     for name, event in SQLITE_TRIGGERS.items():
@@ -82,6 +85,11 @@ def upgrade_postgresql() -> None:
         END $$
         """
     )
+    create_postgresql_triggers()
+
+
+def create_postgresql_triggers() -> None:
+    schema = schema_name()
     # The condition is evaluated for each row. It is true for the first one of a transaction, and
     # again after a rollback to a savepoint, which also rolls back the setting.
     setting = "'incidentkit.token_change'"
@@ -101,7 +109,7 @@ def upgrade_postgresql() -> None:
         "FOR EACH STATEMENT EXECUTE FUNCTION incident_token_change()"
     )
     # Fire for changes applied by logical replication too.
-    for name in ("incident_token_change", "incident_token_truncate"):
+    for name in POSTGRESQL_TRIGGERS:
         op.execute(f'ALTER TABLE "Incident" ENABLE ALWAYS TRIGGER {name}')
 
 

@@ -221,7 +221,7 @@ def downgrade_postgresql() -> None:
     largest = op.get_bind().scalar(sa.text('SELECT max(incident_id) FROM "Incident"')) or 0
     if max(largest, next_id(sequence) - 1) > MAX_INTEGER:
         raise StoreError(
-            f"an id past {MAX_INTEGER} has been assigned, which the origin's table cannot hold"
+            f"an id past {MAX_INTEGER} has been assigned, which Incident API's table cannot hold"
         )
     op.drop_constraint(op.f("ck_Incident_created_at"), "Incident", type_="check")
     op.drop_constraint(op.f("ck_Incident_incident_id"), "Incident", type_="check")

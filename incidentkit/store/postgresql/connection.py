@@ -16,9 +16,9 @@ from sqlalchemy import Executable
 
 from incidentkit.affinity import sever
 from incidentkit.domain.errors import StoreError
-from incidentkit.store.executor import Rows, Work
+from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.postgresql.driver import Connection, compile_statement, fetch_rows
-from incidentkit.store.postgresql.errors import LOST
+from incidentkit.store.postgresql.errors import LOST, lost_connection
 
 _T = TypeVar("_T")
 
@@ -69,9 +69,20 @@ class PostgresConnection:
         used: Whether the connection has served a call before, and may have ended since.
         answered: Whether the server has answered a statement of the present call.
         idle_since: When it was given back, on the clock of the event loop.
+        reads_committed: Whether a statement by itself is ``READ COMMITTED``. Otherwise each is run
+            in a transaction that is.
     """
 
-    __slots__ = ("_log", "_prepared", "_preparing", "answered", "driver", "idle_since", "used")
+    __slots__ = (
+        "_log",
+        "_prepared",
+        "_preparing",
+        "answered",
+        "driver",
+        "idle_since",
+        "reads_committed",
+        "used",
+    )
 
     def __init__(
         self, driver: Connection, *, preparing: Preparing | None = None, log: Log | None = None
@@ -80,13 +91,26 @@ class PostgresConnection:
         self.used = False
         self.answered = False
         self.idle_since = 0.0
+        self.reads_committed = True
         self._preparing = preparing
         self._log = log
         # The most recently used last.
         self._prepared: dict[Executable, Any] = {}
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement."""
+        """Run a statement by itself."""
+        if self.reads_committed:
+            return await self._fetch(statement, values)
+
+        async def work(fetch: Fetch) -> Rows:
+            return await fetch(statement, values)
+
+        try:
+            return await self.transact(work)
+        except NOT_RUN:
+            return await self.transact(work)
+
+    async def _fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         start = 0.0 if self._log is None else time.perf_counter()
         if self._preparing is None or not self._preparing.allowed:
             rows = await fetch_rows(self.driver, statement, values)
@@ -105,7 +129,7 @@ class PostgresConnection:
         """
         try:
             await self._execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-            done = await work(self.fetch)
+            done = await work(self._fetch)
             tag = await self._execute("COMMIT")
         except (TimeoutError, *LOST):
             raise
@@ -118,8 +142,9 @@ class PostgresConnection:
 
     def is_settled(self, error: BaseException) -> bool:
         """Return whether the server has nothing left to do for a call that raised this error."""
-        answered = isinstance(error, Exception) and not isinstance(error, (TimeoutError, *LOST))
-        return answered and not self.driver.is_in_transaction()
+        if not isinstance(error, Exception) or isinstance(error, TimeoutError):
+            return False
+        return not (lost_connection(error) or self.driver.is_in_transaction())
 
     async def settle(self) -> None:
         """Wait until the server has cancelled a statement, and end its transaction."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from contextvars import Context
 from typing import Any, Final
 
-from incidentkit.domain.errors import StoreUnavailable
+from incidentkit.domain.errors import ClientClosed, StoreUnavailable
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.postgresql.connection import PostgresConnection
-from incidentkit.store.postgresql.errors import LOST
+from incidentkit.store.postgresql.errors import lost_connection
 
 SURPLUS: Final = 10.0
 """Seconds without use after which a connection beyond ``pool_size`` is closed."""
@@ -45,13 +44,17 @@ class OwnConnections:
         self._trimming: asyncio.TimerHandle | None = None
         # Set while close() waits.
         self._returned: asyncio.Event | None = None
+        self._closed = False
 
     async def take(self) -> PostgresConnection:
         """Lend a connection.
 
         Raises:
             StoreUnavailable: If none is free within ``pool_timeout``.
+            ClientClosed: If every connection was closed.
         """
+        if self._closed:
+            raise ClientClosed
         while self._idle:
             connection = self._idle.pop()
             try:
@@ -94,13 +97,13 @@ class OwnConnections:
         Returns:
             What ends when the server has stopped the call; None: it has.
         """
-        if isinstance(error, LOST):
+        if lost_connection(error):
             # The server may have announced its shutdown before the connection ends.
             connection.terminate()
         if connection.is_closed() or connection.is_settled(error):
             self._put(connection)
             return None
-        return self._start(self._settle(connection))
+        return self._finish(connection, self._settle(connection))
 
     async def close(self) -> None:
         """Wait up to ``pool_timeout`` for running calls, and close every connection."""
@@ -117,6 +120,7 @@ class OwnConnections:
         except TimeoutError:
             pass
         finally:
+            self._closed = True
             for connection in self._open:
                 connection.terminate()
             self._open.clear()
@@ -136,6 +140,10 @@ class OwnConnections:
         except BaseException:
             self._leave_place()
             raise
+        if self._closed:
+            connection.terminate()
+            self._leave_place()
+            raise ClientClosed
         self._connecting -= 1
         self._open.add(connection)
         return connection
@@ -151,7 +159,7 @@ class OwnConnections:
                 return await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled():
-                # It was answered in the moment in which the caller gave up.
+                # It was answered just as the caller gave up.
                 connection = waiter.result()
                 if connection is None:
                     self._leave_place()
@@ -187,12 +195,8 @@ class OwnConnections:
         self._leave_place()
 
     async def _settle(self, connection: PostgresConnection) -> None:
-        try:
-            async with asyncio.timeout(self._options.pool_timeout):
-                await connection.settle()
-        except Exception:  # noqa: BLE001
-            connection.terminate()
-        self._put(connection)
+        async with asyncio.timeout(self._options.pool_timeout):
+            await connection.settle()
 
     def _trim(self) -> None:
         """Close connections that were not used for a while."""
@@ -204,17 +208,24 @@ class OwnConnections:
             if seconds >= LIFETIME or (surplus > 0 and seconds >= SURPLUS):
                 surplus -= 1
                 self._idle.remove(connection)
-                self._start(self._end(connection))
+                closing = connection.driver.close(timeout=self._options.pool_timeout)
+                self._finish(connection, closing)
         if self._idle:
             self._trimming = loop.call_later(SURPLUS, self._trim, context=Context())
 
-    async def _end(self, connection: PostgresConnection) -> None:
-        with suppress(Exception):
-            await connection.driver.close(timeout=self._options.pool_timeout)
-        self._discard(connection)
+    def _finish(
+        self, connection: PostgresConnection, work: Coroutine[Any, Any, None]
+    ) -> asyncio.Task[None]:
+        """Run work on a connection that no call has, then take it back."""
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled() or task.exception() is not None:
+                connection.terminate()
+            self._put(connection)
+
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        # Not in the work, which does not run at all if every task of the loop is cancelled.
+        task.add_done_callback(end)
         return task

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import asyncpg
 
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.postgresql.connection import PostgresConnection, Preparing
-from incidentkit.store.postgresql.driver import unreadable_url
+from incidentkit.store.postgresql.driver import ISOLATION, reads_committed, unreadable_url
 from incidentkit.store.postgresql.errors import UNREADABLE_URL
 from incidentkit.store.postgresql.poolers import find_pooler
 from incidentkit.store.postgresql.url import Server, refused_parameter
@@ -29,6 +30,9 @@ class Connector:
         self._options = options
         self._preparing = Preparing(options.prepared_statements)
         self._connected = False
+        # What the server is asked for; a pooler may refuse it, or not pass it on.
+        self._settings: Mapping[str, str] = ISOLATION
+        self._pooled = False
 
     async def __call__(self) -> PostgresConnection:
         """Open a connection. Exceptions of asyncpg are not translated.
@@ -37,11 +41,7 @@ class Connector:
             InvalidSettings: If the URL cannot be used, or the server refuses a parameter of it.
         """
         try:
-            driver = await asyncpg.connect(
-                **{"timeout": self._options.connect_timeout, **self._server.arguments},
-                command_timeout=self._options.statement_timeout,
-                statement_cache_size=0,
-            )
+            driver = await self._connect()
         except asyncpg.PostgresError as error:
             refused = refused_parameter(self._server, error)
             if refused is None:
@@ -52,20 +52,39 @@ class Connector:
                 raise
             # Without its cause, which shows parts of the URL.
             raise unreadable_url() from None
-        if not self._connected:
-            try:
-                await self._find_out(driver)
-            except BaseException:
-                driver.terminate()
-                raise
         log = _log_statement if self._options.echo else None
-        return PostgresConnection(driver, preparing=self._preparing, log=log)
+        connection = PostgresConnection(driver, preparing=self._preparing, log=log)
+        try:
+            if not self._connected:
+                await self._find_out(driver)
+            if self._pooled or not self._settings:
+                connection.reads_committed = await reads_committed(driver)
+        except BaseException:
+            driver.terminate()
+            raise
+        return connection
+
+    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
+        arguments = {"timeout": self._options.connect_timeout, **self._server.arguments}
+        given = arguments.pop("server_settings", None) or {}
+        while True:
+            try:
+                return await asyncpg.connect(
+                    **arguments,
+                    server_settings={**given, **self._settings},
+                    command_timeout=self._options.statement_timeout,
+                    statement_cache_size=0,
+                )
+            except asyncpg.PostgresError as error:
+                if not self._settings or "startup parameter" not in str(error):
+                    raise
+                self._settings = {}
 
     async def _find_out(self, driver: asyncpg.Connection[asyncpg.Record]) -> None:
         """Prepare statements unless there is a pooler, or as the options say."""
-        pooled = await find_pooler(driver)
+        self._pooled = await find_pooler(driver)
         if self._preparing.allowed is None:
-            self._preparing.allowed = not pooled
+            self._preparing.allowed = not self._pooled
         self._connected = True
 
 

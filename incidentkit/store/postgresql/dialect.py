@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
@@ -18,10 +18,14 @@ from incidentkit.domain.errors import (
 )
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, FeedBlocker, Incident, IncidentEvent
+from incidentkit.domain.words import phrases
+from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.executor import Fetch
+from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race, unstorable
+from incidentkit.store.schema import copied, upgrade_command
+from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
 
@@ -35,7 +39,12 @@ ATTEMPTS: Final = 10
 
 
 class PostgresDialect:
-    """The statements of PostgreSQL."""
+    """The statements of PostgreSQL.
+
+    Args:
+        schema: Where the tables are; None: where the search path leads. The executor takes the
+            statements there.
+    """
 
     claim_key: Executable = sql.CLAIM_KEY
     delete_expired_keys: Executable = sql.DELETE_EXPIRED_KEYS
@@ -43,19 +52,26 @@ class PostgresDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = True
     keeps_plans = True
+    select_schema: Executable = definitions.SELECT_ON_POSTGRESQL
+
+    def read_schema(self, rows: Rows) -> definitions.Schema:
+        """Return the schema of the rows."""
+        return definitions.read_on_postgresql(rows)
+
+    def __init__(self, schema: str | None = None) -> None:
+        self.schema = schema
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
-        rows = await fetch(
-            sql.INSERT_INCIDENT[incident.dedup_key is not None],
-            {
-                "incident_message": incident.incident_message,
-                "incident_type": incident.incident_type.value,
-                "source": incident.source.value,
-                "dedup_key": incident.dedup_key,
-                "actor": actor,
-            },
-        )
+        values = {
+            "incident_message": incident.incident_message,
+            "incident_type": incident.incident_type.value,
+            "source": incident.source.value,
+            "dedup_key": incident.dedup_key,
+            "actor": actor,
+        }
+        statement = sql.INSERT_INCIDENT[incident.dedup_key is not None]
+        rows = await self._insert(fetch, statement, values)
         return read_incident(rows[0])
 
     async def create_many(
@@ -66,7 +82,7 @@ class PostgresDialect:
         keyless = [n for n, incident in enumerate(incidents) if incident.dedup_key is None]
         for numbers in _chunks(keyless, ROWS):
             values = values_to_insert([(incidents[n], actor) for n in numbers])
-            rows = await fetch(sql.INSERT_INCIDENTS, values)
+            rows = await self._insert(fetch, sql.INSERT_INCIDENTS, values)
             stored.update(zip(numbers, map(read_incident, rows), strict=True))
         while len(stored) < len(incidents):
             # Each key once; a later statement counts its repetitions.
@@ -81,9 +97,9 @@ class PostgresDialect:
                     "dedup_keys": keys,
                     "actors": [actor] * len(keys),
                 }
-                for row in await fetch(sql.INSERT_OR_COUNT, values):
-                    counted = read_incident(row)
-                    stored[first[counted.dedup_key or ""]] = counted
+                rows = await self._insert(fetch, sql.INSERT_OR_COUNT, values)
+                numbers = [first[key] for key in keys]
+                stored.update(zip(numbers, map(read_incident, rows), strict=True))
         return [stored[n] for n in range(len(incidents))]
 
     async def update_status(
@@ -98,22 +114,17 @@ class PostgresDialect:
             "note": change.note,
             "actor": actor,
         }
+        seen: set[Incident] = set()
         for _ in range(ATTEMPTS):
             if isinstance(change.expected_version, str):
                 # Only the client knows the tag: the statement compares the version that has it.
-                rows = await fetch(SELECT_INCIDENT, {"incident_id": change.incident_id})
-                if not rows:
-                    raise IncidentNotFound(change.incident_id)
-                seen = read_incident(rows[0])
-                transitions.check(seen, change)
-                values["expected_version"] = seen.version
+                tagged = await self._read(fetch, change.incident_id)
+                transitions.check(tagged, change)
+                values["expected_version"] = tagged.version
             rows = await fetch(sql.UPDATE_STATUS, values)
             if rows:
                 return read_incident(rows[0])
-            rows = await fetch(SELECT_INCIDENT, {"incident_id": change.incident_id})
-            if not rows:
-                raise IncidentNotFound(change.incident_id)
-            incident = read_incident(rows[0])
+            incident = await self._read(fetch, change.incident_id)
             if not transitions.check(incident, change):
                 if change.note is not None:
                     await self.note(fetch, change.incident_id, change.note, actor)
@@ -123,7 +134,19 @@ class PostgresDialect:
                 sql.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
             ):
                 raise DuplicateOpenIncident(incident)
+            if incident in seen:
+                await self.check_order(fetch)
+            seen.add(incident)
+        if len(seen) == 1:
+            # No other transaction has changed it.
+            raise KEPT_OUT.as_error()
         raise StoreUnavailable(f"other transactions overtook a change {ATTEMPTS} times")
+
+    async def _read(self, fetch: Fetch, incident_id: int) -> Incident:
+        rows = await fetch(SELECT_INCIDENT, {"incident_id": incident_id})
+        if not rows:
+            raise IncidentNotFound(incident_id)
+        return read_incident(rows[0])
 
     async def note(
         self, fetch: Fetch, incident_id: int, note: str, actor: str | None
@@ -131,30 +154,47 @@ class PostgresDialect:
         """Insert a note and return its event."""
         values = {"incident_id": incident_id, "note": note, "actor": actor}
         rows = await fetch(sql.INSERT_NOTE, values)
-        if not rows:
+        if not rows and not await fetch(SELECT_INCIDENT, {"incident_id": incident_id}):
             raise IncidentNotFound(incident_id)
-        return read_event(rows[0])
+        return read_event((rows or await self._insert(fetch, sql.INSERT_NOTE, values))[0])
+
+    async def _insert(self, fetch: Fetch, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that inserts; if it inserts nothing, find out why."""
+        rows = await fetch(statement, values)
+        if not rows:
+            await self.check_order(fetch)
+            # The order may have just been repaired.
+            rows = await fetch(statement, values)
+        if not rows:
+            raise KEPT_OUT.as_error()
+        return rows
 
     async def purge(
         self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
     ) -> tuple[int, bool]:
         """Remove incidents with their events, and insert the events of their purge."""
+        await self.check_order(fetch)
         wanted = {"ended_before": ended_before, "limit": limit}
         ids = [incident_id for (incident_id,) in await fetch(sql.SELECT_PURGEABLE, wanted)]
         if not ids:
             return 0, False
         # Separate statements, which see everything committed before the rows were locked.
-        await fetch(sql.DELETE_EVENTS, {"incident_ids": ids, "events": PURGED_EVENTS})
-        deleted = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": ids, "actor": actor})
-        count = int(deleted[0][0])
+        some = {"incident_ids": ids, "events": PURGED_EVENTS}
+        ((events, places),) = await fetch(sql.DELETE_EVENTS, some)
+        ((count,),) = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": ids, "actor": actor})
+        if places < events or not (events or count):
+            raise KEPT_OUT.as_error()
         return count, len(ids) == limit or count < len(ids)
 
     async def check_order(self, fetch: Fetch) -> None:
-        """Raise if events have numbers of transactions that this server has yet to assign."""
-        if await fetch(sql.SELECT_STRANDED, {}):
+        """Raise if a new event could come before an existing one."""
+        ((stranded, sequence),) = await fetch(sql.SELECT_DISORDER, {})
+        if stranded:
+            raise copied(self.schema)
+        if sequence is not None:
             raise StoreError(
-                "it was copied from another server, whose transactions had larger numbers: "
-                "run `incidentkit db upgrade`"
+                f"the sequence {sequence} counts down or has a cache, so that events would be out "
+                f"of order: run `{upgrade_command(self.schema)}`"
             )
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
@@ -163,9 +203,13 @@ class PostgresDialect:
             return FeedBlocker(*row)
         return None
 
-    def words(self, text: str) -> str:
-        """Return the text: the database finds its words, by the rule for messages."""
-        return text
+    def phrases(self, text: str) -> Mapping[str, Any]:
+        """Return the phrases for the database, which compares them as its encoding allows."""
+        found = phrases(text)
+        return {
+            "phrases": [each.words if each.given.isascii() else each.given for each in found],
+            "begins": found[-1].begins,
+        }
 
     def lost_race(self, error: BaseException | None) -> bool:
         """Return whether another incident with the same key was opened at the same time."""

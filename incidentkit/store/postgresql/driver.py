@@ -6,8 +6,8 @@ A statement is compiled once, when it first runs; SQLAlchemy takes no part in a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, Final, TypeAlias
+from weakref import WeakKeyDictionary
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -37,11 +37,26 @@ class Compiled:
     parameters: tuple[str, ...]
 
 
-@cache
+_compiled: Final[WeakKeyDictionary[Executable, Compiled]] = WeakKeyDictionary()
+"""What was compiled: for as long as the statement, which is that of a client or of a module."""
+
+
 def compile_statement(statement: Executable) -> Compiled:
-    """Return the statement as asyncpg takes it."""
+    """Return the statement as asyncpg takes it, on the tables of the schema that it has."""
+    compiled = _compiled.get(statement)
+    if compiled is None:
+        compiled = _compiled[statement] = _compile(statement)
+    return compiled
+
+
+def _compile(statement: Executable) -> Compiled:
     clause: Any = statement
-    compiled = clause.compile(dialect=_DIALECT)
+    translate_map = clause.get_execution_options().get("schema_translate_map")
+    compiled = clause.compile(
+        dialect=_DIALECT,
+        schema_translate_map=translate_map,
+        render_schema_translate=bool(translate_map),
+    )
     return Compiled(compiled.string, tuple(compiled.positiontup or ()))
 
 
@@ -51,6 +66,26 @@ async def fetch_rows(
     """Run a statement on a connection of asyncpg."""
     compiled = compile_statement(statement)
     return await connection.fetch(compiled.text, *[values[name] for name in compiled.parameters])
+
+
+ISOLATION: Final[Mapping[str, str]] = {"default_transaction_isolation": "read committed"}
+"""The setting of the server under which a statement sees all that was committed before it began.
+
+Under a stricter one, a statement that waits for a table sees it as it was before the wait, and a
+table that was truncated meanwhile as empty.
+"""
+
+STRICTER: Final = (
+    "SELECT 1 WHERE current_setting('default_transaction_isolation') "
+    "NOT IN ('read committed', 'read uncommitted')"
+)
+"""Returns a row if statements outside of transactions run under a stricter isolation."""
+
+
+async def reads_committed(connection: Connection) -> bool:
+    """Return whether statements outside of transactions are ``READ COMMITTED``."""
+    # Without parameters asyncpg sends only the text, and prepares nothing.
+    return await connection.execute(STRICTER) == "SELECT 0"
 
 
 def unreadable_url() -> InvalidSettings:

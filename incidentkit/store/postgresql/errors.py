@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from incidentkit.domain.errors import SchemaOutOfDate, StoreError, StoreUnavailable
 from incidentkit.store.causes import (
+    KEPT_OUT,
     NO_ANSWER,
     OLDER_WRITER,
     POOL_EXHAUSTED,
@@ -47,7 +48,7 @@ UNSTORABLE: Final = "22P05"
 """The SQLSTATE of a character that the encoding of the database does not have."""
 
 AMBIGUOUS: Final = frozenset(
-    {"08003", "08P01", "0A000", "23514", "28000", "55000", "57014", "XX000"}
+    {"08003", "08P01", "0A000", "22P02", "23514", "28000", "55000", "57014", "XX000"}
 )
 """SQLSTATEs of several causes, which the message tells apart. Poolers use 08P01 and XX000 for most
 of their own errors, and asyncpg 08003 for one that ends the connection."""
@@ -101,7 +102,7 @@ TLS_FAILED: Final = Cause(
     text="SSL error|invalid response to SSL negotiation",
 )
 WRONG_KIND: Final = Cause(
-    "no host is of the kind that target_session_attrs requires; wait for the end of a failover",
+    "no host meets target_session_attrs; if a failover is running, wait for its end",
     retryable=True,
     text="target attribute requirement|session is (not )?read-only|server is (not )?in hot standby",
 )
@@ -125,6 +126,12 @@ NOT_UTF8: Final = Cause(
     "a stored text is not valid UTF-8; correct it, and move to a database with the encoding UTF8",
     StoreError,
     codes=("22021",),
+)
+
+LACKS_PRIVILEGE: Final = Cause(
+    "the account lacks a privilege; grant those that the deployment guide lists",
+    StoreError,
+    codes=("42501",),
 )
 
 CAUSES: Final = (
@@ -181,8 +188,8 @@ CAUSES: Final = (
         text="unsupported startup parameter",
     ),
     Cause(
-        "the connection does not know its prepared statement, as behind a connection pooler; set "
-        "prepared_statements to off, or let your own pool or engine name none",
+        "the connection does not know the prepared statement, as behind a connection pooler; set "
+        "prepared_statements to off, or open your own pool or engine without named statements",
         StoreError,
         codes=("26000", "42P05"),
     ),
@@ -207,11 +214,7 @@ CAUSES: Final = (
         codes=("3D000",),
         text='database ".*" does not exist|no such database',
     ),
-    Cause(
-        "the account lacks a privilege; grant those that the deployment guide lists",
-        StoreError,
-        codes=("42501",),
-    ),
+    LACKS_PRIVILEGE,
     # The state of the server.
     Cause(
         "it is starting up, shutting down or recovering",
@@ -294,6 +297,19 @@ CAUSES: Final = (
         codes=(UNSTORABLE,),
     ),
     evolve(OLDER_WRITER, codes=("23514",)),
+    evolve(KEPT_OUT, codes=("22P02",)),
+    Cause(
+        "a rule of the database rewrites what is written; drop it, or make it a trigger",
+        StoreError,
+        codes=("0A000",),
+        text="rewritten by|DO INSTEAD|on relation .* with (INSERT|UPDATE) rules",
+    ),
+    Cause(
+        "a trigger of the database gives two incidents of one call the same dedup_key; let it "
+        "leave the key as it is",
+        StoreError,
+        codes=("21000",),
+    ),
     Cause("a constraint of the database refused the values", StoreError, codes=("23",)),
     Cause("a trigger or function of the database raised an error", StoreError, codes=("P0",)),
     Cause(
@@ -331,6 +347,12 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], Cause], ...]] = (
     (TimeoutError, LOST_CONNECTION),
 )
 
+_KINDS: Final = "(?:foreign )?table|(?:materialized )?view|sequence|schema|function|type|database"
+_DENIED: Final = re.compile(rf'for ({_KINDS}) "?(.+?)"?$')
+"""The end of the message about a missing privilege: the kind of the object, and its name."""
+
+_OWN_NAME: Final = re.compile(r"\b(?:Incident|incident_|incidentkit_|request_log)\w*")
+
 _ONE_OPEN: Final = "ux_Incident_dedup_key"
 
 
@@ -355,11 +377,26 @@ def translate_error(error: BaseException, *, connecting: bool = False) -> StoreE
         cause = find_cause(CAUSES, sqlstate, str(causes[0]), ambiguous=AMBIGUOUS)
     if cause is None and sqlstate is None and any(map(_is_lost, causes)):
         cause = LOST_CONNECTION
+    if cause is LACKS_PRIVILEGE:
+        return _lacks_privilege(str(causes[0])).as_error(sqlstate)
     if cause is not None:
         return cause.as_error(sqlstate)
     # Without a SQLSTATE, the driver or the network has failed, and not the statement.
     down = sqlstate is None and any(isinstance(each, (OSError, DBAPIError)) for each in causes)
     return unknown_cause(causes[0], sqlstate, unavailable=down)
+
+
+def _lacks_privilege(message: str) -> Cause:
+    """Return the cause with the object that the server names in its message."""
+    first, *_ = message.splitlines() or [""]
+    denied = _DENIED.search(first)
+    # In another language than English, the names are the same.
+    own = None if denied else _OWN_NAME.search(first)
+    if denied is None and own is None:
+        return LACKS_PRIVILEGE
+    named = f"the {denied[1]} {denied[2]}" if denied else own and own[0]
+    reason = LACKS_PRIVILEGE.reason.replace("privilege", f"privilege on {named}", 1)
+    return evolve(LACKS_PRIVILEGE, reason=reason)
 
 
 def _cause_by_type(causes: Iterable[BaseException], *, connecting: bool) -> Cause | None:
@@ -377,7 +414,7 @@ def _cause_by_type(causes: Iterable[BaseException], *, connecting: bool) -> Caus
 
 
 def _is_lost(error: BaseException) -> bool:
-    return isinstance(error, LOST) or getattr(error, "connection_invalidated", False)
+    return lost_connection(error) or getattr(error, "connection_invalidated", False)
 
 
 def is_unsent(error: BaseException | None) -> bool:
@@ -392,10 +429,26 @@ def is_unsent(error: BaseException | None) -> bool:
     )
 
 
+def lost_connection(error: BaseException) -> bool:
+    """Return whether an exception of asyncpg is that of a dead connection."""
+    # asyncpg counts a value that it cannot encode among the faults of its interface.
+    return isinstance(error, LOST) and not isinstance(error, asyncpg.DataError)
+
+
+def lost_before(error: BaseException) -> bool:
+    """Return whether the network refused a statement on a connection that asyncpg thought alive.
+
+    The server itself ends a connection in another way, which has no error of the network.
+    """
+    return isinstance(error.__cause__ or error, ConnectionError)
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the exception of the driver first, then those around it."""
     if isinstance(error, DBAPIError):
         yield from _causes(error.orig and (error.orig.__cause__ or error.orig))
+    if isinstance(error, asyncpg.DataError) and isinstance(error.__cause__, UnicodeEncodeError):
+        yield error.__cause__
     if error is not None:
         yield error
 
@@ -415,7 +468,7 @@ def unstorable(error: BaseException | None) -> str | None:
     """Return the character that the database's encoding does not have, if that is the cause."""
     for cause in _causes(error):
         if isinstance(cause, UnicodeEncodeError):
-            # psycopg encodes in the encoding of the database.
+            # psycopg encodes in the encoding of the database, both in that of the connection.
             return str(cause.object[cause.start])
         if sqlstate_of(cause) == UNSTORABLE:
             # The message has the bytes of the character, in every language.

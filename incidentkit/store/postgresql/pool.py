@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+from attrs import frozen
 from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity, keep, running_loop
@@ -13,7 +14,12 @@ from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.connection import NOT_RUN, PostgresConnection
 from incidentkit.store.postgresql.driver import compile_statement
-from incidentkit.store.postgresql.errors import LOST, is_unsent, translate_error
+from incidentkit.store.postgresql.errors import (
+    is_unsent,
+    lost_before,
+    lost_connection,
+    translate_error,
+)
 from incidentkit.store.share import Share, scanning_share, writing_share
 
 _T = TypeVar("_T")
@@ -72,37 +78,31 @@ class PoolExecutor:
         self.place = place
         self._new_connections = connections
         self._timeout = timeout
-        self._connections: Connections | None = None
-        self._writing: Share | None = None
-        self._affinity: Affinity | None = None
-        self._scanning: Share | None = None
+        self._open: _Open | None = None
 
     async def open(self, affinity: Affinity) -> None:
         """Accept statements; the first one connects."""
-        self._affinity = affinity
-        self._connections = self._new_connections()
+        connections = self._new_connections()
         # Otherwise finalizers would end the connections of the parent process.
-        affinity.on_fork = self._connections.sever
-        maximum = self._connections.maximum
-        self._writing = writing_share(maximum, self._timeout)
-        self._scanning = scanning_share(maximum, self._timeout)
+        affinity.on_fork = connections.sever
+        writing = writing_share(connections.maximum, self._timeout)
+        scanning = scanning_share(connections.maximum, self._timeout)
+        self._open = _Open(affinity, connections, writing, scanning)
 
     async def close(self) -> None:
         """Close what the store opened; running calls have ``pool_timeout`` seconds to finish."""
-        connections, self._connections = self._connections, None
-        self._writing = self._scanning = None
-        if connections is not None:
-            await connections.close()
+        opened, self._open = self._open, None
+        if opened is not None:
+            await opened.connections.close()
 
     def abandon(self) -> None:
         """Disconnect from the server without the event loop."""
-        connections, self._connections = self._connections, None
-        self._writing = self._scanning = None
-        if connections is None or self._affinity is None:
+        opened, self._open = self._open, None
+        if opened is None:
             return
-        connections.sever()
-        if self._affinity.forked:
-            keep(connections)
+        opened.connections.sever()
+        if opened.affinity.forked:
+            keep(opened.connections)
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads; if its connection is dead, again on another."""
@@ -110,9 +110,8 @@ class PoolExecutor:
 
     async def scan(self, work: Work[_T]) -> _T:
         """Run statements that only read; if their connection is dead, again on another."""
-        return await self._run_in(
-            self._scanning, lambda connection: work(connection.fetch), resend=True
-        )
+        share = self._opened().scanning
+        return await self._run_in(share, lambda connection: work(connection.fetch), resend=True)
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write, and send each once: a lost answer may hide a commit."""
@@ -134,13 +133,10 @@ class PoolExecutor:
         await self._write(lambda connection: connection.driver.executemany(compiled.text, values))
 
     async def _write(self, call: Call[_T]) -> _T:
-        return await self._run_in(self._writing, call)
+        return await self._run_in(self._opened().writing, call)
 
-    async def _run_in(self, share: Share | None, call: Call[_T], *, resend: bool = False) -> _T:
+    async def _run_in(self, share: Share, call: Call[_T], *, resend: bool = False) -> _T:
         """Run a call on one of the connections for its kind."""
-        self._opened()
-        if share is None:
-            raise ClientClosed
         await share.take()
         settling: list[asyncio.Task[None]] = []
         try:
@@ -160,10 +156,11 @@ class PoolExecutor:
 
         Args:
             call: Runs statements.
-            resend: Whether to run it again if its connection is dead, even after it was sent.
+            resend: Whether to run it again if its connection is dead, even after it was sent; only
+                once if the server has ended the connection meanwhile.
             settling: Gets what ends when the connection of a call that failed is free again.
         """
-        connections = self._opened()
+        connections = self._opened().connections
         left = connections.maximum
         while True:
             try:
@@ -181,17 +178,38 @@ class PoolExecutor:
                     settling.append(task)
                 if not isinstance(error, Exception) or isinstance(error, IncidentKitError):
                     raise
-                resendable = resend or (is_unsent(error) and not connection.answered)
-                if not (resendable and left and connection.used and isinstance(error, LOST)):
+                unsent = is_unsent(error) and not connection.answered
+                lost = connection.used and lost_connection(error)
+                if not (lost and left and (unsent or resend)):
                     raise translate_error(error) from error
                 left -= 1
+                # A statement may be what ends its connections, or an administrator may end them.
+                resend = resend and (unsent or lost_before(error))
             else:
                 await connections.put(connection)
                 return done
 
-    def _opened(self) -> Connections:
-        if self._connections is None or self._affinity is None:
+    def _opened(self) -> _Open:
+        opened = self._open
+        if opened is None:
             raise ClientClosed
-        if self._affinity.loop is not running_loop():
-            raise self._affinity.error()
-        return self._connections
+        if opened.affinity.loop is not running_loop():
+            raise opened.affinity.error()
+        return opened
+
+
+@frozen
+class _Open:
+    """What an executor has while it is open.
+
+    Attributes:
+        affinity: Where it was opened.
+        connections: Lends connections.
+        writing: The share of writes.
+        scanning: The share of scans.
+    """
+
+    affinity: Affinity
+    connections: Connections
+    writing: Share
+    scanning: Share

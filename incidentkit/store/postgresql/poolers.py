@@ -41,7 +41,7 @@ async def find_pooler(connection: Connection) -> bool:
 
 
 async def behind_pooler(connection: Connection) -> bool:
-    """Return whether another process answers than the one that was named on connecting."""
+    """Return whether the process that answers differs from the one named on connecting."""
     # Without parameters asyncpg sends only the text, and prepares nothing.
     other = f"SELECT WHERE pg_backend_pid() <> {connection.get_server_pid()}"
     return await connection.execute(other) == "SELECT 1"
@@ -86,7 +86,7 @@ def unsafe_names(setting: str, remedy: str) -> InvalidSettings:
     """Return the error for a connection that could run another process's statement."""
     return InvalidSettings(
         setting,
-        "is behind a connection pooler and gives prepared statements names that other processes "
-        f"give, too, so it could run one of theirs: {remedy}. If the pooler handles prepared "
-        "statements, or is in session mode, pass options=StoreOptions(prepared_statements=True)",
+        "is behind a connection pooler and names prepared statements as other processes may do, so "
+        f"it could run one of theirs: {remedy}. If the pooler supports prepared statements, or is "
+        "in session mode, pass options=StoreOptions(prepared_statements=True)",
     )

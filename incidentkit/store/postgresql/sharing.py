@@ -1,5 +1,9 @@
 """Statements that calls share on PostgreSQL while they wait for a connection.
 
+Under row security, each session of a host's pool may see other rows, so no calls share a statement.
+If it is enabled while the store is open, a shared statement does nothing, and each call runs alone
+from then on.
+
 Calls that could wait for another transaction run alone, since they would keep the others waiting:
 creates with a deduplication key, changes back to ``new``, and changes of a locked incident.
 """
@@ -9,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from sqlalchemy import Executable
 
@@ -32,6 +36,9 @@ from incidentkit.store.sql.statements import (
     page_statement,
     page_values,
 )
+
+Found: TypeAlias = "tuple[Incident, ...]"
+"""One incident, or none."""
 
 _I = TypeVar("_I")
 _T = TypeVar("_T")
@@ -66,25 +73,27 @@ class PostgresSharing:
         self._dialect = dialect
         self._executor = executor
         self._run = executor.transact if in_transactions else executor.write
-        self._gets = Batcher(self._get_all, size=BATCH)
+        # Whether a shared statement has found row security.
+        self._alone = False
+        self._gets: Batcher[int, Found | None] = Batcher(self._get_all, size=BATCH)
         self._lists = Batcher(self._list_all, size=PAGES)
         self._creates = Batcher(self._create_all, size=BATCH)
         self._updates = Batcher(self._update_all, size=BATCH)
         self._affinity = Affinity()
 
-    def get(self, incident_id: int) -> Awaitable[Incident | None]:
+    def get(self, incident_id: int) -> Awaitable[Found | None] | None:
         """Read one incident."""
-        return self._share(self._gets, incident_id)
+        return None if self._alone else self._share(self._gets, incident_id)
 
-    def list(self, query: ListQuery) -> Awaitable[Page] | None:
+    def list(self, query: ListQuery) -> Awaitable[Page | None] | None:
         """Read one page, unless it is too large, or lies too deep, to be read with others."""
-        if query.limit > SMALL or query.deep:
+        if self._alone or query.limit > SMALL or query.deep:
             return None
         return self._share(self._lists, query)
 
     def create(self, incident: NewIncident, actor: str | None) -> Awaitable[Incident | None] | None:
         """Store one incident, unless it has a deduplication key."""
-        if incident.dedup_key is not None:
+        if self._alone or incident.dedup_key is not None:
             return None
         return self._share(self._creates, (incident, actor))
 
@@ -92,7 +101,7 @@ class PostgresSharing:
         self, change: StatusChange, transitions: Transitions, actor: str | None
     ) -> Awaitable[Incident | None] | None:
         """Change one status, unless it is a change back to ``new``, or of a tagged incident."""
-        if change.status is OPEN or isinstance(change.expected_version, str):
+        if self._alone or change.status is OPEN or isinstance(change.expected_version, str):
             return None
         return self._share(self._updates, (change, transitions, actor))
 
@@ -101,22 +110,28 @@ class PostgresSharing:
             raise self._affinity.error()
         return batcher(item)
 
-    async def _get_all(self, ids: Sequence[int]) -> Sequence[Incident | StoreError | None]:
+    async def _get_all(self, ids: Sequence[int]) -> Sequence[Found | StoreError | None]:
         if len(ids) == 1:
             rows = await self._executor.read(SELECT_INCIDENT, {"incident_id": ids[0]})
         else:
             values = {"incident_ids": list(map(str, ids))}
             rows = await self._executor.read(sql.SELECT_INCIDENTS, values)
+            if not rows:
+                self._alone = True
+                return [None] * len(ids)
         by_id = {row[_ID]: row for row in rows}
         return [_read_or_refuse(by_id.get(incident_id)) for incident_id in ids]
 
-    async def _list_all(self, queries: Sequence[ListQuery]) -> Sequence[Page]:
+    async def _list_all(self, queries: Sequence[ListQuery]) -> Sequence[Page | None]:
         if len(queries) == 1:
             (query,) = queries
             near = query.offset + query.limit <= NEAR
             statement = page_statement(query, "near" if near else "any")
             rows = await self._executor.read(statement, page_values(query))
-            return [read_page(rows, self._executor)]
+            page = read_page(rows, self._executor)
+            if page.token is None:
+                await self._look_for_row_security()
+            return [None if self._alone else page]
         values = {
             "statuses": [query.status and query.status.value for query in queries],
             "sources": [query.source and query.source.value for query in queries],
@@ -124,9 +139,16 @@ class PostgresSharing:
             "offsets": [str(query.offset) for query in queries],
         }
         rows = await self._executor.read(sql.SELECT_PAGES, values)
+        if not rows:
+            self._alone = True
+            return [None] * len(queries)
         return [
             read_page(list(page), self._executor) for _, page in groupby(rows, itemgetter(PAGE))
         ]
+
+    async def _look_for_row_security(self) -> None:
+        rows = await self._executor.read(sql.SELECT_WITHOUT_ROW_SECURITY, {})
+        self._alone = not rows
 
     async def _create_all(
         self, given: Sequence[tuple[NewIncident, str | None]]
@@ -138,8 +160,12 @@ class PostgresSharing:
                 return await self._dialect.create(fetch, incident, actor)
 
             return [await self._executor.write(work)]
-        rows = await self._write_all(sql.INSERT_INCIDENTS, values_to_insert(given))
-        return [None] * len(given) if rows is None else [read_incident(row) for row in rows]
+        rows = await self._write_all(sql.INSERT_FOR_SEVERAL, values_to_insert(given))
+        if not rows:
+            if rows is not None:
+                await self._look_for_row_security()
+            return [None] * len(given)
+        return [read_incident(row) for row in rows]
 
     async def _update_all(
         self, given: Sequence[tuple[StatusChange, Transitions, str | None]]
@@ -183,8 +209,8 @@ class PostgresSharing:
             return None
 
 
-def _read_or_refuse(row: Any) -> Incident | StoreError | None:
+def _read_or_refuse(row: Any) -> Found | StoreError:
     try:
-        return None if row is None else read_incident(row)
+        return () if row is None else (read_incident(row),)
     except StoreError as error:
         return error

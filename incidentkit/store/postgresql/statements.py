@@ -13,23 +13,71 @@ from __future__ import annotations
 from itertools import product
 from typing import Final
 
-from sqlalchemy import TextClause, text
+from sqlalchemy import TextClause
 
-from incidentkit.domain.values import DEEP
+from incidentkit.domain.values import DEEP, TEXT_MAX_WORDS
+from incidentkit.domain.words import LONG, RULE
 from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
+from incidentkit.store.sql.naming import text
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS
 from incidentkit.store.sql.search import WordsMatch
 
-_INCIDENT: Final = ", ".join(
-    f"CAST({name} AS text) AS {name}" if name in ENUMS else name for name in INCIDENT_COLUMNS
-)
-_EVENT: Final = ", ".join(EVENT_COLUMNS)
+
+def _incident(table: str) -> str:
+    """Return the columns of an incident in the order of the model, to select from a table."""
+    return ", ".join(
+        f"CAST({table}.{name} AS text) AS {name}" if name in ENUMS else f"{table}.{name}"
+        for name in INCIDENT_COLUMNS
+    )
+
+
+def _event(table: str) -> str:
+    """Return the columns of an event in the order of the model, to select from a table."""
+    return ", ".join(f"{table}.{name}" for name in EVENT_COLUMNS)
+
+
+_CHANGED: Final = ", ".join(f"stored.{name}" for name in (*INCIDENT_COLUMNS, "transaction_id"))
+"""The columns that an insert or update of ``"Incident" AS stored`` returns.
+
+Each is named: a host may have added a column with any name.
+"""
 
 _TRANSACTION: Final = "CAST(CAST(pg_current_xact_id() AS text) AS bigint)"
 _NOW: Final = "date_trunc('second', clock_timestamp())"
 # 53 bits: the integers that JavaScript reads exactly.
 _NONCE: Final = "CAST(floor(random() * 9007199254740992) AS bigint)"
+
+_UNASSIGNED: Final = """greatest(
+    CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint),
+    CAST(CAST(pg_current_xact_id_if_assigned() AS text) AS bigint) + 1
+)"""
+"""The number from which on no event that the statement sees can have its own: neither its own
+transaction nor one before its snapshot had a number as large."""
+
+_IN_ORDER: Final = f"""coalesce(
+    (SELECT max(last.transaction_id) FROM incident_event AS last) < {_UNASSIGNED},
+    true
+)"""
+"""Holds unless events were copied from another server, whose transactions had larger numbers: a new
+event would come before them, where no reader looks any more."""
+
+
+def _none_kept_out(due: str) -> str:
+    """Return a condition that fails the statement unless ``event`` has a row for each that is due.
+
+    A trigger can keep out a row, or undo what is written. A text that cannot be cast to a boolean
+    fails the statement (SQLSTATE 22P02), so that nothing of it is stored.
+    """
+    return f"""(
+        SELECT CASE WHEN kept.out = 0
+            THEN true
+            ELSE CAST('a trigger kept out rows: ' || kept.out AS boolean)
+        END
+        FROM (
+            SELECT (SELECT count(*) FROM {due}) - (SELECT count(*) FROM event) AS out
+        ) AS kept
+    )"""
 
 
 def _numbers(name: str) -> str:
@@ -39,52 +87,56 @@ def _numbers(name: str) -> str:
 _OR_COUNT: Final = f"""\
 ON CONFLICT (dedup_key) WHERE incident_type = 'new' AND dedup_key IS NOT NULL
         DO UPDATE SET
-            version = old.version + 1,
-            occurrences = old.occurrences + 1,
+            version = stored.version + 1,
+            occurrences = stored.occurrences + 1,
             last_seen_at = {_NOW},
-            transaction_id = greatest(old.transaction_id, EXCLUDED.transaction_id)"""
+            transaction_id = greatest(stored.transaction_id, EXCLUDED.transaction_id)"""
 
 # The event of an incident that was inserted or counted, told apart by its occurrences.
-_KIND: Final = "CASE WHEN occurrences = 1 THEN 'created' ELSE 'recurred' END"
-_FIRST_STATUS: Final = "CASE WHEN occurrences = 1 THEN CAST(incident_type AS text) END"
-_SEEN_AT: Final = "coalesce(last_seen_at, created_at)"
+_KIND: Final = "CASE WHEN changed.occurrences = 1 THEN 'created' ELSE 'recurred' END"
+_FIRST_STATUS: Final = (
+    "CASE WHEN changed.occurrences = 1 THEN CAST(changed.incident_type AS text) END"
+)
+_SEEN_AT: Final = "coalesce(changed.last_seen_at, changed.created_at)"
 
 
 def _insert_incident(*, or_count: bool) -> TextClause:
     return text(f"""
         WITH changed AS (
-            INSERT INTO "Incident" AS old
+            INSERT INTO "Incident" AS stored
                 (incident_message, incident_type, source, dedup_key, ended_at, transaction_id)
-            VALUES (
+            SELECT
                 CAST(:incident_message AS text),
                 CAST(CAST(:incident_type AS text) AS incidentstatus),
                 CAST(CAST(:source AS text) AS incidentsource),
                 CAST(:dedup_key AS text),
                 CASE WHEN CAST(:incident_type AS text) <> 'new' THEN {_NOW} END,
                 {_TRANSACTION}
-            )
+            WHERE {_IN_ORDER}
             {_OR_COUNT if or_count else ""}
-            RETURNING *
+            RETURNING {_CHANGED}
         ),
         event AS (
             INSERT INTO incident_event
                 (writer, transaction_id, nonce, incident_id, kind, to_status, actor, note, at)
             SELECT
                 {WRITER},
-                transaction_id,
+                changed.transaction_id,
                 {_NONCE},
-                incident_id,
+                changed.incident_id,
                 {_KIND},
                 {_FIRST_STATUS},
                 CAST(:actor AS text),
-                CASE WHEN occurrences > 1
-                    THEN nullif(CAST(:incident_message AS text), incident_message)
+                CASE WHEN changed.occurrences > 1
+                    THEN nullif(CAST(:incident_message AS text), changed.incident_message)
                 END,
                 {_SEEN_AT}
             FROM changed
+            RETURNING incident_event.event_id
         )
-        SELECT {_INCIDENT}
+        SELECT {_incident("changed")}
         FROM changed
+        WHERE {_none_kept_out("changed")}
     """)
 
 
@@ -92,33 +144,48 @@ INSERT_INCIDENT: Final = {
     with_key: _insert_incident(or_count=with_key) for with_key in (False, True)
 }
 """Inserts an incident, or counts an occurrence of the open one with its key, and returns the
-incident; by whether it has a deduplication key."""
+incident; by whether it has a deduplication key. Returns no row if events are out of order, or a
+trigger keeps out the incident."""
 
-INSERT_INCIDENTS: Final = text(f"""
+_ALL_SEE_THE_SAME: Final = """(
+        SELECT NOT relrowsecurity
+        FROM pg_class
+        WHERE oid = CAST('"Incident"' AS regclass)
+    )"""
+"""Holds unless sessions may see different rows. A statement that several calls share must not do
+anything otherwise."""
+
+SELECT_WITHOUT_ROW_SECURITY: Final = text(f"SELECT WHERE {_ALL_SEE_THE_SAME}")
+"""Returns a row unless sessions may see different incidents."""
+
+
+def _insert_incidents(condition: str) -> TextClause:
+    return text(f"""
     WITH given AS (
-        SELECT *
+        SELECT given.*
         FROM unnest(
             CAST(:messages AS text[]),
             CAST(:statuses AS text[]),
             CAST(:sources AS text[]),
             CAST(:actors AS text[])
         ) WITH ORDINALITY AS given (message, status, source, actor, n)
+        WHERE {_IN_ORDER} {condition}
     ),
     changed AS (
-        INSERT INTO "Incident"
+        INSERT INTO "Incident" AS stored
             (incident_message, incident_type, source, ended_at, transaction_id)
         SELECT
-            message,
-            CAST(status AS incidentstatus),
-            CAST(source AS incidentsource),
-            CASE WHEN status <> 'new' THEN {_NOW} END,
+            given.message,
+            CAST(given.status AS incidentstatus),
+            CAST(given.source AS incidentsource),
+            CASE WHEN given.status <> 'new' THEN {_NOW} END,
             {_TRANSACTION}
         FROM given
-        ORDER BY n
-        RETURNING *
+        ORDER BY given.n
+        RETURNING {_CHANGED}
     ),
     numbered AS (
-        SELECT *, row_number() OVER (ORDER BY incident_id) AS n
+        SELECT changed.*, row_number() OVER () AS n
         FROM changed
     ),
     event AS (
@@ -126,113 +193,133 @@ INSERT_INCIDENTS: Final = text(f"""
             (writer, transaction_id, nonce, incident_id, kind, to_status, actor, at)
         SELECT
             {WRITER},
-            transaction_id,
+            numbered.transaction_id,
             {_NONCE},
-            incident_id,
+            numbered.incident_id,
             'created',
-            CAST(incident_type AS text),
-            actor,
-            created_at
+            CAST(numbered.incident_type AS text),
+            given.actor,
+            numbered.created_at
         FROM numbered
-        JOIN given USING (n)
-        ORDER BY n
-    ),
-    missing AS (
-        SELECT (SELECT count(*) FROM given) - (SELECT count(*) FROM changed) AS incidents
+        JOIN given ON given.n = numbered.n
+        WHERE (SELECT count(*) FROM changed) = (SELECT count(*) FROM given)
+        ORDER BY given.n
+        RETURNING incident_event.event_id
     )
-    SELECT {_INCIDENT}
+    SELECT {_incident("numbered")}
     FROM numbered
-    WHERE (
-        SELECT CASE WHEN incidents = 0
-            THEN true
-            ELSE CAST('a trigger kept out incidents: ' || incidents AS boolean)
-        END
-        FROM missing
-    )
-    ORDER BY n
-""")
-"""Inserts incidents without deduplication keys and returns them in the given order, which is that
-of their ids, since each row takes the next one.
+    WHERE {_none_kept_out("given")}
+    ORDER BY numbered.n
+    """)
+
+
+INSERT_INCIDENTS: Final = _insert_incidents("")
+"""Inserts incidents without deduplication keys and returns them in the given order: that in which
+the insert returns its rows, whatever ids they have. Returns no row if events are out of order.
 
 If a host's trigger keeps out a row, the numbers no longer tell which incident is which. The
-statement then fails and inserts none: the text cannot be cast to a boolean (SQLSTATE 22P02)."""
+statement then fails and inserts none."""
+
+INSERT_FOR_SEVERAL: Final = _insert_incidents(f"AND {_ALL_SEE_THE_SAME}")
+"""The same for several calls; under row security it inserts none and returns no row."""
 
 INSERT_OR_COUNT: Final = text(f"""
     WITH given AS (
-        SELECT *
+        SELECT given.*
         FROM unnest(
             CAST(:messages AS text[]),
             CAST(:sources AS text[]),
             CAST(:dedup_keys AS text[]),
             CAST(:actors AS text[])
-        ) AS given (message, source, key, actor)
+        ) WITH ORDINALITY AS given (message, source, key, actor, n)
+        WHERE {_IN_ORDER}
     ),
     changed AS (
-        INSERT INTO "Incident" AS old
+        INSERT INTO "Incident" AS stored
             (incident_message, incident_type, source, dedup_key, transaction_id)
-        SELECT message, 'new', CAST(source AS incidentsource), key, {_TRANSACTION}
+        SELECT
+            given.message,
+            'new',
+            CAST(given.source AS incidentsource),
+            given.key,
+            {_TRANSACTION}
         FROM given
-        ORDER BY key COLLATE "C"
+        ORDER BY given.n
         {_OR_COUNT}
-        RETURNING *
+        RETURNING {_CHANGED}
+    ),
+    numbered AS (
+        SELECT changed.*, row_number() OVER () AS n
+        FROM changed
     ),
     event AS (
         INSERT INTO incident_event
             (writer, transaction_id, nonce, incident_id, kind, to_status, actor, note, at)
         SELECT
             {WRITER},
-            transaction_id,
+            changed.transaction_id,
             {_NONCE},
-            incident_id,
+            changed.incident_id,
             {_KIND},
             {_FIRST_STATUS},
-            actor,
-            CASE WHEN occurrences > 1 THEN nullif(message, incident_message) END,
+            given.actor,
+            CASE WHEN changed.occurrences > 1
+                THEN nullif(given.message, changed.incident_message)
+            END,
             {_SEEN_AT}
-        FROM changed
-        JOIN given ON key = dedup_key
+        FROM numbered AS changed
+        JOIN given ON given.n = changed.n
+        WHERE (SELECT count(*) FROM numbered) = (SELECT count(*) FROM given)
+        ORDER BY given.n
+        RETURNING incident_event.event_id
     )
-    SELECT {_INCIDENT}
-    FROM changed
+    SELECT {_incident("numbered")}
+    FROM numbered
+    WHERE {_none_kept_out("given")}
+    ORDER BY numbered.n
 """)
 """Inserts incidents, each with a different deduplication key, or counts an occurrence of the open
-ones, and returns them. Every statement takes the keys in the same order, so that no two of them
-wait for each other."""
+ones, and returns them in the given order, which has to be that of the keys: no two statements then
+wait for each other. Returns no row if events are out of order; if a trigger keeps out a row, the
+statement fails."""
 
 UPDATE_STATUS: Final = text(f"""
     WITH found AS (
         SELECT
-            incident_id AS id,
-            CAST(incident_type AS text) AS from_status,
-            version AS at_version,
-            dedup_key AS key,
-            {_NOW} AS now
-        FROM "Incident"
-        WHERE incident_id = CAST(:incident_id AS bigint)
+            stored.incident_id,
+            CAST(stored.incident_type AS text) AS from_status,
+            stored.version,
+            stored.dedup_key,
+            {_NOW} AS at
+        FROM "Incident" AS stored
+        WHERE stored.incident_id = CAST(:incident_id AS bigint)
         FOR NO KEY UPDATE
     ),
     changed AS (
-        UPDATE "Incident"
+        UPDATE "Incident" AS stored
         SET
             incident_type = CAST(CAST(:status AS text) AS incidentstatus),
-            version = version + 1,
-            ended_at = CASE WHEN CAST(:status AS text) <> 'new' THEN coalesce(ended_at, now) END,
-            transaction_id = greatest(transaction_id, {_TRANSACTION})
+            version = stored.version + 1,
+            ended_at = CASE WHEN CAST(:status AS text) <> 'new'
+                THEN coalesce(stored.ended_at, found.at)
+            END,
+            transaction_id = greatest(stored.transaction_id, {_TRANSACTION})
         FROM found
-        WHERE incident_id = id
-            AND from_status <> CAST(:status AS text)
-            AND from_status = ANY(CAST(:from_statuses AS text[]))
-            AND at_version = coalesce(CAST(:expected_version AS bigint), at_version)
+        WHERE stored.incident_id = found.incident_id
+            AND found.from_status <> CAST(:status AS text)
+            AND found.from_status = ANY(CAST(:from_statuses AS text[]))
+            AND found.version = coalesce(CAST(:expected_version AS bigint), found.version)
             AND (
                 CAST(:status AS text) <> 'new'
-                OR key IS NULL
+                OR found.dedup_key IS NULL
                 OR NOT EXISTS (
                     SELECT
                     FROM "Incident" AS other
-                    WHERE other.dedup_key = key AND other.incident_type = 'new'
+                    WHERE other.dedup_key = found.dedup_key AND other.incident_type = 'new'
                 )
             )
-        RETURNING *
+            AND {_IN_ORDER}
+        RETURNING {_CHANGED}, found.from_status, found.at
     ),
     event AS (
         INSERT INTO incident_event
@@ -242,26 +329,29 @@ UPDATE_STATUS: Final = text(f"""
             )
         SELECT
             {WRITER},
-            transaction_id,
+            changed.transaction_id,
             {_NONCE},
-            incident_id,
+            changed.incident_id,
             'status_changed',
-            from_status,
-            CAST(:status AS text),
+            changed.from_status,
+            CAST(changed.incident_type AS text),
             CAST(:actor AS text),
             CAST(:note AS text),
-            now
+            changed.at
         FROM changed
+        WHERE CAST(changed.incident_type AS text) <> changed.from_status
+        RETURNING incident_event.event_id
     )
-    SELECT {_INCIDENT}
+    SELECT {_incident("changed")}
     FROM changed
+    WHERE {_none_kept_out("changed")}
 """)
 """Changes the status of an incident and returns it. Returns no row if anything prevents the change:
-the caller then finds out what."""
+the caller then finds out what. If a trigger keeps the status as it was, the statement fails."""
 
 UPDATE_STATUSES: Final = text(f"""
     WITH given AS (
-        SELECT *
+        SELECT given.*
         FROM unnest(
             {_numbers("incident_ids")},
             CAST(:statuses AS text[]),
@@ -269,37 +359,38 @@ UPDATE_STATUSES: Final = text(f"""
             {_numbers("expected_versions")},
             CAST(:notes AS text[]),
             CAST(:actors AS text[])
-        ) AS given (id, status, from_statuses, expected_version, note, actor)
+        ) AS given (incident_id, status, from_statuses, expected_version, note, actor)
+        WHERE {_IN_ORDER} AND {_ALL_SEE_THE_SAME}
     ),
     found AS (
         SELECT
-            incident_id AS id,
-            CAST(incident_type AS text) AS from_status,
-            version AS at_version,
-            {_NOW} AS now
-        FROM "Incident"
-        WHERE incident_id = ANY({_numbers("incident_ids")})
-        ORDER BY incident_id
+            stored.incident_id,
+            CAST(stored.incident_type AS text) AS from_status,
+            stored.version,
+            {_NOW} AS at
+        FROM "Incident" AS stored
+        WHERE stored.incident_id = ANY({_numbers("incident_ids")})
+        ORDER BY stored.incident_id
         FOR NO KEY UPDATE SKIP LOCKED
     ),
     due AS (
-        SELECT *
+        SELECT given.*, found.from_status, found.at
         FROM given
-        JOIN found USING (id)
-        WHERE from_status <> status
-            AND from_status = ANY(string_to_array(from_statuses, ' '))
-            AND at_version = coalesce(expected_version, at_version)
+        JOIN found ON found.incident_id = given.incident_id
+        WHERE found.from_status <> given.status
+            AND found.from_status = ANY(string_to_array(given.from_statuses, ' '))
+            AND found.version = coalesce(given.expected_version, found.version)
     ),
     changed AS (
-        UPDATE "Incident"
+        UPDATE "Incident" AS stored
         SET
-            incident_type = CAST(status AS incidentstatus),
-            version = version + 1,
-            ended_at = coalesce(ended_at, now),
-            transaction_id = greatest(transaction_id, {_TRANSACTION})
+            incident_type = CAST(due.status AS incidentstatus),
+            version = stored.version + 1,
+            ended_at = coalesce(stored.ended_at, due.at),
+            transaction_id = greatest(stored.transaction_id, {_TRANSACTION})
         FROM due
-        WHERE incident_id = id
-        RETURNING *
+        WHERE stored.incident_id = due.incident_id
+        RETURNING {_CHANGED}, due.from_status, due.note, due.actor, due.at
     ),
     event AS (
         INSERT INTO incident_event
@@ -309,19 +400,22 @@ UPDATE_STATUSES: Final = text(f"""
             )
         SELECT
             {WRITER},
-            transaction_id,
+            changed.transaction_id,
             {_NONCE},
-            incident_id,
+            changed.incident_id,
             'status_changed',
-            from_status,
-            status,
-            actor,
-            note,
-            now
+            changed.from_status,
+            CAST(changed.incident_type AS text),
+            changed.actor,
+            changed.note,
+            changed.at
         FROM changed
+        WHERE CAST(changed.incident_type AS text) <> changed.from_status
+        RETURNING incident_event.event_id
     )
-    SELECT {_INCIDENT}
+    SELECT {_incident("changed")}
     FROM changed
+    WHERE {_none_kept_out("changed")}
 """)
 """Ends incidents, and returns those whose change nothing prevents. It locks them in the order of
 their ids, and leaves out an incident that another transaction has locked."""
@@ -335,49 +429,68 @@ SELECT_OPEN_DUPLICATE: Final = text("""
 """Returns a row if an incident with the deduplication key is open."""
 
 INSERT_NOTE: Final = text(f"""
-    WITH changed AS (
-        UPDATE "Incident"
-        SET transaction_id = greatest(transaction_id, {_TRANSACTION})
-        WHERE incident_id = CAST(:incident_id AS bigint)
-        RETURNING incident_id, transaction_id
+    WITH found AS (
+        SELECT stored.incident_id, stored.transaction_id
+        FROM "Incident" AS stored
+        WHERE stored.incident_id = CAST(:incident_id AS bigint)
+        FOR NO KEY UPDATE
+    ),
+    due AS (
+        SELECT
+            found.incident_id,
+            found.transaction_id AS earlier,
+            greatest(found.transaction_id, {_TRANSACTION}) AS transaction_id
+        FROM found
+        WHERE {_IN_ORDER}
+    ),
+    changed AS (
+        UPDATE "Incident" AS stored
+        SET transaction_id = due.transaction_id
+        FROM due
+        WHERE stored.incident_id = due.incident_id
+            -- A trigger may leave out an update that changes nothing.
+            AND due.transaction_id <> due.earlier
+        RETURNING stored.incident_id
     )
     INSERT INTO incident_event (writer, transaction_id, nonce, incident_id, kind, actor, note, at)
     SELECT
         {WRITER},
-        transaction_id,
+        due.transaction_id,
         {_NONCE},
-        incident_id,
+        due.incident_id,
         'noted',
         CAST(:actor AS text),
         CAST(:note AS text),
         {_NOW}
-    FROM changed
-    RETURNING {_EVENT}
+    FROM due
+    WHERE due.transaction_id = due.earlier OR EXISTS (SELECT FROM changed)
+    RETURNING {_event("incident_event")}
 """)
-"""Inserts a note and returns its event; no row if the incident does not exist."""
+"""Inserts a note and returns its event. Returns no row if the incident does not exist, events are
+out of order, or a trigger keeps the note out."""
 
 SELECT_INCIDENTS: Final = text(f"""
-    SELECT {_INCIDENT}
-    FROM "Incident"
-    WHERE incident_id = ANY({_numbers("incident_ids")})
+    SELECT {_incident('"Incident"')}
+    FROM (SELECT WHERE {_ALL_SEE_THE_SAME}) AS here
+    LEFT JOIN "Incident" ON "Incident".incident_id = ANY({_numbers("incident_ids")})
 """)
-"""Returns several incidents, by their ids, in any order."""
+"""Returns several incidents, by their ids, in any order; one row of nulls if there is none. Under
+row security it returns no row."""
 
 
 def _select_pages(*, by_status: bool, by_source: bool) -> str:
-    conditions = " AND ".join(
-        [
-            *(["incident_type = CAST(wanted.status AS incidentstatus)"] if by_status else []),
-            *(["source = CAST(wanted.source AS incidentsource)"] if by_source else []),
-        ]
-    )
+    by = [
+        *(["incident_type = CAST(wanted.status AS incidentstatus)"] if by_status else []),
+        *(["source = CAST(wanted.source AS incidentsource)"] if by_source else []),
+    ]
+    conditions = " AND ".join(f'"Incident".{condition}' for condition in by)
     return f"""
         SELECT page.*, (SELECT token FROM current) AS token, wanted.n
         FROM wanted
         LEFT JOIN LATERAL (
-            SELECT *
+            SELECT first.*
             FROM (
-                SELECT {_INCIDENT}
+                SELECT {_incident('"Incident"')}
                 FROM "Incident"
                 {f"WHERE {conditions}" if conditions else ""}
                 ORDER BY "Incident".created_at DESC, "Incident".incident_id DESC
@@ -401,19 +514,21 @@ SELECT_PAGES: Final = text(f"""
         SELECT {TOKEN_ON_POSTGRESQL} AS token
     ),
     wanted AS MATERIALIZED (
-        SELECT *
+        SELECT wanted.*
         FROM unnest(
             CAST(:statuses AS text[]),
             CAST(:sources AS text[]),
             {_numbers("limits")},
             {_numbers("offsets")}
         ) WITH ORDINALITY AS wanted (status, source, size, skip, n)
+        WHERE {_ALL_SEE_THE_SAME}
     )
     {_PAGES}
     ORDER BY n, created_at DESC, incident_id DESC
 """)
 """Returns several pages with their token, each row with the number of its page at the end. An empty
-page is one row. Each combination of filters has an index, and so a part of the statement."""
+page is one row. Each combination of filters has an index, and so a part of the statement. Under row
+security it returns no row."""
 
 _EXPIRED: Final = "created_at < clock_timestamp() - interval '24 hours'"
 
@@ -443,76 +558,144 @@ DELETE_EXPIRED_KEYS: Final = text(f"""
 SELECT_PURGEABLE: Final = text("""
     SELECT incident_id
     FROM "Incident"
-    WHERE ended_at < CAST(:ended_before AS timestamptz)
+    WHERE ended_at < CAST(:ended_before AS timestamptz) AND incident_type <> 'new'
     ORDER BY ended_at, incident_id
     LIMIT CAST(:limit AS bigint)
     FOR UPDATE SKIP LOCKED
 """)
-"""Locks and returns incidents to purge, those that ended first in front."""
+"""Locks and returns incidents to purge, those that ended first in front.
+
+A trigger or another program may have opened an incident again that has a time of its end.
+"""
 
 DELETE_EVENTS: Final = text("""
     WITH gone AS (
-        DELETE FROM incident_event
-        WHERE event_id IN (
-            SELECT event_id
-            FROM incident_event
-            WHERE incident_id = ANY(CAST(:incident_ids AS bigint[]))
-            ORDER BY incident_id, event_id
+        DELETE FROM incident_event AS stored
+        WHERE stored.event_id IN (
+            SELECT event.event_id
+            FROM incident_event AS event
+            WHERE event.incident_id = ANY(CAST(:incident_ids AS bigint[]))
+            ORDER BY event.incident_id, event.event_id
             LIMIT CAST(:events AS bigint)
         )
-        RETURNING event_id, transaction_id, nonce
+        RETURNING stored.event_id, stored.transaction_id, stored.nonce
+    ),
+    kept AS (
+        INSERT INTO incident_purged_event AS stored (event_id, transaction_id, nonce)
+        SELECT gone.event_id, gone.transaction_id, gone.nonce
+        FROM gone
+        ON CONFLICT (event_id) DO UPDATE
+        SET
+            transaction_id = EXCLUDED.transaction_id,
+            nonce = EXCLUDED.nonce,
+            purged_at = EXCLUDED.purged_at
+        RETURNING stored.event_id
     )
-    INSERT INTO incident_purged_event (event_id, transaction_id, nonce)
-    SELECT event_id, transaction_id, nonce
-    FROM gone
-    ON CONFLICT (event_id) DO UPDATE
-    SET
-        transaction_id = EXCLUDED.transaction_id,
-        nonce = EXCLUDED.nonce,
-        purged_at = EXCLUDED.purged_at
+    SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM kept)
 """)
-"""Removes events of incidents to purge, at most ``events``, and keeps their places."""
+"""Removes events of incidents to purge, at most ``events``, and keeps their places. Returns the
+number of events, and that of places."""
 
 DELETE_INCIDENTS: Final = text(f"""
-    WITH changed AS (
-        DELETE FROM "Incident" AS old
-        WHERE incident_id = ANY(CAST(:incident_ids AS bigint[]))
+    WITH due AS (
+        SELECT found.incident_id
+        FROM "Incident" AS found
+        WHERE found.incident_id = ANY(CAST(:incident_ids AS bigint[]))
             AND NOT EXISTS (
                 SELECT
-                FROM incident_event AS event
-                WHERE event.incident_id = old.incident_id
+                FROM incident_event AS earlier
+                WHERE earlier.incident_id = found.incident_id
             )
+    ),
+    changed AS (
+        DELETE FROM "Incident" AS stored
+        USING due
+        WHERE stored.incident_id = due.incident_id
         RETURNING
-            incident_id,
-            CAST(incident_type AS text) AS status,
-            greatest(transaction_id, {_TRANSACTION}) AS transaction_id
+            stored.incident_id,
+            CAST(stored.incident_type AS text) AS status,
+            greatest(stored.transaction_id, {_TRANSACTION}) AS transaction_id
     ),
     event AS (
         INSERT INTO incident_event
             (writer, transaction_id, nonce, incident_id, kind, from_status, actor, at)
         SELECT
             {WRITER},
-            transaction_id,
+            changed.transaction_id,
             {_NONCE},
-            incident_id,
+            changed.incident_id,
             'purged',
-            status,
+            changed.status,
             CAST(:actor AS text),
             {_NOW}
         FROM changed
+        RETURNING incident_event.event_id
     )
     SELECT count(*)
     FROM changed
+    WHERE {_none_kept_out("due")}
 """)
 """Removes the incidents whose events an earlier statement of the transaction has removed, inserts
 the events of their purge, and returns their number."""
 
-SELECT_STRANDED: Final = text("""
-    SELECT latest
-    FROM (SELECT max(transaction_id) AS latest FROM incident_event) AS events
-    WHERE latest >= CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)
+_SEQUENCE: Final = """
+    FROM pg_sequence AS sequence
+    JOIN pg_depend AS owned ON owned.objid = sequence.seqrelid
+    JOIN pg_attribute AS owner
+        ON owner.attrelid = owned.refobjid AND owner.attnum = owned.refobjsubid
+    WHERE owned.classid = CAST('pg_class' AS regclass)
+        AND owned.refclassid = CAST('pg_class' AS regclass)
+        AND owned.refobjid = CAST('incident_event' AS regclass)
+        AND owner.attname = 'event_id'
+        AND (sequence.seqcache > 1 OR sequence.seqincrement < 0)
+"""
+"""The sequence of ``event_id``, if its numbers are not in the order in which they are taken."""
+
+SELECT_DISORDER: Final = text(f"""
+    SELECT
+        NOT {_IN_ORDER},
+        (SELECT CAST(CAST(sequence.seqrelid AS regclass) AS text) {_SEQUENCE} LIMIT 1)
 """)
-"""Returns a row if an event has the number of a transaction that this server has yet to assign."""
+"""Returns whether an event has the number of a transaction that this server has yet to assign, and
+the name of the sequence of ``event_id`` if its numbers are out of order; otherwise null."""
+
+SELECT_DISORDERED_SEQUENCES: Final = text(f"""
+    SELECT CAST(CAST(sequence.seqrelid AS regclass) AS text)
+    {_SEQUENCE}
+""")
+"""Returns the name of the sequence of ``event_id`` if its numbers are out of order."""
+
+SELECT_LAST_EVENT_ID: Final = text("""
+    SELECT greatest(
+        (SELECT max(event.event_id) FROM incident_event AS event),
+        (SELECT max(purged.event_id) FROM incident_purged_event AS purged),
+        0
+    )
+""")
+"""Returns the largest id of an event."""
+
+SELECT_STRANDED: Final = text(f"""
+    WITH unassigned AS MATERIALIZED (
+        SELECT {_UNASSIGNED} AS number
+    ),
+    place AS (
+        SELECT event.transaction_id, event.event_id
+        FROM incident_event AS event
+        UNION ALL
+        SELECT purged.transaction_id, purged.event_id
+        FROM incident_purged_event AS purged
+        UNION ALL
+        SELECT incident.transaction_id, 0
+        FROM "Incident" AS incident
+    )
+    SELECT unassigned.number, max(place.transaction_id), max(place.event_id)
+    FROM unassigned
+    JOIN place ON place.transaction_id >= unassigned.number
+    GROUP BY unassigned.number
+""")
+"""Returns a row if an event or an incident has the number of a transaction that this server has yet
+to assign: the first such number, the largest that is in use, and the largest id of such an
+event."""
 
 SELECT_FEED_BLOCKER: Final = text("""
     WITH horizon AS MATERIALIZED (
@@ -573,35 +756,125 @@ Of other accounts' transactions, the start is hidden without the role ``pg_read_
 standby, the transaction runs on another server. Then the age of the first event that waits counts.
 """
 
-SHIFT: Final = {
-    name: text(f'UPDATE "{name}" SET transaction_id = transaction_id - :latest - 1')
-    for name in ("incident_event", "incident_purged_event", "Incident")
-}
-"""Moves the existing events, in their order, before every event to come; by table."""
+_WRITER: Final = "CAST(CAST({}.xmin AS text) AS bigint)"
 
-_QUERY: Final = """CAST((
+_OWN: Final = f"""own AS MATERIALIZED (
+    SELECT {_WRITER.format("event")} AS writer, min(event.event_id) AS event_id
+    FROM incident_event AS event
+    GROUP BY {_WRITER.format("event")}
+    HAVING min(event.transaction_id) = max(event.transaction_id)
+        AND max(event.transaction_id) % 4294967296 = {_WRITER.format("event")}
+)"""
+"""The transactions of this server that have written the events with their number (``xmin``). A
+transaction that restores events writes events with many numbers."""
+
+SHIFT: Final = {
+    "incident_purged_event": text("""
+        UPDATE incident_purged_event AS stored
+        SET transaction_id = stored.transaction_id - :latest - 1
+        WHERE stored.transaction_id >= :unassigned
+            OR stored.transaction_id < 0
+            OR stored.event_id <= :event_id
+    """),
+    "incident_event": text(f"""
+        WITH {_OWN}
+        UPDATE incident_event AS stored
+        SET transaction_id = CASE
+            WHEN stored.transaction_id >= :unassigned
+                AND stored.event_id > (SELECT min(own.event_id) FROM own)
+                AND {_WRITER.format("stored")} > (SELECT min(own.writer) FROM own)
+            THEN {_TRANSACTION}
+            ELSE stored.transaction_id - :latest - 1
+        END
+        WHERE stored.transaction_id >= :unassigned
+            OR stored.transaction_id < 0
+            OR (
+                stored.event_id <= :event_id
+                AND {_WRITER.format("stored")} NOT IN (SELECT own.writer FROM own)
+            )
+    """),
+    "Incident": text(f"""
+        UPDATE "Incident" AS stored
+        SET transaction_id = {_TRANSACTION}
+        WHERE stored.transaction_id >= :unassigned
+    """),
+}
+"""Moves the events of another server, in their order, before every event of this one; by table.
+
+Events that this server has written stay. Those that took the number of a copied incident have not
+been delivered yet, and come last. The number of an incident is only a lower bound for its next
+event."""
+
+TEXT: Final = f"incident_text_{RULE}"
+"""The function that returns the words of a text, with a blank before and after each."""
+
+CHARACTERS: Final = f"incident_characters_{RULE}"
+"""The function that does the same for any text, more slowly. It takes the planner no time, since no
+expression stands in its place."""
+
+WORDS: Final = f"incident_words_{RULE}"
+"""The function of the index of words."""
+
+_PHRASES: Final = f"""(
+    SELECT
+        CAST(:begins AS boolean) AND number = cardinality(CAST(:phrases AS text[])) AS begins,
+        CASE
+            WHEN phrase COLLATE "C" ~ '^[a-z0-9 ]*$' THEN ' ' || phrase || ' '
+            -- A text that this database finds no word in is in no message.
+            ELSE coalesce(nullif({CHARACTERS}(phrase), ' '), ' " ')
+        END AS words
+    FROM unnest(CAST(:phrases AS text[])) WITH ORDINALITY AS given (phrase, number)
+) AS phrase"""
+"""The phrases of a search, with a blank before and after each word. Those in ASCII are given as
+they are compared. Only the last one may begin a word."""
+
+_PATTERNS: Final = f"""ARRAY(
+    SELECT '%' || CASE WHEN begins THEN rtrim(words) ELSE words END || '%'
+    FROM {_PHRASES}
+)"""
+"""The patterns that the words of a message match: one for each phrase."""
+
+_QUERY: Final = f"""CAST((
     WITH word AS (
-        SELECT lexeme
-        FROM unnest(incident_words(CAST(:words AS text)))
+        SELECT DISTINCT
+            "left"(word, {LONG}) AS word,
+            -- Of a long word, the index may hold more, or the beginning alone.
+            begins AND number = count OR length(word) >= {LONG} AS begins
+        FROM {_PHRASES}
+        CROSS JOIN LATERAL string_to_array(btrim(words), ' ') AS each
+        CROSS JOIN LATERAL cardinality(each) AS count
+        CROSS JOIN LATERAL unnest(each) WITH ORDINALITY AS one (word, number)
+    ), longest AS (
+        SELECT word, begins
+        FROM word
+        ORDER BY length(word) DESC
+        LIMIT {TEXT_MAX_WORDS}
     )
-    SELECT string_agg(quote_literal(lexeme) || '\\:*', ' & ')
-    FROM word
-    WHERE NOT EXISTS (
-        SELECT
-        FROM word AS longer
-        WHERE longer.lexeme <> word.lexeme AND starts_with(longer.lexeme, word.lexeme)
+    SELECT string_agg(
+        quote_literal(word) || CASE WHEN begins THEN '\\:*' ELSE '' END,
+        ' & '
     )
+    FROM longest
 ) AS tsquery)"""
-"""The query for messages that have each word. A word that begins another one is left out: the index
-would return every message that has it, for nothing."""
+"""The query for messages that have the words of all phrases, somewhere."""
+
+_SINGLE: Final = f"""(
+    SELECT bool_and(strpos(btrim(words), ' ') = 0 AND length(words) <= {LONG})
+    FROM {_PHRASES}
+)"""
+"""Whether each phrase is one word, which the index holds to its end: then it tells enough."""
 
 WORDS_MATCH: Final = WordsMatch(
-    by_index=text(f'incident_words("Incident".incident_message) @@ {_QUERY}'),
-    of_first=text(f"incident_words(first.incident_message) @@ {_QUERY}"),
+    by_index=text(f"""
+        {WORDS}("Incident".incident_message) @@ {_QUERY}
+        AND ({_SINGLE} OR {TEXT}("Incident".incident_message) COLLATE "C" LIKE ALL ({_PATTERNS}))
+    """),
+    of_first=text(f'{TEXT}(first.incident_message) COLLATE "C" LIKE ALL ({_PATTERNS})'),
     incidents=text("""
         SELECT CAST(reltuples AS bigint)
         FROM pg_class
         WHERE oid = CAST('"Incident"' AS regclass)
     """),
 )
-"""Holds for a message that has each word, as a whole word or as the beginning of one."""
+"""Holds for a message that has each phrase. The index knows words, but not which ones are next to
+each other."""

@@ -118,7 +118,7 @@ REFUSED: Final[Mapping[str, str]] = {
     "sslcrldir": "name a single file with sslcrl",
     "sslkeylogfile": "set the environment variable SSLKEYLOGFILE",
 }
-"""Parameters of libpq that cannot be honored, and what to do instead."""
+"""Parameters of libpq that are not supported, and what to do instead."""
 
 _FLAGS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("1", "on", "true", "yes", "no-verify"), "require"),
@@ -155,7 +155,7 @@ def parse_url(database_url: str) -> Server:
     """Return the server that a URL names.
 
     Raises:
-        InvalidSettings: If the URL cannot be parsed, or a parameter cannot be honored.
+        InvalidSettings: If the URL cannot be parsed, or a parameter is not supported.
     """
     authority, path, parameters = _split(database_url)
     account, _, addresses = authority.rpartition("@")
@@ -200,7 +200,7 @@ def _split(database_url: str) -> tuple[str, str, dict[str, str]]:
     rest, _, query = database_url.partition("://")[2].partition("?")
     authority, _, path = rest.partition("/")
     if "#" in database_url or "@" in path or "/" in path or authority.count("@") > 1:
-        raise _invalid("has a #, / or @ too many: percent-encode the characters of the password")
+        raise _invalid("has an extra #, / or @: percent-encode such characters in the password")
     if "\x00" in unquote(database_url):
         raise _invalid("has a NUL character")
     try:
@@ -266,7 +266,7 @@ def _port(text: str) -> int:
     if not text:
         return _DEFAULT_PORT
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:6]) <= _MAX_PORT):
-        raise _invalid("has a port that is no number from 1 to 65535")
+        raise _invalid("has a port that is not a number from 1 to 65535")
     return int(text)
 
 
@@ -276,7 +276,7 @@ def _timeout(parameters: dict[str, str]) -> dict[str, float | None]:
     if not text:
         return {}
     if not re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise _invalid("has a connect_timeout that is no number of seconds")
+        raise _invalid("has a connect_timeout that is not a number of seconds")
     return {"timeout": float(text) if float(text) > 0 else None}
 
 
@@ -342,13 +342,13 @@ def _refuse(parameters: dict[str, str]) -> None:
     """Drop the parameters without a meaning.
 
     Raises:
-        InvalidSettings: If one of the others cannot be honored.
+        InvalidSettings: If one of the others is not supported.
     """
     for name in WITHOUT_MEANING:
         parameters.pop(name, None)
     for name, instead in REFUSED.items():
         if name in parameters:
-            raise _invalid(f"has the parameter {name}, which cannot be honored: {instead}")
+            raise _invalid(f"has the parameter {name}, which is not supported: {instead}")
     for name, values in ONLY.items():
         if name in parameters and parameters.pop(name).lower() not in values:
             allowed = " or ".join(values)

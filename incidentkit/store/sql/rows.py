@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
+from itertools import chain
 from typing import Any, Final, TypeVar, get_type_hints
 
 from attrs import fields
@@ -22,15 +23,12 @@ from sqlalchemy.types import TypeDecorator
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import StoreError
 from incidentkit.domain.values import EventKind, Incident, IncidentEvent, IncidentStatus
-from incidentkit.pacing import Pace
+from incidentkit.pacing import in_parts
 from incidentkit.store.executor import Executor
 from incidentkit.store.page import Page
 from incidentkit.wire.encoding import encode_rows
 
 _T = TypeVar("_T")
-
-STEP: Final = 100
-"""Number of rows that become models without a look at the clock."""
 
 INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident))
 
@@ -125,19 +123,15 @@ def read_incident(row: Sequence[Any]) -> Incident:
         raise unreadable_row() from error
 
 
-async def in_steps(read: Callable[[Sequence[Any]], _T], rows: Sequence[Any]) -> list[_T]:
-    """Return the models of rows, made in steps between which other calls run.
+async def read_rows(read: Callable[[Sequence[Any]], _T], rows: Sequence[Any]) -> list[_T]:
+    """Return the models of rows; other calls run in between.
 
     Args:
         read: Returns the model of a row.
         rows: The rows.
     """
-    models = [read(row) for row in rows[:STEP]]
-    pace = Pace()
-    for start in range(STEP, len(rows), STEP):
-        models += [read(row) for row in rows[start : start + STEP]]
-        await pace.pause()
-    return models
+    parts = await in_parts(lambda part: [read(row) for row in part], rows)
+    return parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
 
 
 def read_event(row: Sequence[Any]) -> IncidentEvent:

@@ -41,7 +41,7 @@ _columns = incident_table.c
 
 @frozen
 class WordsMatch:
-    """The conditions for a message that contains the words of the parameter ``words``.
+    """The conditions for a message that has each phrase of the parameter ``phrases``.
 
     Attributes:
         by_index: The condition in the form that the index of words answers.

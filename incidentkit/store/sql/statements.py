@@ -15,12 +15,10 @@ from sqlalchemy import (
     Text,
     bindparam,
     cast,
-    column,
     delete,
     func,
     literal_column,
     select,
-    table,
     true,
     tuple_,
     union_all,
@@ -29,7 +27,6 @@ from sqlalchemy import (
 
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import MAX_LIMIT
-from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.functions import current_token, feed_horizon
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS, UtcDateTime
 from incidentkit.store.sql.tables import (
@@ -108,6 +105,18 @@ SELECT_LATEST_CHANGE: Final = (
     .limit(literal_column("1"))
 )
 """Returns the last event whose place is final."""
+
+SELECT_WAITING: Final = (
+    select(_events.transaction_id, _events.event_id, _events.nonce)
+    .where(
+        tuple_(_events.transaction_id, _events.event_id)
+        > tuple_(number_parameter("transaction_id"), number_parameter("event_id"))
+    )
+    .order_by(_events.transaction_id, _events.event_id)
+    .limit(number_parameter("limit"))
+)
+"""Returns place and nonce of the events after a place that are committed, even if others may still
+come before them."""
 
 
 def _select_place(events: Table) -> Select[*tuple[Any, ...]]:
@@ -220,7 +229,8 @@ SELECT_TOKEN: Final = select(current_token().label("token"))
 """Returns the token of the incidents."""
 
 COUNT_PURGEABLE: Final = select(func.count()).where(
-    _columns.ended_at < bindparam("ended_before", type_=UtcDateTime())
+    _columns.ended_at < bindparam("ended_before", type_=UtcDateTime()),
+    _columns.incident_type != literal_column("'new'"),
 )
 """Returns the number of incidents that ended before a time."""
 
@@ -233,10 +243,6 @@ UPDATE_ANSWER: Final = (
     update(idempotency_table)
     .where(_keys.idempotency_key == bindparam("key", type_=String()))
     .values(answer=bindparam("answer", type_=String()))
+    .returning(_keys.idempotency_key)
 )
-"""Stores the first answer of an idempotency key."""
-
-SELECT_REVISION: Final = select(column("version_num", String())).select_from(
-    table(VERSION_TABLE, column("version_num"))
-)
-"""Returns the revision of the schema."""
+"""Stores the first answer of an idempotency key, and returns a row."""

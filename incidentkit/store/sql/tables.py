@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import (
     BigInteger,
@@ -183,11 +184,21 @@ token_table: Final = Table(
 """Random tokens. Every transaction that changes an incident replaces one of them, by triggers of
 the migration ``e4a81c3f5d27``."""
 
-TEXT_TABLES: Final = (
-    "incident_text",
-    *(f"incident_text_{part}" for part in ("config", "data", "docsize", "idx")),
+version_table: Final = Table(
+    VERSION_TABLE,
+    # Not declared with the others: Alembic creates it.
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),
 )
-"""The tables of the full-text index on SQLite, made by the migration ``a61c08d5e372``."""
+"""The table that records the revision, as Alembic creates it."""
+
+TEXT_TABLES: Final = (
+    "incident_character",
+    "incident_text",
+    *(f"incident_text_{part}" for part in ("config", "content", "data", "idx")),
+)
+"""The tables of the full-text index on SQLite, made by the migration ``a6d40b7f21c8``."""
 
 TEXT_INDEX: Final = "ix_Incident_incident_message"
 """The full-text index on PostgreSQL, made by the same migration."""
@@ -205,10 +216,25 @@ def schema_on_postgresql() -> MetaData:
     return metadata
 
 
-def keep_out_of_autogenerate(name: str | None, type_: str, _: Any) -> bool:
+def keep_out_of_autogenerate(
+    name: str | None,
+    type_: str,
+    parent_names: Mapping[str, str | None],
+    *,
+    schema: str | None = None,
+) -> bool:
     """Keep incidentkit's tables out of the migrations that a host's Alembic generates.
 
-    Pass it as ``include_name`` to ``context.configure`` in the host's ``env.py``.
+    Pass it as ``include_name`` to ``context.configure`` in the host's ``env.py``. A table with the
+    same name in another schema is the host's own.
+
+    Args:
+        name: The name of a part of the database.
+        type_: What it is a name of, such as ``table``.
+        parent_names: The names above it; among them that of its schema, which is None in the
+            default schema of the host's connection.
+        schema: Where incidentkit's tables are; None: in that default schema. Set it with
+            ``functools.partial``.
     """
     ours = (*metadata.tables, *TEXT_TABLES, VERSION_TABLE)
-    return not (type_ == "table" and name in ours)
+    return type_ != "table" or name not in ours or parent_names.get("schema_name") != schema

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,6 @@ from sqlalchemy import Executable
 import incidentkit.store.sqlite.statements as sql
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
-from incidentkit.domain.rules import words
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
     OPEN,
@@ -21,11 +20,15 @@ from incidentkit.domain.values import (
     IncidentEvent,
     IncidentStatus,
 )
+from incidentkit.domain.words import phrases
+from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.executor import Fetch
+from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
+from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
+from incidentkit.store.sqlite.words import triggers
 
 
 class SqliteDialect:
@@ -37,10 +40,17 @@ class SqliteDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = False
     keeps_plans = False
+    schema: str | None = None
+    select_schema: Executable = definitions.SELECT_ON_SQLITE
+
+    def read_schema(self, rows: Rows) -> definitions.Schema:
+        """Return the schema of the rows."""
+        return definitions.read_on_sqlite(rows, triggers())
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
-        rows = await fetch(
+        (row,) = await _written(
+            fetch,
             sql.INSERT_INCIDENT[incident.dedup_key is not None],
             {
                 "incident_message": incident.incident_message,
@@ -49,19 +59,23 @@ class SqliteDialect:
                 "dedup_key": incident.dedup_key,
             },
         )
-        stored = read_incident(rows[0])
+        stored = read_incident(row)
         repeated = stored.occurrences > 1
         differs = repeated and incident.incident_message != stored.incident_message
         event = {
             "incident_id": stored.incident_id,
             "kind": EventKind.RECURRED.value if repeated else EventKind.CREATED.value,
             "from_status": None,
-            "to_status": None if repeated else stored.incident_type.value,
             "actor": actor,
             "note": incident.incident_message if differs else None,
         }
-        await fetch(sql.INSERT_EVENT, event)
-        return stored
+        if repeated:
+            await _written(fetch, sql.INSERT_EVENT, event)
+            return stored
+        rows = await fetch(sql.INSERT_STATUS_EVENT, event)
+        if rows and rows[0][0] == stored.incident_type.value:
+            return stored
+        return await _as_changed(fetch, stored.incident_id, rows)
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
@@ -83,17 +97,21 @@ class SqliteDialect:
         ):
             raise DuplicateOpenIncident(incident)
         status = {"id": change.incident_id, "status": change.status.value}
-        rows = await fetch(sql.UPDATE_STATUS, status)
+        (row,) = await _written(fetch, sql.UPDATE_STATUS, status)
         event = {
             "incident_id": change.incident_id,
             "kind": EventKind.STATUS_CHANGED.value,
             "from_status": incident.incident_type.value,
-            "to_status": change.status.value,
             "actor": actor,
             "note": change.note,
         }
-        await fetch(sql.INSERT_EVENT, event)
-        return read_incident(rows[0])
+        rows = await fetch(sql.INSERT_STATUS_EVENT, event)
+        changed = read_incident(row)
+        if not rows or rows[0][0] != changed.incident_type.value:
+            changed = await _as_changed(fetch, change.incident_id, rows)
+        if changed.incident_type is incident.incident_type:
+            raise KEPT_OUT.as_error()
+        return changed
 
     async def note(
         self, fetch: Fetch, incident_id: int, note: str, actor: str | None
@@ -104,11 +122,11 @@ class SqliteDialect:
             "incident_id": incident_id,
             "kind": EventKind.NOTED.value,
             "from_status": None,
-            "to_status": None,
             "actor": actor,
             "note": note,
         }
-        return read_event((await fetch(sql.INSERT_AND_RETURN_EVENT, event))[0])
+        (row,) = await _written(fetch, sql.INSERT_EVENT, event)
+        return read_event(row)
 
     async def purge(
         self, fetch: Fetch, ended_before: datetime, limit: int, actor: str | None
@@ -120,21 +138,23 @@ class SqliteDialect:
         if not statuses:
             return 0, False
         some = {"incident_ids": list(statuses), "events": PURGED_EVENTS}
-        await fetch(sql.INSERT_PLACES, some)
-        await fetch(sql.DELETE_EVENTS, some)
+        places = await fetch(sql.INSERT_PLACES, some)
+        events = await fetch(sql.DELETE_EVENTS, some)
         left = await fetch(sql.SELECT_WITH_EVENTS, {"incident_ids": list(statuses)})
-        gone = sorted(statuses.keys() - {incident_id for (incident_id,) in left})
-        await fetch(sql.DELETE_INCIDENTS, {"incident_ids": gone})
+        due = sorted(statuses.keys() - {incident_id for (incident_id,) in left})
+        deleted = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": due})
+        gone = sorted(incident_id for (incident_id,) in deleted)
+        if gone != due or len(places) < len(events) or not (events or gone):
+            raise KEPT_OUT.as_error()
         for incident_id in gone:
             event = {
                 "incident_id": incident_id,
                 "kind": EventKind.PURGED.value,
                 "from_status": IncidentStatus(statuses[incident_id]).value,
-                "to_status": None,
                 "actor": actor,
                 "note": None,
             }
-            await fetch(sql.INSERT_EVENT, event)
+            await _written(fetch, sql.INSERT_EVENT, event)
         return len(gone), len(statuses) == limit or len(gone) < len(statuses)
 
     async def check_order(self, fetch: Fetch) -> None:
@@ -148,9 +168,10 @@ class SqliteDialect:
         """Return None: with one writer at a time, no change waits for another one."""
         return None
 
-    def words(self, text: str) -> str:
-        """Return the words of the text for FTS5, each as the beginning of a word."""
-        return " ".join(f'"{word}"*' for word in words(text))
+    def phrases(self, text: str) -> Mapping[str, Any]:
+        """Return the phrases of the text for FTS5."""
+        found = (f'"{each.words}"{"*" if each.begins else ""}' for each in phrases(text))
+        return {"phrases": " ".join(found)}
 
     def lost_race(self, error: BaseException | None) -> bool:  # noqa: ARG002
         """Return False: there is one writer at a time."""
@@ -165,3 +186,27 @@ async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:
     if not rows:
         raise IncidentNotFound(incident_id)
     return read_incident(rows[0])
+
+
+async def _written(fetch: Fetch, statement: Executable, values: Mapping[str, Any]) -> Rows:
+    """Run a statement that writes a row, and return it.
+
+    Raises:
+        StoreError: If a trigger keeps it out.
+    """
+    rows = await fetch(statement, values)
+    if not rows:
+        raise KEPT_OUT.as_error()
+    return rows
+
+
+async def _as_changed(fetch: Fetch, incident_id: int, statuses: Rows) -> Incident:
+    """Return an incident whose status a trigger has changed after the statement that wrote it.
+
+    Raises:
+        StoreError: If the trigger has kept out the event, of which ``statuses`` has the status, or
+            the incident is gone.
+    """
+    if not statuses or statuses[0][0] is None:
+        raise KEPT_OUT.as_error()
+    return await _select_incident(fetch, incident_id)

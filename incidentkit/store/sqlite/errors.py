@@ -12,6 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from incidentkit.domain.errors import SchemaOutOfDate, StoreError
 from incidentkit.store.causes import (
+    KEPT_OUT,
     NO_ANSWER,
     OLDER_WRITER,
     POOL_EXHAUSTED,
@@ -50,7 +51,7 @@ CAUSES: Final = (
     ),
     Cause("the file is read-only; check its permissions", codes=("SQLITE_READONLY",)),
     Cause(
-        "the file cannot be read or written; check the disk and the log of the system",
+        "the file cannot be read or written; check the disk and the system log",
         codes=("SQLITE_IOERR",),
     ),
     Cause("the disk is full; free space on it", codes=("SQLITE_FULL",)),
@@ -79,6 +80,7 @@ CAUSES: Final = (
     POOL_EXHAUSTED,
     # The statement.
     evolve(OLDER_WRITER, codes=("SQLITE_CONSTRAINT_TRIGGER",)),
+    KEPT_OUT,
     Cause(
         "a constraint of the database refused the values", StoreError, codes=("SQLITE_CONSTRAINT",)
     ),

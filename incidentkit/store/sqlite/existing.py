@@ -34,8 +34,8 @@ def check_exists(database_url: str, *, with_schema: bool) -> None:
     try:
         Path(place).stat()
     except (FileNotFoundError, NotADirectoryError):
-        reason = "there is no such file: `incidentkit db upgrade` creates it"
-        raise StoreError(reason, place=place) from None
+        remedy = "correct the path, or create it with `incidentkit db upgrade`"
+        raise StoreError(f"there is no such file: {remedy}", place=place) from None
     except OSError:
         return
     if with_schema and not _may_have_schema(place):

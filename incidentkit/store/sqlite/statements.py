@@ -5,6 +5,7 @@ SQLite has one writer at a time, so a write can safely be several statements.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -17,8 +18,10 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    null,
     select,
     text,
+    type_coerce,
     update,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
@@ -41,6 +44,10 @@ _open_with_key: Final = text("incident_type = 'new' AND dedup_key IS NOT NULL")
 
 LOCK: Final = text("DELETE FROM incident_idempotency_key WHERE 0")
 """Changes nothing, but takes the write lock for the transaction."""
+
+INTERRUPT_INTERVAL: Final = 0.05
+"""Seconds between two interrupts of one statement: an interrupt that comes just before the
+statement begins is lost."""
 
 
 def _insert_incident(*, or_count: bool) -> ReturningInsert[*tuple[Any, ...]]:
@@ -100,27 +107,41 @@ SELECT_OPEN_DUPLICATE: Final = (
 )
 """Returns a row if an incident with the deduplication key is open."""
 
-INSERT_EVENT: Final = (
-    insert(incident_event_table)
-    .inline()
-    .values(
-        transaction_id=literal_column("0"),
-        # 53 bits: the integers that JavaScript reads exactly.
-        nonce=literal_column("random() & 9007199254740991"),
-        incident_id=number_parameter("incident_id"),
-        kind=bindparam("kind", type_=String()),
-        from_status=bindparam("from_status", type_=String()),
-        to_status=bindparam("to_status", type_=String()),
-        actor=bindparam("actor", type_=String()),
-        note=bindparam("note", type_=String()),
-        at=current_second(),
-        writer=literal_column(str(WRITER)),
-    )
-)
-"""Inserts an event."""
 
-INSERT_AND_RETURN_EVENT: Final = INSERT_EVENT.returning(*EVENT)
-"""Inserts an event and returns it."""
+def _insert_event(
+    to_status: ColumnElement[Any], returned: Sequence[ColumnElement[Any]]
+) -> ReturningInsert[*tuple[Any, ...]]:
+    return (
+        insert(incident_event_table)
+        .inline()
+        .values(
+            transaction_id=literal_column("0"),
+            # 53 bits: the integers that JavaScript reads exactly.
+            nonce=literal_column("random() & 9007199254740991"),
+            incident_id=number_parameter("incident_id"),
+            kind=bindparam("kind", type_=String()),
+            from_status=bindparam("from_status", type_=String()),
+            to_status=to_status,
+            actor=bindparam("actor", type_=String()),
+            note=bindparam("note", type_=String()),
+            at=current_second(),
+            writer=literal_column(str(WRITER)),
+        )
+        .returning(*returned)
+    )
+
+
+INSERT_EVENT: Final = _insert_event(null(), EVENT)
+"""Inserts an event that sets no status, and returns it."""
+
+INSERT_STATUS_EVENT: Final = _insert_event(
+    select(type_coerce(_columns.incident_type, String()))
+    .where(_columns.incident_id == number_parameter("incident_id"))
+    .scalar_subquery(),
+    [incident_event_table.c.to_status],
+)
+"""Inserts an event that sets the status which the incident has now, and returns this status: a
+trigger may have changed what was written."""
 
 _expired: Final[ColumnElement[bool]] = idempotency_table.c.created_at < a_day_ago()
 
@@ -155,7 +176,11 @@ DELETE_EXPIRED_KEYS: Final = delete(idempotency_table).where(
 
 SELECT_PURGEABLE: Final = (
     select(_columns.incident_id, _columns.incident_type)
-    .where(_columns.ended_at < bindparam("ended_before", type_=UtcDateTime()))
+    .where(
+        _columns.ended_at < bindparam("ended_before", type_=UtcDateTime()),
+        # A trigger or another program may have opened it again.
+        _columns.incident_type != literal_column("'new'"),
+    )
     .order_by(_columns.ended_at, _columns.incident_id)
     .limit(number_parameter("limit"))
 )
@@ -182,13 +207,16 @@ INSERT_PLACES: Final = (
         ).where(incident_event_table.c.event_id.in_(_some_events)),
         include_defaults=False,
     )
+    .returning(purged_event_table.c.event_id)
 )
-"""Keeps the places of the events that the next statement removes."""
+"""Keeps the places of the events that the next statement removes, and returns their ids."""
 
-DELETE_EVENTS: Final = delete(incident_event_table).where(
-    incident_event_table.c.event_id.in_(_some_events)
+DELETE_EVENTS: Final = (
+    delete(incident_event_table)
+    .where(incident_event_table.c.event_id.in_(_some_events))
+    .returning(incident_event_table.c.event_id)
 )
-"""Removes events of incidents to purge, at most ``events``."""
+"""Removes events of incidents to purge, at most ``events``, and returns their ids."""
 
 SELECT_WITH_EVENTS: Final = (
     select(incident_event_table.c.incident_id)
@@ -197,19 +225,22 @@ SELECT_WITH_EVENTS: Final = (
 )
 """Returns the incidents to purge that still have events."""
 
-DELETE_INCIDENTS: Final = delete(incident_table).where(_columns.incident_id.in_(_purged))
-"""Removes incidents."""
+DELETE_INCIDENTS: Final = (
+    delete(incident_table).where(_columns.incident_id.in_(_purged)).returning(_columns.incident_id)
+)
+"""Removes incidents, and returns their ids."""
 
 WORDS_MATCH: Final = WordsMatch(
     by_index=text(
         '"Incident".incident_id IN '
-        "(SELECT rowid FROM incident_text WHERE incident_text MATCH :words)"
+        "(SELECT rowid FROM incident_text WHERE incident_text MATCH :phrases)"
     ),
     of_first=text(
-        "first.incident_id IN (SELECT rowid FROM incident_text WHERE incident_text MATCH :words "
+        "first.incident_id IN (SELECT rowid FROM incident_text WHERE incident_text MATCH :phrases "
         "AND rowid BETWEEN (SELECT min(incident_id) FROM first) "
         "AND (SELECT max(incident_id) FROM first))"
     ),
     incidents=text('SELECT max(incident_id) FROM "Incident"'),
 )
-"""Holds for a message that has each word, as a whole word or as the beginning of one."""
+"""Holds for a message that has each phrase. The triggers index every message, so that the index
+alone tells."""

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Engine, Executable
@@ -31,11 +31,12 @@ from incidentkit.domain.errors import ClientClosed, IncidentKitError
 from incidentkit.store.causes import NO_ANSWER
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
-from incidentkit.store.share import AGAIN, scans
+from incidentkit.store.share import scans
 from incidentkit.store.sql.rows import unreadable_row
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
 from incidentkit.store.sqlite.errors import MOVED, is_stale_schema, translate_error
 from incidentkit.store.sqlite.file import open_engine, probe, scanners
+from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL
 from incidentkit.store.sqlite.url import MEMORY, place_of
 
 _T = TypeVar("_T")
@@ -142,12 +143,27 @@ class ThreadsExecutor:
 
     async def scan(self, work: Work[_T]) -> _T:
         """Run statements that only read, but may read or return very many rows."""
-        async with self._opened().share:
-            return await work(self._scan)
-
-    async def _scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        share = self._opened().share
+        await share.take()
+        running: list[asyncio.Future[Rows]] = []
         try:
-            return await self._opened().scan(statement, values)
+            return await work(partial(self._scan, running))
+        finally:
+            # A thread notices an interrupt after its caller has gone.
+            share.give_after(running)
+
+    async def _scan(
+        self,
+        running: list[asyncio.Future[Rows]],
+        statement: Executable,
+        values: Mapping[str, Any],
+    ) -> Rows:
+        """Run a statement, and add to a list what ends when its thread is free again."""
+        try:
+            threads = self._opened()
+            scan = _Scan(statement, values)
+            running.append(threads.start_scan(scan))
+            return await threads.end_scan(scan, running[-1])
         except IncidentKitError:
             raise
         except Exception as error:
@@ -250,6 +266,8 @@ class _Scan:
         # Held while the connection is taken, given back or interrupted: an interrupt must not hit
         # the next statement on it.
         self._turn = Lock()
+        self._ended = Event()
+        self._interrupting: Thread | None = None
 
     def run(self, connection: Connection) -> Rows:
         """Run the statement, unless it was stopped before."""
@@ -262,13 +280,28 @@ class _Scan:
         finally:
             with self._turn:
                 self._driver = None
+            self._ended.set()
+            if self._interrupting is not None:
+                self._interrupting.join()
 
     def stop(self) -> None:
-        """Interrupt the statement, or keep it from starting."""
+        """Interrupt the statement until its thread has noticed, or keep it from starting."""
         with self._turn:
+            if self._stopped:
+                return
             self._stopped = True
-            if self._driver is not None:
-                self._driver.interrupt()
+            if self._driver is None:
+                return
+            self._driver.interrupt()
+            # Not on the event loop, which may end before the thread has noticed.
+            self._interrupting = Thread(target=self._interrupt, daemon=True)
+            self._interrupting.start()
+
+    def _interrupt(self) -> None:
+        while not self._ended.wait(INTERRUPT_INTERVAL):
+            with self._turn:
+                if self._driver is not None:
+                    self._driver.interrupt()
 
 
 class _Threads:
@@ -327,25 +360,29 @@ class _Threads:
         """Run work on a connection, in the writing thread."""
         return asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
 
-    async def scan(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement in a thread for scans; stop it if its time is up or its caller is gone.
+    def start_scan(self, scan: _Scan) -> asyncio.Future[Rows]:
+        """Run a statement in a thread for scans."""
+        running = asyncio.get_running_loop().run_in_executor(self._scanners, self._lend, scan.run)
+        self._scans[running] = scan
+        running.add_done_callback(self._forget_scan)
+        return running
+
+    async def end_scan(self, scan: _Scan, running: asyncio.Future[Rows]) -> Rows:
+        """Wait for a statement; stop it if its time is up or its caller is gone.
 
         Raises:
             TimeoutError: If the time is up.
         """
-        scan = _Scan(statement, values)
-        running = asyncio.get_running_loop().run_in_executor(self._scanners, self._lend, scan.run)
-        self._scans[running] = scan
-        running.add_done_callback(self._end_scan)
         try:
             await asyncio.wait((running,), timeout=self._scan_limit)
             if running.done():
                 return running.result()
         finally:
-            _stop(scan, running)
+            # Has no effect on a scan that has ended.
+            scan.stop()
         raise TimeoutError
 
-    def _end_scan(self, running: asyncio.Future[Rows]) -> None:
+    def _forget_scan(self, running: asyncio.Future[Rows]) -> None:
         self._scans.pop(running)
         if not running.cancelled():
             # Retrieve the failure of a scan that was stopped.
@@ -373,13 +410,6 @@ class _Threads:
         self._check_file()
         with self._engine.connect() as connection:
             return work(connection)
-
-
-def _stop(scan: _Scan, running: asyncio.Future[Rows]) -> None:
-    """Interrupt a scan until its thread has noticed."""
-    if not running.done():
-        scan.stop()
-        asyncio.get_running_loop().call_later(AGAIN, _stop, scan, running)
 
 
 def _transact(

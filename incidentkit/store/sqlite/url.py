@@ -64,7 +64,8 @@ def sqlite_url(database_url: str) -> URL:
     uri = parameters.pop("uri", None) is not None
     if name in MEMORY:
         if parameters:
-            raise InvalidSettings("database_url", "has parameters, but a database in memory none")
+            reason = "has parameters, which a database in memory does not take"
+            raise InvalidSettings("database_url", reason)
         return url
     if not parameters and not name.startswith(_URI):
         return url

@@ -1,0 +1,37 @@
+"""Make the token one of its table: of its place, its definition and its triggers.
+
+On PostgreSQL, the function of the triggers takes the schema from their table, so that the schema
+can be renamed, and a transaction that finds its backend's token held or replaced uses one of its
+backend's own, so that their number stays bounded at every isolation level. On SQLite, the token has
+a random ``rowid``, which a dump as SQL does not carry to another file.
+"""
+
+from __future__ import annotations
+
+from alembic import op
+
+from incidentkit.store.mending import restore_token
+from incidentkit.store.migrations import incident_token, token_without_waiting
+
+revision = "a1f80c46d2b7"
+down_revision = "a6d40b7f21c8"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    restore_token(op.get_bind())
+
+
+def downgrade() -> None:
+    if op.get_bind().dialect.name == "sqlite":
+        for name in incident_token.SQLITE_TRIGGERS:
+            op.execute(f"DROP TRIGGER {name}")
+        op.execute("DELETE FROM incident_token")
+        incident_token.create_sqlite_triggers()
+        return
+    for name in incident_token.POSTGRESQL_TRIGGERS:
+        op.execute(f'DROP TRIGGER {name} ON "Incident"')
+    # The triggers need a function; the next step replaces it.
+    incident_token.create_postgresql_triggers()
+    token_without_waiting.replace_function(token_without_waiting.WITHOUT_WAITING)

@@ -1,0 +1,101 @@
+"""Run the statements of a store on the tables of one schema, whatever the search path is.
+
+The names in a statement get the schema when it is compiled. So a pool, a pooler or a host that
+changes the search path of a connection does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Executable
+
+from incidentkit.affinity import Affinity
+from incidentkit.store.executor import Executor, Fetch, OwnExecutor, Rows, Work
+from incidentkit.store.schema import named_place
+
+_T = TypeVar("_T")
+
+
+class Namespace:
+    """The statements on the tables of one schema, which live as long as its client.
+
+    Args:
+        schema: The name of the schema.
+    """
+
+    def __init__(self, schema: str) -> None:
+        self.schema = schema
+        self._options: dict[str, Any] = {"schema_translate_map": {None: schema}}
+        self._statements: dict[Executable, Executable] = {}
+
+    def __call__(self, statement: Executable) -> Executable:
+        """Return a statement on the tables of the schema: the same one for the same statement."""
+        found = self._statements.get(statement)
+        if found is None:
+            found = self._statements[statement] = statement.execution_options(**self._options)
+        return found
+
+
+class SchemaExecutor:
+    """Runs statements on the tables of a schema.
+
+    Args:
+        executor: Runs them on connections with any search path.
+        namespace: The schema.
+    """
+
+    def __init__(self, executor: Executor, namespace: Namespace) -> None:
+        self._executor = executor
+        self._namespace = namespace
+        self.in_host_transaction = executor.in_host_transaction
+
+    @property
+    def place(self) -> str | None:
+        """The database and the schema."""
+        place = self._executor.place
+        return place and named_place(place, self._namespace.schema)
+
+    async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that only reads, and reads few rows."""
+        return await self._executor.read(self._namespace(statement), values)
+
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read, but may read or return very many rows."""
+        return await self._executor.scan(lambda fetch: work(self._fetch(fetch)))
+
+    async def write(self, work: Work[_T]) -> _T:
+        """Run statements that write; each may be committed by itself."""
+        return await self._executor.write(lambda fetch: work(self._fetch(fetch)))
+
+    async def transact(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none."""
+        return await self._executor.transact(lambda fetch: work(self._fetch(fetch)))
+
+    def _fetch(self, fetch: Fetch) -> Fetch:
+        return lambda statement, values: fetch(self._namespace(statement), values)
+
+
+class OwnSchemaExecutor(SchemaExecutor):
+    """The same on connections that a store opens, or takes from a host's pool."""
+
+    def __init__(self, executor: OwnExecutor, namespace: Namespace) -> None:
+        super().__init__(executor, namespace)
+        self._connections = executor
+
+    async def open(self, affinity: Affinity) -> None:
+        """Get ready to connect."""
+        await self._connections.open(affinity)
+
+    async def close(self) -> None:
+        """Wait for running statements, and release every connection."""
+        await self._connections.close()
+
+    def abandon(self) -> None:
+        """Release every connection without the event loop, which has ended."""
+        self._connections.abandon()
+
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run a statement that inserts, once for each row, in one transaction."""
+        await self._connections.append(self._namespace(statement), rows)
