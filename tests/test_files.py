@@ -24,7 +24,7 @@ from incidentkit import (
 )
 from incidentkit.http.health import readiness
 from incidentkit.store import migrate
-from incidentkit.store.schema import SCHEMA_REVISION
+from incidentkit.store.schema import SCHEMA_REVISION, WRITER_CHECK
 from incidentkit.store.sqlite import errors, file
 from incidentkit.store.sqlite.threads import DatabaseFile
 from incidentkit.store.sqlite.url import IN_MEMORY, sqlite_url
@@ -535,7 +535,8 @@ def test_every_code_of_sqlite_has_one_cause() -> None:
     """Each code of the table has its reason, also with the rest of an extended code."""
     for cause in errors.CAUSES:
         for code in cause.codes:
-            error = sqlite3.OperationalError("no such table: x")
+            of_writer = cause.text is not None and cause.text.search(WRITER_CHECK)
+            error = sqlite3.OperationalError(WRITER_CHECK if of_writer else "no such table: x")
             error.sqlite_errorname = code
             translated = errors.translate_error(error)
             assert type(translated) is cause.error
