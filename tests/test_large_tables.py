@@ -310,6 +310,32 @@ async def test_others_go_on_while_lost_indexes_are_restored(large_url: str) -> N
     await check_upgraded(large_url, ROWS + 1)
 
 
+async def test_a_schema_with_rows_is_upgraded_step_by_step(empty_postgres_url: str) -> None:
+    """Indexes are built in the named schema, whatever its name, beside tables of the same names."""
+    url, schema = empty_postgres_url, "shop :a {1} %s"
+    await migrate.upgrade(url, REVISIONS[0], schema=schema)
+    async with connected(url) as host:
+        await host.execute('CREATE TABLE "Incident" (color text)')
+        await host.execute(f'SET search_path = "{schema}"')
+        await host.execute(FILL, 100)
+        for revision in REVISIONS[1:]:
+            await migrate.upgrade(url, revision, schema=schema)
+        found = {tuple(row) for row in await host.fetch(SELECT_INDEXES)}
+        assert found == {(name, True) for name in INDEXES}
+        await host.execute('DROP INDEX "ix_Incident_source", "ix_Incident_incident_message"')
+        restored = (await migrate.upgrade(url, schema=schema)).restored
+        assert len(restored) == 2
+        for revision in reversed(REVISIONS[:-1]):
+            await migrate.downgrade(url, revision, schema=schema)
+        await migrate.upgrade(url, schema=schema)
+        assert {tuple(row) for row in await host.fetch(SELECT_INDEXES)} == found
+    await migrate.check(url, schema=schema)
+    async with IncidentClient.open(url, schema=schema) as client:
+        assert (await client.search(text="db-7", total=True)).total == 1
+        created = await client.create("Disk is full on db-101", source="partner")
+        assert await client.get(created.incident_id) == created
+
+
 async def test_a_kill_while_the_table_changes_leaves_nothing_behind(
     large_url: str, command: list[str]
 ) -> None:

@@ -59,7 +59,7 @@ def build_index(name: str, table: str, definition: str, *, unique: bool = False)
             return
     schema = schema_of(table) if _on_postgresql() else "main"
     definition = definition.format(schema=schema)
-    op.execute(f'CREATE {_kind(unique=unique)} IF NOT EXISTS "{name}" ON "{table}" {definition}')
+    _run(f'CREATE {_kind(unique=unique)} IF NOT EXISTS "{name}" ON "{table}" {definition}')
 
 
 def drop_index(name: str, table: str) -> None:
@@ -122,7 +122,12 @@ def _wait_for_builds(table: str) -> None:
     """
     with _kept_settings():
         op.execute("SET LOCAL lock_timeout = 0")
-        op.execute(f"LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE")
+        _run(f"LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE")
+
+
+def _run(statement: str) -> None:
+    # Not op.execute(), which would take a colon in the name of a schema for a parameter.
+    op.get_bind().exec_driver_sql(statement)
 
 
 def run_alone(statement: str) -> None:

@@ -61,8 +61,9 @@ def upgrade_postgresql() -> None:
     op.execute(
         "INSERT INTO incident_token SELECT slot, gen_random_uuid() FROM generate_series(0, 15) slot"
     )
-    # The writer may have another search path and no rights to the token table.
-    op.execute(
+    # The writer may have another search path and no rights to the token table. Not op.execute(),
+    # which would take a colon in the name of the schema for a parameter.
+    op.get_bind().exec_driver_sql(
         f"""
         CREATE FUNCTION incident_token_change() RETURNS trigger
         LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -94,7 +95,7 @@ def create_postgresql_triggers() -> None:
     # again after a rollback to a savepoint, which also rolls back the setting.
     setting = "'incidentkit.token_change'"
     here = f"CAST(pg_current_xact_id() AS text) || {literal(schema)}"
-    op.execute(
+    op.get_bind().exec_driver_sql(
         f"""
         CREATE CONSTRAINT TRIGGER incident_token_change
         AFTER INSERT OR UPDATE OR DELETE ON "Incident"

@@ -73,7 +73,7 @@ def downgrade_postgresql() -> None:
     replace_index("incident_words")
     schema = schema_of("Incident")
     for name in FUNCTIONS:
-        op.execute(f"DROP FUNCTION IF EXISTS {schema}.{name}(text)")
+        op.get_bind().exec_driver_sql(f"DROP FUNCTION IF EXISTS {schema}.{name}(text)")
 
 
 def replace_index(function: str) -> None:

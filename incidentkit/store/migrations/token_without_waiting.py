@@ -94,4 +94,5 @@ def replace_function(definition: str) -> None:
             """WHERE oid = CAST('"Incident"' AS regclass)"""
         )
     )
-    op.execute(definition.format(schema=schema))
+    # Not op.execute(), which would take a colon in the name of the schema for a parameter.
+    op.get_bind().exec_driver_sql(definition.format(schema=schema))
