@@ -609,11 +609,11 @@ async def _migration_needs_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = migrate.prepare
     loop = asyncio.get_running_loop()
 
-    def prepare_after_a_turn(connection: Connection) -> None:
+    def prepare_after_a_turn(connection: Connection, **options: Any) -> None:
         turn = threading.Event()
         loop.call_soon_threadsafe(turn.set)
         assert turn.wait(DEADLINE), "the event loop is blocked"
-        prepare(connection)
+        prepare(connection, **options)
 
     monkeypatch.setattr(migrate, "prepare", prepare_after_a_turn)
 

@@ -276,7 +276,7 @@ def test_db_check_succeeds_without_the_right_to_look(two_phase_url: str) -> None
         role = f"blind_{host.info.backend_pid}"
         for statement in (
             SQL("CREATE ROLE {} LOGIN"),
-            SQL("GRANT SELECT ON incidentkit_version, incident_event TO {}"),
+            SQL("GRANT SELECT ON ALL TABLES IN SCHEMA public TO {}"),
             SQL("REVOKE SELECT ON pg_stat_activity FROM public"),
         ):
             host.execute(statement.format(Identifier(role)))

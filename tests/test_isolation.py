@@ -380,14 +380,14 @@ async def test_writes_that_all_wait_leave_connections_to_reads(
 
 
 SLOW_WORDS = """
-    ALTER FUNCTION incident_text_1(text) RENAME TO text_of;
-    CREATE FUNCTION incident_text_1(message text) RETURNS text
+    ALTER FUNCTION incident_characters_1(text) RENAME TO characters_of;
+    CREATE FUNCTION incident_characters_1(message text) RETURNS text
     LANGUAGE plpgsql IMMUTABLE STRICT AS $$
     BEGIN
-        IF message = 'slowly' THEN
+        IF message = 'slöwly' THEN
             PERFORM pg_sleep(600);
         END IF;
-        RETURN text_of(message);
+        RETURN characters_of(message);
     END $$
 """
 """Makes a search for this word take ten minutes."""
@@ -396,7 +396,7 @@ SLEEPING = "wait_event = 'PgSleep'"
 
 
 async def make_slow(url: str) -> None:
-    """Make a search for the word `slowly` take ten minutes."""
+    """Make a search for the word `slöwly` take ten minutes."""
     connection = await asyncpg.connect(url)
     await connection.execute(SLOW_WORDS)
     await connection.close()
@@ -410,7 +410,7 @@ async def test_searches_leave_connections(way: str, migrated_postgres_url: str) 
         first = await client.create("Disk is full", source="partner")
         await make_slow(url)
         searches = [
-            asyncio.ensure_future(client.search(text="slowly", total=n % 2 == 0)) for n in range(20)
+            asyncio.ensure_future(client.search(text="slöwly", total=n % 2 == 0)) for n in range(20)
         ]
         await until(lambda: _equals(backends(url, SLEEPING), CONNECTIONS // 5))
         for n in range(CONNECTIONS + 1):
@@ -471,12 +471,12 @@ STUBBORN_WORDS = SLOW_WORDS.replace(
                 PERFORM pg_advisory_lock(1);
             END;""",
 )
-"""Makes a search for `slowly` end only when nobody else has a lock, although it was cancelled."""
+"""Makes a search for `slöwly` end only when nobody else has a lock, although it was cancelled."""
 
 
 @asynccontextmanager
 async def locked_by_advice(url: str) -> AsyncIterator[None]:
-    """Keep a search for `slowly` from ending when it is cancelled."""
+    """Keep a search for `slöwly` from ending when it is cancelled."""
     host = await asyncpg.connect(url)
     try:
         await host.execute(STUBBORN_WORDS)
@@ -495,12 +495,12 @@ async def test_a_place_is_free_once_the_server_has_stopped(
     async with opened(way, url) as client:
         first = await client.create("Disk is full", source="partner")
         async with locked_by_advice(url):
-            call = asyncio.ensure_future(client.search(text="slowly"))
+            call = asyncio.ensure_future(client.search(text="slöwly"))
             await until(lambda: _equals(backends(url, SLEEPING), 1))
             call.cancel()
             await asyncio.wait([call])
             await until(lambda: _equals(backends(url, WAITING), 1))
-            calls = [asyncio.ensure_future(client.search(text="slowly")) for _ in range(20)]
+            calls = [asyncio.ensure_future(client.search(text="slöwly")) for _ in range(20)]
             for _ in range(CONNECTIONS + 1):
                 assert await client.get(first.incident_id) == first
                 await client.create("Disk is full", source="partner")
@@ -518,7 +518,7 @@ async def test_a_search_is_cancelled_at_its_time_limit(migrated_postgres_url: st
         await client.create("Disk is full", source="partner")
         await make_slow(url)
         with pytest.raises(StoreUnavailable, match="did not answer in time"):
-            await client.search(text="slowly")
+            await client.search(text="slöwly")
         await until(lambda: _equals(backends(url, SLEEPING), 0))
         assert len((await client.search(text="disk")).incidents) == 1
 
@@ -529,7 +529,7 @@ async def test_a_search_waits_for_its_place_only_so_long(migrated_postgres_url: 
     options = StoreOptions(pool_size=5, max_overflow=0, pool_timeout=0.1)
     async with IncidentClient.open(url, options=options) as client:
         await make_slow(url)
-        search = asyncio.ensure_future(client.search(text="slowly"))
+        search = asyncio.ensure_future(client.search(text="slöwly"))
         await until(lambda: _equals(backends(url, SLEEPING), 1))
         with pytest.raises(StoreUnavailable, match="all 1 connections for searches"):
             await client.search(text="disk")

@@ -266,8 +266,8 @@ async def test_the_option_wins_over_the_url(
     options = StoreOptions(pool_size=1, max_overflow=0, prepared_statements=by_option)
     async with IncidentClient.open(url, options=options) as client:
         await client.create("The disk is full", source="operator")
-        executor: Any = client.store
-        connections = executor._opened().connections
+        store: Any = client.store
+        connections = store._connections._opened().connections
         connection = await connections.take()
         names = await connection.driver.fetch("SELECT name FROM pg_prepared_statements")
         await connections.put(connection)

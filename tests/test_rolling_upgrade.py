@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.before import check_out
-from incidentkit import IncidentClient, IncidentStatus, StoreError
+from incidentkit import IncidentClient, IncidentEvent, IncidentStatus, StoreError
 from incidentkit.store.migrate import upgrade
 from tests.hosts import run_sql
 
@@ -152,7 +153,11 @@ async def test_the_version_before_reads_and_no_longer_writes(
                 assert "constraint" in (call(name) or ""), name
             assert (await client.search(total=True), await client.history(2)) == before
             assert [call(name) for name in READS] == [None] * len(READS)
-            following = (await client.read_changes(after)).changes
+            # A transaction of another test on the server can hold changes up.
+            async with asyncio.timeout(60):
+                following: list[IncidentEvent] = []
+                while len(following) < 2:
+                    following = (await client.read_changes(after, wait=1)).changes
             assert [event.kind for event in following] == ["status_changed", "created"]
 
 

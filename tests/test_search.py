@@ -658,6 +658,7 @@ def test_phrases_are_dropped_that_say_nothing_more() -> None:
     assert asked("disk “is full”, now") == ["disk", "is full", "now*"]
     assert asked('disk "is full') == ["disk", "is", "full*"]
     assert asked("disk. ") == ["disk*"]
+    assert asked('disk "is"') == ["disk", "is"]
     assert asked("? -") == []
 
 

@@ -173,6 +173,7 @@ def test_every_character_is_compared_alike(words_of: Words) -> None:
 )
 @given(given_=st.lists(texts | anything.filter(lambda text: "\0" not in text), max_size=8))
 @example(given_=["α\u0345\u0301", "a\u0308\u0323", "o\u0302\u0323", "x\u2adcy", "x¨\u0301y", "각"])
+@example(given_=["a\u0305\u0301", "a\u0323\u0305\u0301", "\u09c7\u0301\u09be", "\u09c7\u09be"])
 @example(given_=["\u1100\u1161\u0301\u11a8", "\u0915\u093f\u0947", "が\u309a", "\u0301", "\u11a8"])
 def test_texts_are_compared_alike(words_of: Words, given_: list[str]) -> None:
     """Any text has the same words in the database."""
@@ -369,6 +370,9 @@ def test_a_replaced_row_is_found_by_its_new_words(sqlite_world: World) -> None:
     run(other, 9, "Second with key")
     assert world.search("with key") == ["Second with key"]
     assert world.search("first") == []
+    # Words of the row that is gone do not keep another one with its id out.
+    run(f"INSERT INTO \"Incident\" {columns} VALUES (8, ?, 'new', 'partner', NULL)", "Eighth again")
+    assert world.search("eighth") == ["Eighth again"]
     run('UPDATE OR REPLACE "Incident" SET incident_id = 7 WHERE incident_id = 9')
     assert world.search("cable") == []
     assert world.search("second") == ["Second with key"]
