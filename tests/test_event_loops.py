@@ -674,10 +674,10 @@ async def test_a_cancelled_migration_has_ended_when_its_caller_goes_on(
     loop = asyncio.get_running_loop()
     started, cancelled = asyncio.Event(), threading.Event()
 
-    def prepare_once_cancelled(connection: Connection) -> None:
+    def prepare_once_cancelled(connection: Connection, **options: Any) -> None:
         loop.call_soon_threadsafe(started.set)
         assert cancelled.wait(DEADLINE)
-        prepare(connection)
+        prepare(connection, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(migrate, "prepare", prepare_once_cancelled)
