@@ -134,16 +134,17 @@ SELECT_ON_POSTGRESQL: Final[Executable] = text(f"""
         FROM pg_class
         WHERE oid = ANY(ARRAY[{_NUMBERS}]) AND relrowsecurity
     )
-    SELECT version_num, kind, name, definition
-    FROM {VERSION_TABLE}
+    SELECT recorded.version_num, parts.kind, parts.name, parts.definition
+    FROM {VERSION_TABLE} AS recorded
     LEFT JOIN parts ON true
 """)
 """Returns the revision, and beside it each part of the schema with its definition."""
 
 SELECT_ON_SQLITE: Final[Executable] = text(f"""
-    SELECT version_num, type, name, sql
-    FROM {VERSION_TABLE}
-    LEFT JOIN sqlite_master ON type IN ('trigger', 'index') AND tbl_name IN ({_TABLES})
+    SELECT recorded.version_num, parts.type, parts.name, parts.sql
+    FROM {VERSION_TABLE} AS recorded
+    LEFT JOIN sqlite_master AS parts
+        ON parts.type IN ('trigger', 'index') AND parts.tbl_name IN ({_TABLES})
 """)
 """The same on SQLite."""
 
