@@ -134,16 +134,17 @@ SELECT_ON_POSTGRESQL: Final[Executable] = text(f"""
         FROM pg_class
         WHERE oid = ANY(ARRAY[{_NUMBERS}]) AND relrowsecurity
     )
-    SELECT version_num, kind, name, definition
-    FROM {VERSION_TABLE}
+    SELECT version.version_num, parts.kind, parts.name, parts.definition
+    FROM {VERSION_TABLE} AS version
     LEFT JOIN parts ON true
 """)
 """Returns the revision, and beside it each part of the schema with its definition."""
 
 SELECT_ON_SQLITE: Final[Executable] = text(f"""
-    SELECT version_num, type, name, sql
-    FROM {VERSION_TABLE}
-    LEFT JOIN sqlite_master ON type IN ('trigger', 'index') AND tbl_name IN ({_TABLES})
+    SELECT version.version_num, part.type, part.name, part.sql
+    FROM {VERSION_TABLE} AS version
+    LEFT JOIN sqlite_master AS part
+        ON part.type IN ('trigger', 'index') AND part.tbl_name IN ({_TABLES})
 """)
 """The same on SQLite."""
 
