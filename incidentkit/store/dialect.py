@@ -28,6 +28,8 @@ class Dialect(Protocol):
             was used in the last 24 hours.
         delete_expired_keys: Removes at most ``limit`` idempotency keys older than that.
         select_changes: Returns the events after a place, in the order of their commits.
+        select_waiting: Returns the places of events that are committed, while others may still
+            come before them; None: none ever waits.
         words_match: The conditions for a message that has the phrases of a search.
         indexes_pairs: Whether the database looks up a pair of a time and an id in an index.
         select_schema: Returns the revision and the parts of the schema.
@@ -39,6 +41,7 @@ class Dialect(Protocol):
     claim_key: Executable
     delete_expired_keys: Executable
     select_changes: Executable
+    select_waiting: Executable | None
     words_match: WordsMatch
     indexes_pairs: bool
     keeps_plans: bool

@@ -411,9 +411,11 @@ class Records:
     @names_database
     async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
         """Read place and nonce of committed events after a place, also of those that wait."""
+        if self._dialect.select_waiting is None:
+            return []
         transaction_id, event_id = after
         values = {"transaction_id": transaction_id, "event_id": event_id, "limit": limit}
-        rows = await self._executor.read(statements.SELECT_WAITING, values)
+        rows = await self._executor.read(self._dialect.select_waiting, values)
         return [(row[0], row[1], row[2]) for row in rows]
 
     @names_database

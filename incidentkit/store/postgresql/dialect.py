@@ -27,7 +27,7 @@ from incidentkit.store.postgresql.errors import lost_race, unstorable
 from incidentkit.store.schema import copied, upgrade_command
 from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
-from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT
+from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT, SELECT_WAITING
 
 _T = TypeVar("_T")
 
@@ -49,6 +49,7 @@ class PostgresDialect:
     claim_key: Executable = sql.CLAIM_KEY
     delete_expired_keys: Executable = sql.DELETE_EXPIRED_KEYS
     select_changes: Executable = SELECT_CHANGES
+    select_waiting: Executable | None = SELECT_WAITING
     words_match = sql.WORDS_MATCH
     indexes_pairs = True
     keeps_plans = True

@@ -37,6 +37,7 @@ class SqliteDialect:
     claim_key: Executable = sql.CLAIM_KEY
     delete_expired_keys: Executable = sql.DELETE_EXPIRED_KEYS
     select_changes: Executable = SELECT_CHANGES_BY_ID
+    select_waiting: Executable | None = None
     words_match = sql.WORDS_MATCH
     indexes_pairs = False
     keeps_plans = False
