@@ -91,7 +91,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests; unless only some are selected, they must cover the package."""
     session.install("--editable", ".[all]", *groups("bench"))
     bar = ["--cov-fail-under=0"] if selects(session.posargs) else []
-    session.run("pytest", "-n", "2", "--cov", *bar, *session.posargs)
+    session.run("pytest", "-n", "3", "--cov", *bar, *session.posargs)
 
 
 @nox.session(python=next(iter(installed_pythons().values())))
@@ -100,7 +100,7 @@ def lowest(session: nox.Session) -> None:
     session.install("--editable", ".[all]", *lowest_versions(), *groups("tests"))
     # asyncpg 0.30 leaves connections of cancelled calls to the garbage collector.
     unraisable = ("-W", "ignore::pytest.PytestUnraisableExceptionWarning")
-    session.run("pytest", "-n", "2", *unraisable, *(session.posargs or DEPENDENT))
+    session.run("pytest", "-n", "3", *unraisable, *(session.posargs or DEPENDENT))
 
 
 def lowest_versions() -> list[str]:

@@ -49,8 +49,9 @@ call voids the run.
 
 Both use the origin's table, with incidentkit's indexes on its columns. incidentkit runs as
 `incidentkit serve`, with all of its features and its request log at the default. Each service is
-one process with uvloop, httptools and a pool of 20 connections. `{load}` keeps 32 connections busy
-from a process of its own. PostgreSQL syncs to the disk, as it does by default, except for `growth`
+one process with uvloop, httptools and a pool of 20 connections; in figures from before 2026-11-28,
+incidentkit had its default of at most 15. `{load}` keeps 32 connections busy from a process of its
+own. PostgreSQL syncs to the disk, as it does by default, except for `growth`
 and `search`. Load, service, PostgreSQL and Redis share the cores of the machine; the latencies are
 those under a load that never pauses.
 
