@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 from attrs import asdict
-from sqlalchemy import NullPool, QueuePool, create_engine, event, inspect, text
+from sqlalchemy import (
+    AsyncAdaptedQueuePool,
+    NullPool,
+    QueuePool,
+    create_engine,
+    event,
+    inspect,
+    text,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from incidentkit import (
@@ -492,7 +500,10 @@ async def test_a_write_that_has_begun_is_waited_for(
 async def test_a_place_is_free_once_the_driver_has_stopped(sqlite_url: str) -> None:
     """Searches that are abandoned take no further connections until the driver stops them."""
     async with (
-        host_engine(sqlite_url, pool_size=5, max_overflow=0) as engine,
+        # The default of SQLAlchemy 2.0 for a file has no size.
+        host_engine(
+            sqlite_url, poolclass=AsyncAdaptedQueuePool, pool_size=5, max_overflow=0
+        ) as engine,
         IncidentClient.open(engine) as client,
     ):
         created = await client.create("Disk is full", source="partner")
