@@ -36,7 +36,7 @@ collect_ignore = [] if "INCIDENTKIT_TEST_POOLER" in os.environ else ["pooler"]
 
 
 class Backends:
-    """The servers that the tests share: the caller's own, or ones started on first use."""
+    """The servers that a process's tests share: the caller's own, or ones started on first use."""
 
     def __init__(self) -> None:
         self._started = ExitStack()
@@ -97,7 +97,7 @@ _backends = pytest.StashKey[Backends]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the servers; a pytest-xdist worker gets their URLs from the main process."""
+    """Find the servers; a pytest-xdist worker gets the URL of Redis from the main process."""
     os.environ |= getattr(config, "workerinput", {}).get("incidentkit", {})
     config.stash[_backends] = Backends()
 
@@ -109,12 +109,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Pass the URLs of the servers to a pytest-xdist worker."""
+    """Pass the URL of Redis to a pytest-xdist worker, which uses a database of its own there.
+
+    A worker starts its own PostgreSQL, where an open transaction in any database holds up the
+    feeds of all of them.
+    """
     backends = node.config.stash[_backends]
-    node.workerinput["incidentkit"] = {
-        "INCIDENTKIT_TEST_POSTGRES_URL": backends.postgres_url,
-        "INCIDENTKIT_TEST_REDIS_URL": backends.redis_url,
-    }
+    node.workerinput["incidentkit"] = {"INCIDENTKIT_TEST_REDIS_URL": backends.redis_url}
 
 
 @pytest.fixture(autouse=True)
