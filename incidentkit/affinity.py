@@ -1,4 +1,4 @@
-"""Bind what is open to the event loop and the process that opened it.
+"""Bind open resources to the event loop and the process that opened them.
 
 Connections, locks and waiting calls work only on the event loop that made them. A fork copies them
 without their threads, and both processes share the sockets. An open store, client or turn therefore

@@ -272,8 +272,8 @@ class IncidentClient(Incidents):
     ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first.
 
-        The page shows every change that was committed before the call, by any process, whatever
-        the caches do; with ``max_staleness``, every change committed that many seconds before.
+        The page shows every change that was committed before the call, by any process, even
+        if the cache fails; with ``max_staleness``, every change committed that many seconds before.
 
         Args:
             page: 1 is the newest page.

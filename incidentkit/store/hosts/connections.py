@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# They name no table, so that a host's map of schemas does not matter.
+# These statements name no table, so a host's schema_translate_map has no effect on them.
 _ANYWHERE: Final[dict[str, Any]] = {TRANSLATE_MAP: {}}
 _SAVE: Final = text("SAVEPOINT incidentkit").execution_options(**_ANYWHERE)
 _KEEP: Final = text("RELEASE SAVEPOINT incidentkit").execution_options(**_ANYWHERE)

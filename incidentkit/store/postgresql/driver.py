@@ -38,7 +38,7 @@ class Compiled:
 
 
 _compiled: Final[WeakKeyDictionary[Executable, Compiled]] = WeakKeyDictionary()
-"""What was compiled: for as long as the statement, which is that of a client or of a module."""
+"""The compiled form of each statement, for as long as its client or module keeps the statement."""
 
 
 def compile_statement(statement: Executable) -> Compiled:

@@ -1,7 +1,7 @@
-"""SQL text whose tables, types and functions follow a schema, as SQLAlchemy's own statements do.
+"""Apply a schema to the tables, types and functions in SQL text.
 
 The text names them without a schema. If a statement is compiled with a ``schema_translate_map``,
-the names get the schema that it has for tables without one, in the text as everywhere else.
+they get the schema that the map has for tables without one, as in SQLAlchemy's own statements.
 """
 
 from __future__ import annotations
