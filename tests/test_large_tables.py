@@ -228,7 +228,7 @@ async def test_others_go_on_while_indexes_are_built(large_url: str, command: lis
                 for late in (second, third):
                     assert late.stderr is not None
                     line = ""
-                    while "migrates the database" not in line:
+                    while "is migrating the database" not in line:
                         line = await asyncio.to_thread(late.stderr.readline)
                         assert line, "it has ended"
                 # They wait in no statement, since a build would wait for its snapshot.
