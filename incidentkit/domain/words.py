@@ -153,17 +153,18 @@ def phrases(text: str) -> list[Phrase]:
     if len(pieces) % 2 == 0:
         # The last quotation mark has no partner.
         pieces[-2:] = ['"'.join(pieces[-2:])]
-    given = [
-        (each, number % 2 == 1)
-        for number, piece in enumerate(pieces)
-        for each in ([piece] if number % 2 else piece.split())
-    ]
-    found = [(each, compared(each), quoted) for each, quoted in given]
-    found = [each for each in found if each[1]]
-    every = [Phrase(each, words) for each, words, _ in found[:-1]]
-    for each, words, quoted in found[-1:]:
-        every.append(Phrase(each, words, begins=not quoted and " " not in words))
-    distinct = {phrase.pattern: phrase for phrase in every}
+    found: list[Phrase] = []
+    begins = False
+    for number, piece in enumerate(pieces):
+        quoted = number % 2 == 1
+        for given in [piece] if quoted else piece.split():
+            words = compared(given)
+            if words:
+                found.append(Phrase(given, words))
+                begins = not quoted and " " not in words
+    if begins:
+        found[-1] = found[-1]._replace(begins=True)
+    distinct = {phrase.pattern: phrase for phrase in found}
     return [
         phrase
         for pattern, phrase in distinct.items()
