@@ -141,7 +141,7 @@ class PostgresDialect:
         if len(seen) == 1:
             # No other transaction has changed it.
             raise KEPT_OUT.as_error()
-        raise StoreUnavailable(f"other transactions overtook a change {ATTEMPTS} times")
+        raise StoreUnavailable(f"other transactions overtook a change {ATTEMPTS} times; try again")
 
     async def _read(self, fetch: Fetch, incident_id: int) -> Incident:
         rows = await fetch(SELECT_INCIDENT, {"incident_id": incident_id})
