@@ -46,12 +46,12 @@ def db() -> None:
 @click.argument("revision", default="head", shell_complete=offering(("head", *REVISIONS)))
 @takes_database
 def upgrade(servers: Servers, revision: str) -> None:
-    """Upgrade the schema to REVISION, by default the newest; no row is lost.
+    """Upgrade the schema to REVISION, by default the newest.
 
-    Also upgrades a database of Incident API. Restores missing or changed functions, triggers and
-    indexes. You can start it in several places at once, and run it again if it was killed. A long
-    upgrade reports its progress. On PostgreSQL, creates the schema of --schema if it does not
-    exist, and says which schema has the tables.
+    No row is lost. Also upgrades a database of Incident API. Restores missing or changed functions,
+    triggers and indexes. You can start it in several places at once, and run it again if it was
+    killed. A long upgrade reports its progress. On PostgreSQL, creates the schema of --schema if it
+    does not exist, and says which schema has the tables.
     """
     url, schema = servers.settings.database_url, servers.settings.schema
     # A faulty revision is reported before a file is created.
@@ -106,9 +106,10 @@ def current(servers: Servers) -> None:
 @db.command()
 @takes_database
 def check(servers: Servers) -> None:
-    """Check that a client can use the database; if not, exit with 1 and say what to do.
+    """Check that a client can use the database.
 
-    Compares the revision, functions, triggers and indexes with those that this version needs.
+    Compares the revision, functions, triggers and indexes with those that this version needs. If
+    they differ, exits with 1 and says what to do.
 
     Also warns of a transaction on PostgreSQL that holds up the change feed.
     """
