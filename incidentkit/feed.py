@@ -39,9 +39,9 @@ class EventStore(Protocol):
         ...
 
     async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
-        """Return the places and nonces of committed events, also if others may still precede them.
+        """Return the places and nonces of committed events after a place.
 
-        They are those after the given place.
+        Unlike :meth:`changes`, it also returns events that another one may still precede.
         """
         ...
 

@@ -33,7 +33,7 @@ from incidentkit.store.schema import (
 
 @click.group(cls=Group)
 def db() -> None:
-    """Bring the database's schema up to date, or look at it.
+    """Upgrade, downgrade or inspect the schema of the database.
 
     \b
     Examples:

@@ -97,7 +97,7 @@ class Dialect(Protocol):
         """
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
-        """Return the transaction that has held up the feed for so many seconds, or None."""
+        """Return the transaction that has held up the feed for at least this long, or None."""
         ...
 
     def phrases(self, text: str) -> Mapping[str, Any]:

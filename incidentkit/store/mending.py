@@ -98,7 +98,7 @@ def _schema_of_table(connection: Connection) -> str:
 
 
 def replace_tokens(connection: Connection) -> None:
-    """Replace every token, so that no cached page is used any more."""
+    """Replace every token, which invalidates every cached page."""
     if connection.dialect.name != "postgresql":
         _run(connection, "DELETE FROM incident_token")
         _run(connection, NEW_TOKEN)

@@ -110,7 +110,7 @@ TABLE_LOCK_TIMEOUT: Final = 2.0
 """Seconds to wait for other users of a table, while further ones queue behind the migration."""
 
 TABLE_LOCK_PAUSE: Final = 2.0
-"""Seconds before the migration tries again, in which the queued users of the table go on."""
+"""Seconds before the migration tries again, in which queued users get the table."""
 
 TABLE_LOCK_ATTEMPTS: Final = 15
 """Maximum number of attempts to lock the tables."""
@@ -661,7 +661,7 @@ async def _report(server: Server) -> None:
     """Log the progress of a migration that takes long."""
     began = time.monotonic()
     await asyncio.sleep(REPORT_INTERVAL)
-    # Without reports, the migration goes on.
+    # A failed report does not stop the migration.
     with suppress(*_DRIVER_ERRORS, StoreError):
         connection = await _connect(server)
         try:

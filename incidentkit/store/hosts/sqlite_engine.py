@@ -211,7 +211,7 @@ class SqliteEngineExecutor:
         return await self._wait(self._start(work))
 
     def _start(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> asyncio.Task[_T]:
-        """Run work in a task, which goes on if the caller is cancelled."""
+        """Run work in a task, which continues if the caller is cancelled."""
         try:
             self._check_loop()
         except BaseException:

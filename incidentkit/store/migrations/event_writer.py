@@ -32,7 +32,7 @@ def upgrade() -> None:
             f"BEGIN SELECT RAISE(ABORT, '{CHECK}: {REFUSAL}'); END"
         )
         return
-    # The first default is that of the existing events, without writing them again.
+    # The first default applies to existing events, without rewriting them.
     op.add_column(
         "incident_event",
         sa.Column("writer", sa.SmallInteger(), nullable=False, server_default=sa.text(str(WRITER))),

@@ -39,7 +39,7 @@ def on_sqlite() -> bool:
 
 def upgrade() -> None:
     if on_sqlite() and has_rows("Incident"):
-        # Other writers go on between the copy of the table and its update.
+        # Let other writers write between the copy of the table and its update.
         start_transaction()
     found = sa.inspect(op.get_bind())
     for name in (*TABLES, *(("incident_text",) if on_sqlite() else ())):

@@ -8,7 +8,7 @@ programs write.
 On PostgreSQL, the function ``incident_words(text)`` stays for searches of processes that were not
 restarted yet, but without an index.
 
-Other programs go on meanwhile: PostgreSQL builds the index concurrently, and SQLite indexes the
+Other programs work meanwhile: PostgreSQL builds the index concurrently, and SQLite indexes the
 messages in short transactions, in a table that is renamed when it is complete.
 """
 
@@ -90,7 +90,7 @@ def upgrade_sqlite() -> None:
     """Create the table of characters, and a new full-text table with its triggers."""
     connection = op.get_bind()
     if has_rows("Incident"):
-        # Other writers go on between the last index and the words.
+        # Let other writers write between the last index and the words.
         start_transaction()
     found = sa.inspect(connection)
     if not found.has_table(sqlite.CHARACTERS):

@@ -98,7 +98,7 @@ class PostgresConnection:
         self._prepared: dict[Executable, Any] = {}
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement by itself."""
+        """Run a statement outside a transaction."""
         if self.reads_committed:
             return await self._fetch(statement, values)
 

@@ -430,7 +430,7 @@ def is_unsent(error: BaseException | None) -> bool:
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Return whether an exception of asyncpg is that of a dead connection."""
+    """Return whether an exception of asyncpg means that the connection is dead."""
     # For a value that it cannot encode, asyncpg raises an InterfaceError too.
     return isinstance(error, LOST) and not isinstance(error, asyncpg.DataError)
 

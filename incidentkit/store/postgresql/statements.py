@@ -60,7 +60,7 @@ _IN_ORDER: Final = f"""coalesce(
     true
 )"""
 """Holds unless events were copied from another server, whose transactions had larger numbers: a new
-event would come before them, where no reader looks any more."""
+event would come before them, and readers would miss it."""
 
 
 def _none_kept_out(due: str) -> str:
