@@ -227,7 +227,7 @@ class PostgresEngineExecutor:
             await connection.invalidate()
 
     async def _reads_committed(self, connection: AsyncConnection) -> bool:
-        """Return whether a connection runs statements as ``READ COMMITTED`` without a transaction."""
+        """Return whether a connection runs single statements as ``READ COMMITTED``."""
         raw = await connection.get_raw_connection()
         driver = raw.driver_connection
         known = self._read_committed.get(driver)
