@@ -15,7 +15,6 @@ from incidentkit.domain.errors import IncidentKitError, NotInTransaction
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
-    TRANSLATE_MAP,
     commits_by_itself,
     fetch_rows,
     has_every_character,
@@ -25,6 +24,7 @@ from incidentkit.store.hosts.sqlalchemy import (
     sqlite_driver,
     translate_sqlalchemy_error,
 )
+from incidentkit.store.sql.naming import TRANSLATE_MAP
 from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL, LOCK
 
 if TYPE_CHECKING:

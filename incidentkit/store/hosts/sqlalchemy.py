@@ -16,15 +16,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.store.causes import POOL_EXHAUSTED, TRANSACTION_FAILED
 from incidentkit.store.executor import Rows
+from incidentkit.store.sql.naming import TRANSLATE_MAP
 from incidentkit.store.sql.rows import unreadable_row
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
     from typing_extensions import TypeIs
-
-TRANSLATE_MAP: Final = "schema_translate_map"
-"""SQLAlchemy's option that moves tables to another schema. A statement of incidentkit has it if the
-client has a schema, or if the statement names no table."""
 
 USUAL_MAXIMUM: Final = 15
 """Number of connections of an engine of SQLAlchemy without options."""

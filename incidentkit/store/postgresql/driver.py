@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.executor import Rows
+from incidentkit.store.sql.naming import TRANSLATE_MAP
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 
@@ -51,7 +52,7 @@ def compile_statement(statement: Executable) -> Compiled:
 
 def _compile(statement: Executable) -> Compiled:
     clause: Any = statement
-    translate_map = clause.get_execution_options().get("schema_translate_map")
+    translate_map = clause.get_execution_options().get(TRANSLATE_MAP)
     compiled = clause.compile(
         dialect=_DIALECT,
         schema_translate_map=translate_map,

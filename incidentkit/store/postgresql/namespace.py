@@ -14,6 +14,7 @@ from sqlalchemy import Executable
 from incidentkit.affinity import Affinity
 from incidentkit.store.executor import Executor, Fetch, OwnExecutor, Rows, Work
 from incidentkit.store.schema import named_place
+from incidentkit.store.sql.naming import TRANSLATE_MAP
 
 _T = TypeVar("_T")
 
@@ -27,7 +28,7 @@ class Namespace:
 
     def __init__(self, schema: str) -> None:
         self.schema = schema
-        self._options: dict[str, Any] = {"schema_translate_map": {None: schema}}
+        self._options: dict[str, Any] = {TRANSLATE_MAP: {None: schema}}
         self._statements: dict[Executable, Executable] = {}
 
     def __call__(self, statement: Executable) -> Executable:

@@ -16,10 +16,10 @@ from typing import Final
 from sqlalchemy import TextClause
 
 from incidentkit.domain.values import DEEP, TEXT_MAX_WORDS
-from incidentkit.domain.words import LONG, RULE
+from incidentkit.domain.words import LONG
 from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
-from incidentkit.store.sql.naming import text
+from incidentkit.store.sql.naming import RULE_FUNCTIONS, text
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS
 from incidentkit.store.sql.search import WordsMatch
 
@@ -805,15 +805,10 @@ Events that this server has written stay. Those that took the number of a copied
 been delivered yet, and come last. The number of an incident is only a lower bound for its next
 event."""
 
-TEXT: Final = f"incident_text_{RULE}"
-"""The function that returns the words of a text, with a blank before and after each."""
-
-CHARACTERS: Final = f"incident_characters_{RULE}"
-"""The function that does the same for any text, more slowly. The planner does not inline it, and so
-spends no time on it."""
-
-WORDS: Final = f"incident_words_{RULE}"
-"""The function of the index of words."""
+CHARACTERS, TEXT, WORDS = RULE_FUNCTIONS
+"""``TEXT`` returns the words of a text, with a blank before and after each. ``CHARACTERS`` does the
+same more slowly; the planner does not inline it, and so spends no time on it. ``WORDS`` is the
+function of the index."""
 
 _PHRASES: Final = f"""(
     SELECT

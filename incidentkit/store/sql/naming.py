@@ -39,6 +39,10 @@ WORDS_FUNCTION: Final = RULE_FUNCTIONS[-1]
 FUNCTIONS: Final = ("incident_words", *RULE_FUNCTIONS)
 """The names of the functions that statements and indexes call."""
 
+TRANSLATE_MAP: Final = "schema_translate_map"
+"""SQLAlchemy's option that moves tables to another schema. A statement of incidentkit has it if the
+client has a schema, or if the statement names no table."""
+
 _NAME: Final = re.compile(
     rf"(?<![\w.:\"])(?:{'|'.join((*TABLES, *TYPES, *FUNCTIONS))})(?![\w\"])", re.ASCII
 )
