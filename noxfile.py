@@ -175,7 +175,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def large(session: nox.Session) -> None:
-    """Upgrade a million incidents on each database, and measure it; `-- 100000` takes fewer."""
+    """Measure the upgrade of a million incidents on each database; `-- 100000` takes fewer."""
     session.install("--editable", ".[all]", *groups("tests"))
     rows = session.posargs[0] if session.posargs else "1000000"
     env = {"INCIDENTKIT_TEST_ROWS": rows}

@@ -19,7 +19,7 @@ REMARKS: Final[dict[str, str]] = {
         "totals are counted at a time, each in a process of the server that takes a whole core, "
         "and the machine has two cores for these, the service and its callers. Three runs gave "
         "0.73, 1.05 and 1.24. A smaller share of the connections would leave more of such a "
-        "machine to other calls, and make searches wait longer on every larger one."
+        "machine to other calls, but make searches wait longer on a larger one."
     ),
 }
 """The remark on each row, by ``what / against``."""

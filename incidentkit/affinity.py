@@ -1,4 +1,4 @@
-"""Bind what is open to the event loop and the process that opened it.
+"""Bind open resources to the event loop and the process that opened them.
 
 Connections, locks and waiting calls work only on the event loop that made them. A fork copies them
 without their threads, and both processes share the sockets. An open store, client or turn therefore
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 NO_LOOP: Final = (
-    "No event loop of asyncio is running here: call incidentkit in a coroutine that asyncio runs; "
+    "No asyncio event loop is running here: call incidentkit from a coroutine that asyncio runs; "
     "trio is not supported"
 )
 OTHER_LOOP: Final = (
@@ -63,7 +63,7 @@ class Affinity:
             loop or a server. None: there is nothing to do.
 
     Raises:
-        WrongEventLoop: If no event loop of asyncio is running.
+        WrongEventLoop: If no asyncio event loop is running.
     """
 
     __slots__ = ("__weakref__", "loop", "on_fork")
@@ -109,7 +109,7 @@ class Affinity:
         """Note that this process was forked from the one with the event loop.
 
         Args:
-            releasing: Calls :attr:`on_fork`, once all that is open is noted.
+            releasing: Gets :attr:`on_fork`, to call it once every affinity is marked.
         """
         if self.forked:
             return
@@ -123,7 +123,7 @@ _affinities: Final[WeakSet[Affinity]] = WeakSet()
 
 
 def _fork_all() -> None:
-    # A failure, as at the limit of open files, must not leave others bound to the parent.
+    # If one fails, as at the limit of open files, the others must still leave the parent.
     with ExitStack() as releasing:
         for affinity in list(_affinities):
             affinity.fork(releasing)

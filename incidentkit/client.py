@@ -158,8 +158,8 @@ class IncidentClient(Incidents):
                 listed is final. None: every change is allowed.
             options: Sizes and time limits for a database that is given as a URL; None: the
                 defaults.
-            schema: The schema of PostgreSQL that has the tables, whatever the search path of a
-                connection is; keys in Redis begin with it. None: the first schema of the search
+            schema: The PostgreSQL schema that has the tables; the search path of a connection has
+                no effect then. Keys in Redis begin with it. None: the first schema in the search
                 path that has the tables.
 
         Raises:
@@ -272,8 +272,8 @@ class IncidentClient(Incidents):
     ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first.
 
-        The page shows every change that was committed before the call, by any process, whatever
-        the caches do; with ``max_staleness``, every change committed that many seconds before.
+        The page shows every change that was committed before the call, by any process, even
+        if the cache fails; with ``max_staleness``, every change committed that many seconds before.
 
         Args:
             page: 1 is the newest page.

@@ -151,7 +151,7 @@ class Environment:
         "INCIDENTKIT_SCHEMA",
         None,
         _schema,
-        "the schema of PostgreSQL that has the tables; by default the first one of the search path "
+        "the PostgreSQL schema that has the tables; by default the first one in the search path "
         "that has them",
     )
     redis_url: str | None = _variable(
@@ -213,7 +213,7 @@ class Environment:
         "DB_POOL_SIZE",
         5,
         _integer(1, 10_000),
-        "database connections that are kept; on PostgreSQL for five minutes without use",
+        "database connections that stay open; on PostgreSQL, until unused for five minutes",
     )
     max_overflow: int = _variable(
         "DB_MAX_OVERFLOW",

@@ -20,12 +20,11 @@ from incidentkit.store.ports import BEGINNING, EventList, Place
 POLL_INTERVAL: Final = 0.25
 """Seconds between two reads that look for changes by other processes, while a reader waits."""
 
+MAX_SKIPPED: Final = 10_000
+"""Maximum number of committed events that a reader starting at ``latest`` skips."""
 
-WAITING: Final = 10_000
-"""Maximum number of committed events that a reader which begins at ``latest`` passes over."""
-
-BEGINNINGS: Final = 100
-"""Maximum number of beginnings that are kept."""
+MAX_STARTS: Final = 100
+"""Maximum number of starts at ``latest`` that a feed remembers."""
 
 
 class EventStore(Protocol):
@@ -40,7 +39,10 @@ class EventStore(Protocol):
         ...
 
     async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
-        """Return place and nonce of committed events after a place, also of those that wait."""
+        """Return the places and nonces of committed events after a place.
+
+        Unlike :meth:`changes`, it also returns events that another one may still precede.
+        """
         ...
 
     async def place(self, cursor: EventCursor) -> Place:
@@ -53,16 +55,17 @@ class EventStore(Protocol):
 
 
 @frozen
-class Beginning:
-    """A reader's beginning at ``latest``, when committed events waited for open transactions.
+class Start:
+    """The start of a reader at ``latest`` while committed events waited for open transactions.
 
-    They have no place yet before which no other event can come, but the reader must not get them.
+    The reader skips these events. A cursor alone cannot say so: events that come later may still
+    precede them.
 
     Attributes:
-        number: Names the beginning in the cursors of this process. In another process, the events
-            are delivered.
-        events: The events, each by its id and nonce.
-        last: The place of the last of them.
+        number: Stands for the start in cursors. Another process does not know it, and delivers the
+            events.
+        events: The events to skip, by id and nonce.
+        last: The place of the last one.
     """
 
     number: int
@@ -73,9 +76,9 @@ class Beginning:
 class ChangeFeed:
     """Delivers changes to waiting readers.
 
-    Readers at the same place share a read, unless the store has ``row_security``: each session may
-    then see other events. A change by this process wakes them at once; changes by
-    other processes are found by polling every :data:`POLL_INTERVAL` seconds.
+    Readers at the same place share a read, unless the store has ``row_security``: then each session
+    may see other events. A change by this process wakes them at once; changes by other processes
+    are found by polling every :data:`POLL_INTERVAL` seconds.
 
     Args:
         store: Where events are read.
@@ -95,7 +98,7 @@ class ChangeFeed:
         self._closed = asyncio.Event()
         self.readers = 0
         # The most recent last.
-        self._beginnings: dict[int, Beginning] = {}
+        self._starts: dict[int, Start] = {}
 
     def wake(self) -> None:
         """Make waiting readers look for changes now, instead of at the end of the interval."""
@@ -138,8 +141,8 @@ class ChangeFeed:
 
     async def _read_or_wait(self, after: str | None, limit: int, wait: float) -> ChangePage:
         await self._store.check_order()
-        finding = self._begin() if after == LATEST else self._find(after)
-        place, cursor, beginning = await finding
+        finding = self._start() if after == LATEST else self._find(after)
+        place, cursor, start = await finding
         ends_at = self._clock() + wait
         while True:
             change = self._change
@@ -149,51 +152,51 @@ class ChangeFeed:
             alone = getattr(self._store, "row_security", False)
             events = await (self._read(key) if alone else self._reads(key))
             if events is None:
-                # The places have moved, also those of the beginning.
-                place, cursor, beginning = await self._find(cursor)
+                # The places have moved, also those of the skipped events.
+                place, cursor, start = await self._find(cursor)
                 continue
             if events:
-                new = [each for each in events if not _is_passed_over(each, beginning)]
+                new = [each for each in events if not _is_skipped(each, start)]
                 cursor = events[-1].cursor
                 place = event_cursor(cursor)[:2]
-                if beginning is not None and place >= beginning.last:
-                    beginning = None
+                if start is not None and place >= start.last:
+                    start = None
                 if new:
-                    return ChangePage(new, _name(cursor, beginning))
+                    return ChangePage(new, _with_start(cursor, start))
                 continue
             left = ends_at - self._clock()
             if left <= 0:
-                return ChangePage([], _name(cursor, beginning))
+                return ChangePage([], _with_start(cursor, start))
             if self._look is None and not change.is_set():
                 # One timer for all waiting readers, so that they read at the same time and share.
                 loop = asyncio.get_running_loop()
                 self._look = loop.call_later(POLL_INTERVAL, self.wake)
             await _event_or_time(change, left)
 
-    async def _begin(self) -> tuple[Place, str | None, Beginning | None]:
-        """Return the place, the cursor and the beginning of a reader that begins now."""
+    async def _start(self) -> tuple[Place, str | None, Start | None]:
+        """Return the place, the cursor and the start of a reader that starts now."""
         latest = await self._store.latest_change()
         cursor = None if latest is None else latest.cursor
         place, _, _ = await self._find(cursor)
-        waiting = await self._store.waiting_changes(place, WAITING)
+        waiting = await self._store.waiting_changes(place, MAX_SKIPPED)
         if not waiting:
             return place, cursor, None
         number = -(2**62) - secrets.randbelow(2**62)
         events = frozenset((event_id, nonce) for _, event_id, nonce in waiting)
-        beginning = self._beginnings[number] = Beginning(number, events, waiting[-1][:2])
-        if len(self._beginnings) > BEGINNINGS:
-            del self._beginnings[next(iter(self._beginnings))]
-        return place, cursor, beginning
+        start = self._starts[number] = Start(number, events, waiting[-1][:2])
+        if len(self._starts) > MAX_STARTS:
+            del self._starts[next(iter(self._starts))]
+        return place, cursor, start
 
-    async def _find(self, after: str | None) -> tuple[Place, str | None, Beginning | None]:
-        """Return the place of a cursor, the cursor of its event, and how its reader began."""
+    async def _find(self, after: str | None) -> tuple[Place, str | None, Start | None]:
+        """Return the place of a cursor, the cursor, and the start of its reader."""
         if after is None:
             return BEGINNING, None, None
         cursor = event_cursor(after)
-        beginning = self._beginnings.get(cursor.transaction_id)
+        start = self._starts.get(cursor.transaction_id)
         if not cursor.event_id:
-            return BEGINNING, None, beginning
-        return await self._store.place(cursor), after, beginning
+            return BEGINNING, None, start
+        return await self._store.place(cursor), after, start
 
     async def _read(self, key: tuple[str | None, Place, int]) -> EventList | None:
         """Return events after a place, or None if the cursor has moved."""
@@ -212,13 +215,13 @@ async def _event_or_time(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
 
 
-def _is_passed_over(event: IncidentEvent, beginning: Beginning | None) -> bool:
-    return beginning is not None and event_cursor(event.cursor)[1:3] in beginning.events
+def _is_skipped(event: IncidentEvent, start: Start | None) -> bool:
+    return start is not None and event_cursor(event.cursor)[1:3] in start.events
 
 
-def _name(cursor: str | None, beginning: Beginning | None) -> str | None:
-    """Return the cursor with the number of a beginning, in place of that of a transaction."""
-    if beginning is None:
+def _with_start(cursor: str | None, start: Start | None) -> str | None:
+    """Return a cursor with the number of a start in place of that of a transaction."""
+    if start is None:
         return cursor
     numbers = (0, 0, 0, 0) if cursor is None else event_cursor(cursor)
-    return encode_cursor(beginning.number, *numbers[1:])
+    return encode_cursor(start.number, *numbers[1:])

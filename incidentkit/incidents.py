@@ -205,9 +205,9 @@ class Incidents(ABC):
             status: The new status. Setting the present status changes nothing, and only records
                 the note.
             note: A note for the history, in 1 to 1000 characters; None: no note.
-            expected_version: The version that the incident must have. With its ``tag`` instead, the
-                change is refused also if the database has lost commits in a failover and assigned
-                the id and the version again. None: any version.
+            expected_version: The version or the ``tag`` that the incident must have. Only the tag
+                also tells it from an incident that got the same id and version after a failover
+                that lost commits. None: any version.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
                 call with the key changes nothing and returns the first answer. None: every call
                 takes effect.
@@ -295,11 +295,11 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
-            text: Words that the message must all contain, in any letter case. Words that
-                punctuation joins, as in ``db-1``, or between quotation marks must follow each other
-                in the message. A last word that stands alone may be the beginning of a word. 1 to
-                200 characters with at least one letter or digit, and at most 32 different words
-                and phrases, not counting those that another one includes.
+            text: Words that the message must contain, in any letter case. Words that are joined by
+                punctuation, as in ``db-1``, or enclosed in quotation marks must follow each other
+                directly. The last word, unless it is part of such a phrase, also matches the
+                beginning of a word. 1 to 200 characters with at least one letter or digit, and at
+                most 32 different words and phrases, not counting those that another one includes.
             order: ``newest`` or ``oldest`` first, by ``created_at`` and then by id.
             limit: Incidents per page, 1 to 1000.
             after: The ``next`` of the page before; None: the first page. The filters may change

@@ -56,7 +56,7 @@ def store_from_url(
     Args:
         database_url: The database.
         options: Sizes and time limits; None: the defaults.
-        schema: The schema of PostgreSQL that has the tables; None: the first one of the search path
+        schema: The PostgreSQL schema that has the tables; None: the first one in the search path
             that has them.
 
     Raises:

@@ -23,7 +23,7 @@ waiting thread does not get it, and starts its wait again.
 
 
 STEP: Final = 50
-"""Number of items that are computed without a look at the clock."""
+"""Number of items in a part; the clock is read after each part."""
 
 _turns: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = WeakKeyDictionary()
 
@@ -31,10 +31,10 @@ _turns: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = Weak
 async def in_parts(
     compute: Callable[[Sequence[_Item]], _Result], items: Sequence[_Item]
 ) -> list[_Result]:
-    """Compute something for parts of many items, and let others run in between.
+    """Process many items in parts, and let other tasks run in between.
 
-    An event loop computes for one caller at a time, and for at most half of the time: however many
-    callers there are, other tasks wait for no more than one burst.
+    On each event loop, one caller computes at a time, and for at most half of the time. Other tasks
+    wait for at most one burst, however many callers there are.
 
     Args:
         compute: Called with at most :data:`STEP` items, which should take well less than

@@ -39,7 +39,7 @@ class Settings:
         transitions: For each status, the statuses that may follow it; None allows every change.
         request_log: Where the REST service records requests.
         store: Sizes and time limits of the database.
-        schema: The schema of PostgreSQL that has the tables; None: the first one of the search path
+        schema: The PostgreSQL schema that has the tables; None: the first one in the search path
             that has them.
     """
 

@@ -1,8 +1,8 @@
-"""Writes ``incidentkit/domain/characters.py`` from this Python's Unicode database.
+"""Write ``incidentkit/domain/characters.py`` from the Unicode database of this Python.
 
-The table decides which texts a search finds, and both databases have it. So it is made once, from
-the Unicode version of the oldest supported Python, and shipped. A table of another version is a new
-rule: it needs another number, and a migration that indexes the messages again.
+The table decides which texts a search finds, and both databases hold it. It is therefore made once,
+from the Unicode version of the oldest supported Python, and shipped. A table of another version is
+a new rule: it needs another number, and a migration that indexes all messages again.
 """
 
 from __future__ import annotations

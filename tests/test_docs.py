@@ -198,7 +198,7 @@ def run_program(file: str) -> str:
 
 
 def test_the_tests_of_a_host_pass() -> None:
-    """What the page shows as tests of a host are tests, and they pass without a warning of ours."""
+    """The tests that the page shows pass, without a warning from incidentkit."""
     files = [file for file in write_files("docs/how-to/embed.md") if file.startswith("test_")]
     assert files
     scope = "asyncio_default_fixture_loop_scope=function"
@@ -412,7 +412,7 @@ def test_every_session_is_run() -> None:
 
 
 def shown_commands() -> Iterator[tuple[str, list[str]]]:
-    """Yield every command of a program of ours, or of uvicorn, that a fence shows."""
+    """Yield every command of incidentkit or uvicorn that a fence shows."""
     for fence in FENCES:
         if fence.language not in ("console", "bash"):
             continue

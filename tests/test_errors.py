@@ -103,7 +103,7 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         (
             "Only the first 1 of 10 incidents are known to be stored. The database is unavailable: "
             "it did not answer in time. Repeat the call with the same idempotency_key; "
-            "without one, look which are stored before you pass the rest"
+            "without one, find out which are stored before you pass the rest"
         ),
         {
             "incidents": (DISK,),

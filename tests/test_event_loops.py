@@ -505,7 +505,7 @@ def test_joining_without_an_event_loop_is_refused(sqlite_url: str) -> None:
     client = IncidentClient.open(sqlite_url)
     with asyncio.Runner() as runner:
         runner.run(client.connect())
-        with pytest.raises(WrongEventLoop, match="No event loop of asyncio is running here"):
+        with pytest.raises(WrongEventLoop, match="No asyncio event loop is running here"):
             client.join(object())
         runner.run(client.close())
 

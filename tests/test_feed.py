@@ -279,7 +279,7 @@ async def test_latest_passes_over_what_was_committed_before(migrated_postgres_ur
             page = await incidents.read_changes("latest")
             assert page.changes == []
             async with asyncio.timeout(60):
-                while len(feed._beginnings) < readers:  # noqa: ASYNC110
+                while len(feed._starts) < readers:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             await incidents.note(committed.incident_id, "after")
             await joined.create("Open after", source="partner")
@@ -299,7 +299,7 @@ async def test_latest_passes_over_what_was_committed_before(migrated_postgres_ur
                     polled += again.changes
                     cursor = again.next
             assert [await shown(change) for change in polled] == expected
-            # Another process does not know of the beginning: it delivers more, and misses nothing.
+            # Another process does not know the start: it delivers more, and misses nothing.
             async with IncidentClient.open(url) as other:
                 assert len((await other.read_changes(page.next)).changes) == 6
             assert (await incidents.read_changes(polled[-1].cursor)).changes == []
@@ -470,7 +470,7 @@ async def test_no_write_is_lost_after_a_restore_under_a_running_client(
 
 @pytest.mark.parametrize("part", ["whole", "data"])
 async def test_a_dump_of_another_server_is_followed_on(part: str) -> None:
-    """A reader follows on in a dump, or an export of the data, that was loaded under a client."""
+    """A cursor stays valid in a dump, or an export of the data, that was loaded under a client."""
     with PostgresServer() as old, PostgresServer() as new:
 
         def run(program: str, *arguments: str, given: str | None = None) -> str:
@@ -556,7 +556,7 @@ async def test_an_export_of_incidents_alone_does_not_strand_the_feed(
 
 
 async def test_an_export_of_incidents_alone_is_noticed(migrated_postgres_url: str) -> None:
-    """Without `db upgrade`, the first change is the last until then, and none is lost."""
+    """Until `db upgrade`, only the first change is accepted, and none is lost."""
     url = migrated_postgres_url
     async with IncidentClient.open(url) as incidents, connected(url) as connection:
         await incidents.create("Disk is full", source="partner")

@@ -169,7 +169,7 @@ sys.exit(0 if ended and status == 0 else "the child hangs or has failed")
 def test_a_process_that_is_forked_during_a_migration_can_migrate(
     migrated_sqlite_url: str, migrated_postgres_url: str
 ) -> None:
-    """A migration of the parent, which does not run in the child, keeps the child from nothing."""
+    """A migration of the parent, which does not run in the child, does not block the child's."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     for url in (migrated_sqlite_url, migrated_postgres_url):
         program = start(url, program=("-W", "ignore", "-c", MIGRATING), env=environment)

@@ -93,7 +93,7 @@ def _copy_files(source: PostgresServer, target: PostgresServer) -> None:
 async def test_a_copy_without_the_incidents_is_not_served_their_pages(
     migrated_postgres_url: str, empty_postgres_url: str, redis_url: str, form: Sequence[str]
 ) -> None:
-    """Over one Redis, a database that was restored without the incidents lists its own."""
+    """A copy without the incidents lists its own, even over the Redis of the original."""
     async with _open_with_two(migrated_postgres_url, redis_url=redis_url) as original:
         before = await original.list()
         dump = _dump(migrated_postgres_url, '--exclude-table-data="Incident"', *form)
@@ -504,7 +504,7 @@ async def test_a_schema_can_be_renamed(migrated_postgres_url: str) -> None:
 async def test_a_copy_of_a_schema_under_another_name_has_its_own_triggers(
     migrated_postgres_url: str,
 ) -> None:
-    """Two schemas restored from one dump do not share what tells a first change."""
+    """In two schemas restored from one dump, each notices its first change of a transaction."""
     url = migrated_postgres_url
     for schema in ("first", "second"):
         await _run(url, f"CREATE SCHEMA {schema}")
@@ -524,7 +524,7 @@ async def test_a_copy_of_a_schema_under_another_name_has_its_own_triggers(
 async def test_a_renamed_schema_of_an_earlier_revision_is_upgraded(
     empty_postgres_url: str, revision: str
 ) -> None:
-    """A schema that was renamed while its function named it comes through the upgrade."""
+    """A schema that was renamed while its function had the old name is upgraded."""
     await _run(empty_postgres_url, "CREATE SCHEMA shop")
     shop = f"{empty_postgres_url}?search_path=shop"
     await upgrade(shop, revision)
@@ -545,7 +545,7 @@ async def test_a_renamed_schema_of_an_earlier_revision_is_upgraded(
 
 
 async def test_serializable_writers_leave_few_tokens(migrated_postgres_url: str) -> None:
-    """Where every transaction is SERIALIZABLE, the rows of tokens do not grow without end."""
+    """If every transaction is SERIALIZABLE, the number of tokens stays bounded."""
     async with AsyncExitStack() as stack:
         writers = []
         for _ in range(40):
@@ -567,7 +567,7 @@ async def test_serializable_writers_leave_few_tokens(migrated_postgres_url: str)
 
 
 TENANT: ContextVar[str] = ContextVar("TENANT", default="nobody")
-"""For which tenant a request is answered."""
+"""The tenant of the current request."""
 
 POLICIES = """
 ALTER TABLE "Incident" ADD tenant text DEFAULT current_setting('app.tenant', true);
@@ -717,7 +717,7 @@ async def test_policies_that_are_enabled_under_an_open_client_hold(
 async def test_a_page_of_an_owner_is_not_served_to_a_role(
     migrated_postgres_url: str, redis_url: str, role: str
 ) -> None:
-    """An owner, whom policies do not concern, leaves no page for a role that they concern."""
+    """No page of the owner, who bypasses policies, is served to a role that they apply to."""
     await _run(migrated_postgres_url, ENABLE)
     owned = f"{migrated_postgres_url}?app.tenant=one"
     async with IncidentClient.open(owned, redis_url) as owner:

@@ -462,7 +462,7 @@ async def test_an_abandoned_search_leaves_a_host_its_connections(
 async def test_a_write_that_was_given_up_is_not_done_later(
     name: str, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write whose caller was told that it timed out stores nothing, also once it could."""
+    """A write that timed out before it began stores nothing later."""
     async with opened(name, sqlite_url) as engine:
         async with IncidentClient.open(engine) as client:
             monkeypatch.setattr(sqlite_engine, "PATIENCE", 0.3)

@@ -1,4 +1,4 @@
-"""What a host has set: triggers, columns and sequences, the isolation, and pools of its own.
+"""Hosts with triggers, columns, sequences, an isolation level and pools of their own.
 
 Everything works with them, or ends with an error that says what is in the way.
 """
@@ -141,7 +141,7 @@ SYSTEM_COLUMNS = {"cmax", "cmin", "ctid", "tableoid", "xmax", "xmin"}
 """The names of columns that PostgreSQL keeps for itself."""
 
 
-async def test_columns_of_any_name_are_in_nobodys_way(
+async def test_columns_of_any_name_do_no_harm(
     url: str, request: pytest.FixtureRequest, tmp_path: Any
 ) -> None:
     """With a column in each table for every name in a statement, every verb works as without."""
@@ -198,7 +198,7 @@ def keeping_out(url: str, table: str, event: str, when: str = "true") -> list[st
     return trigger(url, table, f"BEFORE {event}", body, when)
 
 
-KEPT_OUT = "a trigger of the database keeps out"
+KEPT_OUT = "a trigger of the database suppresses"
 
 
 async def refuses(call: Awaitable[object]) -> None:
@@ -211,7 +211,7 @@ async def refuses(call: Awaitable[object]) -> None:
 async def test_a_trigger_that_keeps_incidents_out_is_named(
     url: str, incidents: IncidentClient
 ) -> None:
-    """A create whose row a trigger keeps out ends with an error; calls beside it do not."""
+    """A create whose row a trigger suppresses raises an error; concurrent calls do not."""
     await run_all(url, keeping_out(url, "Incident", "INSERT", "new.incident_message LIKE 'Kept%'"))
     kept = NewIncident("Kept out", "partner")
     keyed = NewIncident("Kept out", "partner", dedup_key="key")
@@ -248,7 +248,7 @@ async def test_a_trigger_that_keeps_incidents_out_is_named(
 async def test_a_trigger_that_keeps_a_row_out_is_named(
     url: str, incidents: IncidentClient, table: str, event: str
 ) -> None:
-    """A write of which a trigger keeps any row out ends with an error, and changes nothing."""
+    """A write of which a trigger suppresses any row raises an error, and changes nothing."""
     first = await incidents.create("Disk is full", source="partner", dedup_key="key")
     second = await incidents.create("Line is down", source="partner", incident_type="failed")
     await run_all(url, keeping_out(url, table, event))
@@ -326,7 +326,7 @@ async def test_a_trigger_that_changes_the_status_is_recorded(
 async def test_a_trigger_that_restores_the_status_is_named(
     url: str, incidents: IncidentClient
 ) -> None:
-    """A change that a trigger takes back ends with an error, and leaves no event."""
+    """A change that a trigger undoes raises an error, and leaves no event."""
     new = [await incidents.create("Disk is full", source="partner") for _ in range(4)]
     await run_all(
         url, setting_status(url, "UPDATE", "old.incident_type", "new.incident_type = 'failed'")
@@ -400,12 +400,12 @@ IDS = {
         "new.incident_message := reverse(new.incident_message); RETURN new",
     ),
 }
-"""Ways in which a host gives ids, or changes messages."""
+"""Ways in which a host assigns ids, or changes messages."""
 
 
 @pytest.mark.parametrize("ids", IDS)
 async def test_each_caller_gets_its_own_incident(migrated_postgres_url: str, ids: str) -> None:
-    """Whatever ids a host gives, calls that share a statement get their own incidents."""
+    """If a host assigns other ids, calls that share a statement still get their own incidents."""
     url = migrated_postgres_url
     await run_all(url, IDS[ids])
 
@@ -441,7 +441,7 @@ async def test_each_caller_gets_its_own_incident(migrated_postgres_url: str, ids
 async def test_a_sequence_that_breaks_histories_is_named(
     migrated_postgres_url: str, change: str
 ) -> None:
-    """If ids of events do not ascend, opening and checking fail until `db upgrade` mends it."""
+    """If ids of events do not ascend, opening and checking fail until `db upgrade` corrects it."""
     url = migrated_postgres_url
     async with IncidentClient.open(url) as incidents:
         await incidents.create("Disk is full", source="partner")
@@ -465,7 +465,7 @@ async def test_a_sequence_that_breaks_histories_is_named(
 
 
 async def test_a_rule_is_named(migrated_postgres_url: str) -> None:
-    """A write that a rule of the host rewrites ends with an error that says so."""
+    """A write that a rule of the host rewrites raises an error that says so."""
     url = migrated_postgres_url
     await run_sql(url, 'CREATE RULE host AS ON INSERT TO "Incident" DO INSTEAD NOTHING')
     async with IncidentClient.open(url) as incidents:
@@ -549,7 +549,7 @@ WAYS = ("url", "pool", "postgresql+asyncpg", "postgresql+psycopg")
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_list_is_never_what_never_was(migrated_postgres_url: str, way: str) -> None:
+async def test_a_list_that_waits_shows_the_new_rows(migrated_postgres_url: str, way: str) -> None:
     """With `REPEATABLE READ` by default, a list that waits for a reload shows what was loaded."""
     url = migrated_postgres_url
     await by_role(url)

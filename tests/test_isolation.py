@@ -229,7 +229,7 @@ class Relay:
 async def test_connections_whose_end_is_announced_fail_no_call(
     call: str, way: str, migrated_postgres_url: str
 ) -> None:
-    """Between the server's word that it ends connections and their end, every call succeeds."""
+    """Once the server has announced the end of connections, and until they end, calls succeed."""
     url = migrated_postgres_url
     async with Relay(url) as relay, opened(way, relay.url) as client:
         kept = await client.create("Disk is full", source="monitoring")
@@ -471,7 +471,7 @@ STUBBORN_WORDS = SLOW_WORDS.replace(
                 PERFORM pg_advisory_lock(1);
             END;""",
 )
-"""Makes a search for `slöwly` end only when nobody else has a lock, although it was cancelled."""
+"""Keeps a cancelled search for `slöwly` running until no one else holds a lock."""
 
 
 @asynccontextmanager
@@ -587,7 +587,7 @@ async def test_a_shared_deep_page_is_read_as_long_as_one_call_waits(
 
 
 async def test_a_call_waits_for_its_turn_only_so_long() -> None:
-    """A call whose turn does not come in time is told that others wait for the lock."""
+    """A call whose turn does not come in time raises an error: others wait for the lock."""
     turns = Turns(2, 0.01)
     async with turns([("incident_id", 1)]):
         with pytest.raises(StoreUnavailable, match="this incident_id waited"):

@@ -228,7 +228,7 @@ async def test_others_go_on_while_indexes_are_built(large_url: str, command: lis
                 for late in (second, third):
                     assert late.stderr is not None
                     line = ""
-                    while "migrates the database" not in line:
+                    while "is migrating the database" not in line:
                         line = await asyncio.to_thread(late.stderr.readline)
                         assert line, "it has ended"
                 # They wait in no statement, since a build would wait for its snapshot.
@@ -245,7 +245,7 @@ async def test_others_go_on_while_indexes_are_built(large_url: str, command: lis
 async def test_a_kill_while_indexes_are_built_is_resumed(
     large_url: str, command: list[str], killed: str
 ) -> None:
-    """The next upgrade awaits a build that the server goes on with, and repeats one that failed."""
+    """The next upgrade waits for a build that the server continues, and repeats one that failed."""
     async with connected(large_url) as other, old_snapshot(large_url) as old:
         with running(command, large_url) as first:
             pid = await until(other, WAITING_BUILD)
@@ -267,10 +267,10 @@ async def test_a_kill_while_indexes_are_built_is_resumed(
     await check_upgraded(large_url, ROWS + 2)
 
 
-async def test_a_kill_while_words_are_indexed_anew_is_resumed(
+async def test_a_kill_while_words_are_indexed_again_is_resumed(
     large_url: str, command: list[str]
 ) -> None:
-    """The index of words by the rule before is replaced beside others, also after a kill."""
+    """The index by the previous rule of words is replaced while others work, also after a kill."""
     await migrate.upgrade(large_url, "a61c08d5e372")
     async with connected(large_url) as other, old_snapshot(large_url) as old:
         await other.execute(
@@ -311,7 +311,7 @@ async def test_others_go_on_while_lost_indexes_are_restored(large_url: str) -> N
 
 
 async def test_a_schema_with_rows_is_upgraded_step_by_step(empty_postgres_url: str) -> None:
-    """Indexes are built in the named schema, whatever its name, beside tables of the same names."""
+    """Indexes are built in a schema of any name, beside tables of the same names."""
     url, schema = empty_postgres_url, "shop :a {1} %s"
     await migrate.upgrade(url, REVISIONS[0], schema=schema)
     async with connected(url) as host:
@@ -397,7 +397,7 @@ async def test_limits_of_the_account_do_not_stop_an_upgrade(large_url: str) -> N
 async def test_progress_is_reported(
     large_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An upgrade that takes long names the index that it builds, and for whom it waits."""
+    """A long upgrade names the index that it builds, and the process that it waits for."""
     monkeypatch.setattr(migrate, "REPORT_INTERVAL", 0.05)
     caplog.set_level(logging.INFO, "incidentkit.store")
     async with old_snapshot(large_url) as old:
@@ -569,7 +569,7 @@ asyncio.run(upgrade({sqlite_url!r}))
 
 @pytest.mark.usefixtures("large_file")
 async def test_several_processes_upgrade_a_file_together(sqlite_url: str) -> None:
-    """Processes that go on with each other's upgrade between its transactions all succeed."""
+    """Processes that continue each other's upgrade between its transactions all succeed."""
     program = f"""
 import asyncio
 from incidentkit.store.migrate import upgrade

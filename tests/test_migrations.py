@@ -819,7 +819,7 @@ async def test_an_upgrade_waits_as_long_as_another_one_runs(
     await other.close()
     await waiting
     assert {record.message.partition(" database ")[0] for record in caplog.records} == {
-        "Another process migrates the"
+        "Another process is migrating the"
     }
 
 

@@ -44,7 +44,7 @@ async def test_a_short_computation_does_not_pause() -> None:
 
 
 async def test_one_computation_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many callers compute, other tasks run after each part, not after one of each."""
+    """With many callers, other tasks run after each part, not after a part of each caller."""
     monkeypatch.setattr(pacing, "BURST", 0)
     seen: list[str] = []
 
@@ -79,7 +79,7 @@ async def test_a_caller_that_gives_up_leaves_its_turn() -> None:
 
 
 def test_each_event_loop_has_its_turn() -> None:
-    """Computations of one event loop after another do not meet."""
+    """Event loops that run one after another do not share a turn."""
 
     async def compete() -> list[list[int]]:
         return await asyncio.gather(*(in_parts(len, range(3 * STEP)) for _ in range(3)))

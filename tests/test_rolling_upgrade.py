@@ -1,4 +1,4 @@
-"""Processes of the version before, that still run after an upgrade of the schema."""
+"""Processes of the previous version that still run after an upgrade of the schema."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BEFORE_WRITERS = "d27e77b1c3b3b8373dc1109931980484bd3610e0"
-"""The last commit whose statements write no number of theirs."""
+"""The last commit whose statements write no number."""
 
 WORKER = """
 import asyncio, json, sys
@@ -136,7 +136,7 @@ def url(request: pytest.FixtureRequest) -> str:
 async def test_the_version_before_reads_and_no_longer_writes(
     version_before: Path, url: str
 ) -> None:
-    """After the upgrade, an older process goes on reading; all its writes fail and do nothing."""
+    """After the upgrade, an older process can still read; its writes fail and store nothing."""
     upgrade_to_version(version_before, url)
     with running(version_before, url) as call:
         assert call("count") is None
@@ -162,7 +162,7 @@ async def test_the_version_before_reads_and_no_longer_writes(
 
 
 async def test_other_writers_go_on_after_an_upgrade(version_before: Path, url: str) -> None:
-    """What the origin and SQL by hand write to the table of incidents is taken, as before."""
+    """The origin and SQL by hand can still write to the table of incidents."""
     upgrade_to_version(version_before, url)
     await upgrade(url)
     await run_sql(
@@ -177,7 +177,7 @@ async def test_other_writers_go_on_after_an_upgrade(version_before: Path, url: s
 
 
 async def test_a_newer_schema_names_itself(url: str) -> None:
-    """A client whose schema was upgraded under it says that its process has to be restarted."""
+    """A client whose schema was upgraded under it says that its process must be restarted."""
     await upgrade(url)
     async with IncidentClient.open(url) as client:
         await client.create("Disk is full", source="partner")

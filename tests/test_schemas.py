@@ -215,7 +215,7 @@ async def test_the_settings_name_the_schema(
 
 
 async def test_errors_name_the_schema_and_the_command(tenants_url: str) -> None:
-    """A schema without tables is an error that names it, and the command with it."""
+    """The error for a schema without tables names the schema, and so does the command."""
     with pytest.raises(SchemaOutOfDate) as caught:
         async with IncidentClient.open(tenants_url, schema="shop c"):
             pass
@@ -440,8 +440,8 @@ async def test_an_upgrade_does_not_take_the_tables_of_another_schema(
     await run_sql(migrated_postgres_url, "CREATE SCHEMA shop")
     url = f"{migrated_postgres_url}?options=-csearch_path%3Dshop,public"
     reason = (
-        "schema must be named: the search path leads to the tables in the schema public, and would "
-        "take new ones to shop"
+        "schema must be named: the search path finds the tables in the schema public, but would "
+        "create new ones in shop"
     )
     for work in (migrate.upgrade, migrate.downgrade):
         with pytest.raises(InvalidSettings, match=reason):

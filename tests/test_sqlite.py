@@ -378,7 +378,7 @@ async def test_a_place_is_free_once_its_thread_is(sqlite_url: str) -> None:
 
 
 def test_an_interrupt_is_repeated_after_the_event_loop_has_ended(sqlite_url: str) -> None:
-    """An interrupt that comes before its statement ends it all the same, without an event loop."""
+    """An interrupt that comes too early is repeated, even after the event loop has ended."""
     client = IncidentClient.open(sqlite_url)
     begun, gate = Event(), Event()
 

@@ -71,7 +71,7 @@ def test_the_table_is_what_the_script_makes() -> None:
 
 
 def test_text_in_ascii_follows_the_table() -> None:
-    """The short way for texts in ASCII has the same words as the table."""
+    """The fast path for ASCII finds the same words as the table."""
     for point in range(128):
         character = chr(point)
         assert compared(f"x{character}x") == compared(f"x{character}xé").removesuffix("é")
@@ -249,7 +249,7 @@ def sqlite_world(sqlite_url: str) -> Iterator[World]:
 
 
 class Model:
-    """What a search must find, written down once more and without the table."""
+    """Defines a second time what a search must find, without the table."""
 
     @staticmethod
     def words(text: str) -> list[str]:

@@ -32,7 +32,7 @@ def cache_from_url(redis_url: str, *, prefix: str = "") -> RedisCache:
     """Return the cache that a URL names, not yet connected.
 
     Args:
-        redis_url: The servers.
+        redis_url: The URL of a Redis, a Redis Cluster or Sentinels.
         prefix: The beginning of every key, to keep several databases apart.
 
     Raises:

@@ -123,8 +123,8 @@ class PageCache:
     async def page(self, query: ListQuery) -> Page:
         """Return the page as the database has it at a moment during this call.
 
-        Without a token, nothing is kept and no call shares the page of another: under row security
-        each session may see other rows.
+        A page without a token is neither kept nor shared: under row security, each session may see
+        different rows.
         """
         if not self._unknown:
             page = await self._current(query.cache_key) or await self._reads(query)

@@ -33,7 +33,7 @@ from incidentkit.store.schema import (
 
 @click.group(cls=Group)
 def db() -> None:
-    """Bring the database's schema up to date, or look at it.
+    """Upgrade, downgrade or inspect the schema of the database.
 
     \b
     Examples:
@@ -46,12 +46,12 @@ def db() -> None:
 @click.argument("revision", default="head", shell_complete=offering(("head", *REVISIONS)))
 @takes_database
 def upgrade(servers: Servers, revision: str) -> None:
-    """Bring the schema up to REVISION, by default the newest; no row is lost.
+    """Upgrade the schema to REVISION, by default the newest.
 
-    Takes over a database of Incident API as it is. Restores functions, triggers and indexes that
-    are missing or were changed. Safe to run from several places at once, and to run again after a
-    kill. Shows the progress of an upgrade that takes long. Names the schema of PostgreSQL that has
-    the tables, and creates the one of --schema if there is none.
+    No row is lost. Also upgrades a database of Incident API. Restores missing or changed functions,
+    triggers and indexes. You can start it in several places at once, and run it again if it was
+    killed. A long upgrade reports its progress. On PostgreSQL, creates the schema of --schema if it
+    does not exist, and says which schema has the tables.
     """
     url, schema = servers.settings.database_url, servers.settings.schema
     # A faulty revision is reported before a file is created.
@@ -70,7 +70,7 @@ def upgrade(servers: Servers, revision: str) -> None:
 @click.option("--yes", is_flag=True, help="Drop the incident table without asking.")
 @takes_database
 def downgrade(servers: Servers, revision: str, *, yes: bool) -> None:
-    """Bring the schema down to REVISION, by default by one step.
+    """Downgrade the schema to REVISION, by default by one step.
 
     Incidents are kept down to the first revision, dadc1db062ae. Below it, `base` drops the
     incident table with all its rows, after a confirmation.
@@ -106,9 +106,10 @@ def current(servers: Servers) -> None:
 @db.command()
 @takes_database
 def check(servers: Servers) -> None:
-    """Exit with 1, and say what to do, unless a client can work on the database.
+    """Check that a client can use the database.
 
-    Its functions, triggers and indexes must be as the revision defines them.
+    Compares the revision, functions, triggers and indexes with those that this version needs. If
+    they differ, exits with 1 and says what to do.
 
     Also warns of a transaction on PostgreSQL that holds up the change feed.
     """
@@ -146,7 +147,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """Show the progress of a migration, and for whom it waits."""
+    """Show on stderr the progress of a migration, and what it waits for."""
     logger, lines = logging.getLogger("incidentkit.store"), _Lines()
     level = logger.level
     logger.addHandler(lines)

@@ -37,7 +37,7 @@ _database_option: Final = click.option(
 _schema_option: Final = click.option(
     "--schema",
     metavar="NAME",
-    help="The schema of PostgreSQL that has the tables; overrides the environment.",
+    help="The PostgreSQL schema that has the tables; overrides the environment.",
 )
 _redis_option: Final = click.option(
     "--redis-url", metavar="URL", help="redis://host:port/db; overrides the environment."
@@ -58,7 +58,7 @@ class Servers:
 
 
 def takes_database(command: Callable[..., None]) -> Callable[..., None]:
-    """Pass the servers to a command; options for the database override the environment."""
+    """Pass the servers to a command; its database options override the environment."""
 
     @_schema_option
     @_database_option

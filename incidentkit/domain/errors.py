@@ -187,7 +187,7 @@ class PartlyStored(IncidentKitError):
         return (
             f"Only the first {len(self.incidents)} of {self.given} incidents are known to be "
             f"stored. {self.reason}. Repeat the call with the same idempotency_key; without one, "
-            "look which are stored before you pass the rest"
+            "find out which are stored before you pass the rest"
         )
 
 
@@ -280,7 +280,7 @@ class StoreError(IncidentKitError):
             password. None: it is not known.
         sqlstate: The SQLSTATE of PostgreSQL, or the name of the error in SQLite, such as
             ``SQLITE_FULL``. None: the error does not come from the database itself.
-        retryable: Whether the same call may succeed later, with nothing changed.
+        retryable: Whether the same call may succeed later without any other action.
     """
 
     def __init__(
@@ -343,8 +343,8 @@ class SchemaOutOfDate(StoreError):
         current: The revision of the database; None: it has no incidentkit schema.
         expected: The revision that this version of incidentkit needs.
         command: The command to run.
-        differences: The parts that are missing or were changed although the revision is the
-            expected one, as in ``the trigger incident_token_change is missing``.
+        differences: Missing or changed parts of a schema that has the expected revision, as in
+            ``the trigger incident_token_change is missing``.
     """
 
     def __init__(  # noqa: PLR0913

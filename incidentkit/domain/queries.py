@@ -80,8 +80,8 @@ class SearchQuery:
         source: One source or several; None: any source.
         created_after: Only incidents created at this time or later; None: no lower bound.
         created_before: Only incidents created before this time; None: no upper bound.
-        text: Words and phrases that the message must all contain: 1 to 200 characters with at least
-            one letter or digit, and at most 32 different words and phrases, not counting those that
+        text: Words and phrases that the message must contain: 1 to 200 characters with at least one
+            letter or digit, and at most 32 different words and phrases, not counting those that
             another one includes. None: any message.
         order: ``newest`` or ``oldest`` first.
         limit: Incidents per page, 1 to 1000.

@@ -288,7 +288,7 @@ def incident_id(value: int) -> int:
 
 
 def optional_version(value: int | str | None) -> int | str | None:
-    """Return the version, 1 to 2^63-1; or the tag of an incident; or None."""
+    """Return a version from 1 to 2^63-1, the tag of an incident, or None."""
     if isinstance(value, str):
         if _INCIDENT_TAG.fullmatch(value) is None:
             raise ValueError(f"must be an integer from 1 to {MAX_ID}, or the tag of an incident")
@@ -359,7 +359,7 @@ def optional_text(value: str | None) -> str | None:
     found = phrases(text) if len(text) <= TEXT_MAX_LENGTH else []
     if not found:
         raise ValueError(
-            f"must have 1 to {TEXT_MAX_LENGTH} characters, and among them a letter or a digit"
+            f"must have 1 to {TEXT_MAX_LENGTH} characters, with at least one letter or digit"
         )
     if len(found) > TEXT_MAX_WORDS:
         raise ValueError(f"must have at most {TEXT_MAX_WORDS} different words and phrases")

@@ -29,7 +29,7 @@ includes."""
 
 MAX_ID: Final = 2**63 - 1
 TAG_PATTERN: Final = r"[1-9]\d{0,18}-[0-9a-f]{12}"
-"""What the tag of an incident looks like."""
+"""The pattern of the tag of an incident."""
 
 DEFAULT_LIMIT: Final = 10
 MAX_LIMIT: Final = 1000
@@ -146,7 +146,7 @@ class Incident:
         """The version with a digest of all fields, such as ``3-5f1c9a0e77d2``.
 
         Pass it as ``expected_version``. After a failover or a restore that lost commits, the
-        database assigns ids and versions again. The tag of a lost incident then fits no other one.
+        database assigns ids and versions again. The tag of a lost incident matches no other one.
         """
         values = (
             self.incident_id,

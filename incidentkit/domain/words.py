@@ -1,9 +1,9 @@
-"""The words of a text: the one rule by which messages and searches are compared.
+"""Split messages and searches into words, by one rule.
 
-The rule is Unicode's NFKC_Casefold, by the table in ``characters.py``, and a way to find the words
-of the outcome. Both databases hold the table and the rule, so that the words of a message depend
-neither on the program that wrote it nor on a locale. A change needs another :data:`RULE`, and a
-migration that indexes all messages again.
+The rule folds a text by Unicode's NFKC_Casefold, with the table in ``characters.py``, and splits
+the result into words. Both databases hold the rule and its table, so the words of a message depend
+neither on the program that wrote it nor on a locale. A change of the rule needs another
+:data:`RULE`, and a migration that indexes all messages again.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Final, NamedTuple
 from incidentkit.domain.characters import CHARACTERS, COMPOSED
 
 RULE: Final = 1
-"""The number of the rule, in the names of the functions on PostgreSQL."""
+"""The number of the rule. The names of the functions on PostgreSQL end with it."""
 
 SEARCHED: Final = 5000
-"""Number of characters that have words: more than those of any message that incidentkit stores."""
+"""Number of characters of a text that are searched. incidentkit stores no longer message."""
 
 LONG: Final = 255
-"""Number of characters from which on an index may know only the beginning of a word."""
+"""Length of a word, in characters, from which an index may hold only its beginning."""
 
 _QUOTES: Final = str.maketrans(dict.fromkeys("“”„‟«»\N{FULLWIDTH QUOTATION MARK}", '"'))
-"""Other quotation marks than the plain one."""
+"""Replaces other quotation marks by the plain one."""
 
 _ASCII: Final = {point: chr(point).lower() if chr(point).isalnum() else " " for point in range(128)}
 
@@ -34,10 +34,11 @@ class Rule(NamedTuple):
     """The rule for a range of characters.
 
     Attributes:
-        first: The number of the first character. The range ends where the next one begins.
-        folded: What stands for each of them before marks are composed; None: the character itself.
-        separated: What stands for each of them in the end; None: the character itself.
-        alone: Whether each of them is a word, which blanks separate in the end.
+        first: The code point of the first character. The range ends where the next one begins.
+        folded: The replacement of each character, before marks are composed; None: the character
+            itself.
+        separated: The replacement of each character in the result; None: the character itself.
+        alone: Whether each character is a word of its own, with a blank before and after it.
     """
 
     first: int
@@ -48,19 +49,19 @@ class Rule(NamedTuple):
 
 @cache
 def compositions() -> dict[str, tuple[str, str]]:
-    """Return every composed character with its parts: a letter, maybe composed, and a mark."""
+    """Return every composed character with its letter, maybe a composed one, and its mark."""
     points = ([chr(int(part, 16)) for part in each.split(":")] for each in COMPOSED.split())
     return {composed: (letter, mark) for composed, letter, mark in points}
 
 
 @cache
 def rules() -> tuple[Rule, ...]:
-    """Return the rules for all characters, in their order."""
+    """Return the rules for all characters, in the order of their code points."""
     entries = [_parse(entry) for entry in CHARACTERS.split()]
     firsts = [first for first, _, _ in entries]
 
     def separated(character: str) -> str:
-        """Return what stands for a folded character in the end."""
+        """Return the replacement of a folded character in the result."""
         _, kind, text = entries[bisect_right(firsts, ord(character)) - 1]
         return {".": character, "!": f" {character} ", "~": text}.get(kind, " ")
 
@@ -109,25 +110,25 @@ def _tables() -> tuple[_Table, _Table]:
 
 
 def compared(text: str) -> str:
-    """Return the words of a text as they are compared, with a blank between each two.
+    """Return the words of a text as they are compared, separated by single blanks.
 
-    A word is a run of letters, marks and digits. Where a script has no blanks between words, each
-    character is a word. Of a longer text, the first :data:`SEARCHED` characters count.
+    A word is a run of letters, marks and digits. In a script without blanks between words, each
+    character is a word. Only the first :data:`SEARCHED` characters of a text count.
     """
     text = text[:SEARCHED]
     if text.isascii():
         return " ".join(text.translate(_ASCII).split())
     folding, separating = _tables()
-    # This is the same in every version of Unicode: the table has its own assigned characters only.
+    # The same in every version of Unicode: the table has replaced unassigned characters.
     folded = unicodedata.normalize("NFC", text.translate(folding))
     return " ".join(folded.translate(separating).split())
 
 
 class Phrase(NamedTuple):
-    """Words of a search that a message must have, one directly after the other.
+    """Words of a search that a message must contain, one directly after the other.
 
     Attributes:
-        given: The text of the search.
+        given: The phrase as it was given.
         words: Its words as they are compared.
         begins: Whether its only word may also be the beginning of a longer one.
     """
@@ -138,31 +139,32 @@ class Phrase(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        """The text that is a part of `` one two three `` for each message that has the phrase."""
+        """The substring to find in the words of a message, with a blank before and after each."""
         return f" {self.words}" if self.begins else f" {self.words} "
 
 
 def phrases(text: str) -> list[Phrase]:
-    """Return the phrases of a search, each once, without those that another one includes.
+    """Return the distinct phrases of a search, without those that another one includes.
 
-    A phrase is what stands between quotation marks or, elsewhere, between blanks. Only the last
-    one can be the beginning of a word, if it is a single word and not quoted.
+    A phrase is a text between quotation marks or, outside of them, between blanks. The last phrase
+    also matches the beginning of a word, if it is a single word without quotation marks.
     """
     pieces = text.translate(_QUOTES).split('"')
     if len(pieces) % 2 == 0:
         # The last quotation mark has no partner.
         pieces[-2:] = ['"'.join(pieces[-2:])]
-    given = [
-        (each, number % 2 == 1)
-        for number, piece in enumerate(pieces)
-        for each in ([piece] if number % 2 else piece.split())
-    ]
-    found = [(each, compared(each), quoted) for each, quoted in given]
-    found = [each for each in found if each[1]]
-    every = [Phrase(each, words) for each, words, _ in found[:-1]]
-    for each, words, quoted in found[-1:]:
-        every.append(Phrase(each, words, begins=not quoted and " " not in words))
-    distinct = {phrase.pattern: phrase for phrase in every}
+    found: list[Phrase] = []
+    begins = False
+    for number, piece in enumerate(pieces):
+        quoted = number % 2 == 1
+        for given in [piece] if quoted else piece.split():
+            words = compared(given)
+            if words:
+                found.append(Phrase(given, words))
+                begins = not quoted and " " not in words
+    if begins:
+        found[-1] = found[-1]._replace(begins=True)
+    distinct = {phrase.pattern: phrase for phrase in found}
     return [
         phrase
         for pattern, phrase in distinct.items()

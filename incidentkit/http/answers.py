@@ -55,7 +55,7 @@ def _json(content: bytes, status: int = 200, headers: Mapping[str, str] | None =
 
 
 async def encode_array(items: Sequence[_T], encode: Callable[[Sequence[_T]], bytes]) -> bytes:
-    """Return items as a JSON array; other requests run in between."""
+    """Encode items as a JSON array, and let other requests run in between."""
     parts = await in_parts(encode, items)
     return parts[0] if len(parts) == 1 else b"[%b]" % b",".join(part[1:-1] for part in parts)
 

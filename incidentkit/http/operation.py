@@ -19,7 +19,7 @@ Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
 
 class EntityTag(str):
-    """The tag of an incident in quotes, as in ``ETag``; or its version in quotes; or ``*``, any."""
+    """The tag or the version of an incident, in quotes as in ``ETag``; or ``*`` for any."""
 
     __slots__ = ()
 

@@ -182,9 +182,10 @@ OPERATIONS: Final = (
             ),
             Parameter(
                 "text",
-                "Words that the message must all contain, in any case. Words that punctuation "
-                "joins, or between quotation marks, must follow each other. The last word may be "
-                "the beginning of one. At least one letter or digit, and at most "
+                "Words that the message must contain, in any letter case. Words that are joined "
+                "by punctuation or enclosed in quotation marks must follow each other directly. "
+                "The last word, unless it is part of such a phrase, also matches the beginning of "
+                "a word. At least one letter or digit, and at most "
                 f"{TEXT_MAX_WORDS} different words and phrases.",
                 str,
                 minimum=1,

@@ -54,15 +54,15 @@ TRANSACTION_FAILED: Final = Cause(
 )
 
 OLDER_WRITER: Final = Cause(
-    "a newer version of incidentkit has upgraded the schema, and it takes no more writes of this "
-    "one; restart this process with the newer version",
+    "a newer version of incidentkit has upgraded the schema, which refuses writes of this version; "
+    "restart this process with the newer version",
     StoreError,
     text=WRITER_CHECK,
 )
 
 KEPT_OUT: Final = Cause(
-    "a trigger of the database keeps out or undoes what is written; drop it, or let it pass the "
-    "rows of incidentkit",
+    "a trigger of the database suppresses or undoes the write; drop it, or let it pass the rows of "
+    "incidentkit",
     StoreError,
     text="a trigger kept out rows",
 )

@@ -28,14 +28,14 @@ class Dialect(Protocol):
             was used in the last 24 hours.
         delete_expired_keys: Removes at most ``limit`` idempotency keys older than that.
         select_changes: Returns the events after a place, in the order of their commits.
-        select_waiting: Returns the places of events that are committed, while others may still
-            come before them; None: none ever waits.
+        select_waiting: Returns the places of committed events, including those that others may
+            still precede; None: no event ever waits.
         words_match: The conditions for a message that has the phrases of a search.
         indexes_pairs: Whether the database looks up a pair of a time and an id in an index.
         select_schema: Returns the revision and the parts of the schema.
         keeps_plans: Whether the database reuses a generic plan for a statement whose cost does not
             depend on its values.
-        schema: Where the tables are; None: in the default schema, or the database has none.
+        schema: The schema of the tables; None: the default one, or the database has no schemas.
     """
 
     claim_key: Executable
@@ -97,7 +97,7 @@ class Dialect(Protocol):
         """
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
-        """Return the transaction that has held up the feed for so many seconds, or None."""
+        """Return the transaction that has held up the feed for at least this long, or None."""
         ...
 
     def phrases(self, text: str) -> Mapping[str, Any]:

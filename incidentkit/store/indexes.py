@@ -1,8 +1,8 @@
 """Build indexes in a migration while other programs read and write the table.
 
-PostgreSQL builds such an index outside a transaction. If the build is interrupted, an invalid index
-is left, which the next attempt removes. SQLite builds each index in a transaction of its own, so
-that other writers wait for one index at a time.
+PostgreSQL builds such an index outside a transaction. An interrupted build leaves an invalid index,
+which the next attempt removes. SQLite builds each index in a transaction of its own, so that other
+writers wait for one index at a time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from alembic import op
 from incidentkit.store.schema import VERSION_TABLE, in_the_way
 
 SETTINGS: Final = ("search_path", "lock_timeout", "statement_timeout", "transaction_timeout")
-"""The settings of a transaction on PostgreSQL that the next transaction of the migration keeps."""
+"""Settings on PostgreSQL that each transaction of a migration passes on to the next one."""
 
 GAP: Final = 0.2
-"""Seconds between two transactions on SQLite. Writers that wait look every tenth of a second."""
+"""Seconds between two transactions on SQLite. Waiting writers try every tenth of a second."""
 
 _REVISION: Final = sa.text(f"SELECT version_num FROM {VERSION_TABLE}")
 
@@ -30,24 +30,24 @@ _FINISHED: Final = sa.text(
     "LEFT JOIN pg_index i ON i.indexrelid = c.oid AND i.indrelid = t.oid "
     "WHERE c.relname = :name AND t.oid = CAST(:table AS regclass)"
 )
-"""Whether an index is finished; NULL if its name is that of something else."""
+"""Returns whether an index is complete, or NULL if something else has its name."""
 
 
 class Overtaken(Exception):
-    """Another process has gone on with the migration between two of its transactions."""
+    """Another process has continued the migration between two of its transactions."""
 
 
 def build_index(name: str, table: str, definition: str, *, unique: bool = False) -> None:
     """Build an index unless it exists.
 
-    If the table has rows, everything that the migration has done before is committed.
+    If the table has rows, first commit everything that the migration has done.
 
     Args:
         name: The name of the index, without quotes.
         table: The name of the table, without quotes.
         definition: The rest of the statement after the table's name. On PostgreSQL, ``{schema}`` in
             it stands for the schema of the table.
-        unique: Whether it refuses equal values.
+        unique: Whether it is a unique index.
 
     Raises:
         StoreError: If something else on PostgreSQL has the name.
@@ -65,7 +65,7 @@ def build_index(name: str, table: str, definition: str, *, unique: bool = False)
 def drop_index(name: str, table: str) -> None:
     """Drop an index if it exists, while other programs read and write its table.
 
-    If the table has rows, everything that the migration has done before is committed.
+    If the table has rows, first commit everything that the migration has done.
     """
     if has_rows(table):
         start_transaction()
@@ -78,7 +78,7 @@ def drop_index(name: str, table: str) -> None:
 
 
 def check_free(table: str, *names: str) -> None:
-    """Raise if a name on PostgreSQL, of an index that is built later, belongs to something else.
+    """Raise if something else on PostgreSQL has the name of an index that is built later.
 
     Raises:
         StoreError: With the name.
@@ -111,7 +111,7 @@ def _kind(*, unique: bool) -> str:
 
 
 def has_rows(table: str) -> bool:
-    """Return whether a table has a row; if not, a migration needs no second transaction."""
+    """Return whether a table has a row. Without rows, a migration needs only one transaction."""
     return bool(op.get_bind().scalar(sa.text(f'SELECT EXISTS (SELECT 1 FROM "{table}")')))
 
 
@@ -142,7 +142,7 @@ def start_transaction() -> None:
     """Commit what the migration has done so far, and begin another transaction.
 
     Raises:
-        Overtaken: If another process has gone on with the migration meanwhile, on SQLite.
+        Overtaken: If another process has continued the migration meanwhile, on SQLite.
     """
     if _on_postgresql():
         with outside_transaction():
@@ -167,7 +167,7 @@ def outside_transaction() -> Iterator[None]:
 
 @contextmanager
 def _kept_settings() -> Iterator[None]:
-    """Keep the settings of the transaction, beyond its end."""
+    """Pass the settings of the transaction on to the next one."""
     found = op.get_bind().execute(
         sa.text("SELECT name, current_setting(name) FROM pg_settings WHERE name = ANY(:names)"),
         {"names": list(SETTINGS)},

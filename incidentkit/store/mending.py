@@ -1,7 +1,7 @@
 """Restore the functions, triggers and indexes of the newest schema.
 
-Lost indexes are built as in a migration, while other programs read and write. So what was restored
-before is committed: the triggers come first.
+Lost indexes are built as in a migration, while other programs read and write. Building one commits
+everything restored before it, so the triggers come first.
 """
 
 from __future__ import annotations
@@ -53,14 +53,13 @@ def read_schema(connection: Connection) -> Schema:
 
 
 def mend(connection: Connection) -> tuple[str, ...]:
-    """Restore the parts of a database at the newest revision that are missing or were changed.
+    """Restore missing or changed parts of a database at the newest revision.
 
-    Runs at the end of a migration.
-
-    The tokens are replaced if one of them is missing or if any change can have gone unnoticed.
+    Runs at the end of a migration. Replaces the tokens if one of them is missing, or if a change of
+    an incident may not have replaced one.
 
     Returns:
-        What was restored, as in ``the trigger incident_token_change``.
+        The restored parts, as in ``the trigger incident_token_change``.
     """
     differences = read_schema(connection).differences
     on_postgresql = connection.dialect.name == "postgresql"
@@ -99,7 +98,7 @@ def _schema_of_table(connection: Connection) -> str:
 
 
 def replace_tokens(connection: Connection) -> None:
-    """Replace every token, so that no cached page is used any more."""
+    """Replace every token, which invalidates every cached page."""
     if connection.dialect.name != "postgresql":
         _run(connection, "DELETE FROM incident_token")
         _run(connection, NEW_TOKEN)
@@ -118,7 +117,7 @@ def _mend_postgresql(connection: Connection, differences: tuple[Difference, ...]
     if any(difference.kind == "trigger" for difference in differences):
         restore_token(connection)
     if names & {*RULE_FUNCTIONS, TEXT_INDEX}:
-        # What it holds may be the words of another function.
+        # It may hold the words of another function.
         drop_index(TEXT_INDEX, "Incident")
         if names & {*RULE_FUNCTIONS}:
             _restore_functions(connection)
@@ -154,14 +153,14 @@ def _mend_sqlite(connection: Connection, differences: tuple[Difference, ...]) ->
 
 
 def _restore_triggers(connection: Connection, triggers: Mapping[str, str]) -> None:
-    """Create triggers on SQLite, in place of any of the same names."""
+    """Create triggers on SQLite, replacing those with the same names."""
     for name, create in triggers.items():
         _run(connection, f"DROP TRIGGER IF EXISTS {name}")
         _run(connection, create)
 
 
 def _restore_indexes(names: set[str]) -> None:
-    """Build those of these that are declared indexes, in place of any of the same names."""
+    """Rebuild the declared indexes among these names."""
     for name in sorted(names & INDEXES.keys()):
         index = INDEXES[name]
         table = "" if index.table is None else index.table.name

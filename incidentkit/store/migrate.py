@@ -100,20 +100,20 @@ LOCK_STEP: Final = 0.5
 LOCK_POLL: Final = 0.5
 """Seconds between two attempts to start while another migration of the same database runs.
 
-It must not wait inside a statement: a concurrent build of an index would wait for that statement.
+A migration must not wait inside a statement: a concurrent index build would wait for the statement.
 """
 
 RELEASE_TIMEOUT: Final = 1.0
-"""Seconds to wait for the server when a migration that has ended makes way for the next one."""
+"""Seconds to wait for the server to release the lock of a finished migration."""
 
 TABLE_LOCK_TIMEOUT: Final = 2.0
 """Seconds to wait for other users of a table, while further ones queue behind the migration."""
 
 TABLE_LOCK_PAUSE: Final = 2.0
-"""Seconds after which the migration tries again, so that those who queued behind it go on."""
+"""Seconds before the migration tries again, in which queued users get the table."""
 
 TABLE_LOCK_ATTEMPTS: Final = 15
-"""Maximum number of attempts."""
+"""Maximum number of attempts to lock the tables."""
 
 REPORT_INTERVAL: Final = 5.0
 """Seconds between two reports of the progress."""
@@ -140,10 +140,10 @@ FROM pg_stat_progress_create_index p
 JOIN pg_class c ON c.oid = p.index_relid
 WHERE p.datname = current_database()
 """
-"""The index that is being built, what the build does, for whom it waits, and the percent done."""
+"""Returns the index that is being built, the phase, the process it waits for, and the percent."""
 
 SCHEMA: Final = "incidentkit_schema"
-"""The option of an engine for the schema of the tables, for SQLAlchemy to pass on."""
+"""The execution option with the schema of the tables, which SQLAlchemy passes to connections."""
 
 SCHEMA_FOUND: Final = text("""
     SELECT nspname
@@ -185,8 +185,8 @@ def migration_engine(database_url: str, schema: str | None = None) -> AsyncEngin
 
     Args:
         database_url: The database.
-        schema: Where every transaction finds and makes tables, types and functions; None: where
-            the search path of the connection leads.
+        schema: Where every transaction finds and creates tables, types and functions; None: the
+            search path of the connection decides.
     """
     engine = create_async_engine(
         "postgresql+asyncpg://",
@@ -196,7 +196,7 @@ def migration_engine(database_url: str, schema: str | None = None) -> AsyncEngin
             "prepared_statement_name_func": str,
             "prepared_statement_cache_size": 0,
         },
-        # Whatever the default of the database is: what is read after a lock must be new.
+        # Even if the database has another default: a read after a lock must see the newest rows.
         isolation_level="READ COMMITTED",
         poolclass=NullPool,
         hide_parameters=True,
@@ -208,7 +208,7 @@ def migration_engine(database_url: str, schema: str | None = None) -> AsyncEngin
 
 
 def _work_in_schema(connection: Connection) -> None:
-    """Limit a transaction to the schema that is named."""
+    """Limit a transaction to the named schema."""
     schema = _named_schema(connection)
     name = connection.dialect.identifier_preparer.quote_identifier(str(schema))
     # A setting of the session would not survive a connection pooler.
@@ -218,7 +218,7 @@ def _work_in_schema(connection: Connection) -> None:
 
 
 def _named_schema(connection: Connection) -> str | None:
-    """Return the schema that is named for the tables; None: none is."""
+    """Return the schema that was named for the tables, or None."""
     schema: str | None = connection.get_execution_options().get(SCHEMA)
     return schema
 
@@ -237,7 +237,7 @@ async def _connect(server: Server) -> asyncpg.Connection[asyncpg.Record]:
         raise unreadable_url() from None
     try:
         if not await find_pooler(connection):
-            # Also for statements outside a transaction, and before it is prepared.
+            # For the session, since statements also run outside a transaction.
             await connection.execute(NO_TIME_LIMITS.replace("true", "false"))
     except BaseException:
         connection.terminate()
@@ -264,23 +264,24 @@ async def upgrade(
 
     A database of Incident API is recognized by its ``alembic_version`` and taken over.
     In a database that was copied from another PostgreSQL server, the order of events is repaired.
-    At the newest revision, functions, triggers and indexes that are missing or were changed are
-    restored, and with a trigger the tokens are replaced.
+    At the newest revision, missing or changed functions, triggers and indexes are restored. If a
+    trigger is restored, the tokens are replaced too.
 
     Args:
         database_url: The database.
         revision: ``head``, a revision, or the beginning of one.
-        schema: The schema of PostgreSQL for the tables, which is created if it does not exist;
-            None: the first one of the search path that exists.
+        schema: The PostgreSQL schema for the tables, created if it does not exist; None: the first
+            one in the search path that exists.
 
     Returns:
-        Where the tables are, and what was restored.
+        The schema of the tables, and the restored parts.
 
     Raises:
         StoreUnavailable: If the database cannot be reached, or stays locked for too long.
         StoreError: With the obstacle; nothing was changed.
         InvalidSettings: If the revision is unknown, the schema cannot have the tables, or it must
-            be named: the search path leads to tables in another one than it has for new tables.
+            be named because the search path finds the tables in one schema and would create new
+            ones in another.
     """
     return await _in_thread(partial(run, database_url, partial(_upgrade, revision), schema))
 
@@ -419,9 +420,9 @@ def _check_encoding(connection: Connection) -> None:
 def put_in_order(connection: Connection) -> None:
     """Make new events come after the existing ones.
 
-    In a database that was copied from another server, transactions may have had larger numbers than
-    those of this one. The sequence of events may have a cache, of which each session takes a part,
-    or count down.
+    The events of a database that was copied from another server may have larger transaction numbers
+    than this server has assigned. The sequence of event ids may count down, or have a cache from
+    which each session takes a part.
     """
     if connection.execute(SELECT_STRANDED).first() is not None:
         wait_for_tables(connection)
@@ -470,7 +471,7 @@ def prepare(connection: Connection, *, creates: bool = True) -> None:
     if revision is not None:
         record_revision(connection, revision)
     if connection.dialect.name == "postgresql" and _names_schema(current_revision(connection)):
-        # If the schema was renamed, no migration could change an incident.
+        # Otherwise no migration could change an incident once the schema was renamed.
         restore_token_function(connection)
 
 
@@ -480,14 +481,14 @@ def _names_schema(revision: str | None) -> bool:
 
 
 def _check_schema(connection: Connection) -> None:
-    """Raise unless the tables that the search path leads to are where new ones would go."""
+    """Raise unless the search path finds the tables where it would create new ones."""
     current_schema = _current_schema(connection)
     found = connection.scalar(SCHEMA_FOUND)
     if found not in (None, current_schema):
         raise InvalidSettings(
             "schema",
-            f"must be named: the search path leads to the tables in the schema {found}, and would "
-            f"take new ones to {current_schema}",
+            f"must be named: the search path finds the tables in the schema {found}, but would "
+            f"create new ones in {current_schema}",
         )
 
 
@@ -513,7 +514,7 @@ def _migration(connection: Connection, *, creates: bool = False) -> Iterator[int
 
 
 def _up(target: str, connection: Connection) -> tuple[str, ...]:
-    """Bring the schema up to a revision, and return what was restored at the newest one."""
+    """Bring the schema up to a revision, and return the parts restored at the newest one."""
     with _migration(connection, creates=True) as at:
         for number in range(at, migrations_to(target, at)):
             MIGRATIONS[number].upgrade()
@@ -574,13 +575,13 @@ async def run(
 ) -> _T:
     """Run work on a connection, with no other migration of the database beside it.
 
-    It may block the event loop. While a table or the file is locked, the work starts over.
+    It may block the event loop. If a table or the file is locked, the work starts over.
 
     Args:
         database_url: The database.
         work: Works in transactions of its own.
-        schema: Where the tables are; None: where the search path leads.
-        reads: Whether it only looks: then a migration may run beside it.
+        schema: The schema of the tables; None: the search path decides.
+        reads: Whether it only reads, and so may run beside a migration.
     """
     kind = database_kind(database_url)
     check_schema(schema, kind)
@@ -619,9 +620,8 @@ async def _run_on(engine: AsyncEngine, work: Callable[[Connection], _T]) -> _T:
 async def _only_migration(server: Server) -> AsyncIterator[None]:
     """Wait while another process migrates the database, then keep others out; report progress.
 
-    The lock is that of a transaction, which works through a pooler and ends with the process. The
-    transaction runs no further statement: a concurrent build of an index that finds it with a
-    snapshot waits for its end.
+    A transaction holds the lock, so it works through a pooler and ends with the process. The
+    transaction runs no further statement: a concurrent index build would wait for its snapshot.
     """
     connection = await _connect(server)
     try:
@@ -629,7 +629,8 @@ async def _only_migration(server: Server) -> AsyncIterator[None]:
         while not await _try_lock(connection):
             if not waits:
                 logger.warning(
-                    "Another process migrates the database %s: waiting until it ends.", server.place
+                    "Another process is migrating the database %s: waiting for it to finish.",
+                    server.place,
                 )
             waits = True
             await asyncio.sleep(LOCK_POLL)
@@ -660,7 +661,7 @@ async def _report(server: Server) -> None:
     """Log the progress of a migration that takes long."""
     began = time.monotonic()
     await asyncio.sleep(REPORT_INTERVAL)
-    # Without reports, the migration goes on.
+    # A failed report does not stop the migration.
     with suppress(*_DRIVER_ERRORS, StoreError):
         connection = await _connect(server)
         try:
@@ -682,14 +683,14 @@ def _progress(build: asyncpg.Record) -> str:
 
 
 async def _run_on_server(engine: AsyncEngine, work: Callable[[Connection], _T]) -> _T:
-    """Run work on a connection, again and again while others lock a table."""
+    """Run work on a connection; while others lock a table, start it over."""
     for _ in range(TABLE_LOCK_ATTEMPTS - 1):
         try:
             return await _run_on(engine, work)
         except DBAPIError as error:
             if not isinstance(server_error(error), asyncpg.LockNotAvailableError):
                 raise
-        logger.warning("Another session holds a table that has to change: trying again.")
+        logger.warning("Another session has locked a table that must change: trying again.")
         await asyncio.sleep(TABLE_LOCK_PAUSE)
     return await _run_on(engine, work)
 
@@ -720,7 +721,8 @@ async def _run_on_file(url: URL, work: Callable[[Connection], _T], *, reads: boo
             continue
         if not waits:
             logger.warning(
-                "Another process writes to %s or migrates it: waiting for it.", place_of(url)
+                "Another process is writing to %s or migrating it: waiting for it to finish.",
+                place_of(url),
             )
         waits = True
         await asyncio.sleep(0)
@@ -749,7 +751,8 @@ def _translate(error: Exception) -> StoreError:
     refusal = server_error(error)
     if isinstance(refusal, asyncpg.LockNotAvailableError):
         return StoreUnavailable(
-            "another session holds a table that has to change: try again",
+            "another session has locked a table that must change: end its transaction, and try "
+            "again",
             sqlstate=refusal.sqlstate,
         )
     if refusal is not None and (refusal.sqlstate or "").startswith(OPERATORS_CLASSES):

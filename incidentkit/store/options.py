@@ -40,15 +40,16 @@ class StoreOptions:
     """How a store uses its database.
 
     Attributes:
-        pool_size: Connections that are kept, on PostgreSQL for five minutes without use; at least
-            1. On SQLite: connections for reading, and half as many more for slow reads.
+        pool_size: Connections that stay open, at least 1; on PostgreSQL, until they have not been
+            used for five minutes. On SQLite: connections for reading, and half as many more for
+            slow reads.
         max_overflow: Further connections under load, at least 0; ignored on SQLite.
         connect_timeout: Seconds to wait for a new connection.
         pool_timeout: Seconds to wait for a free connection.
         statement_timeout: Seconds that a statement may take. On SQLite: seconds that a slow read,
             such as a search, a total or a deep page, may take, and seconds to wait for another
-            process that is writing. There, another read, or a write that has not begun, fails
-            after ``pool_timeout`` and ``statement_timeout`` together.
+            process that is writing. There, any other read, and a write that has not begun, fails
+            after the sum of ``pool_timeout`` and ``statement_timeout``.
         prepared_statements: Whether statements stay prepared on PostgreSQL, which saves each one a
             round trip. None: as the URL says; if it says nothing, unless there is a connection
             pooler. For a host's engine or pool, which decides that itself, pass True if its

@@ -134,9 +134,9 @@ class StoreOperations(Protocol):
         ...
 
     async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
-        """Return place and nonce of committed events after a place, also of those that wait.
+        """Return the places and nonces of committed events after a place.
 
-        :meth:`changes` returns an event only once no other can come before it.
+        Unlike :meth:`changes`, it also returns events that another one may still precede.
         """
         ...
 

@@ -69,7 +69,7 @@ EXPIRED_KEYS: Final = 10
 """Maximum number of expired idempotency keys that a write with a key removes."""
 
 CLAIMS: Final = 10
-"""Maximum number of tries to take an idempotency key that other transactions remove."""
+"""Maximum number of attempts to claim an idempotency key that other transactions remove."""
 
 
 class Sharing(Protocol):
@@ -141,7 +141,7 @@ class Records:
         self._bookmarks = bookmarks
 
     def explain(self, error: StoreError, given: Mapping[str, object]) -> None:
-        """Name the database in an error, and its schema in the command that mends it.
+        """Name the database in an error, and its schema in the command to run.
 
         Raises:
             InvalidIncident: If the database cannot hold a character of the given values.
@@ -410,7 +410,7 @@ class Records:
 
     @names_database
     async def waiting_changes(self, after: Place, limit: int) -> Sequence[tuple[int, int, int]]:
-        """Read place and nonce of committed events after a place, also of those that wait."""
+        """Read the places and nonces of committed events, also if others may still precede them."""
         if self._dialect.select_waiting is None:
             return []
         transaction_id, event_id = after

@@ -32,9 +32,9 @@ SCHEMA_REVISION: Final = REVISIONS[-1]
 """The revision that the statements work on."""
 
 WRITER: Final = 2
-"""The number of the statements that write. The schema takes events of this number only.
+"""The number of the statements that write. The schema accepts only events with this number.
 
-A migration raises it if the statements before it would write what the new ones cannot work on.
+A migration increments it if the new statements cannot work on events of the earlier ones.
 Statements without a number are older than ``3e92f6b08d47``.
 """
 
@@ -52,10 +52,10 @@ _RESERVED: Final = re.compile("pg_|information_schema$")
 
 @frozen
 class Upgrade:
-    """What an upgrade has done.
+    """The result of an upgrade.
 
     Attributes:
-        schema: The schema of PostgreSQL that has the tables; None on SQLite.
+        schema: The PostgreSQL schema that has the tables; None on SQLite.
         restored: The parts that were missing or had been changed, as in ``the trigger
             incident_token_change``.
     """
@@ -76,7 +76,7 @@ def check_schema(schema: object, kind: Literal["postgresql", "sqlite"]) -> None:
     if schema is None:
         return
     if kind == "sqlite":
-        raise InvalidSettings("schema", "is only for PostgreSQL: on SQLite, use a file for each")
+        raise InvalidSettings("schema", "is only for PostgreSQL: on SQLite, use several files")
     name = schema if isinstance(schema, str) else ""
     # Quotes and backslashes would need an escape wherever a name is part of a text.
     plain = name.isprintable() and not set(name) & set("\"'`\\")
@@ -176,7 +176,8 @@ def _number(name: str, at: int) -> int | None:
 def in_the_way(name: str, kind: str = "table") -> StoreError:
     """Return the error for a foreign object with the name of one of incidentkit's."""
     return StoreError(
-        f'a {kind} "{name}" is in the way: neither incidentkit nor Incident API created it'
+        f'a {kind} "{name}" is in the way, which neither incidentkit nor Incident API created: '
+        "rename it, or use another database or schema"
     )
 
 

@@ -94,9 +94,9 @@ class Store(Records):
             logger.warning("In the schema, %s: run `%s`", difference, command)
 
     async def _check_schema(self) -> Schema:
-        """Return the schema; raise unless it can be worked on.
+        """Return the schema; raise unless a client can work on it.
 
-        A missing index costs time alone, and another function finds other words.
+        Only triggers are vital: a lost index costs time, and a changed function affects searches.
         """
         rows = await self._connections.read(self._dialect.select_schema, {})
         schema = self._dialect.read_schema(rows)

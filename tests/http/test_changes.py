@@ -174,8 +174,8 @@ def test_a_stream_goes_on_if_the_feed_cannot_be_asked(
         assert [next(blocks), next(blocks)] == [{"": "nothing new"}] * 2
 
 
-def test_streams_share_the_question_what_holds_the_feed_up(serve: Serve) -> None:
-    """All streams of an app ask the database once for the heartbeats of some seconds."""
+def test_streams_share_the_search_for_a_blocker(serve: Serve) -> None:
+    """For heartbeats within seconds, the streams of an app ask the database for a blocker once."""
     client = IncidentClient.open(MEMORY)
     asked = 0
 

@@ -74,7 +74,7 @@ async def test_every_statement_has_a_unique_name_in_session_mode(
 async def test_own_statements_are_read_committed_behind_a_pooler(
     pooler: PgBouncer, migrated_postgres_url: str
 ) -> None:
-    """Where the pooler does not pass the setting on, a list still is what was at some instant."""
+    """If the pooler does not pass the setting on, a list still shows a single instant."""
     await by_role(migrated_postgres_url)
     async with IncidentClient.open(pooler.through(migrated_postgres_url)) as client:
         await check_reload(client, migrated_postgres_url)
@@ -92,7 +92,7 @@ async def test_a_pooler_that_names_statements_itself_takes_any_client(
 
 
 async def test_schemas_are_kept_apart(pooler: PgBouncer, empty_postgres_url: str) -> None:
-    """Tables of several schemas are made and used through shared connections."""
+    """Tables of several schemas are created and used through shared connections."""
     url, schemas = pooler.through(empty_postgres_url), ("north", "south")
     await asyncio.gather(*(upgrade(url, schema=schema) for schema in schemas))
     async with (

@@ -46,7 +46,7 @@ def postgresql_store(
     Args:
         database: The URL, the engine or the pool.
         options: Sizes and time limits; for an engine or a pool, only ``prepared_statements``.
-        schema: Where the tables are; None: where the search path of each connection leads.
+        schema: The schema of the tables; None: the search path of each connection decides.
 
     Raises:
         InvalidSettings: If the database is something else.
@@ -110,7 +110,7 @@ def join(
     Args:
         connection: SQLAlchemy's ``AsyncConnection`` or ``AsyncSession``, or asyncpg's connection.
         trusted: Whether it may name prepared statements behind a pooler as it likes.
-        namespace: Where the tables are; None: where the search path of the connection leads.
+        namespace: The schema of the tables; None: the search path of the connection decides.
 
     Raises:
         NotInTransaction: If it commits each statement by itself.

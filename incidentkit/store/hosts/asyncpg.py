@@ -152,7 +152,7 @@ class HostPool:
         """Give a connection back after a call that failed, without waiting for the server.
 
         Returns:
-            What ends when the pool has the connection back.
+            A task that ends when the pool has the connection back.
         """
         if lost_connection(error):
             # The server may have announced its shutdown before the connection ends.
@@ -182,8 +182,8 @@ class HostPool:
         self._trusted = True
 
     async def _look_at_isolation(self, connection: PostgresConnection) -> None:
-        """Find out the default isolation of a connection, when it is first lent."""
-        # A pool wraps its connection anew for each borrower, and resets its settings afterwards.
+        """Read the default isolation of a connection when it is first lent."""
+        # A pool wraps its connection in a new object for each borrower, and resets its settings.
         itself = getattr(connection.driver, "_con", connection.driver)
         if itself not in self._read_committed:
             try:

@@ -15,7 +15,6 @@ from incidentkit.domain.errors import IncidentKitError, NotInTransaction
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
-    TRANSLATE_MAP,
     commits_by_itself,
     fetch_rows,
     has_every_character,
@@ -25,6 +24,7 @@ from incidentkit.store.hosts.sqlalchemy import (
     sqlite_driver,
     translate_sqlalchemy_error,
 )
+from incidentkit.store.sql.naming import TRANSLATE_MAP
 from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL, LOCK
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# They name no table, so that a host's map of schemas does not matter.
+# These statements name no table, so a host's schema_translate_map has no effect on them.
 _ANYWHERE: Final[dict[str, Any]] = {TRANSLATE_MAP: {}}
 _SAVE: Final = text("SAVEPOINT incidentkit").execution_options(**_ANYWHERE)
 _KEEP: Final = text("RELEASE SAVEPOINT incidentkit").execution_options(**_ANYWHERE)

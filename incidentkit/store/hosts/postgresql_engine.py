@@ -54,7 +54,7 @@ class _Lent:
 
 @define(eq=False)
 class _Open:
-    """What an executor has while it is open.
+    """The state of an open executor.
 
     Attributes:
         affinity: Where it was opened.
@@ -131,7 +131,7 @@ class PostgresEngineExecutor:
         opened = self._opened()
         await opened.scanning.take()
         call = self._run(self._single, lambda lent: work(lent.fetch), resend=True)
-        # Beside the caller, who need not wait until the server has stopped the statement.
+        # In a task: a cancelled caller need not wait until the server has stopped the statement.
         task = asyncio.ensure_future(call)
         opened.scans.add(task)
         task.add_done_callback(opened.scans.discard)
@@ -166,7 +166,7 @@ class PostgresEngineExecutor:
         Args:
             engine: With the isolation level of the call.
             call: Runs statements.
-            resend: Whether to run it once more after it was sent, too.
+            resend: Whether to run it once more even if it was sent.
         """
         left = self._maximum
         while True:
@@ -208,7 +208,7 @@ class PostgresEngineExecutor:
                         yield connection
                 except Exception as error:
                     if is_unsent(error):
-                        # The server has said that it ends the connection, and not ended it yet.
+                        # The server has announced the end of the connection, but not ended it.
                         await connection.invalidate()
                     raise
         except IncidentKitError:
@@ -227,7 +227,7 @@ class PostgresEngineExecutor:
             await connection.invalidate()
 
     async def _reads_committed(self, connection: AsyncConnection) -> bool:
-        """Return whether a statement by itself is ``READ COMMITTED`` on a connection."""
+        """Return whether a connection runs single statements as ``READ COMMITTED``."""
         raw = await connection.get_raw_connection()
         driver = raw.driver_connection
         known = self._read_committed.get(driver)

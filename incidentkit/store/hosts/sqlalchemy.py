@@ -16,15 +16,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.store.causes import POOL_EXHAUSTED, TRANSACTION_FAILED
 from incidentkit.store.executor import Rows
+from incidentkit.store.sql.naming import TRANSLATE_MAP
 from incidentkit.store.sql.rows import unreadable_row
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
     from typing_extensions import TypeIs
-
-TRANSLATE_MAP: Final = "schema_translate_map"
-"""The option of SQLAlchemy that gives tables another schema. A statement of incidentkit has it if a
-client has a schema, or if the statement names no table."""
 
 USUAL_MAXIMUM: Final = 15
 """Number of connections of an engine of SQLAlchemy without options."""
@@ -71,14 +68,14 @@ async def execute(
     statement: Executable,
     values: Mapping[str, Any] | Sequence[Mapping[str, Any]],
 ) -> CursorResult[Any]:
-    """Execute a statement in the schema that it has, or where the connection finds the tables.
+    """Execute a statement in its own schema or, without one, by the connection's search path.
 
     Raises:
-        InvalidSettings: If the statement has none, and the host moves the tables to another one.
+        InvalidSettings: If the statement has no schema, and the host moves the tables to one.
     """
     own = statement.get_execution_options()
     if TRANSLATE_MAP in own:
-        # Those of the connection win over the statement's own.
+        # Otherwise the options of the connection would win.
         return await connection.execute(statement, values, execution_options=own)
     begun = connection.sync_connection
     host: Any = None if begun is None else begun.get_execution_options().get(TRANSLATE_MAP)
@@ -86,11 +83,11 @@ async def execute(
         return await connection.execute(statement, values)
     if host.get(None) is not None:
         reason = (
-            "moves tables without a schema, and would move those of incidentkit: "
+            "moves tables without a schema, and so those of incidentkit too: "
             "name their schema with schema=, or use an engine or connection without the map"
         )
         raise InvalidSettings(TRANSLATE_MAP, reason)
-    # What SQLAlchemy compiles for such a map fits no map that moves tables without a schema.
+    # Without the map: a cached statement works either with the key None in it or without.
     return await connection.execute(statement, values, execution_options={TRANSLATE_MAP: {}})
 
 
@@ -109,7 +106,7 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def pool_maximum(engine: AsyncEngine) -> int:
-    """Return the number of connections of an engine; what is usual if it has no bound."""
+    """Return the number of connections of an engine, or the usual number if it has no bound."""
     pool: Any = engine.pool
     size = getattr(pool, "size", None)
     overflow = getattr(pool, "_max_overflow", -1)
@@ -117,11 +114,11 @@ def pool_maximum(engine: AsyncEngine) -> int:
 
 
 def with_isolation(engine: AsyncEngine, level: str) -> AsyncEngine:
-    """Return a host's engine with an isolation level of its own."""
+    """Return a host's engine with another isolation level."""
     try:
         return engine.execution_options(isolation_level=level)
     except InvalidRequestError:
-        # Before SQLAlchemy 2.0.38, an engine with options takes none that sets up connections.
+        # Before SQLAlchemy 2.0.38, an engine with options takes no isolation level.
         root: Any = engine.sync_engine
         options = {**root.get_execution_options(), "isolation_level": level}
         while hasattr(root, "_proxied"):
@@ -132,7 +129,7 @@ def with_isolation(engine: AsyncEngine, level: str) -> AsyncEngine:
 def refuse_shared_connection(engine: AsyncEngine) -> None:
     """Refuse an engine whose callers all get the same connection.
 
-    A call of the client would end the transaction of the host, whose connection it gives back.
+    When a call of the client returned the connection, it would end the host's transaction on it.
 
     Raises:
         InvalidSettings: With the name of the pool.

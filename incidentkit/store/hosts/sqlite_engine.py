@@ -40,7 +40,7 @@ OPTIONS: Final = StoreOptions()
 """How long calls wait; the time limits of the engine itself are the host's."""
 
 PATIENCE: Final = OPTIONS.pool_timeout + OPTIONS.statement_timeout
-"""Seconds after which a call has taken too long."""
+"""Maximum number of seconds that a caller waits, unless its write has begun."""
 
 
 class SqliteEngineExecutor:
@@ -121,7 +121,7 @@ class SqliteEngineExecutor:
         """Run a statement, and interrupt it if its time is up or its caller is gone.
 
         Args:
-            running: Gets what ends when the connection is free again.
+            running: Gets a task that ends when the connection is free again.
             statement: The statement.
             values: Its parameters.
         """
@@ -211,7 +211,7 @@ class SqliteEngineExecutor:
         return await self._wait(self._start(work))
 
     def _start(self, work: Coroutine[Any, Any, _T], *, writes: bool = False) -> asyncio.Task[_T]:
-        """Run work in a task, which goes on if the caller is cancelled."""
+        """Run work in a task, which continues if the caller is cancelled."""
         try:
             self._check_loop()
         except BaseException:
@@ -229,7 +229,7 @@ class SqliteEngineExecutor:
     async def _wait(self, task: asyncio.Task[_T], write: _Write | None = None) -> _T:
         """Wait for a task up to the time limit, and translate exceptions.
 
-        A write that has begun is awaited beyond it, so that an error never hides a stored write.
+        A write that has begun is awaited without a limit: an error never hides a stored write.
         """
         done, _ = await asyncio.wait((task,), timeout=PATIENCE)
         if not done and (write is None or write.give_up()):
@@ -260,19 +260,19 @@ class SqliteEngineExecutor:
 
 
 class _Write:
-    """A write that is either begun, or given up by its caller, who is told that it failed."""
+    """A write that either begins, or fails because its caller has given it up."""
 
     def __init__(self) -> None:
         self._begun = False
         self._given_up = False
 
     def begin(self) -> bool:
-        """Begin it; return False if it was given up."""
+        """Begin the write, and return True, unless it was given up."""
         self._begun = not self._given_up
         return self._begun
 
     def give_up(self) -> bool:
-        """Keep it from beginning; return False if it has begun."""
+        """Keep the write from beginning, and return True, unless it has begun."""
         self._given_up = not self._begun
         return self._given_up
 

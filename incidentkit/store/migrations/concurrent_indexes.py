@@ -1,9 +1,9 @@
 """Build the large indexes of the incidents while other programs read and write the table.
 
 The migrations before this one change the table in one transaction, during which other programs
-wait. They leave out each index that may take long. That of the words follows in ``a6d40b7f21c8``,
-which changes their rule. Databases that an earlier version of incidentkit
-has upgraded have these indexes already.
+wait. They leave out the indexes that may take long. The index of words follows in ``a6d40b7f21c8``,
+which changes the rule of words. Databases that an earlier version of incidentkit has upgraded have
+these indexes already.
 """
 
 from __future__ import annotations

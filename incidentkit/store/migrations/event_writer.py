@@ -1,8 +1,8 @@
-"""Refuse events of older statements, which a process still runs that was not restarted.
+"""Refuse events of older statements, as of a process that was not restarted after an upgrade.
 
-What such a process wrote after a migration could lack what newer processes rely on. From now on an
-event names the number of the statements that wrote it, and the schema takes a single number. Only
-incidentkit writes events: the origin, SQL by hand and ``COPY`` write to ``"Incident"``, as before.
+Such events could lack data that newer processes rely on. Each event now has the number of the
+statements that wrote it, and the schema accepts a single number. Only incidentkit writes events:
+the origin, SQL by hand and ``COPY`` still write to ``"Incident"`` as before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def upgrade() -> None:
             f"BEGIN SELECT RAISE(ABORT, '{CHECK}: {REFUSAL}'); END"
         )
         return
-    # The first default is that of the existing events, without writing them again.
+    # The first default applies to existing events, without rewriting them.
     op.add_column(
         "incident_event",
         sa.Column("writer", sa.SmallInteger(), nullable=False, server_default=sa.text(str(WRITER))),

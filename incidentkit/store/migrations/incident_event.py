@@ -1,11 +1,11 @@
-"""Add histories, idempotency keys, and what a search for words needs.
+"""Add histories, idempotency keys, and the function by which PostgreSQL indexes words.
 
 ``incident_event`` starts empty, because earlier events were not recorded. An incident that has
 already ended gets the time of the migration as its end, because the real one is unknown. The
 columns added to ``"Incident"`` have defaults, so that other writers keep working.
 
-The large indexes follow in the migrations ``a61c08d5e372`` and ``a6d40b7f21c8``, which block no
-other program; so does the table of words on SQLite.
+The large indexes and, on SQLite, the table of words follow in the migrations ``a61c08d5e372`` and
+``a6d40b7f21c8``, which block no other program.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def on_sqlite() -> bool:
 
 def upgrade() -> None:
     if on_sqlite() and has_rows("Incident"):
-        # Other writers go on between the copy of the table and its update.
+        # Let other writers write between the copy of the table and its update.
         start_transaction()
     found = sa.inspect(op.get_bind())
     for name in (*TABLES, *(("incident_text",) if on_sqlite() else ())):

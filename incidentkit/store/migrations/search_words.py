@@ -1,15 +1,15 @@
 """Index the words of messages by one rule on both databases.
 
-Each database had a rule of its own, which also depended on its version and its locale. Now both
-have that of ``incidentkit/domain/words.py`` with its table of characters: PostgreSQL in a function,
-SQLite in a table that triggers read. So messages that other programs write are indexed by the same
-rule.
+Each database had a rule of its own, which depended on its version and locale. Now both have the
+rule of ``incidentkit/domain/words.py`` with its table of characters: PostgreSQL in functions,
+SQLite in a table that triggers read. The rule therefore also applies to messages that other
+programs write.
 
-On PostgreSQL, the function ``incident_words(text)`` stays for the searches of processes that were
-not restarted yet, but its index goes.
+On PostgreSQL, the function ``incident_words(text)`` stays for searches of processes that were not
+restarted yet, but without an index.
 
-Other programs go on meanwhile: PostgreSQL builds the index concurrently, and SQLite indexes the
-messages in short transactions, in a table that gets its name when it is complete.
+Other programs work meanwhile: PostgreSQL builds the index concurrently, and SQLite indexes the
+messages in short transactions, in a table that is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def upgrade_sqlite() -> None:
     """Create the table of characters, and a new full-text table with its triggers."""
     connection = op.get_bind()
     if has_rows("Incident"):
-        # Other writers go on between the last index and the words.
+        # Let other writers write between the last index and the words.
         start_transaction()
     found = sa.inspect(connection)
     if not found.has_table(sqlite.CHARACTERS):
@@ -103,7 +103,7 @@ def upgrade_sqlite() -> None:
         create_triggers(FILLING)
     elif not found.has_table(FILLING):
         raise in_the_way(sqlite.CHARACTERS)
-    # Otherwise an upgrade was killed, and this one fills the table further.
+    # Otherwise an earlier upgrade was killed, and this one continues to fill the table.
     after: int | None = 0
     while after is not None:
         after = sqlite.index_messages(connection, FILLING, after=after, seconds=STEP)

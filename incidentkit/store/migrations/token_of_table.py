@@ -1,9 +1,9 @@
-"""Make the token one of its table: of its place, its definition and its triggers.
+"""Bind the token to its table: to its place, its definition and its triggers.
 
-On PostgreSQL, the function of the triggers takes the schema from their table, so that the schema
-can be renamed, and a transaction that finds its backend's token held or replaced uses one of its
-backend's own, so that their number stays bounded at every isolation level. On SQLite, the token has
-a random ``rowid``, which a dump as SQL does not carry to another file.
+On PostgreSQL, the triggers' function takes the schema from their table, so the schema can be
+renamed. A transaction that finds the token of its backend held or replaced uses a second one of its
+backend, so the number of tokens stays bounded at every isolation level. On SQLite, the token has a
+random ``rowid``, which a dump as SQL does not carry to another file.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ class PostgresConnection:
         used: Whether the connection has served a call before, and may have ended since.
         answered: Whether the server has answered a statement of the present call.
         idle_since: When it was given back, on the clock of the event loop.
-        reads_committed: Whether a statement by itself is ``READ COMMITTED``. Otherwise each is run
-            in a transaction that is.
+        reads_committed: Whether a statement outside a transaction is ``READ COMMITTED``. If not,
+            :meth:`fetch` runs each one in a transaction that is.
     """
 
     __slots__ = (
@@ -98,7 +98,7 @@ class PostgresConnection:
         self._prepared: dict[Executable, Any] = {}
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
-        """Run a statement by itself."""
+        """Run a statement outside a transaction."""
         if self.reads_committed:
             return await self._fetch(statement, values)
 
@@ -218,8 +218,8 @@ async def is_alive(driver: Any) -> bool:
         if not _has_unread(driver):
             return True
         if hasattr(driver, "pgconn"):
-            # psycopg reads only when it is asked to, and takes the error of an end for an answer
-            # to its next statement. A notice costs no more than a new connection.
+            # psycopg reads only on request, and takes the error that ends a connection for the
+            # answer to its next statement. If it is only a notice, a new connection does no harm.
             return False
         # asyncpg reads in a turn of the loop.
         await asyncio.sleep(0)

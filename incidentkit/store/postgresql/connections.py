@@ -95,7 +95,7 @@ class OwnConnections:
         """Take a connection back after a call that failed, without waiting for the server.
 
         Returns:
-            What ends when the server has stopped the call; None: it has.
+            A task that ends when the server has stopped the call; None: it has.
         """
         if lost_connection(error):
             # The server may have announced its shutdown before the connection ends.
@@ -216,7 +216,7 @@ class OwnConnections:
     def _finish(
         self, connection: PostgresConnection, work: Coroutine[Any, Any, None]
     ) -> asyncio.Task[None]:
-        """Run work on a connection that no call has, then take it back."""
+        """Run work on a connection that no call uses, then take the connection back."""
 
         def end(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
@@ -226,6 +226,6 @@ class OwnConnections:
 
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        # Not in the work, which does not run at all if every task of the loop is cancelled.
+        # Not in the work: it never runs if all tasks of the loop are cancelled first.
         task.add_done_callback(end)
         return task

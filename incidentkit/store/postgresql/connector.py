@@ -30,7 +30,7 @@ class Connector:
         self._options = options
         self._preparing = Preparing(options.prepared_statements)
         self._connected = False
-        # What the server is asked for; a pooler may refuse it, or not pass it on.
+        # Settings to request on connecting; a pooler may refuse them, or not pass them on.
         self._settings: Mapping[str, str] = ISOLATION
         self._pooled = False
 

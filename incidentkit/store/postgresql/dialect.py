@@ -42,8 +42,8 @@ class PostgresDialect:
     """The statements of PostgreSQL.
 
     Args:
-        schema: Where the tables are; None: where the search path leads. The executor takes the
-            statements there.
+        schema: The schema of the tables, which the executor adds to the statements; None: the
+            search path decides.
     """
 
     claim_key: Executable = sql.CLAIM_KEY
@@ -55,12 +55,12 @@ class PostgresDialect:
     keeps_plans = True
     select_schema: Executable = definitions.SELECT_ON_POSTGRESQL
 
+    def __init__(self, schema: str | None = None) -> None:
+        self.schema = schema
+
     def read_schema(self, rows: Rows) -> definitions.Schema:
         """Return the schema of the rows."""
         return definitions.read_on_postgresql(rows)
-
-    def __init__(self, schema: str | None = None) -> None:
-        self.schema = schema
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
@@ -118,7 +118,7 @@ class PostgresDialect:
         seen: set[Incident] = set()
         for _ in range(ATTEMPTS):
             if isinstance(change.expected_version, str):
-                # Only the client knows the tag: the statement compares the version that has it.
+                # The database has no tag: compare it here, and the version in the statement.
                 tagged = await self._read(fetch, change.incident_id)
                 transitions.check(tagged, change)
                 values["expected_version"] = tagged.version
@@ -141,7 +141,7 @@ class PostgresDialect:
         if len(seen) == 1:
             # No other transaction has changed it.
             raise KEPT_OUT.as_error()
-        raise StoreUnavailable(f"other transactions overtook a change {ATTEMPTS} times")
+        raise StoreUnavailable(f"other transactions overtook a change {ATTEMPTS} times; try again")
 
     async def _read(self, fetch: Fetch, incident_id: int) -> Incident:
         rows = await fetch(SELECT_INCIDENT, {"incident_id": incident_id})

@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.executor import Rows
+from incidentkit.store.sql.naming import TRANSLATE_MAP
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 
@@ -38,7 +39,7 @@ class Compiled:
 
 
 _compiled: Final[WeakKeyDictionary[Executable, Compiled]] = WeakKeyDictionary()
-"""What was compiled: for as long as the statement, which is that of a client or of a module."""
+"""The compiled form of each statement, for as long as its client or module keeps the statement."""
 
 
 def compile_statement(statement: Executable) -> Compiled:
@@ -51,7 +52,7 @@ def compile_statement(statement: Executable) -> Compiled:
 
 def _compile(statement: Executable) -> Compiled:
     clause: Any = statement
-    translate_map = clause.get_execution_options().get("schema_translate_map")
+    translate_map = clause.get_execution_options().get(TRANSLATE_MAP)
     compiled = clause.compile(
         dialect=_DIALECT,
         schema_translate_map=translate_map,

@@ -39,7 +39,7 @@ LOST: Final = (
 """Exceptions of a dead connection. A statement that only reads may be sent again on another one."""
 
 UNSENT: Final = ("cannot switch to state", "not connected", "cannot perform operation: connection")
-"""How the messages of asyncpg begin that refuse a statement before any of it is sent."""
+"""Prefixes of asyncpg's messages for a statement that it refuses before sending any of it."""
 
 UNREADABLE_URL: Final = (ValueError, OverflowError)
 """Exceptions of asyncpg, on connecting, for a URL that it cannot parse."""
@@ -299,14 +299,14 @@ CAUSES: Final = (
     evolve(OLDER_WRITER, codes=("23514",)),
     evolve(KEPT_OUT, codes=("22P02",)),
     Cause(
-        "a rule of the database rewrites what is written; drop it, or make it a trigger",
+        "a rule of the database rewrites the statement; drop it, or replace it by a trigger",
         StoreError,
         codes=("0A000",),
         text="rewritten by|DO INSTEAD|on relation .* with (INSERT|UPDATE) rules",
     ),
     Cause(
         "a trigger of the database gives two incidents of one call the same dedup_key; let it "
-        "leave the key as it is",
+        "keep their keys different",
         StoreError,
         codes=("21000",),
     ),
@@ -349,7 +349,7 @@ _BY_TYPE: Final[tuple[tuple[type[BaseException], Cause], ...]] = (
 
 _KINDS: Final = "(?:foreign )?table|(?:materialized )?view|sequence|schema|function|type|database"
 _DENIED: Final = re.compile(rf'for ({_KINDS}) "?(.+?)"?$')
-"""The end of the message about a missing privilege: the kind of the object, and its name."""
+"""Matches the end of a message about a missing privilege: the kind and name of the object."""
 
 _OWN_NAME: Final = re.compile(r"\b(?:Incident|incident_|incidentkit_|request_log)\w*")
 
@@ -420,7 +420,7 @@ def _is_lost(error: BaseException) -> bool:
 def is_unsent(error: BaseException | None) -> bool:
     """Return whether asyncpg refused a statement before any of it was sent.
 
-    It does so between the server's word that it ends the connection and the end itself.
+    It does so once the server has announced the end of the connection, until the connection ends.
     """
     return any(
         isinstance(cause, (asyncpg.InternalClientError, asyncpg.InterfaceError))
@@ -430,15 +430,15 @@ def is_unsent(error: BaseException | None) -> bool:
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Return whether an exception of asyncpg is that of a dead connection."""
-    # asyncpg counts a value that it cannot encode among the faults of its interface.
+    """Return whether an exception of asyncpg means that the connection is dead."""
+    # For a value that it cannot encode, asyncpg raises an InterfaceError too.
     return isinstance(error, LOST) and not isinstance(error, asyncpg.DataError)
 
 
 def lost_before(error: BaseException) -> bool:
     """Return whether the network refused a statement on a connection that asyncpg thought alive.
 
-    The server itself ends a connection in another way, which has no error of the network.
+    A connection that the server itself ends raises no network error.
     """
     return isinstance(error.__cause__ or error, ConnectionError)
 
@@ -468,7 +468,7 @@ def unstorable(error: BaseException | None) -> str | None:
     """Return the character that the database's encoding does not have, if that is the cause."""
     for cause in _causes(error):
         if isinstance(cause, UnicodeEncodeError):
-            # psycopg encodes in the encoding of the database, both in that of the connection.
+            # psycopg encodes for the database, and both drivers for their connection.
             return str(cause.object[cause.start])
         if sqlstate_of(cause) == UNSTORABLE:
             # The message has the bytes of the character, in every language.

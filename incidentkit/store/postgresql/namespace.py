@@ -1,7 +1,7 @@
-"""Run the statements of a store on the tables of one schema, whatever the search path is.
+"""Run the statements of a store on the tables of one schema, regardless of the search path.
 
-The names in a statement get the schema when it is compiled. So a pool, a pooler or a host that
-changes the search path of a connection does not matter.
+The names in a statement get the schema when it is compiled. It therefore does not matter if a pool,
+a pooler or a host changes the search path of a connection.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from sqlalchemy import Executable
 from incidentkit.affinity import Affinity
 from incidentkit.store.executor import Executor, Fetch, OwnExecutor, Rows, Work
 from incidentkit.store.schema import named_place
+from incidentkit.store.sql.naming import TRANSLATE_MAP
 
 _T = TypeVar("_T")
 
@@ -27,7 +28,7 @@ class Namespace:
 
     def __init__(self, schema: str) -> None:
         self.schema = schema
-        self._options: dict[str, Any] = {"schema_translate_map": {None: schema}}
+        self._options: dict[str, Any] = {TRANSLATE_MAP: {None: schema}}
         self._statements: dict[Executable, Executable] = {}
 
     def __call__(self, statement: Executable) -> Executable:
@@ -78,7 +79,7 @@ class SchemaExecutor:
 
 
 class OwnSchemaExecutor(SchemaExecutor):
-    """The same on connections that a store opens, or takes from a host's pool."""
+    """Runs statements on the tables of a schema, on connections of a store or of a host's pool."""
 
     def __init__(self, executor: OwnExecutor, namespace: Namespace) -> None:
         super().__init__(executor, namespace)

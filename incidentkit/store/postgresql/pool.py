@@ -157,8 +157,8 @@ class PoolExecutor:
         Args:
             call: Runs statements.
             resend: Whether to run it again if its connection is dead, even after it was sent; only
-                once if the server has ended the connection meanwhile.
-            settling: Gets what ends when the connection of a call that failed is free again.
+                once if the server has ended the connection.
+            settling: Gets a task that ends when the connection of a failed call is free again.
         """
         connections = self._opened().connections
         left = connections.maximum
@@ -183,7 +183,7 @@ class PoolExecutor:
                 if not (lost and left and (unsent or resend)):
                     raise translate_error(error) from error
                 left -= 1
-                # A statement may be what ends its connections, or an administrator may end them.
+                # The statement may be the cause, or an administrator who wants to stop it.
                 resend = resend and (unsent or lost_before(error))
             else:
                 await connections.put(connection)
@@ -200,7 +200,7 @@ class PoolExecutor:
 
 @frozen
 class _Open:
-    """What an executor has while it is open.
+    """The state of an open executor.
 
     Attributes:
         affinity: Where it was opened.

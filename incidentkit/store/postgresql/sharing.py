@@ -1,8 +1,8 @@
 """Statements that calls share on PostgreSQL while they wait for a connection.
 
-Under row security, each session of a host's pool may see other rows, so no calls share a statement.
-If it is enabled while the store is open, a shared statement does nothing, and each call runs alone
-from then on.
+Under row security, each session of a host's pool may see other rows, so calls share no statement.
+If row security is enabled while the store is open, the next shared statement does nothing, and
+each call runs alone from then on.
 
 Calls that could wait for another transaction run alone, since they would keep the others waiting:
 creates with a deduplication key, changes back to ``new``, and changes of a locked incident.

@@ -16,10 +16,10 @@ from typing import Final
 from sqlalchemy import TextClause
 
 from incidentkit.domain.values import DEEP, TEXT_MAX_WORDS
-from incidentkit.domain.words import LONG, RULE
+from incidentkit.domain.words import LONG
 from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
-from incidentkit.store.sql.naming import text
+from incidentkit.store.sql.naming import RULE_FUNCTIONS, text
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS
 from incidentkit.store.sql.search import WordsMatch
 
@@ -52,22 +52,22 @@ _UNASSIGNED: Final = """greatest(
     CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint),
     CAST(CAST(pg_current_xact_id_if_assigned() AS text) AS bigint) + 1
 )"""
-"""The number from which on no event that the statement sees can have its own: neither its own
-transaction nor one before its snapshot had a number as large."""
+"""The first number that the server had not assigned to a transaction when the statement began, or
+the number of its own transaction plus one if that is larger."""
 
 _IN_ORDER: Final = f"""coalesce(
     (SELECT max(last.transaction_id) FROM incident_event AS last) < {_UNASSIGNED},
     true
 )"""
 """Holds unless events were copied from another server, whose transactions had larger numbers: a new
-event would come before them, where no reader looks any more."""
+event would come before them, and readers would miss it."""
 
 
 def _none_kept_out(due: str) -> str:
-    """Return a condition that fails the statement unless ``event`` has a row for each that is due.
+    """Return a condition that makes the statement fail unless each due row has one in ``event``.
 
-    A trigger can keep out a row, or undo what is written. A text that cannot be cast to a boolean
-    fails the statement (SQLSTATE 22P02), so that nothing of it is stored.
+    A trigger can suppress a row, or undo a change. The cast of a text to a boolean then fails
+    (SQLSTATE 22P02), so nothing of the statement is stored.
     """
     return f"""(
         SELECT CASE WHEN kept.out = 0
@@ -215,9 +215,9 @@ def _insert_incidents(condition: str) -> TextClause:
 
 INSERT_INCIDENTS: Final = _insert_incidents("")
 """Inserts incidents without deduplication keys and returns them in the given order: that in which
-the insert returns its rows, whatever ids they have. Returns no row if events are out of order.
+the insert returns its rows, independent of their ids. Returns no row if events are out of order.
 
-If a host's trigger keeps out a row, the numbers no longer tell which incident is which. The
+If a host's trigger suppresses a row, the numbers no longer tell which incident is which. The
 statement then fails and inserts none."""
 
 INSERT_FOR_SEVERAL: Final = _insert_incidents(f"AND {_ALL_SEE_THE_SAME}")
@@ -563,9 +563,9 @@ SELECT_PURGEABLE: Final = text("""
     LIMIT CAST(:limit AS bigint)
     FOR UPDATE SKIP LOCKED
 """)
-"""Locks and returns incidents to purge, those that ended first in front.
+"""Locks and returns incidents to purge, in the order in which they ended.
 
-A trigger or another program may have opened an incident again that has a time of its end.
+An incident that a trigger or another program has reopened may still have an ``ended_at``.
 """
 
 DELETE_EVENTS: Final = text("""
@@ -805,15 +805,10 @@ Events that this server has written stay. Those that took the number of a copied
 been delivered yet, and come last. The number of an incident is only a lower bound for its next
 event."""
 
-TEXT: Final = f"incident_text_{RULE}"
-"""The function that returns the words of a text, with a blank before and after each."""
-
-CHARACTERS: Final = f"incident_characters_{RULE}"
-"""The function that does the same for any text, more slowly. It takes the planner no time, since no
-expression stands in its place."""
-
-WORDS: Final = f"incident_words_{RULE}"
-"""The function of the index of words."""
+CHARACTERS, TEXT, WORDS = RULE_FUNCTIONS
+"""``TEXT`` returns the words of a text, with a blank before and after each. ``CHARACTERS`` does the
+same more slowly; the planner does not inline it, and so spends no time on it. ``WORDS`` is the
+function of the index."""
 
 _PHRASES: Final = f"""(
     SELECT
@@ -825,14 +820,14 @@ _PHRASES: Final = f"""(
         END AS words
     FROM unnest(CAST(:phrases AS text[])) WITH ORDINALITY AS given (phrase, number)
 ) AS phrase"""
-"""The phrases of a search, with a blank before and after each word. Those in ASCII are given as
-they are compared. Only the last one may begin a word."""
+"""The phrases of a search, with a blank before and after each word. Phrases in ASCII are given as
+they are compared. Only the last one may match the beginning of a word."""
 
 _PATTERNS: Final = f"""ARRAY(
     SELECT '%' || CASE WHEN begins THEN rtrim(words) ELSE words END || '%'
     FROM {_PHRASES}
 )"""
-"""The patterns that the words of a message match: one for each phrase."""
+"""The patterns for the words of a message, one for each phrase."""
 
 _QUERY: Final = f"""CAST((
     WITH word AS (
@@ -862,7 +857,7 @@ _SINGLE: Final = f"""(
     SELECT bool_and(strpos(btrim(words), ' ') = 0 AND length(words) <= {LONG})
     FROM {_PHRASES}
 )"""
-"""Whether each phrase is one word, which the index holds to its end: then it tells enough."""
+"""Whether each phrase is a single word that the index holds in full: then the index decides."""
 
 WORDS_MATCH: Final = WordsMatch(
     by_index=text(f"""

@@ -1,4 +1,4 @@
-"""The functions that find the words of a message on PostgreSQL, which a migration creates.
+"""Define the functions that find the words of a message on PostgreSQL; a migration creates them.
 
 The table of characters stands in a function, not in a table: an index must not depend on rows that
 can change, or that are missing while a dump is restored.
@@ -16,7 +16,7 @@ MAX_BYTES: Final = 2046
 """Maximum number of bytes of a word in a ``tsvector``."""
 
 ALONE: Final = "*"
-"""Stands in the table for a character that is a word of its own."""
+"""Marks a character in the table that is a word of its own."""
 
 # translate() compares with one character after the other: the frequent ones come first.
 LATIN: Final = " etaoinsrhldcumfpgwybvkxjqz0123456789"
@@ -40,10 +40,9 @@ def functions(schema: str, encoding: str) -> Iterator[str]:
     """Yield the definitions of the functions.
 
     ``incident_text`` returns the words of a message as they are compared, with a blank before and
-    after each, and ``incident_words`` returns them for the index. Both are expressions that the
-    planner puts in the place of a call, and leave other characters than those of ASCII to
-    ``incident_characters``. This reference is resolved now, so it needs no search path, and follows
-    a schema that is renamed.
+    after each, and ``incident_words`` returns them for the index. The planner inlines both. For
+    characters beyond ASCII they call ``incident_characters``. PostgreSQL resolves this reference
+    when it creates them, so it needs no search path and follows a renamed schema.
     """
     ascii_only = (
         "octet_length(message) = length(message)"
@@ -81,7 +80,7 @@ def functions(schema: str, encoding: str) -> Iterator[str]:
 
 def function(name: str, returns: str, body: str) -> str:
     """Return the definition of a function of a message."""
-    # Not STRICT, which would keep the planner from putting the body in the place of a call.
+    # Not STRICT: the planner would not inline the function.
     return (
         f"CREATE OR REPLACE FUNCTION {name}(message text) RETURNS {returns} "
         f"IMMUTABLE PARALLEL SAFE {body}"
@@ -89,7 +88,7 @@ def function(name: str, returns: str, body: str) -> str:
 
 
 def translated(characters: tuple[str, ...]) -> str:
-    """Return the expression for the words of a message that consists of certain characters."""
+    """Return the expression for the words of a message that has only these characters."""
     found = [(each, becomes(each)) for each in characters]
     pairs = [(each, words) for each, words in found if words is not None]
     from_ = literal("".join(each for each, _ in pairs))
@@ -97,7 +96,7 @@ def translated(characters: tuple[str, ...]) -> str:
 
 
 def becomes(character: str) -> str | None:
-    """Return the one character that always stands for another one; None: it is not as simple."""
+    """Return the single character that always replaces a character; None: there is none."""
     words = compared(f"x{character}x")[1:-1]
     return words if len(words) == 1 else None
 
@@ -108,7 +107,7 @@ def known(characters: tuple[str, ...]) -> str:
 
 
 def literal(text: str) -> str:
-    """Return a text as a literal of ASCII."""
+    """Return a text as a literal in ASCII."""
     return f"E'{escaped(text)}'"
 
 
@@ -180,7 +179,7 @@ def characters_by_locale(encoding: str) -> str:
     Where characters have several bytes, each of them is a word: most are those of languages without
     blanks between words.
     """
-    # In Turkish, the small letter of I is another one than i.
+    # In a Turkish locale, the lower case of I is not i.
     lower = f"lower(translate(message, '{LATIN[1:27].upper()}', '{LATIN[1:27]}'))"
     words = f"regexp_replace({lower}, '[^[:alnum:]]+', ' ', 'g')"
     if encoding.startswith(("EUC", "MULE")):

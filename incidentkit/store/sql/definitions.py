@@ -1,4 +1,4 @@
-"""The parts of the schema beside its tables, as the newest revision defines them.
+"""Compare the functions, triggers and indexes of a database with those of the newest revision.
 
 Opening, ``check``, ``incidentkit db check`` and ``incidentkit db upgrade`` all compare a database
 with these definitions. The last one restores those that are missing or differ.
@@ -49,7 +49,7 @@ class Difference:
 
     @property
     def part(self) -> str:
-        """The part, for a text to name it."""
+        """The name of the part in a message."""
         return f"the {self.kind} {self.name}"
 
     def __str__(self) -> str:

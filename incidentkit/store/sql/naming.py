@@ -1,7 +1,7 @@
-"""SQL text whose tables, types and functions follow a schema, as SQLAlchemy's own statements do.
+"""Apply a schema to the tables, types and functions in SQL text.
 
 The text names them without a schema. If a statement is compiled with a ``schema_translate_map``,
-the names get the schema that it has for tables without one, in the text as everywhere else.
+they get the schema that the map has for tables without one, as in SQLAlchemy's own statements.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ WORDS_FUNCTION: Final = RULE_FUNCTIONS[-1]
 
 FUNCTIONS: Final = ("incident_words", *RULE_FUNCTIONS)
 """The names of the functions that statements and indexes call."""
+
+TRANSLATE_MAP: Final = "schema_translate_map"
+"""SQLAlchemy's option that moves tables to another schema. A statement of incidentkit has it if the
+client has a schema, or if the statement names no table."""
 
 _NAME: Final = re.compile(
     rf"(?<![\w.:\"])(?:{'|'.join((*TABLES, *TYPES, *FUNCTIONS))})(?![\w\"])", re.ASCII

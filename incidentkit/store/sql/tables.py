@@ -119,7 +119,7 @@ incident_event_table: Final = Table(
     Column("actor", String),
     Column("note", String),
     Column("at", UtcDateTime, nullable=False),
-    # Zero is what statements write that do not name it.
+    # Statements that do not name the column write zero.
     Column("writer", SmallInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("event_id", name="pk_incident_event"),
     # On SQLite, a trigger of the migration ``3e92f6b08d47`` checks it.
@@ -230,10 +230,10 @@ def keep_out_of_autogenerate(
 
     Args:
         name: The name of a part of the database.
-        type_: What it is a name of, such as ``table``.
-        parent_names: The names above it; among them that of its schema, which is None in the
-            default schema of the host's connection.
-        schema: Where incidentkit's tables are; None: in that default schema. Set it with
+        type_: The kind of the part, such as ``table``.
+        parent_names: The names above it, such as that of its schema: None for the default schema of
+            the host's connection.
+        schema: The schema of incidentkit's tables; None: that default schema. Set it with
             ``functools.partial``.
     """
     ours = (*metadata.tables, *TEXT_TABLES, VERSION_TABLE)

@@ -190,10 +190,10 @@ async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:
 
 
 async def _written(fetch: Fetch, statement: Executable, values: Mapping[str, Any]) -> Rows:
-    """Run a statement that writes a row, and return it.
+    """Run a statement that writes a row, and return the row.
 
     Raises:
-        StoreError: If a trigger keeps it out.
+        StoreError: If a trigger suppresses it.
     """
     rows = await fetch(statement, values)
     if not rows:
@@ -202,11 +202,11 @@ async def _written(fetch: Fetch, statement: Executable, values: Mapping[str, Any
 
 
 async def _as_changed(fetch: Fetch, incident_id: int, statuses: Rows) -> Incident:
-    """Return an incident whose status a trigger has changed after the statement that wrote it.
+    """Return an incident whose status a trigger has changed after it was written.
 
     Raises:
-        StoreError: If the trigger has kept out the event, of which ``statuses`` has the status, or
-            the incident is gone.
+        StoreError: If a trigger has suppressed the event, whose status is in ``statuses``, or
+            removed the incident.
     """
     if not statuses or statuses[0][0] is None:
         raise KEPT_OUT.as_error()

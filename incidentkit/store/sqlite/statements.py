@@ -140,8 +140,8 @@ INSERT_STATUS_EVENT: Final = _insert_event(
     .scalar_subquery(),
     [incident_event_table.c.to_status],
 )
-"""Inserts an event that sets the status which the incident has now, and returns this status: a
-trigger may have changed what was written."""
+"""Inserts an event with the present status of the incident, and returns this status: a trigger may
+have changed it."""
 
 _expired: Final[ColumnElement[bool]] = idempotency_table.c.created_at < a_day_ago()
 
@@ -242,5 +242,5 @@ WORDS_MATCH: Final = WordsMatch(
     ),
     incidents=text('SELECT max(incident_id) FROM "Incident"'),
 )
-"""Holds for a message that has each phrase. The triggers index every message, so that the index
-alone tells."""
+"""Holds for a message that has each phrase. The index alone decides, since the triggers index every
+message."""

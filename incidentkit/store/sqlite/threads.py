@@ -158,7 +158,7 @@ class ThreadsExecutor:
         statement: Executable,
         values: Mapping[str, Any],
     ) -> Rows:
-        """Run a statement, and add to a list what ends when its thread is free again."""
+        """Run a statement; ``running`` gets a future that ends when its thread is free again."""
         try:
             threads = self._opened()
             scan = _Scan(statement, values)

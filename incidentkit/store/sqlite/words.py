@@ -1,11 +1,11 @@
-"""The triggers that index the words of a message on SQLite, which a migration creates.
+"""Define the triggers that index the words of a message on SQLite; a migration creates them.
 
-The triggers are plain SQL, since other programs that write do not have functions of incidentkit. A
-message in ASCII is stored in the full-text table as it is, and its tokenizer does what the rule
-says. Any other one is stored as the rule compares it, by the table ``incident_character``.
+The triggers are plain SQL, since other programs do not have functions of incidentkit. A message in
+ASCII is stored in the full-text table as it is, and the tokenizer applies the rule. Any other
+message is stored as the rule compares it, by the table ``incident_character``.
 
-The full-text table has texts of its own. An index on the table of incidents has to be given the old
-text of each message to remove its words, and ``INSERT OR REPLACE`` removes rows without a trigger.
+The full-text table keeps its own copy of each text. An external-content table would need the old
+text to remove its words, and ``INSERT OR REPLACE`` removes rows without firing a trigger.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 
 from incidentkit.domain.characters import MARKS
 from incidentkit.domain.words import SEARCHED, compared, compositions, rules
+from incidentkit.store.sql.triggers import quoted
 
 CHARACTERS: Final = "incident_character"
 """The table of characters."""
@@ -56,7 +57,7 @@ PLAIN: Final = (
 def create_text(name: str) -> str:
     """Return the definition of a full-text table.
 
-    Its tokenizer takes every character beyond ASCII for one of a word.
+    Its tokenizer treats every character beyond ASCII as part of a word.
     """
     return f"CREATE VIRTUAL TABLE {name} USING fts5(words, tokenize = 'ascii', columnsize = 0)"
 
@@ -93,10 +94,10 @@ def index_messages(
         connection: In a transaction.
         text_table: The full-text table.
         after: The id after which to begin.
-        seconds: When to stop.
+        seconds: Time after which to stop.
 
     Returns:
-        The id after which to go on; None: every message is indexed.
+        The id after which to continue; None: every message is indexed.
     """
     select = (
         'SELECT incident_id, incident_message FROM "Incident" WHERE incident_id > ? '
@@ -119,15 +120,15 @@ def characters() -> Iterator[tuple[Any, ...]]:
 
     A row holds for the characters from ``first`` to that of the next row:
 
-    - ``folded``: what stands for each before marks are composed; null: the character itself
-    - ``separated``: what stands for each in the end; null: the character itself; ``*``: the same
+    - ``folded``: its replacement before marks are composed; null: the character itself
+    - ``separated``: its replacement in the result; null: the character itself; ``*``: the character
       between blanks
     - ``class``: its combining class
     - ``composes``: whether it could be composed with the character before it
     - ``parts``: the letter and the mark of a composed character
 
-    Another row for each composed character has the number of its letter times 2^21, plus that of
-    its mark, as ``first``.
+    Another row for each composed character has as ``first`` the code point of its letter times
+    2^21, plus that of its mark.
     """
     classes: dict[int, int] = {}
     for entry in MARKS.split():
@@ -152,12 +153,7 @@ def characters() -> Iterator[tuple[Any, ...]]:
         yield ord(letter) * 2**21 + ord(mark), chr(composed), None, 0, False, None
 
 
-def literal(text: str) -> str:
-    """Return a text as a literal."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-OTHER_THAN_ASCII: Final = literal("*[^ -~\t\n\r]*")
+OTHER_THAN_ASCII: Final = quoted("*[^ -~\t\n\r]*")
 
 RULE_OF_NEXT: Final = (
     f"rule.first = (SELECT max(first) FROM {CHARACTERS} WHERE first <= unicode(rest))"
@@ -189,11 +185,11 @@ def words(message: str) -> str:
     return f"""(
     WITH RECURSIVE
     mapped (plain, rest, folded, separated, composes) AS (
-        SELECT {message}, ltrim({message}, {literal(PLAIN)}), '', '', 0
+        SELECT {message}, ltrim({message}, {quoted(PLAIN)}), '', '', 0
         UNION ALL
         SELECT
             substr(rest, 2),
-            ltrim(substr(rest, 2), {literal(PLAIN)}),
+            ltrim(substr(rest, 2), {quoted(PLAIN)}),
             mapped.folded || substr(plain, 1, length(plain) - length(rest))
                 || coalesce(rule.folded, substr(rest, 1, 1)),
             mapped.separated || substr(plain, 1, length(plain) - length(rest)) || {SEPARATED},
