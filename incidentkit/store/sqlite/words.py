@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from time import monotonic
 from typing import Any, Final
@@ -105,13 +106,34 @@ def index_messages(
     )
     insert = f"INSERT INTO {text_table} (rowid, words) VALUES (?, ?)"
     end = monotonic() + seconds
-    while rows := connection.exec_driver_sql(select, (after,)).all():
-        words = [(incident_id, compared(message)) for incident_id, message in rows]
-        connection.exec_driver_sql(insert, words)
-        after = rows[-1][0]
-        if monotonic() > end:
-            return after
+    with _as_stored(connection):
+        while rows := connection.exec_driver_sql(select, (after,)).all():
+            words = [(incident_id, compared(_readable(stored))) for incident_id, stored in rows]
+            connection.exec_driver_sql(insert, words)
+            after = rows[-1][0]
+            if monotonic() > end:
+                return after
     return None
+
+
+@contextmanager
+def _as_stored(connection: Connection) -> Iterator[None]:
+    """Read texts as bytes: other programs may have stored what is not UTF-8."""
+    driver_connection: Any = connection.connection.driver_connection
+    factory = driver_connection.text_factory
+    driver_connection.text_factory = bytes
+    try:
+        yield
+    finally:
+        driver_connection.text_factory = factory
+
+
+def _readable(stored: bytes) -> str:
+    """Return the text of a message as the triggers see it: up to a NUL character.
+
+    What is not UTF-8 separates words.
+    """
+    return stored.partition(b"\0")[0].decode(errors="replace")
 
 
 def characters() -> Iterator[tuple[Any, ...]]:
