@@ -62,17 +62,24 @@ def create_text(name: str) -> str:
     return f"CREATE VIRTUAL TABLE {name} USING fts5(words, tokenize = 'ascii', columnsize = 0)"
 
 
-def triggers(text_table: str = TEXT) -> dict[str, str]:
-    """Return the definitions of the triggers that keep the words of each message, by name."""
+def triggers(*text_tables: str) -> dict[str, str]:
+    """Return the definitions of the triggers that keep the words of each message, by name.
+
+    Args:
+        text_tables: The full-text tables; by default the one of the schema.
+    """
     # Not REPLACE: the conflict clause of the statement that fires a trigger comes first.
-    remove = f"DELETE FROM {text_table} WHERE rowid = {{}}.incident_id; "
+    remove = "DELETE FROM {} WHERE rowid = {}.incident_id; "
     message = f"substr(new.incident_message, 1, {SEARCHED})"
     add = (
-        f"INSERT INTO {text_table} (rowid, words) VALUES (new.incident_id, "
+        "INSERT INTO {} (rowid, words) VALUES (new.incident_id, "
         f"CASE WHEN new.incident_message GLOB {OTHER_THAN_ASCII} "
         f"THEN {words(message)} ELSE {message} END); "
-    )
-    before, after = remove.format("old"), remove.format("new") + add
+    ).replace
+    before = after = ""
+    for name in text_tables or (TEXT,):
+        before += remove.format(name, "old")
+        after += remove.format(name, "new") + add("{}", name)
     return {
         f"incident_text_{name}": (
             f'CREATE TRIGGER incident_text_{name} AFTER {event} ON "Incident" BEGIN {actions}END'
