@@ -382,6 +382,24 @@ async def test_others_pass_while_an_upgrade_waits_for_a_table(
     await migrate.check(large_url)
 
 
+async def test_a_wait_for_a_table_repeats_one_step(
+    large_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the last step waits for the table, what came before is kept and not done again."""
+    await migrate.upgrade(large_url, "a61c08d5e372")
+    monkeypatch.setattr(migrate, "TABLE_LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(migrate, "TABLE_LOCK_PAUSE", 0.1)
+    async with connected(large_url) as host:
+        # No build of an index waits for a reader.
+        await host.execute('BEGIN; SELECT 1 FROM "Incident" LIMIT 1')
+        upgrade = asyncio.create_task(migrate.upgrade(large_url))
+        await until_logged(caplog, "trying again", 2)
+        assert await migrate.current(large_url) == "a6d40b7f21c8"
+        await host.execute("COMMIT")
+    await upgrade
+    await migrate.check(large_url)
+
+
 async def test_limits_of_the_account_do_not_stop_an_upgrade(large_url: str) -> None:
     """An upgrade lifts the time limits that its account has for statements and transactions."""
     async with connected(large_url) as other:
