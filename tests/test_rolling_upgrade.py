@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from alembic import op
 
 from benchmarks.before import check_out
 from incidentkit import IncidentClient, IncidentEvent, IncidentStatus, StoreError
+from incidentkit.store import mending
 from incidentkit.store.migrate import current, downgrade, upgrade
+from incidentkit.store.migrations import search_words
 from incidentkit.store.schema import REVISIONS
 from tests.hosts import run_sql
 
@@ -206,6 +209,51 @@ async def test_the_version_before_comes_through_every_step(version_before: Path,
         assert (await client.search(total=True)).total == 2
         assert [event.kind for event in await client.history(1)][-1] == "noted"
         assert [event.kind for event in await client.history(2)][-1] == "recurred"
+
+
+async def test_an_upgrade_that_was_killed_can_be_taken_back(
+    version_before: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill while words are indexed and a downgrade, the version before searches again."""
+    upgrade_to_version(version_before, url)
+    older = await current(url)
+    assert older is not None
+    with running(version_before, url) as call:
+        for name in ("create", "count", "update_status"):
+            assert call(name) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(mending, "STEP", 0)
+            patch.setattr(mending, "start_transaction", commit_and_end)
+            patch.setattr(search_words, "build_index", end)
+            with pytest.raises(Killed):
+                await upgrade(url)
+        assert await current(url) == "a61c08d5e372"
+        await downgrade(url, older)
+        assert [call(name) for name in READS] == [None] * len(READS)
+        if url.startswith("postgresql"):
+            indexes = await run_sql(url, "SELECT indexdef FROM pg_indexes")
+            assert any("gin (incident_words(" in index for (index,) in indexes)
+        for name in ("note", "count"):
+            assert call(name) is None
+    await upgrade(url)
+    async with IncidentClient.open(url) as client:
+        page = await client.search(text="disk fu", total=True)
+        assert [one.incident_id for one in page.incidents] == [2, 1]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def end(*_: object) -> None:
+    """End the process."""
+    raise Killed
+
+
+def commit_and_end() -> None:
+    """End the process between two transactions on SQLite."""
+    op.execute("COMMIT")
+    raise Killed
 
 
 async def test_other_writers_go_on_after_an_upgrade(version_before: Path, url: str) -> None:

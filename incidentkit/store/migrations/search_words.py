@@ -53,6 +53,16 @@ def downgrade() -> None:
         downgrade_postgresql()
 
 
+def put_back() -> None:
+    """Undo the part of an upgrade that was killed: the versions before search, too."""
+    if op.get_bind().dialect.name != "sqlite":
+        downgrade_postgresql()
+        return
+    found = sa.inspect(op.get_bind())
+    if found.has_table(FILLING) or not found.has_table(sqlite.TEXT):
+        downgrade_sqlite()
+
+
 def upgrade_postgresql() -> None:
     """Create the functions, and the index on them."""
     encoding = str(op.get_bind().scalar(sa.text("SELECT getdatabaseencoding()")))
@@ -106,7 +116,8 @@ def downgrade_sqlite() -> None:
     Its triggers fail on rows whose messages it does not have.
     """
     drop_sqlite_text()
-    op.drop_table(sqlite.CHARACTERS)
+    for name in (FILLING, sqlite.CHARACTERS):
+        op.execute(f"DROP TABLE IF EXISTS {name}")
     op.execute(
         "CREATE VIRTUAL TABLE incident_text USING fts5(incident_message, content='Incident', "
         "content_rowid='incident_id', tokenize='unicode61 remove_diacritics 0')"
