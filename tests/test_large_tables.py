@@ -23,7 +23,7 @@ from alembic import op
 from sqlalchemy import Engine, event
 
 from incidentkit import IncidentClient, SchemaOutOfDate, StoreError
-from incidentkit.store import mending, migrate
+from incidentkit.store import indexes, mending, migrate
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
 from incidentkit.store.sqlite import words as sqlite
 from tests.test_migrations import ORIGIN_SCHEMA, ROOT
@@ -626,6 +626,7 @@ async def test_others_write_while_lost_words_are_restored(
         ):
             run_on_file(large_file, statement)
         monkeypatch.setattr(mending, "STEP", 0)
+        monkeypatch.setattr(indexes, "GAP", 0)
         with monkeypatch.context() as patch:
             patch.setattr(mending, "start_transaction", write_and_stop(large_file))
             with pytest.raises(Killed):
@@ -680,10 +681,11 @@ async def test_several_processes_restore_lost_words_together(
     run_on_file(large_file, WRITE)
     program = f"""
 import asyncio
-from incidentkit.store import mending
+from incidentkit.store import indexes, mending
 from incidentkit.store.migrate import upgrade
 
 mending.STEP = 0
+indexes.GAP = 0.01
 asyncio.run(upgrade({sqlite_url!r}))
 """
     with (
