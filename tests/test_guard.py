@@ -442,6 +442,19 @@ async def test_the_parts_are_those_of_every_way_to_the_newest_revision(
         await check(url)
 
 
+async def test_settings_of_the_server_make_no_difference(migrated_postgres_url: str) -> None:
+    """How a server writes names and strings makes no part of the schema another one."""
+    url = f"{migrated_postgres_url}?quote_all_identifiers=on&standard_conforming_strings=off"
+    await check(url)
+    assert (await upgrade(url)).restored == ()
+    async with IncidentClient.open(url) as client:
+        await client.create("Disk 磁盘 C:\\1 is full", source="partner")
+        assert (await client.search(text="盘 c:\\1", total=True)).total == 1
+    await _run(migrated_postgres_url, 'ALTER TABLE "Incident" DISABLE TRIGGER USER')
+    assert (await upgrade(url)).restored
+    await check(migrated_postgres_url)
+
+
 async def test_opening_sends_no_more_statements(url: str, caplog: pytest.LogCaptureFixture) -> None:
     """One statement at the opening reads the revision and looks at the parts of the schema."""
     store = store_from_url(url)

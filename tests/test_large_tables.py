@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
+from alembic import op
 from sqlalchemy import Engine, event
 
-from incidentkit import IncidentClient, StoreError
-from incidentkit.store import migrate
-from incidentkit.store.migrations import search_words
+from incidentkit import IncidentClient, SchemaOutOfDate, StoreError
+from incidentkit.store import indexes, mending, migrate
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
 from incidentkit.store.sqlite import words as sqlite
 from tests.test_migrations import ORIGIN_SCHEMA, ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
 ROWS = int(os.environ.get("INCIDENTKIT_TEST_ROWS", "20000"))
@@ -382,6 +382,24 @@ async def test_others_pass_while_an_upgrade_waits_for_a_table(
     await migrate.check(large_url)
 
 
+async def test_a_wait_for_a_table_repeats_one_step(
+    large_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the last step waits for the table, what came before is kept and not done again."""
+    await migrate.upgrade(large_url, "a61c08d5e372")
+    monkeypatch.setattr(migrate, "TABLE_LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(migrate, "TABLE_LOCK_PAUSE", 0.1)
+    async with connected(large_url) as host:
+        # No build of an index waits for a reader.
+        await host.execute('BEGIN; SELECT 1 FROM "Incident" LIMIT 1')
+        upgrade = asyncio.create_task(migrate.upgrade(large_url))
+        await until_logged(caplog, "trying again", 2)
+        assert await migrate.current(large_url) == "a6d40b7f21c8"
+        await host.execute("COMMIT")
+    await upgrade
+    await migrate.check(large_url)
+
+
 async def test_limits_of_the_account_do_not_stop_an_upgrade(large_url: str) -> None:
     """An upgrade lifts the time limits that its account has for statements and transactions."""
     async with connected(large_url) as other:
@@ -483,7 +501,7 @@ async def test_a_file_is_indexed_in_short_transactions(
 ) -> None:
     """Each index of a file is built in a transaction of its own; others write in between."""
     slow = ("CREATE INDEX IF NOT", "COMMIT", "INSERT INTO incident_text_filling (rowid")
-    monkeypatch.setattr(search_words, "STEP", 0)
+    monkeypatch.setattr(mending, "STEP", 0)
     statements: list[str] = []
 
     def record(_: Any, __: Any, statement: str, *___: Any) -> None:
@@ -529,10 +547,10 @@ async def test_a_kill_while_a_file_is_indexed_is_resumed(
     program = f"""
 import asyncio, os, signal
 from sqlalchemy import Engine, event
+from incidentkit.store import mending
 from incidentkit.store.migrate import upgrade
-from incidentkit.store.migrations import search_words
 
-search_words.STEP = 0
+mending.STEP = 0
 seen = []
 
 @event.listens_for(Engine, "before_cursor_execute")
@@ -572,10 +590,10 @@ async def test_several_processes_upgrade_a_file_together(sqlite_url: str) -> Non
     """Processes that continue each other's upgrade between its transactions all succeed."""
     program = f"""
 import asyncio
+from incidentkit.store import mending
 from incidentkit.store.migrate import upgrade
-from incidentkit.store.migrations import search_words
 
-search_words.STEP = 0
+mending.STEP = 0
 asyncio.run(upgrade({sqlite_url!r}))
 """
     with (
@@ -588,6 +606,99 @@ asyncio.run(upgrade({sqlite_url!r}))
     await migrate.check(sqlite_url)
     async with IncidentClient.open(sqlite_url) as client:
         assert (await client.search(text="disk", total=True)).total == ROWS
+
+
+WORDS_TRIGGERS = ("incident_text_insert", "incident_text_update", "incident_text_delete")
+
+
+@pytest.mark.parametrize("lost", WORDS_TRIGGERS)
+async def test_others_write_while_lost_words_are_restored(
+    sqlite_url: str, large_file: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """An upgrade at the newest revision indexes words in short transactions, also after a kill."""
+    await migrate.upgrade(sqlite_url)
+    async with IncidentClient.open(sqlite_url) as client:
+        run_on_file(large_file, f"DROP TRIGGER {lost}")
+        for statement in (
+            WRITE,
+            """UPDATE "Incident" SET incident_message = 'Corrected' WHERE incident_id = 7""",
+            'DELETE FROM "Incident" WHERE incident_id = 8',
+        ):
+            run_on_file(large_file, statement)
+        monkeypatch.setattr(mending, "STEP", 0)
+        monkeypatch.setattr(indexes, "GAP", 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(mending, "start_transaction", write_and_stop(large_file))
+            with pytest.raises(Killed):
+                await migrate.upgrade(sqlite_url)
+        # It is not complete, but has what is written meanwhile.
+        with pytest.raises(SchemaOutOfDate, match="incident_text"):
+            await migrate.check(sqlite_url)
+        assert (await client.search(text="between", total=True)).total == 1
+        indexed: list[Any] = []
+        with monkeypatch.context() as patch:
+            index = sqlite.index_messages
+
+            def count(*arguments: Any, **options: Any) -> int | None:
+                indexed.append(arguments)
+                return index(*arguments, **options)
+
+            patch.setattr(sqlite, "index_messages", count)
+            assert set((await migrate.upgrade(sqlite_url)).restored) == {
+                f"the trigger {name}" for name in WORDS_TRIGGERS
+            }
+        # It has gone on where the first one was.
+        assert len(indexed) == ROWS // sqlite.BATCH
+        await migrate.check(sqlite_url)
+        for text, total in (
+            *(("meanwhile", 1), ("between", 1), ("corrected", 1)),
+            *(("db-7", 0), ("db-8", 0), ("disk", ROWS - 2)),
+        ):
+            assert (await client.search(text=text, total=True)).total == total, text
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def write_and_stop(file: Path) -> Callable[[], None]:
+    """Return what takes the place of the gap between two transactions, in which a kill follows."""
+
+    def start_transaction() -> None:
+        op.execute("COMMIT")
+        run_on_file(file, WRITE.replace("meanwhile", "between"))
+        raise Killed
+
+    return start_transaction
+
+
+async def test_several_processes_restore_lost_words_together(
+    sqlite_url: str, large_file: Path
+) -> None:
+    """Processes that restore the words of a file at the same time share the work."""
+    await migrate.upgrade(sqlite_url)
+    run_on_file(large_file, "DROP TRIGGER incident_text_insert")
+    run_on_file(large_file, WRITE)
+    program = f"""
+import asyncio
+from incidentkit.store import indexes, mending
+from incidentkit.store.migrate import upgrade
+
+mending.STEP = 0
+indexes.GAP = 0.01
+asyncio.run(upgrade({sqlite_url!r}))
+"""
+    with (
+        running(["-c", program], sqlite_url) as first,
+        running(["-c", program], sqlite_url) as second,
+    ):
+        for process in (first, second):
+            code, err = await result(process)
+            assert code == 0, err
+    await migrate.check(sqlite_url)
+    async with IncidentClient.open(sqlite_url) as client:
+        assert (await client.search(text="disk", total=True)).total == ROWS
+        assert (await client.search(text="meanwhile", total=True)).total == 1
 
 
 async def test_an_opener_that_waits_says_so(

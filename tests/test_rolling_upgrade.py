@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from alembic import op
 
 from benchmarks.before import check_out
 from incidentkit import IncidentClient, IncidentEvent, IncidentStatus, StoreError
-from incidentkit.store.migrate import upgrade
+from incidentkit.store import mending
+from incidentkit.store.migrate import current, downgrade, upgrade
+from incidentkit.store.migrations import search_words
+from incidentkit.store.schema import REVISIONS
 from tests.hosts import run_sql
 
 if TYPE_CHECKING:
@@ -33,6 +37,14 @@ async def find(incidents):
     found = [await incidents.search(text="disk fu", total=total) for total in (False, True)]
     assert [one.incident_id for each in found for one in each.incidents] == [2, 1, 2, 1]
 
+async def follow(incidents):
+    first = (await incidents.history(1))[0]
+    changes = []
+    # A transaction of another test on the server can hold changes up.
+    while len(changes) < 2:
+        changes = (await incidents.read_changes(first.cursor, wait=1)).changes
+    assert [change.kind for change in changes] == ["created", "status_changed"]
+
 async def main(url):
     new = NewIncident("Disk is full", source="partner")
     statuses = iter(["failed", "completed"])
@@ -48,6 +60,7 @@ async def main(url):
             "list": lambda: incidents.list(),
             "search": lambda: find(incidents),
             "history": lambda: incidents.history(1),
+            "follow": lambda: asyncio.wait_for(follow(incidents), 60),
         }
         for line in sys.stdin:
             try:
@@ -159,6 +172,88 @@ async def test_the_version_before_reads_and_no_longer_writes(
                 while len(following) < 2:
                     following = (await client.read_changes(after, wait=1)).changes
             assert [event.kind for event in following] == ["status_changed", "created"]
+
+
+async def test_the_version_before_comes_through_every_step(version_before: Path, url: str) -> None:
+    """Every step up keeps data, cursors and older readers; every step down, older writers too."""
+    upgrade_to_version(version_before, url)
+    older = await current(url)
+    assert older is not None
+    steps = REVISIONS[REVISIONS.index(older) :]
+    assert len(steps) > 1
+    with running(version_before, url) as call:
+        for name in ("create", "count", "update_status"):
+            assert call(name) is None
+        for revision in steps:
+            await upgrade(url, revision)
+            assert [call(name) for name in (*READS, "follow")] == [None] * 5, revision
+            # Only its writes are refused.
+            assert revision == older or call("create") is not None, revision
+        async with IncidentClient.open(url) as client:
+            page = await client.search(text='"disk" fu', total=True)
+            assert [one.incident_id for one in page.incidents] == [2, 1]
+            found = page.incidents, await client.history(1), await client.history(2)
+            # The place of an event is a cursor for the new version as well.
+            async with asyncio.timeout(60):
+                changes: list[IncidentEvent] = []
+                while len(changes) < 2:
+                    changes = (await client.read_changes(found[1][0].cursor, wait=1)).changes
+            assert [change.kind for change in changes] == ["created", "status_changed"]
+        for revision in reversed(steps[:-1]):
+            await downgrade(url, revision)
+            assert [call(name) for name in (*READS, "follow")] == [None] * 5, revision
+        assert call("note") is None
+        assert call("count") is None
+    await upgrade(url)
+    async with IncidentClient.open(url) as client:
+        assert (await client.search(total=True)).total == 2
+        assert [event.kind for event in await client.history(1)][-1] == "noted"
+        assert [event.kind for event in await client.history(2)][-1] == "recurred"
+
+
+async def test_an_upgrade_that_was_killed_can_be_taken_back(
+    version_before: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill while words are indexed and a downgrade, the version before searches again."""
+    upgrade_to_version(version_before, url)
+    older = await current(url)
+    assert older is not None
+    with running(version_before, url) as call:
+        for name in ("create", "count", "update_status"):
+            assert call(name) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(mending, "STEP", 0)
+            patch.setattr(mending, "start_transaction", commit_and_end)
+            patch.setattr(search_words, "build_index", end)
+            with pytest.raises(Killed):
+                await upgrade(url)
+        assert await current(url) == "a61c08d5e372"
+        await downgrade(url, older)
+        assert [call(name) for name in READS] == [None] * len(READS)
+        if url.startswith("postgresql"):
+            indexes = await run_sql(url, "SELECT indexdef FROM pg_indexes")
+            assert any("gin (incident_words(" in index for (index,) in indexes)
+        for name in ("note", "count"):
+            assert call(name) is None
+    await upgrade(url)
+    async with IncidentClient.open(url) as client:
+        page = await client.search(text="disk fu", total=True)
+        assert [one.incident_id for one in page.incidents] == [2, 1]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def end(*_: object) -> None:
+    """End the process."""
+    raise Killed
+
+
+def commit_and_end() -> None:
+    """End the process between two transactions on SQLite."""
+    op.execute("COMMIT")
+    raise Killed
 
 
 async def test_other_writers_go_on_after_an_upgrade(version_before: Path, url: str) -> None:

@@ -404,6 +404,37 @@ async def test_an_upgrade_indexes_messages_again(empty_url: str, message: str) -
     await upgrade(empty_url)
 
 
+@pytest.mark.parametrize("upgraded", ["before", "after"])
+async def test_messages_that_are_no_text_do_not_stop_an_upgrade(
+    sqlite_url: str, upgraded: str
+) -> None:
+    """What another program has stored that is not UTF-8 is indexed as far as it can be read."""
+    if upgraded == "after":
+        await upgrade(sqlite_url, "3e92f6b08d47")
+    else:
+        await upgrade(sqlite_url)
+    for stored in (
+        "x'e4c4'",
+        "CAST(x'6469736320ff2066756c6c' AS TEXT)",
+        "CAST(x'eda08020d0b4d0b8d181d0ba' AS TEXT)",
+        "CAST(x'646973632000c3a96e64' AS TEXT)",
+    ):
+        await run_sql(
+            sqlite_url,
+            'INSERT INTO "Incident" (incident_message, incident_type, source) '
+            f"VALUES ({stored}, 'new', 'partner')",
+        )
+    await upgrade(sqlite_url)
+    with closing(sqlite3.connect(sqlite_url.partition("///")[2])) as file:
+        for text, ids in (("disc", [2, 4]), ("full", [2]), ("диск", [3]), ("énd", [])):
+            found = file.execute("SELECT rowid FROM incident_text WHERE words MATCH ?", [text])
+            assert [one for (one,) in found] == ids, text
+    # A program that stores such a message may also correct it.
+    await run_sql(sqlite_url, "UPDATE \"Incident\" SET incident_message = 'Corrected'")
+    async with IncidentClient.open(sqlite_url) as incidents:
+        assert (await incidents.search(text="corrected", total=True)).total == 4
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_url(request: pytest.FixtureRequest) -> str:
     """A database of each kind without a schema."""

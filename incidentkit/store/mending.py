@@ -1,7 +1,8 @@
 """Restore the functions, triggers and indexes of the newest schema.
 
 Lost indexes are built as in a migration, while other programs read and write. Building one commits
-everything restored before it, so the triggers come first.
+everything restored before it, so the triggers come first. On SQLite, the words of all messages are
+indexed in short transactions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, CursorResult
 
-from incidentkit.store.indexes import build_index, drop_index
+from incidentkit.store.indexes import Overtaken, build_index, drop_index, start_transaction
 from incidentkit.store.postgresql import words as postgresql
 from incidentkit.store.sql.definitions import (
     INDEXES,
@@ -38,7 +39,14 @@ from incidentkit.store.sqlite import words as sqlite
 
 TOKENS: Final = "the rows of incident_token"
 
+FILLING: Final = "incident_text_filling"
+"""The name of a full-text table on SQLite until it has the words of every message."""
+
+STEP: Final = 1.0
+"""Seconds of each transaction that fills it, while other writers wait."""
+
 _COUNT_TOKENS: Final = "SELECT count(*) FROM incident_token WHERE slot BETWEEN 0 AND 15"
+_SELECT_TRIGGERS: Final = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
 _SCHEMA_OF_TABLE: Final = (
     "SELECT quote_ident(nspname) FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace "
     """WHERE pg_class.oid = CAST('"Incident"' AS regclass)"""
@@ -138,18 +146,56 @@ def _restore_functions(connection: Connection) -> None:
 
 def _mend_sqlite(connection: Connection, differences: tuple[Difference, ...]) -> None:
     names = {difference.name for difference in differences}
-    of_words = sqlite.triggers()
-    triggers = {**SQLITE_TRIGGERS, **of_words}
-    lost = {name: triggers[name] for name in sorted(names & triggers.keys())}
+    lost = {name: SQLITE_TRIGGERS[name] for name in sorted(names & SQLITE_TRIGGERS.keys())}
     _restore_triggers(connection, lost)
     if lost.keys() & TIME_TRIGGERS.keys():
         _run(connection, WHOLE_TIMES)
-    if lost.keys() & of_words.keys():
-        _run(connection, "DELETE FROM incident_text")
-        sqlite.index_messages(connection)
-    if lost:
+    if any(difference.kind == "trigger" for difference in differences):
         replace_tokens(connection)
+    if names & sqlite.triggers().keys():
+        # Searches use the old table until the new one is complete.
+        index_words(connection, sqlite.TEXT, FILLING)
     _restore_indexes(names)
+
+
+def index_words(connection: Connection, *text_tables: str) -> None:
+    """Index the words of all messages on SQLite, in a table that then takes the place of the old.
+
+    Each transaction is short. Several processes share the work, and one that was killed is
+    continued.
+
+    Args:
+        connection: In a transaction of a migration.
+        text_tables: The full-text tables in which triggers index messages meanwhile; with the new
+            one.
+
+    Raises:
+        Overtaken: If another process has finished the work.
+    """
+    filling = sqlite.triggers(*text_tables)
+    if not _has_triggers(connection, filling):
+        # The triggers have filled no such table, or not all of it.
+        _run(connection, f"DROP TABLE IF EXISTS {FILLING}")
+        _run(connection, sqlite.create_text(FILLING))
+        _restore_triggers(connection, filling)
+    after: int | None = 0
+    while after is not None:
+        after = sqlite.index_messages(connection, FILLING, after=after, seconds=STEP)
+        if after is not None:
+            start_transaction()
+            if not _has_triggers(connection, filling):
+                raise Overtaken
+    for name in filling:
+        _run(connection, f"DROP TRIGGER {name}")
+    _run(connection, f"DROP TABLE IF EXISTS {sqlite.TEXT}")
+    _run(connection, f"ALTER TABLE {FILLING} RENAME TO {sqlite.TEXT}")
+    _restore_triggers(connection, sqlite.triggers())
+
+
+def _has_triggers(connection: Connection, triggers: Mapping[str, str]) -> bool:
+    """Return whether SQLite has these triggers with these definitions."""
+    found = {tuple(row) for row in _run(connection, _SELECT_TRIGGERS)}
+    return found >= set(triggers.items())
 
 
 def _restore_triggers(connection: Connection, triggers: Mapping[str, str]) -> None:

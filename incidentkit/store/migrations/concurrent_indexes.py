@@ -9,6 +9,7 @@ these indexes already.
 from __future__ import annotations
 
 from incidentkit.store.indexes import build_index
+from incidentkit.store.migrations.search_words import put_back
 
 revision = "a61c08d5e372"
 down_revision = "3e92f6b08d47"
@@ -30,4 +31,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the indexes: the versions before this revision need them too."""
+    """Keep the indexes: the versions before this revision need them too, with that of the words."""
+    put_back()

@@ -24,6 +24,7 @@ from incidentkit.store.indexes import (
     schema_of,
     start_transaction,
 )
+from incidentkit.store.mending import FILLING, index_words
 from incidentkit.store.migrations.incident_event import TEXT_TRIGGERS
 from incidentkit.store.postgresql import words as postgresql
 from incidentkit.store.schema import in_the_way
@@ -36,12 +37,6 @@ depends_on = None
 
 INDEX = "ix_Incident_incident_message"
 FUNCTIONS = ("incident_words_1", "incident_text_1", "incident_characters_1")
-
-FILLING = "incident_text_filling"
-"""The name of the full-text table on SQLite until it has the words of every message."""
-
-STEP = 1.0
-"""Seconds of each transaction that fills it, while other writers wait."""
 
 
 def upgrade() -> None:
@@ -56,6 +51,16 @@ def downgrade() -> None:
         downgrade_sqlite()
     else:
         downgrade_postgresql()
+
+
+def put_back() -> None:
+    """Undo the part of an upgrade that was killed: the versions before search, too."""
+    if op.get_bind().dialect.name != "sqlite":
+        downgrade_postgresql()
+        return
+    found = sa.inspect(op.get_bind())
+    if found.has_table(FILLING) or not found.has_table(sqlite.TEXT):
+        downgrade_sqlite()
 
 
 def upgrade_postgresql() -> None:
@@ -99,25 +104,10 @@ def upgrade_sqlite() -> None:
         marks = ", ".join("?" * len(rows[0]))
         connection.exec_driver_sql(f"INSERT INTO {sqlite.CHARACTERS} VALUES ({marks})", rows)
         drop_sqlite_text()
-        op.execute(sqlite.create_text(FILLING))
-        create_triggers(FILLING)
     elif not found.has_table(FILLING):
         raise in_the_way(sqlite.CHARACTERS)
     # Otherwise an earlier upgrade was killed, and this one continues to fill the table.
-    after: int | None = 0
-    while after is not None:
-        after = sqlite.index_messages(connection, FILLING, after=after, seconds=STEP)
-        if after is not None:
-            start_transaction()
-    drop_triggers()
-    op.execute(f"ALTER TABLE {FILLING} RENAME TO {sqlite.TEXT}")
-    create_triggers(sqlite.TEXT)
-
-
-def create_triggers(text_table: str) -> None:
-    """Create the triggers that index the words of each message in a full-text table."""
-    for definition in sqlite.triggers(text_table).values():
-        op.get_bind().exec_driver_sql(definition)
+    index_words(connection, FILLING)
 
 
 def downgrade_sqlite() -> None:
@@ -126,7 +116,8 @@ def downgrade_sqlite() -> None:
     Its triggers fail on rows whose messages it does not have.
     """
     drop_sqlite_text()
-    op.drop_table(sqlite.CHARACTERS)
+    for name in (FILLING, sqlite.CHARACTERS):
+        op.execute(f"DROP TABLE IF EXISTS {name}")
     op.execute(
         "CREATE VIRTUAL TABLE incident_text USING fts5(incident_message, content='Incident', "
         "content_rowid='incident_id', tokenize='unicode61 remove_diacritics 0')"
@@ -151,11 +142,6 @@ def downgrade_sqlite() -> None:
 
 def drop_sqlite_text() -> None:
     """Drop the full-text table with its triggers; the origin's table has none."""
-    drop_triggers()
-    op.execute("DROP TABLE IF EXISTS incident_text")
-
-
-def drop_triggers() -> None:
-    """Drop the triggers of the full-text table."""
     for name in TEXT_TRIGGERS:
         op.execute(f"DROP TRIGGER IF EXISTS {name}")
+    op.execute("DROP TABLE IF EXISTS incident_text")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from alembic import op
 
+from incidentkit.store.indexes import has_rows, start_transaction
 from incidentkit.store.mending import restore_token
 from incidentkit.store.migrations import incident_token, token_without_waiting
 
@@ -20,7 +21,11 @@ depends_on = None
 
 
 def upgrade() -> None:
-    restore_token(op.get_bind())
+    bind = op.get_bind()
+    if bind.dialect.name == "postgresql" and has_rows("Incident"):
+        # If the lock of the table is not granted in time, only this step is repeated.
+        start_transaction()
+    restore_token(bind)
 
 
 def downgrade() -> None:

@@ -89,11 +89,13 @@ SELECT_ON_POSTGRESQL: Final[Executable] = text(f"""
                 -- The condition names its own table.
                 tgqual IS NOT NULL AND position(
                     '''' || replace(CAST(CAST(tgrelid AS regclass) AS text), '''', '''''')
-                        || '''::regclass' IN pg_get_triggerdef(pg_trigger.oid)
+                        || '''::regclass'
+                    -- Here and below without the quotes of the setting quote_all_identifiers.
+                    IN replace(pg_get_triggerdef(pg_trigger.oid), '"regclass"', 'regclass')
                 ) > 0,
                 proname,
                 prosecdef,
-                array_to_string(proconfig, ' '),
+                replace(array_to_string(proconfig, ' '), '"', ''),
                 prosrc
             )
         FROM pg_trigger

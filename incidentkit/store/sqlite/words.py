@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from time import monotonic
 from typing import Any, Final
@@ -62,17 +63,24 @@ def create_text(name: str) -> str:
     return f"CREATE VIRTUAL TABLE {name} USING fts5(words, tokenize = 'ascii', columnsize = 0)"
 
 
-def triggers(text_table: str = TEXT) -> dict[str, str]:
-    """Return the definitions of the triggers that keep the words of each message, by name."""
+def triggers(*text_tables: str) -> dict[str, str]:
+    """Return the definitions of the triggers that keep the words of each message, by name.
+
+    Args:
+        text_tables: The full-text tables; by default the one of the schema.
+    """
     # Not REPLACE: the conflict clause of the statement that fires a trigger comes first.
-    remove = f"DELETE FROM {text_table} WHERE rowid = {{}}.incident_id; "
+    remove = "DELETE FROM {} WHERE rowid = {}.incident_id; "
     message = f"substr(new.incident_message, 1, {SEARCHED})"
     add = (
-        f"INSERT INTO {text_table} (rowid, words) VALUES (new.incident_id, "
+        "INSERT INTO {} (rowid, words) VALUES (new.incident_id, "
         f"CASE WHEN new.incident_message GLOB {OTHER_THAN_ASCII} "
         f"THEN {words(message)} ELSE {message} END); "
-    )
-    before, after = remove.format("old"), remove.format("new") + add
+    ).replace
+    before = after = ""
+    for name in text_tables or (TEXT,):
+        before += remove.format(name, "old")
+        after += remove.format(name, "new") + add("{}", name)
     return {
         f"incident_text_{name}": (
             f'CREATE TRIGGER incident_text_{name} AFTER {event} ON "Incident" BEGIN {actions}END'
@@ -106,13 +114,34 @@ def index_messages(
     )
     insert = f"INSERT INTO {text_table} (rowid, words) VALUES (?, ?)"
     end = monotonic() + seconds
-    while rows := connection.exec_driver_sql(select, (after,)).all():
-        words = [(incident_id, compared(message)) for incident_id, message in rows]
-        connection.exec_driver_sql(insert, words)
-        after = rows[-1][0]
-        if monotonic() > end:
-            return after
+    with _as_stored(connection):
+        while rows := connection.exec_driver_sql(select, (after,)).all():
+            words = [(incident_id, compared(_readable(stored))) for incident_id, stored in rows]
+            connection.exec_driver_sql(insert, words)
+            after = rows[-1][0]
+            if monotonic() > end:
+                return after
     return None
+
+
+@contextmanager
+def _as_stored(connection: Connection) -> Iterator[None]:
+    """Read texts as bytes: other programs may have stored what is not UTF-8."""
+    driver_connection: Any = connection.connection.driver_connection
+    factory = driver_connection.text_factory
+    driver_connection.text_factory = bytes
+    try:
+        yield
+    finally:
+        driver_connection.text_factory = factory
+
+
+def _readable(stored: bytes) -> str:
+    """Return the text of a message as the triggers see it: up to a NUL character.
+
+    What is not UTF-8 separates words.
+    """
+    return stored.partition(b"\0")[0].decode(errors="replace")
 
 
 def characters() -> Iterator[tuple[Any, ...]]:
