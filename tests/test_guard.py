@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ import asyncpg
 import pytest
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import String, create_engine
+from sqlalchemy import Column, String, create_engine
 
 from incidentkit import ChangePage, IncidentClient, IncidentNotFound, SchemaOutOfDate, StoreError
 from incidentkit.store import StoreOptions, store_from_url
 from incidentkit.store.migrate import check, downgrade, upgrade
 from incidentkit.store.schema import REVISIONS
+from incidentkit.store.sql.definitions import numbered
 from incidentkit.store.sql.triggers import SQLITE_TRIGGERS
 from tests.hosts import run_sql
 from tests.servers import PostgresServer
@@ -216,6 +218,20 @@ async def test_columns_that_swap_their_names_show_in_the_next_list(
         assert await client.store.token() not in (None, before)
 
 
+async def test_a_table_that_a_crash_empties_is_listed_empty(redis_url: str) -> None:
+    """While the table is unlogged no list is cached: after a crash of the server it has no rows."""
+    with PostgresServer() as server:
+        await upgrade(server.url)
+        async with _open_with_two(server.url, redis_url=redis_url) as client:
+            await _run(server.url, 'ALTER TABLE "Incident" SET UNLOGGED')
+            assert len(await client.list()) == 2
+            server.kill()
+            server.start()
+            assert await _stored(server.url) == await _messages(client) == []
+            await _run(server.url, 'ALTER TABLE "Incident" SET LOGGED')
+            assert await client.store.token() is not None
+
+
 async def test_children_keep_lists_out_of_the_cache(migrated_postgres_url: str) -> None:
     """A child's own changes fire no trigger of the table: its rows are listed, never cached."""
     async with _open_with_two(migrated_postgres_url) as client:
@@ -384,6 +400,74 @@ async def test_a_table_that_a_host_recreates_is_noticed_and_mended(
             await run_sql(sqlite_url, UPDATE)
             assert await _messages(client) == await _messages(other) == ["Redacted!!"] * 2
     assert (await upgrade(sqlite_url)).restored == ()
+
+
+@pytest.mark.parametrize("options", [{}, {"sqlite_autoincrement": True}], ids=["lost", "kept"])
+@pytest.mark.parametrize("table", ["Incident", "incident_event"])
+async def test_ids_of_a_recreated_table_are_not_given_out_again(
+    sqlite_url: str, table: str, options: dict[str, Any]
+) -> None:
+    """Alembic's batch mode loses how SQLite counts: opening mends it, and keeps all of the host."""
+    async with IncidentClient.open(sqlite_url) as client:
+        for n in range(3):
+            await client.create(f"Disk {n} is full", source="partner", incident_type="failed")
+        await client.purge(datetime.now(UTC) + timedelta(days=1))
+        await client.create("Line is down", source="partner", dedup_key="line")
+        await client.create("Line is cut", source="partner", incident_type="failed")
+        await client.purge(datetime.now(UTC) + timedelta(days=1))
+    engine = create_engine(sqlite_url.replace("+aiosqlite", ""))
+    with engine.begin() as connection:
+        operations = Operations(MigrationContext.configure(connection))
+        with operations.batch_alter_table(table, recreate="always", table_kwargs=options) as batch:
+            batch.add_column(Column("host", String(), server_default="one, (two)"))
+    engine.dispose()
+    of_host = (
+        f"CREATE INDEX host_index ON \"{table}\" (lower(host)) WHERE host <> 'x'",
+        f'CREATE TRIGGER host_trigger BEFORE DELETE ON "{table}" BEGIN SELECT 1; END',
+        f'ALTER TABLE "{table}" ADD loud GENERATED ALWAYS AS (upper(host)) VIRTUAL',
+        f'CREATE VIEW host_view AS SELECT * FROM "{table}"',
+    )
+    for statement in of_host:
+        await run_sql(sqlite_url, statement)
+    if not options:
+        with pytest.raises(SchemaOutOfDate, match=f"the table {table} was changed"):
+            await check(sqlite_url)
+    async with IncidentClient.open(sqlite_url) as client:
+        await check(sqlite_url)
+        assert await _messages(client) == ["Line is down"]
+        again = await client.create("Still down", source="partner", dedup_key="line")
+        assert again.occurrences == 2
+        new = await client.create("Door is open", source="partner")
+        assert new.incident_id > 5
+        history = await client.history(new.incident_id)
+        assert [str(event.kind) for event in history] == ["created"]
+        assert len((await client.search(text="line")).incidents) == 1
+    names = "SELECT name FROM sqlite_master WHERE name LIKE 'host%' ORDER BY 1"
+    assert len(await run_sql(sqlite_url, names)) == 3
+    rows = await run_sql(sqlite_url, "SELECT DISTINCT host, loud FROM host_view")
+    assert rows == [("one, (two)", "ONE, (TWO)")]
+
+
+@pytest.mark.parametrize(
+    ("definition", "numbered_definition"),
+    [
+        (
+            'CREATE TABLE "t" (id INTEGER NOT NULL, a, CONSTRAINT "pk, t" PRIMARY KEY ("id"), b)',
+            'CREATE TABLE "n" (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, a, b)',
+        ),
+        (
+            "create table t(other_id integer, `id` integer primary key)",
+            'CREATE TABLE "n" (other_id integer, `id` integer NOT NULL PRIMARY KEY AUTOINCREMENT)',
+        ),
+        ("CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT)", None),
+        ("CREATE TABLE t (id TEXT PRIMARY KEY)", None),
+    ],
+)
+def test_a_definition_of_a_table_gets_a_key(
+    definition: str, numbered_definition: str | None
+) -> None:
+    """The key is found however a host has written it; otherwise the table is left alone."""
+    assert numbered(definition, "id", "n") == (numbered_definition or definition)
 
 
 @pytest.mark.parametrize("name", SQLITE_TRIGGERS)

@@ -15,11 +15,13 @@ from incidentkit.store.indexes import build_index, drop_index
 from incidentkit.store.postgresql import words as postgresql
 from incidentkit.store.sql.definitions import (
     INDEXES,
+    NUMBERED,
     SELECT_ON_POSTGRESQL,
     SELECT_ON_SQLITE,
     Difference,
     Schema,
     indexed,
+    numbered,
     read_on_postgresql,
     read_on_sqlite,
 )
@@ -138,6 +140,9 @@ def _restore_functions(connection: Connection) -> None:
 
 
 def _mend_sqlite(connection: Connection, differences: tuple[Difference, ...]) -> None:
+    for difference in differences:
+        if difference.kind == "table":
+            _number_table(connection, difference.name)
     names = {difference.name for difference in differences}
     of_words = sqlite.triggers()
     triggers = {**SQLITE_TRIGGERS, **of_words}
@@ -148,9 +153,63 @@ def _mend_sqlite(connection: Connection, differences: tuple[Difference, ...]) ->
     if lost.keys() & of_words.keys():
         _run(connection, "DELETE FROM incident_text")
         sqlite.index_messages(connection)
-    if lost:
+    if lost or names & {*NUMBERED}:
+        # A table that was created again has forgotten the ids of rows that are gone.
+        _pass_known_ids(connection)
         replace_tokens(connection)
     _restore_indexes(names)
+
+
+def _number_table(connection: Connection, name: str) -> None:
+    """Create a table of SQLite again with a key that gives no id out twice, and all else it has.
+
+    Alembic's batch mode, with which a host may have created it, loses this, as it loses triggers.
+    """
+    if _run(connection, "PRAGMA foreign_keys").scalar():
+        # Only a host's database in memory has them here: dropping the table would delete rows.
+        return
+    of_table = "FROM sqlite_master WHERE tbl_name = ? AND sql IS NOT NULL"
+    ((create,),) = connection.exec_driver_sql(f"SELECT sql {of_table} AND type = 'table'", (name,))
+    parts = connection.exec_driver_sql(
+        f"SELECT sql {of_table} AND type IN ('index', 'trigger')", (name,)
+    )
+    statements = parts.scalars().all()
+    columns = connection.exec_driver_sql(
+        "SELECT name FROM pragma_table_xinfo(?) WHERE hidden = 0", (name,)
+    )
+    # Without those that are generated.
+    given = ", ".join('"' + column.replace('"', '""') + '"' for column in columns.scalars())
+    (legacy,) = _run(connection, "PRAGMA legacy_alter_table").one()
+    # Views and foreign keys go on naming the table.
+    _run(connection, "PRAGMA legacy_alter_table = ON")
+    try:
+        _run(connection, numbered(create, NUMBERED[name], f"{name}_numbered"))
+        _run(
+            connection,
+            f'INSERT INTO "{name}_numbered" ({given}) SELECT {given} FROM "{name}"',
+        )
+        _run(connection, f'DROP TABLE "{name}"')
+        _run(connection, f'ALTER TABLE "{name}_numbered" RENAME TO "{name}"')
+    finally:
+        _run(connection, f"PRAGMA legacy_alter_table = {legacy}")
+    for statement in statements:
+        _run(connection, statement)
+
+
+def _pass_known_ids(connection: Connection) -> None:
+    """Let ids on SQLite begin after all that the history has."""
+    for table, column in NUMBERED.items():
+        known = f"(SELECT coalesce(max({column}), 0) FROM incident_event)"
+        parameters = (table,)
+        connection.exec_driver_sql(
+            "INSERT INTO sqlite_sequence (name, seq) SELECT ?1, 0 "
+            "WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = ?1)",
+            parameters,
+        )
+        connection.exec_driver_sql(
+            f"UPDATE sqlite_sequence SET seq = {known} WHERE name = ?1 AND seq < {known}",
+            parameters,
+        )
 
 
 def _restore_triggers(connection: Connection, triggers: Mapping[str, str]) -> None:
