@@ -261,6 +261,7 @@ WEAKENED = {
     ),
     "one disabled": ('ALTER TABLE "Incident" DISABLE TRIGGER incident_token_truncate',),
     "dropped": ('DROP TRIGGER incident_token_change ON "Incident"',),
+    "replica": ('ALTER TABLE "Incident" ENABLE REPLICA TRIGGER incident_token_change',),
     "another event": (
         'DROP TRIGGER incident_token_truncate ON "Incident"',
         (
@@ -305,6 +306,29 @@ async def test_a_weakened_guard_is_noticed_and_mended(
         assert sorted(await _messages(client)) == await _stored(url)
         await _run(url, UPDATE)
         assert sorted(await _messages(client)) == await _stored(url)
+
+
+PARTLY = """
+DO $$
+DECLARE definition text := (
+    SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname = 'incident_token_change'
+);
+BEGIN
+    DROP TRIGGER incident_token_change ON "Incident";
+    EXECUTE replace(definition, ' UPDATE ', ' UPDATE OF source ');
+    ALTER TABLE "Incident" ENABLE ALWAYS TRIGGER incident_token_change;
+END $$
+"""
+"""Lets the trigger fire for changes of one column only."""
+
+
+async def test_a_trigger_for_some_columns_is_noticed_and_mended(migrated_postgres_url: str) -> None:
+    """A trigger that misses changes of a column is another one."""
+    await _run(migrated_postgres_url, PARTLY)
+    with pytest.raises(SchemaOutOfDate, match="the trigger incident_token_change was changed"):
+        await check(migrated_postgres_url)
+    restored = (await upgrade(migrated_postgres_url)).restored
+    assert restored == ("the trigger incident_token_change",)
 
 
 LOST = {

@@ -78,6 +78,7 @@ from incidentkit.store.schema import (
     migrations_below,
     migrations_to,
     named_place,
+    unordered,
 )
 from incidentkit.store.sql.tables import incident_table, version_table
 from incidentkit.store.sqlite.errors import PRIMARY_CODE
@@ -314,7 +315,8 @@ async def check(database_url: str, *, schema: str | None = None) -> None:
 
     Raises:
         SchemaOutOfDate: With the command to run.
-        StoreError: If the database was copied from another server; with the command to run.
+        StoreError: If the database was copied from another server, or the ids of events do not
+            ascend; with the command to run.
         StoreUnavailable: If the database cannot be reached.
         InvalidSettings: If the schema cannot have the tables.
     """
@@ -325,8 +327,13 @@ def _check(connection: Connection) -> None:
     schema = _named_schema(connection)
     check_revision(current_revision(connection), schema)
     check_parts(read_schema(connection).differences, schema)
-    if connection.dialect.name == "postgresql" and connection.scalar(SELECT_STRANDED) is not None:
+    if connection.dialect.name != "postgresql":
+        return
+    if connection.scalar(SELECT_STRANDED) is not None:
         raise copied(schema)
+    sequence = connection.scalar(SELECT_DISORDERED_SEQUENCES)
+    if sequence is not None:
+        raise unordered(sequence, schema)
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
@@ -384,13 +391,10 @@ def _upgrade(revision: str, connection: Connection) -> Upgrade:
     if connection.dialect.name == "postgresql":
         _check_encoding(connection)
     restored = _up(revision, connection)
-    at = current_revision(connection)
-    connection.rollback()
     if connection.dialect.name != "postgresql":
         return Upgrade(None, restored)
+    put_in_order(connection)
     with connection.begin():
-        if at == SCHEMA_REVISION:
-            put_in_order(connection)
         return Upgrade(_current_schema(connection), restored)
 
 
@@ -422,7 +426,18 @@ def put_in_order(connection: Connection) -> None:
     In a database that was copied from another server, transactions may have had larger numbers than
     those of this one. The sequence of events may have a cache, of which each session takes a part,
     or count down.
+
+    Runs after a migration, in a transaction of its own; does nothing on SQLite, or at an earlier
+    revision.
     """
+    newest = current_revision(connection) == SCHEMA_REVISION
+    connection.rollback()
+    if newest and connection.dialect.name == "postgresql":
+        with connection.begin():
+            _put_in_order(connection)
+
+
+def _put_in_order(connection: Connection) -> None:
     if connection.execute(SELECT_STRANDED).first() is not None:
         wait_for_tables(connection)
         connection.exec_driver_sql(
@@ -518,8 +533,17 @@ def _up(target: str, connection: Connection) -> tuple[str, ...]:
         for number in range(at, migrations_to(target, at)):
             MIGRATIONS[number].upgrade()
             record_revision(connection, REVISIONS[number])
-        newest = current_revision(connection) == SCHEMA_REVISION
-        return mend(connection) if newest else ()
+        return restore(connection)
+
+
+def restore(connection: Connection) -> tuple[str, ...]:
+    """Restore what a database at the newest revision lacks, at the end of a migration.
+
+    Returns:
+        What was restored; nothing at an earlier revision.
+    """
+    newest = current_revision(connection) == SCHEMA_REVISION
+    return mend(connection) if newest else ()
 
 
 def _down(target: str, connection: Connection) -> None:

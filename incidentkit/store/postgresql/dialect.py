@@ -13,7 +13,6 @@ from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
     IncidentNotFound,
-    StoreError,
     StoreUnavailable,
 )
 from incidentkit.domain.transitions import Transitions
@@ -24,7 +23,7 @@ from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race, unstorable
-from incidentkit.store.schema import copied, upgrade_command
+from incidentkit.store.schema import copied, unordered
 from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT, SELECT_WAITING
@@ -193,10 +192,7 @@ class PostgresDialect:
         if stranded:
             raise copied(self.schema)
         if sequence is not None:
-            raise StoreError(
-                f"the sequence {sequence} counts down or has a cache, so that events would be out "
-                f"of order: run `{upgrade_command(self.schema)}`"
-            )
+            raise unordered(sequence, self.schema)
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
         """Return the oldest open transaction that has a number, if it is old enough."""

@@ -87,6 +87,8 @@ SELECT_ON_POSTGRESQL: Final[Executable] = text(f"""
             concat_ws(
                 ' ',
                 tgtype,
+                -- The columns that an update has to name.
+                nullif(CAST(tgattr AS text), ''),
                 tgenabled,
                 tgdeferrable,
                 tginitdeferred,
