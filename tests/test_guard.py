@@ -683,7 +683,7 @@ ALTER TABLE incident_event ADD tenant text DEFAULT current_setting('app.tenant',
 CREATE ROLE {role} LOGIN;
 GRANT SELECT, INSERT, UPDATE, DELETE ON "Incident", incident_event, incident_idempotency_key
     TO {role};
-GRANT SELECT ON incident_token, incidentkit_version TO {role};
+GRANT SELECT ON incident_token, incident_purged_event, incidentkit_version TO {role};
 GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role};
 """
 ENABLE = """
@@ -820,6 +820,68 @@ async def test_policies_that_are_enabled_under_an_open_client_hold(
             assert answer == first
         for answer in both[1::2]:
             assert isinstance(answer, IncidentNotFound)
+
+
+async def test_policies_that_are_enabled_under_readers_of_the_feed_hold(
+    migrated_postgres_url: str, role: str
+) -> None:
+    """Readers that wait at one place when row security is enabled get their own events alone."""
+    tenants = ["one", "two"] * 3
+    async with (
+        _pool_of_tenants(migrated_postgres_url, role) as pool,
+        IncidentClient.open(pool) as client,
+    ):
+        first = await client.create("Disk is full", source="partner")
+        async with asyncio.timeout(60):
+            # A transaction of another test on the server can hold changes up.
+            while not (page := await client.read_changes()).changes:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        cursor = page.changes[-1].cursor
+        waiting = [
+            _as_tenant(tenant, lambda: client.read_changes(cursor, wait=2)) for tenant in tenants
+        ]
+        feed: Any = client._opened().feed
+        async with asyncio.timeout(30):
+            while len(feed._change._waiters) < len(waiting):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await _run(migrated_postgres_url, ENABLE)
+        async with (
+            _pool_of_tenants(migrated_postgres_url, role) as other_pool,
+            IncidentClient.open(other_pool) as other,
+        ):
+            second = await _as_tenant("two", lambda: other.create("Disk is full", source="partner"))
+            third = await _as_tenant("one", lambda: other.create("Disk is full", source="partner"))
+        for tenant, changes in zip(tenants, await asyncio.gather(*waiting), strict=True):
+            # One that reads in the session of another tenant gets its own with its next call.
+            expected = second if tenant == "two" else third
+            found = [change.incident_id for change in changes.changes]
+            assert found in ([expected.incident_id], [])
+        for tenant, expected in (("nobody", first), ("two", second), ("one", third)):
+            changes = await _as_tenant(tenant, client.read_changes)
+            assert [change.incident_id for change in changes.changes] == [expected.incident_id]
+
+
+async def test_policies_on_events_alone_keep_writes_apart(
+    migrated_postgres_url: str, role: str
+) -> None:
+    """With row security on the events only, each event is written in its caller's session."""
+    async with (
+        _pool_of_tenants(migrated_postgres_url, role) as pool,
+        IncidentClient.open(pool) as client,
+    ):
+        await _run(migrated_postgres_url, ENABLE[ENABLE.index("ALTER TABLE incident_event") :])
+        tenants = ["one", "two"] * 5
+        created = await asyncio.gather(
+            *(
+                _as_tenant(tenant, lambda: client.create("Disk is full", source="partner"))
+                for tenant in tenants
+            )
+        )
+        written = await run_sql(
+            migrated_postgres_url, "SELECT tenant FROM incident_event ORDER BY incident_id"
+        )
+        ordered = sorted(zip(created, tenants, strict=True), key=lambda pair: pair[0].incident_id)
+        assert [tenant for (tenant,) in written][1:] == [tenant for _, tenant in ordered][1:]
 
 
 async def test_a_page_of_an_owner_is_not_served_to_a_role(

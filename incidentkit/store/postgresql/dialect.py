@@ -186,13 +186,14 @@ class PostgresDialect:
             raise KEPT_OUT.as_error()
         return count, len(ids) == limit or count < len(ids)
 
-    async def check_order(self, fetch: Fetch) -> None:
-        """Raise if a new event could come before an existing one."""
-        ((stranded, sequence),) = await fetch(sql.SELECT_DISORDER, {})
+    async def check_order(self, fetch: Fetch) -> bool:
+        """Raise if a new event could come before an existing one; return if there are policies."""
+        ((stranded, sequence, row_security),) = await fetch(sql.SELECT_DISORDER, {})
         if stranded:
             raise copied(self.schema)
         if sequence is not None:
             raise unordered(sequence, self.schema)
+        return bool(row_security)
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
         """Return the oldest open transaction that has a number, if it is old enough."""
