@@ -565,7 +565,8 @@ async def by_role(url: str) -> None:
 
 @asynccontextmanager
 async def opened(way: str, url: str) -> AsyncIterator[IncidentClient]:
-    """Open a client by URL, on a pool, or on an engine with either driver."""
+    """Open a client by URL, on a pool, or on an engine with either driver, maybe with a level."""
+    way, _, level = way.partition(" at ")
     async with AsyncExitStack() as stack:
         database: Any = url
         if way == "pool":
@@ -573,6 +574,8 @@ async def opened(way: str, url: str) -> AsyncIterator[IncidentClient]:
         elif way != "url":
             host = url.replace("postgresql", way, 1)
             database = await stack.enter_async_context(host_engine(host))
+            if level:
+                database = database.execution_options(isolation_level=level)
         yield await stack.enter_async_context(IncidentClient.open(database))
 
 
@@ -609,7 +612,14 @@ async def check_reload(incidents: IncidentClient, url: str) -> None:
             assert await client.list() == [first]
 
 
-WAYS = ("url", "pool", "postgresql+asyncpg", "postgresql+psycopg")
+WAYS = (
+    "url",
+    "pool",
+    "postgresql+asyncpg",
+    "postgresql+psycopg",
+    "postgresql+asyncpg at REPEATABLE READ",
+    "postgresql+psycopg at SERIALIZABLE",
+)
 
 
 @pytest.mark.parametrize("way", WAYS)

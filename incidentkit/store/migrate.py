@@ -60,6 +60,7 @@ from incidentkit.store.postgresql.errors import (
 from incidentkit.store.postgresql.poolers import find_pooler
 from incidentkit.store.postgresql.statements import (
     SELECT_DISORDERED_SEQUENCES,
+    SELECT_KNOWN_IDS,
     SELECT_LAST_EVENT_ID,
     SELECT_STRANDED,
     SHIFT,
@@ -153,6 +154,8 @@ SCHEMA_FOUND: Final = text("""
     WHERE pg_class.oid = to_regclass('incidentkit_version')
 """)
 """Returns the schema in which the search path finds incidentkit's tables."""
+
+SET_SEQUENCE: Final = text("SELECT setval(CAST(:sequence AS regclass), :last)")
 
 OPTIONS: Final[dict[str, Any]] = {"version_table": VERSION_TABLE, "transactional_ddl": True}
 """How Alembic runs the migrations."""
@@ -424,8 +427,8 @@ def put_in_order(connection: Connection) -> None:
     """Make new events come after the existing ones.
 
     In a database that was copied from another server, transactions may have had larger numbers than
-    those of this one. The sequence of events may have a cache, of which each session takes a part,
-    or count down.
+    those of this one. A sequence may be behind the rows. That of events may have a cache, of which
+    each session takes a part, or count down.
 
     Runs after a migration, in a transaction of its own; does nothing on SQLite, or at an earlier
     revision.
@@ -447,6 +450,12 @@ def _put_in_order(connection: Connection) -> None:
             values = {"unassigned": unassigned, "latest": latest, "event_id": event_id}
             for statement in SHIFT.values():
                 connection.execute(statement, values)
+    for statement in SELECT_KNOWN_IDS.values():
+        for sequence, last in connection.execute(statement).all():
+            at = connection.exec_driver_sql(f"TABLE {sequence}").one()
+            # After an export of rows without their sequence, it would give ids out again.
+            if at.last_value + at.is_called <= last:
+                connection.execute(SET_SEQUENCE, {"sequence": sequence, "last": last})
     for sequence in connection.scalars(SELECT_DISORDERED_SEQUENCES).all():
         wait_for_tables(connection)
         connection.exec_driver_sql("LOCK TABLE incident_event IN SHARE ROW EXCLUSIVE MODE")

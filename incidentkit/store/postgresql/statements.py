@@ -685,6 +685,28 @@ SELECT_LAST_EVENT_ID: Final = text("""
 """)
 """Returns the largest id of an event."""
 
+SELECT_KNOWN_IDS: Final = {
+    table: text(f"""
+        SELECT CAST(CAST(sequence.seqrelid AS regclass) AS text), known.id
+        FROM ({known}) AS known (id)
+        JOIN pg_sequence AS sequence ON sequence.seqrelid
+            = CAST(pg_get_serial_sequence('{table}', '{column}') AS regclass)
+        WHERE sequence.seqincrement > 0 AND known.id > 0
+    """)
+    for table, column, known in (
+        (
+            '"Incident"',
+            "incident_id",
+            """SELECT greatest(
+                (SELECT max(incident.incident_id) FROM "Incident" AS incident),
+                (SELECT max(event.incident_id) FROM incident_event AS event)
+            )""",
+        ),
+        ("incident_event", "event_id", SELECT_LAST_EVENT_ID.text),
+    )
+}
+"""Returns the ascending sequence of the ids of a table, and the largest id that is known."""
+
 SELECT_STRANDED: Final = text(f"""
     WITH unassigned AS MATERIALIZED (
         SELECT {_UNASSIGNED} AS number
