@@ -261,6 +261,7 @@ WEAKENED = {
     ),
     "one disabled": ('ALTER TABLE "Incident" DISABLE TRIGGER incident_token_truncate',),
     "dropped": ('DROP TRIGGER incident_token_change ON "Incident"',),
+    "renamed": ('ALTER TRIGGER incident_token_change ON "Incident" RENAME TO "Other"',),
     "replica": ('ALTER TABLE "Incident" ENABLE REPLICA TRIGGER incident_token_change',),
     "another event": (
         'DROP TRIGGER incident_token_truncate ON "Incident"',
@@ -329,6 +330,22 @@ async def test_a_trigger_for_some_columns_is_noticed_and_mended(migrated_postgre
         await check(migrated_postgres_url)
     restored = (await upgrade(migrated_postgres_url)).restored
     assert restored == ("the trigger incident_token_change",)
+
+
+async def test_a_lost_table_of_tokens_is_noticed_and_mended(url: str) -> None:
+    """Without the table of tokens nothing works: `check` names it, and `upgrade` restores it."""
+    async with _open_with_two(url) as client:
+        await run_sql(url, "DROP TABLE incident_token")
+        missing = "the table incident_token is missing"
+        with pytest.raises(SchemaOutOfDate, match=missing):
+            await client.check()
+        with pytest.raises(SchemaOutOfDate, match=missing):
+            await check(url)
+        assert missing.removesuffix(" is missing") in (await upgrade(url)).restored
+        await check(url)
+        await client.create("Line is down", source="partner")
+        assert len(await client.list()) == 3
+        assert await client.store.token() is not None
 
 
 LOST = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from sqlalchemy import Connection, CursorResult
+from sqlalchemy import Connection, CursorResult, text
 
 from incidentkit.store.indexes import build_index, drop_index
 from incidentkit.store.postgresql import words as postgresql
@@ -26,11 +26,12 @@ from incidentkit.store.sql.definitions import (
     read_on_sqlite,
 )
 from incidentkit.store.sql.naming import RULE_FUNCTIONS, WORDS_FUNCTION
-from incidentkit.store.sql.tables import TEXT_INDEX
+from incidentkit.store.sql.tables import TEXT_INDEX, token_table
 from incidentkit.store.sql.triggers import (
     NEW_TOKEN,
     SQLITE_TRIGGERS,
     TIME_TRIGGERS,
+    TOKEN_FUNCTION,
     TOKEN_TRIGGERS,
     WHOLE_TIMES,
     token_function,
@@ -41,6 +42,13 @@ from incidentkit.store.sqlite import words as sqlite
 TOKENS: Final = "the rows of incident_token"
 
 _COUNT_TOKENS: Final = "SELECT count(*) FROM incident_token WHERE slot BETWEEN 0 AND 15"
+_SELECT_TOKEN_TRIGGERS: Final = text(
+    "SELECT quote_ident(tgname) FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid "
+    """WHERE tgrelid = CAST('"Incident"' AS regclass) AND NOT tgisinternal """
+    f"AND (tgname = ANY(:names) OR proname = '{TOKEN_FUNCTION}')"
+)
+"""Returns the triggers that replace the token, whatever their names, or have the names of these."""
+
 _SCHEMA_OF_TABLE: Final = (
     "SELECT quote_ident(nspname) FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace "
     """WHERE pg_class.oid = CAST('"Incident"' AS regclass)"""
@@ -66,6 +74,7 @@ def mend(connection: Connection) -> tuple[str, ...]:
     """
     differences = read_schema(connection).differences
     on_postgresql = connection.dialect.name == "postgresql"
+    token_table.create(connection, checkfirst=True)
     if differences:
         (_mend_postgresql if on_postgresql else _mend_sqlite)(connection, differences)
     restored = [difference.part for difference in differences]
@@ -79,8 +88,11 @@ def restore_token(connection: Connection) -> None:
     """Create the triggers that replace the token, with their function, and replace the token."""
     if connection.dialect.name == "postgresql":
         schema = restore_token_function(connection)
-        for name, create in token_triggers(schema).items():
-            _run(connection, f'DROP TRIGGER IF EXISTS {name} ON "Incident"')
+        triggers = token_triggers(schema)
+        found = connection.execute(_SELECT_TOKEN_TRIGGERS, {"names": list(triggers)})
+        for name in found.scalars().all():
+            _run(connection, f'DROP TRIGGER {name} ON "Incident"')
+        for name, create in triggers.items():
             _run(connection, create)
             # Fire for changes applied by logical replication too.
             _run(connection, f'ALTER TABLE "Incident" ENABLE ALWAYS TRIGGER {name}')
@@ -141,7 +153,7 @@ def _restore_functions(connection: Connection) -> None:
 
 def _mend_sqlite(connection: Connection, differences: tuple[Difference, ...]) -> None:
     for difference in differences:
-        if difference.kind == "table":
+        if difference.kind == "table" and not difference.missing:
             _number_table(connection, difference.name)
     names = {difference.name for difference in differences}
     of_words = sqlite.triggers()

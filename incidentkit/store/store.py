@@ -101,7 +101,11 @@ class Store(Records):
         rows = await self._connections.read(self._dialect.select_schema, {})
         schema = self._dialect.read_schema(rows)
         check_revision(schema.revision, self._dialect.schema)
-        vital = [each for each in schema.differences if each.kind == "trigger"]
+        vital = [
+            each
+            for each in schema.differences
+            if each.kind == "trigger" or (each.kind == "table" and each.missing)
+        ]
         check_parts(vital, self._dialect.schema)
         self.row_security = False
         self._notice(row_security=schema.row_security)

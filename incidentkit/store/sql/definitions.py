@@ -16,7 +16,7 @@ from sqlalchemy import Executable, Index
 
 from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.naming import RULE_FUNCTIONS, TABLES, WORDS_FUNCTION, text
-from incidentkit.store.sql.tables import TEXT_INDEX, metadata
+from incidentkit.store.sql.tables import TEXT_INDEX, metadata, token_table
 from incidentkit.store.sql.triggers import (
     SQLITE_TRIGGERS,
     TOKEN_BODY,
@@ -136,6 +136,10 @@ SELECT_ON_POSTGRESQL: Final[Executable] = text(f"""
         JOIN pg_class ON pg_class.oid = indexrelid
         WHERE indrelid = ANY(ARRAY[{_NUMBERS}])
         UNION ALL
+        SELECT 'table', CAST(relname AS text), ''
+        FROM pg_class
+        WHERE oid = to_regclass('{token_table.name}')
+        UNION ALL
         SELECT 'row security', CAST(relname AS text), ''
         FROM pg_class
         WHERE oid = ANY(ARRAY[{_NUMBERS}]) AND relrowsecurity
@@ -204,6 +208,7 @@ def _on_postgresql() -> Mapping[Part, Collection[str]]:
         partial = "t" if _condition(index) else "f"
         wanted["index", name] = (f"t {'t' if index.unique else 'f'} {partial} {columns}",)
     wanted["index", TEXT_INDEX] = (f"t f f {WORDS_FUNCTION}",)
+    wanted["table", token_table.name] = ("",)
     return wanted
 
 
@@ -219,7 +224,7 @@ def _on_sqlite() -> Mapping[Part, Collection[str]]:
             f"CREATE {'UNIQUE ' if index.unique else ''}INDEX {name} ON {table} {indexed(index)}"
         )
         wanted["index", name] = (create,)
-    for name in NUMBERED:
+    for name in (*NUMBERED, token_table.name):
         wanted["table", name] = ("",)
     return wanted
 

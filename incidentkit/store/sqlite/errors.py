@@ -161,3 +161,12 @@ def is_stale_schema(error: DBAPIError) -> bool:
     """
     code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
     return bool(code == sqlite3.SQLITE_SCHEMA)
+
+
+def may_be_unprepared(error: DBAPIError) -> bool:
+    """Return whether SQLite may have compiled the statement for a schema that has changed since.
+
+    It notices a new schema when a statement runs, but not if the old one has no such table or index
+    for a trigger or a conflict.
+    """
+    return getattr(error.orig, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR
