@@ -98,6 +98,7 @@ class Dialect(Protocol):
         Raises:
             StoreError: With the command that repairs the order.
         """
+        ...
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
         """Return the transaction that has held up the feed for so many seconds, or None."""

@@ -390,7 +390,7 @@ def translate_error(error: BaseException, *, connecting: bool = False) -> StoreE
     if cause is LACKS_PRIVILEGE:
         return _lacks_privilege(str(causes[0])).as_error(sqlstate)
     if cause is CONSTRAINT:
-        cause = named_constraint(cause, _constraint(causes[0]))
+        cause = named_constraint(CONSTRAINT, _constraint(causes[0]))
     if cause is not None:
         return cause.as_error(sqlstate)
     # Without a SQLSTATE, the driver or the network has failed, and not the statement.

@@ -133,7 +133,7 @@ def translate_error(error: BaseException) -> StoreError:
         known = LOST
     if known is CONSTRAINT:
         told = _CONSTRAINT.fullmatch(str(cause))
-        known = named_constraint(known, told and f"{told[1]} of {told[2]}")
+        known = named_constraint(CONSTRAINT, told and f"{told[1]} of {told[2]}")
     if known is not None:
         return known.as_error(code)
     return unknown_cause(cause or error, code, unavailable=isinstance(error, OSError))
