@@ -572,9 +572,8 @@ async def opened(way: str, url: str) -> AsyncIterator[IncidentClient]:
             database = await stack.enter_async_context(asyncpg.create_pool(url, min_size=1))
         elif way != "url":
             host = url.replace("postgresql", way, 1)
-            database = await stack.enter_async_context(host_engine(host))
-            if level:
-                database = database.execution_options(isolation_level=level)
+            options = {"execution_options": {"isolation_level": level}} if level else {}
+            database = await stack.enter_async_context(host_engine(host, **options))
         yield await stack.enter_async_context(IncidentClient.open(database))
 
 
