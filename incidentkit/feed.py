@@ -50,7 +50,7 @@ class EventStore(Protocol):
         ...
 
     async def check_order(self) -> None:
-        """Raise unless events are in the order of their places."""
+        """Raise unless events are in the order of their places; look for row security, too."""
         ...
 
 
@@ -92,7 +92,7 @@ class ChangeFeed:
     def __init__(self, store: EventStore, *, clock: Callable[[], float] | None = None) -> None:
         self._store = store
         self._clock = clock or asyncio.get_running_loop().time
-        self._reads = Coalescer(self._read)
+        self._reads = Coalescer(self._read_shared)
         self._change = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
         self._closed = asyncio.Event()
@@ -149,8 +149,11 @@ class ChangeFeed:
             if self._closed.is_set():
                 raise ClientClosed
             key = (cursor, place, limit)
-            alone = getattr(self._store, "row_security", False)
+            alone = self._alone()
             events = await (self._read(key) if alone else self._reads(key))
+            if not alone and self._alone():
+                # Row security was enabled before the read: they may be another session's events.
+                continue
             if events is None:
                 # The places have moved, also those of the skipped events.
                 place, cursor, start = await self._find(cursor)
@@ -197,6 +200,17 @@ class ChangeFeed:
         if not cursor.event_id:
             return BEGINNING, None, start
         return await self._store.place(cursor), after, start
+
+    def _alone(self) -> bool:
+        """Return whether readers must not share a read, as far as is known."""
+        return getattr(self._store, "row_security", False)
+
+    async def _read_shared(self, key: tuple[str | None, Place, int]) -> EventList | None:
+        """Read for several readers, and look whether they may share what was found."""
+        events = await self._read(key)
+        if events:
+            await self._store.check_order()
+        return events
 
     async def _read(self, key: tuple[str | None, Place, int]) -> EventList | None:
         """Return events after a place, or None if the cursor has moved."""

@@ -10,10 +10,11 @@ from logging.config import fileConfig
 from typing import Any
 
 from alembic import context
+from alembic.operations import Operations
 from sqlalchemy import Connection
 
 from incidentkit.settings import Settings
-from incidentkit.store.migrate import OPTIONS, prepare, run
+from incidentkit.store.migrate import OPTIONS, prepare, put_in_order, restore, run
 from incidentkit.store.sql.tables import TEXT_INDEX, metadata, schema_on_postgresql
 
 
@@ -25,7 +26,7 @@ def is_ours(name: str | None, type_: str, _: Any) -> bool:
 
 
 def run_migrations(connection: Connection) -> None:
-    """Run the requested migrations in one transaction, one process at a time."""
+    """Run the requested migrations, and restore what the newest revision lacks, as `db upgrade`."""
     context.configure(
         connection=connection,
         target_metadata=(
@@ -36,9 +37,15 @@ def run_migrations(connection: Connection) -> None:
         compare_server_default=True,
         **OPTIONS,
     )
+    upgrades = context.get_context().opts.get("destination_rev") is not None
     with context.begin_transaction():
         prepare(connection)
         context.run_migrations()
+        with Operations.context(context.get_context()):
+            for part in restore(connection) if upgrades else ():
+                context.config.print_stdout("Restored %s.", part)
+    if upgrades:
+        put_in_order(connection)
 
 
 if context.is_offline_mode():

@@ -580,6 +580,29 @@ async def test_an_export_of_incidents_alone_is_noticed(migrated_postgres_url: st
         }
 
 
+async def test_an_export_without_sequences_gives_no_id_out_again(
+    migrated_postgres_url: str,
+) -> None:
+    """After rows were copied without their sequences, `db upgrade` lets ids go on after them."""
+    url = migrated_postgres_url
+    async with IncidentClient.open(url) as incidents, connected(url) as connection:
+        for n in range(3):
+            await incidents.create(f"Disk {n} is full", source="partner", incident_type="failed")
+        await incidents.purge(datetime.now(UTC) + timedelta(days=1))
+        for sequence in ('"Incident_incident_id_seq"', "incident_event_event_id_seq"):
+            await connection.execute(f"ALTER SEQUENCE {sequence} RESTART")
+        await migrate.upgrade(url)
+        new = await incidents.create("Line is down", source="partner")
+        assert [str(each.kind) for each in await incidents.history(new.incident_id)] == ["created"]
+        await incidents.note(new.incident_id, "Found")
+        changes = await take(incidents, 5)
+        assert [str(change.kind) for change in changes][-2:] == ["created", "noted"]
+        # A sequence that is ahead stays.
+        await connection.execute("ALTER SEQUENCE incident_event_event_id_seq RESTART 1000")
+        await migrate.upgrade(url)
+        assert await connection.fetchval("SELECT nextval('incident_event_event_id_seq')") == 1000
+
+
 async def test_a_cursor_of_a_purged_change_stays_good(migrated_postgres_url: str) -> None:
     """A cursor at a purged change survives `db upgrade`; one with another nonce is refused."""
     async with IncidentClient.open(migrated_postgres_url) as incidents:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ import asyncpg
 import pytest
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import String, create_engine
+from sqlalchemy import Column, String, create_engine
 
 from incidentkit import ChangePage, IncidentClient, IncidentNotFound, SchemaOutOfDate, StoreError
 from incidentkit.store import StoreOptions, store_from_url
 from incidentkit.store.migrate import check, downgrade, upgrade
 from incidentkit.store.schema import REVISIONS
+from incidentkit.store.sql.definitions import numbered
 from incidentkit.store.sql.triggers import SQLITE_TRIGGERS
 from tests.hosts import run_sql
 from tests.servers import PostgresServer
@@ -216,6 +218,20 @@ async def test_columns_that_swap_their_names_show_in_the_next_list(
         assert await client.store.token() not in (None, before)
 
 
+async def test_a_table_that_a_crash_empties_is_listed_empty(redis_url: str) -> None:
+    """While the table is unlogged no list is cached: after a crash of the server it has no rows."""
+    with PostgresServer() as server:
+        await upgrade(server.url)
+        async with _open_with_two(server.url, redis_url=redis_url) as client:
+            await _run(server.url, 'ALTER TABLE "Incident" SET UNLOGGED')
+            assert len(await client.list()) == 2
+            server.kill()
+            server.start()
+            assert await _stored(server.url) == await _messages(client) == []
+            await _run(server.url, 'ALTER TABLE "Incident" SET LOGGED')
+            assert await client.store.token() is not None
+
+
 async def test_children_keep_lists_out_of_the_cache(migrated_postgres_url: str) -> None:
     """A child's own changes fire no trigger of the table: its rows are listed, never cached."""
     async with _open_with_two(migrated_postgres_url) as client:
@@ -245,6 +261,8 @@ WEAKENED = {
     ),
     "one disabled": ('ALTER TABLE "Incident" DISABLE TRIGGER incident_token_truncate',),
     "dropped": ('DROP TRIGGER incident_token_change ON "Incident"',),
+    "renamed": ('ALTER TRIGGER incident_token_change ON "Incident" RENAME TO "Other"',),
+    "replica": ('ALTER TABLE "Incident" ENABLE REPLICA TRIGGER incident_token_change',),
     "another event": (
         'DROP TRIGGER incident_token_truncate ON "Incident"',
         (
@@ -289,6 +307,45 @@ async def test_a_weakened_guard_is_noticed_and_mended(
         assert sorted(await _messages(client)) == await _stored(url)
         await _run(url, UPDATE)
         assert sorted(await _messages(client)) == await _stored(url)
+
+
+PARTLY = """
+DO $$
+DECLARE definition text := (
+    SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname = 'incident_token_change'
+);
+BEGIN
+    DROP TRIGGER incident_token_change ON "Incident";
+    EXECUTE replace(definition, ' UPDATE ', ' UPDATE OF source ');
+    ALTER TABLE "Incident" ENABLE ALWAYS TRIGGER incident_token_change;
+END $$
+"""
+"""Lets the trigger fire for changes of one column only."""
+
+
+async def test_a_trigger_for_some_columns_is_noticed_and_mended(migrated_postgres_url: str) -> None:
+    """A trigger that misses changes of a column is another one."""
+    await _run(migrated_postgres_url, PARTLY)
+    with pytest.raises(SchemaOutOfDate, match="the trigger incident_token_change was changed"):
+        await check(migrated_postgres_url)
+    restored = (await upgrade(migrated_postgres_url)).restored
+    assert restored == ("the trigger incident_token_change",)
+
+
+async def test_a_lost_table_of_tokens_is_noticed_and_mended(url: str) -> None:
+    """Without the table of tokens nothing works: `check` names it, and `upgrade` restores it."""
+    async with _open_with_two(url) as client:
+        await run_sql(url, "DROP TABLE incident_token")
+        missing = "the table incident_token is missing"
+        with pytest.raises(SchemaOutOfDate, match=missing):
+            await client.check()
+        with pytest.raises(SchemaOutOfDate, match=missing):
+            await check(url)
+        assert missing.removesuffix(" is missing") in (await upgrade(url)).restored
+        await check(url)
+        await client.create("Line is down", source="partner")
+        assert len(await client.list()) == 3
+        assert await client.store.token() is not None
 
 
 LOST = {
@@ -384,6 +441,74 @@ async def test_a_table_that_a_host_recreates_is_noticed_and_mended(
             await run_sql(sqlite_url, UPDATE)
             assert await _messages(client) == await _messages(other) == ["Redacted!!"] * 2
     assert (await upgrade(sqlite_url)).restored == ()
+
+
+@pytest.mark.parametrize("options", [{}, {"sqlite_autoincrement": True}], ids=["lost", "kept"])
+@pytest.mark.parametrize("table", ["Incident", "incident_event"])
+async def test_ids_of_a_recreated_table_are_not_given_out_again(
+    sqlite_url: str, table: str, options: dict[str, Any]
+) -> None:
+    """Alembic's batch mode loses how SQLite counts: opening mends it, and keeps all of the host."""
+    async with IncidentClient.open(sqlite_url) as client:
+        for n in range(3):
+            await client.create(f"Disk {n} is full", source="partner", incident_type="failed")
+        await client.purge(datetime.now(UTC) + timedelta(days=1))
+        await client.create("Line is down", source="partner", dedup_key="line")
+        await client.create("Line is cut", source="partner", incident_type="failed")
+        await client.purge(datetime.now(UTC) + timedelta(days=1))
+    engine = create_engine(sqlite_url.replace("+aiosqlite", ""))
+    with engine.begin() as connection:
+        operations = Operations(MigrationContext.configure(connection))
+        with operations.batch_alter_table(table, recreate="always", table_kwargs=options) as batch:
+            batch.add_column(Column("host", String(), server_default="one, (two)"))
+    engine.dispose()
+    of_host = (
+        f"CREATE INDEX host_index ON \"{table}\" (lower(host)) WHERE host <> 'x'",
+        f'CREATE TRIGGER host_trigger BEFORE DELETE ON "{table}" BEGIN SELECT 1; END',
+        f'ALTER TABLE "{table}" ADD loud GENERATED ALWAYS AS (upper(host)) VIRTUAL',
+        f'CREATE VIEW host_view AS SELECT * FROM "{table}"',
+    )
+    for statement in of_host:
+        await run_sql(sqlite_url, statement)
+    if not options:
+        with pytest.raises(SchemaOutOfDate, match=f"the table {table} was changed"):
+            await check(sqlite_url)
+    async with IncidentClient.open(sqlite_url) as client:
+        await check(sqlite_url)
+        assert await _messages(client) == ["Line is down"]
+        again = await client.create("Still down", source="partner", dedup_key="line")
+        assert again.occurrences == 2
+        new = await client.create("Door is open", source="partner")
+        assert new.incident_id > 5
+        history = await client.history(new.incident_id)
+        assert [str(event.kind) for event in history] == ["created"]
+        assert len((await client.search(text="line")).incidents) == 1
+    names = "SELECT name FROM sqlite_master WHERE name LIKE 'host%' ORDER BY 1"
+    assert len(await run_sql(sqlite_url, names)) == 3
+    rows = await run_sql(sqlite_url, "SELECT DISTINCT host, loud FROM host_view")
+    assert rows == [("one, (two)", "ONE, (TWO)")]
+
+
+@pytest.mark.parametrize(
+    ("definition", "numbered_definition"),
+    [
+        (
+            'CREATE TABLE "t" (id INTEGER NOT NULL, a, CONSTRAINT "pk, t" PRIMARY KEY ("id"), b)',
+            'CREATE TABLE "n" (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, a, b)',
+        ),
+        (
+            "create table t(other_id integer, `id` integer primary key)",
+            'CREATE TABLE "n" (other_id integer, `id` integer NOT NULL PRIMARY KEY AUTOINCREMENT)',
+        ),
+        ("CREATE TABLE t (id INTEGER PRIMARY KEY AUTOINCREMENT)", None),
+        ("CREATE TABLE t (id TEXT PRIMARY KEY)", None),
+    ],
+)
+def test_a_definition_of_a_table_gets_a_key(
+    definition: str, numbered_definition: str | None
+) -> None:
+    """The key is found however a host has written it; otherwise the table is left alone."""
+    assert numbered(definition, "id", "n") == (numbered_definition or definition)
 
 
 @pytest.mark.parametrize("name", SQLITE_TRIGGERS)
@@ -588,7 +713,7 @@ ALTER TABLE incident_event ADD tenant text DEFAULT current_setting('app.tenant',
 CREATE ROLE {role} LOGIN;
 GRANT SELECT, INSERT, UPDATE, DELETE ON "Incident", incident_event, incident_idempotency_key
     TO {role};
-GRANT SELECT ON incident_token, incidentkit_version TO {role};
+GRANT SELECT ON incident_token, incident_purged_event, incidentkit_version TO {role};
 GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role};
 """
 ENABLE = """
@@ -725,6 +850,68 @@ async def test_policies_that_are_enabled_under_an_open_client_hold(
             assert answer == first
         for answer in both[1::2]:
             assert isinstance(answer, IncidentNotFound)
+
+
+async def test_policies_that_are_enabled_under_readers_of_the_feed_hold(
+    migrated_postgres_url: str, role: str
+) -> None:
+    """Readers that wait at one place when row security is enabled get their own events alone."""
+    tenants = ["one", "two"] * 3
+    async with (
+        _pool_of_tenants(migrated_postgres_url, role) as pool,
+        IncidentClient.open(pool) as client,
+    ):
+        first = await client.create("Disk is full", source="partner")
+        async with asyncio.timeout(60):
+            # A transaction of another test on the server can hold changes up.
+            while not (page := await client.read_changes()).changes:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        cursor = page.changes[-1].cursor
+        waiting = [
+            _as_tenant(tenant, lambda: client.read_changes(cursor, wait=2)) for tenant in tenants
+        ]
+        feed: Any = client._opened().feed
+        async with asyncio.timeout(30):
+            while len(feed._change._waiters) < len(waiting):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await _run(migrated_postgres_url, ENABLE)
+        async with (
+            _pool_of_tenants(migrated_postgres_url, role) as other_pool,
+            IncidentClient.open(other_pool) as other,
+        ):
+            second = await _as_tenant("two", lambda: other.create("Disk is full", source="partner"))
+            third = await _as_tenant("one", lambda: other.create("Disk is full", source="partner"))
+        for tenant, changes in zip(tenants, await asyncio.gather(*waiting), strict=True):
+            # One that reads in the session of another tenant gets its own with its next call.
+            expected = second if tenant == "two" else third
+            found = [change.incident_id for change in changes.changes]
+            assert found in ([expected.incident_id], [])
+        for tenant, expected in (("nobody", first), ("two", second), ("one", third)):
+            changes = await _as_tenant(tenant, client.read_changes)
+            assert [change.incident_id for change in changes.changes] == [expected.incident_id]
+
+
+async def test_policies_on_events_alone_keep_writes_apart(
+    migrated_postgres_url: str, role: str
+) -> None:
+    """With row security on the events only, each event is written in its caller's session."""
+    async with (
+        _pool_of_tenants(migrated_postgres_url, role) as pool,
+        IncidentClient.open(pool) as client,
+    ):
+        await _run(migrated_postgres_url, ENABLE[ENABLE.index("ALTER TABLE incident_event") :])
+        tenants = ["one", "two"] * 5
+        created = await asyncio.gather(
+            *(
+                _as_tenant(tenant, lambda: client.create("Disk is full", source="partner"))
+                for tenant in tenants
+            )
+        )
+        written = await run_sql(
+            migrated_postgres_url, "SELECT tenant FROM incident_event ORDER BY incident_id"
+        )
+        ordered = sorted(zip(created, tenants, strict=True), key=lambda pair: pair[0].incident_id)
+        assert [tenant for (tenant,) in written][1:] == [tenant for _, tenant in ordered][1:]
 
 
 async def test_a_page_of_an_owner_is_not_served_to_a_role(

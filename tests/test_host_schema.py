@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import StaticPool, event, inspect, text
 
 from incidentkit import IncidentClient, InvalidSettings, NewIncident, StoreError, acting_as
-from incidentkit.store.migrate import upgrade
+from incidentkit.store.migrate import check, upgrade
 from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.tables import metadata
 from tests.hosts import host_engine, run_sql
@@ -454,6 +454,8 @@ async def test_a_sequence_that_breaks_histories_is_named(
             await incidents.check()
         with pytest.raises(StoreError, match="incident_event_event_id_seq"):
             await incidents.read_changes()
+        with pytest.raises(StoreError, match=r"incident_event_event_id_seq .*db upgrade"):
+            await check(url)
     with pytest.raises(StoreError, match="incident_event_event_id_seq"):
         await IncidentClient.open(url).connect()
     await upgrade(url)
@@ -462,6 +464,67 @@ async def test_a_sequence_that_breaks_histories_is_named(
             await (incidents, other)[n % 2].note(1, f"Note {n}")
         notes = [event.note for event in (await incidents.history(1))[1:]]
         assert notes == [f"Note {n}" for n in range(10)]
+
+
+CONSTRAINTS = {
+    "host_key": ['CREATE UNIQUE INDEX host_key ON "Incident" (source)'],
+    "host_check": [
+        'ALTER TABLE "Incident" ADD CONSTRAINT host_check CHECK (occurrences > 1) NOT VALID',
+    ],
+    "NOT NULL of host": [
+        'ALTER TABLE "Incident" ADD host int NOT NULL DEFAULT 1',
+        'ALTER TABLE "Incident" ALTER host DROP DEFAULT',
+    ],
+}
+"""Constraints of a host that refuse a create, by what an error calls them."""
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+@pytest.mark.parametrize("way", ["url", "postgresql+psycopg"])
+async def test_a_constraint_of_the_host_is_named(
+    migrated_postgres_url: str, name: str, way: str
+) -> None:
+    """A write that a constraint refuses ends with an error that names the constraint alone."""
+    async with opened(way, migrated_postgres_url) as incidents:
+        await incidents.create("Line is down", source="partner")
+        await run_all(migrated_postgres_url, CONSTRAINTS[name])
+        with pytest.raises(StoreError) as caught:
+            await incidents.create("Disk full", source="partner")
+        assert caught.value.reason == f"the constraint {name} of the database refused the values"
+
+
+async def test_a_purge_names_what_refers_to_an_incident(migrated_postgres_url: str) -> None:
+    """A purge of an incident to which a host's row refers ends with the name of the constraint."""
+    url = migrated_postgres_url
+    reference = 'CONSTRAINT host_order REFERENCES "Incident"'
+    async with IncidentClient.open(url) as incidents:
+        await incidents.create("Disk is full", source="partner", incident_type="failed")
+        await run_sql(url, f"CREATE TABLE orders (incident_id bigint {reference})")
+        await run_sql(url, "INSERT INTO orders VALUES (1)")
+        with pytest.raises(StoreError, match="the constraint host_order of the database"):
+            await incidents.purge(datetime.now(UTC) + LATER)
+
+
+async def test_a_constraint_of_the_host_is_named_on_sqlite(sqlite_url: str) -> None:
+    """On SQLite, where not every constraint has a name, the error has what SQLite calls it."""
+    async with IncidentClient.open(sqlite_url) as incidents:
+        await incidents.create("Disk is full", source="partner")
+        await run_all(sqlite_url, CONSTRAINTS["host_key"])
+        named = "the constraint UNIQUE of Incident.source of the database"
+        with pytest.raises(StoreError, match=named):
+            await incidents.create("Full disk", source="partner")
+
+
+async def test_a_lost_unique_index_is_named(url: str, incidents: IncidentClient) -> None:
+    """A create that needs an index which was dropped says what to do; without it, no other does."""
+    keyed = NewIncident("Disk is full", "partner", dedup_key="key")
+    await incidents.create(keyed)
+    await run_sql(url, 'DROP INDEX "ux_Incident_dedup_key"')
+    with pytest.raises(StoreError, match=r"a unique index is missing .*`incidentkit db upgrade`"):
+        await incidents.create(keyed)
+    await incidents.create("Line is down", source="partner")
+    await upgrade(url)
+    assert (await incidents.create(keyed)).occurrences == 2
 
 
 async def test_a_rule_is_named(migrated_postgres_url: str) -> None:
@@ -501,14 +564,16 @@ async def by_role(url: str) -> None:
 
 @asynccontextmanager
 async def opened(way: str, url: str) -> AsyncIterator[IncidentClient]:
-    """Open a client by URL, on a pool, or on an engine with either driver."""
+    """Open a client by URL, on a pool, or on an engine with either driver, maybe with a level."""
+    way, _, level = way.partition(" at ")
     async with AsyncExitStack() as stack:
         database: Any = url
         if way == "pool":
             database = await stack.enter_async_context(asyncpg.create_pool(url, min_size=1))
         elif way != "url":
             host = url.replace("postgresql", way, 1)
-            database = await stack.enter_async_context(host_engine(host))
+            options = {"execution_options": {"isolation_level": level}} if level else {}
+            database = await stack.enter_async_context(host_engine(host, **options))
         yield await stack.enter_async_context(IncidentClient.open(database))
 
 
@@ -545,7 +610,14 @@ async def check_reload(incidents: IncidentClient, url: str) -> None:
             assert await client.list() == [first]
 
 
-WAYS = ("url", "pool", "postgresql+asyncpg", "postgresql+psycopg")
+WAYS = (
+    "url",
+    "pool",
+    "postgresql+asyncpg",
+    "postgresql+psycopg",
+    "postgresql+asyncpg at REPEATABLE READ",
+    "postgresql+psycopg at SERIALIZABLE",
+)
 
 
 @pytest.mark.parametrize("way", WAYS)

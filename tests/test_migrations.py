@@ -36,7 +36,7 @@ from incidentkit.store import migrate
 from incidentkit.store.migrations import MIGRATIONS
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION, VERSION_TABLE, migrations_to
 from incidentkit.store.sql.tables import TEXT_INDEX, TEXT_TABLES, keep_out_of_autogenerate, metadata
-from tests.hosts import sqlalchemy_url
+from tests.hosts import run_sql, sqlalchemy_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -614,6 +614,25 @@ def test_alembics_own_command_line_works(empty_url: str, arguments: list[str]) -
     assert result.returncode == 0, result.stderr
     expected = REVISIONS[-2] if arguments[0] == "downgrade" else SCHEMA_REVISION
     assert asyncio.run(migrate.current(empty_url)) == expected
+
+
+def test_alembic_restores_what_is_lost(empty_url: str) -> None:
+    """`alembic upgrade head` mends what `db upgrade` mends; Alembic's other commands do not."""
+    asyncio.run(migrate.upgrade(empty_url))
+    on_postgresql = empty_url.startswith("postgresql")
+    trigger = "incident_token_change" if on_postgresql else "incident_token_insert"
+    drop = f"DROP TRIGGER {trigger}" + (' ON "Incident"' if on_postgresql else "")
+    asyncio.run(run_sql(empty_url, drop))
+    if on_postgresql:
+        cache = "ALTER SEQUENCE incident_event_event_id_seq CACHE 10"
+        asyncio.run(run_sql(empty_url, cache))
+    assert _alembic(empty_url, "current").returncode == 0
+    with pytest.raises(SchemaOutOfDate, match=trigger):
+        asyncio.run(migrate.check(empty_url))
+    result = _alembic(empty_url, "upgrade", "head")
+    assert result.returncode == 0, result.stderr
+    assert f"Restored the trigger {trigger}." in result.stdout
+    asyncio.run(migrate.check(empty_url))
 
 
 def test_autogenerate_makes_an_empty_revision(empty_url: str, tmp_path: Path) -> None:

@@ -376,6 +376,10 @@ def test_a_replaced_row_is_found_by_its_new_words(sqlite_world: World) -> None:
     run('UPDATE OR REPLACE "Incident" SET incident_id = 7 WHERE incident_id = 9')
     assert world.search("cable") == []
     assert world.search("second") == ["Second with key"]
+    # The id has other names.
+    run('UPDATE "Incident" SET rowid = 70 WHERE incident_id = 7')
+    assert world.search("second") == ["Second with key"]
+    run('UPDATE "Incident" SET oid = 7 WHERE _rowid_ = 70')
     # The row that is there stays, with its words.
     run(f'INSERT OR IGNORE INTO "Incident" {columns} {row}', "Never stored", None)
     assert world.search("never") == []

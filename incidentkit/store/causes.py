@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Iterable
 from typing import Final
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from incidentkit.domain.errors import SchemaOutOfDate, StoreError, StoreUnavailable
 from incidentkit.store.schema import SCHEMA_REVISION, WRITER_CHECK
@@ -66,6 +66,14 @@ KEPT_OUT: Final = Cause(
     StoreError,
     text="a trigger kept out rows",
 )
+
+
+def named_constraint(cause: Cause, name: str | None) -> Cause:
+    """Return the cause of a constraint that refuses values, with its name if there is one."""
+    if not name:
+        return cause
+    return evolve(cause, reason=cause.reason.replace("a constraint", f"the constraint {name}", 1))
+
 
 NO_ANSWER: Final = Cause("it did not answer in time", retryable=True)
 

@@ -89,12 +89,16 @@ class Dialect(Protocol):
         """Remove incidents; return their number, and whether there may be more."""
         ...
 
-    async def check_order(self, fetch: Fetch) -> None:
+    async def check_order(self, fetch: Fetch) -> bool:
         """Raise unless new events come after the existing ones.
+
+        Returns:
+            Whether policies decide which events a session sees.
 
         Raises:
             StoreError: With the command that repairs the order.
         """
+        ...
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
         """Return the transaction that has held up the feed for at least this long, or None."""

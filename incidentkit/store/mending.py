@@ -10,26 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from sqlalchemy import Connection, CursorResult
+from sqlalchemy import Connection, CursorResult, text
 
 from incidentkit.store.indexes import Overtaken, build_index, drop_index, start_transaction
 from incidentkit.store.postgresql import words as postgresql
 from incidentkit.store.sql.definitions import (
     INDEXES,
+    NUMBERED,
     SELECT_ON_POSTGRESQL,
     SELECT_ON_SQLITE,
     Difference,
     Schema,
     indexed,
+    numbered,
     read_on_postgresql,
     read_on_sqlite,
 )
 from incidentkit.store.sql.naming import RULE_FUNCTIONS, WORDS_FUNCTION
-from incidentkit.store.sql.tables import TEXT_INDEX
+from incidentkit.store.sql.tables import TEXT_INDEX, token_table
 from incidentkit.store.sql.triggers import (
     NEW_TOKEN,
     SQLITE_TRIGGERS,
     TIME_TRIGGERS,
+    TOKEN_FUNCTION,
     TOKEN_TRIGGERS,
     WHOLE_TIMES,
     token_function,
@@ -47,6 +50,13 @@ STEP: Final = 1.0
 
 _COUNT_TOKENS: Final = "SELECT count(*) FROM incident_token WHERE slot BETWEEN 0 AND 15"
 _SELECT_TRIGGERS: Final = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+_SELECT_TOKEN_TRIGGERS: Final = text(
+    "SELECT quote_ident(tgname) FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid "
+    """WHERE tgrelid = CAST('"Incident"' AS regclass) AND NOT tgisinternal """
+    f"AND (tgname = ANY(:names) OR proname = '{TOKEN_FUNCTION}')"
+)
+"""Returns the triggers that replace the token, whatever their names, or have the names of these."""
+
 _SCHEMA_OF_TABLE: Final = (
     "SELECT quote_ident(nspname) FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace "
     """WHERE pg_class.oid = CAST('"Incident"' AS regclass)"""
@@ -71,6 +81,7 @@ def mend(connection: Connection) -> tuple[str, ...]:
     """
     differences = read_schema(connection).differences
     on_postgresql = connection.dialect.name == "postgresql"
+    token_table.create(connection, checkfirst=True)
     if differences:
         (_mend_postgresql if on_postgresql else _mend_sqlite)(connection, differences)
     restored = [difference.part for difference in differences]
@@ -84,8 +95,11 @@ def restore_token(connection: Connection) -> None:
     """Create the triggers that replace the token, with their function, and replace the token."""
     if connection.dialect.name == "postgresql":
         schema = restore_token_function(connection)
-        for name, create in token_triggers(schema).items():
-            _run(connection, f'DROP TRIGGER IF EXISTS {name} ON "Incident"')
+        triggers = token_triggers(schema)
+        found = connection.execute(_SELECT_TOKEN_TRIGGERS, {"names": list(triggers)})
+        for name in found.scalars().all():
+            _run(connection, f'DROP TRIGGER {name} ON "Incident"')
+        for name, create in triggers.items():
             _run(connection, create)
             # Fire for changes applied by logical replication too.
             _run(connection, f'ALTER TABLE "Incident" ENABLE ALWAYS TRIGGER {name}')
@@ -145,12 +159,17 @@ def _restore_functions(connection: Connection) -> None:
 
 
 def _mend_sqlite(connection: Connection, differences: tuple[Difference, ...]) -> None:
+    for difference in differences:
+        if difference.kind == "table" and not difference.missing:
+            _number_table(connection, difference.name)
     names = {difference.name for difference in differences}
     lost = {name: SQLITE_TRIGGERS[name] for name in sorted(names & SQLITE_TRIGGERS.keys())}
     _restore_triggers(connection, lost)
     if lost.keys() & TIME_TRIGGERS.keys():
         _run(connection, WHOLE_TIMES)
-    if any(difference.kind == "trigger" for difference in differences):
+    if names & {*NUMBERED} or any(difference.kind == "trigger" for difference in differences):
+        # A table that was created again has forgotten the ids of rows that are gone.
+        _pass_known_ids(connection)
         replace_tokens(connection)
     if names & sqlite.triggers().keys():
         # Searches use the old table until the new one is complete.
@@ -196,6 +215,58 @@ def _has_triggers(connection: Connection, triggers: Mapping[str, str]) -> bool:
     """Return whether SQLite has these triggers with these definitions."""
     found = {tuple(row) for row in _run(connection, _SELECT_TRIGGERS)}
     return found >= set(triggers.items())
+
+
+def _number_table(connection: Connection, name: str) -> None:
+    """Create a table of SQLite again with a key that gives no id out twice, and all else it has.
+
+    Alembic's batch mode, with which a host may have created it, loses this, as it loses triggers.
+    """
+    if _run(connection, "PRAGMA foreign_keys").scalar():
+        # Only a host's database in memory has them here: dropping the table would delete rows.
+        return
+    of_table = "FROM sqlite_master WHERE tbl_name = ? AND sql IS NOT NULL"
+    ((create,),) = connection.exec_driver_sql(f"SELECT sql {of_table} AND type = 'table'", (name,))
+    parts = connection.exec_driver_sql(
+        f"SELECT sql {of_table} AND type IN ('index', 'trigger')", (name,)
+    )
+    statements = parts.scalars().all()
+    columns = connection.exec_driver_sql(
+        "SELECT name FROM pragma_table_xinfo(?) WHERE hidden = 0", (name,)
+    )
+    # Without those that are generated.
+    given = ", ".join('"' + column.replace('"', '""') + '"' for column in columns.scalars())
+    (legacy,) = _run(connection, "PRAGMA legacy_alter_table").one()
+    # Views and foreign keys go on naming the table.
+    _run(connection, "PRAGMA legacy_alter_table = ON")
+    try:
+        _run(connection, numbered(create, NUMBERED[name], f"{name}_numbered"))
+        _run(
+            connection,
+            f'INSERT INTO "{name}_numbered" ({given}) SELECT {given} FROM "{name}"',
+        )
+        _run(connection, f'DROP TABLE "{name}"')
+        _run(connection, f'ALTER TABLE "{name}_numbered" RENAME TO "{name}"')
+    finally:
+        _run(connection, f"PRAGMA legacy_alter_table = {legacy}")
+    for statement in statements:
+        _run(connection, statement)
+
+
+def _pass_known_ids(connection: Connection) -> None:
+    """Let ids on SQLite begin after all that the history has."""
+    for table, column in NUMBERED.items():
+        known = f"(SELECT coalesce(max({column}), 0) FROM incident_event)"
+        parameters = (table,)
+        connection.exec_driver_sql(
+            "INSERT INTO sqlite_sequence (name, seq) SELECT ?1, 0 "
+            "WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = ?1)",
+            parameters,
+        )
+        connection.exec_driver_sql(
+            f"UPDATE sqlite_sequence SET seq = {known} WHERE name = ?1 AND seq < {known}",
+            parameters,
+        )
 
 
 def _restore_triggers(connection: Connection, triggers: Mapping[str, str]) -> None:

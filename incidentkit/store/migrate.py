@@ -60,6 +60,7 @@ from incidentkit.store.postgresql.errors import (
 from incidentkit.store.postgresql.poolers import find_pooler
 from incidentkit.store.postgresql.statements import (
     SELECT_DISORDERED_SEQUENCES,
+    SELECT_KNOWN_IDS,
     SELECT_LAST_EVENT_ID,
     SELECT_STRANDED,
     SHIFT,
@@ -78,6 +79,7 @@ from incidentkit.store.schema import (
     migrations_below,
     migrations_to,
     named_place,
+    unordered,
 )
 from incidentkit.store.sql.tables import incident_table, version_table
 from incidentkit.store.sqlite.errors import PRIMARY_CODE
@@ -152,6 +154,8 @@ SCHEMA_FOUND: Final = text("""
     WHERE pg_class.oid = to_regclass('incidentkit_version')
 """)
 """Returns the schema in which the search path finds incidentkit's tables."""
+
+SET_SEQUENCE: Final = text("SELECT setval(CAST(:sequence AS regclass), :last)")
 
 OPTIONS: Final[dict[str, Any]] = {"version_table": VERSION_TABLE, "transactional_ddl": True}
 """How Alembic runs the migrations."""
@@ -315,7 +319,8 @@ async def check(database_url: str, *, schema: str | None = None) -> None:
 
     Raises:
         SchemaOutOfDate: With the command to run.
-        StoreError: If the database was copied from another server; with the command to run.
+        StoreError: If the database was copied from another server, or the ids of events do not
+            ascend; with the command to run.
         StoreUnavailable: If the database cannot be reached.
         InvalidSettings: If the schema cannot have the tables.
     """
@@ -326,8 +331,13 @@ def _check(connection: Connection) -> None:
     schema = _named_schema(connection)
     check_revision(current_revision(connection), schema)
     check_parts(read_schema(connection).differences, schema)
-    if connection.dialect.name == "postgresql" and connection.scalar(SELECT_STRANDED) is not None:
+    if connection.dialect.name != "postgresql":
+        return
+    if connection.scalar(SELECT_STRANDED) is not None:
         raise copied(schema)
+    sequence = connection.scalar(SELECT_DISORDERED_SEQUENCES)
+    if sequence is not None:
+        raise unordered(sequence, schema)
 
 
 async def upgrade_memory(engine: AsyncEngine) -> None:
@@ -385,13 +395,10 @@ def _upgrade(revision: str, connection: Connection) -> Upgrade:
     if connection.dialect.name == "postgresql":
         _check_encoding(connection)
     restored = _up(revision, connection)
-    at = current_revision(connection)
-    connection.rollback()
     if connection.dialect.name != "postgresql":
         return Upgrade(None, restored)
+    put_in_order(connection)
     with connection.begin():
-        if at == SCHEMA_REVISION:
-            put_in_order(connection)
         return Upgrade(_current_schema(connection), restored)
 
 
@@ -421,9 +428,20 @@ def put_in_order(connection: Connection) -> None:
     """Make new events come after the existing ones.
 
     The events of a database that was copied from another server may have larger transaction numbers
-    than this server has assigned. The sequence of event ids may count down, or have a cache from
-    which each session takes a part.
+    than this server has assigned. A sequence may be behind the rows. The sequence of event ids may
+    count down, or have a cache from which each session takes a part.
+
+    Runs after a migration, in a transaction of its own; does nothing on SQLite, or at an earlier
+    revision.
     """
+    newest = current_revision(connection) == SCHEMA_REVISION
+    connection.rollback()
+    if newest and connection.dialect.name == "postgresql":
+        with connection.begin():
+            _put_in_order(connection)
+
+
+def _put_in_order(connection: Connection) -> None:
     if connection.execute(SELECT_STRANDED).first() is not None:
         wait_for_tables(connection)
         connection.exec_driver_sql(
@@ -433,6 +451,12 @@ def put_in_order(connection: Connection) -> None:
             values = {"unassigned": unassigned, "latest": latest, "event_id": event_id}
             for statement in SHIFT.values():
                 connection.execute(statement, values)
+    for statement in SELECT_KNOWN_IDS.values():
+        for sequence, last in connection.execute(statement).all():
+            at = connection.exec_driver_sql(f"TABLE {sequence}").one()
+            # After an export of rows without their sequence, it would give ids out again.
+            if at.last_value + at.is_called <= last:
+                connection.execute(SET_SEQUENCE, {"sequence": sequence, "last": last})
     for sequence in connection.scalars(SELECT_DISORDERED_SEQUENCES).all():
         wait_for_tables(connection)
         connection.exec_driver_sql("LOCK TABLE incident_event IN SHARE ROW EXCLUSIVE MODE")
@@ -519,8 +543,17 @@ def _up(target: str, connection: Connection) -> tuple[str, ...]:
         for number in range(at, migrations_to(target, at)):
             MIGRATIONS[number].upgrade()
             record_revision(connection, REVISIONS[number])
-        newest = current_revision(connection) == SCHEMA_REVISION
-        return mend(connection) if newest else ()
+        return restore(connection)
+
+
+def restore(connection: Connection) -> tuple[str, ...]:
+    """Restore what a database at the newest revision lacks, at the end of a migration.
+
+    Returns:
+        What was restored; nothing at an earlier revision.
+    """
+    newest = current_revision(connection) == SCHEMA_REVISION
+    return mend(connection) if newest else ()
 
 
 def _down(target: str, connection: Connection) -> None:

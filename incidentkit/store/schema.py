@@ -181,6 +181,19 @@ def in_the_way(name: str, kind: str = "table") -> StoreError:
     )
 
 
+def unordered(sequence: str, schema: str | None) -> StoreError:
+    """Return the error for a sequence whose numbers are not in the order in which they are taken.
+
+    Args:
+        sequence: The sequence of the ids of events.
+        schema: Where the tables are, for the command; None: in the default schema.
+    """
+    return StoreError(
+        f"the sequence {sequence} counts down or has a cache, so that events would be out of "
+        f"order: run `{upgrade_command(schema)}`"
+    )
+
+
 def copied(schema: str | None) -> StoreError:
     """Return the error for events that come after those that the server has yet to write.
 

@@ -101,13 +101,26 @@ class Store(Records):
         rows = await self._connections.read(self._dialect.select_schema, {})
         schema = self._dialect.read_schema(rows)
         check_revision(schema.revision, self._dialect.schema)
-        vital = [each for each in schema.differences if each.kind == "trigger"]
+        vital = [
+            each
+            for each in schema.differences
+            if each.kind == "trigger" or (each.kind == "table" and each.missing)
+        ]
         check_parts(vital, self._dialect.schema)
-        self.row_security = schema.row_security
-        if self.row_security:
-            # Each session of a host's pool may see other rows.
-            self._sharing = None
+        self.row_security = False
+        self._notice(row_security=schema.row_security)
         return schema
+
+    @names_database
+    async def check_order(self) -> None:
+        """Raise unless new events come after the existing ones; look for row security, too."""
+        self._notice(row_security=await self._dialect.check_order(self._executor.read))
+
+    def _notice(self, *, row_security: bool) -> None:
+        if row_security:
+            # Each session of a host's pool may see other rows.
+            self.row_security = True
+            self._sharing = None
 
     async def close(self) -> None:
         """Wait for running calls, and release every connection; once closed, do nothing."""

@@ -89,6 +89,9 @@ class PostgresEngineExecutor:
         self._autocommit = with_isolation(engine, "AUTOCOMMIT")
         self._several = with_isolation(engine, "READ COMMITTED")
         self._single = self._autocommit
+        # An engine that was given a level as an option sets it on every connection, also on those
+        # of the engines with another level that were made from it.
+        self._overrides = "isolation_level" in engine.sync_engine.get_execution_options()
         self._trusted = trusted
         self._maximum = maximum
         self._timeout = timeout
@@ -200,6 +203,9 @@ class PostgresEngineExecutor:
         try:
             async with engine.connect() as connection:
                 await self._replace_dead(connection)
+                if self._overrides:
+                    level = "AUTOCOMMIT" if engine is self._autocommit else "READ COMMITTED"
+                    await connection.execution_options(isolation_level=level)
                 if engine is self._autocommit and not await self._reads_committed(connection):
                     await connection.execution_options(isolation_level="READ COMMITTED")
                 connecting = False

@@ -13,7 +13,6 @@ from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
     IncidentNotFound,
-    StoreError,
     StoreUnavailable,
 )
 from incidentkit.domain.transitions import Transitions
@@ -24,7 +23,7 @@ from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race, unstorable
-from incidentkit.store.schema import copied, upgrade_command
+from incidentkit.store.schema import copied, unordered
 from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import read_event, read_incident
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT, SELECT_WAITING
@@ -187,16 +186,14 @@ class PostgresDialect:
             raise KEPT_OUT.as_error()
         return count, len(ids) == limit or count < len(ids)
 
-    async def check_order(self, fetch: Fetch) -> None:
-        """Raise if a new event could come before an existing one."""
-        ((stranded, sequence),) = await fetch(sql.SELECT_DISORDER, {})
+    async def check_order(self, fetch: Fetch) -> bool:
+        """Raise if a new event could come before an existing one; return if there are policies."""
+        ((stranded, sequence, row_security),) = await fetch(sql.SELECT_DISORDER, {})
         if stranded:
             raise copied(self.schema)
         if sequence is not None:
-            raise StoreError(
-                f"the sequence {sequence} counts down or has a cache, so that events would be out "
-                f"of order: run `{upgrade_command(self.schema)}`"
-            )
+            raise unordered(sequence, self.schema)
+        return bool(row_security)
 
     async def feed_blocker(self, fetch: Fetch, seconds: float) -> FeedBlocker | None:
         """Return the oldest open transaction that has a number, if it is old enough."""

@@ -25,6 +25,7 @@ from incidentkit.store.causes import (
     TRANSACTION_FAILED,
     Cause,
     find_cause,
+    named_constraint,
     unknown_cause,
 )
 
@@ -126,6 +127,10 @@ NOT_UTF8: Final = Cause(
     "a stored text is not valid UTF-8; correct it, and move to a database with the encoding UTF8",
     StoreError,
     codes=("22021",),
+)
+
+CONSTRAINT: Final = Cause(
+    "a constraint of the database refused the values", StoreError, codes=("23",)
 )
 
 LACKS_PRIVILEGE: Final = Cause(
@@ -310,7 +315,12 @@ CAUSES: Final = (
         StoreError,
         codes=("21000",),
     ),
-    Cause("a constraint of the database refused the values", StoreError, codes=("23",)),
+    Cause(
+        "a unique index is missing or was changed; run `incidentkit db upgrade`",
+        StoreError,
+        codes=("42P10",),
+    ),
+    CONSTRAINT,
     Cause("a trigger or function of the database raised an error", StoreError, codes=("P0",)),
     Cause(
         "the schema was changed after the statement was prepared",
@@ -379,6 +389,8 @@ def translate_error(error: BaseException, *, connecting: bool = False) -> StoreE
         cause = LOST_CONNECTION
     if cause is LACKS_PRIVILEGE:
         return _lacks_privilege(str(causes[0])).as_error(sqlstate)
+    if cause is CONSTRAINT:
+        cause = named_constraint(CONSTRAINT, _constraint(causes[0]))
     if cause is not None:
         return cause.as_error(sqlstate)
     # Without a SQLSTATE, the driver or the network has failed, and not the statement.
@@ -477,9 +489,11 @@ def unstorable(error: BaseException | None) -> str | None:
     return None
 
 
-def _constraint(error: BaseException) -> object:
+def _constraint(error: BaseException) -> str | None:
+    """Return the name of the constraint that an exception of asyncpg or psycopg tells of."""
     about: Any = getattr(error, "diag", error)
-    return getattr(about, "constraint_name", None)
+    column = getattr(about, "column_name", None)
+    return getattr(about, "constraint_name", None) or (column and f"NOT NULL of {column}")
 
 
 def refused(error: StoreError) -> bool:

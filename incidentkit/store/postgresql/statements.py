@@ -155,8 +155,17 @@ _ALL_SEE_THE_SAME: Final = """(
 """Holds unless sessions may see different rows. A statement that several calls share must not do
 anything otherwise."""
 
-SELECT_WITHOUT_ROW_SECURITY: Final = text(f"SELECT WHERE {_ALL_SEE_THE_SAME}")
-"""Returns a row unless sessions may see different incidents."""
+_ROW_SECURITY: Final = """EXISTS (
+        SELECT
+        FROM pg_class
+        WHERE oid IN (CAST('"Incident"' AS regclass), CAST('incident_event' AS regclass))
+            AND relrowsecurity
+    )"""
+"""Holds if sessions may see different rows, or write different ones. A statement that writes for
+several calls must not do anything then."""
+
+SELECT_WITHOUT_ROW_SECURITY: Final = text(f"SELECT WHERE NOT {_ROW_SECURITY}")
+"""Returns a row unless sessions may see different incidents or events."""
 
 
 def _insert_incidents(condition: str) -> TextClause:
@@ -220,7 +229,7 @@ the insert returns its rows, independent of their ids. Returns no row if events 
 If a host's trigger suppresses a row, the numbers no longer tell which incident is which. The
 statement then fails and inserts none."""
 
-INSERT_FOR_SEVERAL: Final = _insert_incidents(f"AND {_ALL_SEE_THE_SAME}")
+INSERT_FOR_SEVERAL: Final = _insert_incidents(f"AND NOT {_ROW_SECURITY}")
 """The same for several calls; under row security it inserts none and returns no row."""
 
 INSERT_OR_COUNT: Final = text(f"""
@@ -360,7 +369,7 @@ UPDATE_STATUSES: Final = text(f"""
             CAST(:notes AS text[]),
             CAST(:actors AS text[])
         ) AS given (incident_id, status, from_statuses, expected_version, note, actor)
-        WHERE {_IN_ORDER} AND {_ALL_SEE_THE_SAME}
+        WHERE {_IN_ORDER} AND NOT {_ROW_SECURITY}
     ),
     found AS (
         SELECT
@@ -654,10 +663,12 @@ _SEQUENCE: Final = """
 SELECT_DISORDER: Final = text(f"""
     SELECT
         NOT {_IN_ORDER},
-        (SELECT CAST(CAST(sequence.seqrelid AS regclass) AS text) {_SEQUENCE} LIMIT 1)
+        (SELECT CAST(CAST(sequence.seqrelid AS regclass) AS text) {_SEQUENCE} LIMIT 1),
+        {_ROW_SECURITY}
 """)
-"""Returns whether an event has the number of a transaction that this server has yet to assign, and
-the name of the sequence of ``event_id`` if its numbers are out of order; otherwise null."""
+"""Returns whether an event has the number of a transaction that this server has yet to assign, the
+name of the sequence of ``event_id`` if its numbers are out of order, or else null, and whether
+sessions may see different events."""
 
 SELECT_DISORDERED_SEQUENCES: Final = text(f"""
     SELECT CAST(CAST(sequence.seqrelid AS regclass) AS text)
@@ -673,6 +684,28 @@ SELECT_LAST_EVENT_ID: Final = text("""
     )
 """)
 """Returns the largest id of an event."""
+
+SELECT_KNOWN_IDS: Final = {
+    table: text(f"""
+        SELECT CAST(CAST(sequence.seqrelid AS regclass) AS text), known.id
+        FROM ({known}) AS known (id)
+        JOIN pg_sequence AS sequence ON sequence.seqrelid
+            = CAST(pg_get_serial_sequence('{table}', '{column}') AS regclass)
+        WHERE sequence.seqincrement > 0 AND known.id > 0
+    """)
+    for table, column, known in (
+        (
+            '"Incident"',
+            "incident_id",
+            """SELECT greatest(
+                (SELECT max(incident.incident_id) FROM "Incident" AS incident),
+                (SELECT max(event.incident_id) FROM incident_event AS event)
+            )""",
+        ),
+        ("incident_event", "event_id", SELECT_LAST_EVENT_ID.text),
+    )
+}
+"""Returns the ascending sequence of the ids of a table, and the largest id that is known."""
 
 SELECT_STRANDED: Final = text(f"""
     WITH unassigned AS MATERIALIZED (

@@ -6,6 +6,7 @@ with these definitions. The last one restores those that are missing or differ.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, Final, Literal, TypeAlias
@@ -15,7 +16,7 @@ from sqlalchemy import Executable, Index
 
 from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.naming import RULE_FUNCTIONS, TABLES, WORDS_FUNCTION, text
-from incidentkit.store.sql.tables import TEXT_INDEX, metadata
+from incidentkit.store.sql.tables import TEXT_INDEX, metadata, token_table
 from incidentkit.store.sql.triggers import (
     SQLITE_TRIGGERS,
     TOKEN_BODY,
@@ -24,13 +25,16 @@ from incidentkit.store.sql.triggers import (
     quoted,
 )
 
-Part: TypeAlias = tuple[Literal["function", "trigger", "index"], str]
+Part: TypeAlias = tuple[Literal["function", "trigger", "index", "table"], str]
 """The kind and the name of a part of the schema."""
 
 INDEXES: Final[Mapping[str, Index]] = {
     str(index.name): index for table in metadata.tables.values() for index in table.indexes
 }
 """The declared indexes, by name."""
+NUMBERED: Final[Mapping[str, str]] = {"Incident": "incident_id", "incident_event": "event_id"}
+"""The key of each table whose ids SQLite must not give out again when the rows that had the largest
+are gone."""
 
 
 @frozen
@@ -38,12 +42,12 @@ class Difference:
     """A part that a database lacks, or has with another definition.
 
     Attributes:
-        kind: ``function``, ``trigger`` or ``index``.
+        kind: ``function``, ``trigger``, ``index`` or ``table``.
         name: Its name.
         missing: Whether the database does not have it at all.
     """
 
-    kind: Literal["function", "trigger", "index"]
+    kind: Literal["function", "trigger", "index", "table"]
     name: str
     missing: bool
 
@@ -83,6 +87,8 @@ SELECT_ON_POSTGRESQL: Final[Executable] = text(f"""
             concat_ws(
                 ' ',
                 tgtype,
+                -- The columns that an update has to name.
+                nullif(CAST(tgattr AS text), ''),
                 tgenabled,
                 tgdeferrable,
                 tginitdeferred,
@@ -132,6 +138,10 @@ SELECT_ON_POSTGRESQL: Final[Executable] = text(f"""
         JOIN pg_class ON pg_class.oid = indexrelid
         WHERE indrelid = ANY(ARRAY[{_NUMBERS}])
         UNION ALL
+        SELECT 'table', CAST(relname AS text), ''
+        FROM pg_class
+        WHERE oid = to_regclass('{token_table.name}')
+        UNION ALL
         SELECT 'row security', CAST(relname AS text), ''
         FROM pg_class
         WHERE oid = ANY(ARRAY[{_NUMBERS}]) AND relrowsecurity
@@ -146,7 +156,7 @@ SELECT_ON_SQLITE: Final[Executable] = text(f"""
     SELECT recorded.version_num, parts.type, parts.name, parts.sql
     FROM {VERSION_TABLE} AS recorded
     LEFT JOIN sqlite_master AS parts
-        ON parts.type IN ('trigger', 'index') AND parts.tbl_name IN ({_TABLES})
+        ON parts.type IN ('trigger', 'index', 'table') AND parts.tbl_name IN ({_TABLES})
 """)
 """The same on SQLite."""
 
@@ -164,7 +174,7 @@ def read_on_sqlite(rows: Sequence[Any], words: Mapping[str, str]) -> Schema:
         words: The triggers that index words, by name.
     """
     plain = [
-        (revision, kind, name, _plain(sql) if kind == "index" else sql)
+        (revision, kind, name, _compared(kind, name, sql or ""))
         for revision, kind, name, sql in rows
     ]
     triggers: dict[Part, Collection[str]] = {
@@ -200,6 +210,7 @@ def _on_postgresql() -> Mapping[Part, Collection[str]]:
         partial = "t" if _condition(index) else "f"
         wanted["index", name] = (f"t {'t' if index.unique else 'f'} {partial} {columns}",)
     wanted["index", TEXT_INDEX] = (f"t f f {WORDS_FUNCTION}",)
+    wanted["table", token_table.name] = ("",)
     return wanted
 
 
@@ -215,6 +226,8 @@ def _on_sqlite() -> Mapping[Part, Collection[str]]:
             f"CREATE {'UNIQUE ' if index.unique else ''}INDEX {name} ON {table} {indexed(index)}"
         )
         wanted["index", name] = (create,)
+    for name in (*NUMBERED, token_table.name):
+        wanted["table", name] = ("",)
     return wanted
 
 
@@ -229,6 +242,48 @@ def _condition(index: Index) -> str:
     return "" if condition is None else f" WHERE {condition}"
 
 
-def _plain(sql: str | None) -> str:
+def _plain(sql: str) -> str:
     """Return a statement without the quotes and spaces that make no difference."""
-    return " ".join((sql or "").replace('"', "").split())
+    return " ".join(sql.replace('"', "").split())
+
+
+def _compared(kind: str, name: str, sql: str) -> str:
+    """Return what is compared of the definition of a part on SQLite.
+
+    Of a table, it is its key, or nothing if the key is as it must be: a host may change all else.
+    """
+    if kind == "table":
+        key = NUMBERED.get(name)
+        return "" if key is None or numbered(sql, key, name) == sql else key
+    return _plain(sql) if kind == "index" else sql
+
+
+def numbered(sql: str, key: str, name: str) -> str:
+    """Return the definition of a table on SQLite with a key that gives no id out twice.
+
+    A definition that has such a key, or of which the key is not found, is returned as it is.
+
+    Args:
+        sql: The definition, as SQLite keeps it.
+        key: The column of the key.
+        name: The name of the new table.
+    """
+    if "AUTOINCREMENT" in sql.upper():
+        return sql
+    column = rf'(?<!\w)["`\[]?{key}["`\]]?'
+    text = re.sub(
+        r"^CREATE\s+TABLE\s+[^(]+\(", f'CREATE TABLE "{name}" (', sql, flags=re.IGNORECASE
+    )
+    text = re.sub(
+        rf',\s*(CONSTRAINT\s+("[^"]*"|\w+)\s+)?PRIMARY\s+KEY\s*\(\s*{column}\s*\)',
+        "",
+        text,
+        flags=re.IGNORECASE,
+    )
+    text, columns = re.subn(
+        rf"({column}\s+INTEGER)(\s+NOT\s+NULL)?(\s+PRIMARY\s+KEY)?(?=\s*[,)])",
+        r"\1 NOT NULL PRIMARY KEY AUTOINCREMENT",
+        text,
+        flags=re.IGNORECASE,
+    )
+    return text if columns == 1 else sql

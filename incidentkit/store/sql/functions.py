@@ -73,6 +73,7 @@ TOKEN_ON_POSTGRESQL: Final = f"""(
         SELECT -1, xidsend(xmin)
         FROM pg_class AS incident
         WHERE oid = {_INCIDENT}
+            AND relpersistence = 'p'
             AND NOT relrowsecurity
             AND has_table_privilege(oid, 'SELECT')
             AND NOT (
@@ -105,7 +106,8 @@ It is a hash of the tokens in the table, and of the place of the incidents:
 
 It is null if equal tokens would not mean equal lists: if one of the sixteen rows is missing, one of
 the triggers is missing or does not always fire, the table has children, whose triggers are their
-own, or row security, so that roles see different rows, or the role must not read it."""
+own, is not logged, so that a crash empties it, or has row security, so that roles see different
+rows, or the role must not read it."""
 
 
 @compiles(current_token)

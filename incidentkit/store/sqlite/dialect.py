@@ -158,8 +158,9 @@ class SqliteDialect:
             await _written(fetch, sql.INSERT_EVENT, event)
         return len(gone), len(statuses) == limit or len(gone) < len(statuses)
 
-    async def check_order(self, fetch: Fetch) -> None:
-        """Do nothing: with one writer at a time, events are in the order of their ids."""
+    async def check_order(self, fetch: Fetch) -> bool:  # noqa: ARG002
+        """Return False: events are in the order of their ids, and each session sees all of them."""
+        return False
 
     async def feed_blocker(
         self,

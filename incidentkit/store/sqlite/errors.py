@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sqlite3
 from typing import Final
 
@@ -18,6 +19,7 @@ from incidentkit.store.causes import (
     POOL_EXHAUSTED,
     Cause,
     find_cause,
+    named_constraint,
     unknown_cause,
 )
 
@@ -34,6 +36,13 @@ NO_FOLDER: Final = Cause(
     "an absolute path"
 )
 LOST: Final = Cause("the connection was lost", retryable=True)
+
+CONSTRAINT: Final = Cause(
+    "a constraint of the database refused the values", StoreError, codes=("SQLITE_CONSTRAINT",)
+)
+
+_CONSTRAINT: Final = re.compile(r"((?:NOT NULL|UNIQUE|CHECK)) constraint failed: (.+)")
+"""The message about a constraint: its kind, and its name, its columns or its expression."""
 
 CAUSES: Final = (
     # The file.
@@ -81,8 +90,12 @@ CAUSES: Final = (
     # The statement.
     evolve(OLDER_WRITER, codes=("SQLITE_CONSTRAINT_TRIGGER",)),
     KEPT_OUT,
+    CONSTRAINT,
     Cause(
-        "a constraint of the database refused the values", StoreError, codes=("SQLITE_CONSTRAINT",)
+        "a unique index is missing or was changed; run `incidentkit db upgrade`",
+        StoreError,
+        codes=("SQLITE_ERROR",),
+        text="does not match any PRIMARY KEY or UNIQUE",
     ),
     Cause(
         "a part of the schema is missing",
@@ -118,6 +131,9 @@ def translate_error(error: BaseException) -> StoreError:
     known = find_cause(CAUSES, code, str(cause), ambiguous=_AMBIGUOUS)
     if known is None and code is None and getattr(error, "connection_invalidated", False):
         known = LOST
+    if known is CONSTRAINT:
+        told = _CONSTRAINT.fullmatch(str(cause))
+        known = named_constraint(CONSTRAINT, told and f"{told[1]} of {told[2]}")
     if known is not None:
         return known.as_error(code)
     return unknown_cause(cause or error, code, unavailable=isinstance(error, OSError))
@@ -145,3 +161,12 @@ def is_stale_schema(error: DBAPIError) -> bool:
     """
     code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
     return bool(code == sqlite3.SQLITE_SCHEMA)
+
+
+def may_be_unprepared(error: DBAPIError) -> bool:
+    """Return whether SQLite may have compiled the statement for a schema that has changed since.
+
+    It notices a new schema when a statement runs, but not if the old one has no such table or index
+    for a trigger or a conflict.
+    """
+    return getattr(error.orig, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR

@@ -34,7 +34,12 @@ from incidentkit.store.options import StoreOptions
 from incidentkit.store.share import scans
 from incidentkit.store.sql.rows import unreadable_row
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
-from incidentkit.store.sqlite.errors import MOVED, is_stale_schema, translate_error
+from incidentkit.store.sqlite.errors import (
+    MOVED,
+    is_stale_schema,
+    may_be_unprepared,
+    translate_error,
+)
 from incidentkit.store.sqlite.file import open_engine, probe, scanners
 from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL
 from incidentkit.store.sqlite.url import MEMORY, place_of
@@ -516,6 +521,9 @@ def _execute(
     try:
         return connection.execute(statement, values)
     except DBAPIError as error:
-        if not is_stale_schema(error):
+        if may_be_unprepared(error):
+            # Whatever it was, nothing was written: try once more with the schema as it is now.
+            connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1").all()
+        elif not is_stale_schema(error):
             raise
         return connection.execute(statement, values)

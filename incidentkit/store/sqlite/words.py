@@ -38,6 +38,10 @@ CREATE_CHARACTERS: Final = f"""CREATE TABLE {CHARACTERS} (
 TEXT: Final = "incident_text"
 """The full-text table."""
 
+CHANGED: Final = "incident_id, rowid, oid, _rowid_, incident_message"
+"""The columns whose change replaces the words of a row. The id has four names, of which SQLite
+compares the one in the statement."""
+
 BATCH: Final = 1000
 """Number of messages that are indexed at a time."""
 
@@ -87,7 +91,7 @@ def triggers(*text_tables: str) -> dict[str, str]:
         )
         for name, event, actions in (
             ("insert", "INSERT", after),
-            ("update", "UPDATE OF incident_id, incident_message", before + after),
+            ("update", f"UPDATE OF {CHANGED}", before + after),
             ("delete", "DELETE", before),
         )
     }
