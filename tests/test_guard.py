@@ -371,6 +371,11 @@ LOST = {
         "WHERE indexrelid = CAST('\"ix_Incident_ended_at\"' AS regclass)"
     ),
     "the index ix_Incident_incident_message": 'DROP INDEX "ix_Incident_incident_message"',
+    "the constraint ck_incident_event_writer": (
+        "ALTER TABLE incident_event DROP CONSTRAINT ck_incident_event_writer; "
+        "INSERT INTO incident_event (nonce, transaction_id, incident_id, kind, at) "
+        "SELECT 1, transaction_id, incident_id, 'noted', at FROM incident_event LIMIT 1"
+    ),
     "the rows of incident_token": "DELETE FROM incident_token WHERE slot = 3",
 }
 
@@ -379,7 +384,7 @@ LOST = {
 async def test_each_part_that_differs_is_restored(
     migrated_postgres_url: str, part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`check` names a function, trigger or index that differs, and `upgrade` restores it."""
+    """`check` names each part that differs, and `upgrade` restores it."""
     url = migrated_postgres_url
     async with _open_with_two(url) as client:
         before = await client.store.token()
@@ -387,7 +392,7 @@ async def test_each_part_that_differs_is_restored(
         if part != "the rows of incident_token":
             with pytest.raises(SchemaOutOfDate, match=f"{part} (is missing|was changed)"):
                 await check(url)
-        if "index" in part or "function" in part:
+        if any(kind in part for kind in ("index", "function", "constraint")):
             # The lists are true: what works goes on.
             await client.check()
             store = store_from_url(url)

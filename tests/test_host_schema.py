@@ -553,10 +553,8 @@ async def test_keys_that_a_trigger_makes_the_same_are_named(migrated_postgres_ur
 # Isolation
 
 
-async def by_default(url: str, way: str) -> None:
-    """Make `REPEATABLE READ` the database's default, unless the way has a level of its own."""
-    if " at " in way:
-        return
+async def by_role(url: str) -> None:
+    """Make `REPEATABLE READ` the default of a database, as its administrator would."""
     await run_sql(
         url,
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = %L', "
@@ -626,7 +624,8 @@ WAYS = (
 async def test_a_list_that_waits_shows_the_new_rows(migrated_postgres_url: str, way: str) -> None:
     """With `REPEATABLE READ` by default, a list that waits for a reload shows what was loaded."""
     url = migrated_postgres_url
-    await by_default(url, way)
+    if " at " not in way:
+        await by_role(url)
     async with opened(way, url) as incidents:
         await check_reload(incidents, url)
 
@@ -635,7 +634,8 @@ async def test_a_list_that_waits_shows_the_new_rows(migrated_postgres_url: str, 
 async def test_own_statements_are_read_committed(migrated_postgres_url: str, way: str) -> None:
     """With `SERIALIZABLE` by default, changes of one incident wait for each other."""
     url = migrated_postgres_url
-    await by_default(url, way)
+    if " at " not in way:
+        await by_role(url)
     async with opened(way, url) as incidents:
         await incidents.create("Disk is full", source="partner", dedup_key="key")
         async with asyncio.timeout(30):
@@ -655,7 +655,7 @@ async def test_a_joined_transaction_has_the_isolation_of_the_host(
 ) -> None:
     """A joined transaction stays under the default that the host has chosen."""
     url = migrated_postgres_url
-    await by_default(url, way)
+    await by_role(url)
     async with IncidentClient.open(url) as incidents:
         connection = await asyncpg.connect(url)
         async with connection.transaction():

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, CursorResult, text
 
 from incidentkit.store.indexes import Overtaken, build_index, drop_index, start_transaction
 from incidentkit.store.postgresql import words as postgresql
+from incidentkit.store.schema import WRITER, WRITER_CHECK
 from incidentkit.store.sql.definitions import (
     INDEXES,
     NUMBERED,
@@ -138,6 +139,8 @@ def _mend_postgresql(connection: Connection, differences: tuple[Difference, ...]
     names = {difference.name for difference in differences}
     if any(difference.kind == "trigger" for difference in differences):
         restore_token(connection)
+    if WRITER_CHECK in names:
+        _restore_writer_check(connection)
     if names & {*RULE_FUNCTIONS, TEXT_INDEX}:
         # It may hold the words of another function.
         drop_index(TEXT_INDEX, "Incident")
@@ -147,6 +150,16 @@ def _mend_postgresql(connection: Connection, differences: tuple[Difference, ...]
             TEXT_INDEX, "Incident", f"USING gin ({{schema}}.{WORDS_FUNCTION}(incident_message))"
         )
     _restore_indexes(names)
+
+
+def _restore_writer_check(connection: Connection) -> None:
+    """Refuse the events of older statements again; keep those that were written meanwhile."""
+    _run(connection, f"ALTER TABLE incident_event DROP CONSTRAINT IF EXISTS {WRITER_CHECK}")
+    _run(connection, f"UPDATE incident_event SET writer = {WRITER} WHERE writer <> {WRITER}")
+    _run(
+        connection,
+        f"ALTER TABLE incident_event ADD CONSTRAINT {WRITER_CHECK} CHECK (writer = {WRITER})",
+    )
 
 
 def _restore_functions(connection: Connection) -> None:

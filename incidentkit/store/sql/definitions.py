@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 from attrs import frozen
 from sqlalchemy import Executable, Index
 
-from incidentkit.store.schema import VERSION_TABLE
+from incidentkit.store.schema import VERSION_TABLE, WRITER, WRITER_CHECK
 from incidentkit.store.sql.naming import RULE_FUNCTIONS, TABLES, WORDS_FUNCTION, text
 from incidentkit.store.sql.tables import TEXT_INDEX, metadata, token_table
 from incidentkit.store.sql.triggers import (
@@ -25,13 +25,16 @@ from incidentkit.store.sql.triggers import (
     quoted,
 )
 
-Part: TypeAlias = tuple[Literal["function", "trigger", "index", "table"], str]
+Kind: TypeAlias = Literal["function", "trigger", "index", "table", "constraint"]
+
+Part: TypeAlias = tuple[Kind, str]
 """The kind and the name of a part of the schema."""
 
 INDEXES: Final[Mapping[str, Index]] = {
     str(index.name): index for table in metadata.tables.values() for index in table.indexes
 }
 """The declared indexes, by name."""
+
 NUMBERED: Final[Mapping[str, str]] = {"Incident": "incident_id", "incident_event": "event_id"}
 """The key of each table whose ids SQLite must not give out again when the rows that had the largest
 are gone."""
@@ -42,12 +45,12 @@ class Difference:
     """A part that a database lacks, or has with another definition.
 
     Attributes:
-        kind: ``function``, ``trigger``, ``index`` or ``table``.
+        kind: ``function``, ``trigger``, ``index``, ``table`` or ``constraint``.
         name: Its name.
         missing: Whether the database does not have it at all.
     """
 
-    kind: Literal["function", "trigger", "index", "table"]
+    kind: Kind
     name: str
     missing: bool
 
@@ -142,6 +145,10 @@ SELECT_ON_POSTGRESQL: Final[Executable] = text(f"""
         FROM pg_class
         WHERE oid = to_regclass('{token_table.name}')
         UNION ALL
+        SELECT 'constraint', CAST(conname AS text), replace(pg_get_expr(conbin, conrelid), '"', '')
+        FROM pg_constraint
+        WHERE conrelid = to_regclass('incident_event') AND contype = 'c'
+        UNION ALL
         SELECT 'row security', CAST(relname AS text), ''
         FROM pg_class
         WHERE oid = ANY(ARRAY[{_NUMBERS}]) AND relrowsecurity
@@ -211,6 +218,7 @@ def _on_postgresql() -> Mapping[Part, Collection[str]]:
         wanted["index", name] = (f"t {'t' if index.unique else 'f'} {partial} {columns}",)
     wanted["index", TEXT_INDEX] = (f"t f f {WORDS_FUNCTION}",)
     wanted["table", token_table.name] = ("",)
+    wanted["constraint", WRITER_CHECK] = (f"(writer = {WRITER})",)
     return wanted
 
 
