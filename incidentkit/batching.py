@@ -200,11 +200,19 @@ class Coalescer(Generic[_K, _T]):
 
     Args:
         run: Returns the answer for a key. An exception is raised in every call that shares the run.
+        verify: Called with an answer before several calls get it. None: any answer can be shared.
         abandon: Whether a run is cancelled once all its calls are cancelled.
     """
 
-    def __init__(self, run: Callable[[_K], Awaitable[_T]], *, abandon: bool = False) -> None:
+    def __init__(
+        self,
+        run: Callable[[_K], Awaitable[_T]],
+        *,
+        verify: Callable[[_T], Awaitable[None]] | None = None,
+        abandon: bool = False,
+    ) -> None:
         self._run = run
+        self._verify = verify
         self._abandon = abandon
         self._batchers: dict[_K, Batcher[None, _T]] = {}
 
@@ -230,4 +238,7 @@ class Coalescer(Generic[_K, _T]):
             del self._batchers[key]
 
     async def _run_for_all(self, key: _K, calls: Sequence[None]) -> Sequence[_T]:
-        return [await self._run(key)] * len(calls)
+        answer = await self._run(key)
+        if self._verify is not None and len(calls) > 1:
+            await self._verify(answer)
+        return [answer] * len(calls)

@@ -92,7 +92,7 @@ class ChangeFeed:
     def __init__(self, store: EventStore, *, clock: Callable[[], float] | None = None) -> None:
         self._store = store
         self._clock = clock or asyncio.get_running_loop().time
-        self._reads = Coalescer(self._read_shared)
+        self._reads = Coalescer(self._read, verify=self._verify)
         self._change = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
         self._closed = asyncio.Event()
@@ -205,12 +205,10 @@ class ChangeFeed:
         """Return whether readers must not share a read, as far as is known."""
         return getattr(self._store, "row_security", False)
 
-    async def _read_shared(self, key: tuple[str | None, Place, int]) -> EventList | None:
-        """Read for several readers, and look whether they may share what was found."""
-        events = await self._read(key)
+    async def _verify(self, events: EventList | None) -> None:
+        """Look for row security before several readers get the same events."""
         if events:
             await self._store.check_order()
-        return events
 
     async def _read(self, key: tuple[str | None, Place, int]) -> EventList | None:
         """Return events after a place, or None if the cursor has moved."""

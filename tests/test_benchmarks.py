@@ -191,7 +191,9 @@ def test_the_code_is_compared_with_another_checkout(tmp_path: Path) -> None:
     names = [row.name for row in rows]
     assert {*before.ON_POSTGRESQL, *before.ON_SQLITE, *before.ALONE, *before.TOGETHER} <= {*names}
     assert {"open SQLite: peak memory", "import incidentkit: modules"} <= {*names}
-    assert [row.name for row in rows if min(row.ratios) <= 0] == []
+    # A short run may take less CPU time than the clock of processes can tell.
+    timed = [row for row in rows if not row.name.endswith("CPU time")]
+    assert [row.name for row in timed if min(row.ratios) <= 0] == []
     assert [row["name"] for row in json.loads(file.read_text("utf-8"))["rows"]] == names
 
 

@@ -533,10 +533,13 @@ def test_only_an_explicit_name_is_memory() -> None:
 
 def test_every_code_of_sqlite_has_one_cause() -> None:
     """Each code of the table has its reason, also with the rest of an extended code."""
+    texts = (WRITER_CHECK, "does not match any PRIMARY KEY or UNIQUE", "no such table: x")
     for cause in errors.CAUSES:
         for code in cause.codes:
-            of_writer = cause.text is not None and cause.text.search(WRITER_CHECK)
-            error = sqlite3.OperationalError(WRITER_CHECK if of_writer else "no such table: x")
+            text = "no such table: x"
+            if cause.text is not None:
+                (text,) = filter(cause.text.search, texts)
+            error = sqlite3.OperationalError(text)
             error.sqlite_errorname = code
             translated = errors.translate_error(error)
             assert type(translated) is cause.error

@@ -515,10 +515,16 @@ async def copy_tokens(database_url: str, tokens: Sequence[asyncpg.Record]) -> No
 
 
 async def execute(database_url: str, statement: str) -> None:
-    """Run a statement on PostgreSQL."""
+    """Run a statement on PostgreSQL, again while it is the victim of a deadlock."""
     connection = await asyncpg.connect(database_url)
     try:
-        await connection.execute(statement)
+        while True:
+            try:
+                await connection.execute(statement)
+            except asyncpg.DeadlockDetectedError:
+                await connection.execute("ROLLBACK")
+            else:
+                return
     finally:
         await connection.close()
 
