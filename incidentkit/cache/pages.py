@@ -64,7 +64,7 @@ def seal(key: str, token: str, page: bytes) -> bytes:
 
 
 def unseal(value: bytes, key: str, token: str | None) -> bytes | None:
-    """Return the page in a value from a cache, or None if it was not sealed with this key and token.
+    """Return the page in a value from a cache, or None unless key and token sealed that value.
 
     A token that is None matches no value.
     """

@@ -13,6 +13,7 @@ import click
 from attrs import frozen
 
 from incidentkit.cli.completion import offer_databases
+from incidentkit.cli.text import harmless
 from incidentkit.domain.actor import acting_as
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.values import IncidentSource, IncidentStatus
@@ -90,7 +91,9 @@ def _servers(options: dict[str, str | None]) -> Servers:
     for name, value in overrides.items():
         if not value.strip():
             raise InvalidSettings(name, "is empty")
-    variables = read_variables(overrides=overrides)
+    variables, file = read_variables(overrides=overrides)
+    if file is not None:
+        click.echo(harmless(f"Using settings from {file}"), err=True)
     for name, fault in unknown_variables(variables).items():
         raise InvalidSettings(name, fault)
     return Servers(Settings.from_mapping(variables), is_default=not names_database(variables))
