@@ -111,7 +111,12 @@ def test_the_image_gets_what_it_needs_and_no_more() -> None:
     assert sorted(copied) == sorted(line[1:] for line in ignored if line.startswith("!"))
     assert all((ROOT / source).exists() for source in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert {project["project"]["readme"], *project["project"]["license-files"]} < set(copied)
+    licenses = [
+        file.relative_to(ROOT).parts[0]
+        for pattern in project["project"]["license-files"]
+        for file in ROOT.glob(pattern)
+    ]
+    assert {project["project"]["readme"], *licenses} < set(copied)
     targets = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert targets.keys() == {"packages"}
     assert {*targets["packages"]} < set(copied)

@@ -534,6 +534,12 @@ def _open_umask() -> Iterator[None]:
     os.umask(before)
 
 
+@pytest.fixture
+def readable_by_a_group(path: Path) -> None:
+    """Let a group read the file."""
+    path.chmod(0o640)
+
+
 def modes(folder: Path) -> dict[str, int]:
     """Return the permissions of the files of databases in a folder."""
     return {file.name: file.stat().st_mode & 0o777 for file in folder.glob("*.db*")}
@@ -563,9 +569,11 @@ def test_a_command_creates_a_file_for_its_owner_alone(tmp_path: Path) -> None:
 
 
 @each_way
-async def test_a_file_that_exists_keeps_its_mode(way: str, path: Path) -> None:
+async def test_a_file_that_exists_keeps_its_mode(
+    way: str, path: Path, readable_by_a_group: None
+) -> None:
     """The mode that an operator gives to a file stays, and holds for the files beside it."""
-    path.chmod(0o640)
+    del readable_by_a_group
     async with opened(way, path) as client:
         await client.create("Disk is full", source="monitoring")
         assert set(modes(path.parent).values()) == {0o640}
