@@ -37,7 +37,8 @@ MEDIA_TYPES: Final = {
 """The files of the page; all but the start script come from ``scripts/renew_swagger_ui.py``."""
 
 FOLDER: Final[Traversable] = files("incidentkit.http") / "swagger_ui"
-"""The folder of the files, which may be in a zip file. Names with ``.gz`` are of compressed files."""
+"""The folder of the files, which may be in a zip file. A name with ``.gz`` is that of a compressed
+file."""
 
 _ENCODING: Final = re.compile(r"\s*([\w*-]+)\s*(?:;\s*q=(0(?:\.\d*)?|1(?:\.0*)?)\s*)?")
 
