@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import field, frozen
 from dotenv.parser import Binding, parse_stream
 
 from incidentkit.domain.errors import InvalidSettings
@@ -33,7 +33,7 @@ class EnvFile:
     """
 
     path: Path
-    values: dict[str, str | None]
+    values: dict[str, str | None] = field(repr=False)
     references: frozenset[str]
 
 

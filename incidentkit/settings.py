@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import quote
 
 from attrs import field, frozen
@@ -73,12 +73,12 @@ class Settings:
         Raises:
             InvalidSettings: With the variable and the rule that it breaks, or with the file.
         """
-        variables, file = read_variables(env_file, overrides)
-        if file is not None:
-            logger.info("Using settings from %s", file)
-        for name, fault in unknown_variables(variables).items():
+        variables = read_variables(env_file, overrides)
+        if variables.file is not None:
+            logger.info("Using settings from %s", variables.file)
+        for name, fault in unknown_variables(variables.values).items():
             logger.warning("%s %s", name, fault)
-        return cls.from_mapping(variables)
+        return cls.from_mapping(variables.values)
 
     @classmethod
     def from_mapping(cls, variables: Mapping[str, str | None]) -> Settings:
@@ -118,7 +118,8 @@ class Settings:
         )
 
 
-class Variables(NamedTuple):
+@frozen
+class Variables:
     """The variables of the process and of a file.
 
     Attributes:
@@ -126,7 +127,7 @@ class Variables(NamedTuple):
         file: The file, if it sets one of incidentkit's variables; otherwise None.
     """
 
-    values: dict[str, str]
+    values: dict[str, str] = field(repr=False)
     file: Path | None
 
 

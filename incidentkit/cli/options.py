@@ -91,12 +91,13 @@ def _servers(options: dict[str, str | None]) -> Servers:
     for name, value in overrides.items():
         if not value.strip():
             raise InvalidSettings(name, "is empty")
-    variables, file = read_variables(overrides=overrides)
-    if file is not None:
-        click.echo(harmless(f"Using settings from {file}"), err=True)
-    for name, fault in unknown_variables(variables).items():
+    variables = read_variables(overrides=overrides)
+    if variables.file is not None:
+        click.echo(harmless(f"Using settings from {variables.file}"), err=True)
+    values = variables.values
+    for name, fault in unknown_variables(values).items():
         raise InvalidSettings(name, fault)
-    return Servers(Settings.from_mapping(variables), is_default=not names_database(variables))
+    return Servers(Settings.from_mapping(values), is_default=not names_database(values))
 
 
 def takes_actor(command: Callable[..., None]) -> Callable[..., None]:
