@@ -473,6 +473,15 @@ async def test_a_set_removes_a_bounded_number_of_pages(
     assert len(await keys(shared._redis) - {INDEX_KEY}) == 8
 
 
+async def test_a_key_that_is_no_page_is_never_removed(shared: RedisCache) -> None:
+    """A clear removes no other key, even if another program adds its name to the set."""
+    await shared.set(KEY, b"[]", TTL)
+    await shared._redis.set("orders:1", b"1")
+    await shared._redis.sadd(INDEX_KEY, "orders:1")
+    await shared.clear()
+    assert await keys(shared._redis) == {"orders:1"}
+
+
 @pytest.mark.parametrize("kind", [Redis, RedisCluster])
 async def test_a_client_of_ones_own_stays_open(
     kind: type[Redis | RedisCluster], request: pytest.FixtureRequest
