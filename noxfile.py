@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,6 +166,37 @@ def simulate(session: nox.Session) -> None:
     """Run thousands of simulations of the caches; `-- --seeds 100` runs fewer."""
     session.install("--editable", ".[all]", *groups("tests"))
     session.run("python", "-m", "tests.simulation", *session.posargs)
+
+
+@nox.session(python=next(iter(installed_pythons().values())))
+@nox.parametrize("versions", ["newest", "lowest", "image"])
+def audit(session: nox.Session, versions: str) -> None:
+    """Look up known vulnerabilities of the dependencies in PyPI's advisories.
+
+    It fails if one of them cannot be looked up. With the lowest versions, those that the
+    documentation lists do not count: incidentkit uses none of the vulnerable parts.
+    """
+    session.install(*groups("audit"))
+    pins, ignored = "constraints.txt", []
+    if versions != "image":
+        pins = resolved(session, lowest_versions() if versions == "lowest" else [])
+    if versions == "lowest":
+        listed = Path("docs/explanation/dependencies.md").read_text("utf-8")
+        ignored = [f"--ignore-vuln={each}" for each in re.findall(r"CVE-\d+-\d+", listed)]
+    given = ("--requirement", pins, "--no-deps", "--disable-pip")
+    session.run("pip-audit", "--strict", *given, *ignored, *session.posargs)
+
+
+def resolved(session: nox.Session, exactly: list[str]) -> str:
+    """Return a file with the versions that pip would install, itself installing nothing."""
+    folder = Path(session.create_tmp())
+    report, pins = folder / "report.json", folder / "pins.txt"
+    command = ("install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report))
+    session.run("python", "-m", "pip", *command, ".[all]", *exactly)
+    found = [each["metadata"] for each in json.loads(report.read_text("utf-8"))["install"]]
+    others = [each for each in found if each["name"] != PROJECT["project"]["name"]]
+    pins.write_text("".join(f"{each['name']}=={each['version']}\n" for each in others), "utf-8")
+    return str(pins)
 
 
 @nox.session

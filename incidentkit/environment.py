@@ -136,9 +136,9 @@ def _variable(name: str, default: object, parse: Callable[[str], Any], help_: st
 _PORT: Final = _integer(1, 65535)
 
 
-@frozen
+@frozen(repr=False)
 class Environment:
-    """Every variable that incidentkit reads."""
+    """Every variable that incidentkit reads; some are secret, so the repr shows none."""
 
     database_url: str | None = _variable(
         "INCIDENTKIT_DATABASE_URL",

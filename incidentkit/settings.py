@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
 from attrs import field, frozen
-from dotenv import dotenv_values
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph
+from incidentkit.env_file import EnvFile, read_env_file
 from incidentkit.environment import VARIABLES, Environment, RequestLog, unknown_variables
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
 from incidentkit.store.options import StoreOptions
@@ -62,19 +62,23 @@ class Settings:
         """Read the environment of the process, and fill in missing variables from a file.
 
         The environment of the process is never changed. An unknown ``INCIDENTKIT_*`` variable,
-        such as a misspelled one, is logged as a warning with the nearest name.
+        such as a misspelled one, is logged as a warning with the nearest name. A file that sets a
+        variable is logged with level INFO.
 
         Args:
             env_file: A file of ``NAME=value`` lines in UTF-8, which may be missing; None: no file.
+                It must belong to the user of the process or to root.
             overrides: Variables that win over both.
 
         Raises:
-            InvalidSettings: With the variable and the rule that it breaks.
+            InvalidSettings: With the variable and the rule that it breaks, or with the file.
         """
         variables = read_variables(env_file, overrides)
-        for name, fault in unknown_variables(variables).items():
+        if variables.file is not None:
+            logger.info("Using settings from %s", variables.file)
+        for name, fault in unknown_variables(variables.values).items():
             logger.warning("%s %s", name, fault)
-        return cls.from_mapping(variables)
+        return cls.from_mapping(variables.values)
 
     @classmethod
     def from_mapping(cls, variables: Mapping[str, str | None]) -> Settings:
@@ -114,16 +118,45 @@ class Settings:
         )
 
 
+@frozen
+class Variables:
+    """The variables of the process and of a file.
+
+    Attributes:
+        values: The value of each variable that is not empty.
+        file: The file, if it sets one of incidentkit's variables; otherwise None.
+    """
+
+    values: dict[str, str] = field(repr=False)
+    file: Path | None
+
+
 def read_variables(
     env_file: str | os.PathLike[str] | None = ".env", overrides: Mapping[str, str] | None = None
-) -> dict[str, str]:
+) -> Variables:
     """Return the variables of the process and of a file that are not empty, and the overrides.
 
     Raises:
-        InvalidSettings: If the file cannot be read.
+        InvalidSettings: If the file cannot be used, or a variable refers to another one.
     """
-    in_file = _read_file(env_file) if env_file else {}
-    return {**_given(in_file), **_given(os.environ), **(overrides or {})}
+    stronger = {**_given(os.environ), **(overrides or {})}
+    file = read_env_file(env_file) if env_file else None
+    if file is None:
+        return Variables(stronger, None)
+    in_file = _given(file.values)
+    used = [name for name in VARIABLES if name in in_file and name not in stronger]
+    _check_references(file, used)
+    return Variables({**in_file, **stronger}, file.path if used else None)
+
+
+def _check_references(file: EnvFile, used: Sequence[str]) -> None:
+    for name in used:
+        if name in file.references:
+            raise InvalidSettings(
+                name,
+                f"refers to a variable in {file.path}, and references such as ${{NAME}} are not "
+                "replaced: write the value itself, in single quotes if it contains ${",
+            )
 
 
 def names_database(variables: Mapping[str, str]) -> bool:
@@ -138,17 +171,6 @@ def names_database(variables: Mapping[str, str]) -> bool:
 def _given(variables: Mapping[str, str | None]) -> dict[str, str]:
     """Return the variables without those that are empty, which count as not set."""
     return {name: value for name, value in variables.items() if value and value.strip()}
-
-
-def _read_file(env_file: str | os.PathLike[str]) -> dict[str, str | None]:
-    """Return the variables of a file; none if it is missing or is not a file."""
-    try:
-        return dotenv_values(env_file) if Path(env_file).is_file() else {}
-    except UnicodeError:
-        reason = "it is not UTF-8"
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-    raise InvalidSettings(os.fspath(env_file), f"cannot be read: {reason}")
 
 
 def _overruled_prefixes(given: Mapping[str, str]) -> tuple[str, ...]:

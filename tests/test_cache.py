@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -19,6 +20,7 @@ from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.cache import INDEX_KEY, TTL, MemoryCache, cache_from_url
 from incidentkit.cache.redis import BATCH, MAX_PAGES, SOCKET_TIMEOUT, RedisCache
 from tests import servers
+from tests.hosts import run_sql
 from tests.programs import open_connections
 
 if TYPE_CHECKING:
@@ -258,7 +260,7 @@ async def test_memory_forgets_what_is_too_old() -> None:
 async def test_redis_holds_the_documented_keys(
     redis_url: str, redis: Redis, sqlite_url: str
 ) -> None:
-    """A list is cached for an hour, as its key, its token and the array that REST returns."""
+    """A list is cached for an hour, as the array that REST returns with the documented proof."""
     async with IncidentClient.open(sqlite_url, redis_url) as incidents:
         incident = await incidents.create("Disk is full", source="monitoring")
         await incidents.list()
@@ -266,21 +268,41 @@ async def test_redis_holds_the_documented_keys(
         await incidents._opened().pages.finish()
         time = incident.created_at.strftime("%Y-%m-%d %H:%M:%S")
         token = await incidents.store.token()
-        assert (
-            await redis.get("incidents:1:10:any:any")
-            == (
-                f'{{"key":"incidents:1:10:any:any","token":"{token}","incidents":'
+        assert token is not None
+        expected = {
+            "incidents:1:10:any:any": (
                 '[{"incident_id":1,"incident_message":"Disk is full","incident_type":"new",'
                 f'"source":"monitoring","created_at":"{time}","version":1,"dedup_key":null,'
-                f'"occurrences":1,"last_seen_at":"{time}","ended_at":null}}]}}'
-            ).encode()
-        )
-        assert (
-            await redis.get("incidents:2:5:failed:partner")
-            == f'{{"key":"incidents:2:5:failed:partner","token":"{token}","incidents":[]}}'.encode()
-        )
+                f'"occurrences":1,"last_seen_at":"{time}","ended_at":null}}]'
+            ),
+            "incidents:2:5:failed:partner": "[]",
+        }
+        for key, page in expected.items():
+            proof = hmac.new(token.encode(), f"{key}\n{page}".encode(), "sha256").hexdigest()
+            value = f'{{"proof":"{proof}","incidents":{page}}}'
+            assert await redis.get(key) == value.encode()
         assert 3590 <= await redis.ttl("incidents:1:10:any:any") <= TTL
         assert TTL == 3600
+
+
+async def test_redis_never_holds_the_token(redis_url: str, redis: Redis, url: str) -> None:
+    """Neither a key nor a value of Redis tells the token, or a value that it is made of."""
+    async with IncidentClient.open(url, redis_url) as incidents:
+        for page in range(1, 4):
+            await incidents.create("Disk is full", source="monitoring")
+            await incidents.list()
+            await incidents.list(page=page, status="new")
+        await incidents._opened().pages.finish()
+        secrets = {str(await incidents.store.token())}
+    rows = await run_sql(url, "SELECT CAST(token AS text) FROM incident_token")
+    secrets |= {form for (row,) in rows for form in (row, row.replace("-", ""))}
+    secrets |= {part for each in secrets for part in each.split(" ") if len(part) > 15}
+    names = await keys(redis)
+    pages = [name for name in names if name.startswith("incidents:")]
+    assert len(pages) > 1
+    held = " ".join([*names, *text(await redis.smembers(INDEX_KEY))])
+    held += " ".join(text([value for value in await redis.mget(pages) if value is not None]))
+    assert not [secret for secret in secrets if secret in held]
 
 
 async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
@@ -449,6 +471,15 @@ async def test_a_set_removes_a_bounded_number_of_pages(
     monkeypatch.setattr("incidentkit.cache.redis.BATCH", 2)
     await shared.set(KEY, b"[]", TTL)
     assert len(await keys(shared._redis) - {INDEX_KEY}) == 8
+
+
+async def test_a_key_that_is_no_page_is_never_removed(shared: RedisCache) -> None:
+    """A clear removes no other key, even if another program adds its name to the set."""
+    await shared.set(KEY, b"[]", TTL)
+    await shared._redis.set("orders:1", b"1")
+    await shared._redis.sadd(INDEX_KEY, "orders:1")
+    await shared.clear()
+    assert await keys(shared._redis) == {"orders:1"}
 
 
 @pytest.mark.parametrize("kind", [Redis, RedisCluster])

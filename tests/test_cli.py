@@ -515,6 +515,20 @@ def test_a_command_that_reads_names_the_default_database() -> None:
     assert output("get", "1", "--database-url", "sqlite+aiosqlite:///incidentkit.db")
 
 
+def test_the_file_that_a_command_uses_is_named_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command names the `.env` that it uses on stderr, with control characters escaped."""
+    monkeypatch.delenv("INCIDENTKIT_DATABASE_URL", raising=False)
+    folder = Path("a\x1b[31m folder")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    Path(".env").write_text("INCIDENTKIT_DATABASE_URL=sqlite:///own.db\n", "utf-8")
+    result = run(*DISK_FULL, "--json")
+    assert json.loads(result.stdout)["incident_id"] == 1
+    shown = str(Path.cwd()).replace("\x1b", "\\x1b")
+    assert result.stderr.splitlines() == [f"Using settings from {shown}/.env"]
+    assert run("list", "--database-url", "sqlite:///own.db").stderr == ""
+
+
 @pytest.mark.parametrize("name", ["INCIDENTKIT_DATABASE_URL", "POSTGRES_HOST"])
 def test_a_named_database_is_not_announced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a database that nothing names is the default one, even if the file is the same."""
@@ -584,7 +598,8 @@ def test_settings_come_from_a_file_too(tmp_path: Path) -> None:
     """A `.env` in the current folder is read; an unreadable one is an error that names it."""
     file = tmp_path / ".env"
     file.write_text("DB_POOL_SIZE=0")
-    (line,) = errors("list", exit_code=2)
+    used, line = errors("list", exit_code=2)
+    assert used == f"Using settings from {file}"
     assert line.startswith("Error: DB_POOL_SIZE")
     file.write_bytes(b"\xff\xfe")
     assert errors("list", exit_code=2) == ["Error: .env cannot be read: it is not UTF-8"]

@@ -320,7 +320,7 @@ async def test_a_page_that_redis_garbled_is_read_again(redis_url: str, sqlite_ur
         for garbage in (
             *(b"", b"{}", b"[1]", b"\xff", b"[" * 100_000, b'[{"incident_id": 1}]', plain),
             *(sealed[:-1], sealed[:-2] + b"}", sealed.replace(b"incident_id", b"id")),
-            sealed.replace(b'"key":"incidents:1', b'"key":"incidents:2').replace(b"Disk", b"Dusk"),
+            sealed.replace(b"Disk", b"Dusk"),
         ):
             await redis.set(KEY, garbage)
             async with IncidentClient.open(sqlite_url, redis_url) as reader:
@@ -339,8 +339,7 @@ async def test_parts_of_ones_own(sqlite_url: str) -> None:
         assert await incidents.list() == []
         assert incidents.store is store
         await incidents._opened().pages.finish()
-        page, token = await cache.get(KEY), await store.token()
-        assert json.loads(page or b"") == {"key": KEY, "token": token, "incidents": []}
+        assert json.loads(await cache.get(KEY) or b"")["incidents"] == []
 
 
 async def test_a_page_in_redis_serves_every_process(

@@ -9,15 +9,20 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import httpx2
 import pytest
 from dotenv import dotenv_values
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from incidentkit.settings import Settings
+from scripts.make_constraints import image_python
 from tests.programs import outcome, service, start
 
 if TYPE_CHECKING:
@@ -111,10 +116,66 @@ def test_the_image_gets_what_it_needs_and_no_more() -> None:
     assert sorted(copied) == sorted(line[1:] for line in ignored if line.startswith("!"))
     assert all((ROOT / source).exists() for source in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert {project["project"]["readme"], *project["project"]["license-files"]} < set(copied)
+    licenses = [
+        file.relative_to(ROOT).parts[0]
+        for pattern in project["project"]["license-files"]
+        for file in ROOT.glob(pattern)
+    ]
+    assert {project["project"]["readme"], *licenses} < set(copied)
     targets = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert targets.keys() == {"packages"}
     assert {*targets["packages"]} < set(copied)
+
+
+def constraints() -> dict[str, Version]:
+    """Return the version of each package in the image."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+    return {canonicalize_name(pin.name): Version(str(pin.specifier)[2:]) for pin in pins}
+
+
+def test_the_image_has_the_versions_of_the_constraints() -> None:
+    """Every installation in the image takes the constraints, or no package of an index."""
+    installs = [
+        command
+        for name, rest in instructions()
+        if name == "RUN"
+        for command in rest.split("&&")
+        if re.search(r"pip (install|wheel)", command)
+    ]
+    assert len(installs) == 3
+    for command in installs:
+        constrained = "--constraint constraints.txt" in command
+        assert constrained or "--no-build-isolation --no-deps" in command
+    assert f"FROM python:{image_python()}-slim AS build" in (ROOT / "Dockerfile").read_text()
+
+
+def test_the_constraints_fit_the_project() -> None:
+    """Each package that the project or its build requires has a version, which the project takes.
+
+    If this fails, run `python3.13 scripts/make_constraints.py`.
+    """
+    pins = constraints()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    required = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    required += [line for name, lines in extras.items() if name != "all" for line in lines]
+    for requirement in map(Requirement, required):
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_the_constraints_are_whole() -> None:
+    """Each package that one of the packages requires, in the versions installed here, is there."""
+    pins, image = constraints(), {"python_version": image_python(), "sys_platform": "linux"}
+    for name in pins:
+        try:
+            lines = distribution(name).requires or []
+        except PackageNotFoundError:
+            continue  # Only the image has it.
+        for requirement in map(Requirement, lines):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": "", **image}):
+                assert canonicalize_name(requirement.name) in pins, f"{name} requires {requirement}"
 
 
 # The stack
@@ -123,7 +184,8 @@ def test_the_image_gets_what_it_needs_and_no_more() -> None:
 def test_every_variable_reaches_the_service() -> None:
     """The service takes its settings from `.env`, except for the stack's own servers."""
     settings = Settings.from_mapping(environment("incidentkit", DOT_ENV))
-    assert settings.database_url == "postgresql://me:secret@postgres:5432/mine"
+    socket = "host=/var/run/postgresql&port=5432"
+    assert settings.database_url == f"postgresql://me:secret@/mine?{socket}"
     assert settings.redis_url == "redis://redis:6379/3"
     assert settings.redis_required
     assert settings.request_log == "database"
@@ -142,9 +204,13 @@ def test_the_servers_are_the_ones_that_the_service_uses(variables: dict[str, str
     assert postgres["POSTGRES_PASSWORD"] == used.password
     assert postgres["POSTGRES_DB"] == used.path.strip("/")
     services = compose(variables)["services"]
-    assert used.hostname in services
+    (folder,) = parse_qs(used.query)["host"]
+    assert f"socket:{folder}" in services["postgres"]["volumes"]
+    for name in ("incidentkit", "migrate"):
+        assert services[name]["volumes"] == [f"socket:{folder}:ro"]
     assert settings.redis_url is not None
-    assert urlsplit(settings.redis_url).hostname in services
+    redis = urlsplit(settings.redis_url).hostname
+    assert {*services[redis]["networks"]} < {*services["incidentkit"]["networks"]}
 
 
 def test_the_service_starts_after_the_migration_and_its_servers() -> None:
@@ -187,7 +253,36 @@ def test_the_stack_runs_until_it_is_stopped() -> None:
     assert volume in project["volumes"]
     # Since version 18, the image keeps its data in a subfolder named after the version.
     assert (services["postgres"]["image"], folder) == ("postgres:18", "/var/lib/postgresql")
-    assert services["incidentkit"]["ports"] == ["8000:8000"]
+
+
+def test_only_this_machine_reaches_the_stack() -> None:
+    """One port is published, on loopback; the servers are in no network that leads elsewhere."""
+    project = compose({})
+    services = project["services"]
+    published = {name: each["ports"] for name, each in services.items() if "ports" in each}
+    assert published == {"incidentkit": ["127.0.0.1:8000:8000"]}
+    # Its default password is of use only in its container, and for those with its socket.
+    assert services["postgres"]["network_mode"] == "none"
+    assert services["migrate"]["network_mode"] == "none"
+    assert services["redis"]["networks"] == ["servers"]
+    assert project["networks"]["servers"] == {"internal": True}
+    sharing = {
+        name
+        for name, each in services.items()
+        if [volume for volume in each.get("volumes", ()) if volume.startswith("socket:")]
+    }
+    assert sharing == {"incidentkit", "migrate", "postgres"}
+
+
+@pytest.mark.parametrize("name", ["incidentkit", "migrate", "postgres", "redis"])
+def test_no_container_has_rights_that_it_does_not_need(name: str) -> None:
+    """No container runs as root, has or gets a capability, or writes outside its volumes."""
+    container = compose({})["services"][name]
+    assert container["cap_drop"] == ["ALL"]
+    assert container["security_opt"] == ["no-new-privileges:true"]
+    assert container["read_only"] is True
+    assert container.keys().isdisjoint({"cap_add", "privileged", "devices", "pid", "ipc"})
+    assert container.get("user") == (None if "build" in container else name)
 
 
 def test_the_containers_commands_work_together(

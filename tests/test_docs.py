@@ -335,6 +335,7 @@ def test_the_session_of_the_tutorial(empty_postgres_url: str, redis_url: str) ->
         DATABASE_URL: empty_postgres_url,
         REDIS_URL: redis_url,
         place_of(DATABASE_URL): place_of(empty_postgres_url),
+        "/home/ann/first": str(Path.cwd()),
     }
     with Session(replaced) as terminals:
         terminals.run("docs/tutorial.md")

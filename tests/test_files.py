@@ -526,6 +526,59 @@ async def test_a_file_is_not_created_with_mode_rw(tmp_path: Path, path: Path) ->
         assert caught.value.place == str(path)
 
 
+@pytest.fixture
+def _open_umask() -> Iterator[None]:
+    """Let new files be written by all users, unless they are created with another mode."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
+def readable_by_a_group(path: Path) -> None:
+    """Let a group read the file."""
+    path.chmod(0o640)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """Return the permissions of the files of databases in a folder."""
+    return {file.name: file.stat().st_mode & 0o777 for file in folder.glob("*.db*")}
+
+
+@each_way
+@pytest.mark.usefixtures("_open_umask")
+async def test_a_new_file_is_its_owners_alone(way: str, tmp_path: Path) -> None:
+    """A file that a client creates, and the files beside it, can be read by no other user."""
+    async with opened(way, tmp_path / "new.db") as client:
+        await client.create("Disk is full", source="monitoring")
+        # A host's engine does not use the write-ahead log unless its file does.
+        beside = {"new.db-wal", "new.db-shm"} if way == "url" else set()
+        assert modes(tmp_path) == dict.fromkeys({"new.db", *beside}, 0o600)
+
+
+@pytest.mark.usefixtures("_open_umask")
+def test_a_command_creates_a_file_for_its_owner_alone(tmp_path: Path) -> None:
+    """`db upgrade` creates a private file, also in the target of a symbolic link."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    link = tmp_path / "link.db"
+    link.symlink_to(folder / "real.db")
+    command = ("db", "upgrade", "--database-url", f"sqlite:///{link}?uri=true")
+    assert outcome(start(*command))[0] == 0
+    assert modes(folder) == {"real.db": 0o600}
+
+
+@each_way
+async def test_a_file_that_exists_keeps_its_mode(
+    way: str, path: Path, readable_by_a_group: None
+) -> None:
+    """The mode that an operator gives to a file stays, and holds for the files beside it."""
+    del readable_by_a_group
+    async with opened(way, path) as client:
+        await client.create("Disk is full", source="monitoring")
+        assert set(modes(path.parent).values()) == {0o640}
+
+
 def test_only_an_explicit_name_is_memory() -> None:
     """`:memory:` is a database in memory."""
     assert sqlite_url("sqlite+aiosqlite:///:memory:").database == IN_MEMORY

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from incidentkit import Incident, IncidentSource, IncidentStatus, ListQuery, StoreUnavailable
 from incidentkit.cache import MemoryCache
@@ -127,9 +130,102 @@ async def test_a_page_under_another_key_is_never_served(
     pages: PageCache, source: Source, shared: FaultyCache
 ) -> None:
     """A value with another key is a miss, even if its token is current."""
-    wrong = seal(OTHER.cache_key, await source.token(), b"[]")
+    wrong = seal(OTHER.cache_key, str(await source.token()), b"[]")
     await shared.set(KEY, wrong, 10)
     assert await pages.list(QUERY) == source.page()
+
+
+async def test_a_forged_page_is_never_served(source: Source, shared: FaultyCache) -> None:
+    """A genuine value that was changed anywhere, cut or extended is a miss."""
+    genuine = await _stored_value(source, shared)
+    flipped = [
+        genuine[:place] + bytes([genuine[place] ^ 1]) + genuine[place + 1 :]
+        for place in range(len(genuine))
+    ]
+    for value in (*flipped, *(genuine[:size] for size in range(len(genuine)))):
+        assert unseal(value, KEY, await source.token()) is None
+    forged = [
+        genuine + b" ",
+        b" " + genuine,
+        genuine.replace(b"incidents", b"incident_s"),
+        genuine[: genuine.index(b"[")] + b"[]}",
+        genuine[: genuine.index(b'"incidents"')] + b'"incidents":[],' + genuine[-100:],
+    ]
+    for value in forged:
+        assert unseal(value, KEY, await source.token()) is None
+        await shared.set(KEY, value, 10)
+        source.asked.clear()
+        pages = PageCache(source, shared)
+        assert await pages.list(QUERY) == source.page()
+        assert "list" in source.asked
+        await pages.finish()
+    source.asked.clear()
+    await shared.set(KEY, genuine, 10)
+    assert await PageCache(source, shared).list(QUERY) == source.page()
+    assert source.asked == ["token"]
+
+
+@given(key=st.text(), other=st.text(), token=st.text(), page=st.binary(), changed=st.binary())
+def test_a_proof_fits_one_key_one_token_and_one_page(
+    key: str, other: str, token: str, page: bytes, changed: bytes
+) -> None:
+    """A page comes out as it was put in, with its own key and token alone."""
+    sealed = seal(key, token, page)
+    assert unseal(sealed, key, token) == page
+    if other not in (key, token):
+        assert unseal(sealed, other, token) is None
+        assert unseal(sealed, key, other) is None
+    if changed != page:
+        assert unseal(sealed.replace(b":" + page + b"}", b":" + changed + b"}"), key, token) is None
+
+
+async def test_a_shared_cache_never_learns_the_token(source: Source, shared: FaultyCache) -> None:
+    """No value holds the token in any encoding, so a reader of the cache cannot make a proof."""
+    value = await _stored_value(source, shared)
+    token = str(await source.token()).encode()
+    for encoded in (token, token.hex().encode(), b64encode(token).rstrip(b"=")[:-1]):
+        assert encoded not in value
+
+
+async def test_a_page_of_the_version_before_is_never_served(
+    source: Source, shared: FaultyCache
+) -> None:
+    """A value that holds the token itself, as earlier versions stored it, is a miss."""
+    head = f'{{"key":"{KEY}","token":"{await source.token()}","incidents":'
+    await shared.set(KEY, head.encode() + b"[]}", 10)
+    pages = PageCache(source, shared)
+    assert await pages.list(QUERY) == source.page()
+    await pages.finish()
+    value = await shared.get(KEY)
+    assert value is not None
+    assert value.startswith(b'{"proof":"')
+
+
+async def test_an_old_page_is_served_only_while_its_token_is_back(
+    source: Source, shared: FaultyCache
+) -> None:
+    """A replayed page is a miss after a change, and the true page after a database went back."""
+    old, page = await _stored_value(source, shared), source.page()
+    source.changes += 1
+    await shared.set(KEY, old, 10)
+    pages = PageCache(source, shared)
+    assert await pages.list(QUERY) == source.page() != page
+    await pages.finish()
+    source.changes -= 1
+    await shared.set(KEY, old, 10)
+    source.asked.clear()
+    assert await PageCache(source, shared).list(QUERY) == source.page() == page
+    assert source.asked == ["token"]
+
+
+async def _stored_value(source: Source, shared: FaultyCache) -> bytes:
+    """Return the value that a process stores for the current page."""
+    pages = PageCache(source, shared)
+    await pages.list(QUERY)
+    await pages.finish()
+    value = await shared.get(KEY)
+    assert value is not None
+    return value
 
 
 async def test_a_null_token_matches_nothing(
@@ -142,10 +238,11 @@ async def test_a_null_token_matches_nothing(
         source.changes += 1
     # The page that tells that there is no token could have been shared.
     assert source.asked.count("list") == 4
-    sealed = seal(KEY, None, b"[]")
-    await shared.set(KEY, sealed, 10)
-    assert await pages.list(QUERY) == source.page()
-    assert unseal(sealed, KEY, None) is None
+    for token in ("", "None", "null"):
+        sealed = seal(KEY, token, b"[]")
+        await shared.set(KEY, sealed, 10)
+        assert await pages.list(QUERY) == source.page()
+        assert unseal(sealed, KEY, None) is None
 
 
 async def test_without_a_token_no_list_shares_a_page(pages: PageCache, source: Source) -> None:

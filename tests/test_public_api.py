@@ -139,7 +139,7 @@ async def main():
 
 asyncio.run(main())
 """
-    packages = ("redis", "starlette", "uvicorn", "swagger_ui_bundle")
+    packages = ("redis", "starlette", "uvicorn")
     assert run_python(code, without=packages) == "1\n"
 
 

@@ -622,14 +622,147 @@ def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 def test_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error for an unreadable file gives its name and the system's reason."""
 
-    def refuse(_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "secret/.env")
 
     Path(".env").touch()
-    monkeypatch.setattr("incidentkit.settings.dotenv_values", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_env()
     assert str(caught.value) == ".env cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("line", "password"),
+    [
+        ("'${HOME}'", "${HOME}"),
+        ("'it\\'s ${HOME:-x} # here'  # a comment", "it's ${HOME:-x} # here"),
+        ("$HOME", "$HOME"),
+        ('"$HOME"', "$HOME"),
+        ("a${b", "a${b"),
+        ("$(whoami)", "$(whoami)"),
+        ('"a\\nb"', "a\nb"),
+        ("'a\\nb'", "a\\nb"),
+    ],
+)
+def test_nothing_in_the_file_is_replaced(line: str, password: str) -> None:
+    """Single quotes are literal, double quotes have escapes, and no variable is looked up."""
+    Path(".env").write_text(f"POSTGRES_PASSWORD={line}\n", "utf-8")
+    assert Settings.from_env() == Settings.from_mapping({"POSTGRES_PASSWORD": password})
+
+
+@pytest.mark.parametrize("value", ["${SECRET}", "a${SECRET:-b}c", '"${SECRET}"', "x'${SECRET}'"])
+@pytest.mark.parametrize("name", ["POSTGRES_PASSWORD", "INCIDENTKIT_DATABASE_URL"])
+def test_a_reference_in_the_file_is_refused(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error for a reference outside single quotes names the variable, and shows no value."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    Path(".env").write_text(f"OTHER=${{SECRET}}\nexport {name}={value}\n", "utf-8")
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_env()
+    assert caught.value.name == name
+    assert str(Path(".env").absolute()) in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_reference_that_is_not_used_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference of another program, or in a value that is overridden, is not judged."""
+    Path(".env").write_text(
+        "SHOP_URL=${HOST}\nPOSTGRES_USER=${HOST}\nPOSTGRES_DB=${HOST}\nPOSTGRES_DB=shop\n", "utf-8"
+    )
+    monkeypatch.setenv("POSTGRES_USER", "ann")
+    assert Settings.from_env().database_url == "postgresql://ann@localhost:5432/shop"
+
+
+def belongs_to_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a file to another user; if only root may, make the process one of another user."""
+    if os.geteuid() == 0:
+        os.chown(path, 4711, -1, follow_symlinks=False)
+    else:
+        monkeypatch.setattr("os.geteuid", lambda: 4711)
+
+
+def test_a_file_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of another user is an error that names it, whatever it sets; one of root's is not."""
+    file = Path(".env")
+    file.write_text("OTHER=1\n", "utf-8")
+    belongs_to_another(file, monkeypatch)
+    with pytest.raises(InvalidSettings, match=r"^\.env belongs to another user \(uid \d+\): "):
+        Settings.from_env()
+    assert Settings.from_env(None) == Settings()
+
+
+def test_a_link_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's symbolic link to a file of one's own is refused; one's own is followed."""
+    own = tmp_path / "own.env"
+    own.write_text("REDIS_HOST=here\n", "utf-8")
+    Path(".env").symlink_to(own)
+    assert Settings.from_env().redis_url == "redis://here:6379/0"
+    belongs_to_another(Path(".env"), monkeypatch)
+    with pytest.raises(InvalidSettings, match="belongs to another user"):
+        Settings.from_env()
+
+
+def test_a_file_of_root_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user reads a file of root's, as in a container."""
+    Path(".env").write_text("REDIS_HOST=here\n", "utf-8")
+    real = Path(".env").stat()
+    status = os.stat_result((0o100644, *real[1:4], 0, 0, *real[6:]))
+    monkeypatch.setattr("os.fstat", lambda _: status)
+    monkeypatch.setattr("os.lstat", lambda _: status)
+    monkeypatch.setattr("os.geteuid", lambda: 4711)
+    assert Settings.from_env().redis_url == "redis://here:6379/0"
+
+
+@pytest.mark.parametrize(
+    ("mode", "own_group", "warned"),
+    [(0o600, True, False), (0o664, True, False), (0o664, False, True), (0o646, True, True)],
+)
+def test_a_file_that_others_can_write_is_logged(
+    mode: int,
+    own_group: bool,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A warning names a file that all users, or members of another group, can write."""
+    file = Path(".env")
+    file.write_text("REDIS_HOST=here\n", "utf-8")
+    file.chmod(mode)
+    if not own_group:
+        monkeypatch.setattr("os.getegid", lambda: 4711)
+    assert Settings.from_env().redis_url == "redis://here:6379/0"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [".env can be written by other users: run chmod go-w .env"] * warned
+
+
+def test_the_file_that_is_used_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log names, with level INFO, a file that sets a variable, and no other file."""
+    caplog.set_level("INFO", "incidentkit")
+    file = Path(".env")
+    Settings.from_env()
+    file.write_text("SHOP=1\nREDIS_PORT=\n", "utf-8")
+    Settings.from_env()
+    file.write_text("REDIS_HOST=here\n", "utf-8")
+    with monkeypatch.context() as context:
+        context.setenv("REDIS_HOST", "process")
+        Settings.from_env()
+    assert caplog.records == []
+    Settings.from_env()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Using settings from {file.absolute()}"
+    ]
+
+
+def test_a_line_that_is_no_assignment_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A warning names the line that is passed over, without its text."""
+    Path(".env").write_text("REDIS_HOST=here\nPOSTGRES_PASSWORD='hunter2\n", "utf-8")
+    assert Settings.from_env().redis_url == "redis://here:6379/0"
+    assert [record.getMessage() for record in caplog.records] == [".env: line 2 is no assignment"]
 
 
 def test_fault_in_the_file_is_told_like_any_other() -> None:

@@ -366,12 +366,12 @@ def test_the_store_inherits_one_level_deep() -> None:
     assert deep == set()
 
 
-def test_modules_are_loaded_by_name_only_by_lazy_faces_and_for_an_extra() -> None:
-    """No import hides in a call: only lazy faces, and the optional Swagger UI, load by name."""
+def test_modules_are_loaded_by_name_only_by_lazy_faces() -> None:
+    """No import hides in a call: only lazy faces load modules by name."""
     calls = {
         file.relative_to(PACKAGE).as_posix()
         for file in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Name) and node.id in {"__import__", "import_module"}
     }
-    assert calls == {"lazy.py", "http/docs.py"}
+    assert calls == {"lazy.py"}

@@ -28,6 +28,20 @@ def test_wheel_holds_the_package_and_its_migrations(distributions: Distributions
     assert "incidentkit/store/migrations/origin.py" in found
 
 
+def test_wheel_is_small_and_has_its_licenses(distributions: Distributions) -> None:
+    """The wheel stays below 2 MB, with the licenses of the project and of Swagger UI."""
+    assert distributions.wheel.stat().st_size < 2_000_000
+    assert distributions.metadata["License-Expression"] == "MIT AND Apache-2.0"
+    licenses = {
+        name.removeprefix(f"{DIST_INFO}/licenses/")
+        for name in distributions.wheel_files
+        if name.startswith(f"{DIST_INFO}/licenses/")
+    }
+    ui = "incidentkit/http/swagger_ui"
+    files = ("LICENSE", "NOTICE", "swagger-ui-bundle.js.LICENSE.txt")
+    assert licenses == {"LICENSE", *(f"{ui}/{file}" for file in files)}
+
+
 def test_sdist_holds_what_it_takes_to_build_and_test(distributions: Distributions) -> None:
     """The sdist holds the files needed to build and test the project, and no CI files."""
     needed = {"pyproject.toml", "README.md", "LICENSE", "alembic.ini", "noxfile.py"}

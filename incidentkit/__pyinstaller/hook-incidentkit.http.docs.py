@@ -4,5 +4,4 @@ from __future__ import annotations
 
 from PyInstaller.utils.hooks import collect_data_files
 
-hiddenimports = ["swagger_ui_bundle"]
-datas = collect_data_files("swagger_ui_bundle")
+datas = collect_data_files("incidentkit.http", subdir="swagger_ui")

@@ -9,6 +9,9 @@ from incidentkit.domain.values import MAX_STALENESS
 TTL: Final = MAX_STALENESS
 """Seconds that a page is kept."""
 
+PAGE_PREFIX: Final = "incidents:"
+"""How the name of every page begins."""
+
 INDEX_KEY: Final = "incidentkit:pages"
 """Key under which a shared cache can keep the names of its pages: outside ``incidents:*``."""
 

@@ -105,12 +105,17 @@ class CircuitBreaker:
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
                 raise
-            self._retry_at = self._clock() + RETRY_AFTER
-            # The class only: the text of the exception may hold a password.
-            failed = f"failed with {type(error).__name__}"
-            how = "did not answer in time" if isinstance(error, TimeoutError) else failed
-            unavailable = CacheUnavailable(f"{self._name} {how}")
-            if not self._open:
-                self._open = True
-                logger.warning("%s; lists are read from the database", unavailable)
-            raise unavailable from error
+            unavailable = self._failed(error)
+        # Outside the handler, without a cause: a server may repeat the password in its error.
+        raise unavailable
+
+    def _failed(self, error: BaseException) -> CacheUnavailable:
+        """Open the circuit, and return the error that names the cache and the kind of failure."""
+        self._retry_at = self._clock() + RETRY_AFTER
+        failed = f"failed with {type(error).__name__}"
+        how = "did not answer in time" if isinstance(error, TimeoutError) else failed
+        unavailable = CacheUnavailable(f"{self._name} {how}")
+        if not self._open:
+            self._open = True
+            logger.warning("%s; lists are read from the database", unavailable)
+        return unavailable

@@ -1,9 +1,10 @@
 """Serve pages of the list from caches, and never a stale one.
 
-This is the only module that decides whether a cached page may be served. A page carries the token
-that the incidents had in the same snapshot of the database. It is served only if the incidents have
-that token during the call. A cache can therefore deliver late, lose, mix up or never clear pages:
-they are not served.
+This is the only module that decides whether a cached page may be served. A page in the process
+carries the token that the incidents had in the same snapshot of the database. A page in a shared
+cache carries a proof instead: a keyed hash of its key and its content, with the token as the secret
+key. A page is served only if the incidents have that token during the call. A cache can therefore
+deliver late, lose, mix up, forge or never clear pages: they are not served.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from hmac import compare_digest, digest
 from typing import Final, Protocol, TypeAlias
 
 import incidentkit.wire as wire_format
@@ -23,7 +25,6 @@ from incidentkit.cache.memory import DEFAULT_MAX_BYTES, LruCache
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import Incident
 from incidentkit.store.page import Page
-from incidentkit.wire.encoding import dump_json
 
 IncidentList: TypeAlias = "list[Incident]"
 """An alias, because ``list`` is a method in the classes below."""
@@ -53,24 +54,31 @@ class PageStore(Protocol):
         ...
 
 
-def seal(key: str, token: str | None, page: bytes) -> bytes:
-    """Return the value for a cache: a JSON object of the page, its key and its token."""
-    return _head(key, token) + page + b"}"
+def seal(key: str, token: str, page: bytes) -> bytes:
+    """Return the value for a shared cache: a JSON object of the page and its proof.
+
+    The value does not tell the token, so a program that can only read and write the cache cannot
+    make a value that :func:`unseal` accepts.
+    """
+    return b'{"proof":"%b","incidents":%b}' % (_proof(key, token, page), page)
 
 
 def unseal(value: bytes, key: str, token: str | None) -> bytes | None:
-    """Return the page in a value from a cache, or None if its key or its token differs.
+    """Return the page in a value from a cache, or None unless key and token sealed that value.
 
     A token that is None matches no value.
     """
-    head = _head(key, token)
-    if token is None or not value.startswith(head) or not value.endswith(b"}"):
+    if token is None:
         return None
-    return value[len(head) : -1]
+    page = value[_PAGE_START:-1]
+    return page if compare_digest(value, seal(key, token, page)) else None
 
 
-def _head(key: str, token: str | None) -> bytes:
-    return dump_json({"key": key, "token": token})[:-1] + b',"incidents":'
+def _proof(key: str, token: str, page: bytes) -> bytes:
+    return digest(token.encode(), b"%b\n%b" % (key.encode(), page), "sha256").hex().encode()
+
+
+_PAGE_START: Final = len(seal("", "", b"")) - len(b"}")
 
 
 def _size(page: Page) -> int:
@@ -241,7 +249,7 @@ class PageCache:
             sealed = [
                 (key, seal(key, page.token, page.json))
                 for key, page, changes in pages
-                if changes == self._changes
+                if changes == self._changes and page.token is not None
             ]
             await asyncio.gather(*(self._shared.set(key, value, TTL) for key, value in sealed))
         await asyncio.sleep(INTERVAL)

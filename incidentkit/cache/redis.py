@@ -22,7 +22,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from incidentkit.affinity import keep, sever
 from incidentkit.batching import Batcher
-from incidentkit.cache.base import INDEX_KEY
+from incidentkit.cache.base import INDEX_KEY, PAGE_PREFIX
 from incidentkit.domain.errors import InvalidSettings
 
 _Opened: TypeAlias = tuple[Redis | RedisCluster, tuple[Callable[[], Awaitable[None]], ...]]
@@ -193,13 +193,23 @@ class RedisCache:
         return [None] * len(given)
 
     async def _remove(self, count: int) -> int:
-        """Remove up to ``count`` pages, and return the number of names that were removed."""
+        """Remove up to ``count`` pages, and return the number of names that were removed.
+
+        Another program can add names to the set: a key that is no page is left alone.
+        """
         (names,) = await self._send_with_index(("SPOP", self._index, count))
+        pages = [name for name in names if self._is_page(name)]
         if isinstance(self._redis, RedisCluster):
-            await self._send(*(("UNLINK", name) for name in names))
-        elif names:
-            await self._send(("UNLINK", *names))
+            await self._send(*(("UNLINK", page) for page in pages))
+        elif pages:
+            await self._send(("UNLINK", *pages))
         return len(names)
+
+    def _is_page(self, name: bytes | str) -> bool:
+        """Return whether a key is the name of a page."""
+        # An application's client may decode its answers.
+        text = name if isinstance(name, str) else name.decode(errors="replace")
+        return text.startswith(f"{self._prefix}{PAGE_PREFIX}")
 
     async def _send_with_index(self, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
         """Send commands on the set of names; if the key is not a set, remove it and raise."""

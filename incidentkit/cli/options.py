@@ -13,6 +13,7 @@ import click
 from attrs import frozen
 
 from incidentkit.cli.completion import offer_databases
+from incidentkit.cli.text import harmless
 from incidentkit.domain.actor import acting_as
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.values import IncidentSource, IncidentStatus
@@ -91,9 +92,12 @@ def _servers(options: dict[str, str | None]) -> Servers:
         if not value.strip():
             raise InvalidSettings(name, "is empty")
     variables = read_variables(overrides=overrides)
-    for name, fault in unknown_variables(variables).items():
+    if variables.file is not None:
+        click.echo(harmless(f"Using settings from {variables.file}"), err=True)
+    values = variables.values
+    for name, fault in unknown_variables(values).items():
         raise InvalidSettings(name, fault)
-    return Servers(Settings.from_mapping(variables), is_default=not names_database(variables))
+    return Servers(Settings.from_mapping(values), is_default=not names_database(values))
 
 
 def takes_actor(command: Callable[..., None]) -> Callable[..., None]:

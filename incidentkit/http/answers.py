@@ -197,5 +197,7 @@ async def docs_page(_: Request, __: Mapping[str, Any]) -> Response:
 
 async def docs_asset(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with a file of Swagger UI."""
-    known = ",".join(request.headers.getlist("if-none-match"))
-    return docs.asset(arguments["asset"], known)
+    known, accepted = (
+        ",".join(request.headers.getlist(name)) for name in ("if-none-match", "accept-encoding")
+    )
+    return docs.asset(arguments["asset"], known, accepted)

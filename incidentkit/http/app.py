@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
-from incidentkit.http.docs import assets_folder
+from incidentkit.http.docs import check_files
 from incidentkit.http.request_log import Appender, RequestLog
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.http.service import Service
@@ -48,12 +48,12 @@ def create_app(
         docs: Whether Swagger UI is served at ``/docs``.
 
     Raises:
-        InvalidSettings: If ``request_log`` is another value, or the client cannot write it.
-        MissingDependency: If ``docs`` is true and Swagger UI is not installed.
+        InvalidSettings: If ``request_log`` is another value, or the client cannot write it; or if
+            ``docs`` is true and the program was frozen without the files of Swagger UI.
     """
     log = _request_log(client, request_log)
     if docs:
-        assets_folder()
+        check_files()
     return Service(
         client,
         (*OPERATIONS, *DOCS) if docs else OPERATIONS,

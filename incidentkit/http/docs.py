@@ -1,17 +1,19 @@
-"""Swagger UI, from the files of an installed package; the browser loads nothing from elsewhere."""
+"""Swagger UI, from files of this package; the browser loads nothing from elsewhere."""
 
 from __future__ import annotations
 
+import gzip
+import re
 from functools import cache
 from hashlib import sha256
-from importlib import import_module
+from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Final
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from incidentkit.domain.errors import MissingDependency
+from incidentkit.domain.errors import InvalidSettings
 
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -32,7 +34,13 @@ MEDIA_TYPES: Final = {
     "favicon-32x32.png": "image/png",
     START_SCRIPT: "text/javascript",
 }
-"""The files of the page; all but the start script are in the package."""
+"""The files of the page; all but the start script come from ``scripts/renew_swagger_ui.py``."""
+
+FOLDER: Final[Traversable] = files("incidentkit.http") / "swagger_ui"
+"""The folder of the files, which may be in a zip file. A name with ``.gz`` is that of a compressed
+file."""
+
+_ENCODING: Final = re.compile(r"\s*([\w*-]+)\s*(?:;\s*q=(0(?:\.\d*)?|1(?:\.0*)?)\s*)?")
 
 # Every link is relative, so that the page works wherever the app is mounted.
 _PAGE: Final = f"""\
@@ -64,22 +72,16 @@ SwaggerUIBundle({
 """
 
 
-@cache
-def assets_folder() -> Traversable:
-    """Return the folder of Swagger UI's files, which may be in a zip file.
+def check_files() -> None:
+    """Raise if the files of the page are missing, as in a program that was frozen without them.
 
     Raises:
-        MissingDependency: If their package is not installed, or lacks one of the files.
+        InvalidSettings: With the argument that asked for the page.
     """
-    try:
-        folder: Traversable = import_module("swagger_ui_bundle").swagger_ui_path
-    except ModuleNotFoundError as error:
-        if error.name != "swagger_ui_bundle":
-            raise
-        raise MissingDependency("swagger-ui-bundle-v2", extra="server") from error
-    if not all((folder / name).is_file() for name in MEDIA_TYPES if name != START_SCRIPT):
-        raise MissingDependency("swagger-ui-bundle-v2", extra="server")
-    return folder
+    for name in MEDIA_TYPES:
+        if name != START_SCRIPT and _find(name) is None:
+            reason = f"needs the file {name} of incidentkit.http, which this program does not have"
+            raise InvalidSettings("docs", reason)
 
 
 def page() -> Response:
@@ -87,27 +89,50 @@ def page() -> Response:
     return Response(_PAGE, headers=HEADERS, media_type="text/html")
 
 
-def asset(name: str, known: str = "") -> Response:
+def asset(name: str, known: str = "", accepted: str = "") -> Response:
     """Return a file of the page, or 304 if the browser has it.
 
     Args:
         name: The name of the file.
         known: The entity tags of the files that the browser has, as in ``If-None-Match``.
+        accepted: The encodings that the browser takes, as in ``Accept-Encoding``.
 
     Raises:
         HTTPException: 404 if the page has no such file.
     """
     if name not in MEDIA_TYPES:
         raise HTTPException(404)
-    content, tag = _file(name)
-    headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": tag}
+    content, tag, encoding = _file(name, compressed=_takes_gzip(accepted))
+    headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": tag, "Vary": "Accept-Encoding"}
     if tag in (given.strip().removeprefix("W/") for given in known.split(",")):
         return Response(status_code=304, headers=headers)
+    if encoding is not None:
+        headers["Content-Encoding"] = encoding
     return Response(content, headers=headers, media_type=MEDIA_TYPES[name])
 
 
+def _takes_gzip(accepted: str) -> bool:
+    """Return whether a value of ``Accept-Encoding`` allows gzip; an empty one does not."""
+    found = filter(None, map(_ENCODING.fullmatch, accepted.lower().split(",")))
+    weights = {match[1]: float(match[2] or 1) for match in found}
+    return weights.get("gzip", weights.get("*", 0)) > 0
+
+
 @cache
-def _file(name: str) -> tuple[bytes, str]:
-    """Return the content of a file and its entity tag."""
-    content = _START.encode() if name == START_SCRIPT else (assets_folder() / name).read_bytes()
-    return content, f'"{sha256(content).hexdigest()[:32]}"'
+def _file(name: str, *, compressed: bool) -> tuple[bytes, str, str | None]:
+    """Return the content of a file, its entity tag, and the encoding if it is compressed."""
+    content, encoding = _START.encode(), None
+    file = _find(name)
+    if file is not None:
+        content = file.read_bytes()
+        if file.name.endswith(".gz"):
+            content, encoding = (
+                (content, "gzip") if compressed else (gzip.decompress(content), None)
+            )
+    return content, f'"{sha256(content).hexdigest()[:32]}"', encoding
+
+
+def _find(name: str) -> Traversable | None:
+    """Return the file in the folder, compressed or as it is; None if there is none."""
+    found = (FOLDER / each for each in (f"{name}.gz", name))
+    return next((file for file in found if file.is_file()), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from contextlib import contextmanager
@@ -448,10 +449,28 @@ class Simulation:
         The copy may also have no token, and be of a version that stores such pages.
         """
         token = self.database.token_of(self.database.current, "elsewhere")
-        if self.random.random() < 0.3:
-            token = None
+        if token is None or self.random.random() < 0.3:
+            token = ""
         key = self.random.choice(QUERIES).cache_key
         self.redis.values[key] = seal(key, token, b"[]"), self.loop.time() + TTL
+
+    def _forge(self) -> None:
+        """Replace the pages in Redis a few times by ones without incidents.
+
+        The forger knows all that Redis holds, and how a page is sealed. It keeps the proof of a
+        page, or takes another text that it finds beside the page for the token.
+        """
+        for _ in range(self.random.randint(1, 20)):
+            self.loop.call_later(self.random.uniform(0.0, 0.4), self._forge_pages)
+
+    def _forge_pages(self) -> None:
+        for key in self.redis.pages():
+            value, until = self.redis.values[key]
+            found = json.loads(value) if isinstance(value, bytes) else {}
+            texts = [text for text in found.values() if isinstance(text, str)]
+            forged = json.dumps({**found, "incidents": []}, separators=(",", ":")).encode()
+            guesses = [seal(key, text, b"[]") for text in texts]
+            self.redis.values[key] = self.random.choice([forged, *guesses]), until
 
     def _pause(self) -> None:
         process = self._a_process()
@@ -481,6 +500,7 @@ KINDS: Final[dict[str, Callable[[Simulation], None]]] = {
     "emptied_token": Simulation._empty_token,
     "lost_trigger": Simulation._lose_triggers,
     "forged_copy": Simulation._forge_copy,
+    "forger": Simulation._forge,
     "pause": Simulation._pause,
     "outage": lambda here: here._for_a_while(here.database, "failing", 0.5),
     "slow_database": lambda here: here._for_a_while(here.database, "slow", 0.3),

@@ -7,6 +7,7 @@ A list shows the database as it was at some instant between the start and the en
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -20,7 +21,6 @@ from attrs import evolve
 from incidentkit.batching import Batcher
 from incidentkit.cache import pages
 from incidentkit.store.page import Page
-from incidentkit.wire import dump_json
 from tests.simulation.schedule import KINDS, STALENESS, Figures, replay, simulate
 from tests.simulation.world import Database, SimulatedStore
 
@@ -104,29 +104,47 @@ def _reads_the_token_after_the_page(patch: pytest.MonkeyPatch) -> None:
 
 
 def _lets_no_token_match(patch: pytest.MonkeyPatch) -> None:
-    def unseal(value: bytes, key: str, token: str | None) -> bytes | None:
-        head = pages._head(key, token)
-        return value[len(head) : -1] if value.startswith(head) else None
+    unseal = pages.unseal
 
     async def page(cache: pages.PageCache, query: ListQuery) -> Page:
         return await cache._current(query.cache_key) or await cache._reads(query)
 
-    patch.setattr(pages, "unseal", unseal)
+    patch.setattr(pages, "unseal", lambda value, key, token: unseal(value, key, token or ""))
     patch.setattr(pages.PageCache, "page", page)
 
 
 def _ignores_the_key(patch: pytest.MonkeyPatch) -> None:
-    def head(_: str, token: str | None) -> bytes:
-        return dump_json({"token": token})[:-1] + b',"incidents":'
-
-    patch.setattr(pages, "_head", head)
+    prove = pages._proof
+    patch.setattr(pages, "_proof", lambda _, token, page: prove("", token, page))
 
 
 def _ignores_the_token(patch: pytest.MonkeyPatch) -> None:
-    def head(key: str, _: str | None) -> bytes:
-        return dump_json({"key": key})[:-1] + b',"incidents":'
+    prove = pages._proof
+    patch.setattr(pages, "_proof", lambda key, _, page: prove(key, "", page))
 
-    patch.setattr(pages, "_head", head)
+
+def _ignores_the_page(patch: pytest.MonkeyPatch) -> None:
+    prove = pages._proof
+    patch.setattr(pages, "_proof", lambda key, token, _: prove(key, token, b""))
+
+
+def _stores_the_token(patch: pytest.MonkeyPatch) -> None:
+    seal = pages.seal
+
+    def told(key: str, token: str, page: bytes) -> bytes:
+        return b'{"token":"%b",%b' % (token.encode(), seal(key, token, page)[1:])
+
+    def read(value: bytes, key: str, token: str | None) -> bytes | None:
+        sealed = re.sub(rb'"token":"[^"]*",', b"", value, count=1)
+        page = sealed[pages._PAGE_START : -1]
+        return page if token and sealed == seal(key, token, page) else None
+
+    patch.setattr(pages, "seal", told)
+    patch.setattr(pages, "unseal", read)
+
+
+def _serves_forgeries(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pages, "compare_digest", lambda *_: True)
 
 
 def _has_no_trigger(patch: pytest.MonkeyPatch, missing: Callable[[Operation, bool], bool]) -> None:
@@ -201,6 +219,9 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], float]] = {
     "no token matches no token": (_lets_no_token_match, 0.0),
     "the key is ignored": (_ignores_the_key, 0.0),
     "the token is ignored": (_ignores_the_token, 0.0),
+    "the page is not part of its proof": (_ignores_the_page, 0.0),
+    "the token stands beside the page": (_stores_the_token, 0.0),
+    "forgeries are served": (_serves_forgeries, 0.0),
     "no trigger on insert": (
         partial(_has_no_trigger, missing=lambda operation, _: operation == "insert"),
         0.0,

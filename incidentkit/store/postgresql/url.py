@@ -129,6 +129,9 @@ _FLAGS: Final[Mapping[str, str]] = {
 _REFUSALS: Final = ("22023", "42501", "42601", "42602", "42704", "55P02")
 """SQLSTATEs of a setting that does not exist, cannot have the value, or may not be changed."""
 
+_PARAMETER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.$]*")
+"""The names of settings of the server. Part of a password with a ``?`` seldom is one."""
+
 _DEFAULT_PORT: Final = 5432
 _MAX_PORT: Final = 65535
 
@@ -204,9 +207,16 @@ def _split(database_url: str) -> tuple[str, str, dict[str, str]]:
     if "\x00" in unquote(database_url):
         raise _invalid("has a NUL character")
     try:
+        database_url.encode()
+    except UnicodeEncodeError:
+        # Without its cause, which has the URL.
+        raise _invalid("is not UTF-8") from None
+    try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
         raise _invalid("has a ? that no parameter follows: write %3F in a password") from None
+    if not all(_PARAMETER.fullmatch(name) for name, _ in pairs):
+        raise _invalid("has an extra ?, or a parameter without a name: write %3F in a password")
     parameters: dict[str, str] = {}
     for name, value in pairs:
         # SQLAlchemy repeats these for several hosts.

@@ -62,7 +62,8 @@ _INCIDENT: Final = "CAST('\"Incident\"' AS regclass)"
 TOKEN_ON_POSTGRESQL: Final = f"""(
     SELECT CASE WHEN count(*) FILTER (WHERE part BETWEEN -3 AND 15) = 19 THEN
         encode(sha256(
-            string_agg(value, CAST('' AS bytea) ORDER BY part)
+            CAST('secret' AS bytea)
+            || string_agg(value, CAST('' AS bytea) ORDER BY part)
             || int8send((pg_control_system()).system_identifier)
         ), 'hex')
     END
@@ -97,7 +98,8 @@ TOKEN_ON_POSTGRESQL: Final = f"""(
 )"""
 """The token as text, for statements that are written as text.
 
-It is a hash of the tokens in the table, and of the place of the incidents:
+It is a hash of the tokens in the table, and of the place of the incidents. The constant makes it
+another one than that of earlier versions, which stored theirs in a shared cache:
 
 - ``xmin``, the transaction that wrote a row, and the server's identifier. A copy of the tokens in
   another table or on another server is another token. A standby has the token of its primary.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Engine, NullPool, QueuePool, StaticPool, create_engine, event
@@ -12,7 +14,7 @@ from sqlalchemy.engine import URL
 
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.sqlite.errors import PRIMARY_CODE
-from incidentkit.store.sqlite.url import MEMORY
+from incidentkit.store.sqlite.url import MEMORY, place_of
 
 logger = logging.getLogger("incidentkit.store")
 
@@ -25,15 +27,29 @@ def scanners(options: StoreOptions) -> int:
 async def probe(url: URL) -> None:
     """Open the file once; raise SQLAlchemy's DBAPIError if that fails.
 
+    A file that does not exist is created for its owner alone.
+
     Without this check, aiosqlite would leave a thread behind when it fails to connect, and that
     thread fails too if the event loop ends at once.
     """
 
     def connect() -> None:
+        _create_privately(url)
         engine = create_engine(url.set(drivername="sqlite"), poolclass=NullPool)
         engine.connect().close()
 
     await asyncio.to_thread(connect)
+
+
+def _create_privately(url: URL) -> None:
+    """Create a missing file with mode 0600, which SQLite gives to the files beside it too.
+
+    SQLite itself would take 0644. Where nothing can be created, SQLite says why.
+    """
+    if url.query.get("mode") in ("ro", "rw") or "vfs" in url.query:
+        return
+    with suppress(OSError):
+        os.close(os.open(os.path.realpath(place_of(url)), os.O_CREAT | os.O_EXCL, mode=0o600))
 
 
 def open_engine(url: URL, options: StoreOptions) -> Engine:
