@@ -11,6 +11,7 @@ import click
 import uvicorn
 from starlette.applications import Starlette
 
+from incidentkit.cli.limits import backlog, connection_limit, max_open_files
 from incidentkit.cli.log import LOGGING, configure_logging
 from incidentkit.cli.running import run_coroutine
 from incidentkit.cli.supervision import GRACE, Server, Supervisor, stop_with_parent
@@ -48,6 +49,7 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
     port = _free_port(host, port)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     logger.info("incidentkit %s on %s, documentation on %s/docs", __version__, url, url)
+    store, open_files = settings.store, max_open_files()
     config = uvicorn.Config(
         partial(make_app, settings),
         factory=True,
@@ -58,7 +60,11 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
         log_config=LOGGING,
         access_log=False,
         http="incidentkit.cli.protocol:Protocol",
+        ws="none",
         proxy_headers=False,
+        server_header=False,
+        backlog=backlog(open_files),
+        limit_concurrency=connection_limit(open_files, store.pool_size + store.max_overflow),
         timeout_graceful_shutdown=GRACE,
     )
     try:
