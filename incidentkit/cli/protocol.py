@@ -29,6 +29,7 @@ from uvicorn.server import ServerState
 
 from incidentkit.cli import limits
 from incidentkit.cli.limits import Places
+from incidentkit.cli.log import LOG
 from incidentkit.http.envelope import Envelope
 from incidentkit.http.problems import RETRY_HEADERS, Refusal, problem_response
 from incidentkit.http.request_id import HEADER, request_id
@@ -129,6 +130,8 @@ class Protocol(HttpToolsProtocol):
         self.limit_concurrency = None
         self._stopping = asyncio.Event()
         self._hooks: ServerHooks = {"stopping": self._stopping}
+        if LOG.used:
+            self._hooks["log"] = LOG
         # uvicorn calls the app of the protocol for each request on the connection.
         self.app = _with_hooks(self.app, self._hooks)
 

@@ -23,6 +23,7 @@ from uvicorn.server import HANDLED_SIGNALS
 from uvicorn.supervisors import Multiprocess
 
 from incidentkit.cli.interrupts import interrupts
+from incidentkit.cli.log import LOG
 
 GRACE: Final = 10
 """Seconds that running requests have to finish after a signal to stop."""
@@ -41,6 +42,7 @@ class Server(uvicorn.Server):
         # Uvicorn restores these handlers once it has stopped.
         for number in HANDLED_SIGNALS:
             signal.signal(number, self.handle_exit)
+        interrupts.farewell = LOG.flush
         interrupts.cancel = partial(self.handle_exit, signal.SIGINT, None)
         super().run(sockets)
 
@@ -57,6 +59,7 @@ class Server(uvicorn.Server):
             # Uvicorn raises the signals again.
             return
         elif self.should_exit and sig == signal.SIGINT:
+            LOG.flush()
             os._exit(0)
         else:
             interrupts.exit_code = 0
@@ -110,6 +113,7 @@ class Supervisor(Multiprocess):
     def _kill(self) -> None:
         for worker in self.processes:
             worker.process.kill()
+        LOG.flush()
 
 
 def stop_with_parent() -> None:
@@ -124,6 +128,7 @@ def _stop_after(parent: BaseProcess) -> None:
     # Uvicorn's handler lets running requests finish.
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2 * GRACE)
+    LOG.flush()
     os._exit(1)
 
 
@@ -131,5 +136,6 @@ def _end(number: int) -> None:
     """End the process as the signal does by default, but an interrupt with its exit code."""
     if number == signal.SIGINT:
         interrupts.end()
+    LOG.flush()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)

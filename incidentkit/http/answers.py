@@ -20,6 +20,7 @@ from incidentkit.http.health import Health, State, readiness
 from incidentkit.http.openapi import document
 from incidentkit.http.problems import RETRY_HEADERS, Refusal, etag
 from incidentkit.http.requests import KNOWN_QUERIES
+from incidentkit.http.server_hooks import server_log
 from incidentkit.http.service import Service
 from incidentkit.http.streams import (
     BATCH,
@@ -175,8 +176,9 @@ async def ready(request: Request, _: Mapping[str, Any]) -> Response:
         Refusal: If the service is not ready, with the same states.
     """
     service = _service(request)
+    log = server_log(request.scope)
     found = await readiness(
-        service.client, service.request_log, cache_required=service.cache_required
+        service.client, service.request_log, log, cache_required=service.cache_required
     )
     members = wire_converter().unstructure(found)
     if not found.ready:
