@@ -119,7 +119,8 @@ async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
 
 async def history(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with the events of an incident, and the link to the next page of them."""
-    events = await _service(request).client.history(**arguments)
+    history = _service(request).client.history(**arguments)
+    events = await run_until_disconnect(history, request.receive)
     cursor = events[-1].cursor if len(events) == arguments["limit"] else None
     path = f"/incident/history/{arguments['incident_id']}"
     content = await encode_array(events, encode_events)
