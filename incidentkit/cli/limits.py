@@ -35,7 +35,7 @@ SEND_TIMEOUT: Final = 15.0
 MIN_TAKEN: Final = 16 * 1024
 """Bytes that a reader must take within :data:`SEND_TIMEOUT`, unless fewer are waiting."""
 
-LINGER: Final = 1024 * 1024
+LINGER: Final = 256 * 1024
 """Maximum bytes that are read and dropped after the last answer on a connection.
 
 Closing a connection with unread bytes would destroy the answer on its way to the client.

@@ -21,7 +21,7 @@ from incidentkit.cli.listening import (
     inherit,
     listen_on_file,
 )
-from incidentkit.cli.log import LOGGING, configure_logging
+from incidentkit.cli.log import LOG, LOGGING, configure_logging
 from incidentkit.cli.running import run_coroutine
 from incidentkit.cli.supervision import GRACE, Server, Supervisor, farewells, stop_with_parent
 from incidentkit.client import IncidentClient
@@ -76,6 +76,8 @@ def run(settings: Settings, address: Address, workers: int) -> bool:
     finally:
         if listener is not None:
             listener.remove()
+        # Before the program says anything else.
+        LOG.flush()
 
 
 def _configure(settings: Settings, workers: int) -> uvicorn.Config:

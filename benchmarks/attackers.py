@@ -1,0 +1,101 @@
+"""Misuses a service until its input ends: `python -m benchmarks.attackers URL KIND CONNECTIONS`.
+
+Each attacker keeps one connection, and opens another one a second after it was closed. None of them
+sends a request that is complete, but for those who do not read the answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from asyncio import StreamReader, StreamWriter
+    from collections.abc import Awaitable, Callable
+
+PAUSE: Final = 1.0
+"""Seconds from the end of a connection to the next one, and from one byte to the next."""
+
+HEAD: Final = b"POST /incident/create HTTP/1.1\r\nHost: localhost\r\n"
+BODY: Final = b"Content-Type: application/json\r\nContent-Length: 60000\r\n\r\n"
+ENDLESS: Final = HEAD + b"X: " + b"a" * 100_000
+LARGE: Final = b"GET /incident/get?limit=1000 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def _silent(reader: StreamReader, _: StreamWriter) -> None:
+    await reader.read()
+
+
+async def _slow(reader: StreamReader, writer: StreamWriter) -> None:
+    """Send a byte of a head or of a body a second."""
+    writer.write(HEAD + random.choice((b"X: ", BODY)))  # noqa: S311
+    while not reader.at_eof():
+        writer.write(b" ")
+        await writer.drain()
+        await asyncio.sleep(PAUSE)
+
+
+async def _unread(_: StreamReader, writer: StreamWriter) -> None:
+    """Ask for large pages, and read nothing."""
+    # Before the first byte arrives.
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(LARGE)
+    while True:
+        await asyncio.sleep(PAUSE)
+        writer.write(LARGE)
+        await writer.drain()
+
+
+async def _endless(reader: StreamReader, writer: StreamWriter) -> None:
+    writer.write(ENDLESS)
+    await reader.read()
+
+
+KINDS: Final[dict[str, Callable[[StreamReader, StreamWriter], Awaitable[None]]]] = {
+    "silent": _silent,
+    "slow": _slow,
+    "unread": _unread,
+    "endless": _endless,
+}
+
+
+async def _attacker(
+    url: str, attack: Callable[[StreamReader, StreamWriter], Awaitable[None]]
+) -> None:
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    # Not all at once.
+    await asyncio.sleep(random.uniform(0, PAUSE))  # noqa: S311
+    while True:
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                await attack(reader, writer)
+            finally:
+                writer.close()
+        await asyncio.sleep(PAUSE)
+
+
+async def run(url: str, kind: str, connections: int) -> None:
+    """Misuse the service until the input ends; `mixed` is a quarter of each kind."""
+    attacks = list(KINDS.values()) if kind == "mixed" else [KINDS[kind]]
+    tasks = [
+        asyncio.ensure_future(_attacker(url, attacks[number % len(attacks)]))
+        for number in range(connections)
+    ]
+    await asyncio.to_thread(sys.stdin.read)
+    for task in tasks:
+        task.cancel()
+
+
+def main() -> None:
+    """Read the command line, and misuse the service."""
+    url, kind, connections = sys.argv[1:]
+    asyncio.run(run(url, kind, int(connections)))
+
+
+if __name__ == "__main__":
+    main()
