@@ -1,7 +1,7 @@
 """Misuses a service until its input ends: `python -m benchmarks.attackers URL KIND CONNECTIONS`.
 
-Each attacker keeps one connection, and opens another one a second after it was closed. None of them
-sends a request that is complete, but for those who do not read the answers.
+Each attacker keeps one connection, and opens another one about a second after it was closed. Only
+the attackers that do not read the answers send whole requests.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ async def _attacker(
                 await attack(reader, writer)
             finally:
                 writer.close()
-        await asyncio.sleep(PAUSE)
+        # Otherwise, one delay would make all of them return together.
+        await asyncio.sleep(random.uniform(PAUSE / 2, PAUSE * 3 / 2))  # noqa: S311
 
 
 async def run(url: str, kind: str, connections: int) -> None:

@@ -282,6 +282,7 @@ class Protocol(HttpToolsProtocol):
         if self._unread:
             # The client need not hurry while the service does not read.
             self._receiving_since = None
+            self.flow.pause_reading()
 
     def _too_large(self, size: int, framing: int) -> Refusal | None:
         """Count a piece that is a part of one request, and return why the request is too large.
@@ -382,7 +383,7 @@ class Protocol(HttpToolsProtocol):
     def _look(self) -> None:
         """Look whether the client sends and reads in time; called several times in each limit."""
         now = self.loop.time()
-        since = self._receiving_since
+        since = None if self.transport.is_closing() else self._receiving_since
         if since is not None and self.flow.read_paused:
             # The app does not read.
             self._receiving_since = now

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import socket
+import sys
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -17,9 +20,9 @@ from incidentkit import IncidentClient
 from incidentkit.cli import limits
 from incidentkit.cli.limits import Places, backlog, connection_limit
 from incidentkit.cli.protocol import Protocol
-from incidentkit.http import create_app
+from incidentkit.http import create_app, requests, streams
 from tests.http.conftest import INCIDENT, MEMORY, Records, serving
-from tests.programs import DEADLINE
+from tests.programs import DEADLINE, service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -311,9 +314,61 @@ def test_places_are_given_back() -> None:
     assert places.take(visitors[0]) is False
 
 
+def test_a_service_with_few_files_answers_health_checks(sqlite_url: str, tmp_path: Path) -> None:
+    """With more silent clients than files, `serve` answers, and warns once."""
+    shell = 'ulimit -n 256 && exec "$0" -m incidentkit serve --port 0 --database-url "$1"'
+    log = tmp_path / "log"
+    with (
+        service(
+            log, sys.executable, sqlite_url, program=("-c", shell), executable="/bin/sh"
+        ) as running,
+        ExitStack() as stack,
+    ):
+        for _ in range(400):
+            stack.enter_context(closing(connect(running.url)))
+        for path in ("/health/ready", "/incident/get"):
+            assert httpx2.get(f"{running.url}{path}", timeout=DEADLINE).status_code == 200
+        assert running.end(signal.SIGTERM) == 0
+    lines = log.read_text().splitlines()
+    assert sum("connections are in use" in line for line in lines) == 1
+    assert not [line for line in lines if "ERROR" in line]
+
+
 @pytest.mark.parametrize(("files", "database"), [(1024, 15), (300, 20), (20, 5), (10**6, 15)])
 def test_connections_leave_files_to_others(files: int, database: int) -> None:
     """The limit leaves room for the database, for health checks and for a burst of clients."""
     limit = connection_limit(files, database)
     assert 1 <= limit <= limits.MAX_CONNECTIONS
     assert limit == 1 or limit + limits.SPARE + database + backlog(files) < files
+
+
+def test_the_page_of_limits_has_those_of_the_code() -> None:
+    """Each number in the table of the page is the constant."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "limits.md"
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:4]]
+        for line in page.read_text("utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    values = {name: value for name, value, _ in rows}
+    kib = 1024
+    assert {
+        name: values[name] for name in values if name.startswith(("path", "headers", "num"))
+    } == {
+        "path and query of a request": f"{limits.MAX_TARGET // kib} KiB",
+        "headers of a request, together": f"{limits.MAX_HEAD // kib} KiB",
+        "number of headers": str(limits.MAX_HEADERS),
+    }
+    assert values["[body](../reference/rest.md)"] == f"{requests.MAX_BODY // kib} KiB"
+    received = f"{limits.RECEIVE_TIMEOUT:g} seconds"
+    assert values["time to receive a request, with its body"] == received
+    assert values["time without a request on a new connection"] == received
+    taken = f"time to take {limits.MIN_TAKEN // kib} KiB of an answer, or the rest of it"
+    assert values[taken] == f"{limits.SEND_TIMEOUT:g} seconds"
+    assert values["connections of a process"].startswith(f"{limits.MAX_CONNECTIONS}, ")
+    assert values["readers of the change feed, of a process"] == str(streams.MAX_READERS)
+    text = " ".join(page.read_text("utf-8").split())
+    assert f"{limits.FRAMING} bytes more for each byte of the body" in text
+    assert f"up to {limits.LINGER // kib} KiB" in text
+    assert f"{limits.SPARE} further ones" in text
+    assert f"it takes {connection_limit(1024, 15)} connections" in text
