@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -39,14 +40,14 @@ async def _slow(reader: StreamReader, writer: StreamWriter) -> None:
         await asyncio.sleep(PAUSE)
 
 
-async def _unread(_: StreamReader, writer: StreamWriter) -> None:
-    """Ask for large pages, and read nothing."""
-    # Before the first byte arrives.
+async def _unread(reader: StreamReader, writer: StreamWriter) -> None:
+    """Ask for a large page, and read nothing of it."""
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     writer.write(LARGE)
-    while True:
+    # A closed connection is noticed by the next write.
+    while not reader.at_eof():
         await asyncio.sleep(PAUSE)
-        writer.write(LARGE)
+        writer.write(b"\r\n")
         await writer.drain()
 
 
@@ -63,6 +64,19 @@ KINDS: Final[dict[str, Callable[[StreamReader, StreamWriter], Awaitable[None]]]]
 }
 
 
+async def _connect(host: str, port: int) -> tuple[StreamReader, StreamWriter]:
+    """Connect, with a small buffer for what is received."""
+    connection = socket.socket()
+    try:
+        connection.setblocking(False)  # noqa: FBT003
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await asyncio.get_running_loop().sock_connect(connection, (host, port))
+        return await asyncio.open_connection(sock=connection)
+    except BaseException:
+        connection.close()
+        raise
+
+
 async def _attacker(
     url: str, attack: Callable[[StreamReader, StreamWriter], Awaitable[None]]
 ) -> None:
@@ -71,7 +85,7 @@ async def _attacker(
     await asyncio.sleep(random.uniform(0, PAUSE))  # noqa: S311
     while True:
         with suppress(OSError):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await _connect(str(host), port or 80)
             try:
                 await attack(reader, writer)
             finally:

@@ -23,7 +23,7 @@ INCIDENTS: Final = 2_000
 KINDS: Final = {
     "silent": "{} connections that send nothing",
     "slow": "{} connections that send a byte of a request a second",
-    "unread": "{} connections that ask for 1,000 incidents a second and read nothing",
+    "unread": "{} connections that ask for 1,000 incidents and read nothing",
     "endless": "{} connections that send headers without an end",
     "mixed": "{} connections, a quarter of each kind",
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
+from functools import lru_cache
 from typing import Any, ClassVar, Final, cast
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,7 @@ from incidentkit.cli.limits import Places
 from incidentkit.cli.log import LOG
 from incidentkit.http.envelope import Envelope
 from incidentkit.http.problems import RETRY_HEADERS, Refusal, problem_response
-from incidentkit.http.request_id import HEADER, request_id
+from incidentkit.http.request_id import NAME, request_id
 from incidentkit.http.server_hooks import EXTENSION, ServerHooks
 
 logger = logging.getLogger("incidentkit.http")
@@ -42,6 +43,9 @@ PIECE: Final = 8 * 1024
 
 LOOKS: Final = 3
 """Looks at a connection within each time limit."""
+
+SOME_ID: Final = "0" * 32
+"""Stands for the id of a request in an answer that is made before the request."""
 
 HEALTH: Final = ("/health/live", "/health/ready")
 """The ends of the paths that are answered on spare connections, under any prefix."""
@@ -258,10 +262,11 @@ class Protocol(HttpToolsProtocol):
 
     def _parse(self) -> None:
         """Give what is unread to the parser, unless a whole request waits already."""
-        while self._unread and not self.pipeline and self._refusal is None:
-            piece, self._unread = self._unread[:PIECE], self._unread[PIECE:]
-            requests, starts_within = self._requests, self._in_request
-            body = self._body
+        unread, at = memoryview(self._unread), 0
+        while at < len(unread) and not self.pipeline and self._refusal is None:
+            piece = unread[at : at + PIECE]
+            at += len(piece)
+            requests, body, is_new = self._requests, self._body, not self._in_request
             try:
                 self.parser.feed_data(piece)
             except httptools.HttpParserUpgrade as upgrade:
@@ -269,16 +274,18 @@ class Protocol(HttpToolsProtocol):
                     self.handle_websocket_upgrade()
                     return
                 # The request is answered as if it had not asked for another protocol.
-                self._unread = piece[upgrade.args[0] :] + self._unread
+                at += upgrade.args[0] - len(piece)
             except httptools.HttpParserError as error:
                 cause = error.__context__
                 broken = Refusal(400, "The request is not valid HTTP/1.1")
                 self._refuse(cause if isinstance(cause, Refusal) else broken)
                 return
-            if self._requests == requests + (not starts_within):
+            if self._requests == requests + is_new:
                 framing = len(piece) - (self._body - body)
                 if (refusal := self._too_large(len(piece), framing)) is not None:
                     self._refuse(refusal)
+                    return
+        self._unread = self._unread[at:]
         if self._unread:
             # The client need not hurry while the service does not read.
             self._receiving_since = None
@@ -340,21 +347,14 @@ class Protocol(HttpToolsProtocol):
 
     def _answer(self, refusal: Refusal) -> None:
         """Send the refusal, and close the connection once the client can have read it."""
-        scope = {"type": "http", "headers": [(b"host", b"")]}
-        response = problem_response(Request(scope), refusal)
-        id_ = request_id(scope)
+        id_ = request_id({"headers": ()})
         logger.info(
             "Refused with %d: %s", refusal.status, refusal.detail, extra={"request_id": id_}
         )
-        headers = [
-            *self.server_state.default_headers,
-            *response.raw_headers,
-            (HEADER.lower().encode(), id_.encode()),
-            (b"connection", b"close"),
-        ]
-        lines = (b"%b: %b\r\n" % header for header in headers)
-        head = b"".join((STATUS_LINE[refusal.status], *lines, b"\r\n"))
-        self.transport.write(head + bytes(response.body))
+        headers = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
+        head, rest = _refusal_answer(refusal.status, refusal.detail)
+        answer = head + headers + rest
+        self.transport.write(answer.replace(SOME_ID.encode(), id_.encode()))
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self.loop.call_later(limits.LINGER_TIMEOUT, self.transport.close)
@@ -411,6 +411,19 @@ class Protocol(HttpToolsProtocol):
         else:
             return now - self._taken_at < self.send_timeout
         return True
+
+
+@lru_cache
+def _refusal_answer(status: int, detail: str) -> tuple[bytes, bytes]:
+    """Return the status line of a refusal, and the rest with :data:`SOME_ID` as its request's id.
+
+    Clients that are refused come again and again, so an answer is made only once.
+    """
+    request = Request({"type": "http", "headers": [(NAME, SOME_ID.encode())]})
+    response = problem_response(request, Refusal(status, detail))
+    headers = [*response.raw_headers, (NAME, SOME_ID.encode()), (b"connection", b"close")]
+    lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+    return STATUS_LINE[status], lines + b"\r\n" + bytes(response.body)
 
 
 def _places(server: ServerState, limit: int | None) -> Places:
