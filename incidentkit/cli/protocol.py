@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import httptools
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -129,7 +129,6 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._places = _places(self.server_state, self.config.limit_concurrency)
-        self._is_spare = False
         # uvicorn would count connections that wait, and refuse requests on all of them.
         self.limit_concurrency = None
         self._stopping = asyncio.Event()
@@ -165,7 +164,6 @@ class Protocol(HttpToolsProtocol):
             joining.abort()
             return
         if not place:
-            self._is_spare = True
             self.app = _only_health(self.app)
         self._receiving_since = self.loop.time()
         self._look_later()
@@ -230,8 +228,6 @@ class Protocol(HttpToolsProtocol):
             raise refusal
         super().on_headers_complete()
         self._in_head = False
-        if self._is_spare:
-            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -448,11 +444,16 @@ def _only_health(app: ASGIApp) -> ASGIApp:
     """Return the app of a spare connection: it answers health checks, and refuses all else."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        def send_last(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            return send(message)
+
         if scope["type"] != "http" or scope["path"].endswith(HEALTH):
-            await app(scope, receive, send)
+            await app(scope, receive, send_last)
             return
         detail = "The service has as many connections as it can serve"
         refusal = Refusal(503, detail, headers=RETRY_HEADERS)
-        await problem_response(Request(scope), refusal)(scope, receive, send)
+        await problem_response(Request(scope), refusal)(scope, receive, send_last)
 
     return Envelope(answer)
