@@ -123,6 +123,7 @@ class Protocol(HttpToolsProtocol):
     send_timeout: ClassVar[float] = limits.SEND_TIMEOUT
 
     app: ASGIApp
+    cycle: RequestResponseCycle | None  # type: ignore[assignment]
     parser: httptools.HttpRequestParser
     transport: JoiningTransport  # type: ignore[assignment]
 
@@ -217,17 +218,17 @@ class Protocol(HttpToolsProtocol):
         if len(self.url) > limits.MAX_TARGET:
             raise Refusal(414, f"The URL must be at most {limits.MAX_TARGET} bytes")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; a trailer is dropped, since ASGI has no place for it."""
-        if self._in_head:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         """Begin to answer the request."""
         if (refusal := self._too_large_head()) is not None:
             raise refusal
+        if self.parser.should_upgrade():
+            self.scope["headers"] = [*self.headers]
         super().on_headers_complete()
         self._in_head = False
+        if not self.parser.should_upgrade():
+            # uvicorn would add the trailers of a body to the headers that the app has.
+            self.headers = []
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -239,7 +240,8 @@ class Protocol(HttpToolsProtocol):
         self._in_request = False
         self._receiving_since = None
         super().on_message_complete()
-        if self._latest is not None and not self._latest.response_complete:
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
             self._places.work(self)
 
     # The answers call this.
@@ -258,7 +260,10 @@ class Protocol(HttpToolsProtocol):
 
     def _parse(self) -> None:
         """Give what is unread to the parser, unless a whole request waits already."""
-        unread, at = memoryview(self._unread), 0
+        unread: bytes | memoryview = self._unread
+        if len(unread) > PIECE:
+            unread = memoryview(unread)
+        at = 0
         while at < len(unread) and not self.pipeline and self._refusal is None:
             piece = unread[at : at + PIECE]
             at += len(piece)
@@ -301,7 +306,7 @@ class Protocol(HttpToolsProtocol):
             self._framing += framing
             if self._framing > limits.MAX_HEAD + limits.FRAMING * self._body:
                 return Refusal(431, "The trailers and the chunk extensions are too large")
-            if self._latest is not None and self._latest.response_complete:
+            if self.cycle is not None and self.cycle.response_complete:
                 self._drop(size)
         return None
 
@@ -318,17 +323,12 @@ class Protocol(HttpToolsProtocol):
             return Refusal(431, f"The headers must be at most {limits.MAX_HEAD} bytes together")
         return None
 
-    @property
-    def _latest(self) -> RequestResponseCycle | None:
-        """The latest request with complete headers; None before the first one."""
-        return self.cycle
-
     def _refuse(self, refusal: Refusal) -> None:
         """Take no further request, and answer this one if it is its turn."""
         self._refusal = refusal
         self._unread = b""
         self._receiving_since = None
-        cycle = self._latest
+        cycle = self.cycle
         in_body = self._in_request and not self._in_head
         if self.pipeline or not (cycle is None or in_body or cycle.response_complete):
             # The answer to an earlier request is on its way, and will be the last one.
