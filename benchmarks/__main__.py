@@ -17,6 +17,7 @@ from attrs import evolve
 from benchmarks import (
     before,
     growth,
+    hostile,
     imports,
     in_process,
     isolation,
@@ -68,6 +69,10 @@ def _isolation(*, quick: bool) -> Result:
     return isolation.start(quick=quick)
 
 
+def _hostile(*, quick: bool) -> Result:
+    return hostile.start(quick=quick)
+
+
 SUBJECTS: Final[dict[str, Callable[..., Result]]] = {
     "http": _http,
     "sqlite": _sqlite,
@@ -76,6 +81,7 @@ SUBJECTS: Final[dict[str, Callable[..., Result]]] = {
     "growth": _growth,
     "search": _search,
     "isolation": _isolation,
+    "hostile": _hostile,
     "imports": _imports,
 }
 """The subjects of the page, by their names on the command line."""

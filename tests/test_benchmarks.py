@@ -13,7 +13,9 @@ from attrs import evolve
 
 from benchmarks import (
     before,
+    decoys,
     growth,
+    hostile,
     imports,
     in_process,
     isolation,
@@ -154,8 +156,14 @@ def test_searches_are_measured() -> None:
 
 def test_isolation_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run measures quick calls beside every crowd, and none of them fails."""
-    monkeypatch.setattr(isolation, "SETTLE", 0.1)
+    monkeypatch.setattr(decoys, "SETTLE", 0.1)
     check(isolation.start(quick=True, seconds=0.05))
+
+
+def test_hostile_connections_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run measures quick calls beside every kind of attackers, and none of them fails."""
+    monkeypatch.setattr(decoys, "SETTLE", 0.1)
+    check(hostile.start(quick=True, seconds=0.05, connections=20))
 
 
 def test_imports_are_measured() -> None:

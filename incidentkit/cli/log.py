@@ -1,15 +1,35 @@
-"""The log of ``incidentkit serve``: one line for each record, on stderr."""
+"""The log of ``incidentkit serve``: one line for each record, on stderr.
+
+Writing to stderr can fail, as on a full disk or once its reader has ended, and it can take any
+time, as while its reader stops reading. So a thread writes the lines, and the service drops those
+that cannot be written. A non-blocking stderr would not do: the flag belongs to the open file, which
+the service shares with the shell and other programs, and it has no effect on files on a disk.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging.config
-from typing import Any, Final, TextIO
+import os
+import threading
+import time
+from collections import deque
+from typing import Any, Final
 
 from incidentkit.cli.text import harmless, harmless_lines
 
-MAX_LINES: Final = 1000
-"""Maximum number of lines that wait to be written together."""
+CAPACITY: Final = 10_000
+"""Maximum number of records that wait to be written."""
+
+GATHER: Final = 0.02
+"""Seconds that a record waits for others, to be written together."""
+
+ATOMIC: Final = 4096
+"""Bytes that a pipe takes as a whole, so that lines of several processes do not mix."""
+
+FLUSH_TIMEOUT: Final = 1.0
+"""Seconds that a process which ends waits for its last lines to be written."""
+
+STDERR: Final = 2
 
 LOGGING: Final[dict[str, Any]] = {
     "version": 1,
@@ -21,13 +41,7 @@ LOGGING: Final[dict[str, Any]] = {
             "datefmt": "%Y-%m-%dT%H:%M:%S%z",
         }
     },
-    "handlers": {
-        "stderr": {
-            "class": "incidentkit.cli.log.LineHandler",
-            "formatter": "line",
-            "stream": "ext://sys.stderr",
-        }
-    },
+    "handlers": {"stderr": {"class": "incidentkit.cli.log.LineHandler", "formatter": "line"}},
     "root": {"level": "WARNING", "handlers": ["stderr"]},
     "loggers": {"incidentkit": {"level": "INFO"}, "uvicorn": {"level": "INFO"}},
 }
@@ -36,48 +50,181 @@ LOGGING: Final[dict[str, Any]] = {
 
 def configure_logging() -> None:
     """Send records to stderr as :data:`LOGGING` says."""
+    keep_stderr()
     logging.config.dictConfig(LOGGING)
 
 
-class LineHandler(logging.StreamHandler[TextIO]):
-    """Writes the lines of one turn of the event loop with one system call.
+def keep_stderr() -> None:
+    """Open stderr if it is closed, so that no connection takes its number and gets the log.
 
-    A line of level WARNING or above is written at once, together with the lines that wait.
+    It becomes a pipe without a reader: every write fails, also in the workers.
+    """
+    for number in range(STDERR):
+        if not _is_open(number):
+            os.open(os.devnull, os.O_RDWR)
+    if not _is_open(STDERR):
+        # The reader gets the number, and the writer takes it away.
+        _, writer = os.pipe()
+        os.dup2(writer, STDERR)
+        os.close(writer)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+class LineWriter:
+    """Writes lines to a file from a thread of its own, and drops those that it cannot write.
+
+    The thread starts with the first line. It writes again and again, however often that fails.
+
+    Args:
+        file: The number of the open file.
+        capacity: Maximum number of records that wait to be written.
+
+    Attributes:
+        dropped: Records that were not written, since the start.
+        failing: Whether records were dropped since the last one that was written.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        super().__init__(stream)
-        self._lines: list[str] = []
+    def __init__(self, file: int, capacity: int = CAPACITY) -> None:
+        self.dropped = 0
+        self.failing = False
+        self._file = file
+        self._capacity = capacity
+        self._waiting: deque[str] = deque()
+        self._thread: threading.Thread | None = None
+        self._sleeping = False
+        self._wake = threading.Event()
+        self._hurry = threading.Event()
+        self._done = threading.Condition()
+        self._writing = False
+        self._torn = False
+
+    @property
+    def used(self) -> bool:
+        """Whether it has got a line yet."""
+        return self._thread is not None
+
+    def add(self, text: str) -> None:
+        """Take a record, as text that ends with a line feed; never wait and never fail."""
+        if len(self._waiting) >= self._capacity:
+            self._drop(1)
+            return
+        self._waiting.append(text)
+        if self._thread is None:
+            self._start()
+        elif self._sleeping:
+            self._wake.set()
+
+    def flush(self, timeout: float = FLUSH_TIMEOUT) -> bool:
+        """Wait until every record is written or dropped, and return whether that is so.
+
+        Args:
+            timeout: Maximum seconds to wait.
+        """
+        self._hurry.set()
+        try:
+            with self._done:
+                return self._done.wait_for(self._is_idle, timeout)
+        finally:
+            self._hurry.clear()
+
+    def _is_idle(self) -> bool:
+        return not self._waiting and not self._writing
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="incidentkit log", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            # The process has no room for a thread, or is ending: the next record tries again.
+            self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            self._sleeping = True
+            if not self._waiting:
+                self._wake.wait()
+            self._sleeping = False
+            self._wake.clear()
+            self._hurry.wait(GATHER)
+            self._writing = True
+            try:
+                self._write_all()
+            finally:
+                self._writing = False
+                with self._done:
+                    self._done.notify_all()
+
+    def _write_all(self) -> None:
+        """Write what waits, in pieces of whole lines."""
+        while self._waiting:
+            piece = bytearray(b"\n" if self._torn else b"")
+            records = 0
+            while self._waiting and (not records or len(piece) + len(self._waiting[0]) <= ATOMIC):
+                piece += self._waiting.popleft().encode(errors="backslashreplace")
+                records += 1
+            if self._write(piece):
+                self._recover()
+            else:
+                self._drop(records)
+
+    def _write(self, piece: bytearray) -> bool:
+        left = memoryview(piece)
+        while left:
+            try:
+                left = left[os.write(self._file, left) :]
+            except BlockingIOError:
+                # Another program has made the file non-blocking.
+                time.sleep(GATHER)
+            except OSError:
+                self._torn = self._torn or len(left) < len(piece)
+                return False
+        self._torn = False
+        return True
+
+    def _drop(self, records: int) -> None:
+        self.dropped += records
+        self.failing = True
+
+    def _recover(self) -> None:
+        if self.failing:
+            self.failing = False
+            logging.getLogger("incidentkit").warning(
+                "The log is being written again; records dropped so far: %d", self.dropped
+            )
+
+
+LOG: Final = LineWriter(STDERR)
+"""Writes the log of this process."""
+
+
+class LineHandler(logging.Handler):
+    """Hands each record to :data:`LOG` as text."""
+
+    def __init__(self) -> None:
+        super().__init__()
         # The lines show none of these, and looking them up takes time.
         logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+        # They would be written to stderr without this handler.
+        logging.captureWarnings(capture=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Add a line, and schedule the write."""
+        """Add the text of a record."""
         try:
-            self._lines.append(self.format(record) + self.terminator)
-        except Exception:  # noqa: BLE001
-            self.handleError(record)
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            # The service starts or stops, or this is another thread.
-            self.flush()
-            return
-        if record.levelno >= logging.WARNING or len(self._lines) >= MAX_LINES:
-            self.flush()
-        elif len(self._lines) == 1:
-            loop.call_soon(self.flush)
+            text = self.format(record)
+        except Exception as error:  # noqa: BLE001
+            text = f"A record of {record.name} cannot be formatted: {type(error).__name__}"
+        LOG.add(text + "\n")
 
     def flush(self) -> None:
-        """Write the lines that wait."""
-        self.acquire()
-        try:
-            lines, self._lines = self._lines, []
-            if lines:
-                self.stream.write("".join(lines))
-            super().flush()
-        finally:
-            self.release()
+        """Wait for the lines to be written; the process is ending."""
+        LOG.flush()
 
 
 class LineFormatter(logging.Formatter):

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import socket
+
 import click
 from attrs import evolve
+from click.core import ParameterSource
 
 from incidentkit.cli.commands import Command
+from incidentkit.cli.listening import MODE, Address, Inherited, Tcp, Unix
 from incidentkit.cli.loading import run_server
 from incidentkit.cli.options import Servers, takes_servers
 from incidentkit.store.options import PREPARED_STATEMENTS
+
+
+def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
+    """Return permissions that are given in octal digits.
+
+    Raises:
+        BadParameter: If they are not.
+    """
+    if not re.fullmatch("0?[0-7]{3}", value):
+        raise click.BadParameter("must be three octal digits, such as 660")
+    return int(value, 8)
 
 
 @click.command(cls=Command)
@@ -19,6 +35,24 @@ from incidentkit.store.options import PREPARED_STATEMENTS
     default=8000,
     show_default=True,
     help="The port to listen on; 0 picks a free one.",
+)
+@click.option(
+    "--uds",
+    type=click.Path(dir_okay=False),
+    help="Listen on a Unix socket at this path instead, for a proxy on the same machine.",
+)
+@click.option(
+    "--uds-mode",
+    metavar="OCTAL",
+    default=f"{MODE:o}",
+    show_default=True,
+    callback=read_mode,
+    help="The permissions of the Unix socket.",
+)
+@click.option(
+    "--fd",
+    type=click.IntRange(min=3),
+    help="Listen on a socket that another program has opened, such as systemd: 3 is the first.",
 )
 @click.option(
     "--workers",
@@ -34,8 +68,16 @@ from incidentkit.store.options import PREPARED_STATEMENTS
     "Overrides the environment.",
 )
 @takes_servers
-def serve(
-    servers: Servers, host: str, port: int, workers: int, prepared_statements: str | None
+def serve(  # noqa: PLR0913
+    servers: Servers,
+    *,
+    host: str,
+    port: int,
+    uds: str | None,
+    uds_mode: int,
+    fd: int | None,
+    workers: int,
+    prepared_statements: str | None,
 ) -> None:
     """Run the REST service until it is interrupted or terminated.
 
@@ -48,13 +90,42 @@ def serve(
     Examples:
       incidentkit serve
       incidentkit serve --host 0.0.0.0 --port 80 --workers 4
+      incidentkit serve --uds /run/incidentkit/http.sock
     """  # noqa: D301
-    if not host:
-        # Python's sockets take an empty host for every address of the machine.
-        raise click.UsageError("--host is empty: name an address, such as 127.0.0.1")
+    address = _address(Tcp(host, port), uds, uds_mode, fd)
     settings = servers.settings
     if prepared_statements is not None:
         chosen = PREPARED_STATEMENTS[prepared_statements]
         settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))
-    ended_well = run_server(settings, host, port, workers)
+    ended_well = run_server(settings, address, workers)
     click.get_current_context().exit(0 if ended_well else 1)
+
+
+def _address(tcp: Tcp, uds: str | None, uds_mode: int, fd: int | None) -> Address:
+    """Return where to listen.
+
+    Raises:
+        UsageError: If several places are given, or an empty one.
+    """
+    context = click.get_current_context()
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("host", "port", "uds", "uds_mode", "fd")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if fd is not None and len(given) > 1:
+        raise click.UsageError(f"--fd names a socket that listens already: omit {given[0]}")
+    if uds is not None and {"--host", "--port"} & {*given}:
+        raise click.UsageError("--uds takes the place of --host and --port: omit them")
+    if uds is None and "--uds-mode" in given:
+        raise click.UsageError("--uds-mode needs --uds")
+    if fd is not None:
+        return Inherited(fd)
+    if uds is not None:
+        if not uds or not hasattr(socket, "AF_UNIX"):
+            raise click.UsageError("--uds needs a path, on a system with Unix sockets")
+        return Unix(uds, uds_mode)
+    if not tcp.host:
+        # Python's sockets take an empty host for every address of the machine.
+        raise click.UsageError("--host is empty: name an address, such as 127.0.0.1")
+    return tcp

@@ -11,10 +11,19 @@ import click
 import uvicorn
 from starlette.applications import Starlette
 
-from incidentkit.cli.log import LOGGING, configure_logging
+from incidentkit.cli.limits import backlog, connection_limit, max_open_files
+from incidentkit.cli.listening import (
+    Address,
+    Inherited,
+    Tcp,
+    Unix,
+    free_port,
+    inherit,
+    listen_on_file,
+)
+from incidentkit.cli.log import LOG, LOGGING, configure_logging
 from incidentkit.cli.running import run_coroutine
-from incidentkit.cli.supervision import GRACE, Server, Supervisor, stop_with_parent
-from incidentkit.cli.text import harmless
+from incidentkit.cli.supervision import GRACE, Server, Supervisor, farewells, stop_with_parent
 from incidentkit.client import IncidentClient
 from incidentkit.http.app import create_app
 from incidentkit.settings import Settings
@@ -24,58 +33,81 @@ from incidentkit.version import __version__
 logger = logging.getLogger("incidentkit")
 
 
-def run(settings: Settings, host: str, port: int, workers: int) -> bool:
+def run(settings: Settings, address: Address, workers: int) -> bool:
     """Run the service until a signal stops it; return False if something else did.
 
     Args:
         settings: The servers that the service uses.
-        host: The address to listen on.
-        port: The port, 0 to 65535; 0 picks a free one.
+        address: Where to listen.
         workers: Number of processes, at least 1.
 
     Raises:
-        UsageError: If several processes would each have a database of their own.
-        ClickException: If the address or the port cannot be used.
+        UsageError: If several processes would each have a database of their own, or if there is no
+            socket to inherit.
+        ClickException: If the address cannot be used.
         IncidentKitError: If the database, or a required cache, cannot be used.
     """
     if workers > 1 and in_memory(settings.database_url):
         raise click.UsageError(
             "several --workers cannot share a database in memory: use a file or PostgreSQL"
         )
+    # Before any other file takes its number.
+    inherited = inherit(address) if isinstance(address, Inherited) else None
     configure_logging()
     client = IncidentClient.from_settings(settings)
     run_coroutine(check_servers(client, with_cache=settings.redis_required))
-    port = _free_port(host, port)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    logger.info("incidentkit %s on %s, documentation on %s/docs", __version__, url, url)
-    config = uvicorn.Config(
+    config = _configure(settings, workers)
+    listener = inherited
+    if isinstance(address, Unix):
+        listener = listen_on_file(address, config.backlog)
+        farewells.insert(0, listener.remove)
+    try:
+        if isinstance(address, Tcp):
+            config.host, config.port = address.host, free_port(address)
+            host = f"[{address.host}]" if ":" in address.host else address.host
+            url = f"http://{host}:{config.port}"
+            logger.info("incidentkit %s on %s, documentation on %s/docs", __version__, url, url)
+        elif listener is not None:
+            logger.info("incidentkit %s on %s", __version__, listener.name)
+        sockets = None if listener is None else [listener.socket]
+        return _run_one(config, sockets) if workers == 1 else _run_several(config, sockets)
+    except SystemExit as end:
+        return not end.code
+    finally:
+        if listener is not None:
+            listener.remove()
+        # Before the program says anything else.
+        LOG.flush()
+
+
+def _configure(settings: Settings, workers: int) -> uvicorn.Config:
+    store, open_files = settings.store, max_open_files()
+    return uvicorn.Config(
         partial(make_app, settings),
         factory=True,
-        host=host,
-        port=port,
         workers=workers,
         lifespan="on",
         log_config=LOGGING,
         access_log=False,
         http="incidentkit.cli.protocol:Protocol",
+        ws="none",
         proxy_headers=False,
+        server_header=False,
+        backlog=backlog(open_files),
+        limit_concurrency=connection_limit(open_files, store.pool_size + store.max_overflow),
         timeout_graceful_shutdown=GRACE,
     )
-    try:
-        return _run_one(config) if workers == 1 else _run_several(config)
-    except SystemExit as end:
-        return not end.code
 
 
-def _run_one(config: uvicorn.Config) -> bool:
+def _run_one(config: uvicorn.Config, sockets: list[socket.socket] | None) -> bool:
     server = Server(config)
-    server.run()
+    server.run(sockets)
     return server.started
 
 
-def _run_several(config: uvicorn.Config) -> bool:
+def _run_several(config: uvicorn.Config, sockets: list[socket.socket] | None) -> bool:
     """Run the workers; each gets the settings with the pickled configuration."""
-    supervisor = Supervisor(config, sockets=[config.bind_socket()])
+    supervisor = Supervisor(config, sockets=sockets or [config.bind_socket()])
     supervisor.run()
     # It also returns when a worker cannot start.
     return supervisor.signalled
@@ -105,21 +137,3 @@ async def check_servers(client: IncidentClient, *, with_cache: bool) -> None:
         await (client.connect() if with_cache else client.store.open())
     finally:
         await client.close()
-
-
-def _free_port(host: str, port: int) -> int:
-    """Return the port, or a free one for 0.
-
-    Raises:
-        ClickException: If the address or the port cannot be used.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port), family=family) as listener:
-            return int(listener.getsockname()[1])
-    except OSError as error:
-        # create_server() appends the address to the reason, as a Python tuple.
-        reason = (error.strerror or "").partition(" (while")[0]
-        raise click.ClickException(
-            f"Cannot listen on {harmless(host)} port {port}: {reason}"
-        ) from error

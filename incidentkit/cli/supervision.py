@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -23,12 +24,16 @@ from uvicorn.server import HANDLED_SIGNALS
 from uvicorn.supervisors import Multiprocess
 
 from incidentkit.cli.interrupts import interrupts
+from incidentkit.cli.log import LOG
 
 GRACE: Final = 10
 """Seconds that running requests have to finish after a signal to stop."""
 
 PING: Final = 0.1
 """Seconds that a supervisor waits for a starting worker, before it looks for signals again."""
+
+farewells: Final[list[Callable[[], object]]] = [LOG.flush]
+"""What is called before the process ends at once, in this order."""
 
 
 class Server(uvicorn.Server):
@@ -41,6 +46,7 @@ class Server(uvicorn.Server):
         # Uvicorn restores these handlers once it has stopped.
         for number in HANDLED_SIGNALS:
             signal.signal(number, self.handle_exit)
+        interrupts.farewell = _say_farewell
         interrupts.cancel = partial(self.handle_exit, signal.SIGINT, None)
         super().run(sockets)
 
@@ -57,6 +63,7 @@ class Server(uvicorn.Server):
             # Uvicorn raises the signals again.
             return
         elif self.should_exit and sig == signal.SIGINT:
+            _say_farewell()
             os._exit(0)
         else:
             interrupts.exit_code = 0
@@ -110,6 +117,7 @@ class Supervisor(Multiprocess):
     def _kill(self) -> None:
         for worker in self.processes:
             worker.process.kill()
+        _say_farewell()
 
 
 def stop_with_parent() -> None:
@@ -124,12 +132,19 @@ def _stop_after(parent: BaseProcess) -> None:
     # Uvicorn's handler lets running requests finish.
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2 * GRACE)
+    _say_farewell()
     os._exit(1)
+
+
+def _say_farewell() -> None:
+    for call in farewells:
+        call()
 
 
 def _end(number: int) -> None:
     """End the process as the signal does by default, but an interrupt with its exit code."""
     if number == signal.SIGINT:
         interrupts.end()
+    _say_farewell()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)

@@ -20,6 +20,7 @@ from incidentkit.http.health import Health, State, readiness
 from incidentkit.http.openapi import document
 from incidentkit.http.problems import RETRY_HEADERS, Refusal, etag
 from incidentkit.http.requests import KNOWN_QUERIES
+from incidentkit.http.server_hooks import server_log
 from incidentkit.http.service import Service
 from incidentkit.http.streams import (
     BATCH,
@@ -118,7 +119,8 @@ async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
 
 async def history(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with the events of an incident, and the link to the next page of them."""
-    events = await _service(request).client.history(**arguments)
+    history = _service(request).client.history(**arguments)
+    events = await run_until_disconnect(history, request.receive)
     cursor = events[-1].cursor if len(events) == arguments["limit"] else None
     path = f"/incident/history/{arguments['incident_id']}"
     content = await encode_array(events, encode_events)
@@ -175,8 +177,9 @@ async def ready(request: Request, _: Mapping[str, Any]) -> Response:
         Refusal: If the service is not ready, with the same states.
     """
     service = _service(request)
+    log = server_log(request.scope)
     found = await readiness(
-        service.client, service.request_log, cache_required=service.cache_required
+        service.client, service.request_log, log, cache_required=service.cache_required
     )
     members = wire_converter().unstructure(found)
     if not found.ready:

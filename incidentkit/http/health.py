@@ -14,6 +14,7 @@ from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import ClientClosed, SchemaOutOfDate, StoreError
 from incidentkit.domain.values import FeedBlocker
 from incidentkit.http.request_log import RequestLog
+from incidentkit.http.server_hooks import ServerLog
 from incidentkit.store.schema import SCHEMA_REVISION
 
 TIMEOUT: Final = 3.0
@@ -91,6 +92,20 @@ class RequestLogHealth:
 
 
 @frozen
+class LogHealth:
+    """The state of the server's log.
+
+    Attributes:
+        state: ``unavailable`` while the log cannot be written; ``off`` if the server has no log of
+            its own, as under other servers than ``incidentkit serve``.
+        dropped: Records that this process could not write, since it started.
+    """
+
+    state: State
+    dropped: int
+
+
+@frozen
 class Readiness:
     """Whether the service is ready, and the state of each part.
 
@@ -102,6 +117,7 @@ class Readiness:
         cache: Whether the cache answers.
         feed: Whether changes are delivered at once; it does not affect ``ready``.
         request_log: Whether requests are recorded in the database.
+        log: Whether the server's log is written; it does not affect ``ready``.
     """
 
     ready: bool
@@ -110,16 +126,22 @@ class Readiness:
     cache: Health
     feed: FeedHealth
     request_log: RequestLogHealth
+    log: LogHealth
 
 
 async def readiness(
-    client: IncidentClient, request_log: RequestLog | None, *, cache_required: bool
+    client: IncidentClient,
+    request_log: RequestLog | None,
+    log: ServerLog | None = None,
+    *,
+    cache_required: bool,
 ) -> Readiness:
     """Ask the database and the cache, and return the state of each part.
 
     Args:
         client: The client with the database and the cache.
         request_log: The request log in the database; None: there is none.
+        log: The server's log; None: there is none to look at.
         cache_required: Whether the service is not ready while the cache is unavailable.
     """
     database = State.OK
@@ -148,6 +170,9 @@ async def readiness(
         request_log=RequestLogHealth(
             _state(None if request_log is None else not request_log.failing),
             0 if request_log is None else request_log.dropped,
+        ),
+        log=LogHealth(
+            _state(None if log is None else not log.failing), 0 if log is None else log.dropped
         ),
     )
 

@@ -34,6 +34,7 @@ from incidentkit.domain.values import (
 from incidentkit.http.health import (
     FeedHealth,
     Health,
+    LogHealth,
     Readiness,
     RequestLogHealth,
     SchemaHealth,
@@ -103,6 +104,7 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (FeedHealth, "prepared"): {"description": "The identifier of a prepared transaction, or null."},
     (FeedHealth, "waiting"): {"description": "Whether a change waits for it."},
     (RequestLogHealth, "dropped"): {"minimum": 0},
+    (LogHealth, "dropped"): {"minimum": 0},
 }
 """Rules and descriptions of fields, beyond their types."""
 
@@ -125,6 +127,7 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
     SchemaHealth: "The state of the database's schema.",
     FeedHealth: "Whether changes are delivered at once.",
     RequestLogHealth: "The state of the request log in the database.",
+    LogHealth: "Whether the server can write its log.",
     Readiness: "Whether the service is ready, and the state of each part.",
 }
 """What each schema describes; docstrings would be missing under ``python -OO``."""
@@ -172,6 +175,7 @@ _MODELS: Final = {
         cache=Health(State.OK),
         feed=FeedHealth(State.OK, None, None, None, waiting=False),
         request_log=RequestLogHealth(State.OFF, 0),
+        log=LogHealth(State.OK, 0),
     ),
 }
 """An example of each model in a request or an answer."""

@@ -2,11 +2,14 @@
 
 A server offers it as an ASGI extension, in the scope of each request::
 
-    scope["extensions"]["incidentkit"] = {"stopping": asyncio.Event(), "abort": transport.abort}
+    scope["extensions"]["incidentkit"] = {
+        "stopping": asyncio.Event(), "abort": transport.abort, "log": log
+    }
 
 ``stopping`` is set once the server begins to stop. ``abort()`` closes the connection at once and
-drops all unsent data. Both are optional; ``incidentkit serve`` has both. Without ``stopping``, a
-signal that stops the process takes its place; without ``abort``, no connection is dropped.
+drops all unsent data. ``log`` counts the records that the server could not write. Each of them is
+optional; ``incidentkit serve`` has all. Without ``stopping``, a signal that stops the process takes
+its place; without ``abort``, no connection is dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, TypedDict
+from typing import Final, Protocol, TypedDict
 
 from starlette.types import Scope
 
@@ -26,11 +29,24 @@ SETTLE: Final = 0.25
 """Seconds from a signal until it counts: by then the server takes no new requests."""
 
 
+class ServerLog(Protocol):
+    """The log of a server.
+
+    Attributes:
+        dropped: Records that this process could not write, since it started.
+        failing: Whether records were dropped since the last one that was written.
+    """
+
+    dropped: int
+    failing: bool
+
+
 class ServerHooks(TypedDict, total=False):
     """The content of the extension."""
 
     stopping: asyncio.Event
     abort: Callable[[], None]
+    log: ServerLog
 
 
 async def wait_for_stop(scope: Scope) -> None:
@@ -63,6 +79,11 @@ def abort(scope: Scope) -> bool:
         return False
     drop()
     return True
+
+
+def server_log(scope: Scope) -> ServerLog | None:
+    """Return the log of the request's server; None if the server has none to look at."""
+    return _hooks(scope).get("log")
 
 
 def _hooks(scope: Scope) -> ServerHooks:

@@ -34,6 +34,7 @@ OK: Final[dict[str, Any]] = {
     "cache": {"state": "ok"},
     "feed": {"state": "ok", "since": None, "pid": None, "prepared": None, "waiting": False},
     "request_log": {"state": "off", "dropped": 0},
+    "log": {"state": "off", "dropped": 0},
 }
 
 

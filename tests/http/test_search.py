@@ -121,7 +121,7 @@ class Hanging:
         self.begun = threading.Event()
         self.cancelled = threading.Event()
 
-    async def __call__(self, _: object) -> None:
+    async def __call__(self, *_: object, **__: object) -> None:
         """Wait without end."""
         self.begun.set()
         try:
@@ -131,20 +131,24 @@ class Hanging:
             raise
 
 
-@pytest.fixture(params=["/incident/search?text=disk", "/incident/get?page=101"])
+EXPENSIVE = ("/incident/search?text=disk", "/incident/get?page=101", "/incident/history/1")
+
+
+@pytest.fixture(params=EXPENSIVE)
 def hanging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Hanging]:
     """The path of an expensive read, and the call of the store that it waits for."""
     call = Hanging()
     # Not functions, so that the class does not bind them to the store.
     monkeypatch.setattr(StoreRecords, "search", call)
     monkeypatch.setattr(StoreRecords, "list", call)
+    monkeypatch.setattr(StoreRecords, "history", call)
     return request.param, call
 
 
 def test_an_expensive_read_ends_with_its_connection(
     serve: Serve, hanging: tuple[str, Hanging], records: Records
 ) -> None:
-    """A search or a deep page is cancelled as soon as its client disconnects."""
+    """A search, a deep page or a history is cancelled as soon as its client disconnects."""
     path, call = hanging
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
     with socket.create_connection((api.base_url.host, api.base_url.port or 0)) as client:
