@@ -194,12 +194,11 @@ class ChangePage:
 
     Attributes:
         changes: In the order of their commits; empty if there are none yet.
-        next: The cursor for the next call. None: nothing has happened yet; start from the
-            beginning again.
+        next: The cursor for the next call. There always is one, even before the first change.
     """
 
     changes: list[IncidentEvent]
-    next: str | None
+    next: str
 
 
 @frozen

@@ -90,9 +90,7 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (IncidentEvent, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
     (IncidentEvent, "cursor"): {"description": "Its position among all events, for after=."},
     (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
-    (ChangePage, "next"): {
-        "description": "The after= to continue with; null while there is no event at all."
-    },
+    (ChangePage, "next"): {"description": "The after= to continue with."},
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
     (Problem, "status"): {"minimum": 400, "maximum": 599},
     (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},

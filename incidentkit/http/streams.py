@@ -219,7 +219,7 @@ def _frames(page: ChangePage) -> bytes:
 
 def _heartbeat(page: ChangePage, blocker: FeedBlocker | None) -> bytes:
     # With the id, a reader that began at the latest change can resume there.
-    id_ = b"" if page.next is None else b"id: %b\n" % page.next.encode()
+    id_ = b"id: %b\n" % page.next.encode()
     if blocker is None:
         return id_ + b": nothing new\n\n"
     since = wire_converter().unstructure(blocker.since)

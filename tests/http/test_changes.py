@@ -22,6 +22,7 @@ import pytest
 from incidentkit import FeedBlocker, IncidentClient, StoreError
 from incidentkit.cli.protocol import Protocol
 from incidentkit.domain.cursor import encode_cursor
+from incidentkit.feed import EMPTY
 from incidentkit.http import create_app, streams
 from incidentkit.store import records
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, service_on, serving
@@ -237,7 +238,7 @@ def test_polling_goes_from_page_to_page(serve: Serve, urls: tuple[str, str | Non
     """`next` leads to the next page, and stays the same while nothing is new; a poll may wait."""
     api = serve(create_app(IncidentClient.open(*urls)))
     empty = api.get("/incident/changes").json()
-    assert empty == {"changes": [], "next": None}
+    assert empty == {"changes": [], "next": EMPTY}
     api.post("/incident/create", json=INCIDENT)
     update(api, "failed")
     seen: list[Any] = []
@@ -441,7 +442,7 @@ def test_no_reader_holds_a_service_that_stops(
         assert all("data" not in block for block in blocks)
         poll.join()
     # The service may have stopped before the poll reached it.
-    assert polled[1:] in ([], [{"changes": [], "next": None}])
+    assert polled[1:] in ([], [{"changes": [], "next": EMPTY}])
     if program == "incidentkit":
         assert code == 0
     text = log.read_text()
