@@ -8,6 +8,7 @@ from attrs import evolve
 from incidentkit.cli.commands import Command
 from incidentkit.cli.loading import run_server
 from incidentkit.cli.options import Servers, takes_servers
+from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME
 from incidentkit.store.options import PREPARED_STATEMENTS
 
 
@@ -33,9 +34,22 @@ from incidentkit.store.options import PREPARED_STATEMENTS
     help="Whether PostgreSQL keeps statements prepared; auto: not behind a connection pooler. "
     "Overrides the environment.",
 )
+@click.option(
+    "--stream-lifetime",
+    type=click.IntRange(MIN_STREAM_LIFETIME, MAX_STREAM_LIFETIME),
+    metavar="SECONDS",
+    help="Seconds after which a stream of changes ends, and its reader resumes it. Overrides the "
+    "environment.",
+)
 @takes_servers
-def serve(
-    servers: Servers, host: str, port: int, workers: int, prepared_statements: str | None
+def serve(  # noqa: PLR0913
+    servers: Servers,
+    *,
+    host: str,
+    port: int,
+    workers: int,
+    prepared_statements: str | None,
+    stream_lifetime: int | None,
 ) -> None:
     """Run the REST service until it is interrupted or terminated.
 
@@ -56,5 +70,7 @@ def serve(
     if prepared_statements is not None:
         chosen = PREPARED_STATEMENTS[prepared_statements]
         settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))
+    if stream_lifetime is not None:
+        settings = evolve(settings, stream_lifetime=stream_lifetime)
     ended_well = run_server(settings, host, port, workers)
     click.get_current_context().exit(0 if ended_well else 1)

@@ -50,6 +50,11 @@ MAX_STALENESS: Final = 3600
 MAX_WAIT: Final = 30
 """Maximum seconds that a call waits for changes."""
 
+STREAM_LIFETIME: Final = 3600
+MIN_STREAM_LIFETIME: Final = 10
+MAX_STREAM_LIFETIME: Final = 86_400
+"""Seconds after which a stream of changes ends: by default, at least, and at most."""
+
 LATEST: Final = "latest"
 """Given in place of a cursor: start after the newest change."""
 

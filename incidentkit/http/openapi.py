@@ -183,6 +183,7 @@ _DETAILS: Final = {
     413: f"The body must be at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",
     422: f"incident_id must be an integer from 1 to {MAX_ID}",
+    429: "100 readers, the maximum, are already waiting for changes",
     500: "The server failed to answer the request",
     503: "The database is unavailable, or its schema does not match the service",
 }
@@ -190,7 +191,12 @@ _DETAILS: Final = {
 
 _ERRORS: Final = {422: (FieldError("incident_id", f"must be an integer from 1 to {MAX_ID}"),)}
 
-_PROBLEM_HEADERS: Final = {409: ("ETag",), 412: ("ETag",), 503: ("Retry-After",)}
+_PROBLEM_HEADERS: Final = {
+    409: ("ETag",),
+    412: ("ETag",),
+    429: ("Retry-After",),
+    503: ("Retry-After",),
+}
 
 
 def document(operations: Iterable[Operation], root_path: str = "") -> Json:
