@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 import httpx2
 import pytest
+from click.testing import CliRunner
 
 from incidentkit import IncidentClient, InvalidSettings, StoreError
 from incidentkit.feed import EMPTY
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from incidentkit.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAM = {"Accept": "text/event-stream"}
@@ -67,7 +71,8 @@ def test_a_stream_waits_for_the_database(postgres: PostgresServer, outage: str) 
             assert created(old) == before
             getattr(postgres, outage)()
             try:
-                old.until("comment", AWAY)
+                for _ in range(2):
+                    old.until("comment", AWAY)
                 with EventSource(stream) as new:
                     assert new.next() == ("comment", AWAY)
                     postgres.resume()
@@ -235,6 +240,22 @@ def test_a_lifetime_has_bounds(seconds: float) -> None:
         create_app(IncidentClient.open(MEMORY), stream_lifetime=seconds)
 
 
+def test_an_option_of_serve_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` has the lifetime of the environment, or the one of its option."""
+    command = importlib.import_module("incidentkit.cli.serve")
+    given: list[int] = []
+
+    def run_server(settings: Settings, *_: object) -> bool:
+        given.append(settings.stream_lifetime)
+        return True
+
+    monkeypatch.setattr(command, "run_server", run_server)
+    monkeypatch.setenv("INCIDENTKIT_STREAM_LIFETIME", "20")
+    for options in ([], ["--stream-lifetime", "30"]):
+        assert CliRunner().invoke(command.serve, options).exit_code == 0
+    assert given == [20, 30]
+
+
 async def test_a_service_that_is_not_open_asks_to_come_back() -> None:
     """A stream of a service that is still starting ends at once, with status 200."""
     transport = httpx2.ASGITransport(create_app(IncidentClient.open(MEMORY)))
@@ -265,15 +286,12 @@ def test_a_resumed_stream_skips_what_it_began_after(serve: Serve, two_phase_url:
                     await client.join(connection).create("Line is down", source="partner")
                 await transaction.commit()
                 await connection.close()
-                last = ""
-                data = False
-                while not data or not last:
-                    line = await anext(lines)
-                    if line.startswith("data:"):
-                        data, last = True, ""
-                    elif data and line.startswith("id:"):
-                        last = line.removeprefix("id:").strip()
-                return last
+                while not (await anext(lines)).startswith("data:"):
+                    pass
+                # Not only the next heartbeat has the id.
+                end, last, end_of_last = [await anext(lines) for _ in range(3)]
+                assert end == end_of_last == ""
+                return last.removeprefix("id: ")
 
     last = asyncio.run(overlap())
     (skipped,) = api.get("/incident/history/1").json()
