@@ -40,6 +40,8 @@ logger = logging.getLogger("incidentkit.http")
 
 MEDIA_TYPE: Final = "text/event-stream"
 
+_HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
 MAX_READERS: Final = 100
 """Maximum number of streams and waiting polls of an app."""
 
@@ -227,9 +229,6 @@ async def stream_changes(
 
 def _short_stream(seconds: tuple[int, int], comment: bytes) -> Response:
     return Response(_retry(seconds) + comment, headers=_HEADERS, media_type=MEDIA_TYPE)
-
-
-_HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class ChangeStream(Response):
