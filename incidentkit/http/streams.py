@@ -152,12 +152,12 @@ class Readers:
 
 
 def reader_of(scope: Scope) -> str | None:
-    """Return the name of the principal that a request is from; None if it is anonymous.
+    """Return the name of the principal that a request is from; None if it has none.
 
     Anonymous readers share the places of the app: behind a proxy they all have one address.
     """
     principal = scope.get("incidentkit.principal")
-    return None if principal is None else str(principal.name)
+    return None if principal is None else str(principal.name) or None
 
 
 async def run_until_stop(

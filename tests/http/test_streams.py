@@ -202,8 +202,13 @@ def test_a_principal_takes_some_places_only(serve: Serve, monkeypatch: pytest.Mo
         again = api.get("/incident/changes", headers=STREAM | alice)
         assert again.status_code == 200
         assert ": every place for a reader is taken" in again.text
-        for headers in (bob, {}):
-            assert api.get("/incident/changes?wait=1", headers=headers).status_code == 200
+        assert api.get("/incident/changes?wait=1", headers=bob).status_code == 200
+        for headers in ({}, {"X-Name": ""}):
+            with api.stream("GET", "/incident/changes", headers=STREAM | headers) as anonymous:
+                begun = anonymous.iter_lines()
+                next(begun)
+                answer = api.get("/incident/changes?wait=1", headers=headers)
+                assert answer.status_code == 200
     _until_free(app.readers)
     assert api.get("/incident/changes?wait=1", headers=alice).status_code == 200
 
