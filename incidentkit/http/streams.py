@@ -70,6 +70,9 @@ RETRY_WITHOUT_PLACE: Final = (10, 20)
 SHORTEST_LIFE: Final = 0.75
 """The part of the lifetime that each stream has at least; the rest is random."""
 
+ANSWER_TIMEOUT: Final = 15.0
+"""Seconds beyond those of a wait after which a database that does not answer counts as away."""
+
 START_TIMEOUT: Final = 5.0
 """Seconds that the database has for the first changes before the stream begins without them."""
 
@@ -320,7 +323,7 @@ class ChangeStream(Response):
                 return
             # The latest change must be known before an outage, which may hide changes.
             wait = 0 if after == LATEST else min(HEARTBEAT, left)
-            page = await _read(self._client, after, wait, wait + HEARTBEAT)
+            page = await _read(self._client, after, wait, wait + ANSWER_TIMEOUT)
 
     async def _send(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(SEND_TIMEOUT):

@@ -51,6 +51,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let streams say more often how they are, and look sooner for the database."""
     monkeypatch.setattr(streams, "HEARTBEAT", 0.05)
     monkeypatch.setattr(streams, "START_TIMEOUT", 0.1)
+    monkeypatch.setattr(streams, "ANSWER_TIMEOUT", 0.5)
     monkeypatch.setattr(streams, "MAX_PAUSE", 0.05)
 
 
