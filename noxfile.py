@@ -153,6 +153,19 @@ def pooler(session: nox.Session, versions: str) -> None:
 
 
 @nox.session(python=next(iter(installed_pythons().values())))
+def browser(session: nox.Session) -> None:
+    """Run the tests that need Chromium, its driver, and nginx."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
+    packages = {"chromium": "chromium", "chromedriver": "chromium-driver", "nginx": "nginx"}
+    for program, package in packages.items():
+        if shutil.which(program, path=path) is None:
+            session.error(f"{program} is not installed: apt-get install -y {package}")
+    session.install("--editable", ".[all]", *groups("tests"))
+    env = {"INCIDENTKIT_TEST_BROWSER": "1"}
+    session.run("pytest", *(session.posargs or ["tests/browser"]), env=env)
+
+
+@nox.session(python=next(iter(installed_pythons().values())))
 def frozen(session: nox.Session) -> None:
     """Build programs with PyInstaller, and run them."""
     if shutil.which("objcopy") is None:

@@ -13,7 +13,13 @@ from attrs import field, fields, frozen
 from incidentkit.cache.opening import check_redis_url
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph
-from incidentkit.domain.values import MAX_STALENESS, IncidentStatus
+from incidentkit.domain.values import (
+    MAX_STALENESS,
+    MAX_STREAM_LIFETIME,
+    MIN_STREAM_LIFETIME,
+    STREAM_LIFETIME,
+    IncidentStatus,
+)
 from incidentkit.store.database import database_kind
 from incidentkit.store.options import PREPARED_STATEMENTS
 from incidentkit.store.schema import check_schema
@@ -185,6 +191,13 @@ class Environment:
         _request_log,
         "where the REST service records requests: log (the logger incidentkit.http), or database "
         "(the table request_log as well)",
+    )
+    stream_lifetime: int = _variable(
+        "INCIDENTKIT_STREAM_LIFETIME",
+        str(STREAM_LIFETIME),
+        _integer(MIN_STREAM_LIFETIME, MAX_STREAM_LIFETIME),
+        f"seconds, {MIN_STREAM_LIFETIME} to {MAX_STREAM_LIFETIME}, after which the REST service "
+        "ends a stream of changes, which its reader then resumes",
     )
     prepared_statements: bool | None = _variable(
         "INCIDENTKIT_PREPARED_STATEMENTS",

@@ -26,6 +26,9 @@ MAX_SKIPPED: Final = 10_000
 MAX_STARTS: Final = 100
 """Maximum number of starts at ``latest`` that a feed remembers."""
 
+EMPTY: Final = encode_cursor(0, 0, 0, 0)
+"""The cursor of a feed without changes: the beginning of every database."""
+
 
 class EventStore(Protocol):
     """The part of a store that a feed reads from."""
@@ -231,9 +234,9 @@ def _is_skipped(event: IncidentEvent, start: Start | None) -> bool:
     return start is not None and event_cursor(event.cursor)[1:3] in start.events
 
 
-def _with_start(cursor: str | None, start: Start | None) -> str | None:
+def _with_start(cursor: str | None, start: Start | None) -> str:
     """Return a cursor with the number of a start in place of that of a transaction."""
+    cursor = cursor or EMPTY
     if start is None:
         return cursor
-    numbers = (0, 0, 0, 0) if cursor is None else event_cursor(cursor)
-    return encode_cursor(start.number, *numbers[1:])
+    return encode_cursor(start.number, *event_cursor(cursor)[1:])

@@ -13,6 +13,7 @@ from attrs import field, frozen
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph
+from incidentkit.domain.values import STREAM_LIFETIME
 from incidentkit.env_file import EnvFile, read_env_file
 from incidentkit.environment import VARIABLES, Environment, RequestLog, unknown_variables
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
@@ -38,6 +39,7 @@ class Settings:
         max_staleness: Seconds by which a list may lag behind a change by another process.
         transitions: For each status, the statuses that may follow it; None allows every change.
         request_log: Where the REST service records requests.
+        stream_lifetime: Seconds after which the REST service ends a stream of changes.
         store: Sizes and time limits of the database.
         schema: The PostgreSQL schema that has the tables; None: the first one in the search path
             that has them.
@@ -49,6 +51,7 @@ class Settings:
     max_staleness: float = 0.0
     transitions: Graph | None = None
     request_log: RequestLog = "log"
+    stream_lifetime: int = STREAM_LIFETIME
     store: StoreOptions = field(factory=StoreOptions)
     schema: str | None = None
 
@@ -108,6 +111,7 @@ class Settings:
             max_staleness=environment.max_staleness,
             transitions=environment.transitions,
             request_log=environment.request_log,
+            stream_lifetime=environment.stream_lifetime,
             store=StoreOptions(
                 pool_size=environment.pool_size,
                 max_overflow=environment.max_overflow,

@@ -31,8 +31,12 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 
-# They need a program of the system, so only `nox -s pooler` runs them.
-collect_ignore = [] if "INCIDENTKIT_TEST_POOLER" in os.environ else ["pooler"]
+# They need programs of the system, so only `nox -s pooler` and `nox -s browser` run them.
+collect_ignore = [
+    folder
+    for folder in ("pooler", "browser")
+    if f"INCIDENTKIT_TEST_{folder.upper()}" not in os.environ
+]
 
 
 class Backends:

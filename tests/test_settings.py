@@ -310,6 +310,13 @@ def test_prepared_statements_are_on_off_or_found_out(value: str, expected: bool 
     assert settings.store.prepared_statements is expected
 
 
+def test_streams_have_a_lifetime() -> None:
+    """INCIDENTKIT_STREAM_LIFETIME is a number of seconds, an hour by default."""
+    assert Settings.from_mapping({}).stream_lifetime == 3600
+    settings = Settings.from_mapping({"INCIDENTKIT_STREAM_LIFETIME": "10"})
+    assert settings.stream_lifetime == 10
+
+
 @pytest.mark.parametrize("place", ["log", "database"])
 def test_request_log_has_two_places(place: str) -> None:
     """INCIDENTKIT_REQUEST_LOG is `log` or `database`."""
@@ -365,6 +372,7 @@ FLAG = "must be true or false"
         ("INCIDENTKIT_REDIS_REQUIRED", "please", FLAG),
         ("INCIDENTKIT_REQUEST_LOG", "syslog", "must be one of: log, database"),
         ("INCIDENTKIT_REQUEST_LOG", "LOG", "must be one of: log, database"),
+        ("INCIDENTKIT_STREAM_LIFETIME", "9", "must be an integer from 10 to 86400"),
         ("INCIDENTKIT_PREPARED_STATEMENTS", "true", "must be one of: auto, on, off"),
     ],
 )

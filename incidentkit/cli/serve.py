@@ -13,6 +13,7 @@ from incidentkit.cli.commands import Command
 from incidentkit.cli.listening import MODE, Address, Inherited, Tcp, Unix
 from incidentkit.cli.loading import run_server
 from incidentkit.cli.options import Servers, takes_servers
+from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME
 from incidentkit.store.options import PREPARED_STATEMENTS
 
 
@@ -67,6 +68,13 @@ def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
     help="Whether PostgreSQL keeps statements prepared; auto: not behind a connection pooler. "
     "Overrides the environment.",
 )
+@click.option(
+    "--stream-lifetime",
+    type=click.IntRange(MIN_STREAM_LIFETIME, MAX_STREAM_LIFETIME),
+    metavar="SECONDS",
+    help="Seconds after which a stream of changes ends, and its reader resumes it. Overrides the "
+    "environment.",
+)
 @takes_servers
 def serve(  # noqa: PLR0913
     servers: Servers,
@@ -78,6 +86,7 @@ def serve(  # noqa: PLR0913
     fd: int | None,
     workers: int,
     prepared_statements: str | None,
+    stream_lifetime: int | None,
 ) -> None:
     """Run the REST service until it is interrupted or terminated.
 
@@ -97,6 +106,8 @@ def serve(  # noqa: PLR0913
     if prepared_statements is not None:
         chosen = PREPARED_STATEMENTS[prepared_statements]
         settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))
+    if stream_lifetime is not None:
+        settings = evolve(settings, stream_lifetime=stream_lifetime)
     ended_well = run_server(settings, address, workers)
     click.get_current_context().exit(0 if ended_well else 1)
 

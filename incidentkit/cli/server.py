@@ -120,6 +120,7 @@ def make_app(settings: Settings) -> Starlette:
         IncidentClient.from_settings(settings),
         request_log=settings.request_log,
         cache_required=settings.redis_required,
+        stream_lifetime=settings.stream_lifetime,
     )
     # Loaded modules live as long as the process: keep the garbage collector from visiting them.
     gc.freeze()

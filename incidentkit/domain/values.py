@@ -50,6 +50,11 @@ MAX_STALENESS: Final = 3600
 MAX_WAIT: Final = 30
 """Maximum seconds that a call waits for changes."""
 
+STREAM_LIFETIME: Final = 3600
+MIN_STREAM_LIFETIME: Final = 10
+MAX_STREAM_LIFETIME: Final = 86_400
+"""Seconds after which a stream of changes ends: by default, at least, and at most."""
+
 LATEST: Final = "latest"
 """Given in place of a cursor: start after the newest change."""
 
@@ -194,12 +199,11 @@ class ChangePage:
 
     Attributes:
         changes: In the order of their commits; empty if there are none yet.
-        next: The cursor for the next call. None: nothing has happened yet; start from the
-            beginning again.
+        next: The cursor for the next call. There always is one, even before the first change.
     """
 
     changes: list[IncidentEvent]
-    next: str | None
+    next: str
 
 
 @frozen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import cache, lru_cache
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
@@ -23,11 +22,11 @@ from incidentkit.http.requests import KNOWN_QUERIES
 from incidentkit.http.server_hooks import server_log
 from incidentkit.http.service import Service
 from incidentkit.http.streams import (
-    BATCH,
     MEDIA_TYPE,
-    ChangeStream,
+    reader_of,
     run_until_disconnect,
     run_until_stop,
+    stream_changes,
 )
 from incidentkit.pacing import in_parts
 from incidentkit.wire import (
@@ -137,13 +136,10 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
         after = arguments["last_event_id"]
     accepted = ",".join(request.headers.getlist("accept"))
     if MEDIA_TYPE in accepted and request.method == "GET":
-        with ExitStack() as place:
-            place.enter_context(readers.place())
-            first = await client.read_changes(after, limit=BATCH)
-            return ChangeStream(client, first, readers, place.pop_all())
+        return await stream_changes(request, client, readers, after)
     page: ChangePage | None = None
     if wait:
-        with readers.place():
+        with readers.place(reader_of(request.scope)):
             waiting = client.read_changes(after, limit=limit, wait=wait)
             page = await run_until_stop(waiting, request.scope, request.receive)
     if page is None:

@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
+from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME, STREAM_LIFETIME
 from incidentkit.http.docs import check_files
 from incidentkit.http.request_log import Appender, RequestLog
 from incidentkit.http.routes import DOCS, OPERATIONS
@@ -27,6 +28,7 @@ def create_app(
     request_log: RequestLogSetting = "log",
     cache_required: bool = False,
     docs: bool = True,
+    stream_lifetime: float = STREAM_LIFETIME,
 ) -> Starlette:
     """Return the REST service on a client, to run alone or to mount in another app.
 
@@ -46,21 +48,30 @@ def create_app(
             ``database`` is the logger and the table ``request_log``.
         cache_required: Whether ``/health/ready`` fails while the cache is unavailable.
         docs: Whether Swagger UI is served at ``/docs``.
+        stream_lifetime: Seconds, 10 to 86400, after which a stream of changes ends; its reader
+            resumes it with a new request. Some streams end up to a quarter earlier, so that their
+            readers do not all come back at once.
 
     Raises:
         InvalidSettings: If ``request_log`` is another value, or the client cannot write it; or if
-            ``docs`` is true and the program was frozen without the files of Swagger UI.
+            ``stream_lifetime`` is out of range, or ``docs`` is true and the program was frozen
+            without the files of Swagger UI.
     """
     log = _request_log(client, request_log)
+    if not MIN_STREAM_LIFETIME <= stream_lifetime <= MAX_STREAM_LIFETIME:
+        reason = f"must be from {MIN_STREAM_LIFETIME} to {MAX_STREAM_LIFETIME} seconds"
+        raise InvalidSettings("stream_lifetime", reason)
     if docs:
         check_files()
-    return Service(
+    app = Service(
         client,
         (*OPERATIONS, *DOCS) if docs else OPERATIONS,
         request_log=log,
         cache_required=cache_required,
         lifespan=lifespan,
     )
+    app.readers.lifetime = stream_lifetime
+    return app
 
 
 def _request_log(client: IncidentClient, setting: RequestLogSetting) -> RequestLog | None:

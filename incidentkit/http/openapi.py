@@ -91,9 +91,7 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (IncidentEvent, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
     (IncidentEvent, "cursor"): {"description": "Its position among all events, for after=."},
     (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
-    (ChangePage, "next"): {
-        "description": "The after= to continue with; null while there is no event at all."
-    },
+    (ChangePage, "next"): {"description": "The after= to continue with."},
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
     (Problem, "status"): {"minimum": 400, "maximum": 599},
     (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},
@@ -189,6 +187,7 @@ _DETAILS: Final = {
     413: f"The body must be at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",
     422: f"incident_id must be an integer from 1 to {MAX_ID}",
+    429: "100 readers, the maximum, are already waiting for changes",
     500: "The server failed to answer the request",
     503: "The database is unavailable, or its schema does not match the service",
 }
@@ -196,7 +195,12 @@ _DETAILS: Final = {
 
 _ERRORS: Final = {422: (FieldError("incident_id", f"must be an integer from 1 to {MAX_ID}"),)}
 
-_PROBLEM_HEADERS: Final = {409: ("ETag",), 412: ("ETag",), 503: ("Retry-After",)}
+_PROBLEM_HEADERS: Final = {
+    409: ("ETag",),
+    412: ("ETag",),
+    429: ("Retry-After",),
+    503: ("Retry-After",),
+}
 
 
 def document(operations: Iterable[Operation], root_path: str = "") -> Json:

@@ -287,7 +287,7 @@ OPERATIONS: Final = (
             ),
         ),
         check=check_changes,
-        problems=(400, 410, 422, 500, 503),
+        problems=(400, 410, 422, 429, 500, 503),
     ),
     Operation(
         "POST",

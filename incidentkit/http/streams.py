@@ -4,32 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from math import inf
 from typing import Any, Final, TypeVar
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from incidentkit.batching import Coalescer
-from incidentkit.client import IncidentClient
-from incidentkit.domain.errors import IncidentKitError, StoreError
-from incidentkit.domain.values import ChangePage, FeedBlocker
-from incidentkit.http.problems import RETRY_HEADERS, Refusal
+from incidentkit.client import MAX_PAUSE, MIN_PAUSE, IncidentClient
+from incidentkit.domain.errors import (
+    ClientClosed,
+    IncidentKitError,
+    SchemaOutOfDate,
+    StoreError,
+    StoreUnavailable,
+    UnknownCursor,
+)
+from incidentkit.domain.values import LATEST, STREAM_LIFETIME, ChangePage, FeedBlocker
+from incidentkit.http.problems import RETRY_HEADERS, Refusal, refusal_for
+from incidentkit.http.request_id import request_id
 from incidentkit.http.server_hooks import abort, wait_for_stop
-from incidentkit.wire import encode_event, wire_converter
+from incidentkit.wire import dump_json, encode_event, wire_converter
 
 _T = TypeVar("_T")
+
+_random: Final = random.SystemRandom()
 
 logger = logging.getLogger("incidentkit.http")
 
 MEDIA_TYPE: Final = "text/event-stream"
 
+_HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
 MAX_READERS: Final = 100
 """Maximum number of streams and waiting polls of an app."""
+
+MAX_READERS_EACH: Final = 10
+"""Maximum number of them that one authenticated principal may have."""
 
 BATCH: Final = 100
 """Maximum number of changes in memory for one reader."""
@@ -43,8 +60,32 @@ SEND_TIMEOUT: Final = 30.0
 END_TIMEOUT: Final = 1.0
 """Seconds that a reader has to take the end of its stream before its connection is dropped."""
 
-RETRY: Final = 2
-"""Seconds that a browser is asked to wait before it reconnects."""
+RETRY: Final = (1, 3)
+"""Seconds that a browser is asked to wait before it reconnects: a random time between these, so
+that the readers of a service that was restarted do not all come back at once."""
+
+RETRY_WITHOUT_PLACE: Final = (10, 20)
+"""The same, after every place was taken."""
+
+SHORTEST_LIFE: Final = 0.75
+"""The part of the lifetime that each stream has at least; the rest is random."""
+
+ANSWER_TIMEOUT: Final = 15.0
+"""Seconds beyond those of a wait after which a database that does not answer counts as away."""
+
+START_TIMEOUT: Final = 5.0
+"""Seconds that the database has for the first changes before the stream begins without them."""
+
+AWAY: Final = b": the database is unavailable\n\n"
+"""The comment of a stream that waits for the database."""
+
+NO_PLACE: Final = b": every place for a reader is taken\n\n"
+NOT_OPEN: Final = b": the service is not open\n\n"
+"""The comments of a stream that ends at once."""
+
+UNKNOWN_CURSOR: Final = "unknown_cursor"
+STORE_ERROR: Final = "store_error"
+"""The codes of the problems that end a stream."""
 
 
 class Readers:
@@ -55,30 +96,45 @@ class Readers:
 
     Attributes:
         count: Readers at present.
+        lifetime: Seconds after which a stream ends.
     """
 
     def __init__(self, client: IncidentClient) -> None:
         self.count = 0
+        self.lifetime: float = STREAM_LIFETIME
+        self._count_of: Counter[str] = Counter()
         self._client = client
         self._ask = Coalescer(self._ask_client)
         self._blocker: FeedBlocker | None = None
         self._asked_at = -inf
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, reader: str | None = None) -> Iterator[None]:
         """Hold a place inside the block.
 
+        Args:
+            reader: Who reads, as :func:`reader_of` tells.
+
         Raises:
-            Refusal: If every place is taken.
+            Refusal: If every place, or every place of this reader, is taken.
         """
         if self.count >= MAX_READERS:
             detail = f"{MAX_READERS} readers, the maximum, are already waiting for changes"
-            raise Refusal(503, detail, headers=RETRY_HEADERS)
+            raise Refusal(429, detail, headers=RETRY_HEADERS)
+        if reader is not None and self._count_of[reader] >= MAX_READERS_EACH:
+            detail = f"You are already waiting for changes {MAX_READERS_EACH} times, the maximum"
+            raise Refusal(429, detail, headers=RETRY_HEADERS)
         self.count += 1
+        if reader is not None:
+            self._count_of[reader] += 1
         try:
             yield
         finally:
             self.count -= 1
+            if reader is not None:
+                self._count_of[reader] -= 1
+                # A name that is gone takes no memory.
+                self._count_of += Counter()
 
     async def blocker(self) -> FeedBlocker | None:
         """Return the transaction that changes wait for; None if the feed is quiet.
@@ -96,6 +152,15 @@ class Readers:
             blocker = await self._client.feed_blocker()
         self._blocker = blocker if blocker is not None and blocker.waiting else None
         self._asked_at = asked_at
+
+
+def reader_of(scope: Scope) -> str | None:
+    """Return the name of the principal that a request is from; None if it has none.
+
+    Anonymous readers share the places of the app: behind a proxy they all have one address.
+    """
+    principal = scope.get("incidentkit.principal")
+    return None if principal is None else str(principal.name) or None
 
 
 async def run_until_stop(
@@ -141,12 +206,41 @@ async def run_until_disconnect(work: Coroutine[Any, Any, _T], receive: Receive) 
     return task.result()
 
 
+async def stream_changes(
+    request: Request, client: IncidentClient, readers: Readers, after: str | None
+) -> Response:
+    """Return a stream of the changes after a cursor.
+
+    The status is 200 even if no stream is possible at present, since a browser takes any other one
+    as the end: the stream waits for the database, and without a place it ends at once and asks the
+    browser to come back.
+
+    Raises:
+        UnknownCursor: If it is a cursor of another database, as far as that is known by now.
+        StoreError: If the database refuses to be read.
+    """
+    with ExitStack() as place:
+        try:
+            place.enter_context(readers.place(reader_of(request.scope)))
+            page = await _read(client, after, 0, START_TIMEOUT)
+        except Refusal:
+            return _short_stream(RETRY_WITHOUT_PLACE, NO_PLACE)
+        except ClientClosed:
+            return _short_stream(RETRY, NOT_OPEN)
+        return ChangeStream(client, after, page, readers, place.pop_all())
+
+
+def _short_stream(seconds: tuple[int, int], comment: bytes) -> Response:
+    return Response(_retry(seconds) + comment, headers=_HEADERS, media_type=MEDIA_TYPE)
+
+
 class ChangeStream(Response):
     """Sends changes as server-sent events, for as long as the reader takes them.
 
     Args:
         client: Reads the changes.
-        page: The first of them.
+        after: The cursor to begin after.
+        page: The first changes after it; None: the database is unavailable.
         readers: The readers of the app.
         place: The reader's place, released at the end of the stream.
     """
@@ -154,11 +248,17 @@ class ChangeStream(Response):
     media_type = MEDIA_TYPE
 
     def __init__(
-        self, client: IncidentClient, page: ChangePage, readers: Readers, place: ExitStack
+        self,
+        client: IncidentClient,
+        after: str | None,
+        page: ChangePage | None,
+        readers: Readers,
+        place: ExitStack,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._client = client
+        self._after = after
         self._page = page
         self._readers = readers
         self._place = place
@@ -185,8 +285,12 @@ class ChangeStream(Response):
         """Send the stream, and return whether the reader has taken all of it."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            with suppress(IncidentKitError):
+            try:
                 await run_until_stop(self._send_changes(send), scope)
+            except ClientClosed:
+                pass
+            except IncidentKitError as error:
+                await self._send(send, _problem(error, request_id(scope)))
             async with asyncio.timeout(END_TIMEOUT):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
@@ -197,29 +301,81 @@ class ChangeStream(Response):
         return True
 
     async def _send_changes(self, send: Send) -> None:
-        page = self._page
-        await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
+        """Send changes until the stream has reached its lifetime."""
+        after, page = self._after, self._page
+        ends_at = time.monotonic() + self._readers.lifetime * _random.uniform(SHORTEST_LIFE, 1)
+        pause, told_at = 0.0, -inf
+        await self._send(send, _retry(RETRY))
         while True:
-            frames = _frames(page)
-            await self._send(send, frames or _heartbeat(page, await self._readers.blocker()))
-            page = await self._client.read_changes(page.next, limit=BATCH, wait=HEARTBEAT)
+            if page is None:
+                now = time.monotonic()
+                if now - told_at >= HEARTBEAT:
+                    await self._send(send, AWAY)
+                    told_at = now
+                pause = min(2 * pause + MIN_PAUSE, MAX_PAUSE)
+                await asyncio.sleep(pause)
+            else:
+                pause, told_at, after = 0.0, -inf, page.next
+                frames = _frames(page)
+                await self._send(send, frames or _heartbeat(page, await self._readers.blocker()))
+            left = ends_at - time.monotonic()
+            if left <= 0:
+                return
+            # The latest change must be known before an outage, which may hide changes.
+            wait = 0 if after == LATEST else min(HEARTBEAT, left)
+            page = await _read(self._client, after, wait, wait + ANSWER_TIMEOUT)
 
     async def _send(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(SEND_TIMEOUT):
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
+async def _read(
+    client: IncidentClient, after: str | None, wait: float, patience: float
+) -> ChangePage | None:
+    """Return the changes after a cursor; None if the database is unavailable."""
+    try:
+        async with asyncio.timeout(patience):
+            return await client.read_changes(after, limit=BATCH, wait=wait)
+    except (StoreUnavailable, SchemaOutOfDate, TimeoutError):
+        return None
+
+
+def _retry(seconds: tuple[int, int]) -> bytes:
+    low, high = seconds
+    return b"retry: %d\n\n" % _random.randint(low * 1000, high * 1000)
+
+
+def _problem(error: IncidentKitError, request_id_: str) -> bytes:
+    """Return the event that ends a stream, and log the error if it is the server's fault."""
+    refusal = refusal_for(error)
+    code = UNKNOWN_CURSOR if isinstance(error, UnknownCursor) else STORE_ERROR
+    if code != UNKNOWN_CURSOR:
+        logger.error("A stream failed", exc_info=error, extra={"request_id": request_id_})
+    problem = {
+        "code": code,
+        "status": refusal.status,
+        "detail": refusal.detail,
+        "request_id": request_id_,
+    }
+    return b"event: problem\ndata: %b\n\n" % dump_json(problem)
+
+
 def _frames(page: ChangePage) -> bytes:
-    return b"".join(
+    frames = [
         b"id: %b\nevent: %b\ndata: %b\n\n"
         % (event.cursor.encode(), event.kind.value.encode(), encode_event(event))
         for event in page.changes
-    )
+    ]
+    if frames and page.next != page.changes[-1].cursor:
+        # The reader began at the latest change, and still has changes to skip.
+        frames.append(b"id: %b\n\n" % page.next.encode())
+    return b"".join(frames)
 
 
 def _heartbeat(page: ChangePage, blocker: FeedBlocker | None) -> bytes:
     # With the id, a reader that began at the latest change can resume there.
-    id_ = b"" if page.next is None else b"id: %b\n" % page.next.encode()
+    id_ = b"id: %b\n" % page.next.encode()
     if blocker is None:
         return id_ + b": nothing new\n\n"
     since = wire_converter().unstructure(blocker.since)

@@ -62,8 +62,9 @@ async def test_polling_returns_the_same_changes(incidents: Verbs, limit: int) ->
         assert len(page.changes) <= limit
         changes += page.changes
         after = page.next
-    assert after == changes[-1].cursor
-    assert await incidents.read_changes(after, limit=limit) == ChangePage([], after)
+    last = changes[-1].cursor
+    assert after == last
+    assert await incidents.read_changes(after, limit=limit) == ChangePage([], last)
     assert changes == await take(incidents, 7)
 
 
@@ -86,11 +87,31 @@ async def test_another_client_can_use_a_cursor(incidents: Verbs, other: Verbs) -
     assert await other.read_changes(changes[-1].cursor) == ChangePage([], changes[-1].cursor)
 
 
-async def test_an_empty_feed_has_no_cursor(incidents: Verbs) -> None:
-    """Without changes, a page is empty and has no cursor, even after a wait."""
-    for after in (None, "latest"):
-        for wait in (0, 0.01):
-            assert await incidents.read_changes(after, wait=wait) == ChangePage([], None)
+@pytest.mark.parametrize("after", [None, "latest"])
+async def test_an_empty_feed_has_a_cursor(incidents: Verbs, after: str | None) -> None:
+    """A reader that begins before the first change continues from its cursor, and misses none."""
+    page = await incidents.read_changes(after)
+    assert page.changes == []
+    assert await incidents.read_changes(page.next, wait=0.01) == page
+    created = await incidents.create("Disk is full", source="monitoring")
+    assert await take(incidents, 1, page.next) == await incidents.history(created.incident_id)
+
+
+@needs(Need.PURGE)
+async def test_the_feed_goes_on_after_everything_was_purged(incidents: Verbs) -> None:
+    """A cursor from before the first change, and one from after the purge, both continue."""
+    empty = (await incidents.read_changes("latest")).next
+    created = await incidents.create("Disk is full", source="monitoring")
+    await incidents.update_status(created.incident_id, "completed")
+    await take(incidents, 2, empty)
+    assert await incidents.purge(datetime.now(UTC) + timedelta(hours=1)) == 1
+    (purged,) = await take(incidents, 1, empty)
+    assert purged.kind is EventKind.PURGED
+    page = await incidents.read_changes("latest")
+    assert page == ChangePage([], purged.cursor)
+    await incidents.create("Line is down", source="partner")
+    (change,) = await take(incidents, 1, page.next)
+    assert change.kind is EventKind.CREATED
 
 
 async def test_latest_skips_earlier_changes(incidents: Verbs) -> None:

@@ -22,6 +22,7 @@ import pytest
 from incidentkit import FeedBlocker, IncidentClient, StoreError
 from incidentkit.cli.protocol import Protocol
 from incidentkit.domain.cursor import encode_cursor
+from incidentkit.feed import EMPTY
 from incidentkit.http import create_app, streams
 from incidentkit.store import records
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, service_on, serving
@@ -75,6 +76,22 @@ def events(stream: httpx2.Response) -> Iterator[dict[str, Any]]:
             yield change
 
 
+QUIET = {"id": EMPTY, "": "nothing new"}
+"""The heartbeat of a stream before the first change."""
+
+
+NO_PLACE = {"": "every place for a reader is taken"}
+"""What a stream says that has no place."""
+
+
+def assert_begins(blocks: Iterator[dict[str, str]], seconds: tuple[int, int] = (1, 3)) -> None:
+    """Read the first block: how long a browser waits before it reconnects."""
+    low, high = seconds
+    retry = next(blocks)
+    assert [*retry] == ["retry"]
+    assert low * 1000 <= int(retry["retry"]) <= high * 1000
+
+
 def test_a_stream_has_old_and_new_changes(serve: Serve, urls: tuple[str, str | None]) -> None:
     """Changes come in order: old ones at once, new ones as they happen."""
     api = serve(create_app(IncidentClient.open(*urls)), checked=False)
@@ -117,9 +134,9 @@ def test_a_quiet_stream_sends_heartbeats(serve: Serve, monkeypatch: pytest.Monke
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
     with api.stream("GET", "/incident/changes?after=latest", headers=STREAM) as stream:
         blocks = messages(stream)
-        assert next(blocks) == {"retry": "2000"}
+        assert_begins(blocks)
         for _ in range(3):
-            assert next(blocks) == {"": "nothing new"}
+            assert next(blocks) == QUIET
 
 
 def test_a_stream_that_is_held_up_says_so(
@@ -135,24 +152,24 @@ def test_a_stream_that_is_held_up_says_so(
         api.stream("GET", "/incident/changes", headers=STREAM) as stream,
     ):
         blocks = messages(stream)
-        assert next(blocks) == {"retry": "2000"}
+        assert_begins(blocks)
         for statement in ("BEGIN", "SELECT pg_current_xact_id()"):
             host.execute(statement)
-        assert [next(blocks), next(blocks)] == [{"": "nothing new"}] * 2
+        assert [next(blocks), next(blocks)] == [QUIET] * 2
         api.post("/incident/create", json=INCIDENT)
         pid = host.info.backend_pid
         holder = rf"held up since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d by process {pid}"
-        while (block := next(blocks)) == {"": "nothing new"}:
+        while (block := next(blocks)) == QUIET:
             pass
         assert re.fullmatch(holder, block.pop(""))
-        assert block == {}
+        assert block == {"id": EMPTY}
         host.execute(f"PREPARE TRANSACTION '{gid}'")
         while re.fullmatch(holder, (comment := next(blocks)[""])):
             pass
         assert comment.endswith(f"by the prepared transaction {gid!r}")
         host.execute(f"ROLLBACK PREPARED '{gid}'")
         while "data" not in (block := next(blocks)):
-            assert [*block] == [""]
+            assert [*block] == ["id", ""]
         assert next(blocks)[""] == "nothing new"
 
 
@@ -170,8 +187,8 @@ def test_a_stream_goes_on_if_the_feed_cannot_be_asked(
     api = serve(create_app(client), checked=False)
     with api.stream("GET", "/incident/changes", headers=STREAM) as stream:
         blocks = messages(stream)
-        assert next(blocks) == {"retry": "2000"}
-        assert [next(blocks), next(blocks)] == [{"": "nothing new"}] * 2
+        assert_begins(blocks)
+        assert [next(blocks), next(blocks)] == [QUIET] * 2
 
 
 def test_streams_share_the_search_for_a_blocker(serve: Serve) -> None:
@@ -190,7 +207,8 @@ def test_streams_share_the_search_for_a_blocker(serve: Serve) -> None:
         for _ in range(5):
             stream = stack.enter_context(api.stream("GET", "/incident/changes", headers=STREAM))
             blocks = messages(stream)
-            assert [next(blocks), next(blocks)] == [{"retry": "2000"}, {"": "nothing new"}]
+            assert_begins(blocks)
+            assert next(blocks) == QUIET
     assert asked == 1
 
 
@@ -237,7 +255,7 @@ def test_polling_goes_from_page_to_page(serve: Serve, urls: tuple[str, str | Non
     """`next` leads to the next page, and stays the same while nothing is new; a poll may wait."""
     api = serve(create_app(IncidentClient.open(*urls)))
     empty = api.get("/incident/changes").json()
-    assert empty == {"changes": [], "next": None}
+    assert empty == {"changes": [], "next": EMPTY}
     api.post("/incident/create", json=INCIDENT)
     update(api, "failed")
     seen: list[Any] = []
@@ -259,7 +277,7 @@ def test_polling_goes_from_page_to_page(serve: Serve, urls: tuple[str, str | Non
 
 
 def test_the_number_of_readers_is_limited(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader above the limit gets 503 with Retry-After; a reader that leaves frees its place."""
+    """Above the limit, a poll gets 429, and a stream ends at once; who leaves frees a place."""
     monkeypatch.setattr(streams, "MAX_READERS", 2)
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
     with (
@@ -270,14 +288,21 @@ def test_the_number_of_readers_is_limited(serve: Serve, monkeypatch: pytest.Monk
         reading = [messages(first), messages(second)]
         for blocks in reading:
             next(blocks)
-        for query, headers in (("", STREAM), ("?wait=1", {})):
-            answer = api.get(f"/incident/changes{query}", headers=headers)
-            assert answer.status_code == 503
-            assert int(answer.headers["Retry-After"]) > 0
+        answer = api.get("/incident/changes?wait=1")
+        assert answer.status_code == 429
+        assert int(answer.headers["Retry-After"]) > 0
+        with api.stream("GET", "/incident/changes", headers=STREAM) as third:
+            assert third.status_code == 200
+            assert third.headers["Content-Type"].startswith("text/event-stream")
+            blocks = messages(third)
+            assert_begins(blocks, (10, 20))
+            assert [*blocks] == [NO_PLACE]
         assert api.get("/incident/changes").status_code == 200
     for _ in range(200):
         with api.stream("GET", "/incident/changes", headers=STREAM) as stream:
-            if stream.status_code == 200:
+            blocks = messages(stream)
+            next(blocks)
+            if next(blocks) != NO_PLACE:
                 break
     else:
         pytest.fail("no place became free")
@@ -311,11 +336,15 @@ def wait_for(records: Records, message: str) -> None:
 def test_the_limit_of_readers_holds_for_simultaneous_requests(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of many simultaneous requests, each one above the limit is answered with 503."""
+    """Of many simultaneous requests, each one above the limit gets a stream that ends."""
     monkeypatch.setattr(streams, "MAX_READERS", 3)
     api = serve(create_app(IncidentClient.open(MEMORY)), checked=False)
 
-    async def statuses() -> list[int]:
+    async def begin(stream: httpx2.Response) -> bool:
+        lines = stream.aiter_lines()
+        return "taken" in [await anext(lines) for _ in range(3)][2]
+
+    async def refused() -> list[bool]:
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(httpx2.AsyncClient(base_url=api.base_url))
             answers = await asyncio.gather(
@@ -326,9 +355,9 @@ def test_the_limit_of_readers_holds_for_simultaneous_requests(
                     for _ in range(12)
                 )
             )
-            return [answer.status_code for answer in answers]
+            return await asyncio.gather(*map(begin, answers))
 
-    assert sorted(asyncio.run(statuses())) == [200] * 3 + [503] * 9
+    assert sorted(asyncio.run(refused())) == [False] * 3 + [True] * 9
 
 
 @pytest.mark.parametrize("hooks", [True, False])
@@ -388,7 +417,7 @@ def test_a_poll_whose_reader_disconnects_frees_its_place(
     with socket.create_connection((api.base_url.host, api.base_url.port or 80)) as poll:
         poll.sendall(b"GET /incident/changes?wait=30 HTTP/1.1\r\nHost: x\r\n\r\n")
         until(lambda: app.readers.count == 1)
-        assert api.get("/incident/changes?wait=30").status_code == 503
+        assert api.get("/incident/changes?wait=30").status_code == 429
     until(lambda: app.readers.count == 0)
 
 
@@ -399,7 +428,7 @@ def test_a_stream_from_the_latest_change_starts_with_its_id(serve: Serve) -> Non
     (created,) = api.get("/incident/history/1").json()
     with api.stream("GET", "/incident/changes?after=latest", headers=STREAM) as stream:
         blocks = messages(stream)
-        assert next(blocks) == {"retry": "2000"}
+        assert_begins(blocks)
         assert next(blocks) == {"id": created["cursor"], "": "nothing new"}
 
 
@@ -441,7 +470,7 @@ def test_no_reader_holds_a_service_that_stops(
         assert all("data" not in block for block in blocks)
         poll.join()
     # The service may have stopped before the poll reached it.
-    assert polled[1:] in ([], [{"changes": [], "next": None}])
+    assert polled[1:] in ([], [{"changes": [], "next": EMPTY}])
     if program == "incidentkit":
         assert code == 0
     text = log.read_text()

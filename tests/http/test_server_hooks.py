@@ -11,6 +11,7 @@ import pytest
 
 from incidentkit import IncidentClient
 from incidentkit.cli.protocol import Protocol
+from incidentkit.feed import EMPTY
 from incidentkit.http import create_app, server_hooks, streams
 from incidentkit.http.server_hooks import EXTENSION
 from tests.http.conftest import MEMORY, Serve, service_on, serving
@@ -88,7 +89,7 @@ async def test_a_server_that_stops_ends_its_readers(accept: bytes) -> None:
     assert not bodies[-1].get("more_body", False)
     assert app.readers.count == 0
     if accept == b"*/*":
-        assert json.loads(bodies[0]["body"]) == {"changes": [], "next": None}
+        assert json.loads(bodies[0]["body"]) == {"changes": [], "next": EMPTY}
 
 
 @pytest.mark.parametrize("offered", [True, False])

@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from incidentkit import IncidentClient
+from incidentkit.feed import EMPTY
 from incidentkit.http import create_app, lifespan, stop_signals
 from incidentkit.http.stop_signals import SIGNALS, on_stop_signal
 from tests.http.conftest import MEMORY
@@ -124,7 +125,7 @@ async def test_a_reader_who_comes_right_after_the_signal_does_not_wait(heard: li
     ):
         signal.raise_signal(signal.SIGTERM)
         answer = await api.get("/incident/changes?wait=30")
-    assert answer.json() == {"changes": [], "next": None}
+    assert answer.json() == {"changes": [], "next": EMPTY}
     assert heard == ["server, SIGTERM"]
 
 
