@@ -31,8 +31,10 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 
-# They need a program of the system, so only `nox -s pooler` runs them.
+# They need a program of the system, so only `nox -s pooler` and `nox -s metrics` run them.
 collect_ignore = [] if "INCIDENTKIT_TEST_POOLER" in os.environ else ["pooler"]
+if "INCIDENTKIT_TEST_PROMTOOL" not in os.environ:
+    collect_ignore.append("metrics")
 
 
 class Backends:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import click
 from attrs import evolve
 
@@ -33,9 +35,24 @@ from incidentkit.store.options import PREPARED_STATEMENTS
     help="Whether PostgreSQL keeps statements prepared; auto: not behind a connection pooler. "
     "Overrides the environment.",
 )
+@click.option("--metrics", is_flag=True, help="Serve /metrics for Prometheus.")
+@click.option(
+    "--log-format",
+    type=click.Choice(("line", "json")),
+    default="line",
+    show_default=True,
+    help="How each record of the log is written to stderr.",
+)
 @takes_servers
-def serve(
-    servers: Servers, host: str, port: int, workers: int, prepared_statements: str | None
+def serve(  # noqa: PLR0913
+    servers: Servers,
+    *,
+    host: str,
+    port: int,
+    workers: int,
+    prepared_statements: str | None,
+    metrics: bool,
+    log_format: Literal["line", "json"],
 ) -> None:
     """Run the REST service until it is interrupted or terminated.
 
@@ -56,5 +73,5 @@ def serve(
     if prepared_statements is not None:
         chosen = PREPARED_STATEMENTS[prepared_statements]
         settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))
-    ended_well = run_server(settings, host, port, workers)
+    ended_well = run_server(settings, host, port, workers, metrics=metrics, log_format=log_format)
     click.get_current_context().exit(0 if ended_well else 1)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 import socket
+from contextlib import nullcontext
 from functools import partial
 
 import click
 import uvicorn
 from starlette.applications import Starlette
 
-from incidentkit.cli.log import LOGGING, configure_logging
+from incidentkit.cli.log import LogFormat, configure_logging, logging_config
+from incidentkit.cli.metrics import prometheus_observer, shared_metrics
 from incidentkit.cli.running import run_coroutine
 from incidentkit.cli.supervision import GRACE, Server, Supervisor, stop_with_parent
 from incidentkit.cli.text import harmless
@@ -24,7 +26,15 @@ from incidentkit.version import __version__
 logger = logging.getLogger("incidentkit")
 
 
-def run(settings: Settings, host: str, port: int, workers: int) -> bool:
+def run(  # noqa: PLR0913
+    settings: Settings,
+    host: str,
+    port: int,
+    workers: int,
+    *,
+    metrics: bool = False,
+    log_format: LogFormat = "line",
+) -> bool:
     """Run the service until a signal stops it; return False if something else did.
 
     Args:
@@ -32,6 +42,8 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
         host: The address to listen on.
         port: The port, 0 to 65535; 0 picks a free one.
         workers: Number of processes, at least 1.
+        metrics: Whether to serve ``/metrics``.
+        log_format: How each record of the log is written.
 
     Raises:
         UsageError: If several processes would each have a database of their own.
@@ -42,27 +54,30 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
         raise click.UsageError(
             "several --workers cannot share a database in memory: use a file or PostgreSQL"
         )
-    configure_logging()
+    configure_logging(log_format)
     client = IncidentClient.from_settings(settings)
     run_coroutine(check_servers(client, with_cache=settings.redis_required))
     port = _free_port(host, port)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     logger.info("incidentkit %s on %s, documentation on %s/docs", __version__, url, url)
     config = uvicorn.Config(
-        partial(make_app, settings),
+        partial(make_app, settings, metrics=metrics),
         factory=True,
         host=host,
         port=port,
         workers=workers,
         lifespan="on",
-        log_config=LOGGING,
+        log_config=logging_config(log_format),
         access_log=False,
         http="incidentkit.cli.protocol:Protocol",
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE,
     )
     try:
-        return _run_one(config) if workers == 1 else _run_several(config)
+        if workers == 1:
+            return _run_one(config)
+        with shared_metrics() if metrics else nullcontext():
+            return _run_several(config)
     except SystemExit as end:
         return not end.code
 
@@ -81,13 +96,15 @@ def _run_several(config: uvicorn.Config) -> bool:
     return supervisor.signalled
 
 
-def make_app(settings: Settings) -> Starlette:
+def make_app(settings: Settings, *, metrics: bool = False) -> Starlette:
     """Return the app on the servers that the settings name; each worker makes one."""
     stop_with_parent()
+    observer = prometheus_observer() if metrics else None
     app = create_app(
-        IncidentClient.from_settings(settings),
+        IncidentClient.from_settings(settings, observer=observer),
         request_log=settings.request_log,
         cache_required=settings.redis_required,
+        metrics=metrics,
     )
     # Loaded modules live as long as the process: keep the garbage collector from visiting them.
     gc.freeze()

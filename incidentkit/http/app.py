@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.http.docs import assets_folder
+from incidentkit.http.operation import Operation
 from incidentkit.http.request_log import Appender, RequestLog
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.http.service import Service
@@ -27,6 +28,7 @@ def create_app(
     request_log: RequestLogSetting = "log",
     cache_required: bool = False,
     docs: bool = True,
+    metrics: bool = False,
 ) -> Starlette:
     """Return the REST service on a client, to run alone or to mount in another app.
 
@@ -46,9 +48,12 @@ def create_app(
             ``database`` is the logger and the table ``request_log``.
         cache_required: Whether ``/health/ready`` fails while the cache is unavailable.
         docs: Whether Swagger UI is served at ``/docs``.
+        metrics: Whether ``/metrics`` is served for Prometheus. The client must be opened with
+            ``observer=PrometheusObserver()``.
 
     Raises:
-        InvalidSettings: If ``request_log`` is another value, or the client cannot write it.
+        InvalidSettings: If ``request_log`` is another value, or the client cannot write it;
+            or if ``metrics`` is true and the client has another observer or none.
         MissingDependency: If ``docs`` is true and Swagger UI is not installed.
     """
     log = _request_log(client, request_log)
@@ -56,11 +61,18 @@ def create_app(
         assets_folder()
     return Service(
         client,
-        (*OPERATIONS, *DOCS) if docs else OPERATIONS,
+        (*OPERATIONS, *(DOCS if docs else ()), *(_metrics(client) if metrics else ())),
         request_log=log,
         cache_required=cache_required,
         lifespan=lifespan,
     )
+
+
+def _metrics(client: IncidentClient) -> tuple[Operation, ...]:
+    from incidentkit.http.metrics import METRICS, check_observer  # noqa: PLC0415
+
+    check_observer(client)
+    return METRICS
 
 
 def _request_log(client: IncidentClient, setting: RequestLogSetting) -> RequestLog | None:
