@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from incidentkit import (
 from incidentkit.http import create_app
 from incidentkit.observers.otel import OpenTelemetryObserver
 from incidentkit.observers.prometheus import GAUGES, PrometheusObserver
+from tests.programs import service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -318,3 +320,25 @@ async def test_the_trace_id_is_the_request_id(given: str, *, expected: bool) -> 
         assert (plain.headers["x-request-id"] == trace_id) is expected
         named = {"traceparent": given, "X-Request-ID": "mine"}
         assert (await api.get("/health/live", headers=named)).headers["x-request-id"] == "mine"
+
+
+def test_serve_adds_up_its_workers_and_logs_json(tmp_path: Path) -> None:
+    """Any worker answers with the requests of all workers, and each log line is JSON."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'incidents.db'}"
+    arguments = ("--workers", "2", "--metrics", "--log-format", "json", "--database-url", url)
+    log = tmp_path / "log"
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    given = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+    with service(log, *arguments) as running:
+        for _ in range(20):
+            httpx2.get(f"{running.url}/incident/get", headers=given).raise_for_status()
+        text = httpx2.get(f"{running.url}/metrics").text
+        running.end(signal.SIGTERM)
+    route = {"http_request_method": "GET", "http_route": "/incident/get"}
+    requests = "http_server_request_duration_seconds_count"
+    assert value(text, requests, http_response_status_code="200", **route) == 20
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    (line, *_) = [line for line in lines if line.get("route") == "/incident/get"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+    assert (line["level"], line["logger"]) == ("info", "incidentkit.http")
+    assert (line["method"], line["status"], line["request_id"]) == ("GET", 200, trace_id)
