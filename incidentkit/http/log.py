@@ -46,7 +46,9 @@ def log_answer(request: Request, route: str, response: Response, started: float)
     id_ = request_id(scope)
     observer = scope["app"].client.observer
     if observer is not None:
-        observer.request(method, route, status, duration_ms / 1000)
+        # An observer that fails must not take back an incident that is stored.
+        with suppress(Exception):
+            observer.request(method, route, status, duration_ms / 1000)
     if logger.isEnabledFor(logging.INFO):
         # A host's log handler that fails must not take back an incident that is stored.
         with suppress(Exception):
