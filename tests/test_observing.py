@@ -241,7 +241,9 @@ def test_nothing_that_incidents_say_is_observed(
                 await client.update_status(made.incident_id, "completed", note=note)
                 await client.note(made.incident_id, note)
                 await client.search(text=message)
+                await client.create(message, source="monitoring", dedup_key=key)
                 for call in (
+                    client.update_status(made.incident_id, "new"),
                     client.create(message, source=note),
                     client.create(f"{message}!", source="monitoring", idempotency_key=key),
                     client.update_status(99, "completed", note=note, idempotency_key=f"{key}!"),
@@ -250,8 +252,13 @@ def test_nothing_that_incidents_say_is_observed(
                     with pytest.raises(IncidentKitError):
                         await call
 
-    for observer in (prometheus, traces.observer):
+    observers: tuple[Any, ...] = (prometheus, traces.observer)
+    for observer in observers:
         asyncio.run(work(observer))
+        # A driver's errors repeat values.
+        for scope in (observer.call("create"), observer.statement("INSERT", "sqlite")):
+            with pytest.raises(ValueError, match=message), scope:
+                raise ValueError(message)
     seen = prometheus.expose({}).decode()
     seen += "".join(span.to_json() for span in traces.spans())
     seen += "".join(f"{name} {point.attributes}" for name, point in traces.points())
