@@ -239,3 +239,13 @@ def faults(session: nox.Session) -> None:
     # About one restart or cut a second.
     rounds = {"INCIDENTKIT_TEST_FEED_ROUNDS": seconds}
     session.run("pytest", "tests/test_feed.py", "-k", "restarts", *unlimited, env=rounds)
+
+
+@nox.session(python=next(iter(installed_pythons().values())))
+def metrics(session: nox.Session) -> None:
+    """Run the tests that need promtool, of Prometheus."""
+    if shutil.which("promtool") is None:
+        session.error("promtool is not installed: apt-get install -y prometheus")
+    session.install("--editable", ".[all]", *groups("tests"))
+    chosen = session.posargs or ["tests/metrics"]
+    session.run("pytest", *chosen, env={"INCIDENTKIT_TEST_METRICS": "1"})

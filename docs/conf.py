@@ -44,8 +44,11 @@ html_show_sphinx: Final = False
 
 # Names that other packages define. The build fetches no inventories, so it needs no network.
 nitpick_ignore_regex: Final = [
-    ("py:class", r"(asyncio|asyncpg|collections|datetime|enum|os|redis|starlette)\..*"),
-    ("py:class", "AsyncEngine|Callable.*|Pool|Record|Starlette|datetime"),
+    ("py:class", r"(asyncio|asyncpg|collections|contextlib|datetime|enum|os|redis|starlette)\..*"),
+    (
+        "py:class",
+        "AsyncEngine|Callable.*|Pool|Record|Starlette|MeterProvider|TracerProvider|datetime",
+    ),
     ("py:mod", "contextvars"),
 ]
 

@@ -27,6 +27,7 @@ from incidentkit.domain.values import (
 )
 from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
+from incidentkit.observing import Observable, Observer, observe_verbs
 from incidentkit.opening import new_session, settings_from_env, store_on
 from incidentkit.store.database import DEFAULT_DATABASE_URL
 
@@ -101,6 +102,11 @@ class IncidentClient(Incidents):
             the database for each list, which concurrent lists share.
         transitions: For each status the statuses that may follow it; a status that is not listed
             is final. None: every change is allowed.
+        observer: Counts and times calls, statements and reads of the cache; None: nothing is
+            observed.
+
+    Attributes:
+        observer: The observer; None: nothing is observed.
 
     Raises:
         InvalidSettings: If ``max_staleness`` is not a number from 0 to 3600, or ``transitions``
@@ -112,7 +118,7 @@ class IncidentClient(Incidents):
     nothing. A write runs to completion even if its caller is cancelled.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         store: IncidentStore,
         *,
@@ -120,6 +126,7 @@ class IncidentClient(Incidents):
         cache_required: bool = False,
         max_staleness: float = 0.0,
         transitions: Graph | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._max_staleness = check_max_staleness(max_staleness)
         self._transitions = Transitions(transitions)
@@ -128,6 +135,11 @@ class IncidentClient(Incidents):
         self._cache_required = cache_required
         self._session: Session | None = None
         self._transactions: Transactions = _NotConnected()
+        self.observer = observer
+        if observer is not None:
+            observe_verbs(self, observer)
+            if isinstance(store, Observable):
+                store.observe(observer)
 
     @classmethod
     def open(  # noqa: PLR0913
@@ -140,6 +152,7 @@ class IncidentClient(Incidents):
         transitions: Graph | None = None,
         options: StoreOptions | None = None,
         schema: str | None = None,
+        observer: Observer | None = None,
     ) -> Self:
         """Return a client for these servers; it connects when it is entered.
 
@@ -161,6 +174,7 @@ class IncidentClient(Incidents):
             schema: The PostgreSQL schema that has the tables; the search path of a connection has
                 no effect then. Keys in Redis begin with it. None: the first schema in the search
                 path that has the tables.
+            observer: As for :class:`IncidentClient`.
 
         Raises:
             InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid.
@@ -173,24 +187,35 @@ class IncidentClient(Incidents):
             cache_required=redis_required,
             max_staleness=max_staleness,
             transitions=transitions,
+            observer=observer,
         )
 
     @classmethod
-    def from_env(cls, env_file: str | os.PathLike[str] | None = ".env") -> Self:
+    def from_env(
+        cls,
+        env_file: str | os.PathLike[str] | None = ".env",
+        *,
+        observer: Observer | None = None,
+    ) -> Self:
         """Return a client for the servers that the environment names.
 
         Args:
             env_file: A file of variables; those of the process win. None: no file.
+            observer: As for :class:`IncidentClient`.
 
         Raises:
             InvalidSettings: With the variable and the rule that it breaks.
             MissingDependency: If a Redis is named and its package is not installed.
         """
-        return cls.from_settings(settings_from_env(env_file))
+        return cls.from_settings(settings_from_env(env_file), observer=observer)
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Self:
+    def from_settings(cls, settings: Settings, *, observer: Observer | None = None) -> Self:
         """Return a client for the servers that the settings name.
+
+        Args:
+            settings: The servers, and how they are used.
+            observer: As for :class:`IncidentClient`.
 
         Raises:
             InvalidSettings: If a URL is invalid.
@@ -204,6 +229,7 @@ class IncidentClient(Incidents):
             transitions=settings.transitions,
             options=settings.store,
             schema=settings.schema,
+            observer=observer,
         )
 
     async def __aenter__(self) -> Self:
@@ -243,6 +269,7 @@ class IncidentClient(Incidents):
                 self._cache,
                 cache_required=self._cache_required,
                 max_staleness=self._max_staleness,
+                observer=self.observer,
             )
             # Another thread may have been faster while modules were loaded.
             if self._session is None:
@@ -312,7 +339,10 @@ class IncidentClient(Incidents):
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
         """
-        return JoinedIncidents(self._opened().join(connection), self._transitions)
+        joined = JoinedIncidents(self._opened().join(connection), self._transitions)
+        if self.observer is not None:
+            observe_verbs(joined, self.observer)
+        return joined
 
     async def changes(self, after: str | None = None) -> AsyncIterator[IncidentEvent]:
         """Follow every change of every incident, each exactly once, without end.

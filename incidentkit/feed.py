@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from attrs import frozen
@@ -15,6 +16,7 @@ from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import ClientClosed
 from incidentkit.domain.rules import EventCursor, event_cursor
 from incidentkit.domain.values import LATEST, ChangePage, IncidentEvent
+from incidentkit.observing import Observer
 from incidentkit.store.ports import BEGINNING, EventList, Place
 
 POLL_INTERVAL: Final = 0.25
@@ -86,15 +88,23 @@ class ChangeFeed:
     Args:
         store: Where events are read.
         clock: Returns monotonic time in seconds.
+        observer: Told of the age of changes for which a reader waited; None: nothing is observed.
 
     Attributes:
         readers: Number of calls of :meth:`read` in progress; without one, there is no need to
             :meth:`wake` the feed.
     """
 
-    def __init__(self, store: EventStore, *, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        store: EventStore,
+        *,
+        clock: Callable[[], float] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
         self._store = store
         self._clock = clock or asyncio.get_running_loop().time
+        self._observer = observer
         self._reads = Coalescer(self._read, verify=self._verify)
         self._change = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
@@ -142,11 +152,14 @@ class ChangeFeed:
         finally:
             self.readers -= 1
 
-    async def _read_or_wait(self, after: str | None, limit: int, wait: float) -> ChangePage:
+    async def _read_or_wait(  # noqa: C901
+        self, after: str | None, limit: int, wait: float
+    ) -> ChangePage:
         await self._store.check_order()
         finding = self._start() if after == LATEST else self._find(after)
         place, cursor, start = await finding
         ends_at = self._clock() + wait
+        waited = False
         while True:
             change = self._change
             if self._closed.is_set():
@@ -168,6 +181,8 @@ class ChangeFeed:
                 if start is not None and place >= start.last:
                     start = None
                 if new:
+                    if waited:
+                        self._tell(new[0])
                     return ChangePage(new, _with_start(cursor, start))
                 continue
             left = ends_at - self._clock()
@@ -178,6 +193,13 @@ class ChangeFeed:
                 loop = asyncio.get_running_loop()
                 self._look = loop.call_later(POLL_INTERVAL, self.wake)
             await _event_or_time(change, left)
+            waited = True
+
+    def _tell(self, event: IncidentEvent) -> None:
+        """Tell the observer how old an event is that a reader has waited for."""
+        if self._observer is not None:
+            age = datetime.now(UTC) - event.at
+            self._observer.delivered(max(0.0, age.total_seconds()))
 
     async def _start(self) -> tuple[Place, str | None, Start | None]:
         """Return the place, the cursor and the start of a reader that starts now."""

@@ -19,6 +19,7 @@ from incidentkit.store.schema import check_schema
 
 if TYPE_CHECKING:
     from incidentkit.cache.base import IncidentCache
+    from incidentkit.observing import Observer
     from incidentkit.session import Session
     from incidentkit.settings import Settings
     from incidentkit.store.options import StoreOptions
@@ -128,12 +129,23 @@ def migrations() -> Migrations:
 
 
 def new_session(
-    store: IncidentStore, cache: IncidentCache | None, *, cache_required: bool, max_staleness: float
+    store: IncidentStore,
+    cache: IncidentCache | None,
+    *,
+    cache_required: bool,
+    max_staleness: float,
+    observer: Observer | None,
 ) -> Session:
     """Return a new session for a client; the first call loads asyncio."""
     from incidentkit.session import Session  # noqa: PLC0415
 
-    return Session(store, cache, cache_required=cache_required, max_staleness=max_staleness)
+    return Session(
+        store,
+        cache,
+        cache_required=cache_required,
+        max_staleness=max_staleness,
+        observer=observer,
+    )
 
 
 def settings_from_env(env_file: str | PathLike[str] | None) -> Settings:

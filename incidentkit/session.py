@@ -12,6 +12,7 @@ from incidentkit.cache.base import IncidentCache
 from incidentkit.cache.pages import PageCache
 from incidentkit.domain.errors import CacheUnavailable, ClientClosed
 from incidentkit.feed import ChangeFeed
+from incidentkit.observing import Observer
 from incidentkit.store.idempotency import Idempotency, Parameters, idempotency
 from incidentkit.store.ports import IncidentStore, StoreOperations
 
@@ -31,6 +32,7 @@ class Session:
         cache: A cache that several processes share; None: there is none.
         cache_required: Whether opening fails if the cache does not answer.
         max_staleness: Seconds for which a token of the incidents is trusted.
+        observer: Told of reads of the cache and of delivered changes; None: nothing is observed.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Session:
         *,
         cache_required: bool,
         max_staleness: float,
+        observer: Observer | None = None,
     ) -> None:
         self._store = store
         self._cache = cache
         self._cache_required = cache_required
         self._max_staleness = max_staleness
+        self._observer = observer
         self._pages: PageCache | None = None
         self._feed: ChangeFeed | None = None
         self._writes: set[asyncio.Task[Any]] = set()
@@ -99,8 +103,13 @@ class Session:
         if self._open:
             return
         await self._abandon(owner)
-        self._pages = PageCache(self._store, self._cache, max_staleness=self._max_staleness)
-        self._feed = ChangeFeed(self._store)
+        self._pages = PageCache(
+            self._store,
+            self._cache,
+            max_staleness=self._max_staleness,
+            observer=self._observer,
+        )
+        self._feed = ChangeFeed(self._store, observer=self._observer)
         try:
             await self._store.open()
             await self._ping_cache(self._pages)

@@ -87,6 +87,18 @@ def test_importing_the_client_loads_no_event_loop_and_no_driver() -> None:
     assert packages(loaded).isdisjoint(heavy | {"starlette", "uvicorn"})
 
 
+def test_a_service_without_metrics_loads_no_observer() -> None:
+    """`create_app` without `metrics` loads neither Prometheus nor OpenTelemetry."""
+    loaded = modules_after(
+        "from incidentkit import IncidentClient\n"
+        "from incidentkit.http import create_app\n"
+        "create_app(IncidentClient.open('sqlite+aiosqlite:///:memory:'))"
+    )
+    assert "incidentkit.http.app" in loaded
+    assert "incidentkit.http.metrics" not in loaded
+    assert packages(loaded).isdisjoint({"opentelemetry", "prometheus_client"})
+
+
 def test_opening_sqlite_loads_only_what_it_uses(up_to_date_sqlite_url: str) -> None:
     """Opening an up-to-date SQLite file loads no Alembic, no PostgreSQL driver and no server."""
     loaded = modules_after(OPEN.format(url=up_to_date_sqlite_url))

@@ -289,7 +289,7 @@ def test_serve_takes_the_setting_as_an_option(
     """`--prepared-statements` overrides the environment, also by `auto`."""
     served: list[Settings] = []
 
-    def serve(settings: Settings, *_: object) -> bool:
+    def serve(settings: Settings, *_: object, **__: object) -> bool:
         served.append(settings)
         return True
 

@@ -24,6 +24,7 @@ from incidentkit.cache.breaker import CircuitBreaker
 from incidentkit.cache.memory import DEFAULT_MAX_BYTES, LruCache
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import Incident
+from incidentkit.observing import CacheRead, Observer
 from incidentkit.store.page import Page
 
 IncidentList: TypeAlias = "list[Incident]"
@@ -94,6 +95,7 @@ class PageCache:
         max_staleness: Seconds for which a token is trusted after its reading. 0: each call reads
             the token, or shares a reading that has not started.
         clock: Returns the time in seconds; it must be monotonic.
+        observer: Told where each page comes from; None: nothing is observed.
     """
 
     def __init__(
@@ -103,12 +105,14 @@ class PageCache:
         *,
         max_staleness: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        observer: Observer | None = None,
     ) -> None:
         self._store = store
         self._memory = LruCache(_size, DEFAULT_MAX_BYTES, clock=clock)
         self._shared = None if shared is None else CircuitBreaker(shared, clock=clock)
         self._max_staleness = max_staleness
         self._clock = clock
+        self._observer = observer
         # A deep page that no call waits for any more takes the place of another.
         self._reads = Coalescer(self._read, abandon=True)
         self._tokens: Batcher[None, str | None] = Batcher(self._read_token)
@@ -138,6 +142,7 @@ class PageCache:
             page = await self._current(query.cache_key) or await self._reads(query)
             if page.token is not None:
                 return page
+        self._tell("bypassed")
         page = await self._store.list(query)
         self._unknown = page.token is None
         return page
@@ -189,9 +194,15 @@ class PageCache:
         if page is None:
             return None
         if page.token is not None and page.token == await self._token():
+            self._tell("process")
             return page
+        self._tell("stale")
         self._memory.discard(key, page)
         return None
+
+    def _tell(self, result: CacheRead) -> None:
+        if self._observer is not None:
+            self._observer.cache_read(result)
 
     async def _read(self, query: ListQuery) -> Page:
         key = query.cache_key
@@ -200,6 +211,7 @@ class PageCache:
         if current is not None:
             return current
         if self._shared is None:
+            self._tell("missing")
             return await self._fill(query)
         # Read the token and the page concurrently. Without a page nothing awaits the token, and
         # cancelling its statement would cost the database more than answering it.
@@ -208,7 +220,12 @@ class PageCache:
         value = await self._shared.get(key)
         page = None if value is None else _decode(value, key, await token)
         if page is None:
+            missing: CacheRead = "missing" if self._shared.available else "unavailable"
+            if value is not None:
+                self._tell("stale")
+            self._tell(missing)
             return await self._fill(query)
+        self._tell("shared")
         self._memory.set(key, page, TTL)
         return page
 

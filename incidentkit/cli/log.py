@@ -8,12 +8,14 @@ the service shares with the shell and other programs, and it has no effect on fi
 
 from __future__ import annotations
 
+import json
 import logging.config
 import os
 import threading
 import time
 from collections import deque
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Any, Final, Literal, TypeAlias
 
 from incidentkit.cli.text import harmless, harmless_lines
 
@@ -39,7 +41,8 @@ LOGGING: Final[dict[str, Any]] = {
             "()": "incidentkit.cli.log.LineFormatter",
             "fmt": "%(asctime)s %(levelname)-7s %(message)s",
             "datefmt": "%Y-%m-%dT%H:%M:%S%z",
-        }
+        },
+        "json": {"()": "incidentkit.cli.log.JsonFormatter"},
     },
     "handlers": {"stderr": {"class": "incidentkit.cli.log.LineHandler", "formatter": "line"}},
     "root": {"level": "WARNING", "handlers": ["stderr"]},
@@ -48,10 +51,23 @@ LOGGING: Final[dict[str, Any]] = {
 """Records of the service and of Uvicorn from level INFO, and all others from level WARNING."""
 
 
-def configure_logging() -> None:
+LogFormat: TypeAlias = Literal["line", "json"]
+
+FIELDS: Final = ("method", "route", "status", "duration_ms", "request_id")
+"""The attributes of a record that a line of JSON has, too."""
+
+
+def logging_config(log_format: LogFormat) -> dict[str, Any]:
+    """Return :data:`LOGGING` with a formatter."""
+    handlers = LOGGING["handlers"]
+    stderr = {**handlers["stderr"], "formatter": log_format}
+    return {**LOGGING, "handlers": {**handlers, "stderr": stderr}}
+
+
+def configure_logging(log_format: LogFormat = "line") -> None:
     """Send records to stderr as :data:`LOGGING` says."""
     keep_stderr()
-    logging.config.dictConfig(LOGGING)
+    logging.config.dictConfig(logging_config(log_format))
 
 
 def keep_stderr() -> None:
@@ -262,3 +278,21 @@ class LineFormatter(logging.Formatter):
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """Return the traceback, with control characters escaped."""
         return harmless_lines(super().formatException(ei))
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats each record as a JSON object in one line, in ASCII."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the object, with the traceback as a text if there is one."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, object] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from typing import Literal
 
 import click
 from attrs import evolve
@@ -75,6 +76,14 @@ def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
     help="Seconds after which a stream of changes ends, and its reader resumes it. Overrides the "
     "environment.",
 )
+@click.option("--metrics", is_flag=True, help="Serve /metrics for Prometheus.")
+@click.option(
+    "--log-format",
+    type=click.Choice(("line", "json")),
+    default="line",
+    show_default=True,
+    help="How each record of the log is written to stderr.",
+)
 @takes_servers
 def serve(  # noqa: PLR0913
     servers: Servers,
@@ -87,6 +96,8 @@ def serve(  # noqa: PLR0913
     workers: int,
     prepared_statements: str | None,
     stream_lifetime: int | None,
+    metrics: bool,
+    log_format: Literal["line", "json"],
 ) -> None:
     """Run the REST service until it is interrupted or terminated.
 
@@ -108,7 +119,7 @@ def serve(  # noqa: PLR0913
         settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))
     if stream_lifetime is not None:
         settings = evolve(settings, stream_lifetime=stream_lifetime)
-    ended_well = run_server(settings, address, workers)
+    ended_well = run_server(settings, address, workers, metrics=metrics, log_format=log_format)
     click.get_current_context().exit(0 if ended_well else 1)
 
 

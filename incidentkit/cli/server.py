@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import socket
+from contextlib import nullcontext
 from functools import partial
 
 import click
@@ -21,7 +22,8 @@ from incidentkit.cli.listening import (
     inherit,
     listen_on_file,
 )
-from incidentkit.cli.log import LOG, LOGGING, configure_logging
+from incidentkit.cli.log import LOG, LogFormat, configure_logging, logging_config
+from incidentkit.cli.metrics import prometheus_observer, shared_metrics
 from incidentkit.cli.running import run_coroutine
 from incidentkit.cli.supervision import GRACE, Server, Supervisor, farewells, stop_with_parent
 from incidentkit.client import IncidentClient
@@ -33,13 +35,22 @@ from incidentkit.version import __version__
 logger = logging.getLogger("incidentkit")
 
 
-def run(settings: Settings, address: Address, workers: int) -> bool:
+def run(
+    settings: Settings,
+    address: Address,
+    workers: int,
+    *,
+    metrics: bool = False,
+    log_format: LogFormat = "line",
+) -> bool:
     """Run the service until a signal stops it; return False if something else did.
 
     Args:
         settings: The servers that the service uses.
         address: Where to listen.
         workers: Number of processes, at least 1.
+        metrics: Whether to serve ``/metrics``.
+        log_format: How each record of the log is written.
 
     Raises:
         UsageError: If several processes would each have a database of their own, or if there is no
@@ -53,10 +64,10 @@ def run(settings: Settings, address: Address, workers: int) -> bool:
         )
     # Before any other file takes its number.
     inherited = inherit(address) if isinstance(address, Inherited) else None
-    configure_logging()
+    configure_logging(log_format)
     client = IncidentClient.from_settings(settings)
     run_coroutine(check_servers(client, with_cache=settings.redis_required))
-    config = _configure(settings, workers)
+    config = _configure(settings, workers, metrics=metrics, log_format=log_format)
     listener = inherited
     if isinstance(address, Unix):
         listener = listen_on_file(address, config.backlog)
@@ -70,7 +81,10 @@ def run(settings: Settings, address: Address, workers: int) -> bool:
         elif listener is not None:
             logger.info("incidentkit %s on %s", __version__, listener.name)
         sockets = None if listener is None else [listener.socket]
-        return _run_one(config, sockets) if workers == 1 else _run_several(config, sockets)
+        if workers == 1:
+            return _run_one(config, sockets)
+        with shared_metrics() if metrics else nullcontext():
+            return _run_several(config, sockets)
     except SystemExit as end:
         return not end.code
     finally:
@@ -80,14 +94,16 @@ def run(settings: Settings, address: Address, workers: int) -> bool:
         LOG.flush()
 
 
-def _configure(settings: Settings, workers: int) -> uvicorn.Config:
+def _configure(
+    settings: Settings, workers: int, *, metrics: bool, log_format: LogFormat
+) -> uvicorn.Config:
     store, open_files = settings.store, max_open_files()
     return uvicorn.Config(
-        partial(make_app, settings),
+        partial(make_app, settings, metrics=metrics),
         factory=True,
         workers=workers,
         lifespan="on",
-        log_config=LOGGING,
+        log_config=logging_config(log_format),
         access_log=False,
         http="incidentkit.cli.protocol:Protocol",
         ws="none",
@@ -113,14 +129,16 @@ def _run_several(config: uvicorn.Config, sockets: list[socket.socket] | None) ->
     return supervisor.signalled
 
 
-def make_app(settings: Settings) -> Starlette:
+def make_app(settings: Settings, *, metrics: bool = False) -> Starlette:
     """Return the app on the servers that the settings name; each worker makes one."""
     stop_with_parent()
+    observer = prometheus_observer() if metrics else None
     app = create_app(
-        IncidentClient.from_settings(settings),
+        IncidentClient.from_settings(settings, observer=observer),
         request_log=settings.request_log,
         cache_required=settings.redis_required,
         stream_lifetime=settings.stream_lifetime,
+        metrics=metrics,
     )
     # Loaded modules live as long as the process: keep the garbage collector from visiting them.
     gc.freeze()

@@ -12,6 +12,7 @@ from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME, STREAM_LIFETIME
 from incidentkit.http.docs import check_files
+from incidentkit.http.operation import Operation
 from incidentkit.http.request_log import Appender, RequestLog
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.http.service import Service
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     from incidentkit.settings import RequestLog as RequestLogSetting
 
 
-def create_app(
+def create_app(  # noqa: PLR0913
     client: IncidentClient,
     *,
     request_log: RequestLogSetting = "log",
     cache_required: bool = False,
     docs: bool = True,
     stream_lifetime: float = STREAM_LIFETIME,
+    metrics: bool = False,
 ) -> Starlette:
     """Return the REST service on a client, to run alone or to mount in another app.
 
@@ -51,11 +53,14 @@ def create_app(
         stream_lifetime: Seconds, 10 to 86400, after which a stream of changes ends; its reader
             resumes it with a new request. Some streams end up to a quarter earlier, so that their
             readers do not all come back at once.
+        metrics: Whether ``/metrics`` is served for Prometheus. The client must be opened with
+            ``observer=PrometheusObserver()``.
 
     Raises:
-        InvalidSettings: If ``request_log`` is another value, or the client cannot write it; or if
-            ``stream_lifetime`` is out of range, or ``docs`` is true and the program was frozen
-            without the files of Swagger UI.
+        InvalidSettings: If ``request_log`` is another value, or the client cannot write it; if
+            ``stream_lifetime`` is out of range; if ``metrics`` is true and the client has another
+            observer or none; or if ``docs`` is true and the program was frozen without the files of
+            Swagger UI.
     """
     log = _request_log(client, request_log)
     if not MIN_STREAM_LIFETIME <= stream_lifetime <= MAX_STREAM_LIFETIME:
@@ -65,13 +70,20 @@ def create_app(
         check_files()
     app = Service(
         client,
-        (*OPERATIONS, *DOCS) if docs else OPERATIONS,
+        (*OPERATIONS, *(DOCS if docs else ()), *(_metrics(client) if metrics else ())),
         request_log=log,
         cache_required=cache_required,
         lifespan=lifespan,
     )
     app.readers.lifetime = stream_lifetime
     return app
+
+
+def _metrics(client: IncidentClient) -> tuple[Operation, ...]:
+    from incidentkit.http.metrics import METRICS, check_observer  # noqa: PLC0415
+
+    check_observer(client)
+    return METRICS
 
 
 def _request_log(client: IncidentClient, setting: RequestLogSetting) -> RequestLog | None:

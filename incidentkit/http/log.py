@@ -28,7 +28,7 @@ _METHODS: Final = frozenset(HTTPMethod)
 
 
 def log_answer(request: Request, route: str, response: Response, started: float) -> None:
-    """Log an answered request at level INFO.
+    """Log an answered request at level INFO, and tell the client's observer about it.
 
     The record has the attributes ``method``, ``route``, ``status``, ``duration_ms`` and
     ``request_id``.
@@ -44,6 +44,11 @@ def log_answer(request: Request, route: str, response: Response, started: float)
     status = response.status_code
     duration_ms = round((time.perf_counter() - started) * 1000, 3)
     id_ = request_id(scope)
+    observer = scope["app"].client.observer
+    if observer is not None:
+        # An observer that fails must not take back an incident that is stored.
+        with suppress(Exception):
+            observer.request(method, route, status, duration_ms / 1000)
     if logger.isEnabledFor(logging.INFO):
         # A host's log handler that fails must not take back an incident that is stored.
         with suppress(Exception):

@@ -11,6 +11,7 @@ from sqlalchemy import Executable
 from incidentkit.domain.commands import NewIncident, StatusChange
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent
+from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.sql.definitions import Schema
@@ -35,6 +36,7 @@ class Dialect(Protocol):
         select_schema: Returns the revision and the parts of the schema.
         keeps_plans: Whether the database reuses a generic plan for a statement whose cost does not
             depend on its values.
+        system: The kind of database.
         schema: The schema of the tables; None: the default one, or the database has no schemas.
     """
 
@@ -45,6 +47,7 @@ class Dialect(Protocol):
     words_match: WordsMatch
     indexes_pairs: bool
     keeps_plans: bool
+    system: DatabaseKind
     schema: str | None
     select_schema: Executable
 

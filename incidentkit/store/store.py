@@ -12,9 +12,11 @@ from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity
 from incidentkit.domain.errors import SchemaOutOfDate
+from incidentkit.observing import Observer
 from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.dialect import Dialect
 from incidentkit.store.executor import OwnExecutor
+from incidentkit.store.observed import ObservedExecutor
 from incidentkit.store.ports import StoreOperations
 from incidentkit.store.records import Records, Sharing, names_database
 from incidentkit.store.schema import check_parts, check_revision, upgrade_command
@@ -31,7 +33,8 @@ class Store(Records):
         dialect: The statements of the database.
         executor: Runs them, on connections that it opens and closes.
         join: Returns the operations on a host's connection.
-        share: Makes the sharing of statements, for each opening; None: every call runs alone.
+        share: Makes the sharing of statements on an executor, for each opening; None: every call
+            runs alone.
         turns: Makes the turns of calls that wait for locks, for each opening; None: no turns.
         upgrade: Brings the schema up to date; None: an outdated schema is an error.
 
@@ -45,7 +48,7 @@ class Store(Records):
         executor: OwnExecutor,
         *,
         join: Callable[[object], StoreOperations],
-        share: Callable[[], Sharing] | None = None,
+        share: Callable[[OwnExecutor], Sharing] | None = None,
         turns: Callable[[], Turns] | None = None,
         upgrade: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -59,6 +62,11 @@ class Store(Records):
         # Where the store is open; None: it is closed.
         self._affinity: Affinity | None = None
 
+    def observe(self, observer: Observer) -> None:
+        """Tell an observer about each statement, except in a host's transaction."""
+        observed = ObservedExecutor(self._connections, observer, self._dialect.system)
+        self._executor = self._connections = observed
+
     @names_database
     async def open(self) -> None:
         """Connect, and check the schema or bring it up to date."""
@@ -66,7 +74,7 @@ class Store(Records):
         self._affinity = Affinity()
         # New for each opening: the next one may be on another event loop, or find another database
         # at the same address.
-        self._sharing = None if self._share is None else self._share()
+        self._sharing = None if self._share is None else self._share(self._connections)
         self._turns = None if self._new_turns is None else self._new_turns()
         self._bookmarks = Bookmarks()
         try:

@@ -93,7 +93,7 @@ def _store(
         dialect,
         executor,
         join=partial(join, trusted=options.prepared_statements is True, namespace=namespace),
-        share=lambda: PostgresSharing(dialect, executor, in_transactions=in_transactions),
+        share=lambda own: PostgresSharing(dialect, own, in_transactions=in_transactions),
         turns=lambda: Turns(max(1, maximum // 2), options.statement_timeout),
     )
 

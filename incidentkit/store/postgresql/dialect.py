@@ -19,6 +19,7 @@ from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import OPEN, FeedBlocker, Incident, IncidentEvent
 from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
+from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
@@ -52,6 +53,7 @@ class PostgresDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = True
     keeps_plans = True
+    system: DatabaseKind = "postgresql"
     select_schema: Executable = definitions.SELECT_ON_POSTGRESQL
 
     def __init__(self, schema: str | None = None) -> None:

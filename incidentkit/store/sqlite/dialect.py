@@ -22,6 +22,7 @@ from incidentkit.domain.values import (
 )
 from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
+from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
@@ -41,6 +42,7 @@ class SqliteDialect:
     words_match = sql.WORDS_MATCH
     indexes_pairs = False
     keeps_plans = False
+    system: DatabaseKind = "sqlite"
     schema: str | None = None
     select_schema: Executable = definitions.SELECT_ON_SQLITE
 

@@ -1,0 +1,1 @@
+"""Observers for OpenTelemetry and Prometheus, each with an extra of its own."""

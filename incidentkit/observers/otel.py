@@ -1,0 +1,119 @@
+"""Spans and metrics for OpenTelemetry."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from incidentkit.domain.errors import MissingDependency
+from incidentkit.observing import CacheRead, outcome, sqlstate
+from incidentkit.version import __version__
+
+try:
+    from opentelemetry import metrics, trace
+    from opentelemetry.trace import SpanKind, Status, StatusCode
+except ModuleNotFoundError as error:
+    raise MissingDependency("opentelemetry-api", extra="otel") from error
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import Span, TracerProvider
+
+SCOPE: Final = "incidentkit"
+"""The name of the instrumentation."""
+
+
+class OpenTelemetryObserver:
+    """Makes a span and a measurement of each call and each statement.
+
+    A span of a call is named ``incidentkit create``. A span of a statement follows the semantic
+    conventions for databases, without its text. The description of an error is never recorded.
+
+    Args:
+        tracer_provider: Makes the spans; None: the global one.
+        meter_provider: Takes the measurements; None: the global one.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+    ) -> None:
+        self._tracer = trace.get_tracer(SCOPE, __version__, tracer_provider)
+        meter = metrics.get_meter(SCOPE, __version__, meter_provider)
+        self._calls = meter.create_histogram(
+            "incidentkit.call.duration", "s", "Duration of calls of the client."
+        )
+        self._statements = meter.create_histogram(
+            "db.client.operation.duration", "s", "Duration of database client operations."
+        )
+        self._cache_reads = meter.create_counter(
+            "incidentkit.cache.reads", "{read}", "Reads of pages of the list."
+        )
+        self._lag = meter.create_histogram(
+            "incidentkit.feed.lag", "s", "Age of changes when they are delivered."
+        )
+
+    @contextmanager
+    def call(self, verb: str, /) -> Iterator[None]:
+        """Make a span of a call."""
+        started = time.perf_counter()
+        attributes: dict[str, str] = {"incidentkit.verb": verb}
+        with self._span(f"incidentkit {verb}", SpanKind.INTERNAL, attributes) as span:
+            try:
+                yield
+            except BaseException as error:
+                attributes["error.type"] = type(error).__name__
+                _fail(span, {"error.type": attributes["error.type"]})
+                raise
+            finally:
+                self._calls.record(time.perf_counter() - started, attributes)
+
+    @contextmanager
+    def statement(self, operation: str, system: str, /) -> Iterator[None]:
+        """Make a span of a statement."""
+        started = time.perf_counter()
+        attributes = {"db.system.name": system, "db.operation.name": operation}
+        with self._span(operation, SpanKind.CLIENT, attributes) as span:
+            try:
+                yield
+            except BaseException as error:
+                failure = {"error.type": outcome(error)}
+                state = sqlstate(error)
+                if state is not None:
+                    failure["db.response.status_code"] = state
+                attributes |= failure
+                _fail(span, failure)
+                raise
+            finally:
+                self._statements.record(time.perf_counter() - started, attributes)
+
+    @contextmanager
+    def _span(self, name: str, kind: SpanKind, attributes: dict[str, str]) -> Iterator[Span]:
+        # The text of an exception may hold values.
+        with self._tracer.start_as_current_span(
+            name,
+            kind=kind,
+            attributes=attributes,
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            yield span
+
+    def cache_read(self, result: CacheRead, /) -> None:
+        """Count a read of a page of the list."""
+        self._cache_reads.add(1, {"incidentkit.cache.result": result})
+
+    def delivered(self, seconds: float, /) -> None:
+        """Record the age of a change that is delivered."""
+        self._lag.record(seconds)
+
+    def request(self, _method: str, _route: str, _status: int, _seconds: float, /) -> None:
+        """Do nothing: the instrumentation of the host's web framework makes these spans."""
+
+
+def _fail(span: Span, attributes: dict[str, str]) -> None:
+    span.set_attributes(attributes)
+    span.set_status(Status(StatusCode.ERROR))

@@ -1,0 +1,84 @@
+"""Tells an observer about each statement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Executable
+
+from incidentkit.affinity import Affinity
+from incidentkit.observing import Observer
+from incidentkit.store.executor import Fetch, OwnExecutor, Rows, Work
+
+_T = TypeVar("_T")
+
+
+class ObservedExecutor:
+    """Runs statements on another executor, and tells an observer about each.
+
+    Args:
+        executor: Runs the statements.
+        observer: Times them.
+        system: ``postgresql`` or ``sqlite``.
+    """
+
+    def __init__(self, executor: OwnExecutor, observer: Observer, system: str) -> None:
+        self._executor = executor
+        self._observer = observer
+        self._system = system
+        self.in_host_transaction = executor.in_host_transaction
+
+    @property
+    def place(self) -> str | None:
+        """The database, for an error to name it."""
+        return self._executor.place
+
+    async def open(self, affinity: Affinity) -> None:
+        """Get ready to connect."""
+        await self._executor.open(affinity)
+
+    async def close(self) -> None:
+        """Wait for running statements, and release every connection."""
+        await self._executor.close()
+
+    def abandon(self) -> None:
+        """Release every connection without the event loop, which has ended."""
+        self._executor.abandon()
+
+    async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that only reads, and reads few rows."""
+        with self._observer.statement(operation_of(statement), self._system):
+            return await self._executor.read(statement, values)
+
+    async def scan(self, work: Work[_T]) -> _T:
+        """Run statements that only read, but may read or return very many rows."""
+        return await self._executor.scan(lambda fetch: work(self._fetch(fetch)))
+
+    async def write(self, work: Work[_T]) -> _T:
+        """Run statements that write; each may be committed by itself."""
+        return await self._executor.write(lambda fetch: work(self._fetch(fetch)))
+
+    async def transact(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none."""
+        return await self._executor.transact(lambda fetch: work(self._fetch(fetch)))
+
+    async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run a statement that inserts, once for each row, in one transaction."""
+        with self._observer.statement(operation_of(statement), self._system):
+            await self._executor.append(statement, rows)
+
+    def _fetch(self, fetch: Fetch) -> Fetch:
+        async def observed(statement: Executable, values: Mapping[str, Any]) -> Rows:
+            with self._observer.statement(operation_of(statement), self._system):
+                return await fetch(statement, values)
+
+        return observed
+
+
+def operation_of(statement: Executable) -> str:
+    """Return the first word of a statement, which never is a value."""
+    text: object = getattr(statement, "text", None)
+    word = text.split(None, 1)[0] if isinstance(text, str) and text.strip() else None
+    name: object = word or getattr(statement, "__visit_name__", "")
+    return name.upper() if isinstance(name, str) and name.isalpha() else "OTHER"
