@@ -34,6 +34,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+pytestmark = pytest.mark.no_cover
+
+
+@pytest.fixture(autouse=True)
+def _no_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure code as users run it, also in the processes that a benchmark starts."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
 def of(*rates: float) -> list[Round]:
     """Return rounds of one side with these rates."""
     return [Round(rate, {50: 1.0, 95: 2.0, 99: 3.0}) for rate in rates]

@@ -42,6 +42,8 @@ REGRESSIONS: tuple[int, ...] = ()
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.mark.parametrize("max_staleness", STALENESS)
 def test_every_list_is_true(max_staleness: float) -> None:
