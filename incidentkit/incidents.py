@@ -30,6 +30,7 @@ from incidentkit.domain.values import (
     IncidentSource,
     IncidentStatus,
     SearchPage,
+    VersionMatch,
 )
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Incidents(ABC):
         status: IncidentStatus | str,
         *,
         note: str | None = None,
-        expected_version: int | str | None = None,
+        expected_version: int | str | VersionMatch | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
         """Change the status and return the incident.
@@ -207,7 +208,8 @@ class Incidents(ABC):
             note: A note for the history, in 1 to 1000 characters; None: no note.
             expected_version: The version that the incident must have. With its ``tag`` instead, the
                 change is refused also if the database has lost commits in a failover and assigned
-                the id and the version again. None: any version.
+                the id and the version again. A :class:`~incidentkit.VersionMatch` is a condition
+                on several. None: any version.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
                 call with the key changes nothing and returns the first answer. None: every call
                 takes effect.
@@ -229,21 +231,35 @@ class Incidents(ABC):
             )
         )
 
-    async def note(self, incident_id: int, note: str) -> IncidentEvent:
+    async def note(
+        self,
+        incident_id: int,
+        note: str,
+        *,
+        expected_version: int | str | VersionMatch | None = None,
+        idempotency_key: str | None = None,
+    ) -> IncidentEvent:
         """Add a note to the history of an incident, and return its event.
 
         Args:
             incident_id: 1 to 2^63-1.
             note: Surrounding white space is removed; the rest has 1 to 1000 characters.
+            expected_version: As for :meth:`update_status`. A note leaves the version as it is.
+            idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
+                call with the key adds nothing and returns the first answer. None: every call takes
+                effect.
 
         Raises:
             IncidentNotFound: If there is none with this id.
             InvalidIncident: With every faulty argument.
+            VersionConflict: If it does not have the expected version.
+            IdempotencyKeyReused: If the key was used with other parameters.
         """
-        addition = NoteAddition(incident_id, note)
+        addition = NoteAddition(incident_id, note, expected_version)
         transactions = self._transactions
+        once = _once(transactions, idempotency_key, "note", addition)
         return await transactions.write(
-            transactions.store.note(addition.incident_id, addition.note, actor=ACTOR.get())
+            transactions.store.note(addition, actor=ACTOR.get(), once=once)
         )
 
     @abstractmethod

@@ -18,7 +18,7 @@ from incidentkit.batching import Coalescer
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import IncidentKitError, StoreError
 from incidentkit.domain.values import ChangePage, FeedBlocker
-from incidentkit.http.problems import RETRY_HEADERS, Refusal
+from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal
 from incidentkit.http.server_hooks import abort, wait_for_stop
 from incidentkit.wire import encode_event, wire_converter
 
@@ -73,7 +73,7 @@ class Readers:
         """
         if self.count >= MAX_READERS:
             detail = f"{MAX_READERS} readers, the maximum, are already waiting for changes"
-            raise Refusal(503, detail, headers=RETRY_HEADERS)
+            raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
         self.count += 1
         try:
             yield
