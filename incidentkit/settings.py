@@ -38,6 +38,7 @@ class Settings:
         max_staleness: Seconds by which a list may lag behind a change by another process.
         transitions: For each status, the statuses that may follow it; None allows every change.
         request_log: Where the REST service records requests.
+        cors_origins: The origins of pages that may use the REST service in a browser.
         store: Sizes and time limits of the database.
         schema: The schema of PostgreSQL that has the tables; None: the first one of the search path
             that has them.
@@ -49,6 +50,7 @@ class Settings:
     max_staleness: float = 0.0
     transitions: Graph | None = None
     request_log: RequestLog = "log"
+    cors_origins: tuple[str, ...] = ()
     store: StoreOptions = field(factory=StoreOptions)
     schema: str | None = None
 
@@ -104,6 +106,7 @@ class Settings:
             max_staleness=environment.max_staleness,
             transitions=environment.transitions,
             request_log=environment.request_log,
+            cors_origins=environment.cors_origins,
             store=StoreOptions(
                 pool_size=environment.pool_size,
                 max_overflow=environment.max_overflow,

@@ -8,6 +8,7 @@ from attrs import evolve
 from incidentkit.cli.commands import Command
 from incidentkit.cli.loading import run_server
 from incidentkit.cli.options import Servers, takes_servers
+from incidentkit.domain.rules import origin
 from incidentkit.store.options import PREPARED_STATEMENTS
 
 
@@ -28,14 +29,28 @@ from incidentkit.store.options import PREPARED_STATEMENTS
     help="Number of processes that answer requests.",
 )
 @click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="An origin, such as https://board.example.com, whose pages may use the service in a "
+    "browser; repeat it for several. Overrides the environment.",
+)
+@click.option(
     "--prepared-statements",
     type=click.Choice(tuple(PREPARED_STATEMENTS)),
     help="Whether PostgreSQL keeps statements prepared; auto: not behind a connection pooler. "
     "Overrides the environment.",
 )
 @takes_servers
-def serve(
-    servers: Servers, host: str, port: int, workers: int, prepared_statements: str | None
+def serve(  # noqa: PLR0913
+    servers: Servers,
+    host: str,
+    port: int,
+    workers: int,
+    *,
+    cors_origins: tuple[str, ...],
+    prepared_statements: str | None,
 ) -> None:
     """Run the REST service until it is interrupted or terminated.
 
@@ -56,5 +71,10 @@ def serve(
     if prepared_statements is not None:
         chosen = PREPARED_STATEMENTS[prepared_statements]
         settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))
+    if cors_origins:
+        try:
+            settings = evolve(settings, cors_origins=tuple(map(origin, cors_origins)))
+        except ValueError as error:
+            raise click.UsageError(f"--cors-origin {error}") from None
     ended_well = run_server(settings, host, port, workers)
     click.get_current_context().exit(0 if ended_well else 1)

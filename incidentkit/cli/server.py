@@ -59,6 +59,7 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
         access_log=False,
         http="incidentkit.cli.protocol:Protocol",
         proxy_headers=False,
+        server_header=False,
         timeout_graceful_shutdown=GRACE,
     )
     try:
@@ -88,6 +89,7 @@ def make_app(settings: Settings) -> Starlette:
         IncidentClient.from_settings(settings),
         request_log=settings.request_log,
         cache_required=settings.redis_required,
+        cors=settings.cors_origins,
     )
     # Loaded modules live as long as the process: keep the garbage collector from visiting them.
     gc.freeze()

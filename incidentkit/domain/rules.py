@@ -383,6 +383,20 @@ def _time_bound(value: object) -> datetime:
     return time.replace(microsecond=0) + timedelta(seconds=time.microsecond > 0)
 
 
+_ORIGIN: Final = re.compile(
+    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[1-9]\d{0,4})?", re.ASCII
+)
+_DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
+
+
+def origin(value: str) -> str:
+    """Return the origin of a page as a browser sends it, or ``*`` for any origin."""
+    text = _string(value).lower()
+    if text != "*" and _ORIGIN.fullmatch(text) is None:
+        raise ValueError("must be origins such as https://board.example.com, or *")
+    return text.removesuffix(_DEFAULT_PORTS.get(text.partition("://")[0], "?"))
+
+
 def lower_bound(value: datetime | None) -> datetime:
     """Return the bound; None is a bound below every time."""
     return EARLIEST_TIME if value is None else time_bound(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.http.docs import assets_folder
+from incidentkit.http.parts import add_cors
 from incidentkit.http.request_log import Appender, RequestLog
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.http.service import Service
@@ -27,6 +28,7 @@ def create_app(
     request_log: RequestLogSetting = "log",
     cache_required: bool = False,
     docs: bool = True,
+    cors: Sequence[str] = (),
 ) -> Starlette:
     """Return the REST service on a client, to run alone or to mount in another app.
 
@@ -46,21 +48,28 @@ def create_app(
             ``database`` is the logger and the table ``request_log``.
         cache_required: Whether ``/health/ready`` fails while the cache is unavailable.
         docs: Whether Swagger UI is served at ``/docs``.
+        cors: The origins of pages that may use the service in a browser, such as
+            ``https://board.example.com``; ``*`` is any. Empty: a browser keeps pages of other
+            origins out.
 
     Raises:
-        InvalidSettings: If ``request_log`` is another value, or the client cannot write it.
+        InvalidSettings: If ``request_log`` is another value, or the client cannot write it; or if
+            ``cors`` has something else than origins.
         MissingDependency: If ``docs`` is true and Swagger UI is not installed.
     """
     log = _request_log(client, request_log)
     if docs:
         assets_folder()
-    return Service(
+    app = Service(
         client,
         (*OPERATIONS, *DOCS) if docs else OPERATIONS,
         request_log=log,
         cache_required=cache_required,
         lifespan=lifespan,
     )
+    if cors:
+        add_cors(app, cors)
+    return app
 
 
 def _request_log(client: IncidentClient, setting: RequestLogSetting) -> RequestLog | None:

@@ -27,6 +27,7 @@ app = create_app(
     IncidentClient.from_settings(_settings),
     request_log=_settings.request_log,
     cache_required=_settings.redis_required,
+    cors=_settings.cors_origins,
 )
 
 # The objects loaded so far stay; the garbage collector need not visit them again.

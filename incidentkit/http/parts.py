@@ -1,0 +1,18 @@
+"""Load the optional parts of the service, each only when an argument asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+
+
+def add_cors(app: Starlette, origins: Sequence[str]) -> None:
+    """Let pages of other origins use the app in a browser.
+
+    Raises:
+        InvalidSettings: If one of them is not an origin.
+    """
+    from incidentkit.http.cors import allow_origins  # noqa: PLC0415
+
+    allow_origins(app, origins)
