@@ -70,7 +70,7 @@ def _request_log(value: str) -> RequestLog:
 
 
 def _origins(value: str) -> tuple[str, ...]:
-    return tuple(origin(each.strip()) for each in value.split(","))
+    return tuple(origin(each.strip()) for each in value.split(",")) if value else ()
 
 
 def _prepared_statements(value: str) -> bool | None:
@@ -193,7 +193,7 @@ class Environment:
     )
     cors_origins: tuple[str, ...] = _variable(
         "INCIDENTKIT_CORS_ORIGINS",
-        (),
+        "",
         _origins,
         "the origins of pages that may use the REST service in a browser, such as "
         "https://board.example.com, with commas; * is any; none if not set",

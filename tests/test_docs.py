@@ -45,9 +45,10 @@ import incidentkit
 from incidentkit import IncidentKitError
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
+from incidentkit.domain.commands import MAX_FAULTS
 from incidentkit.domain.values import TEXT_MAX_WORDS
 from incidentkit.http import health, problems, request_log
-from incidentkit.http.operation import MAX_BODY
+from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, MAX_LARGE_BODY
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.settings import Environment
 from incidentkit.store import RequestRecord, StoreOptions, migrate
@@ -773,7 +774,11 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"up to {request_log.BATCH}" in deploy
     assert f"up to {request_log.CAPACITY} of them wait" in deploy
     assert f"`Retry-After: {problems.RETRY_AFTER}`" in deploy
-    assert rest.count(f"{MAX_BODY} bytes") == 2
+    assert f"at most {MAX_BODY} bytes" in rest
+    assert f"more than {MAX_BODY} bytes" in rest
+    assert rest.count(f"{MAX_LARGE_BODY}") == 2
+    assert f"at most {MAX_ITEMS} such objects" in rest
+    assert f"the first {MAX_FAULTS} faulty incidents" in rest
     assert f"{TTL} seconds" in cache
     assert f"`{INDEX_KEY}`" in cache
     assert f"{memory.DEFAULT_MAX_BYTES // 2**20} MiB" in cache

@@ -100,6 +100,18 @@ async def create(request: Request, arguments: Mapping[str, Any]) -> Response:
     return _incident(incident, status, {"Location": location, **_replayed(replay)})
 
 
+async def create_many(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Create incidents, all or none, or count further occurrences of open ones."""
+    with watching_for_replay() as replay:
+        incidents = await _service(request).client.create_many(
+            arguments["body"], idempotency_key=arguments["idempotency_key"]
+        )
+    created = any(incident.occurrences == 1 for incident in incidents)
+    status = HTTPStatus.CREATED if created else HTTPStatus.OK
+    content = await encode_array(incidents, encode_incidents)
+    return _json(content, status, _replayed(replay))
+
+
 async def list_(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with one page of the list."""
     query = _list_query(**arguments)

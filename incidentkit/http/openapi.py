@@ -299,10 +299,15 @@ def _operation(operation: Operation, schemas: Json) -> Json:
     if operation.fields:
         described["requestBody"] = _fields(operation, schemas)
     if operation.body is not None:
-        described["requestBody"] = {
-            "required": True,
-            "content": {"application/json": _content(operation.body, schemas)},
-        }
+        content = _content(operation.body, schemas)
+        if operation.max_items:
+            content["schema"] = {
+                "type": "array",
+                "items": content["schema"],
+                "maxItems": operation.max_items,
+            }
+            content["example"] = [content["example"]]
+        described["requestBody"] = {"required": True, "content": {"application/json": content}}
     keyed = any(parameter.header == "Idempotency-Key" for parameter in operation.parameters)
     repeats = ("Idempotent-Replayed",) if keyed else ()
     described["responses"] = {

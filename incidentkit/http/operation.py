@@ -45,6 +45,12 @@ FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 MAX_BODY: Final = 64 * 1024
 """Maximum bytes of a request's body, unless its operation has another limit."""
 
+MAX_LARGE_BODY: Final = 2 * 1024 * 1024
+"""Maximum bytes of a body with many incidents."""
+
+MAX_ITEMS: Final = 1000
+"""Maximum number of incidents in such a body."""
+
 
 @frozen
 class Parameter:
@@ -109,7 +115,7 @@ class Operation:
             refuse. It is called only if the request has other faults, so that all are reported
             together. None: there are no rules.
         body: The model of the request's body; None: a body is refused, unless it has ``fields``.
-        many: Whether the body is an array of such models.
+        max_items: Maximum number of such models in an array as the body; 0: it is one model.
         max_body: Maximum bytes of the body.
         fields: The parameters in the query that may stand in an optional JSON body instead.
         problems: The statuses of its errors.
@@ -133,7 +139,7 @@ class Operation:
     parameters: tuple[Parameter, ...] = ()
     check: Callable[..., object] | None = None
     body: type[Any] | None = None
-    many: bool = False
+    max_items: int = 0
     max_body: int = MAX_BODY
     fields: frozenset[str] = frozenset()
     problems: tuple[int, ...] = (400, 422, 500)

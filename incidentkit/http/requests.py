@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final, NoReturn, TypeAlias, cast
 from urllib.parse import parse_qsl
@@ -15,10 +16,12 @@ from attrs import fields_dict
 from starlette.requests import ClientDisconnect, Request
 
 from incidentkit.domain import rules
+from incidentkit.domain.commands import MAX_FAULTS
 from incidentkit.domain.errors import FieldError, InvalidIncident
 from incidentkit.domain.values import TAG_PATTERN
 from incidentkit.http.operation import FRAMING, EntityTags, EntityTagValue, Operation, Parameter
 from incidentkit.http.problems import Kind, Refusal
+from incidentkit.pacing import in_parts
 from incidentkit.wire import wire_converter
 
 MAX_DIGITS: Final = 19
@@ -376,7 +379,10 @@ async def _read_model(request: Request, operation: Operation) -> Any:
     """Return the model, or the list of models, that an operation takes as its body."""
     _check_headers(request.scope["headers"])
     value = read_json(await read_body(request, operation.max_body))
-    return structure(value, cast("type[Any]", operation.body))
+    model = cast("type[Any]", operation.body)
+    if operation.max_items:
+        return await structure_many(value, model, operation.max_items)
+    return structure(value, model)
 
 
 async def _read_fields(
@@ -437,6 +443,42 @@ def structure(value: object, model: type[Any]) -> Any:
     if repeated or unknown:
         raise InvalidIncident([*repeated, *unknown])
     return structured
+
+
+async def structure_many(value: object, model: type[Any], limit: int) -> list[Any]:
+    """Return the models for a JSON array; other requests run in between.
+
+    Raises:
+        InvalidIncident: With every faulty field of the first faulty items; or if the array has
+            more items than the limit.
+    """
+    if not isinstance(value, list):
+        raise InvalidIncident([FieldError("body", "must be a JSON array")])
+    if len(value) > limit:
+        raise InvalidIncident([FieldError("body", f"must have at most {limit} items")])
+    faults: dict[int, list[FieldError]] = {}
+
+    def structure_part(items: Sequence[tuple[int, object]]) -> list[Any]:
+        models = []
+        for number, item in items:
+            try:
+                models.append(structure(item, model))
+            except InvalidIncident as error:
+                faults[number] = [_of_item(number, fault) for fault in error.errors]
+                if len(faults) >= MAX_FAULTS:
+                    break
+        return models
+
+    parts = await in_parts(structure_part, list(enumerate(value)))
+    if faults:
+        some = sorted(faults)[:MAX_FAULTS]
+        raise InvalidIncident([fault for number in some for fault in faults[number]])
+    return list(chain.from_iterable(parts))
+
+
+def _of_item(number: int, fault: FieldError) -> FieldError:
+    name = "" if fault.field == "body" else f".{fault.field}"
+    return FieldError(f"incidents[{number}]{name}", fault.reason)
 
 
 def _merge(faults: list[FieldError], error: InvalidIncident) -> list[FieldError]:

@@ -36,7 +36,13 @@ from incidentkit.http.checks import (
     check_status_change,
 )
 from incidentkit.http.health import Health, Readiness
-from incidentkit.http.operation import EntityTags, Operation, Parameter
+from incidentkit.http.operation import (
+    MAX_ITEMS,
+    MAX_LARGE_BODY,
+    EntityTags,
+    Operation,
+    Parameter,
+)
 from incidentkit.http.problems import Conflict
 from incidentkit.wire import NewNote
 
@@ -89,6 +95,23 @@ OPERATIONS: Final = (
         parameters=(_IDEMPOTENCY_KEY,),
         check=check_idempotency_key,
         body=NewIncident,
+        problems=(400, 413, 415, 422, 500, 503),
+    ),
+    Operation(
+        "POST",
+        "/incident/create-many",
+        "create_incidents",
+        "Create many incidents, all or none",
+        answers.create_many,
+        status=201,
+        returns=list[Incident],
+        success="The incidents as stored, in the given order",
+        also={200: "Open incidents with these dedup_keys alone, with their further occurrences"},
+        parameters=(_IDEMPOTENCY_KEY,),
+        check=check_idempotency_key,
+        body=NewIncident,
+        max_items=MAX_ITEMS,
+        max_body=MAX_LARGE_BODY,
         problems=(400, 413, 415, 422, 500, 503),
     ),
     Operation(

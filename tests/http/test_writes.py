@@ -14,7 +14,7 @@ from starlette.middleware.authentication import AuthenticationMiddleware
 from incidentkit import IncidentClient
 from incidentkit.domain.values import MAX_ID
 from incidentkit.http import create_app
-from incidentkit.http.operation import MAX_BODY
+from incidentkit.http.operation import MAX_BODY, MAX_ITEMS
 from tests.hosts import run_sql
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
@@ -334,3 +334,56 @@ async def test_concurrent_requests_keep_their_actors() -> None:
         for user, answer in zip(users, answers, strict=True):
             (event,) = await client.history(answer.json()["incident_id"])
             assert event.actor == user
+
+
+def test_many_incidents_are_created_at_once(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """An array of incidents is stored in its order, all or none, and once with a key."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    disk = INCIDENT | {"dedup_key": "disk"}
+    bodies = [INCIDENT, disk, disk, INCIDENT | {"source": "partner"}]
+    headers = {"Idempotency-Key": "k"}
+    first = api.post("/incident/create-many", json=bodies, headers=headers)
+    assert first.status_code == 201
+    assert [each["occurrences"] for each in first.json()] == [1, 1, 2, 1]
+    assert [each["source"] for each in first.json()] == [each["source"] for each in bodies]
+    again = api.post("/incident/create-many", json=bodies, headers=headers)
+    assert (again.status_code, again.content) == (201, first.content)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert api.post("/incident/create-many", json=[disk]).status_code == 200
+    assert api.post("/incident/create-many", json=[]).json() == []
+    assert len(api.get("/incident/get").json()) == 3
+
+
+def test_one_faulty_incident_refuses_all(api: httpx2.Client) -> None:
+    """Each fault of the first faulty incidents is named with its place, and nothing is stored."""
+    bodies: list[Any] = [INCIDENT] * 3 + [{"source": "x", "y": 1}, 7] + [INCIDENT]
+    refused = api.post("/incident/create-many", json=bodies)
+    assert refused.status_code == 422
+    assert [error["field"] for error in refused.json()["errors"]] == [
+        "incidents[3].incident_message",
+        "incidents[3].source",
+        "incidents[3].y",
+        "incidents[4]",
+    ]
+    many = api.post("/incident/create-many", json=[{}] * MAX_ITEMS)
+    places = [error["field"] for error in many.json()["errors"]]
+    assert places[-1] == "incidents[9].source"
+    assert len(places) == 20
+    assert api.get("/incident/get").json() == []
+
+
+def test_the_bounds_of_many_incidents(serve: Serve) -> None:
+    """A body has a maximum of incidents and of bytes, larger than that of one incident."""
+    api = serve(create_app(IncidentClient.open(MEMORY)))
+    long = {"incident_message": "\N{EGG}" * 500, "source": "operator"}
+    stored = api.post("/incident/create-many", json=[long] * MAX_ITEMS, timeout=60)
+    assert len(stored.json()) == MAX_ITEMS
+    many = api.post("/incident/create-many", json=[INCIDENT] * (MAX_ITEMS + 1))
+    assert many.status_code == 422
+    assert many.json()["errors"] == [{"field": "body", "reason": "must have at most 1000 items"}]
+    headers = {"Content-Type": "application/json"}
+    huge = api.post("/incident/create-many", content=b" " * 2**21 + b"[]", headers=headers)
+    assert (huge.status_code, huge.json()["code"]) == (413, "body_too_large")
+    assert huge.json()["detail"] == "The body must be at most 2097152 bytes"
+    one = api.post("/incident/create-many", json=INCIDENT)
+    assert one.json()["errors"] == [{"field": "body", "reason": "must be a JSON array"}]
