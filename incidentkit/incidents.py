@@ -295,6 +295,7 @@ class Incidents(ABC):
         source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
+        dedup_key: str | None = None,
         text: str | None = None,
         order: IncidentOrder | str = IncidentOrder.NEWEST,
         limit: int = DEFAULT_LIMIT,
@@ -311,6 +312,7 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
+            dedup_key: Only incidents with this deduplication key; None: any, or none.
             text: Words that the message must all contain, in any letter case. Words that
                 punctuation joins, as in ``db-1``, or between quotation marks must follow each other
                 in the message. A last word that stands alone may be the beginning of a word. 1 to
@@ -330,6 +332,7 @@ class Incidents(ABC):
             source=source,
             created_after=created_after,
             created_before=created_before,
+            dedup_key=dedup_key,
             text=text,
             order=order,
             limit=limit,
@@ -345,6 +348,7 @@ class Incidents(ABC):
         source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
+        dedup_key: str | None = None,
         text: str | None = None,
         order: IncidentOrder | str = IncidentOrder.NEWEST,
         batch: int = 100,
@@ -356,6 +360,7 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
+            dedup_key: Only incidents with this deduplication key; None: any, or none.
             text: Words and phrases that the message must all contain.
             order: ``newest`` or ``oldest`` first.
             batch: Number of incidents read at a time, 1 to 1000.
@@ -368,6 +373,7 @@ class Incidents(ABC):
             source=source,
             created_after=created_after,
             created_before=created_before,
+            dedup_key=dedup_key,
             text=text,
             order=order,
             limit=batch,

@@ -71,6 +71,7 @@ INDEXES = {
     "ix_Incident_source",
     "ix_Incident_incident_type_source",
     "ix_Incident_ended_at",
+    "ix_Incident_dedup_key",
     "ix_Incident_incident_message",
 }
 SELECT_INDEXES = (

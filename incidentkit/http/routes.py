@@ -239,6 +239,13 @@ OPERATIONS: Final = (
                 datetime,
             ),
             Parameter(
+                "dedup_key",
+                "Only incidents with this deduplication key, open or ended.",
+                str,
+                minimum=1,
+                maximum=NAME_MAX_LENGTH,
+            ),
+            Parameter(
                 "text",
                 "Words that the message must all contain, in any case. Words that punctuation "
                 "joins, or between quotation marks, must follow each other. The last word may be "
