@@ -25,7 +25,7 @@ extensions: Final = [
     "sphinx_design",
 ]
 exclude_patterns: Final = ["_build"]
-myst_enable_extensions: Final = ["colon_fence"]
+myst_enable_extensions: Final = ["attrs_inline", "colon_fence"]
 myst_heading_anchors: Final = 3
 
 autodoc_member_order: Final = "bysource"

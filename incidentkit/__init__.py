@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         IncidentSource,
         IncidentStatus,
         SearchPage,
+        VersionMatch,
     )
     from incidentkit.incidents import Incidents
     from incidentkit.joined import JoinedIncidents
@@ -84,6 +85,7 @@ else:
                 "IncidentSource",
                 "IncidentStatus",
                 "SearchPage",
+                "VersionMatch",
             ),
             "incidentkit.incidents": ("Incidents",),
             "incidentkit.joined": ("JoinedIncidents",),
@@ -125,6 +127,7 @@ __all__ = [
     "StoreUnavailable",
     "UnknownCursor",
     "VersionConflict",
+    "VersionMatch",
     "WrongEventLoop",
     "__version__",
     "acting_as",

@@ -12,6 +12,7 @@ from attrs import field, fields, frozen
 
 from incidentkit.cache.opening import check_redis_url
 from incidentkit.domain.errors import InvalidSettings
+from incidentkit.domain.rules import origin
 from incidentkit.domain.transitions import Graph
 from incidentkit.domain.values import (
     MAX_STALENESS,
@@ -72,6 +73,10 @@ def _request_log(value: str) -> RequestLog:
     if value not in ("log", "database"):
         raise ValueError("must be one of: log, database")
     return cast("RequestLog", value)
+
+
+def _origins(value: str) -> tuple[str, ...]:
+    return tuple(origin(each.strip()) for each in value.split(",")) if value else ()
 
 
 def _prepared_statements(value: str) -> bool | None:
@@ -198,6 +203,13 @@ class Environment:
         _integer(MIN_STREAM_LIFETIME, MAX_STREAM_LIFETIME),
         f"seconds, {MIN_STREAM_LIFETIME} to {MAX_STREAM_LIFETIME}, after which the REST service "
         "ends a stream of changes, which its reader then resumes",
+    )
+    cors_origins: tuple[str, ...] = _variable(
+        "INCIDENTKIT_CORS_ORIGINS",
+        "",
+        _origins,
+        "the origins of pages that may use the REST service in a browser, such as "
+        "https://board.example.com, with commas; * is any; none if not set",
     )
     prepared_statements: bool | None = _variable(
         "INCIDENTKIT_PREPARED_STATEMENTS",

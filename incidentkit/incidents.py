@@ -30,6 +30,7 @@ from incidentkit.domain.values import (
     IncidentSource,
     IncidentStatus,
     SearchPage,
+    VersionMatch,
 )
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Incidents(ABC):
         status: IncidentStatus | str,
         *,
         note: str | None = None,
-        expected_version: int | str | None = None,
+        expected_version: int | str | VersionMatch | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
         """Change the status and return the incident.
@@ -207,7 +208,8 @@ class Incidents(ABC):
             note: A note for the history, in 1 to 1000 characters; None: no note.
             expected_version: The version or the ``tag`` that the incident must have. Only the tag
                 also tells it from an incident that got the same id and version after a failover
-                that lost commits. None: any version.
+                that lost commits. A :class:`~incidentkit.VersionMatch` is a condition on several.
+                None: any version.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
                 call with the key changes nothing and returns the first answer. None: every call
                 takes effect.
@@ -229,21 +231,35 @@ class Incidents(ABC):
             )
         )
 
-    async def note(self, incident_id: int, note: str) -> IncidentEvent:
+    async def note(
+        self,
+        incident_id: int,
+        note: str,
+        *,
+        expected_version: int | str | VersionMatch | None = None,
+        idempotency_key: str | None = None,
+    ) -> IncidentEvent:
         """Add a note to the history of an incident, and return its event.
 
         Args:
             incident_id: 1 to 2^63-1.
             note: Surrounding white space is removed; the rest has 1 to 1000 characters.
+            expected_version: As for :meth:`update_status`. A note leaves the version as it is.
+            idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
+                call with the key adds nothing and returns the first answer. None: every call takes
+                effect.
 
         Raises:
             IncidentNotFound: If there is none with this id.
             InvalidIncident: With every faulty argument.
+            VersionConflict: If it does not have the expected version.
+            IdempotencyKeyReused: If the key was used with other parameters.
         """
-        addition = NoteAddition(incident_id, note)
+        addition = NoteAddition(incident_id, note, expected_version)
         transactions = self._transactions
+        once = _once(transactions, idempotency_key, "note", addition)
         return await transactions.write(
-            transactions.store.note(addition.incident_id, addition.note, actor=ACTOR.get())
+            transactions.store.note(addition, actor=ACTOR.get(), once=once)
         )
 
     @abstractmethod
@@ -279,6 +295,7 @@ class Incidents(ABC):
         source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
+        dedup_key: str | None = None,
         text: str | None = None,
         order: IncidentOrder | str = IncidentOrder.NEWEST,
         limit: int = DEFAULT_LIMIT,
@@ -295,6 +312,7 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
+            dedup_key: Only incidents with this deduplication key; None: any, or none.
             text: Words that the message must contain, in any letter case. Words that are joined by
                 punctuation, as in ``db-1``, or enclosed in quotation marks must follow each other
                 directly. The last word, unless it is part of such a phrase, also matches the
@@ -314,6 +332,7 @@ class Incidents(ABC):
             source=source,
             created_after=created_after,
             created_before=created_before,
+            dedup_key=dedup_key,
             text=text,
             order=order,
             limit=limit,
@@ -329,6 +348,7 @@ class Incidents(ABC):
         source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
+        dedup_key: str | None = None,
         text: str | None = None,
         order: IncidentOrder | str = IncidentOrder.NEWEST,
         batch: int = 100,
@@ -340,6 +360,7 @@ class Incidents(ABC):
             source: One source or several; None: any source.
             created_after: Aware; only incidents created at this time or later.
             created_before: Aware; only incidents created before this time.
+            dedup_key: Only incidents with this deduplication key; None: any, or none.
             text: Words and phrases that the message must all contain.
             order: ``newest`` or ``oldest`` first.
             batch: Number of incidents read at a time, 1 to 1000.
@@ -352,6 +373,7 @@ class Incidents(ABC):
             source=source,
             created_after=created_after,
             created_before=created_before,
+            dedup_key=dedup_key,
             text=text,
             order=order,
             limit=batch,

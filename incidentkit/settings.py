@@ -40,6 +40,7 @@ class Settings:
         transitions: For each status, the statuses that may follow it; None allows every change.
         request_log: Where the REST service records requests.
         stream_lifetime: Seconds after which the REST service ends a stream of changes.
+        cors_origins: The origins of pages that may use the REST service in a browser.
         store: Sizes and time limits of the database.
         schema: The PostgreSQL schema that has the tables; None: the first one in the search path
             that has them.
@@ -52,6 +53,7 @@ class Settings:
     transitions: Graph | None = None
     request_log: RequestLog = "log"
     stream_lifetime: int = STREAM_LIFETIME
+    cors_origins: tuple[str, ...] = ()
     store: StoreOptions = field(factory=StoreOptions)
     schema: str | None = None
 
@@ -112,6 +114,7 @@ class Settings:
             transitions=environment.transitions,
             request_log=environment.request_log,
             stream_lifetime=environment.stream_lifetime,
+            cors_origins=environment.cors_origins,
             store=StoreOptions(
                 pool_size=environment.pool_size,
                 max_overflow=environment.max_overflow,

@@ -741,6 +741,24 @@ def test_a_faulty_search_says_what_it_should_be(arguments: tuple[str, str], line
     assert errors("search", *arguments, exit_code=2) == [line]
 
 
+def test_search_finds_by_a_key() -> None:
+    """Search shows the incidents with a deduplication key."""
+    for key in ("disk", "line"):
+        output("create", f"About the {key}", "--source", "operator", "--dedup-key", key)
+    shown = output("search", "--dedup-key", "disk", "--json")
+    assert [each["dedup_key"] for each in json.loads(shown)["incidents"]] == ["disk"]
+
+
+def test_a_note_can_be_repeated() -> None:
+    """A note with a key is added once, and one on another version is refused."""
+    output("create", "Disk is full", "--source", "operator")
+    repeated = ("note", "1", "It is hot", "--idempotency-key", "k", "--expected-version", "1")
+    assert output(*repeated) == output(*repeated)
+    assert len(json.loads(output("history", "1", "--json"))) == 2
+    (line,) = errors("note", "1", "It is hot", "--expected-version", "2", exit_code=1)
+    assert "has moved on: it is at version 1" in line
+
+
 def test_a_faulty_time_is_refused() -> None:
     """A time that is not in ISO 8601 is a usage error."""
     result = run("search", "--created-after", "yesterday")

@@ -45,8 +45,10 @@ import incidentkit
 from incidentkit import IncidentKitError
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
+from incidentkit.domain.commands import MAX_FAULTS
 from incidentkit.domain.values import TEXT_MAX_WORDS
-from incidentkit.http import health, problems, request_log, requests
+from incidentkit.http import health, problems, request_log
+from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, MAX_LARGE_BODY
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.settings import Environment
 from incidentkit.store import RequestRecord, StoreOptions, migrate
@@ -610,6 +612,21 @@ def test_the_tree_of_errors_is_the_one_of_the_classes() -> None:
     assert sorted(cells[0].strip("`") for cells in table) == sorted(classes)
 
 
+def test_the_codes_of_problems_are_those_of_the_service() -> None:
+    """The table of codes has every kind of problem, with an anchor of that name."""
+    expected = [
+        [
+            f"`{kind.code}`{{#{kind.code.replace('_', '-')}}}",
+            str(kind.status),
+            kind.when,
+            "" if kind.error is None else f"`{kind.error.__name__}`",
+        ]
+        for kind in problems.Kind
+    ]
+    assert rows("docs/reference/errors.md", "code") == expected
+    assert f"`{problems.TYPE}`" in page("docs/reference/errors.md")
+
+
 def test_the_causes_of_failures_are_those_of_the_code() -> None:
     """The tables of causes have every cause, with its error, its codes and whether to retry."""
     for heading, causes in (
@@ -758,7 +775,11 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"up to {request_log.BATCH}" in deploy
     assert f"up to {request_log.CAPACITY} of them wait" in deploy
     assert f"`Retry-After: {problems.RETRY_AFTER}`" in deploy
-    assert rest.count(f"{requests.MAX_BODY} bytes") == 2
+    assert f"at most {MAX_BODY} bytes" in rest
+    assert f"more than {MAX_BODY} bytes" in rest
+    assert rest.count(f"{MAX_LARGE_BODY}") == 2
+    assert f"at most {MAX_ITEMS} such objects" in rest
+    assert f"the first {MAX_FAULTS} faulty incidents" in rest
     assert f"{TTL} seconds" in cache
     assert f"`{INDEX_KEY}`" in cache
     assert f"{memory.DEFAULT_MAX_BYTES // 2**20} MiB" in cache

@@ -71,6 +71,7 @@ INDEXES = {
     "ix_Incident_source",
     "ix_Incident_incident_type_source",
     "ix_Incident_ended_at",
+    "ix_Incident_dedup_key",
     "ix_Incident_incident_message",
 }
 SELECT_INDEXES = (
@@ -516,11 +517,13 @@ async def test_a_file_is_indexed_in_short_transactions(
         event.remove(Engine, "before_cursor_execute", record)
         probe.stop()
     committed, built, filled = (statements.count(step) for step in ("COMMIT", "CREATE", "INSERT"))
-    assert built == 5
+    assert built == 6
     assert filled >= ROWS // sqlite.BATCH
     # One before the columns are added, and one before each of these steps.
     assert committed == 1 + built + filled + 1
-    between = [*["COMMIT", "CREATE"] * built, *["COMMIT", "INSERT"] * filled, "COMMIT"]
+    step = ["COMMIT", "CREATE"]
+    # The index of deduplication keys is the last.
+    between = [*step * 5, *["COMMIT", "INSERT"] * filled, "COMMIT", *step]
     assert statements[1:] == between
     async with IncidentClient.open(sqlite_url) as client:
         assert (await client.search(text="db-7", limit=1)).incidents

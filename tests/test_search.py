@@ -38,8 +38,8 @@ from incidentkit.store.sql.search import (
     Shape,
     select_page,
     select_page_among_first,
-    select_page_and_total_by_words,
-    select_page_by_words,
+    select_page_and_total_found,
+    select_page_found,
 )
 from incidentkit.store.sqlite import statements as sqlite_statements
 from tests.hosts import run_sql, sqlalchemy_url
@@ -434,14 +434,8 @@ def test_sqlite_reads_an_index_in_order(
     shape = Shape(statuses, sources, oldest, None, pairs=False, onward=onward)
     values = bound(SearchQuery())
     statement: Any = select_page(shape)
-    compiled = statement.compile(dialect=dialect())
-    names = compiled.positiontup or []
-    given = [
-        value.strftime("%Y-%m-%d %H:%M:%S") if isinstance(value, datetime) else value
-        for value in (values.get(name, compiled.params.get(name)) for name in names)
-    ]
     with closing(sqlite3.connect(filled_sqlite)) as connection:
-        plan = connection.execute(f"EXPLAIN QUERY PLAN {compiled.string}", given).fetchall()
+        plan = connection.execute(*explained(statement, values)).fetchall()
     steps = [row[3] for row in plan]
     searched = [step for step in steps if step.startswith("SEARCH Incident USING INDEX")]
     assert len(searched) == max(statuses, 1) * max(sources, 1) * (1 + onward), steps
@@ -503,7 +497,7 @@ async def test_words_are_found_by_their_index(filled_postgres: str, filled_sqlit
     values |= {"from_at": values["low_at"], "from_id": 0}
     values |= {"until_at": values["high_at"], "until_id": 0}
     shape = Shape(2, 1, oldest_first=False, words_match=postgresql_statements.WORDS_MATCH)
-    for statement in (select_page_by_words(shape), select_page_and_total_by_words(shape)):
+    for statement in (select_page_found(shape), select_page_and_total_found(shape)):
         compiled = compile_statement(statement)
         plan = await connection.fetch(
             f"EXPLAIN {compiled.text}", *(values[name] for name in compiled.parameters)
@@ -522,12 +516,49 @@ async def test_words_are_found_by_their_index(filled_postgres: str, filled_sqlit
     assert all(step["Actual Rows"] <= 500 for step in scans)
     await connection.close()
     shape = Shape(0, 0, oldest_first=False, words_match=sqlite_statements.WORDS_MATCH)
-    found: Any = select_page_by_words(shape)
+    found: Any = select_page_found(shape)
     text_ = found.compile(dialect=dialect(), compile_kwargs={"literal_binds": False}).string
     given = ["2026-01-01", 0, "2027-01-01", 0, '"needle"*', 11, 0]
     with closing(sqlite3.connect(filled_sqlite)) as file:
         steps = file.execute(f"EXPLAIN QUERY PLAN {text_}", given).fetchall()
     assert any("VIRTUAL TABLE INDEX" in row[3] for row in steps)
+
+
+async def test_keys_are_found_by_their_index(filled_postgres: str, filled_sqlite: str) -> None:
+    """The incidents with a key are read from its index, whatever the other filters are."""
+    values = bound(SearchQuery()) | {"dedup_key": "disk"}
+    values |= {"from_at": values["low_at"], "from_id": 0}
+    values |= {"until_at": values["high_at"], "until_id": 0}
+    connection = await asyncpg.connect(filled_postgres)
+    for pairs, (statuses_, sources_, oldest) in product((True, False), SHAPES):
+        shape = Shape(statuses_, sources_, oldest, None, with_key=True, pairs=pairs)
+        for statement in (select_page_found(shape), select_page_and_total_found(shape)):
+            if pairs:
+                compiled = compile_statement(statement)
+                rows = await connection.fetch(
+                    f"EXPLAIN {compiled.text}", *(values[name] for name in compiled.parameters)
+                )
+                steps = [line for (line,) in rows if "Incident" in line]
+                assert [step for step in steps if '"ix_Incident_dedup_key"' in step], steps
+                assert not [step for step in steps if "Seq Scan" in step], steps
+                continue
+            with closing(sqlite3.connect(filled_sqlite)) as file:
+                plan = file.execute(*explained(statement, values)).fetchall()
+            steps = [row[3] for row in plan if "Incident" in row[3]]
+            assert len(steps) == 1
+            assert "USING INDEX ix_Incident_dedup_key (dedup_key=?)" in steps[0]
+    await connection.close()
+
+
+def explained(statement: Any, values: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Return the statement that explains another one on SQLite, and its values."""
+    compiled = statement.compile(dialect=dialect())
+    names = compiled.positiontup or []
+    given = [
+        value.strftime("%Y-%m-%d %H:%M:%S") if isinstance(value, datetime) else value
+        for value in (values.get(name, compiled.params.get(name)) for name in names)
+    ]
+    return f"EXPLAIN QUERY PLAN {compiled.string}", given
 
 
 async def analyze(url: str) -> None:

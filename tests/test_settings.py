@@ -30,6 +30,7 @@ VARIABLES = [
     "INCIDENTKIT_REDIS_URL",
     "INCIDENTKIT_REDIS_REQUIRED",
     "INCIDENTKIT_REQUEST_LOG",
+    "INCIDENTKIT_CORS_ORIGINS",
     "INCIDENTKIT_PREPARED_STATEMENTS",
     "POSTGRES_HOST",
     "POSTGRES_PORT",
@@ -371,6 +372,14 @@ FLAG = "must be true or false"
         ("DB_ECHO", "2", FLAG),
         ("INCIDENTKIT_REDIS_REQUIRED", "please", FLAG),
         ("INCIDENTKIT_REQUEST_LOG", "syslog", "must be one of: log, database"),
+        *(
+            (
+                "INCIDENTKIT_CORS_ORIGINS",
+                value,
+                "must be origins such as https://board.example.com, or *",
+            )
+            for value in ("board.example.com", "https://a.example.com,", "https://a.example.com/")
+        ),
         ("INCIDENTKIT_REQUEST_LOG", "LOG", "must be one of: log, database"),
         ("INCIDENTKIT_STREAM_LIFETIME", "9", "must be an integer from 10 to 86400"),
         ("INCIDENTKIT_PREPARED_STATEMENTS", "true", "must be one of: auto, on, off"),
@@ -449,10 +458,12 @@ def test_settings_can_be_pickled() -> None:
             "INCIDENTKIT_MAX_STALENESS": "0.5",
             "INCIDENTKIT_TRANSITIONS": "new:completed,new:failed",
             "INCIDENTKIT_REQUEST_LOG": "database",
+            "INCIDENTKIT_CORS_ORIGINS": "https://Board.example.com:443, http://localhost:3000",
             "DB_POOL_SIZE": "7",
         }
     )
     assert settings != Settings()
+    assert settings.cors_origins == ("https://board.example.com", "http://localhost:3000")
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 

@@ -32,7 +32,7 @@ CHOOSERS: Final[dict[str, str]] = {
     "incidentkit.cache.opening": "imports the cache that a URL names, so that redis stays optional",
     "incidentkit.cli.loading": "loads the server, which only `serve` needs",
     "incidentkit.cli.metrics": "loads Prometheus, which only `serve --metrics` needs",
-    "incidentkit.http.app": "loads the metrics, which need not be served",
+    "incidentkit.http.parts": "loads the parts of the service that an argument asks for",
     "incidentkit.opening": "loads the session, the settings and the migrations when they are used",
 }
 """Modules that may import inside functions, each with its reason."""

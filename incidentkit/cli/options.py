@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import wraps
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from incidentkit.cli.completion import offer_databases
 from incidentkit.cli.text import harmless
 from incidentkit.domain.actor import acting_as
 from incidentkit.domain.errors import InvalidSettings
+from incidentkit.domain.rules import time_text
 from incidentkit.domain.values import IncidentSource, IncidentStatus
 from incidentkit.environment import unknown_variables
 from incidentkit.settings import Settings, names_database, read_variables
@@ -126,7 +127,7 @@ takes_json: Final = click.option(
 
 # Not generic before click 8.4.
 class Time(click.ParamType):  # type: ignore[type-arg]
-    """A time in ISO 8601; UTC unless it has an offset."""
+    """A date, or a time of RFC 3339; UTC unless it has an offset."""
 
     name = "time"
 
@@ -134,11 +135,11 @@ class Time(click.ParamType):  # type: ignore[type-arg]
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> datetime:
         """Return the aware time."""
+        text = str(value)
         try:
-            time = datetime.fromisoformat(str(value))
+            return time_text(f"{text} 00:00:00" if len(text) == len("2026-11-23") else text)
         except ValueError:
             self.fail("must be a time such as 2026-11-23 or 2026-11-23T09:30:00Z", param, ctx)
-        return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
 class Age(click.ParamType):  # type: ignore[type-arg]

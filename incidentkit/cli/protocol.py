@@ -32,7 +32,7 @@ from incidentkit.cli import limits
 from incidentkit.cli.limits import Places
 from incidentkit.cli.log import LOG
 from incidentkit.http.envelope import Envelope
-from incidentkit.http.problems import RETRY_HEADERS, Refusal, problem_response
+from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_response
 from incidentkit.http.request_id import NAME, request_id
 from incidentkit.http.server_hooks import EXTENSION, ServerHooks
 
@@ -216,7 +216,7 @@ class Protocol(HttpToolsProtocol):
         """Take a part of the URL."""
         super().on_url(url)
         if len(self.url) > limits.MAX_TARGET:
-            raise Refusal(414, f"The URL must be at most {limits.MAX_TARGET} bytes")
+            raise Refusal(Kind.URI_TOO_LONG, f"The URL must be at most {limits.MAX_TARGET} bytes")
 
     def on_headers_complete(self) -> None:
         """Begin to answer the request."""
@@ -278,7 +278,7 @@ class Protocol(HttpToolsProtocol):
                 at += upgrade.args[0] - len(piece)
             except httptools.HttpParserError as error:
                 cause = error.__context__
-                broken = Refusal(400, "The request is not valid HTTP/1.1")
+                broken = Refusal(Kind.MALFORMED_REQUEST, "The request is not valid HTTP/1.1")
                 self._refuse(cause if isinstance(cause, Refusal) else broken)
                 return
             if self._requests == requests + is_new:
@@ -305,7 +305,9 @@ class Protocol(HttpToolsProtocol):
         if self._in_request:
             self._framing += framing
             if self._framing > limits.MAX_HEAD + limits.FRAMING * self._body:
-                return Refusal(431, "The trailers and the chunk extensions are too large")
+                return Refusal(
+                    Kind.HEADERS_TOO_LARGE, "The trailers and the chunk extensions are too large"
+                )
             if self.cycle is not None and self.cycle.response_complete:
                 self._drop(size)
         return None
@@ -313,14 +315,19 @@ class Protocol(HttpToolsProtocol):
     def _too_large_head(self) -> Refusal | None:
         """Return why the request line and the headers that have arrived are too large."""
         if len(self.headers) > limits.MAX_HEADERS:
-            return Refusal(431, f"A request must have at most {limits.MAX_HEADERS} headers")
+            return Refusal(
+                Kind.HEADERS_TOO_LARGE, f"A request must have at most {limits.MAX_HEADERS} headers"
+            )
         size = self._head
         if size + PIECE > limits.MAX_HEAD:
             # The last piece is counted by what the parser has found in it.
             known = sum(len(name) + len(value) + 4 for name, value in self.headers)
             size = max(size, len(self.url) + known)
         if size > limits.MAX_HEAD:
-            return Refusal(431, f"The headers must be at most {limits.MAX_HEAD} bytes together")
+            return Refusal(
+                Kind.HEADERS_TOO_LARGE,
+                f"The headers must be at most {limits.MAX_HEAD} bytes together",
+            )
         return None
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -345,10 +352,10 @@ class Protocol(HttpToolsProtocol):
         """Send the refusal, and close the connection once the client can have read it."""
         id_ = request_id({"headers": ()})
         logger.info(
-            "Refused with %d: %s", refusal.status, refusal.detail, extra={"request_id": id_}
+            "Refused with %d: %s", refusal.kind.status, refusal.detail, extra={"request_id": id_}
         )
         headers = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
-        head, rest = _refusal_answer(refusal.status, refusal.detail)
+        head, rest = _refusal_answer(refusal.kind, refusal.detail)
         answer = head + headers + rest
         self.transport.write(answer.replace(SOME_ID.encode(), id_.encode()))
         if self.transport.can_write_eof():
@@ -386,7 +393,11 @@ class Protocol(HttpToolsProtocol):
         elif since is not None and now - since >= self.receive_timeout:
             if self._in_request:
                 seconds = f"{self.receive_timeout:g}"
-                self._refuse(Refusal(408, f"The request did not arrive within {seconds} seconds"))
+                self._refuse(
+                    Refusal(
+                        Kind.REQUEST_TIMEOUT, f"The request did not arrive within {seconds} seconds"
+                    )
+                )
             else:
                 self._receiving_since = None
                 self.transport.close()
@@ -410,16 +421,16 @@ class Protocol(HttpToolsProtocol):
 
 
 @lru_cache
-def _refusal_answer(status: int, detail: str) -> tuple[bytes, bytes]:
+def _refusal_answer(kind: Kind, detail: str) -> tuple[bytes, bytes]:
     """Return the status line of a refusal, and the rest with :data:`SOME_ID` as its request's id.
 
     Clients that are refused come again and again, so an answer is made only once.
     """
     request = Request({"type": "http", "headers": [(NAME, SOME_ID.encode())]})
-    response = problem_response(request, Refusal(status, detail))
+    response = problem_response(request, Refusal(kind, detail))
     headers = [*response.raw_headers, (NAME, SOME_ID.encode()), (b"connection", b"close")]
     lines = b"".join(b"%b: %b\r\n" % header for header in headers)
-    return STATUS_LINE[status], lines + b"\r\n" + bytes(response.body)
+    return STATUS_LINE[kind.status], lines + b"\r\n" + bytes(response.body)
 
 
 def _places(server: ServerState, limit: int | None) -> Places:
@@ -453,7 +464,7 @@ def _only_health(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, send_last)
             return
         detail = "The service has as many connections as it can serve"
-        refusal = Refusal(503, detail, headers=RETRY_HEADERS)
+        refusal = Refusal(Kind.TOO_MANY_CONNECTIONS, detail, headers=RETRY_HEADERS)
         await problem_response(Request(scope), refusal)(scope, receive, send_last)
 
     return Envelope(answer)

@@ -104,6 +104,7 @@ def list_incidents(servers: Servers, *, as_json: bool, **query: Any) -> None:
     type=Time(),
     help="Only incidents created before this time, in UTC unless it has an offset.",
 )
+@click.option("--dedup-key", metavar="KEY", help="Only incidents with this deduplication key.")
 @click.option("--text", help='Words and "phrases" that the message must all contain.')
 @click.option(
     "--order",

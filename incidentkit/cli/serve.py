@@ -14,6 +14,7 @@ from incidentkit.cli.commands import Command
 from incidentkit.cli.listening import MODE, Address, Inherited, Tcp, Unix
 from incidentkit.cli.loading import run_server
 from incidentkit.cli.options import Servers, takes_servers
+from incidentkit.domain.rules import origin
 from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME
 from incidentkit.store.options import PREPARED_STATEMENTS
 
@@ -64,6 +65,14 @@ def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
     help="Number of processes that answer requests.",
 )
 @click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="An origin, such as https://board.example.com, whose pages may use the service in a "
+    "browser; repeat it for several. Overrides the environment.",
+)
+@click.option(
     "--prepared-statements",
     type=click.Choice(tuple(PREPARED_STATEMENTS)),
     help="Whether PostgreSQL keeps statements prepared; auto: not behind a connection pooler. "
@@ -94,6 +103,7 @@ def serve(  # noqa: PLR0913
     uds_mode: int,
     fd: int | None,
     workers: int,
+    cors_origins: tuple[str, ...],
     prepared_statements: str | None,
     stream_lifetime: int | None,
     metrics: bool,
@@ -119,6 +129,11 @@ def serve(  # noqa: PLR0913
         settings = evolve(settings, store=evolve(settings.store, prepared_statements=chosen))
     if stream_lifetime is not None:
         settings = evolve(settings, stream_lifetime=stream_lifetime)
+    if cors_origins:
+        try:
+            settings = evolve(settings, cors_origins=tuple(map(origin, cors_origins)))
+        except ValueError as error:
+            raise click.UsageError(f"--cors-origin {error}") from None
     ended_well = run_server(settings, address, workers, metrics=metrics, log_format=log_format)
     click.get_current_context().exit(0 if ended_well else 1)
 

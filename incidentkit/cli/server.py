@@ -139,6 +139,7 @@ def make_app(settings: Settings, *, metrics: bool = False) -> Starlette:
         cache_required=settings.redis_required,
         stream_lifetime=settings.stream_lifetime,
         metrics=metrics,
+        cors=settings.cors_origins,
     )
     # Loaded modules live as long as the process: keep the garbage collector from visiting them.
     gc.freeze()

@@ -53,6 +53,13 @@ def _read_text(ctx: click.Context, __: click.Parameter, value: str | None) -> st
         raise click.BadParameter("stdin cannot be read") from error
 
 
+_takes_expected_version: Final = click.option(
+    "--expected-version",
+    type=int,
+    help="Change nothing unless the incident has this version.",
+)
+
+
 @click.command(cls=Command)
 @click.argument("incident_message", callback=_read_text)
 @click.option(
@@ -106,11 +113,7 @@ def create(servers: Servers, incident_message: str, *, as_json: bool, **fields: 
     callback=_read_text,
     help="A note for the history; a dash reads it from stdin.",
 )
-@click.option(
-    "--expected-version",
-    type=int,
-    help="Change nothing unless the incident has this version.",
-)
+@_takes_expected_version
 @takes_idempotency_key
 @takes_actor
 @takes_json
@@ -133,15 +136,17 @@ def update_status(
 @click.command(cls=Command)
 @click.argument("incident_id", type=int)
 @click.argument("text", metavar="NOTE", callback=_read_text)
+@_takes_expected_version
+@takes_idempotency_key
 @takes_actor
 @takes_json
 @takes_servers
-def note(servers: Servers, incident_id: int, text: str, *, as_json: bool) -> None:
+def note(servers: Servers, incident_id: int, text: str, *, as_json: bool, **options: Any) -> None:
     """Add a note to an incident's history, and show it.
 
     NOTE is the text; a dash reads it from stdin.
     """
-    event = run(servers, lambda incidents: incidents.note(incident_id, text))
+    event = run(servers, lambda incidents: incidents.note(incident_id, text, **options))
     write(encode_event(event) if as_json else events([event]))
 
 

@@ -11,7 +11,13 @@ from attrs import field, frozen
 from incidentkit.domain import rules
 from incidentkit.domain.errors import FieldError, InvalidIncident
 from incidentkit.domain.rules import check_names, collect, raise_faults
-from incidentkit.domain.values import MAX_MANY, OPEN, IncidentSource, IncidentStatus
+from incidentkit.domain.values import (
+    MAX_MANY,
+    OPEN,
+    IncidentSource,
+    IncidentStatus,
+    VersionMatch,
+)
 
 MAX_FAULTS: Final = 10
 """Maximum number of invalid items listed in one error."""
@@ -69,6 +75,8 @@ class NoteAddition:
     Args:
         incident_id: 1 to 2^63-1.
         note: Surrounding white space is removed; the rest has 1 to 1000 characters.
+        expected_version: The version or the tag that the incident must have, or a condition on
+            them; None: any version.
 
     Raises:
         InvalidIncident: With every faulty field.
@@ -76,6 +84,9 @@ class NoteAddition:
 
     incident_id: int = field(converter=rules.incident_id)
     note: str = field(converter=rules.note)
+    expected_version: int | str | VersionMatch | None = field(
+        default=None, converter=rules.optional_version
+    )
 
     __attrs_post_init__ = raise_faults
 
@@ -88,7 +99,8 @@ class StatusChange:
         incident_id: 1 to 2^63-1.
         status: The new status.
         note: A note for the history, in 1 to 1000 characters; None: no note.
-        expected_version: The version or the tag that the incident must have; None: any version.
+        expected_version: The version or the tag that the incident must have, or a condition on
+            them; None: any version.
 
     Raises:
         InvalidIncident: With every faulty field.
@@ -97,7 +109,9 @@ class StatusChange:
     incident_id: int = field(converter=rules.incident_id)
     status: IncidentStatus = field(converter=rules.status)
     note: str | None = field(default=None, converter=rules.optional_note)
-    expected_version: int | str | None = field(default=None, converter=rules.optional_version)
+    expected_version: int | str | VersionMatch | None = field(
+        default=None, converter=rules.optional_version
+    )
 
     __attrs_post_init__ = raise_faults
 

@@ -80,6 +80,7 @@ class SearchQuery:
         source: One source or several; None: any source.
         created_after: Only incidents created at this time or later; None: no lower bound.
         created_before: Only incidents created before this time; None: no upper bound.
+        dedup_key: Only incidents with this deduplication key; None: any, or none.
         text: Words and phrases that the message must contain: 1 to 200 characters with at least one
             letter or digit, and at most 32 different words and phrases, not counting those that
             another one includes. None: any message.
@@ -96,6 +97,7 @@ class SearchQuery:
     source: frozenset[IncidentSource] | None = field(default=None, converter=rules.sources)
     created_after: datetime = field(default=None, converter=rules.lower_bound)
     created_before: datetime = field(default=None, converter=rules.upper_bound)
+    dedup_key: str | None = field(default=None, converter=rules.optional_name)
     text: str | None = field(default=None, converter=rules.optional_text)
     order: IncidentOrder = field(default=IncidentOrder.NEWEST, converter=rules.order)
     limit: int = field(default=DEFAULT_LIMIT, converter=rules.limit)

@@ -47,6 +47,7 @@ from incidentkit.domain.values import (
     IncidentOrder,
     IncidentSource,
     IncidentStatus,
+    VersionMatch,
 )
 from incidentkit.domain.words import phrases
 
@@ -287,13 +288,21 @@ def incident_id(value: int) -> int:
     return _integer(value, 1, MAX_ID)
 
 
-def optional_version(value: int | str | None) -> int | str | None:
-    """Return a version from 1 to 2^63-1, the tag of an incident, or None."""
+def optional_version(value: int | str | VersionMatch | None) -> int | str | VersionMatch | None:
+    """Return the version, 1 to 2^63-1; the tag of an incident; a condition on both; or None."""
+    if isinstance(value, VersionMatch):
+        for each in (*(value.any_of or ()), *value.none_of):
+            _version(each)
+        return value
+    return None if value is None else _version(value)
+
+
+def _version(value: int | str) -> int | str:
     if isinstance(value, str):
         if _INCIDENT_TAG.fullmatch(value) is None:
             raise ValueError(f"must be an integer from 1 to {MAX_ID}, or the tag of an incident")
         return value
-    return None if value is None else _integer(value, 1, MAX_ID)
+    return _integer(value, 1, MAX_ID)
 
 
 def page(value: int) -> int:
@@ -329,6 +338,39 @@ def _seconds(value: object) -> float:
     return value
 
 
+_NO_TIME: Final = "must be YYYY-MM-DD HH:MM:SS in UTC, or a time of RFC 3339"
+_TIME: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ]([01]\d:[0-5]\d|2[0-3]:[0-5]\d):([0-5]\d|60)(?:\.(\d+))?"
+    r"([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)?",
+    re.ASCII,
+)
+_BLANK_OFFSET: Final = re.compile(r":\d\d(?:\.\d+)? \d\d:\d\d$", re.ASCII)
+
+
+def time_text(value: str) -> datetime:
+    """Return the time of a text: ``YYYY-MM-DD HH:MM:SS`` in UTC, or RFC 3339 with an offset.
+
+    The letter ``T`` may stand between the date and the time, in either case. A leap second counts
+    as the second after it.
+    """
+    found = _TIME.fullmatch(value)
+    if found is None:
+        if _BLANK_OFFSET.search(value):
+            raise ValueError("has a blank where its offset needs a +: write %2B in a URL")
+        raise ValueError(_NO_TIME)
+    date, time, second, fraction, offset = found.groups()
+    text = f"{date}T{time}:{'59' if second == '60' else second}{offset or 'Z'}".upper()
+    try:
+        moment = datetime.fromisoformat(text)
+        if second == "60":
+            moment += timedelta(seconds=1)
+        elif fraction and fraction.strip("0"):
+            moment += timedelta(microseconds=max(1, int(f"{fraction:0<6}"[:6])))
+    except (OverflowError, ValueError):
+        raise ValueError(_NO_TIME) from None
+    return moment
+
+
 def time_bound(value: datetime) -> datetime:
     """Return an aware time in UTC, rounded up to a whole second, the resolution of incidents."""
     return _time_bound(value)
@@ -339,6 +381,20 @@ def _time_bound(value: object) -> datetime:
         raise ValueError("must be an aware datetime")
     time = min(max(value, EARLIEST_TIME), LATEST_TIME).astimezone(UTC)
     return time.replace(microsecond=0) + timedelta(seconds=time.microsecond > 0)
+
+
+_ORIGIN: Final = re.compile(
+    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[1-9]\d{0,4})?", re.ASCII
+)
+_DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
+
+
+def origin(value: str) -> str:
+    """Return the origin of a page as a browser sends it, or ``*`` for any origin."""
+    text = _string(value).lower()
+    if text != "*" and _ORIGIN.fullmatch(text) is None:
+        raise ValueError("must be origins such as https://board.example.com, or *")
+    return text.removesuffix(_DEFAULT_PORTS.get(text.partition("://")[0], "?"))
 
 
 def lower_bound(value: datetime | None) -> datetime:

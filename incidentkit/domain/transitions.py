@@ -7,7 +7,7 @@ from typing import Any, Final, TypeAlias
 
 from incidentkit.domain.commands import StatusChange
 from incidentkit.domain.errors import IllegalTransition, InvalidSettings, VersionConflict
-from incidentkit.domain.values import Incident, IncidentStatus
+from incidentkit.domain.values import Incident, IncidentStatus, has_version
 
 Graph: TypeAlias = Mapping[Any, Collection[str]]
 """For each status, as a member or its value, the statuses that may follow it; a status that is not
@@ -53,9 +53,7 @@ class Transitions:
             VersionConflict: If the incident does not have the expected version.
             IllegalTransition: If the graph does not contain the change.
         """
-        expected = change.expected_version
-        found = incident.tag if isinstance(expected, str) else incident.version
-        if expected not in (None, found):
+        if not has_version(incident, change.expected_version):
             raise VersionConflict(incident)
         if incident.incident_type not in self.sources(change.status):
             raise IllegalTransition(incident, change.status)

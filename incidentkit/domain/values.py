@@ -168,6 +168,40 @@ class Incident:
 
 
 @frozen
+class VersionMatch:
+    """A condition on the version of an incident, as the headers of HTTP state one.
+
+    A version is an integer, and the ``tag`` of an incident a string.
+
+    Attributes:
+        any_of: The incident must have one of these; none fits an empty tuple. None: any version.
+        none_of: The incident must have none of these.
+    """
+
+    any_of: tuple[int | str, ...] | None = None
+    none_of: tuple[int | str, ...] = ()
+
+    def fits(self, incident: Incident) -> bool:
+        """Return whether the incident meets the condition."""
+        own = (incident.version, incident.tag)
+        if self.any_of is not None and not any(each in own for each in self.any_of):
+            return False
+        return not any(each in own for each in self.none_of)
+
+
+def has_version(incident: Incident, expected: int | str | VersionMatch | None) -> bool:
+    """Return whether an incident has the expected version or tag; None is any version."""
+    match expected:
+        case None:
+            return True
+        case int():
+            return incident.version == expected
+        case str():
+            return incident.tag == expected
+    return expected.fits(incident)
+
+
+@frozen
 class IncidentEvent:
     """One change of an incident, recorded in the same transaction; a row of ``incident_event``.
 

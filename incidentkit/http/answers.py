@@ -11,14 +11,16 @@ from urllib.parse import parse_qsl, quote, urlencode
 from starlette.requests import Request
 from starlette.responses import Response
 
+from incidentkit.domain.errors import VersionConflict
 from incidentkit.domain.queries import ListQuery
-from incidentkit.domain.values import ChangePage, Incident
+from incidentkit.domain.replays import Replay, watching_for_replay
+from incidentkit.domain.values import ChangePage, Incident, has_version
 from incidentkit.http import docs
-from incidentkit.http.checks import check_changes
+from incidentkit.http.checks import check_changes, expected
 from incidentkit.http.health import Health, State, readiness
 from incidentkit.http.openapi import document
-from incidentkit.http.problems import RETRY_HEADERS, Refusal, etag
-from incidentkit.http.requests import KNOWN_QUERIES
+from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, etag
+from incidentkit.http.requests import KNOWN_QUERIES, accepts
 from incidentkit.http.server_hooks import server_log
 from incidentkit.http.service import Service
 from incidentkit.http.streams import (
@@ -41,6 +43,9 @@ from incidentkit.wire import (
 )
 
 _T = TypeVar("_T")
+
+REVALIDATE: Final[Mapping[str, str]] = {"Cache-Control": "private, no-cache"}
+"""Lets a browser keep an answer and ask each time whether it still holds."""
 
 _list_query: Final = lru_cache(KNOWN_QUERIES)(ListQuery)
 
@@ -71,6 +76,10 @@ def _incident(
     return _json(encode_incident(incident), status, {"ETag": etag(incident), **(headers or {})})
 
 
+def _replayed(replay: Replay) -> dict[str, str]:
+    return {"Idempotent-Replayed": "true"} if replay.happened else {}
+
+
 def _link(request: Request, path: str, cursor: str | None) -> dict[str, str]:
     """Return the ``Link`` to the next page: the same query with another cursor."""
     if cursor is None:
@@ -82,12 +91,25 @@ def _link(request: Request, path: str, cursor: str | None) -> dict[str, str]:
 
 async def create(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Create an incident, or count another occurrence of an open one."""
-    incident = await _service(request).client.create(
-        arguments["body"], idempotency_key=arguments["idempotency_key"]
-    )
+    with watching_for_replay() as replay:
+        incident = await _service(request).client.create(
+            arguments["body"], idempotency_key=arguments["idempotency_key"]
+        )
     location = f"{_root_path(request)}/incident/get/{incident.incident_id}"
     status = HTTPStatus.CREATED if incident.occurrences == 1 else HTTPStatus.OK
-    return _incident(incident, status, {"Location": location})
+    return _incident(incident, status, {"Location": location, **_replayed(replay)})
+
+
+async def create_many(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Create incidents, all or none, or count further occurrences of open ones."""
+    with watching_for_replay() as replay:
+        incidents = await _service(request).client.create_many(
+            arguments["body"], idempotency_key=arguments["idempotency_key"]
+        )
+    created = any(incident.occurrences == 1 for incident in incidents)
+    status = HTTPStatus.CREATED if created else HTTPStatus.OK
+    content = await encode_array(incidents, encode_incidents)
+    return _json(content, status, _replayed(replay))
 
 
 async def list_(request: Request, arguments: Mapping[str, Any]) -> Response:
@@ -98,13 +120,32 @@ async def list_(request: Request, arguments: Mapping[str, Any]) -> Response:
 
 
 async def get(request: Request, arguments: Mapping[str, Any]) -> Response:
-    """Answer with one incident."""
-    return _incident(await _service(request).client.get(**arguments))
+    """Answer with one incident, or with 304 if the client has it.
+
+    Raises:
+        VersionConflict: If the client asks for another version.
+    """
+    incident = await _service(request).client.get(arguments["incident_id"])
+    wanted, known = arguments["if_match"], arguments["if_none_match"]
+    if wanted is not None and not has_version(incident, expected(wanted, None)):
+        raise VersionConflict(incident)
+    if known is not None and not has_version(incident, expected(None, known)):
+        return Response(status_code=304, headers={"ETag": etag(incident), **REVALIDATE})
+    return _incident(incident, headers=REVALIDATE)
 
 
 async def update_status(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Change the status of an incident."""
-    return _incident(await _service(request).client.update_status(**arguments))
+    with watching_for_replay() as replay:
+        incident = await _service(request).client.update_status(**_with_expected(arguments))
+    return _incident(incident, headers=_replayed(replay))
+
+
+def _with_expected(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the expected version in place of the preconditions."""
+    others = dict(arguments)
+    version = expected(others.pop("if_match"), others.pop("if_none_match"))
+    return {**others, "expected_version": version}
 
 
 async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
@@ -134,8 +175,8 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
     after, limit, wait = (arguments[name] for name in ("after", "limit", "wait"))
     if arguments["last_event_id"] is not None:
         after = arguments["last_event_id"]
-    accepted = ",".join(request.headers.getlist("accept"))
-    if MEDIA_TYPE in accepted and request.method == "GET":
+    streams = accepts(request.scope["headers"], MEDIA_TYPE, before="application/json")
+    if streams and request.method == "GET":
         return await stream_changes(request, client, readers, after)
     page: ChangePage | None = None
     if wait:
@@ -151,9 +192,11 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
 
 async def note(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Add a note to the history of an incident."""
-    body: NewNote = arguments["body"]
-    event = await _service(request).client.note(arguments["incident_id"], body.note)
-    return _json(encode_event(event), HTTPStatus.CREATED)
+    options = _with_expected(arguments)
+    body: NewNote = options.pop("body")
+    with watching_for_replay() as replay:
+        event = await _service(request).client.note(note=body.note, **options)
+    return _json(encode_event(event), HTTPStatus.CREATED, _replayed(replay))
 
 
 async def live(_: Request, __: Mapping[str, Any]) -> Response:
@@ -180,13 +223,21 @@ async def ready(request: Request, _: Mapping[str, Any]) -> Response:
     members = wire_converter().unstructure(found)
     if not found.ready:
         detail = "The service is not ready"
-        raise Refusal(503, detail, headers=RETRY_HEADERS, members=members)
+        raise Refusal(Kind.NOT_READY, detail, headers=RETRY_HEADERS, members=members)
     return _json(dump_json(members))
 
 
 async def openapi(request: Request, _: Mapping[str, Any]) -> Response:
     """Answer with the OpenAPI document of the app."""
     return _json(dump_json(document(_service(request).operations, _root_path(request))))
+
+
+async def index(request: Request, _: Mapping[str, Any]) -> Response:
+    """Lead to Swagger UI."""
+    # A relative address holds behind a proxy that strips a prefix, too.
+    below = request.scope["path"].endswith("/")
+    location = "docs" if below else f"{_root_path(request)}/docs"
+    return Response(status_code=307, headers={"Location": location})
 
 
 async def docs_page(_: Request, __: Mapping[str, Any]) -> Response:

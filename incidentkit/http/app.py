@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME, STREAM_LIFETIME
 from incidentkit.http.docs import check_files
-from incidentkit.http.operation import Operation
+from incidentkit.http.parts import add_cors, metrics_of
 from incidentkit.http.request_log import Appender, RequestLog
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.http.service import Service
@@ -30,6 +30,7 @@ def create_app(  # noqa: PLR0913
     cache_required: bool = False,
     docs: bool = True,
     stream_lifetime: float = STREAM_LIFETIME,
+    cors: Sequence[str] = (),
     metrics: bool = False,
 ) -> Starlette:
     """Return the REST service on a client, to run alone or to mount in another app.
@@ -53,14 +54,17 @@ def create_app(  # noqa: PLR0913
         stream_lifetime: Seconds, 10 to 86400, after which a stream of changes ends; its reader
             resumes it with a new request. Some streams end up to a quarter earlier, so that their
             readers do not all come back at once.
+        cors: The origins of pages that may use the service in a browser, such as
+            ``https://board.example.com``; ``*`` is any. Empty: a browser keeps pages of other
+            origins out.
         metrics: Whether ``/metrics`` is served for Prometheus. The client must be opened with
             ``observer=PrometheusObserver()``.
 
     Raises:
         InvalidSettings: If ``request_log`` is another value, or the client cannot write it; if
-            ``stream_lifetime`` is out of range; if ``metrics`` is true and the client has another
-            observer or none; or if ``docs`` is true and the program was frozen without the files of
-            Swagger UI.
+            ``stream_lifetime`` is out of range; if ``cors`` has something else than origins; if
+            ``metrics`` is true and the client has another observer or none; or if ``docs`` is true
+            and the program was frozen without the files of Swagger UI.
     """
     log = _request_log(client, request_log)
     if not MIN_STREAM_LIFETIME <= stream_lifetime <= MAX_STREAM_LIFETIME:
@@ -70,20 +74,15 @@ def create_app(  # noqa: PLR0913
         check_files()
     app = Service(
         client,
-        (*OPERATIONS, *(DOCS if docs else ()), *(_metrics(client) if metrics else ())),
+        (*OPERATIONS, *(DOCS if docs else ()), *(metrics_of(client) if metrics else ())),
         request_log=log,
         cache_required=cache_required,
         lifespan=lifespan,
     )
     app.readers.lifetime = stream_lifetime
+    if cors:
+        add_cors(app, cors)
     return app
-
-
-def _metrics(client: IncidentClient) -> tuple[Operation, ...]:
-    from incidentkit.http.metrics import METRICS, check_observer  # noqa: PLC0415
-
-    check_observer(client)
-    return METRICS
 
 
 def _request_log(client: IncidentClient, setting: RequestLogSetting) -> RequestLog | None:

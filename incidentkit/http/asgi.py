@@ -28,6 +28,7 @@ app = create_app(
     request_log=_settings.request_log,
     cache_required=_settings.redis_required,
     stream_lifetime=_settings.stream_lifetime,
+    cors=_settings.cors_origins,
 )
 
 # The objects loaded so far stay; the garbage collector need not visit them again.

@@ -72,7 +72,18 @@ class Dispatcher:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
-        endpoint = self._find(scope) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        root_path = scope.get("root_path")
+        if root_path:
+            paths = route_paths(scope)
+            endpoint = next(filter(None, (self._find(scope, path) for path in paths)), None)
+            if endpoint is None:
+                # The router takes the root path off again.
+                scope = {**scope, "path": root_path.rstrip("/") + paths[0]}
+        else:
+            endpoint = self._find(scope, scope["path"])
         if endpoint is None:
             await self._app(scope, receive, send)
             return
@@ -81,14 +92,28 @@ class Dispatcher:
         scope.setdefault("endpoint", endpoint)
         await endpoint(scope, receive, send)
 
-    def _find(self, scope: Scope) -> Endpoint | None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+    def _find(self, scope: Scope, path: str) -> Endpoint | None:
         found = self._endpoints.get((scope["method"], path))
         if found is not None:
             return None if found[1] else found[0]
         parent, slash, last = path.rpartition("/")
         found = self._endpoints.get((scope["method"], parent + slash))
-        if found is None:
+        if found is None or not found[1]:
             return None
         scope["path_params"] = {**scope.get("path_params", {}), found[1]: last}
         return found[0]
+
+
+def route_paths(scope: Scope) -> list[str]:
+    """Return the paths to look up: below the root path, and as given.
+
+    By ASGI, a path begins with the root path. Behind a proxy that strips a prefix, an app may know
+    the prefix as its root path although the paths come without it. If the app mounts this one, only
+    the mount's part of the root path is in them.
+    """
+    path: str = scope["path"]
+    root_path: str = scope["root_path"].rstrip("/")
+    outer: str = scope.get("app_root_path", "").rstrip("/")
+    prefixes = [each for each in (root_path, root_path.removeprefix(outer)) if each]
+    below = [path[len(each) :] or "/" for each in prefixes if f"{path}/".startswith(f"{each}/")]
+    return [*below, path]

@@ -1,8 +1,9 @@
-"""The outermost layer of the app: every answer leaves through it."""
+"""The outermost layer of the app: every answer leaves through it, with the common headers."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from typing import Final
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,9 +11,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_id import NAME, request_id
 
+NO_STORE: Final = (b"cache-control", b"no-store")
+"""Keeps an answer out of every cache, unless it has a Cache-Control of its own."""
+
+NO_SNIFF: Final = (b"x-content-type-options", b"nosniff")
+"""Keeps a browser from guessing another type of content than the declared one."""
+
 
 class Envelope:
-    """Puts the request's id on every answer, and answers errors that nothing else has answered.
+    """Puts the common headers on every answer, and answers errors that nothing else has answered.
+
+    The headers are the id of the request, and those that keep caches and browsers from being too
+    clever.
 
     Such an error comes from a middleware or a route of a host: operations answer their own. It is
     raised again once it is answered, as by Starlette, so that the server logs it too.
@@ -31,21 +41,21 @@ class Envelope:
             return
         started = False
         # Made before anything else, since a middleware may pass a copy of the scope on.
-        id_ = NAME, request_id(scope).encode()
+        common = (NAME, request_id(scope).encode()), NO_STORE, NO_SNIFF
 
-        def send_with_id(message: Message) -> Awaitable[None]:
+        def send_with_headers(message: Message) -> Awaitable[None]:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 headers = message["headers"] = list(message.get("headers", ()))
-                # A host's middleware may have put its own id there.
-                if NAME not in dict(headers):
-                    headers.append(id_)
+                # A host's middleware may have put its own there.
+                given = dict(headers)
+                headers.extend(each for each in common if each[0] not in given)
             return send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if not started:
-                await problem_response(Request(scope), error)(scope, receive, send_with_id)
+                await problem_response(Request(scope), error)(scope, receive, send_with_headers)
             raise

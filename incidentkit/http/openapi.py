@@ -40,10 +40,19 @@ from incidentkit.http.health import (
     SchemaHealth,
     State,
 )
-from incidentkit.http.operation import EntityTag, Operation, Parameter
-from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Conflict, Problem
+from incidentkit.http.operation import MAX_BODY, EntityTags, Operation, Parameter
+from incidentkit.http.problems import (
+    MEDIA_TYPE,
+    RETRY_AFTER,
+    TITLES,
+    TYPE,
+    Conflict,
+    Kind,
+    Problem,
+    Refusal,
+    problem_for,
+)
 from incidentkit.http.request_id import HEADER, PATTERN
-from incidentkit.http.requests import MAX_BODY
 from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.store.schema import SCHEMA_REVISION
 from incidentkit.version import __version__
@@ -93,6 +102,12 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
     (ChangePage, "next"): {"description": "The after= to continue with."},
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
+    (Problem, "type"): {"format": "uri", "pattern": f"^{TYPE}[a-z_]+$"},
+    (Problem, "code"): {
+        "enum": [kind.code for kind in Kind],
+        "description": "The kind of problem, for programs. A code never changes; a later version "
+        "may have further ones.",
+    },
     (Problem, "status"): {"minimum": 400, "maximum": 599},
     (Problem, "request_id"): {"pattern": f"^{PATTERN}$"},
     (FeedHealth, "since"): {
@@ -178,22 +193,28 @@ _MODELS: Final = {
 }
 """An example of each model in a request or an answer."""
 
-_DETAILS: Final = {
-    400: "The body is not well-formed JSON (line 1, column 2)",
-    404: "Incident not found",
-    409: "Incident 7 cannot go from completed to new",
-    410: "The cursor is unknown in this database: start again without a cursor",
-    412: "Incident 7 has moved on: it is at version 1",
-    413: f"The body must be at most {MAX_BODY} bytes",
-    415: "The Content-Type must be application/json",
-    422: f"incident_id must be an integer from 1 to {MAX_ID}",
-    429: "100 readers, the maximum, are already waiting for changes",
-    500: "The server failed to answer the request",
-    503: "The database is unavailable, or its schema does not match the service",
-}
-"""An example detail of each problem."""
+_FAULT: Final = FieldError("incident_id", f"must be an integer from 1 to {MAX_ID}")
 
-_ERRORS: Final = {422: (FieldError("incident_id", f"must be an integer from 1 to {MAX_ID}"),)}
+_REFUSALS: Final = (
+    Refusal(Kind.MALFORMED_BODY, "The body is not well-formed JSON (line 1, column 2)"),
+    Refusal(Kind.INCIDENT_NOT_FOUND, "Incident not found"),
+    Refusal(Kind.ILLEGAL_TRANSITION, "Incident 7 cannot go from completed to new"),
+    Refusal(
+        Kind.UNKNOWN_CURSOR, "The cursor is unknown in this database: start again without a cursor"
+    ),
+    Refusal(Kind.VERSION_CONFLICT, "Incident 7 has moved on: it is at version 1"),
+    Refusal(Kind.BODY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes"),
+    Refusal(Kind.UNSUPPORTED_MEDIA_TYPE, "The Content-Type must be application/json"),
+    Refusal(Kind.INVALID_INCIDENT, f"{_FAULT.field} {_FAULT.reason}", (_FAULT,)),
+    Refusal(Kind.TOO_MANY_READERS, "100 readers, the maximum, are already waiting for changes"),
+    Refusal(Kind.INTERNAL_ERROR, "The server failed to answer the request"),
+    Refusal(
+        Kind.STORE_UNAVAILABLE,
+        "The database is unavailable, or its schema does not match the service",
+    ),
+)
+_EXAMPLES: Final = {refusal.kind.status: refusal for refusal in _REFUSALS}
+"""An example of each problem, by its status."""
 
 _PROBLEM_HEADERS: Final = {
     409: ("ETag",),
@@ -257,6 +278,11 @@ _HEADERS: Final[Json] = {
         "schema": {"type": "string", "format": "uri-reference"},
         "example": "/incident/get/7",
     },
+    "Idempotent-Replayed": {
+        "description": "The answer is that of an earlier request with the same Idempotency-Key.",
+        "required": False,
+        "schema": {"type": "string", "enum": ["true"]},
+    },
     "Retry-After": {
         "description": "Seconds to wait before trying again.",
         "required": True,
@@ -272,19 +298,30 @@ def _operation(operation: Operation, schemas: Json) -> Json:
         "summary": operation.summary,
         "tags": [operation.path.split("/")[1]],
     }
+    if operation.description:
+        described["description"] = operation.description
     if operation.parameters:
         described["parameters"] = [
-            _parameter(parameter, schemas) for parameter in operation.parameters
+            _parameter(parameter, operation, schemas) for parameter in operation.parameters
         ]
+    if operation.fields:
+        described["requestBody"] = _fields(operation, schemas)
     if operation.body is not None:
-        described["requestBody"] = {
-            "required": True,
-            "content": {"application/json": _content(operation.body, schemas)},
-        }
+        content = _content(operation.body, schemas)
+        if operation.max_items:
+            content["schema"] = {
+                "type": "array",
+                "items": content["schema"],
+                "maxItems": operation.max_items,
+            }
+            content["example"] = [content["example"]]
+        described["requestBody"] = {"required": True, "content": {"application/json": content}}
+    keyed = any(parameter.header == "Idempotency-Key" for parameter in operation.parameters)
+    repeats = ("Idempotent-Replayed",) if keyed else ()
     described["responses"] = {
         str(status): {
             "description": means,
-            "headers": _headers(HEADER, *operation.headers),
+            "headers": _headers(HEADER, *operation.headers, *repeats),
             "content": {
                 "application/json": _content(operation.returns, schemas),
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
@@ -292,6 +329,11 @@ def _operation(operation: Operation, schemas: Json) -> Json:
         }
         for status, means in {operation.status: operation.success, **operation.also}.items()
     }
+    if operation.unchanged:
+        described["responses"]["304"] = {
+            "description": "The client has the present state",
+            "headers": _headers(HEADER, "ETag"),
+        }
     for status in operation.problems:
         described["responses"][str(status)] = (
             _problem(status, schemas, operation.members[status])
@@ -301,9 +343,27 @@ def _operation(operation: Operation, schemas: Json) -> Json:
     return described
 
 
-def _parameter(parameter: Parameter, schemas: Json) -> Json:
+def _fields(operation: Operation, schemas: Json) -> Json:
+    """Return the body of an operation whose parameters may stand there instead of the query."""
+    given = [each for each in operation.parameters if each.name in operation.fields]
+    schema = {
+        "type": "object",
+        "properties": {
+            each.name: {"description": each.description, **_value(each, schemas)} for each in given
+        },
+        "additionalProperties": False,
+    }
+    example = {each.name: each.example for each in given if each.example is not None}
+    return {
+        "required": False,
+        "content": {"application/json": {"schema": schema, "example": example}},
+    }
+
+
+def _value(parameter: Parameter, schemas: Json) -> Json:
+    """Return the schema of a parameter's value."""
     # A query takes a time in more formats than an answer has.
-    text = parameter.type in {datetime, EntityTag}
+    text = parameter.type in {datetime, EntityTags}
     schema = _schema(str if text else parameter.type, schemas)
     bounds = ("minLength", "maxLength") if parameter.type is str else ("minimum", "maximum")
     values = (parameter.minimum, parameter.maximum, parameter.pattern, parameter.default)
@@ -312,14 +372,18 @@ def _parameter(parameter: Parameter, schemas: Json) -> Json:
             schema[keyword] = value
     if parameter.many:
         schema = {"type": "array", "items": schema, "minItems": 1}
+    return schema
+
+
+def _parameter(parameter: Parameter, operation: Operation, schemas: Json) -> Json:
     described: Json = {
         "name": parameter.header or parameter.name,
         "in": parameter.where,
         "description": parameter.description,
-        "required": parameter.required,
-        "schema": schema,
+        "required": parameter.required and parameter.name not in operation.fields,
+        "schema": _value(parameter, schemas),
     }
-    if parameter.may_be_empty:
+    if parameter.may_be_empty and parameter.where == "query":
         described["allowEmptyValue"] = True
     return described
 
@@ -347,22 +411,14 @@ def _problem_name(status: int) -> str:
 
 
 def _problem(status: int, schemas: Json, members: type[Any] | None = None) -> Json:
-    example = wire_converter().unstructure(
-        Problem(
-            "about:blank",
-            TITLES[status],
-            status,
-            _DETAILS[status],
-            _REQUEST_ID,
-            _ERRORS.get(status, ()),
-        )
-    )
+    example = wire_converter().unstructure(problem_for(_EXAMPLES[status], _REQUEST_ID))
+    codes = ", ".join(f"`{kind.code}`" for kind in Kind if kind.status == status)
     schema = _schema(Problem, schemas)
     if members is not None:
         schema = {"allOf": [schema, _schema(members, schemas)]}
         example |= wire_converter().unstructure(_MODELS[members])
     return {
-        "description": TITLES[status],
+        "description": f"{TITLES[status]}: {codes}",
         "headers": _headers(HEADER, *_PROBLEM_HEADERS.get(status, ())),
         "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
     }

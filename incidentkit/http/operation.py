@@ -13,17 +13,43 @@ from attrs import field, frozen
 from starlette.requests import Request
 from starlette.responses import Response
 
-from incidentkit.domain.values import TAG_PATTERN
-
 Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
 
-class EntityTag(str):
-    """The tag or the version of an incident, in quotes as in ``ETag``; or ``*`` for any."""
+class EntityTags(str):
+    """Entity tags as in ``If-Match``: a list of them, or ``*``.
+
+    The tag of an incident, and its version alone, may be weak: whatever has weakened a tag has
+    encoded the answer, and left the incident as it is. Other tags are those of no incident.
+    """
 
     __slots__ = ()
 
-    PATTERN: Final = rf'\*|"{TAG_PATTERN}"|"[1-9]\d{{0,18}}"'
+    TAG: Final = r'(?:W/)?"[!#-~\x80-\xff]*"'
+    PATTERN: Final = rf"\*|(?:[ \t]*,)*[ \t]*{TAG}(?:[ \t]*,(?:[ \t]*{TAG})?)*[ \t]*"
+
+
+EntityTagValue: TypeAlias = tuple[int | str, ...] | Literal["*"]
+"""The versions and tags of incidents in a list of entity tags; or any."""
+
+SAFETY: Final[Mapping[bytes, str]] = {
+    name.lower().encode(): name
+    for name in ("Idempotency-Key", "If-Match", "If-None-Match", "If-Unmodified-Since")
+}
+"""The headers with which a client guards a write, by their names in lower case."""
+
+FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
+"""The headers that announce a body, which may be empty."""
+
+
+MAX_BODY: Final = 64 * 1024
+"""Maximum bytes of a request's body, unless its operation has another limit."""
+
+MAX_LARGE_BODY: Final = 2 * 1024 * 1024
+"""Maximum bytes of a body with many incidents."""
+
+MAX_ITEMS: Final = 1000
+"""Maximum number of incidents in such a body."""
 
 
 @frozen
@@ -33,7 +59,7 @@ class Parameter:
     Attributes:
         name: Its name, also as an argument of the client.
         description: What it means.
-        type: ``int``, ``bool``, ``datetime``, ``str``, :class:`EntityTag`, or an enum of strings.
+        type: ``int``, ``bool``, ``datetime``, ``str``, :class:`EntityTags`, or an enum of strings.
         where: Which part of the request holds it.
         header: The name of the header, if a header holds it.
         minimum: The smallest integer, or the minimum length of a text.
@@ -43,6 +69,7 @@ class Parameter:
         many: Whether it may be repeated; its value is then a list.
         required: Whether a request without it is refused.
         may_be_empty: Whether an empty value counts as missing.
+        example: A value of it in the example of a body.
     """
 
     name: str
@@ -57,6 +84,7 @@ class Parameter:
     many: bool = False
     required: bool = False
     may_be_empty: bool = False
+    example: Any = None
 
     @cached_property
     def header_name(self) -> bytes:
@@ -77,6 +105,8 @@ class Operation:
         status: The status of a successful answer.
         returns: The model, or list of models, in a successful answer.
         success: Description of a successful answer.
+        unchanged: Whether an answer can be 304.
+        description: More about it, in Markdown; empty: the summary says it all.
         also: Other statuses of a successful answer, with a description of each.
         headers: Additional headers of a successful answer.
         streams: The model of each event, if the answer can be a stream of server-sent events.
@@ -84,7 +114,10 @@ class Operation:
         check: Raises :class:`~incidentkit.InvalidIncident` for parameters that ``answer`` would
             refuse. It is called only if the request has other faults, so that all are reported
             together. None: there are no rules.
-        body: The model of the request's body; None: a body is refused.
+        body: The model of the request's body; None: a body is refused, unless it has ``fields``.
+        max_items: Maximum number of such models in an array as the body; 0: it is one model.
+        max_body: Maximum bytes of the body.
+        fields: The parameters in the query that may stand in an optional JSON body instead.
         problems: The statuses of its errors.
         members: The model with the additional members of a problem, by status.
         documented: Whether it is in the OpenAPI document.
@@ -98,12 +131,17 @@ class Operation:
     status: int = 200
     returns: Any = None
     success: str = ""
+    unchanged: bool = False
+    description: str = ""
     also: Mapping[int, str] = field(factory=dict)
     headers: tuple[str, ...] = ()
     streams: type[Any] | None = None
     parameters: tuple[Parameter, ...] = ()
     check: Callable[..., object] | None = None
     body: type[Any] | None = None
+    max_items: int = 0
+    max_body: int = MAX_BODY
+    fields: frozenset[str] = frozenset()
     problems: tuple[int, ...] = (400, 422, 500)
     members: Mapping[int, type[Any]] = field(factory=dict)
     documented: bool = True
@@ -114,6 +152,23 @@ class Operation:
         return frozenset(one.name for one in self.parameters if one.where == "query")
 
     @cached_property
-    def only_queried(self) -> bool:
-        """Whether every parameter is in the query."""
-        return all(parameter.where == "query" for parameter in self.parameters)
+    def unsupported(self) -> Mapping[bytes, str]:
+        """The headers that guard a write in a way that the operation cannot honor.
+
+        A read is harmless to repeat, and may answer in full what a client has already.
+        """
+        taken = {one.header_name for one in self.parameters if one.where == "header"}
+        if self.method == "GET":
+            taken |= SAFETY.keys() - {b"if-match"}
+        return {name: title for name, title in SAFETY.items() if name not in taken}
+
+    @cached_property
+    def watched(self) -> frozenset[bytes]:
+        """The headers that the operation looks at, before its body."""
+        taken = {one.header_name for one in self.parameters if one.where == "header"}
+        return frozenset({*taken, *self.unsupported, *FRAMING})
+
+    @cached_property
+    def in_path(self) -> bool:
+        """Whether a parameter is in the path."""
+        return any(parameter.where == "path" for parameter in self.parameters)

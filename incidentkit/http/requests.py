@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
+from itertools import chain
 from types import MappingProxyType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeAlias, cast
 from urllib.parse import parse_qsl
 
 from attrs import fields_dict
 from starlette.requests import ClientDisconnect, Request
 
+from incidentkit.domain import rules
+from incidentkit.domain.commands import MAX_FAULTS
 from incidentkit.domain.errors import FieldError, InvalidIncident
-from incidentkit.http.operation import EntityTag, Operation, Parameter
-from incidentkit.http.problems import Refusal
+from incidentkit.domain.values import TAG_PATTERN
+from incidentkit.http.operation import FRAMING, EntityTags, EntityTagValue, Operation, Parameter
+from incidentkit.http.problems import Kind, Refusal
+from incidentkit.pacing import in_parts
 from incidentkit.wire import wire_converter
-
-MAX_BODY: Final = 64 * 1024
-"""Maximum bytes of a request's body."""
 
 MAX_DIGITS: Final = 19
 """The digits of 2^63-1, the largest integer of all parameters and fields."""
@@ -37,7 +39,22 @@ KNOWN_QUERIES: Final = 256
 MAX_KNOWN_QUERY: Final = 200
 """Maximum bytes of a query in that cache."""
 
-_ENTITY_TAG: Final = re.compile(EntityTag.PATTERN, re.ASCII)
+MAX_EMPTY: Final = 64
+"""Maximum bytes of a body that has no content."""
+
+_BLANKS: Final = b" \t"
+"""The white space around the value of a header, which is not a part of it."""
+
+_ENTITY_TAGS: Final = re.compile(EntityTags.PATTERN)
+_ENTITY_TAG: Final = re.compile(EntityTags.TAG)
+_INCIDENT_TAG: Final = re.compile(
+    # Some servers append the coding of an answer.
+    rf"({TAG_PATTERN}|[1-9]\d{{0,18}})(?:-{{1,2}}(?:gzip|br|deflate|zstd))?",
+    re.ASCII,
+)
+
+Headers: TypeAlias = Mapping[bytes, Sequence[bytes]]
+"""The values of some headers, by their names in lower case."""
 
 
 async def read_arguments(request: Request, operation: Operation) -> Mapping[str, Any]:
@@ -48,26 +65,40 @@ async def read_arguments(request: Request, operation: Operation) -> Mapping[str,
         InvalidIncident: With every faulty parameter and every faulty field of the body.
         ClientDisconnect: If the connection ends before the body does.
     """
-    query = request.scope["query_string"]
-    if operation.body is None:
-        _refuse_body(request.scope["headers"])
-        if operation.only_queried and len(query) <= MAX_KNOWN_QUERY:
-            return _read_known(operation, query)
-        values, faults = _read_parameters(operation, query, request)
-    else:
-        values, faults = _read_parameters(operation, query, request)
+    scope = request.scope
+    query = scope["query_string"]
+    headers = _watched_headers(scope["headers"], operation)
+    if operation.body is not None:
+        values, faults = _read_parameters(operation, query, request, headers)
         try:
-            values["body"] = structure(await read_json(request), operation.body)
+            values["body"] = await _read_model(request, operation)
         except InvalidIncident as error:
             faults = [*(faults or _broken_rules(operation, values)), *error.errors]
+    else:
+        body: Mapping[str, Any] = {}
+        if headers or scope.get("http_version", "1") >= "2":
+            body = await _read_fields(request, operation, headers)
+        if not (operation.in_path or headers or body) and len(query) <= MAX_KNOWN_QUERY:
+            return _read_known(operation, query)
+        values, faults = _read_parameters(operation, query, request, headers, body)
     if faults:
         raise InvalidIncident(faults)
     return values
 
 
+def _watched_headers(headers: Iterable[tuple[bytes, bytes]], operation: Operation) -> Headers:
+    """Return the values of the headers that an operation looks at."""
+    watched = operation.watched
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        if name in watched:
+            found.setdefault(name, []).append(value.strip(_BLANKS))
+    return found
+
+
 @lru_cache(KNOWN_QUERIES)
 def _read_known(operation: Operation, query: bytes) -> Mapping[str, Any]:
-    """Return the parameters of an operation whose parameters are all in the query."""
+    """Return the parameters of a request that has all of them in the query."""
     values, faults = _read_parameters(operation, query)
     if faults:
         raise InvalidIncident(faults)
@@ -75,20 +106,33 @@ def _read_known(operation: Operation, query: bytes) -> Mapping[str, Any]:
 
 
 def _read_parameters(
-    operation: Operation, query_string: bytes, request: Request | None = None
+    operation: Operation,
+    query_string: bytes,
+    request: Request | None = None,
+    headers: Headers = MappingProxyType({}),
+    body: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], list[FieldError]]:
     """Return the value of each parameter, and every fault if any parameter cannot be read.
 
     If all can be read, return no faults: the operation itself refuses a value that breaks a rule.
     """
-    query = read_query(query_string)
-    values, faults = _read_each(query, operation.parameters, request)
+    query = read_query(query_string) if query_string else {}
+    path = {} if request is None else request.path_params
+    values, faults = _read_each(query, operation.parameters, path, headers, body)
     unknown = [name for name in query if name not in operation.in_query]
-    if faults or unknown:
+    guards: list[str] = []
+    fields: list[str] = []
+    if headers:
+        guards = [title for name, title in operation.unsupported.items() if name in headers]
+    if body:
+        fields = [name for name in body if name not in operation.fields]
+    if faults or unknown or guards or fields:
         faulty = {fault.field for fault in faults}
         broken = _broken_rules(operation, values)
         faults += [fault for fault in broken if fault.field not in faulty]
         faults += _unknown(unknown, "query", "parameter")
+        faults += _unknown(fields, "body", "field")
+        faults += [FieldError(title, "cannot be honored by this operation") for title in guards]
     return values, faults
 
 
@@ -103,35 +147,79 @@ def _broken_rules(operation: Operation, values: Mapping[str, Any]) -> list[Field
 
 
 def _read_each(
-    query: dict[str, list[str]], parameters: Iterable[Parameter], request: Request | None
+    query: Mapping[str, Sequence[str]],
+    parameters: Iterable[Parameter],
+    path: Mapping[str, str],
+    headers: Headers,
+    body: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[FieldError]]:
     """Return a value for each parameter: its default if it is missing or repeated."""
     values: dict[str, Any] = {}
     faults: list[FieldError] = []
+    repeated = body.repeated if isinstance(body, _Object) else ()
     for parameter in parameters:
         name = parameter.name
-        given: Sequence[str] = ()
-        if parameter.where == "query":
-            given = query.get(name, ())
-        elif request is not None:
-            given = (
-                [request.path_params[name]]
-                if parameter.where == "path"
-                else read_header(request.scope["headers"], parameter.header_name)
-            )
         values[name] = parameter.default
-        if parameter.many:
-            values[name] = [_read(parameter, text) for text in given] or None
-        elif len(given) > 1:
-            faults.append(FieldError(name, "must be given only once"))
-        elif given and (given[0] or not parameter.may_be_empty):
-            try:
+        if parameter.where == "header" and parameter.header_name not in headers:
+            continue
+        try:
+            given = _given(parameter, query, path, headers)
+            if name in body and parameter.where == "query":
+                values[name] = _read_field(name, given, body, repeated)
+            elif parameter.many:
+                values[name] = [_read(parameter, text) for text in given] or None
+            elif len(given) > 1:
+                raise ValueError(_ONCE)  # noqa: TRY301
+            elif given and (given[0] or not parameter.may_be_empty):
                 values[name] = _read(parameter, given[0])
-            except ValueError as error:
-                faults.append(FieldError(name, str(error)))
-        elif parameter.required:
-            faults.append(FieldError(name, "is required"))
+            elif parameter.required:
+                raise ValueError("is required")  # noqa: TRY301
+        except ValueError as error:
+            faults.append(FieldError(name, str(error)))
     return values, faults
+
+
+_ONCE: Final = "must be given only once"
+
+
+def _given(
+    parameter: Parameter,
+    query: Mapping[str, Sequence[str]],
+    path: Mapping[str, str],
+    headers: Headers,
+) -> Sequence[str]:
+    """Return the texts that are given for a parameter.
+
+    Raises:
+        ValueError: If a header cannot be decoded.
+    """
+    if parameter.where == "query":
+        return query.get(parameter.name, ())
+    if parameter.where == "path":
+        return [path[parameter.name]]
+    values = headers[parameter.header_name]
+    if parameter.type is EntityTags:
+        # Several lines are one list. A tag may have any bytes.
+        return [b",".join(values).decode("latin-1")]
+    try:
+        return [value.decode() for value in values]
+    except UnicodeDecodeError:
+        raise ValueError("must be UTF-8") from None
+
+
+def _read_field(
+    name: str, given: Sequence[str], body: Mapping[str, Any], repeated: Container[str]
+) -> Any:
+    """Return the value of a parameter from the body.
+
+    Raises:
+        ValueError: If it is given more than once.
+    """
+    if given:
+        raise ValueError("must be in the query or in the body, not in both")
+    if name in repeated:
+        raise ValueError(_ONCE)
+    return body[name]
 
 
 def _read(parameter: Parameter, text: str) -> Any:
@@ -160,7 +248,7 @@ def read_query(query: bytes) -> dict[str, list[str]]:
                 (part.partition("=")[0], part.partition("=")[2]) for part in text.split("&") if part
             ]
     except UnicodeDecodeError:
-        raise Refusal(400, "The query is not percent-encoded UTF-8") from None
+        raise Refusal(Kind.MALFORMED_QUERY, "The query is not percent-encoded UTF-8") from None
     for name, value in pairs:
         values.setdefault(name, []).append(value)
     return values
@@ -168,7 +256,35 @@ def read_query(query: bytes) -> dict[str, list[str]]:
 
 def read_header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
     """Return the values of a header; its name is given in lower case, as ASGI has it."""
-    return [value.decode("latin-1") for found, value in headers if found == name]
+    return [value.strip(_BLANKS).decode("latin-1") for found, value in headers if found == name]
+
+
+def accepts(headers: Iterable[tuple[bytes, bytes]], media_type: str, *, before: str) -> bool:
+    """Return whether a client asks for a media type by its name, and prefers no other one.
+
+    Args:
+        headers: The headers of the request.
+        media_type: The media type.
+        before: The media type that the client gets otherwise. It may stand for a wildcard.
+    """
+    qualities: dict[str, float] = {}
+    for part in ",".join(read_header(headers, b"accept")).split(","):
+        media_range, *parameters = (piece.strip(" \t").lower() for piece in part.split(";"))
+        quality = 1.0
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip(" \t") == "q":
+                quality = float(value) if _QUALITY.fullmatch(value.strip(" \t")) else 0.0
+                break
+        qualities[media_range] = max(quality, qualities.get(media_range, 0.0))
+    wanted = qualities.get(media_type, 0.0)
+    main_type = f"{before.partition('/')[0]}/*"
+    ranges = (before, main_type, "*/*")
+    other = next((qualities[each] for each in ranges if each in qualities), 0.0)
+    return wanted > 0 and wanted >= other
+
+
+_QUALITY: Final = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?", re.ASCII)
 
 
 def read_integer(text: str) -> int | str:
@@ -181,15 +297,25 @@ def read_integer(text: str) -> int | str:
     return text
 
 
-def read_version(text: str) -> int | str | None:
-    """Return the tag or the version in an entity tag, or None for ``*``.
+def read_entity_tags(text: str) -> EntityTagValue:
+    """Return the versions and the tags of incidents in a list of entity tags; or ``*``.
+
+    Tags of other things are left out.
 
     Raises:
-        ValueError: If the text is not one entity tag.
+        ValueError: If the text is neither a list of entity tags nor ``*``.
     """
-    if _ENTITY_TAG.fullmatch(text) is None:
-        raise ValueError("(If-Match) must be one ETag from an answer, or *")
-    return None if text == "*" else read_integer(text.strip('"'))
+    if _ENTITY_TAGS.fullmatch(text) is None:
+        raise ValueError('must be entity tags, such as "3-5f1c9a0e77d2", or *')
+    if text == "*":
+        return "*"
+    opaque = (each.removeprefix("W/")[1:-1] for each in _ENTITY_TAG.findall(text))
+    found = (_INCIDENT_TAG.fullmatch(each) for each in opaque)
+    return tuple(_read_tag(each[1]) for each in found if each is not None)
+
+
+def _read_tag(text: str) -> int | str:
+    return text if "-" in text else int(text)
 
 
 def read_flag(text: str) -> bool | str:
@@ -197,38 +323,23 @@ def read_flag(text: str) -> bool | str:
     return {"true": True, "false": False}.get(text, text)
 
 
-def read_time(text: str) -> datetime:
-    """Return the time of an ISO 8601 text; without an offset it is in UTC.
-
-    Raises:
-        ValueError: If the text is in another format.
-    """
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        reason = "must be YYYY-MM-DD HH:MM:SS in UTC, or ISO 8601 with an offset"
-        raise ValueError(reason) from None
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
-
-
 READERS: Final[Mapping[type[Any], Callable[[str], Any]]] = {
     int: read_integer,
     bool: read_flag,
-    datetime: read_time,
-    EntityTag: read_version,
+    datetime: rules.time_text,
+    EntityTags: read_entity_tags,
 }
 """The function that reads a parameter's text, by the parameter's type; others stay text."""
 
 
-async def read_json(request: Request) -> object:
-    """Return the JSON value that is the request's body.
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the request's body.
 
     Raises:
-        Refusal: If the body is not JSON, not declared to be JSON, or too large.
+        Refusal: If it has more bytes than the limit.
         ClientDisconnect: If the connection ends before the body does.
     """
-    _check_headers(request.scope["headers"])
-    body = b""
+    body = bytearray()
     more = True
     while more:
         message = await request.receive()
@@ -236,21 +347,80 @@ async def read_json(request: Request) -> object:
             raise ClientDisconnect
         body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body) > MAX_BODY:
-            raise Refusal(413, f"The body must be at most {MAX_BODY} bytes")
+        if len(body) > limit:
+            raise Refusal(Kind.BODY_TOO_LARGE, f"The body must be at most {limit} bytes")
+    return bytes(body)
+
+
+def read_json(body: bytes) -> object:
+    """Return the JSON value of a body.
+
+    Raises:
+        Refusal: If the body is not JSON.
+    """
     try:
         text = body.decode()
     except UnicodeDecodeError:
-        raise Refusal(400, "The body is not UTF-8") from None
+        raise Refusal(Kind.MALFORMED_BODY, "The body is not UTF-8") from None
     if text.startswith("\ufeff"):
-        raise Refusal(400, "The body is not JSON: it starts with a byte order mark")
+        detail = "The body is not JSON: it starts with a byte order mark"
+        raise Refusal(Kind.MALFORMED_BODY, detail)
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise Refusal(400, f"The body is not well-formed JSON ({where})") from None
+        detail = f"The body is not well-formed JSON ({where})"
+        raise Refusal(Kind.MALFORMED_BODY, detail) from None
     except RecursionError:
-        raise Refusal(400, "The body is nested too deeply") from None
+        raise Refusal(Kind.MALFORMED_BODY, "The body is nested too deeply") from None
+
+
+async def _read_model(request: Request, operation: Operation) -> Any:
+    """Return the model, or the list of models, that an operation takes as its body."""
+    _check_headers(request.scope["headers"])
+    value = read_json(await read_body(request, operation.max_body))
+    model = cast("type[Any]", operation.body)
+    if operation.max_items:
+        return await structure_many(value, model, operation.max_items)
+    return structure(value, model)
+
+
+async def _read_fields(
+    request: Request, operation: Operation, headers: Headers
+) -> Mapping[str, Any]:
+    """Return the fields of an optional body; none if the operation takes none.
+
+    Only its bytes tell whether there is a body. An intermediary may announce one for a request
+    without any, and a client may send an object without fields.
+
+    Raises:
+        Refusal: If the body has content that the operation does not take.
+        InvalidIncident: If it is another JSON value than an object.
+    """
+    announced = any(headers.get(name, [b"0"])[0].strip(b"0") for name in FRAMING)
+    # HTTP/1 announces every body.
+    if not announced and request.scope.get("http_version", "1") < "2":
+        return {}
+    if not operation.fields:
+        try:
+            body = await read_body(request, MAX_EMPTY)
+            empty = b"".join(body.split()) in (b"", b"{}")
+        except Refusal:
+            empty = False
+        if not empty:
+            raise Refusal(Kind.UNEXPECTED_BODY, "This operation takes no body")
+        return {}
+    body = await read_body(request, operation.max_body)
+    if not body.strip():
+        return {}
+    _check_headers(request.scope["headers"])
+    value = read_json(body)
+    if not isinstance(value, _Object):
+        raise InvalidIncident([FieldError("body", _NO_OBJECT)])
+    return value
+
+
+_NO_OBJECT: Final = "must be a JSON object"
 
 
 def structure(value: object, model: type[Any]) -> Any:
@@ -263,9 +433,7 @@ def structure(value: object, model: type[Any]) -> Any:
     unknown: list[FieldError] = []
     names = fields_dict(model)
     if isinstance(value, _Object) and (value.repeated or not value.keys() <= names.keys()):
-        repeated = [
-            FieldError(name, "must be given only once") for name in names if name in value.repeated
-        ]
+        repeated = [FieldError(name, _ONCE) for name in names if name in value.repeated]
         unknown = _unknown((name for name in value if name not in names), "body", "field")
         value = {name: value[name] for name in names if name in value}
     try:
@@ -275,6 +443,42 @@ def structure(value: object, model: type[Any]) -> Any:
     if repeated or unknown:
         raise InvalidIncident([*repeated, *unknown])
     return structured
+
+
+async def structure_many(value: object, model: type[Any], limit: int) -> list[Any]:
+    """Return the models for a JSON array; other requests run in between.
+
+    Raises:
+        InvalidIncident: With every faulty field of the first faulty items; or if the array has
+            more items than the limit.
+    """
+    if not isinstance(value, list):
+        raise InvalidIncident([FieldError("body", "must be a JSON array")])
+    if len(value) > limit:
+        raise InvalidIncident([FieldError("body", f"must have at most {limit} items")])
+    faults: dict[int, list[FieldError]] = {}
+
+    def structure_part(items: Sequence[tuple[int, object]]) -> list[Any]:
+        models = []
+        for number, item in items:
+            try:
+                models.append(structure(item, model))
+            except InvalidIncident as error:
+                faults[number] = [_of_item(number, fault) for fault in error.errors]
+                if len(faults) >= MAX_FAULTS:
+                    break
+        return models
+
+    parts = await in_parts(structure_part, list(enumerate(value)))
+    if faults:
+        some = sorted(faults)[:MAX_FAULTS]
+        raise InvalidIncident([fault for number in some for fault in faults[number]])
+    return list(chain.from_iterable(parts))
+
+
+def _of_item(number: int, fault: FieldError) -> FieldError:
+    name = "" if fault.field == "body" else f".{fault.field}"
+    return FieldError(f"incidents[{number}]{name}", fault.reason)
 
 
 def _merge(faults: list[FieldError], error: InvalidIncident) -> list[FieldError]:
@@ -295,28 +499,23 @@ class _Object(dict[str, Any]):
                 (self.repeated if name in names else names).add(name)
 
 
-def _refuse_body(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Refuse a body that the headers announce."""
-    for name, value in headers:
-        if name == b"transfer-encoding" or (name == b"content-length" and value.strip(b" \t0")):
-            raise Refusal(400, "This operation takes no body")
-
-
 def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
     """Refuse a body that is not declared to be uncompressed JSON in UTF-8."""
     declared = ", ".join(read_header(headers, b"content-type"))
     if declared != "application/json":
         media_type, *parameters = declared.split(";")
         if media_type.strip().lower() != "application/json":
-            raise Refusal(415, "The Content-Type must be application/json")
+            raise Refusal(Kind.UNSUPPORTED_MEDIA_TYPE, "The Content-Type must be application/json")
         for parameter in parameters:
             name, _, value = parameter.lower().partition("=")
             if name.strip() == "charset" and value.strip(' \t"') != "utf-8":
-                raise Refusal(415, "The charset of the body must be utf-8")
+                raise Refusal(Kind.UNSUPPORTED_MEDIA_TYPE, "The charset of the body must be utf-8")
     for encoding in read_header(headers, b"content-encoding"):
         if encoding.strip().lower() != "identity":
             raise Refusal(
-                415, "The body must not be compressed", headers={"Accept-Encoding": "identity"}
+                Kind.UNSUPPORTED_ENCODING,
+                "The body must not be compressed",
+                headers={"Accept-Encoding": "identity"},
             )
 
 
@@ -325,7 +524,7 @@ def _read_json_integer(digits: str) -> int | float:
 
 
 def _refuse_constant(_: str) -> NoReturn:
-    raise Refusal(400, "The body is not JSON: JSON has no NaN and no Infinity")
+    raise Refusal(Kind.MALFORMED_BODY, "The body is not JSON: JSON has no NaN and no Infinity")
 
 
 _DECODER: Final = json.JSONDecoder(

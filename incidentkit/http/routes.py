@@ -32,16 +32,22 @@ from incidentkit.http import answers
 from incidentkit.http.checks import (
     check_changes,
     check_idempotency_key,
-    check_incident_id,
+    check_incident,
     check_status_change,
 )
 from incidentkit.http.health import Health, Readiness
-from incidentkit.http.operation import EntityTag, Operation, Parameter
+from incidentkit.http.operation import (
+    MAX_ITEMS,
+    MAX_LARGE_BODY,
+    EntityTags,
+    Operation,
+    Parameter,
+)
 from incidentkit.http.problems import Conflict
 from incidentkit.wire import NewNote
 
 _INCIDENT_ID: Final = Parameter(
-    "incident_id", "The incident's id.", int, minimum=1, maximum=MAX_ID, required=True
+    "incident_id", "The incident's id.", int, minimum=1, maximum=MAX_ID, required=True, example=7
 )
 
 _IDEMPOTENCY_KEY: Final = Parameter(
@@ -53,6 +59,25 @@ _IDEMPOTENCY_KEY: Final = Parameter(
     header="Idempotency-Key",
     minimum=1,
     maximum=NAME_MAX_LENGTH,
+)
+
+_IF_MATCH: Final = Parameter(
+    "if_match",
+    "The ETags, one of which the incident must have; a version in quotes is an ETag too. `*` means "
+    "any.",
+    EntityTags,
+    where="header",
+    header="If-Match",
+    pattern=f"^({EntityTags.PATTERN})$",
+)
+
+_IF_NONE_MATCH: Final = Parameter(
+    "if_none_match",
+    "The ETags, none of which the incident may have; `*` stands for any.",
+    EntityTags,
+    where="header",
+    header="If-None-Match",
+    pattern=f"^({EntityTags.PATTERN})$",
 )
 
 OPERATIONS: Final = (
@@ -70,6 +95,23 @@ OPERATIONS: Final = (
         parameters=(_IDEMPOTENCY_KEY,),
         check=check_idempotency_key,
         body=NewIncident,
+        problems=(400, 413, 415, 422, 500, 503),
+    ),
+    Operation(
+        "POST",
+        "/incident/create-many",
+        "create_incidents",
+        "Create many incidents, all or none",
+        answers.create_many,
+        status=201,
+        returns=list[Incident],
+        success="The incidents as stored, in the given order",
+        also={200: "Open incidents with these dedup_keys alone, with their further occurrences"},
+        parameters=(_IDEMPOTENCY_KEY,),
+        check=check_idempotency_key,
+        body=NewIncident,
+        max_items=MAX_ITEMS,
+        max_body=MAX_LARGE_BODY,
         problems=(400, 413, 415, 422, 500, 503),
     ),
     Operation(
@@ -117,9 +159,19 @@ OPERATIONS: Final = (
         returns=Incident,
         success="The incident",
         headers=("ETag",),
-        parameters=(evolve(_INCIDENT_ID, where="path"),),
-        check=check_incident_id,
-        problems=(400, 404, 422, 500, 503),
+        parameters=(
+            evolve(_INCIDENT_ID, where="path"),
+            _IF_MATCH,
+            evolve(
+                _IF_NONE_MATCH,
+                description="The ETags of the incident that the client has; if it is still one of "
+                "them, the answer is 304.",
+            ),
+        ),
+        unchanged=True,
+        check=check_incident,
+        problems=(400, 404, 412, 422, 500, 503),
+        members={412: Conflict},
     ),
     Operation(
         "PATCH",
@@ -127,25 +179,31 @@ OPERATIONS: Final = (
         "update_incident_status",
         "Change the status of an incident",
         answers.update_status,
+        description="`incident_id`, `status` and `note` may stand in the query or in a JSON body: "
+        "each of them in one of the two. A URL ends up in the logs of proxies.",
         returns=Incident,
         success="The incident with its new status",
         headers=("ETag",),
         parameters=(
             _INCIDENT_ID,
-            Parameter("status", "The new status.", IncidentStatus, required=True),
-            Parameter("note", "A note for the history.", str, minimum=1, maximum=NOTE_MAX_LENGTH),
             Parameter(
-                "expected_version",
-                "The ETag that the incident must have, or its version in quotes; `*` means any.",
-                EntityTag,
-                where="header",
-                header="If-Match",
-                pattern=f"^({EntityTag.PATTERN})$",
+                "status", "The new status.", IncidentStatus, required=True, example="completed"
             ),
+            Parameter(
+                "note",
+                "A note for the history.",
+                str,
+                minimum=1,
+                maximum=NOTE_MAX_LENGTH,
+                example="The old logs were removed",
+            ),
+            _IF_MATCH,
+            _IF_NONE_MATCH,
             _IDEMPOTENCY_KEY,
         ),
         check=check_status_change,
-        problems=(400, 404, 409, 412, 422, 500, 503),
+        fields=frozenset({"incident_id", "status", "note"}),
+        problems=(400, 404, 409, 412, 413, 415, 422, 500, 503),
         members={409: Conflict, 412: Conflict},
     ),
     Operation(
@@ -171,14 +229,21 @@ OPERATIONS: Final = (
             ),
             Parameter(
                 "created_after",
-                "Only incidents created at this time or later: `YYYY-MM-DD HH:MM:SS` in UTC, or "
-                "ISO 8601 with an offset.",
+                "Only incidents created at this time or later: `YYYY-MM-DD HH:MM:SS` in UTC, or a "
+                "time of RFC 3339.",
                 datetime,
             ),
             Parameter(
                 "created_before",
                 "Only incidents created before this time, in the same format.",
                 datetime,
+            ),
+            Parameter(
+                "dedup_key",
+                "Only incidents with this deduplication key, open or ended.",
+                str,
+                minimum=1,
+                maximum=NAME_MAX_LENGTH,
             ),
             Parameter(
                 "text",
@@ -283,6 +348,7 @@ OPERATIONS: Final = (
                 str,
                 where="header",
                 header="Last-Event-ID",
+                may_be_empty=True,
                 pattern=r"^([A-Za-z0-9_-]{43}|latest)$",
             ),
         ),
@@ -298,10 +364,16 @@ OPERATIONS: Final = (
         status=201,
         returns=IncidentEvent,
         success="The event in the history",
-        parameters=(evolve(_INCIDENT_ID, where="path"),),
-        check=check_incident_id,
+        parameters=(
+            evolve(_INCIDENT_ID, where="path"),
+            _IF_MATCH,
+            _IF_NONE_MATCH,
+            _IDEMPOTENCY_KEY,
+        ),
+        check=check_incident,
         body=NewNote,
-        problems=(400, 404, 413, 415, 422, 500, 503),
+        problems=(400, 404, 412, 413, 415, 422, 500, 503),
+        members={412: Conflict},
     ),
     Operation(
         "GET",
@@ -330,6 +402,7 @@ OPERATIONS: Final = (
 """The operations of every app."""
 
 DOCS: Final = (
+    Operation("GET", "/", "index", "Leads to Swagger UI", answers.index, documented=False),
     Operation("GET", "/docs", "docs", "Swagger UI", answers.docs_page, documented=False),
     Operation(
         "GET",

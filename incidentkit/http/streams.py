@@ -24,10 +24,9 @@ from incidentkit.domain.errors import (
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
-    UnknownCursor,
 )
 from incidentkit.domain.values import LATEST, STREAM_LIFETIME, ChangePage, FeedBlocker
-from incidentkit.http.problems import RETRY_HEADERS, Refusal, refusal_for
+from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_for, refusal_for
 from incidentkit.http.request_id import request_id
 from incidentkit.http.server_hooks import abort, wait_for_stop
 from incidentkit.wire import dump_json, encode_event, wire_converter
@@ -83,10 +82,6 @@ NO_PLACE: Final = b": every place for a reader is taken\n\n"
 NOT_OPEN: Final = b": the service is not open\n\n"
 """The comments of a stream that ends at once."""
 
-UNKNOWN_CURSOR: Final = "unknown_cursor"
-STORE_ERROR: Final = "store_error"
-"""The codes of the problems that end a stream."""
-
 
 class Readers:
     """Counts the readers that wait for changes, and refuses too many of them.
@@ -120,10 +115,10 @@ class Readers:
         """
         if self.count >= MAX_READERS:
             detail = f"{MAX_READERS} readers, the maximum, are already waiting for changes"
-            raise Refusal(429, detail, headers=RETRY_HEADERS)
+            raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
         if reader is not None and self._count_of[reader] >= MAX_READERS_EACH:
             detail = f"You are already waiting for changes {MAX_READERS_EACH} times, the maximum"
-            raise Refusal(429, detail, headers=RETRY_HEADERS)
+            raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
         self.count += 1
         if reader is not None:
             self._count_of[reader] += 1
@@ -346,19 +341,13 @@ def _retry(seconds: tuple[int, int]) -> bytes:
     return b"retry: %d\n\n" % _random.randint(low * 1000, high * 1000)
 
 
-def _problem(error: IncidentKitError, request_id_: str) -> bytes:
+def _problem(error: IncidentKitError, id_: str) -> bytes:
     """Return the event that ends a stream, and log the error if it is the server's fault."""
     refusal = refusal_for(error)
-    code = UNKNOWN_CURSOR if isinstance(error, UnknownCursor) else STORE_ERROR
-    if code != UNKNOWN_CURSOR:
-        logger.error("A stream failed", exc_info=error, extra={"request_id": request_id_})
-    problem = {
-        "code": code,
-        "status": refusal.status,
-        "detail": refusal.detail,
-        "request_id": request_id_,
-    }
-    return b"event: problem\ndata: %b\n\n" % dump_json(problem)
+    if refusal.kind is not Kind.UNKNOWN_CURSOR:
+        logger.error("A stream failed", exc_info=error, extra={"request_id": id_})
+    problem = wire_converter().unstructure(problem_for(refusal, id_))
+    return b"event: problem\ndata: %b\n\n" % dump_json({**problem, **refusal.members})
 
 
 def _frames(page: ChangePage) -> bytes:

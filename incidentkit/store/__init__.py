@@ -2,8 +2,9 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from incidentkit.domain.commands import StatusChange
+    from incidentkit.domain.commands import NoteAddition, StatusChange
     from incidentkit.domain.queries import SearchQuery
+    from incidentkit.domain.replays import Replay
     from incidentkit.domain.transitions import Transitions
     from incidentkit.opening import store_from_url, store_on
     from incidentkit.store.idempotency import Idempotency
@@ -18,8 +19,9 @@ else:
     __getattr__, __dir__ = face(
         globals(),
         {
-            "incidentkit.domain.commands": ("StatusChange",),
+            "incidentkit.domain.commands": ("NoteAddition", "StatusChange"),
             "incidentkit.domain.queries": ("SearchQuery",),
+            "incidentkit.domain.replays": ("Replay",),
             "incidentkit.domain.transitions": ("Transitions",),
             "incidentkit.opening": (
                 "store_from_url",
@@ -40,7 +42,9 @@ else:
 __all__ = [
     "Idempotency",
     "IncidentStore",
+    "NoteAddition",
     "Page",
+    "Replay",
     "RequestRecord",
     "SearchQuery",
     "StatusChange",

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 
 from sqlalchemy import Executable
 
-from incidentkit.domain.commands import NewIncident, StatusChange
+from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent
 from incidentkit.store.database import DatabaseKind
@@ -76,13 +76,12 @@ class Dialect(Protocol):
         """
         ...
 
-    async def note(
-        self, fetch: Fetch, incident_id: int, note: str, actor: str | None
-    ) -> IncidentEvent:
+    async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
         """Insert a note and return its event.
 
         Raises:
             IncidentNotFound: If there is no incident with this id.
+            VersionConflict: If it does not have the expected version.
         """
         ...
 

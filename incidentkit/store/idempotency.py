@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, TypeAlias
 
-from attrs import fields, frozen
+from attrs import asdict, field, fields, frozen
 
-from incidentkit.domain.commands import NewIncident, StatusChange
+from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.replays import REPLAY, Replay
 
-Parameters: TypeAlias = NewIncident | StatusChange | Sequence[NewIncident]
+Parameters: TypeAlias = NewIncident | NoteAddition | StatusChange | Sequence[NewIncident]
 """The checked arguments of a write that takes an idempotency key."""
 
 
@@ -22,10 +23,12 @@ class Idempotency:
     Attributes:
         key: The key that a caller repeats.
         fingerprint: A digest of the verb and its parameters; equal only for equal parameters.
+        replay: Where to tell that the write was a replay; None: nothing watches for one.
     """
 
     key: str
     fingerprint: str
+    replay: Replay | None = field(default=None, eq=False)
 
     def part(self, number: int) -> Idempotency:
         """Return the key of one part of a write that several transactions share.
@@ -35,7 +38,7 @@ class Idempotency:
         if number == 0:
             return self
         digest = sha256(f"{number} {self.key}".encode()).hexdigest()
-        return Idempotency(f"part {digest}", self.fingerprint)
+        return Idempotency(f"part {digest}", self.fingerprint, self.replay)
 
 
 def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
@@ -45,9 +48,9 @@ def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
         if isinstance(parameters, Sequence)
         else _values(parameters)
     )
-    text = json.dumps([verb, given], ensure_ascii=False, separators=(",", ":"))
-    return Idempotency(key, sha256(text.encode()).hexdigest())
+    text = json.dumps([verb, given], ensure_ascii=False, separators=(",", ":"), default=asdict)
+    return Idempotency(key, sha256(text.encode()).hexdigest(), REPLAY.get())
 
 
-def _values(parameters: NewIncident | StatusChange) -> Mapping[str, Any]:
-    return {field.name: getattr(parameters, field.name) for field in fields(type(parameters))}
+def _values(parameters: NewIncident | NoteAddition | StatusChange) -> Mapping[str, Any]:
+    return {each.name: getattr(parameters, each.name) for each in fields(type(parameters))}

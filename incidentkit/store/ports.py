@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from incidentkit.domain.commands import NewIncident, StatusChange
+from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
 from incidentkit.domain.queries import ListQuery, SearchQuery
 from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import Transitions
@@ -109,11 +109,15 @@ class StoreOperations(Protocol):
         """
         ...
 
-    async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
+    async def note(
+        self, addition: NoteAddition, *, actor: str | None = None, once: Idempotency | None = None
+    ) -> IncidentEvent:
         """Add a note to the history and return its event.
 
         Raises:
             IncidentNotFound: If there is none with this id.
+            VersionConflict: If it does not have the expected version.
+            IdempotencyKeyReused: If the key of ``once`` was used with other parameters.
         """
         ...
 

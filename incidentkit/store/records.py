@@ -13,7 +13,7 @@ from attrs import fields
 from sqlalchemy import Executable
 
 import incidentkit.wire as wire_format
-from incidentkit.domain.commands import MAX_FAULTS, NewIncident, StatusChange
+from incidentkit.domain.commands import MAX_FAULTS, NewIncident, NoteAddition, StatusChange
 from incidentkit.domain.errors import (
     FieldError,
     IdempotencyKeyReused,
@@ -239,10 +239,16 @@ class Records:
             return await update()
 
     @names_database
-    async def note(self, incident_id: int, note: str, *, actor: str | None = None) -> IncidentEvent:
+    async def note(
+        self, addition: NoteAddition, *, actor: str | None = None, once: Idempotency | None = None
+    ) -> IncidentEvent:
         """Add a note to the history, and return its event."""
-        work = partial(self._dialect.note, incident_id=incident_id, note=note, actor=actor)
-        async with self._turn(None, [("incident_id", incident_id)]):
+        work = partial(self._dialect.note, addition=addition, actor=actor)
+        async with self._turn(once, [("incident_id", addition.incident_id)]):
+            if once is not None:
+                return await self._write_once(
+                    work, once, wire_format.encode_event, wire_format.decode_event
+                )
             return await self._executor.write(work)
 
     @names_database
@@ -295,6 +301,8 @@ class Records:
                 for first_fingerprint, answer in rows:
                     if first_fingerprint != fingerprint:
                         raise IdempotencyKeyReused(key)
+                    if once.replay is not None:
+                        once.replay.happened = True
                     return decode(answer)
                 # The key had expired, and another transaction has just removed it.
             else:
@@ -449,7 +457,7 @@ def _fields(name: str, value: object, character: str) -> Iterator[str]:
                 yield name
         case Idempotency():
             yield from _fields("idempotency_key", value.key, character)
-        case NewIncident() | StatusChange() | SearchQuery():
+        case NewIncident() | NoteAddition() | StatusChange() | SearchQuery():
             for field in fields(type(value)):
                 yield from _fields(field.name, getattr(value, field.name), character)
         case list():

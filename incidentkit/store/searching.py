@@ -18,8 +18,8 @@ from incidentkit.store.sql.search import (
     count_found,
     select_page,
     select_page_among_first,
-    select_page_and_total_by_words,
-    select_page_by_words,
+    select_page_and_total_found,
+    select_page_found,
 )
 
 SCAN: Final = 500
@@ -65,12 +65,14 @@ class Search:
             sources=len(sources),
             oldest_first=oldest_first,
             words_match=None if query.text is None else dialect.words_match,
+            with_key=query.dedup_key is not None,
             pairs=dialect.indexes_pairs,
             onward=onward,
             most=limit if dialect.keeps_plans else None,
         )
         self._values: Mapping[str, Any] = {
             **({} if query.text is None else dialect.phrases(query.text)),
+            "dedup_key": query.dedup_key,
             # One more row tells whether there is another page.
             "limit": query.limit + 1,
             **{f"status_{n}": status.value for n, status in enumerate(statuses)},
@@ -84,12 +86,15 @@ class Search:
         """Read one page.
 
         Without words that is one statement, and one more for a total that the page does not tell.
-        With words it is one statement with a total, and up to three without.
+        With words it is one statement with a total, and up to three without. With a deduplication
+        key it is always one.
 
         Args:
             fetch: Runs a statement.
         """
-        if self._query.text is None:
+        if self._shape.with_key and not self._query.total:
+            rows, total = await fetch(select_page_found(self._shape), self._values), None
+        elif self._query.text is None and not self._shape.with_key:
             rows = await fetch(select_page(self._shape), self._values)
             total = await self._total(fetch, rows)
         elif self._query.total:
@@ -119,7 +124,7 @@ class Search:
         """Return the rows of a page with the words, and the number of incidents of all pages."""
         low, high = self._everything
         values = {**self._values, **_place("from", low), **_place("until", high)}
-        rows = await fetch(select_page_and_total_by_words(self._shape), values)
+        rows = await fetch(select_page_and_total_found(self._shape), values)
         return [row for row in rows if row[STORED_AT] is not None], int(rows[0][-1])
 
     async def _find(self, fetch: Fetch) -> Rows:
@@ -133,7 +138,7 @@ class Search:
             rows = await fetch(among_first, {**self._values, "scan": scan})
             if len(rows) > self._query.limit:
                 return rows
-        return await fetch(select_page_by_words(self._shape), self._values)
+        return await fetch(select_page_found(self._shape), self._values)
 
 
 def messages_to_scan(rows: Rows, limit: int) -> int:

@@ -5,6 +5,7 @@ if TYPE_CHECKING:
     from incidentkit.wire.conversion import (
         TIME_FORMAT,
         NewNote,
+        decode_event,
         decode_incident,
         decode_incidents,
         encode_event,
@@ -27,6 +28,7 @@ else:
             "incidentkit.wire.conversion": (
                 "NewNote",
                 "TIME_FORMAT",
+                "decode_event",
                 "decode_incident",
                 "decode_incidents",
                 "encode_event",
@@ -46,6 +48,7 @@ else:
 __all__ = [
     "TIME_FORMAT",
     "NewNote",
+    "decode_event",
     "decode_incident",
     "decode_incidents",
     "dump_json",

@@ -139,6 +139,18 @@ def encode_event(event: IncidentEvent) -> bytes:
     return dump_json(wire_converter().unstructure(event))
 
 
+def decode_event(data: bytes | str) -> IncidentEvent:
+    """Read the output of :func:`encode_event`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is not a JSON object of an event.
+    """
+    try:
+        return wire_converter().structure(json.loads(data), IncidentEvent)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError("not a JSON object of an event") from error
+
+
 def decode_incident(data: bytes | str) -> Incident:
     """Read the output of :func:`encode_incident`; unknown fields are ignored.
 

@@ -10,11 +10,14 @@ import pytest
 
 from incidentkit import (
     EventKind,
+    IdempotencyKeyReused,
     IncidentEvent,
     IncidentNotFound,
     IncidentStatus,
     NewIncident,
     StoreError,
+    VersionConflict,
+    VersionMatch,
     acting_as,
 )
 from tests.conformance.gaps import Need, needs
@@ -146,6 +149,55 @@ async def test_invalid_notes_are_refused(incidents: Verbs) -> None:
     for wrong in NO_IDS:
         assert await refused(call(wrong, "It is db-1")) == ["incident_id"]
     assert len(await incidents.history(1)) == 1
+
+
+async def test_a_note_on_another_version_is_refused(incidents: Verbs) -> None:
+    """A note may require a version, a tag or one of several, and leaves the version as it is."""
+    incident = await incidents.create("Disk is full", source="monitoring")
+    allowed: tuple[Any, ...] = (
+        1,
+        incident.tag,
+        VersionMatch((7, incident.tag)),
+        VersionMatch(none_of=(2, "1-5f1c9a0e77d2")),
+        VersionMatch(),
+    )
+    for expected in allowed:
+        await incidents.note(1, "It is db-1", expected_version=expected)
+    others: tuple[Any, ...] = (
+        2,
+        "1-5f1c9a0e77d2",
+        VersionMatch((2, 3)),
+        VersionMatch(()),
+        VersionMatch(none_of=(1,)),
+        VersionMatch((1,), none_of=(incident.tag,)),
+    )
+    for expected in others:
+        with pytest.raises(VersionConflict) as caught:
+            await incidents.note(1, "It is db-2", expected_version=expected)
+        assert caught.value.incident == incident
+    assert len(await incidents.history(1)) == 1 + len(allowed)
+    wrongs: tuple[Any, ...] = (0, "1", VersionMatch((0,)), VersionMatch(none_of=("x",)))
+    for expected in wrongs:
+        call = incidents.note(1, "It is db-1", expected_version=expected)
+        assert await refused(call) == ["expected_version"]
+
+
+async def test_a_repeated_note_returns_the_first_result(incidents: Verbs) -> None:
+    """A repeated key adds no second note, and belongs to this note alone."""
+    await incidents.create("Disk is full", source="monitoring")
+    first = await incidents.note(1, "It is db-1", expected_version=1, idempotency_key="k")
+    await incidents.update_status(1, "failed")
+    again = await incidents.note(1, " It is db-1 ", expected_version=1, idempotency_key="k")
+    assert again == first
+    calls: tuple[Any, ...] = (
+        incidents.note(1, "It is db-2", expected_version=1, idempotency_key="k"),
+        incidents.note(1, "It is db-1", idempotency_key="k"),
+        incidents.update_status(1, "new", idempotency_key="k"),
+    )
+    for call in calls:
+        with pytest.raises(IdempotencyKeyReused):
+            await call
+    assert len(await incidents.history(1)) == 3
 
 
 async def test_invalid_arguments_of_a_history_are_refused(incidents: Verbs) -> None:

@@ -167,6 +167,7 @@ async def test_invalid_keys_are_refused(incidents: Verbs) -> None:
             incidents.create(DISK_FULL, idempotency_key=key),
             incidents.create_many([DISK_FULL], idempotency_key=key),
             incidents.update_status(1, "failed", idempotency_key=key),
+            incidents.note(1, "It is hot", idempotency_key=key),
         )
         for call in calls:
             assert await refused(call) == ["idempotency_key"]

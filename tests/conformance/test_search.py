@@ -107,6 +107,51 @@ async def test_order_is_by_time_and_then_by_id(incidents: Verbs, embodiment: Emb
     assert await ids(incidents.iterate(text="disk", batch=2)) == newest
 
 
+@pytest.mark.parametrize("order", ORDERS)
+async def test_incidents_are_found_by_their_key(incidents: Verbs, order: str) -> None:
+    """A deduplication key finds its incidents, open and ended, in pages and with other filters."""
+    for number in range(6):
+        for key in ("disk", "Disk", None, "disk:1"):
+            await incidents.create(f"Report {number}", source="monitoring", dedup_key=key)
+        found = await incidents.search(dedup_key="disk", status="new", total=True)
+        (open_,) = found.incidents
+        assert (open_.dedup_key, open_.incident_message, found.total) == (
+            "disk",
+            f"Report {number}",
+            1,
+        )
+        if number < 5:
+            status = ("completed", "failed")[number % 2]
+            await incidents.update_status(open_.incident_id, status)
+    every = await ids(incidents.iterate(dedup_key="disk", order=order, batch=4))
+    assert every == sorted(every, reverse=order == "newest")
+    assert len(every) == 6
+    for limit in (1, 4, 6):
+        after, pages = None, []
+        while True:
+            page = await incidents.search(
+                dedup_key="disk", order=order, limit=limit, after=after, total=True
+            )
+            assert page.total == 6
+            pages += [incident.incident_id for incident in page.incidents]
+            after = page.next
+            if after is None:
+                break
+        assert pages == every
+    ended: dict[str, Any] = {
+        "dedup_key": "disk",
+        "status": ["failed", "completed"],
+        "source": "monitoring",
+    }
+    assert len((await incidents.search(**ended)).incidents) == 5
+    assert len((await incidents.search(**ended, text="report 3")).incidents) == 1
+    assert (await incidents.search(dedup_key="disk", source="partner")).incidents == []
+    assert (await incidents.search(dedup_key="none", total=True)).total == 0
+    call: Any = incidents.search
+    for wrong in ("", "x" * 256, "a\x00b", 7):
+        assert await refused(call(dedup_key=wrong)) == ["dedup_key"]
+
+
 async def test_filters_are_one_value_or_several(incidents: Verbs) -> None:
     """A status or source is one value or several, of which any may match, as members or strings."""
     created = await of_every_kind(incidents)

@@ -18,6 +18,7 @@ from incidentkit import (
     NewIncident,
     StoreError,
     VersionConflict,
+    VersionMatch,
 )
 from tests.conformance.gaps import Need, needs
 from tests.conformance.refusals import refused
@@ -167,6 +168,21 @@ async def test_one_of_many_with_the_same_version_wins(incidents: Verbs, *, by_ta
     assert (len(won), len(lost)) == (1, 19)
     assert {conflict.incident.version for conflict in lost} == {2}
     assert len(await incidents.history(1)) == 2
+
+
+async def test_one_of_several_versions_is_expected(incidents: Verbs) -> None:
+    """A change may require one of several versions and tags, or none of them."""
+    incident = await incidents.create("Disk is full", source="monitoring")
+    for match in (VersionMatch((2, 3)), VersionMatch(()), VersionMatch(none_of=(incident.tag,))):
+        for status in ("failed", "new"):
+            with pytest.raises(VersionConflict):
+                await incidents.update_status(1, status, expected_version=match)
+    match = VersionMatch((7, incident.tag), none_of=(2,))
+    changed = await incidents.update_status(1, "failed", expected_version=match)
+    assert changed.version == 2
+    again = VersionMatch((changed.version, 5), none_of=(incident.tag,))
+    assert (await incidents.update_status(1, "new", expected_version=again)).version == 3
+    assert len(await incidents.history(1)) == 3
 
 
 async def test_concurrent_changes_form_a_chain(incidents: Verbs) -> None:

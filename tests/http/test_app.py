@@ -439,3 +439,38 @@ async def test_a_host_answers_its_own_errors(key: int | type[Exception]) -> None
         answer = await api.get("/own")
     assert (answer.status_code, answer.text) == (500, "the host's")
     assert answer.headers["X-Request-ID"]
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+@pytest.mark.parametrize("mount", ["", "/incidents", "/deep/down"])
+async def test_a_proxy_may_strip_its_prefix(mount: str, *, stripped: bool) -> None:
+    """Under a root path, a route is found with and without it in the path, mounted or alone."""
+    client = IncidentClient.open(MEMORY)
+    app: ASGIApp = create_app(client)
+    if mount:
+        app = Starlette(routes=[Mount(mount, app)])
+    transport = httpx2.ASGITransport(app, root_path="/proxy")
+    base = f"http://service{'' if stripped else '/proxy'}{mount}"
+    async with client, httpx2.AsyncClient(transport=transport, base_url=base) as api:
+        created = await api.post("/incident/create", json=INCIDENT)
+        assert created.status_code == 201
+        assert created.headers["Location"] == f"/proxy{mount}/incident/get/1"
+        assert (await api.get("/incident/get/1")).json() == created.json()
+        assert (await api.get("/nowhere")).json()["code"] == "unknown_path"
+        assert (await api.get("/incident")).json()["code"] == "unknown_path"
+        wrong = await api.delete("/incident/get/1")
+        assert wrong.json()["code"] == "method_not_allowed"
+        assert wrong.headers["Allow"] == "GET, HEAD"
+        root = await api.get("/")
+        assert root.headers["Location"] == "docs"
+
+
+async def test_a_root_path_is_whole_segments() -> None:
+    """A path that only begins like the root path is not below it."""
+    client = IncidentClient.open(MEMORY)
+    transport = httpx2.ASGITransport(create_app(client), root_path="/in")
+    async with client, httpx2.AsyncClient(transport=transport, base_url="http://service") as api:
+        assert (await api.get("/incident/get")).status_code == 200
+        assert (await api.get("/in/incident/get")).status_code == 200
+        assert (await api.get("/inincident/get")).status_code == 404
+        assert (await api.get("/in")).headers["Location"] == "/in/docs"

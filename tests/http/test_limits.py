@@ -20,7 +20,7 @@ from incidentkit import IncidentClient
 from incidentkit.cli import limits
 from incidentkit.cli.limits import Places, backlog, connection_limit
 from incidentkit.cli.protocol import Protocol
-from incidentkit.http import create_app, requests, streams
+from incidentkit.http import create_app, operation, streams
 from tests.http.conftest import INCIDENT, MEMORY, Records, serving
 from tests.programs import DEADLINE, service
 
@@ -359,7 +359,7 @@ def test_the_page_of_limits_has_those_of_the_code() -> None:
         "headers of a request, together": f"{limits.MAX_HEAD // kib} KiB",
         "number of headers": str(limits.MAX_HEADERS),
     }
-    assert values["[body](../reference/rest.md)"] == f"{requests.MAX_BODY // kib} KiB"
+    assert values["[body](../reference/rest.md)"] == f"{operation.MAX_BODY // kib} KiB"
     received = f"{limits.RECEIVE_TIMEOUT:g} seconds"
     assert values["time to receive a request, with its body"] == received
     assert values["time without a request on a new connection"] == received

@@ -17,8 +17,8 @@ from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.values import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
 from incidentkit.http import create_app
 from incidentkit.http.openapi import FIELDS, document
-from incidentkit.http.operation import EntityTag, Parameter
-from incidentkit.http.problems import TITLES
+from incidentkit.http.operation import EntityTags, Parameter
+from incidentkit.http.problems import TITLES, Kind
 from incidentkit.http.routes import DOCS, OPERATIONS
 from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
@@ -50,6 +50,7 @@ def test_every_documented_route_is_there() -> None:
     }
     assert documented == {
         ("POST", "/incident/create"),
+        ("POST", "/incident/create-many"),
         ("GET", "/incident/get"),
         ("GET", "/incident/get/{incident_id}"),
         ("PATCH", "/incident/update-status"),
@@ -84,6 +85,10 @@ def test_every_answer_is_described_with_an_example() -> None:
             assert ("Retry-After" in described["headers"]) == (status in {"429", "503"})
             created = operation["operationId"] == "create_incident" and status in ("200", "201")
             assert ("Location" in described["headers"]) == created
+            if status == "304":
+                assert "ETag" in described["headers"]
+                assert "content" not in described
+                continue
             problem = int(status) >= 400
             (media_type, *others) = described["content"]
             assert media_type == ("application/problem+json" if problem else "application/json")
@@ -93,7 +98,11 @@ def test_every_answer_is_described_with_an_example() -> None:
                 validate(content["example"], content["schema"])
             content = described["content"][media_type]
             if problem:
-                assert content["example"]["title"] == TITLES[int(status)]
+                kind = Kind[content["example"]["code"].upper()]
+                assert kind.status == int(status)
+                assert content["example"]["title"] == kind.title
+                assert described["description"].startswith(TITLES[int(status)])
+                assert f"`{kind.code}`" in described["description"]
 
 
 def test_the_example_of_a_body_is_an_incident() -> None:
@@ -167,7 +176,10 @@ def _text(parameter: Parameter) -> list[tuple[str, bool]]:
 
 
 def _tag(_: Parameter) -> list[tuple[str, bool]]:
-    return [("*", True), ('"1"', True), ("1", False), ('W/"1"', False), ('"0"', False)]
+    return [
+        *((text, True) for text in ("*", '"1"', 'W/"1"', '"0"', '"a", W/"b" ,,"c-1"', ',"",')),
+        *((text, False) for text in ("1", '"1" "2"', '*, "1"', 'w/"1"', '"a', ",", '"a b"')),
+    ]
 
 
 def _flag(_: Parameter) -> list[tuple[str, bool]]:
@@ -184,7 +196,7 @@ def _moment(_: Parameter) -> list[tuple[str, bool]]:
     ]
 
 
-_VALUES = {int: _number, str: _text, bool: _flag, datetime: _moment, EntityTag: _tag}
+_VALUES = {int: _number, str: _text, bool: _flag, datetime: _moment, EntityTags: _tag}
 
 
 @pytest.mark.parametrize(
@@ -206,18 +218,21 @@ def test_the_bounds_of_a_parameter_are_the_rule(
     name = parameter.header or parameter.name
     if name == "Idempotency-Key":
         # A key belongs to one operation.
-        text = text.replace("x", method[1])
+        text = text.replace("x", operation["operationId"][-1])
     (described,) = (each for each in operation["parameters"] if each["name"] == name)
     assert described["in"] == parameter.where
     # With an incident there is a change, so that a poll need not wait.
     api.post("/incident/create", json=INCIDENT)
-    body = {"post": {"note": "It is hot"} if "note" in path else INCIDENT}.get(method)
+    body: Any = {"post": {"note": "It is hot"} if "note" in path else INCIDENT}.get(method)
+    if "many" in path:
+        body = [INCIDENT]
     if parameter.where == "path":
         answer = api.request(method, path.replace("{incident_id}", text), json=body)
     else:
         # With one incident per page, every page is within bounds.
         others = {"patch": "incident_id=1&status=new", "get": "limit=1", "post": ""}[method]
-        query, headers = httpx2.QueryParams(others), {}
+        pages = any(each["name"] == "limit" for each in operation["parameters"])
+        query, headers = httpx2.QueryParams(others if pages or method == "patch" else ""), {}
         if parameter.where == "query":
             query = query.set(parameter.name, text)
         else:

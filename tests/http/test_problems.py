@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
 import httpx2
 import pytest
 
-from incidentkit import ClientClosed, IncidentClient, SchemaOutOfDate, StoreError, StoreUnavailable
+from incidentkit import (
+    ClientClosed,
+    DuplicateOpenIncident,
+    FieldError,
+    IllegalTransition,
+    Incident,
+    IncidentClient,
+    IncidentConflict,
+    IncidentKitError,
+    IncidentSource,
+    IncidentStatus,
+    InvalidIncident,
+    InvalidSettings,
+    MissingDependency,
+    NotInTransaction,
+    PartlyStored,
+    SchemaOutOfDate,
+    StoreError,
+    StoreUnavailable,
+    UnknownCursor,
+    VersionConflict,
+    http,
+)
 from incidentkit.http import create_app
-from tests.http.conftest import INCIDENT, MEMORY, Records, Serve
+from incidentkit.http.problems import TITLES, Kind
+from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, validate
+
+DISK = Incident(
+    7,
+    "Disk is full",
+    IncidentStatus.COMPLETED,
+    IncidentSource.MONITORING,
+    datetime(2026, 3, 1, 9, 30, tzinfo=UTC),
+)
 
 SECRET = "postgresql://user:password@db/SELECT"  # the text of an error that must stay inside
 
@@ -99,6 +135,71 @@ def test_an_error_of_the_server(serve: Serve, records: Records, error: Exception
         assert record.exc_info
         assert record.exc_info[1] is error
         assert vars(record)["request_id"] == answer.headers["X-Request-ID"]
+
+
+def test_every_error_has_one_code() -> None:
+    """Each class of error has a code of its own, and each code an error or a refusal."""
+    classes = [IncidentKitError]
+    for class_ in classes:
+        classes += class_.__subclasses__()
+    ours = {class_ for class_ in classes if class_.__module__.startswith("incidentkit.")}
+    assert {kind.error for kind in Kind if kind.error is not None} == ours
+    sources = [path.read_text() for path in Path(http.__file__).parent.glob("*.py")]
+    used = {name for source in sources for name in re.findall(r"\(\s*Kind\.([A-Z_]+)", source)}
+    refusals = {kind.name for kind in Kind if kind.error is None}
+    assert used & refusals == refusals
+    codes = [kind.code for kind in Kind]
+    assert all(re.fullmatch("[a-z]+(_[a-z]+)*", code) for code in codes)
+    assert {kind.status for kind in Kind} == {*TITLES}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind.error is not None])
+def test_a_problem_has_the_kind_of_its_error(serve: Serve, kind: Kind) -> None:
+    """Whatever error a call raises, its answer has the code, the type and the status of it."""
+    arguments: dict[Any, tuple[Any, ...]] = {
+        InvalidIncident: ([FieldError("source", "is wrong")],),
+        IllegalTransition: (DISK, IncidentStatus.NEW),
+        SchemaOutOfDate: (None, "9b3f6d20c7e8"),
+        PartlyStored: ([DISK], 2, "why"),
+        InvalidSettings: ("name", "is wrong"),
+        MissingDependency: ("redis", "redis"),
+        UnknownCursor: (),
+        NotInTransaction: (),
+        ClientClosed: (),
+        IncidentConflict: (DISK,),
+        VersionConflict: (DISK,),
+        DuplicateOpenIncident: (DISK,),
+    }
+    assert kind.error is not None
+    error = kind.error(*arguments.get(kind.error, ("7",)))
+    answer = serve(create_app(failing_client(error)), checked=False).get("/incident/get")
+    assert answer.status_code == kind.status
+    problem = answer.json()
+    assert problem["code"] == kind.code
+    assert problem["type"] == f"urn:incidentkit:problem:{kind.code}"
+    assert problem["title"] == kind.title
+    validate(problem, {"$ref": "#/components/schemas/Problem"})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "code"),
+    [
+        ("GET", "/nowhere", None, "unknown_path"),
+        ("GET", "/incident/get/1", None, "incident_not_found"),
+        ("DELETE", "/incident/get", None, "method_not_allowed"),
+        ("GET", "/incident/get?%ff", None, "malformed_query"),
+        ("GET", "/incident/get?x", None, "invalid_incident"),
+        ("GET", "/incident/get", b"x", "unexpected_body"),
+        ("POST", "/incident/create", b"{", "malformed_body"),
+    ],
+)
+def test_problems_of_one_status_are_told_apart(
+    api: httpx2.Client, method: str, path: str, body: bytes | None, code: str
+) -> None:
+    """A client can tell a missing incident from a wrong URL, and the like, by the code."""
+    headers = {"Content-Type": "application/json"}
+    answer = api.request(method, path, content=body, headers=headers)
+    assert answer.json()["code"] == code
 
 
 @pytest.mark.parametrize("given", ["a", "A.b_c-9", "x" * 64])

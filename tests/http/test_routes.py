@@ -228,7 +228,7 @@ def test_head_is_get_without_the_body(api: httpx2.Client, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/incident", "/incident/get/", "/incident/create/", "/docs/", "/incident/get/1/2"]
+    "path", ["/incident", "/incident/get/", "/incident/create/", "/docs/", "/incident/get/1/2"]
 )
 def test_an_unknown_path(api: httpx2.Client, path: str) -> None:
     """An unknown path, even by one slash, is a 404 problem and not a redirect."""
@@ -254,5 +254,5 @@ def test_a_wrong_method(api: httpx2.Client, method: str, path: str, allowed: str
     assert answer.status_code == 405
     assert answer.headers["Allow"] == allowed
     assert answer.headers["Content-Type"] == "application/problem+json"
-    assert answer.json()["title"] == "Method Not Allowed"
+    assert answer.json()["title"] == "Method not allowed"
     assert answer.json()["detail"] == f"This path accepts only {allowed}"

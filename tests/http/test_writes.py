@@ -12,7 +12,9 @@ from starlette.authentication import AuthCredentials, AuthenticationBackend, Sim
 from starlette.middleware.authentication import AuthenticationMiddleware
 
 from incidentkit import IncidentClient
+from incidentkit.domain.values import MAX_ID
 from incidentkit.http import create_app
+from incidentkit.http.operation import MAX_BODY, MAX_ITEMS
 from tests.hosts import run_sql
 from tests.http.conftest import INCIDENT, MEMORY, Serve
 
@@ -132,26 +134,14 @@ async def lose_incidents_after(url: str, incident_id: int) -> None:
     )
 
 
-INVALID_TAGS = [
-    "1",
-    '"a"',
-    'W/"1"',
-    '"1", "2"',
-    '""',
-    '"0"',
-    '"-1"',
-    "**",
-    '"1-"',
-    '"1-5F1C9A0E77D2"',
-]
-
-
-@pytest.mark.parametrize("tag", INVALID_TAGS)
-def test_an_invalid_entity_tag_is_refused(api: httpx2.Client, tag: str) -> None:
-    """If-Match takes one strong tag from an answer, or a star."""
-    answer = update(api, "failed", If_Match=tag)
+@pytest.mark.parametrize("header", ["If-Match", "If-None-Match"])
+@pytest.mark.parametrize("tags", ["1", "", "**", '*, "1"', '"1" "2"', '"1', "w/'1'", ",", '"a b"'])
+def test_what_is_no_entity_tag_is_refused(api: httpx2.Client, header: str, tags: str) -> None:
+    """A precondition takes a list of entity tags or a star."""
+    answer = update(api, "failed", **{header.replace("-", "_"): tags})
     assert answer.status_code == 422
-    assert [error["field"] for error in answer.json()["errors"]] == ["expected_version"]
+    field = header.lower().replace("-", "_")
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
 
 
 def test_a_header_that_is_given_twice_is_refused(api: httpx2.Client) -> None:
@@ -195,6 +185,85 @@ def test_histories_and_notes(serve: Serve, urls: tuple[str, str | None]) -> None
     assert api.get("/incident/history/1", params={"after": events[2]["cursor"]}).json() == []
     assert api.get("/incident/history/2").status_code == 404
     assert api.post("/incident/note/2", json={"note": "nobody"}).status_code == 404
+
+
+def test_a_repeated_note_is_added_once(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """A retry of a note with an Idempotency-Key gets the first event again."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    api.post("/incident/create", json=INCIDENT)
+    headers = {"Idempotency-Key": "k"}
+    first, again = (
+        api.post("/incident/note/1", json={"note": "It is hot"}, headers=headers) for _ in range(2)
+    )
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert first.content == again.content
+    assert "Idempotent-Replayed" not in first.headers
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert len(api.get("/incident/history/1").json()) == 2
+    other = api.post("/incident/note/1", json={"note": "It is cold"}, headers=headers)
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+
+
+def test_a_change_travels_in_the_body(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """A change may be JSON, whole or in part, so that no proxy logs its text."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    api.post("/incident/create", json=INCIDENT)
+    path = "/incident/update-status"
+    whole = {"incident_id": 1, "status": "failed", "note": "The disk of Ann is full"}
+    assert api.patch(path, json=whole).json()["incident_type"] == "failed"
+    part = {"note": "It is empty again"}
+    assert api.patch(f"{path}?incident_id=1&status=new", json=part).status_code == 200
+    assert api.patch(f"{path}?incident_id=1", json={"status": "failed", "note": None}).is_success
+    notes = [event["note"] for event in api.get("/incident/history/1").json()]
+    assert notes == [None, whole["note"], part["note"], None]
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "faults"),
+    [
+        ("", {}, {"incident_id": "is required", "status": "is required"}),
+        (
+            "incident_id=1&status=new&note=a",
+            {"incident_id": 1, "status": "new"},
+            dict.fromkeys(
+                ["incident_id", "status"], "must be in the query or in the body, not in both"
+            ),
+        ),
+        ("incident_id=1", {"status": "x"}, {"status": "must be one of: new, completed, failed"}),
+        (
+            "status=new",
+            {"incident_id": "1"},
+            {"incident_id": f"must be an integer from 1 to {MAX_ID}"},
+        ),
+        ("status=new", {"incident_id": 1, "note": 7}, {"note": "must be a string"}),
+        (
+            "",
+            {"incident_id": 1, "status": "new", "limit": 1, "body": 2},
+            {"limit": "is not a known field", "body": "is not a known field"},
+        ),
+        ("incident_id=1&status=new", [], {"body": "must be a JSON object"}),
+    ],
+)
+def test_a_faulty_change_is_refused(
+    api: httpx2.Client, query: str, body: Any, faults: dict[str, str]
+) -> None:
+    """A change in a body is read as strictly as one in a query, and a name is in one of them."""
+    answer = api.patch(f"/incident/update-status?{query}", json=body)
+    assert answer.status_code == 422
+    assert {error["field"]: error["reason"] for error in answer.json()["errors"]} == faults
+
+
+def test_a_name_that_a_body_repeats_is_refused(api: httpx2.Client) -> None:
+    """A JSON body names each field once, and is declared as JSON."""
+    body = b'{"incident_id": 1, "status": "new", "status": "failed"}'
+    declared = {"Content-Type": "application/json"}
+    answer = api.patch("/incident/update-status", content=body, headers=declared)
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [{"field": "status", "reason": "must be given only once"}]
+    assert api.patch("/incident/update-status", content=body).status_code == 415
+    huge = b" " * MAX_BODY + body
+    answer = api.patch("/incident/update-status", content=huge, headers=declared)
+    assert answer.json()["code"] == "body_too_large"
 
 
 @pytest.mark.parametrize(
@@ -265,3 +334,56 @@ async def test_concurrent_requests_keep_their_actors() -> None:
         for user, answer in zip(users, answers, strict=True):
             (event,) = await client.history(answer.json()["incident_id"])
             assert event.actor == user
+
+
+def test_many_incidents_are_created_at_once(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """An array of incidents is stored in its order, all or none, and once with a key."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    disk = INCIDENT | {"dedup_key": "disk"}
+    bodies = [INCIDENT, disk, disk, INCIDENT | {"source": "partner"}]
+    headers = {"Idempotency-Key": "k"}
+    first = api.post("/incident/create-many", json=bodies, headers=headers)
+    assert first.status_code == 201
+    assert [each["occurrences"] for each in first.json()] == [1, 1, 2, 1]
+    assert [each["source"] for each in first.json()] == [each["source"] for each in bodies]
+    again = api.post("/incident/create-many", json=bodies, headers=headers)
+    assert (again.status_code, again.content) == (201, first.content)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert api.post("/incident/create-many", json=[disk]).status_code == 200
+    assert api.post("/incident/create-many", json=[]).json() == []
+    assert len(api.get("/incident/get").json()) == 3
+
+
+def test_one_faulty_incident_refuses_all(api: httpx2.Client) -> None:
+    """Each fault of the first faulty incidents is named with its place, and nothing is stored."""
+    bodies: list[Any] = [INCIDENT] * 3 + [{"source": "x", "y": 1}, 7] + [INCIDENT]
+    refused = api.post("/incident/create-many", json=bodies)
+    assert refused.status_code == 422
+    assert [error["field"] for error in refused.json()["errors"]] == [
+        "incidents[3].incident_message",
+        "incidents[3].source",
+        "incidents[3].y",
+        "incidents[4]",
+    ]
+    many = api.post("/incident/create-many", json=[{}] * MAX_ITEMS)
+    places = [error["field"] for error in many.json()["errors"]]
+    assert places[-1] == "incidents[9].source"
+    assert len(places) == 20
+    assert api.get("/incident/get").json() == []
+
+
+def test_the_bounds_of_many_incidents(serve: Serve) -> None:
+    """A body has a maximum of incidents and of bytes, larger than that of one incident."""
+    api = serve(create_app(IncidentClient.open(MEMORY)))
+    long = {"incident_message": "\N{EGG}" * 500, "source": "operator"}
+    stored = api.post("/incident/create-many", json=[long] * MAX_ITEMS, timeout=60)
+    assert len(stored.json()) == MAX_ITEMS
+    many = api.post("/incident/create-many", json=[INCIDENT] * (MAX_ITEMS + 1))
+    assert many.status_code == 422
+    assert many.json()["errors"] == [{"field": "body", "reason": "must have at most 1000 items"}]
+    headers = {"Content-Type": "application/json"}
+    huge = api.post("/incident/create-many", content=b" " * 2**21 + b"[]", headers=headers)
+    assert (huge.status_code, huge.json()["code"]) == (413, "body_too_large")
+    assert huge.json()["detail"] == "The body must be at most 2097152 bytes"
+    one = api.post("/incident/create-many", json=INCIDENT)
+    assert one.json()["errors"] == [{"field": "body", "reason": "must be a JSON array"}]

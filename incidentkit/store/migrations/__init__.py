@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 from incidentkit.store.migrations import (
     concurrent_indexes,
+    dedup_key_index,
     event_writer,
     incident_event,
     incident_token,
@@ -46,5 +47,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     concurrent_indexes,
     search_words,
     token_of_table,
+    dedup_key_index,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

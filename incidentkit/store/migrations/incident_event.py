@@ -4,8 +4,8 @@
 already ended gets the time of the migration as its end, because the real one is unknown. The
 columns added to ``"Incident"`` have defaults, so that other writers keep working.
 
-The large indexes and, on SQLite, the table of words follow in the migrations ``a61c08d5e372`` and
-``a6d40b7f21c8``, which block no other program.
+The large indexes and, on SQLite, the table of words follow in the migrations ``a61c08d5e372``,
+``a6d40b7f21c8`` and ``d4e07b93c1f6``, which block no other program.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OPEN_WITH_KEY = sa.text("incident_type = 'new' AND dedup_key IS NOT NULL")
 
 COLUMNS = ("version", "dedup_key", "occurrences", "last_seen_at", "ended_at", "transaction_id")
 TABLES = ("incident_event", "incident_purged_event", "incident_idempotency_key")
-INDEXES = ("ix_Incident_ended_at", "ix_Incident_incident_message")
+INDEXES = ("ix_Incident_ended_at", "ix_Incident_dedup_key", "ix_Incident_incident_message")
 MAX_WORD = 255
 TIME_TRIGGERS = ("incident_created_at_insert", "incident_created_at_update")
 TEXT_TRIGGERS = ("incident_text_insert", "incident_text_update", "incident_text_delete")

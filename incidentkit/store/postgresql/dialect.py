@@ -9,14 +9,15 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Executable
 
 import incidentkit.store.postgresql.statements as sql
-from incidentkit.domain.commands import NewIncident, StatusChange
+from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
     IncidentNotFound,
     StoreUnavailable,
+    VersionConflict,
 )
 from incidentkit.domain.transitions import Transitions
-from incidentkit.domain.values import OPEN, FeedBlocker, Incident, IncidentEvent
+from incidentkit.domain.values import OPEN, FeedBlocker, Incident, IncidentEvent, has_version
 from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
@@ -118,8 +119,8 @@ class PostgresDialect:
         }
         seen: set[Incident] = set()
         for _ in range(ATTEMPTS):
-            if isinstance(change.expected_version, str):
-                # The database has no tag: compare it here, and the version in the statement.
+            if not isinstance(change.expected_version, int | None):
+                # Only the client knows the tag: the statement compares the version that has it.
                 tagged = await self._read(fetch, change.incident_id)
                 transitions.check(tagged, change)
                 values["expected_version"] = tagged.version
@@ -129,7 +130,8 @@ class PostgresDialect:
             incident = await self._read(fetch, change.incident_id)
             if not transitions.check(incident, change):
                 if change.note is not None:
-                    await self.note(fetch, change.incident_id, change.note, actor)
+                    note = NoteAddition(change.incident_id, change.note, change.expected_version)
+                    await self.note(fetch, note, actor)
                 return incident
             # Either another incident with its key is open, or it has just been changed again.
             if change.status is OPEN and await fetch(
@@ -150,15 +152,39 @@ class PostgresDialect:
             raise IncidentNotFound(incident_id)
         return read_incident(rows[0])
 
-    async def note(
-        self, fetch: Fetch, incident_id: int, note: str, actor: str | None
-    ) -> IncidentEvent:
-        """Insert a note and return its event."""
-        values = {"incident_id": incident_id, "note": note, "actor": actor}
-        rows = await fetch(sql.INSERT_NOTE, values)
-        if not rows and not await fetch(SELECT_INCIDENT, {"incident_id": incident_id}):
-            raise IncidentNotFound(incident_id)
-        return read_event((rows or await self._insert(fetch, sql.INSERT_NOTE, values))[0])
+    async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
+        """Insert a note and return its event; if no row was inserted, find out why."""
+        values = {
+            "incident_id": addition.incident_id,
+            "expected_version": addition.expected_version,
+            "note": addition.note,
+            "actor": actor,
+        }
+        seen: list[int] = []
+        for _ in range(ATTEMPTS):
+            if not isinstance(addition.expected_version, int | None):
+                values["expected_version"] = await self._expected(fetch, addition)
+            rows = await fetch(sql.INSERT_NOTE, values)
+            if rows:
+                return read_event(rows[0])
+            version = await self._expected(fetch, addition)
+            if seen[-2:] == [version, version]:
+                raise KEPT_OUT.as_error()
+            if version in seen:
+                await self.check_order(fetch)
+            seen.append(version)
+        raise StoreUnavailable(f"other transactions overtook a note {ATTEMPTS} times")
+
+    async def _expected(self, fetch: Fetch, addition: NoteAddition) -> int:
+        """Return the version of an incident.
+
+        Raises:
+            VersionConflict: If it is not the expected one.
+        """
+        incident = await self._read(fetch, addition.incident_id)
+        if not has_version(incident, addition.expected_version):
+            raise VersionConflict(incident)
+        return incident.version
 
     async def _insert(self, fetch: Fetch, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that inserts; if it inserts nothing, find out why."""

@@ -101,7 +101,8 @@ class PostgresSharing:
         self, change: StatusChange, transitions: Transitions, actor: str | None
     ) -> Awaitable[Incident | None] | None:
         """Change one status, unless it is a change back to ``new``, or of a tagged incident."""
-        if self._alone or change.status is OPEN or isinstance(change.expected_version, str):
+        by_version = isinstance(change.expected_version, int | None)
+        if self._alone or change.status is OPEN or not by_version:
             return None
         return self._share(self._updates, (change, transitions, actor))
 

@@ -439,7 +439,7 @@ SELECT_OPEN_DUPLICATE: Final = text("""
 
 INSERT_NOTE: Final = text(f"""
     WITH found AS (
-        SELECT stored.incident_id, stored.transaction_id
+        SELECT stored.incident_id, stored.version, stored.transaction_id
         FROM "Incident" AS stored
         WHERE stored.incident_id = CAST(:incident_id AS bigint)
         FOR NO KEY UPDATE
@@ -450,7 +450,8 @@ INSERT_NOTE: Final = text(f"""
             found.transaction_id AS earlier,
             greatest(found.transaction_id, {_TRANSACTION}) AS transaction_id
         FROM found
-        WHERE {_IN_ORDER}
+        WHERE found.version = coalesce(CAST(:expected_version AS bigint), found.version)
+            AND {_IN_ORDER}
     ),
     changed AS (
         UPDATE "Incident" AS stored
@@ -475,8 +476,8 @@ INSERT_NOTE: Final = text(f"""
     WHERE due.transaction_id = due.earlier OR EXISTS (SELECT FROM changed)
     RETURNING {_event("incident_event")}
 """)
-"""Inserts a note and returns its event. Returns no row if the incident does not exist, events are
-out of order, or a trigger keeps the note out."""
+"""Inserts a note and returns its event. Returns no row if the incident does not exist or has
+another version, events are out of order, or a trigger keeps the note out."""
 
 SELECT_INCIDENTS: Final = text(f"""
     SELECT {_incident('"Incident"')}

@@ -4,6 +4,8 @@ A page is read in the order of an index, starting at a place. With several statu
 pair of them is a branch that reads its own index, and the branches are merged: an index without the
 filters would be read past every incident that does not match.
 
+The incidents with a deduplication key are found by its index, to be counted and sorted.
+
 Words are found in two ways, since a database cannot tell in advance how many messages contain them.
 If many do, a scan of the first incidents in the order of the page finds enough. If few do, the
 index of words returns all of them, to be counted and sorted.
@@ -21,6 +23,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Executable,
+    String,
     TextClause,
     bindparam,
     func,
@@ -64,6 +67,7 @@ class Shape:
         sources: Number of wanted sources; 0: any source.
         oldest_first: Whether the oldest incidents come first.
         words_match: The conditions for words; None: any message.
+        with_key: Whether it is for the incidents with one deduplication key.
         pairs: Whether the database looks up a pair of a time and an id in an index. SQLite looks up
             the time alone, and scans all incidents of that second.
         onward: Whether the page starts after an incident, not at a time. Without ``pairs``, the
@@ -76,6 +80,7 @@ class Shape:
     sources: int
     oldest_first: bool
     words_match: WordsMatch | None
+    with_key: bool = False
     pairs: bool = True
     onward: bool = False
     most: int | None = None
@@ -186,16 +191,19 @@ def select_page_among_first(shape: Shape) -> Executable:
     return found
 
 
-def _found_by_words(shape: Shape) -> Any:
-    """Return the incidents that the index of words finds.
+def _found(shape: Shape) -> Any:
+    """Return the incidents that the index of words, or that of deduplication keys, finds.
 
-    PostgreSQL is made to use the index first. Otherwise the order of a page, or an index of its
-    filters, could lead it to look for a rare word in one message after another.
+    The database is made to use the index first. Otherwise the order of a page, or an index of its
+    filters, could lead it to look for a rare word or key in one incident after another.
     """
-    with_words = select(*_FOUND)
+    found = select(*_FOUND)
     if shape.words_match is not None:
-        with_words = with_words.where(shape.words_match.by_index)
-    return with_words.cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
+        found = found.where(shape.words_match.by_index)
+    if not shape.with_key:
+        return found.cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
+    found = found.where(_columns.dedup_key == bindparam("dedup_key", type_=String()))
+    return found.cte("found").prefix_with("MATERIALIZED")
 
 
 def _filters(shape: Shape, found: Any) -> list[ColumnElement[bool]]:
@@ -208,29 +216,29 @@ def _filters(shape: Shape, found: Any) -> list[ColumnElement[bool]]:
     return conditions
 
 
-def _page_by_words(shape: Shape, found: Any) -> Any:
+def _page_found(shape: Shape, found: Any) -> Any:
     statement = select(*found.c).where(*_between(found.c), *_filters(shape, found))
     return _in_order(statement, found.c, shape, "limit")
 
 
 @cache
-def select_page_by_words(shape: Shape) -> Executable:
-    """Return the statement for a page of the incidents that the index of words finds."""
-    page: Executable = _page_by_words(shape, _found_by_words(shape))
+def select_page_found(shape: Shape) -> Executable:
+    """Return the statement for a page of the incidents that an index of words or of keys finds."""
+    page: Executable = _page_found(shape, _found(shape))
     return page
 
 
 @cache
-def select_page_and_total_by_words(shape: Shape) -> Executable:
+def select_page_and_total_found(shape: Shape) -> Executable:
     """Return the same with the number of incidents of all pages, in the last column.
 
     All pages lie between the places ``from`` and ``until``. An empty page is one row, with the
     total alone.
     """
-    found = _found_by_words(shape)
+    found = _found(shape)
     everything = [*_between(found.c, "from", "until"), *_filters(shape, found)]
     total = select(func.count().label("total")).select_from(found).where(*everything).cte("counted")
-    page = _page_by_words(shape, found).subquery("page")
+    page = _page_found(shape, found).subquery("page")
     keys = (page.c.created_at, page.c.incident_id)
     return (
         select(*page.c, total.c.total)

@@ -43,6 +43,7 @@ def _one_of(name: str, enum: type[StrEnum]) -> str:
 _PARTIAL_INDEXES: Final = {
     "ux_Incident_dedup_key": text("incident_type = 'new' AND dedup_key IS NOT NULL"),
     "ix_Incident_ended_at": text("ended_at IS NOT NULL"),
+    "ix_Incident_dedup_key": text("dedup_key IS NOT NULL"),
 }
 """The conditions of the partial indexes."""
 
@@ -102,6 +103,13 @@ incident_table: Final = Table(
         "ended_at",
         "incident_id",
         sqlite_where=_PARTIAL_INDEXES["ix_Incident_ended_at"],
+    ),
+    Index(
+        "ix_Incident_dedup_key",
+        "dedup_key",
+        "created_at",
+        "incident_id",
+        sqlite_where=_PARTIAL_INDEXES["ix_Incident_dedup_key"],
     ),
     sqlite_autoincrement=True,
 )

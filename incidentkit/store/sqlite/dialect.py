@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import Executable
 
 import incidentkit.store.sqlite.statements as sql
-from incidentkit.domain.commands import NewIncident, StatusChange
-from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound
+from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound, VersionConflict
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
     OPEN,
@@ -19,6 +19,7 @@ from incidentkit.domain.values import (
     Incident,
     IncidentEvent,
     IncidentStatus,
+    has_version,
 )
 from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
@@ -93,7 +94,7 @@ class SqliteDialect:
         incident = await _select_incident(fetch, change.incident_id)
         if not transitions.check(incident, change):
             if change.note is not None:
-                await self.note(fetch, change.incident_id, change.note, actor)
+                await self.note(fetch, NoteAddition(change.incident_id, change.note), actor)
             return incident
         if change.status is OPEN and await fetch(
             sql.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
@@ -116,17 +117,17 @@ class SqliteDialect:
             raise KEPT_OUT.as_error()
         return changed
 
-    async def note(
-        self, fetch: Fetch, incident_id: int, note: str, actor: str | None
-    ) -> IncidentEvent:
+    async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
         """Insert a note and return its event."""
-        await _select_incident(fetch, incident_id)
+        incident = await _select_incident(fetch, addition.incident_id)
+        if not has_version(incident, addition.expected_version):
+            raise VersionConflict(incident)
         event = {
-            "incident_id": incident_id,
+            "incident_id": addition.incident_id,
             "kind": EventKind.NOTED.value,
             "from_status": None,
             "actor": actor,
-            "note": note,
+            "note": addition.note,
         }
         (row,) = await _written(fetch, sql.INSERT_EVENT, event)
         return read_event(row)
