@@ -37,7 +37,7 @@ CHOOSERS: Final[dict[str, str]] = {
 }
 """Modules that may import inside functions, each with its reason."""
 
-IMPORTS_IN_FUNCTIONS: Final = 7
+IMPORTS_IN_FUNCTIONS: Final = 9
 MOVES: Final = 20
 FILES: Final = 10
 
@@ -178,7 +178,7 @@ def test_circles_are_found_wherever_an_import_stands(tmp_path: Path) -> None:
 
 
 def test_functions_import_only_where_a_choice_is_made() -> None:
-    """At most seven imports stand inside functions, each in a module listed with its reason."""
+    """At most nine imports stand inside functions, each in a module listed with its reason."""
     found = imports_in_functions(PACKAGE)
     assert len(found) <= IMPORTS_IN_FUNCTIONS, found
     assert set(found) == set(CHOOSERS)

@@ -170,7 +170,7 @@ def test_a_client_that_prefers_json_gets_json(api: httpx2.Client) -> None:
     """The feed answers with a page if the stream is only the second choice."""
     headers = {"Accept": "text/event-stream;q=0.1, application/json"}
     answer = api.get("/incident/changes", headers=headers)
-    assert answer.json() == {"changes": [], "next": None}
+    assert answer.json()["changes"] == []
 
 
 def test_an_empty_last_event_id_is_none(api: httpx2.Client) -> None:

@@ -144,7 +144,8 @@ def test_every_error_has_one_code() -> None:
         classes += class_.__subclasses__()
     ours = {class_ for class_ in classes if class_.__module__.startswith("incidentkit.")}
     assert {kind.error for kind in Kind if kind.error is not None} == ours
-    sources = [path.read_text() for path in Path(http.__file__).parent.glob("*.py")]
+    folder = Path(http.__file__).parent
+    sources = [path.read_text() for path in (*folder.glob("*.py"), *folder.glob("../cli/*.py"))]
     used = {name for source in sources for name in re.findall(r"\(\s*Kind\.([A-Z_]+)", source)}
     refusals = {kind.name for kind in Kind if kind.error is None}
     assert used & refusals == refusals

@@ -126,9 +126,12 @@ def test_a_cursor_that_becomes_unknown_ends_the_stream(serve: Serve, url: str) -
         problem = source.until("problem")
         assert problem.pop("request_id")
         assert problem == {
-            "code": "unknown_cursor",
+            "type": "urn:incidentkit:problem:unknown_cursor",
+            "title": "Unknown cursor",
             "status": 410,
             "detail": "The cursor is unknown in this database: start again without a cursor",
+            "code": "unknown_cursor",
+            "errors": [],
         }
         assert source.until("end") == 410
     assert source.connections == 1
@@ -251,7 +254,7 @@ def test_an_option_of_serve_wins_over_the_environment(monkeypatch: pytest.Monkey
     command = importlib.import_module("incidentkit.cli.serve")
     given: list[int] = []
 
-    def run_server(settings: Settings, *_: object) -> bool:
+    def run_server(settings: Settings, *_: object, **__: object) -> bool:
         given.append(settings.stream_lifetime)
         return True
 
