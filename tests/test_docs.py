@@ -616,7 +616,7 @@ def test_the_codes_of_problems_are_those_of_the_service() -> None:
     """The table of codes has every kind of problem, with an anchor of that name."""
     expected = [
         [
-            f"`{kind.code}`{{#{kind.code.replace('_', '-')}}}",
+            f"`{kind.code}`{{#{kind.anchor}}}",
             str(kind.status),
             kind.when,
             "" if kind.error is None else f"`{kind.error.__name__}`",
@@ -624,7 +624,7 @@ def test_the_codes_of_problems_are_those_of_the_service() -> None:
         for kind in problems.Kind
     ]
     assert rows("docs/reference/errors.md", "code") == expected
-    assert f"`{problems.TYPE}`" in page("docs/reference/errors.md")
+    assert f"`{problems.PAGE}#incident-not-found`" in page("docs/reference/errors.md")
 
 
 def test_the_causes_of_failures_are_those_of_the_code() -> None:

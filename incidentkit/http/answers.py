@@ -245,6 +245,11 @@ async def docs_page(_: Request, __: Mapping[str, Any]) -> Response:
     return docs.page()
 
 
+async def problems_page(_: Request, __: Mapping[str, Any]) -> Response:
+    """Answer with the page that describes every kind of problem."""
+    return docs.problems_page()
+
+
 async def docs_asset(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with a file of Swagger UI."""
     known, accepted = (

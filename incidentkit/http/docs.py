@@ -1,4 +1,7 @@
-"""Swagger UI, from files of this package; the browser loads nothing from elsewhere."""
+"""The pages for people: Swagger UI, from files of this package, and the kinds of problems.
+
+The browser loads nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import gzip
 import re
 from functools import cache
 from hashlib import sha256
+from html import escape
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Final
@@ -14,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from incidentkit.domain.errors import InvalidSettings
+from incidentkit.http.problems import Kind
 
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -61,6 +66,12 @@ _PAGE: Final = f"""\
 </html>
 """
 
+_KINDS: Final = "\n".join(
+    f'<dt id="{kind.anchor}"><code>{kind.code}</code>, status {kind.status}</dt>\n'
+    f"<dd>{escape(kind.when[0].upper() + kind.when[1:])}.</dd>"
+    for kind in Kind
+)
+
 _START: Final = """\
 "use strict";
 SwaggerUIBundle({
@@ -69,6 +80,28 @@ SwaggerUIBundle({
   deepLinking: true,
   validatorUrl: null,
 });
+"""
+
+
+_PROBLEMS: Final = f"""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>incidentkit: kinds of problems</title>
+<link rel="icon" type="image/png" href="favicon-32x32.png">
+</head>
+<body>
+<h1>Kinds of problems</h1>
+<p>The member <code>code</code> of an answer with an error is one of these; its member
+<code>type</code> leads here.</p>
+<dl>
+{_KINDS}
+</dl>
+<p><a href="../docs">The operations of the service</a></p>
+</body>
+</html>
 """
 
 
@@ -87,6 +120,11 @@ def check_files() -> None:
 def page() -> Response:
     """Return the page."""
     return Response(_PAGE, headers=HEADERS, media_type="text/html")
+
+
+def problems_page() -> Response:
+    """Return the page that describes every kind of problem."""
+    return Response(_PROBLEMS, headers=HEADERS, media_type="text/html")
 
 
 def asset(name: str, known: str = "", accepted: str = "") -> Response:

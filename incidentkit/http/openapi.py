@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
 from attrs import NOTHING, fields
+from starlette.types import Scope
 
 from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.cursor import encode_cursor
@@ -43,16 +44,16 @@ from incidentkit.http.health import (
 from incidentkit.http.operation import MAX_BODY, EntityTags, Operation, Parameter
 from incidentkit.http.problems import (
     MEDIA_TYPE,
+    PAGE,
     RETRY_AFTER,
     TITLES,
-    TYPE,
     Conflict,
     Kind,
     Problem,
     Refusal,
     problem_for,
 )
-from incidentkit.http.request_id import HEADER, PATTERN
+from incidentkit.http.request_id import HEADER, NAME, PATTERN
 from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.store.schema import SCHEMA_REVISION
 from incidentkit.version import __version__
@@ -102,7 +103,11 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
     (ChangePage, "next"): {"description": "The after= to continue with."},
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
-    (Problem, "type"): {"format": "uri", "pattern": f"^{TYPE}[a-z_]+$"},
+    (Problem, "type"): {
+        "format": "uri-reference",
+        "pattern": f"{PAGE}#[a-z-]+$",
+        "description": "Where a page of the service describes the kind of problem.",
+    },
     (Problem, "code"): {
         "enum": [kind.code for kind in Kind],
         "description": "The kind of problem, for programs. A code never changes; a later version "
@@ -149,6 +154,7 @@ CLOSED: Final = (NewIncident, NewNote)
 """Models whose unknown fields are refused."""
 
 _REQUEST_ID: Final = "0b5c2f6e4d7a4c1f9e3a8d6b7c5f4e21"
+_SCOPE: Final[Scope] = {"headers": ((NAME, _REQUEST_ID.encode()),)}
 
 _INCIDENT: Final = Incident(
     7,
@@ -411,7 +417,7 @@ def _problem_name(status: int) -> str:
 
 
 def _problem(status: int, schemas: Json, members: type[Any] | None = None) -> Json:
-    example = wire_converter().unstructure(problem_for(_EXAMPLES[status], _REQUEST_ID))
+    example = wire_converter().unstructure(problem_for(_EXAMPLES[status], _SCOPE))
     codes = ", ".join(f"`{kind.code}`" for kind in Kind if kind.status == status)
     schema = _schema(Problem, schemas)
     if members is not None:

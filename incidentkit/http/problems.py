@@ -8,11 +8,13 @@ from enum import Enum, unique
 from functools import cached_property
 from http import HTTPStatus
 from typing import Final
+from urllib.parse import quote
 
 from attrs import define, field, frozen
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from incidentkit.domain.errors import (
     CacheUnavailable,
@@ -68,9 +70,8 @@ TITLES: Final[Mapping[int, str]] = {
 }
 """The names by RFC 9110: those in ``http.HTTPStatus`` differ between versions of Python."""
 
-TYPE: Final = "urn:incidentkit:problem:"
-"""What the type of a problem begins with; its code follows. The project has no address on the web
-that a URL could promise to keep. The section on codes in the reference has an anchor for each."""
+PAGE: Final = "/docs/problems"
+"""The path of the page that describes every kind; the type of a problem is an anchor on it."""
 
 
 @unique
@@ -136,6 +137,11 @@ class Kind(Enum):
         return self.name.lower()
 
     @cached_property
+    def anchor(self) -> str:
+        """The code as the anchor of a page, with hyphens."""
+        return self.code.replace("_", "-")
+
+    @cached_property
     def title(self) -> str:
         """The kind in words, the same for each problem of the kind."""
         return self.name.replace("_", " ").capitalize()
@@ -155,7 +161,7 @@ class Problem:
     """The content of an answer with an error.
 
     Attributes:
-        type: The URI of the kind of problem, which ends with its code.
+        type: A reference to the description of the kind of problem, on a page of the service.
         title: The kind of problem in words.
         status: The HTTP status.
         detail: What is wrong, in a sentence for people.
@@ -212,7 +218,7 @@ def problem_response(request: Request, error: Exception) -> Response:
             logger.warning("%s", error, extra={"request_id": id_})
         case _ if refusal.kind.status == HTTPStatus.INTERNAL_SERVER_ERROR:
             logger.error("A request failed", exc_info=error, extra={"request_id": id_})
-    problem = problem_for(refusal, id_)
+    problem = problem_for(refusal, request.scope)
     return Response(
         dump_json({**wire_converter().unstructure(problem), **refusal.members}),
         refusal.kind.status,
@@ -221,16 +227,16 @@ def problem_response(request: Request, error: Exception) -> Response:
     )
 
 
-def problem_for(refusal: Refusal, id_: str) -> Problem:
-    """Return the problem of a refusal, for the request with an id."""
+def problem_for(refusal: Refusal, scope: Scope) -> Problem:
+    """Return the problem of a refusal, for a request."""
     kind = refusal.kind
     return Problem(
-        type=TYPE + kind.code,
+        type=f"{quote(scope.get('root_path', ''))}{PAGE}#{kind.anchor}",
         title=kind.title,
         status=kind.status,
         detail=refusal.detail,
         code=kind.code,
-        request_id=id_,
+        request_id=request_id(scope),
         errors=refusal.errors,
     )
 

@@ -43,7 +43,7 @@ from incidentkit.http.operation import (
     Operation,
     Parameter,
 )
-from incidentkit.http.problems import Conflict
+from incidentkit.http.problems import PAGE, Conflict
 from incidentkit.wire import NewNote
 
 _INCIDENT_ID: Final = Parameter(
@@ -404,6 +404,9 @@ OPERATIONS: Final = (
 DOCS: Final = (
     Operation("GET", "/", "index", "Leads to Swagger UI", answers.index, documented=False),
     Operation("GET", "/docs", "docs", "Swagger UI", answers.docs_page, documented=False),
+    Operation(
+        "GET", PAGE, "problems", "The kinds of problems", answers.problems_page, documented=False
+    ),
     Operation(
         "GET",
         "/docs/{asset}",

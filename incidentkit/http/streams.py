@@ -285,7 +285,7 @@ class ChangeStream(Response):
             except ClientClosed:
                 pass
             except IncidentKitError as error:
-                await self._send(send, _problem(error, request_id(scope)))
+                await self._send(send, _problem(error, scope))
             async with asyncio.timeout(END_TIMEOUT):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
@@ -341,12 +341,12 @@ def _retry(seconds: tuple[int, int]) -> bytes:
     return b"retry: %d\n\n" % _random.randint(low * 1000, high * 1000)
 
 
-def _problem(error: IncidentKitError, id_: str) -> bytes:
+def _problem(error: IncidentKitError, scope: Scope) -> bytes:
     """Return the event that ends a stream, and log the error if it is the server's fault."""
     refusal = refusal_for(error)
     if refusal.kind is not Kind.UNKNOWN_CURSOR:
-        logger.error("A stream failed", exc_info=error, extra={"request_id": id_})
-    problem = wire_converter().unstructure(problem_for(refusal, id_))
+        logger.error("A stream failed", exc_info=error, extra={"request_id": request_id(scope)})
+    problem = wire_converter().unstructure(problem_for(refusal, scope))
     return b"event: problem\ndata: %b\n\n" % dump_json({**problem, **refusal.members})
 
 

@@ -6,6 +6,7 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import pytest
@@ -177,9 +178,24 @@ def test_a_problem_has_the_kind_of_its_error(serve: Serve, kind: Kind) -> None:
     assert answer.status_code == kind.status
     problem = answer.json()
     assert problem["code"] == kind.code
-    assert problem["type"] == f"urn:incidentkit:problem:{kind.code}"
+    assert problem["type"] == f"/docs/problems#{kind.anchor}"
     assert problem["title"] == kind.title
     validate(problem, {"$ref": "#/components/schemas/Problem"})
+
+
+@pytest.mark.parametrize("root_path", ["", "/on/a path"])
+def test_a_type_leads_to_the_page_of_its_kind(serve: Serve, root_path: str) -> None:
+    """The type of a problem can be opened, and the page describes the kind at its anchor."""
+    api = serve(create_app(IncidentClient.open(MEMORY)), checked=False, root_path=root_path)
+    type_ = api.get("/incident/get/1").json()["type"]
+    assert type_.startswith(quote(root_path))
+    # As a proxy that strips the path does.
+    page = api.get(type_.removeprefix(quote(root_path)))
+    assert page.headers["content-type"].startswith("text/html")
+    _, anchor = type_.split("#")
+    assert f'<dt id="{anchor}"><code>incident_not_found</code>, status 404</dt>' in page.text
+    for kind in Kind:
+        assert f'id="{kind.anchor}"' in page.text
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_a_cursor_that_becomes_unknown_ends_the_stream(serve: Serve, url: str) -
         problem = source.until("problem")
         assert problem.pop("request_id")
         assert problem == {
-            "type": "urn:incidentkit:problem:unknown_cursor",
+            "type": "/docs/problems#unknown-cursor",
             "title": "Unknown cursor",
             "status": 410,
             "detail": "The cursor is unknown in this database: start again without a cursor",
