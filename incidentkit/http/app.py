@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,9 @@ from starlette.applications import Starlette
 
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
+from incidentkit.http.client_address import TrustedProxies
 from incidentkit.http.docs import assets_folder
+from incidentkit.http.principals import Authenticate, Gate
 from incidentkit.http.request_log import Appender, RequestLog
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.http.service import Service
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from incidentkit.settings import RequestLog as RequestLogSetting
 
 
-def create_app(
+def create_app(  # noqa: PLR0913
     client: IncidentClient,
     *,
     request_log: RequestLogSetting = "log",
     cache_required: bool = False,
     docs: bool = True,
+    authenticate: Authenticate | None = None,
+    trusted_proxies: Sequence[str] = (),
 ) -> Starlette:
     """Return the REST service on a client, to run alone or to mount in another app.
 
@@ -46,9 +50,15 @@ def create_app(
             ``database`` is the logger and the table ``request_log``.
         cache_required: Whether ``/health/ready`` fails while the cache is unavailable.
         docs: Whether Swagger UI is served at ``/docs``.
+        authenticate: Returns the sender of a request by its ASGI scope, or None if it is unknown,
+            such as :class:`~incidentkit.http.authentication.TokenAuth`. None: every request is
+            answered, and the actor is the user whom a host's middleware has put into the scope.
+        trusted_proxies: Addresses and networks of proxies, such as ``10.0.0.0/8``, and ``unix`` for
+            one at a Unix socket. Only from them, ``X-Forwarded-For`` names the client.
 
     Raises:
-        InvalidSettings: If ``request_log`` is another value, or the client cannot write it.
+        InvalidSettings: If ``request_log`` is another value, or the client cannot write it, or a
+            trusted proxy is no address.
         MissingDependency: If ``docs`` is true and Swagger UI is not installed.
     """
     log = _request_log(client, request_log)
@@ -59,6 +69,8 @@ def create_app(
         (*OPERATIONS, *DOCS) if docs else OPERATIONS,
         request_log=log,
         cache_required=cache_required,
+        gate=None if authenticate is None else Gate(authenticate),
+        proxies=TrustedProxies(trusted_proxies),
         lifespan=lifespan,
     )
 

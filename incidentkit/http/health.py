@@ -112,6 +112,17 @@ class Readiness:
     request_log: RequestLogHealth
 
 
+@frozen
+class BareReadiness:
+    """Whether the service is ready, for a caller without the scope ``read``.
+
+    Attributes:
+        ready: Whether requests can be answered.
+    """
+
+    ready: bool
+
+
 async def readiness(
     client: IncidentClient, request_log: RequestLog | None, *, cache_required: bool
 ) -> Readiness:

@@ -18,6 +18,7 @@ from incidentkit.batching import Coalescer
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import IncidentKitError, StoreError
 from incidentkit.domain.values import ChangePage, FeedBlocker
+from incidentkit.http.principals import still_admitted
 from incidentkit.http.problems import RETRY_HEADERS, Refusal
 from incidentkit.http.server_hooks import abort, wait_for_stop
 from incidentkit.wire import encode_event, wire_converter
@@ -186,7 +187,7 @@ class ChangeStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             with suppress(IncidentKitError):
-                await run_until_stop(self._send_changes(send), scope)
+                await run_until_stop(self._send_changes(scope, send), scope)
             async with asyncio.timeout(END_TIMEOUT):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
@@ -196,10 +197,11 @@ class ChangeStream(Response):
             return False
         return True
 
-    async def _send_changes(self, send: Send) -> None:
+    async def _send_changes(self, scope: Scope, send: Send) -> None:
         page = self._page
         await self._send(send, f"retry: {RETRY * 1000}\n\n".encode())
-        while True:
+        # Also at each heartbeat: a stream ends once its token is revoked or expires.
+        while await still_admitted(scope):
             frames = _frames(page)
             await self._send(send, frames or _heartbeat(page, await self._readers.blocker()))
             page = await self._client.read_changes(page.next, limit=BATCH, wait=HEARTBEAT)
