@@ -38,6 +38,10 @@ class Settings:
         max_staleness: Seconds by which a list may lag behind a change by another process.
         transitions: For each status, the statuses that may follow it; None allows every change.
         request_log: Where the REST service records requests.
+        allow_anonymous: Whether the REST service answers requests without a token, wherever it
+            listens.
+        allowed_hosts: The hosts under which it is reached, besides those of loopback.
+        trusted_proxies: The proxies whose ``X-Forwarded-For`` names the client.
         store: Sizes and time limits of the database.
         schema: The schema of PostgreSQL that has the tables; None: the first one of the search path
             that has them.
@@ -49,6 +53,9 @@ class Settings:
     max_staleness: float = 0.0
     transitions: Graph | None = None
     request_log: RequestLog = "log"
+    allow_anonymous: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
     store: StoreOptions = field(factory=StoreOptions)
     schema: str | None = None
 
@@ -104,6 +111,9 @@ class Settings:
             max_staleness=environment.max_staleness,
             transitions=environment.transitions,
             request_log=environment.request_log,
+            allow_anonymous=environment.allow_anonymous,
+            allowed_hosts=environment.allowed_hosts or (),
+            trusted_proxies=environment.trusted_proxies or (),
             store=StoreOptions(
                 pool_size=environment.pool_size,
                 max_overflow=environment.max_overflow,

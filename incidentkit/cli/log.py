@@ -104,8 +104,10 @@ class LineFormatter(logging.Formatter):
         return self.formatMessage(record)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Return the line, with the request's id at its end."""
+        """Return the line, with the client, the actor and the id of a request at its end."""
         line = super().formatMessage(record)
+        if hasattr(record, "client_address"):
+            line += f" {record.client_address or '-'} {getattr(record, 'actor', None) or '-'}"
         request_id = getattr(record, "request_id", None)
         if request_id is not None:
             line += f" {request_id}"

@@ -11,12 +11,12 @@ import click
 import uvicorn
 from starlette.applications import Starlette
 
+from incidentkit.cli.exposure import check_exposure, exposed_app
 from incidentkit.cli.log import LOGGING, configure_logging
 from incidentkit.cli.running import run_coroutine
 from incidentkit.cli.supervision import GRACE, Server, Supervisor, stop_with_parent
 from incidentkit.cli.text import harmless
 from incidentkit.client import IncidentClient
-from incidentkit.http.app import create_app
 from incidentkit.settings import Settings
 from incidentkit.store.sqlite.url import in_memory
 from incidentkit.version import __version__
@@ -35,7 +35,8 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
 
     Raises:
         UsageError: If several processes would each have a database of their own.
-        ClickException: If the address or the port cannot be used.
+        ClickException: If the address or the port cannot be used, or everybody who reaches the
+            address could change incidents.
         IncidentKitError: If the database, or a required cache, cannot be used.
     """
     if workers > 1 and in_memory(settings.database_url):
@@ -44,12 +45,12 @@ def run(settings: Settings, host: str, port: int, workers: int) -> bool:
         )
     configure_logging()
     client = IncidentClient.from_settings(settings)
-    run_coroutine(check_servers(client, with_cache=settings.redis_required))
+    run_coroutine(check_servers(client, settings, host))
     port = _free_port(host, port)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     logger.info("incidentkit %s on %s, documentation on %s/docs", __version__, url, url)
     config = uvicorn.Config(
-        partial(make_app, settings),
+        partial(make_app, settings, host),
         factory=True,
         host=host,
         port=port,
@@ -81,28 +82,29 @@ def _run_several(config: uvicorn.Config) -> bool:
     return supervisor.signalled
 
 
-def make_app(settings: Settings) -> Starlette:
+def make_app(settings: Settings, host: str) -> Starlette:
     """Return the app on the servers that the settings name; each worker makes one."""
     stop_with_parent()
-    app = create_app(
-        IncidentClient.from_settings(settings),
-        request_log=settings.request_log,
-        cache_required=settings.redis_required,
-    )
+    app = exposed_app(settings, host)
     # Loaded modules live as long as the process: keep the garbage collector from visiting them.
     gc.freeze()
     return app
 
 
-async def check_servers(client: IncidentClient, *, with_cache: bool) -> None:
+async def check_servers(client: IncidentClient, settings: Settings, host: str) -> None:
     """Open the client once, so that an error is reported before the server starts.
 
     Args:
         client: A client that is not open; it is closed again.
-        with_cache: Whether the cache must answer. Otherwise the service logs that it does not.
+        settings: Whether the cache must answer. Otherwise the service logs that it does not.
+        host: The address to listen on.
+
+    Raises:
+        Refused: If everybody who reaches the address could change incidents.
     """
     try:
-        await (client.connect() if with_cache else client.store.open())
+        await (client.connect() if settings.redis_required else client.store.open())
+        await check_exposure(settings, host, client)
     finally:
         await client.close()
 
