@@ -159,10 +159,9 @@ async def test_a_trusted_proxy_names_the_client(migrated_sqlite_url: str) -> Non
             transport=httpx2.ASGITransport(app), base_url="http://localhost"
         ) as client,
     ):
-        for number in range(25):
-            headers = {**bearer("wrong"), "X-Forwarded-For": f"192.0.2.{number % 2}"}
+        statuses = {}
+        for address in ["192.0.2.1"] * 21 + ["192.0.2.2"]:
+            headers = {**bearer("wrong"), "X-Forwarded-For": address}
             response = await client.get("/incident/get", headers=headers)
-            assert response.status_code == 401
-        for _ in range(20):
-            response = await client.get("/incident/get", headers=headers)
-        assert response.status_code == 429
+            statuses[address] = response.status_code
+        assert statuses == {"192.0.2.1": 429, "192.0.2.2": 401}

@@ -106,8 +106,9 @@ class LineFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """Return the line, with the client, the actor and the id of a request at its end."""
         line = super().formatMessage(record)
-        if hasattr(record, "client_address"):
-            line += f" {record.client_address or '-'} {getattr(record, 'actor', None) or '-'}"
+        of_request = vars(record)
+        if "client_address" in of_request:
+            line += f" {of_request['client_address'] or '-'} {of_request.get('actor') or '-'}"
         request_id = getattr(record, "request_id", None)
         if request_id is not None:
             line += f" {request_id}"
