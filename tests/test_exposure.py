@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from tests.programs import DEADLINE, outcome, service, start
 if TYPE_CHECKING:
     from pathlib import Path
 
+VALID = {"--allowed-host": "LocalHost:8080", "--trusted-proxy": "unix"}
 DANGER = "everybody who reaches 0.0.0.0 could read and change incidents, since "
 NO_TOKEN = (
     "there is no active token: create one with `incidentkit token create NAME --scope read "
@@ -165,3 +168,49 @@ async def test_a_trusted_proxy_names_the_client(migrated_sqlite_url: str) -> Non
             response = await client.get("/incident/get", headers=headers)
             statuses[address] = response.status_code
         assert statuses == {"192.0.2.1": 429, "192.0.2.2": 401}
+
+
+async def test_under_another_server_a_token_closes_the_app(
+    migrated_sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`incidentkit.http.asgi:app` lets anonymous callers in until there is a token."""
+    monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", migrated_sqlite_url)
+    monkeypatch.setenv("INCIDENTKIT_ALLOWED_HOSTS", "incidents.example.com")
+    monkeypatch.delitem(sys.modules, "incidentkit.http.asgi", raising=False)
+    app: Any = importlib.import_module("incidentkit.http.asgi").app
+    try:
+        async with app.client:
+            for host, status in (("incidents.example.com", 200), ("evil.example", 421)):
+                transport = httpx2.ASGITransport(app)
+                url = f"http://{host}"
+                async with httpx2.AsyncClient(transport=transport, base_url=url) as client:
+                    assert (await client.get("/incident/get")).status_code == status
+            secret = (await app.client.tokens.create("ci", "read")).secret
+            url = "http://localhost"
+            async with httpx2.AsyncClient(
+                transport=httpx2.ASGITransport(app), base_url=url
+            ) as client:
+                answer = await client.get("/incident/get", headers=bearer(secret))
+                assert answer.status_code == 200
+                assert (await client.get("/incident/get")).status_code == 401
+    finally:
+        sys.modules.pop("incidentkit.http.asgi", None)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--allowed-host", "http://a.example", "must be a host as requests name it"),
+        ("--allowed-host", "a.example/", "must be a host as requests name it"),
+        ("--trusted-proxy", "proxy.example", "must be an IP address, a network"),
+        ("--trusted-proxy", "10.0.0.0/33", "must be an IP address, a network"),
+    ],
+)
+def test_hosts_and_proxies_are_read_strictly(option: str, value: str, rule: str) -> None:
+    """A value that would never match is refused, by the option and by the variable."""
+    code, _, told = outcome(start("serve", option, value))
+    assert code == 2
+    assert f"Invalid value for '{option}': {rule}" in told
+    names = {"--allowed-host": "ALLOWED_HOSTS", "--trusted-proxy": "TRUSTED_PROXIES"}
+    with pytest.raises(InvalidSettings, match=rule):
+        Settings.from_mapping({f"INCIDENTKIT_{names[option]}": f"{VALID[option]}, {value}"})

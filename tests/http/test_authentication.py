@@ -152,6 +152,25 @@ async def test_each_operation_lets_through_only_its_scopes(
             assert response.headers["Content-Type"] == "application/problem+json"
 
 
+async def test_every_wrong_token_takes_the_same_way(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unknown, an expired and a revoked token cost one statement each, and a typo none."""
+    tokens = {name: await service.token(name) for name in ("unknown", "expired", "revoked")}
+    await service.incidents.tokens.revoke("revoked")
+    await service.sql("DELETE FROM incident_access_token WHERE name = 'unknown'")
+    await service.sql(
+        "UPDATE incident_access_token SET expires_at = '2020-01-01 00:00:00' WHERE name = 'expired'"
+    )
+    counter = Counter(service.incidents, monkeypatch)
+    for number, token in enumerate(tokens.values(), 1):
+        assert (await service.send("GET", "/incident/get", token)).status_code == 401
+        assert counter.count == number
+    typo = tokens["unknown"][:-1] + ("a" if tokens["unknown"][-1] != "a" else "b")
+    assert (await service.send("GET", "/incident/get", typo)).status_code == 401
+    assert counter.count == 3
+
+
 def test_only_these_operations_are_open() -> None:
     """An operation is open only if it is named here."""
     opened = {operation.path for operation in EVERY_OPERATION if operation.scope is None}
