@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from http import HTTPMethod
-from typing import Final
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -43,26 +43,25 @@ def log_answer(request: Request, route: str, response: Response, started: float)
     """
     scope = request.scope
     method = scope["method"] if scope["method"] in _METHODS else OTHER_METHOD
-    answered = RequestRecord(
-        datetime.now(UTC),
-        method,
-        route,
-        response.status_code,
-        round((time.perf_counter() - started) * 1000, 3),
-        request_id(scope),
-        scope.get(ACTOR),
-        client_address(scope),
-    )
+    answered: dict[str, Any] = {
+        "method": method,
+        "route": route,
+        "status": response.status_code,
+        "duration_ms": round((time.perf_counter() - started) * 1000, 3),
+        "request_id": request_id(scope),
+        "actor": scope.get(ACTOR),
+        "client_address": client_address(scope),
+    }
     if logger.isEnabledFor(logging.INFO):
         # A host's log handler that fails must not take back an incident that is stored.
         with suppress(Exception):
             _log(answered)
     request_log: RequestLog | None = scope["app"].request_log
     if request_log is not None:
-        request_log.add(answered)
+        request_log.add(RequestRecord(datetime.now(UTC), **answered))
 
 
-def _log(answered: RequestRecord) -> None:
+def _log(answered: dict[str, Any]) -> None:
     # Like logger.info(), without its search for the calling line.
     record = logging.getLogRecordFactory()(
         logger.name,
@@ -70,11 +69,9 @@ def _log(answered: RequestRecord) -> None:
         __file__,
         0,
         "%s %s %d %.1f ms",
-        (answered.method, answered.route, answered.status, answered.duration_ms),
+        (answered["method"], answered["route"], answered["status"], answered["duration_ms"]),
         None,
         "log_answer",
     )
-    record.method, record.route, record.status = answered.method, answered.route, answered.status
-    record.duration_ms, record.request_id = answered.duration_ms, answered.request_id
-    record.actor, record.client_address = answered.actor, answered.client_address
+    vars(record).update(answered)
     logger.handle(record)
