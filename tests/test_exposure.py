@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from attrs import evolve
 
-from incidentkit import IncidentClient, InvalidSettings
+from incidentkit import IncidentClient, InvalidSettings, StoreError
 from incidentkit.cli.exposure import check_exposure, exposed_app, is_loopback
 from incidentkit.cli.failures import Refused
 from incidentkit.settings import Settings
@@ -75,6 +75,22 @@ async def test_only_an_active_token_counts(migrated_sqlite_url: str) -> None:
         in_memory = Settings("sqlite+aiosqlite:///:memory:")
         with pytest.raises(Refused, match="a database in memory has no tokens: let anonymous"):
             await check_exposure(in_memory, "0.0.0.0", incidents)
+
+
+async def test_a_service_that_cannot_read_tokens_does_not_start(
+    migrated_sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing privilege is found before the service listens, on loopback too."""
+    settings = Settings(migrated_sqlite_url)
+    async with IncidentClient.open(migrated_sqlite_url) as incidents:
+
+        async def refuse(*_: object) -> None:
+            raise StoreError("the account lacks a privilege")
+
+        monkeypatch.setattr(incidents.store, "fetch", refuse)
+        with pytest.raises(StoreError, match="lacks a privilege"):
+            await check_exposure(settings, "127.0.0.1", incidents)
+        await check_exposure(evolve(settings, allow_anonymous=True), "127.0.0.1", incidents)
 
 
 @pytest.mark.parametrize("value", ["maybe", "2", "yes!"])
