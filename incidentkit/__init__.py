@@ -23,11 +23,13 @@ if TYPE_CHECKING:
         SchemaOutOfDate,
         StoreError,
         StoreUnavailable,
+        TokenNotFound,
         UnknownCursor,
         VersionConflict,
         WrongEventLoop,
     )
     from incidentkit.domain.queries import ListQuery
+    from incidentkit.domain.tokens import AccessToken, CreatedToken, Scope
     from incidentkit.domain.values import (
         ChangePage,
         EventKind,
@@ -69,11 +71,13 @@ else:
                 "SchemaOutOfDate",
                 "StoreError",
                 "StoreUnavailable",
+                "TokenNotFound",
                 "UnknownCursor",
                 "VersionConflict",
                 "WrongEventLoop",
             ),
             "incidentkit.domain.queries": ("ListQuery",),
+            "incidentkit.domain.tokens": ("AccessToken", "CreatedToken", "Scope"),
             "incidentkit.domain.values": (
                 "ChangePage",
                 "EventKind",
@@ -92,9 +96,11 @@ else:
     )
 
 __all__ = [
+    "AccessToken",
     "CacheUnavailable",
     "ChangePage",
     "ClientClosed",
+    "CreatedToken",
     "DuplicateOpenIncident",
     "EventKind",
     "FeedBlocker",
@@ -120,9 +126,11 @@ __all__ = [
     "NotInTransaction",
     "PartlyStored",
     "SchemaOutOfDate",
+    "Scope",
     "SearchPage",
     "StoreError",
     "StoreUnavailable",
+    "TokenNotFound",
     "UnknownCursor",
     "VersionConflict",
     "WrongEventLoop",

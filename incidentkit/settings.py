@@ -40,6 +40,10 @@ class Settings:
         transitions: For each status, the statuses that may follow it; None allows every change.
         request_log: Where the REST service records requests.
         stream_lifetime: Seconds after which the REST service ends a stream of changes.
+        allow_anonymous: Whether the REST service answers requests without a token, wherever it
+            listens.
+        allowed_hosts: The hosts under which it is reached, besides those of loopback.
+        trusted_proxies: The proxies whose ``X-Forwarded-For`` names the client.
         store: Sizes and time limits of the database.
         schema: The PostgreSQL schema that has the tables; None: the first one in the search path
             that has them.
@@ -52,6 +56,9 @@ class Settings:
     transitions: Graph | None = None
     request_log: RequestLog = "log"
     stream_lifetime: int = STREAM_LIFETIME
+    allow_anonymous: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
     store: StoreOptions = field(factory=StoreOptions)
     schema: str | None = None
 
@@ -112,6 +119,9 @@ class Settings:
             transitions=environment.transitions,
             request_log=environment.request_log,
             stream_lifetime=environment.stream_lifetime,
+            allow_anonymous=environment.allow_anonymous,
+            allowed_hosts=environment.allowed_hosts or (),
+            trusted_proxies=environment.trusted_proxies or (),
             store=StoreOptions(
                 pool_size=environment.pool_size,
                 max_overflow=environment.max_overflow,

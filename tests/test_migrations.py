@@ -420,7 +420,7 @@ def test_a_target_may_be_relative(target: str, at: int, number: int) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["", "@", "nonsense", "heads@base", "head+1", "-3", "+9", "base-1", " head", "9b3f6d20c7e8x"],
+    ["", "@", "nonsense", "heads@base", "head+1", "-3", "+10", "base-1", " head", "9b3f6d20c7e8x"],
 )
 def test_other_targets_are_refused(target: str) -> None:
     """Anything else is not a revision, whatever Alembic makes of it."""

@@ -11,12 +11,14 @@ from urllib.parse import parse_qsl, quote, urlencode
 from starlette.requests import Request
 from starlette.responses import Response
 
+from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import ChangePage, Incident
 from incidentkit.http import docs
 from incidentkit.http.checks import check_changes
-from incidentkit.http.health import Health, State, readiness
+from incidentkit.http.health import BareReadiness, Health, Readiness, State, readiness
 from incidentkit.http.openapi import document
+from incidentkit.http.principals import READ, check_again, sees_details
 from incidentkit.http.problems import RETRY_HEADERS, Refusal, etag
 from incidentkit.http.requests import KNOWN_QUERIES
 from incidentkit.http.server_hooks import server_log
@@ -82,12 +84,29 @@ def _link(request: Request, path: str, cursor: str | None) -> dict[str, str]:
 
 async def create(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Create an incident, or count another occurrence of an open one."""
+    new: NewIncident = arguments["body"]
     incident = await _service(request).client.create(
-        arguments["body"], idempotency_key=arguments["idempotency_key"]
+        new, idempotency_key=arguments["idempotency_key"]
     )
+    repeated = incident.occurrences > 1
+    if repeated and not sees_details(request.scope):
+        incident = _as_reported(new, incident)
     location = f"{_root_path(request)}/incident/get/{incident.incident_id}"
-    status = HTTPStatus.CREATED if incident.occurrences == 1 else HTTPStatus.OK
+    status = HTTPStatus.OK if repeated else HTTPStatus.CREATED
     return _incident(incident, status, {"Location": location})
+
+
+def _as_reported(new: NewIncident, incident: Incident) -> Incident:
+    """Return the open incident as its reporter knows it: nothing of what others have reported."""
+    return Incident(
+        incident.incident_id,
+        new.incident_message,
+        new.incident_type,
+        new.source,
+        incident.last_seen_at,
+        dedup_key=new.dedup_key,
+        last_seen_at=incident.last_seen_at,
+    )
 
 
 async def list_(request: Request, arguments: Mapping[str, Any]) -> Response:
@@ -142,6 +161,7 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
         with readers.place(reader_of(request.scope)):
             waiting = client.read_changes(after, limit=limit, wait=wait)
             page = await run_until_stop(waiting, request.scope, request.receive)
+        await check_again(request.scope)
     if page is None:
         page = await client.read_changes(after, limit=limit)
     events = await encode_array(page.changes, encode_events)
@@ -174,9 +194,11 @@ async def ready(request: Request, _: Mapping[str, Any]) -> Response:
     """
     service = _service(request)
     log = server_log(request.scope)
-    found = await readiness(
+    found: Readiness | BareReadiness = await readiness(
         service.client, service.request_log, log, cache_required=service.cache_required
     )
+    if service.gate is not None and not await service.gate.knows(request.scope, READ):
+        found = BareReadiness(found.ready)
     members = wire_converter().unstructure(found)
     if not found.ready:
         detail = "The service is not ready"
@@ -186,7 +208,9 @@ async def ready(request: Request, _: Mapping[str, Any]) -> Response:
 
 async def openapi(request: Request, _: Mapping[str, Any]) -> Response:
     """Answer with the OpenAPI document of the app."""
-    return _json(dump_json(document(_service(request).operations, _root_path(request))))
+    service = _service(request)
+    schemes = None if service.gate is None else service.gate.schemes
+    return _json(dump_json(document(service.operations, _root_path(request), schemes)))
 
 
 async def docs_page(_: Request, __: Mapping[str, Any]) -> Response:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import NoneType, UnionType
 from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
-from attrs import NOTHING, fields
+from attrs import NOTHING, evolve, fields
 
 from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.cursor import encode_cursor
@@ -32,6 +32,7 @@ from incidentkit.domain.values import (
     SearchPage,
 )
 from incidentkit.http.health import (
+    BareReadiness,
     FeedHealth,
     Health,
     LogHealth,
@@ -41,6 +42,7 @@ from incidentkit.http.health import (
     State,
 )
 from incidentkit.http.operation import EntityTag, Operation, Parameter
+from incidentkit.http.principals import ACTOR_HEADER, CHALLENGE
 from incidentkit.http.problems import MEDIA_TYPE, RETRY_AFTER, TITLES, Conflict, Problem
 from incidentkit.http.request_id import HEADER, PATTERN
 from incidentkit.http.requests import MAX_BODY
@@ -127,6 +129,7 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
     RequestLogHealth: "The state of the request log in the database.",
     LogHealth: "Whether the server can write its log.",
     Readiness: "Whether the service is ready, and the state of each part.",
+    BareReadiness: "Whether the service is ready, for a caller without the scope read.",
 }
 """What each schema describes; docstrings would be missing under ``python -OO``."""
 
@@ -181,13 +184,15 @@ _MODELS: Final = {
 _DETAILS: Final = {
     400: "The body is not well-formed JSON (line 1, column 2)",
     404: "Incident not found",
+    401: "This operation needs a valid access token",
+    403: "This operation needs a token with the scope write",
     409: "Incident 7 cannot go from completed to new",
     410: "The cursor is unknown in this database: start again without a cursor",
     412: "Incident 7 has moved on: it is at version 1",
     413: f"The body must be at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",
     422: f"incident_id must be an integer from 1 to {MAX_ID}",
-    429: "100 readers, the maximum, are already waiting for changes",
+    429: "Too many checks of access tokens from this address have failed",
     500: "The server failed to answer the request",
     503: "The database is unavailable, or its schema does not match the service",
 }
@@ -196,27 +201,38 @@ _DETAILS: Final = {
 _ERRORS: Final = {422: (FieldError("incident_id", f"must be an integer from 1 to {MAX_ID}"),)}
 
 _PROBLEM_HEADERS: Final = {
+    401: ("WWW-Authenticate",),
     409: ("ETag",),
     412: ("ETag",),
     429: ("Retry-After",),
     503: ("Retry-After",),
 }
 
+_CHECKED: Final = (401, 403, 429, 503)
+"""The problems of the check of a request's sender."""
 
-def document(operations: Iterable[Operation], root_path: str = "") -> Json:
+
+def document(
+    operations: Iterable[Operation],
+    root_path: str = "",
+    schemes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Json:
     """Return the OpenAPI 3.1 document.
 
     Args:
         operations: The operations of the app; those that are not documented are left out.
         root_path: The path at which the app is mounted, quoted for a URL.
+        schemes: The security schemes by which the app authenticates, by name; None: it does not.
     """
+    if schemes is not None:
+        operations = [_checked(operation) for operation in operations]
     schemas: Json = {}
     paths: Json = {}
     problems: set[int] = set()
     for operation in operations:
         if operation.documented:
             item = paths.setdefault(operation.path, {})
-            item[operation.method.lower()] = _operation(operation, schemas)
+            item[operation.method.lower()] = _operation(operation, schemas, schemes)
             problems.update(operation.problems)
     return {
         "openapi": "3.1.0",
@@ -234,8 +250,38 @@ def document(operations: Iterable[Operation], root_path: str = "") -> Json:
                 _problem_name(status): _problem(status, schemas) for status in sorted(problems)
             },
             "headers": _HEADERS,
+            **({"securitySchemes": dict(schemes)} if schemes else {}),
         },
     }
+
+
+def _checked(operation: Operation) -> Operation:
+    """Return an operation as an app has it that authenticates."""
+    if operation.scope is None:
+        return operation
+    problems = tuple(sorted({*operation.problems, *_CHECKED}))
+    writes = operation.method not in ("GET", "HEAD")
+    parameters = (*operation.parameters, *((_ACTOR,) if writes else ()))
+    return evolve(operation, problems=problems, parameters=parameters)
+
+
+def _security(operation: Operation, schemes: Iterable[str]) -> list[Json]:
+    """Return what is enough to send a request: one scope, by one of the schemes."""
+    if operation.scope is None:
+        return []
+    return [{scheme: [scope]} for scheme in schemes for scope in sorted(operation.scope)]
+
+
+_ACTOR: Final = Parameter(
+    "actor",
+    "Who makes the change, in UTF-8, for the history: recorded after the name of the token and a "
+    "slash. Only for a token with the scope `act-as`.",
+    str,
+    where="header",
+    header=ACTOR_HEADER,
+    minimum=1,
+    maximum=NAME_MAX_LENGTH,
+)
 
 
 _HEADERS: Final[Json] = {
@@ -257,6 +303,12 @@ _HEADERS: Final[Json] = {
         "schema": {"type": "string", "format": "uri-reference"},
         "example": "/incident/get/7",
     },
+    "WWW-Authenticate": {
+        "description": "How to authenticate, and what was wrong with the token that was sent.",
+        "required": True,
+        "schema": {"type": "string"},
+        "example": CHALLENGE,
+    },
     "Retry-After": {
         "description": "Seconds to wait before trying again.",
         "required": True,
@@ -266,7 +318,7 @@ _HEADERS: Final[Json] = {
 }
 
 
-def _operation(operation: Operation, schemas: Json) -> Json:
+def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object] | None) -> Json:
     described: Json = {
         "operationId": operation.name,
         "summary": operation.summary,
@@ -281,12 +333,15 @@ def _operation(operation: Operation, schemas: Json) -> Json:
             "required": True,
             "content": {"application/json": _content(operation.body, schemas)},
         }
+    if schemes:
+        described["security"] = _security(operation, schemes)
+    bare = None if schemes is None else operation.bare
     described["responses"] = {
         str(status): {
             "description": means,
             "headers": _headers(HEADER, *operation.headers),
             "content": {
-                "application/json": _content(operation.returns, schemas),
+                "application/json": _or_bare(_content(operation.returns, schemas), bare, schemas),
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
             },
         }
@@ -294,7 +349,7 @@ def _operation(operation: Operation, schemas: Json) -> Json:
     }
     for status in operation.problems:
         described["responses"][str(status)] = (
-            _problem(status, schemas, operation.members[status])
+            _problem(status, schemas, operation.members[status], bare)
             if status in operation.members
             else {"$ref": f"#/components/responses/{_problem_name(status)}"}
         )
@@ -346,7 +401,12 @@ def _problem_name(status: int) -> str:
     return TITLES[status].replace(" ", "")
 
 
-def _problem(status: int, schemas: Json, members: type[Any] | None = None) -> Json:
+def _problem(
+    status: int,
+    schemas: Json,
+    members: type[Any] | None = None,
+    bare: type[Any] | None = None,
+) -> Json:
     example = wire_converter().unstructure(
         Problem(
             "about:blank",
@@ -359,7 +419,8 @@ def _problem(status: int, schemas: Json, members: type[Any] | None = None) -> Js
     )
     schema = _schema(Problem, schemas)
     if members is not None:
-        schema = {"allOf": [schema, _schema(members, schemas)]}
+        more = _or_bare({"schema": _schema(members, schemas)}, bare, schemas)["schema"]
+        schema = {"allOf": [schema, more]}
         example |= wire_converter().unstructure(_MODELS[members])
     return {
         "description": TITLES[status],
@@ -377,6 +438,13 @@ def _content(type_: Any, schemas: Json) -> Json:
     many = get_origin(type_) is list
     example = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
     return {"schema": _schema(type_, schemas), "example": [example] if many else example}
+
+
+def _or_bare(content: Json, bare: type[Any] | None, schemas: Json) -> Json:
+    """Return a content that may also be a model for callers without the scope ``read``."""
+    if bare is None:
+        return content
+    return {**content, "schema": {"anyOf": [content["schema"], _schema(bare, schemas)]}}
 
 
 def _schema(type_: Any, schemas: Json) -> Json:

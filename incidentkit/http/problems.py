@@ -38,6 +38,8 @@ RETRY_HEADERS: Final[Mapping[str, str]] = {"Retry-After": str(RETRY_AFTER)}
 
 TITLES: Final[Mapping[int, str]] = {
     400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
@@ -47,6 +49,7 @@ TITLES: Final[Mapping[int, str]] = {
     413: "Content Too Large",
     414: "URI Too Long",
     415: "Unsupported Media Type",
+    421: "Misdirected Request",
     422: "Unprocessable Content",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",

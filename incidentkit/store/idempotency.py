@@ -22,10 +22,18 @@ class Idempotency:
     Attributes:
         key: The key that a caller repeats.
         fingerprint: A digest of the verb and its parameters; equal only for equal parameters.
+        actor: Who writes, since each actor has keys of its own; None: no actor is named.
     """
 
     key: str
     fingerprint: str
+    actor: str | None = None
+
+    @property
+    def own_key(self) -> str:
+        """The key under which the database keeps this one while another actor has it."""
+        digest = sha256(f"{self.actor or ''}\0{self.key}".encode()).hexdigest()
+        return f"actor {digest}"
 
     def part(self, number: int) -> Idempotency:
         """Return the key of one part of a write that several transactions share.
@@ -35,7 +43,7 @@ class Idempotency:
         if number == 0:
             return self
         digest = sha256(f"{number} {self.key}".encode()).hexdigest()
-        return Idempotency(f"part {digest}", self.fingerprint)
+        return Idempotency(f"part {digest}", self.fingerprint, self.actor)
 
 
 def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:

@@ -22,6 +22,7 @@ REVISIONS: Final = (
     "a61c08d5e372",
     "a6d40b7f21c8",
     "a1f80c46d2b7",
+    "d52c90b7e6f3",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from incidentkit.store.migrations import (
+    access_tokens,
     concurrent_indexes,
     event_writer,
     incident_event,
@@ -46,5 +47,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     concurrent_indexes,
     search_words,
     token_of_table,
+    access_tokens,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""
