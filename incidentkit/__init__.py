@@ -23,11 +23,13 @@ if TYPE_CHECKING:
         SchemaOutOfDate,
         StoreError,
         StoreUnavailable,
+        TokenNotFound,
         UnknownCursor,
         VersionConflict,
         WrongEventLoop,
     )
     from incidentkit.domain.queries import ListQuery
+    from incidentkit.domain.tokens import AccessToken, CreatedToken, Scope
     from incidentkit.domain.values import (
         ChangePage,
         EventKind,
@@ -70,11 +72,13 @@ else:
                 "SchemaOutOfDate",
                 "StoreError",
                 "StoreUnavailable",
+                "TokenNotFound",
                 "UnknownCursor",
                 "VersionConflict",
                 "WrongEventLoop",
             ),
             "incidentkit.domain.queries": ("ListQuery",),
+            "incidentkit.domain.tokens": ("AccessToken", "CreatedToken", "Scope"),
             "incidentkit.domain.values": (
                 "ChangePage",
                 "EventKind",
@@ -94,9 +98,11 @@ else:
     )
 
 __all__ = [
+    "AccessToken",
     "CacheUnavailable",
     "ChangePage",
     "ClientClosed",
+    "CreatedToken",
     "DuplicateOpenIncident",
     "EventKind",
     "FeedBlocker",
@@ -122,9 +128,11 @@ __all__ = [
     "NotInTransaction",
     "PartlyStored",
     "SchemaOutOfDate",
+    "Scope",
     "SearchPage",
     "StoreError",
     "StoreUnavailable",
+    "TokenNotFound",
     "UnknownCursor",
     "VersionConflict",
     "VersionMatch",

@@ -7,6 +7,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
+import incidentkit.store as storage
 from incidentkit.cache.opening import cache_from_url
 from incidentkit.domain import rules
 from incidentkit.domain.actor import ACTOR
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from incidentkit.cache.base import IncidentCache
     from incidentkit.session import Session
     from incidentkit.settings import Settings
+    from incidentkit.store.access_tokens import AccessTokens
     from incidentkit.store.idempotency import Idempotency, Parameters
     from incidentkit.store.options import StoreOptions
     from incidentkit.store.ports import IncidentStore, StoreOperations
@@ -253,6 +255,11 @@ class IncidentClient(Incidents):
     def cache_available(self) -> bool | None:
         """Whether the shared cache is in use; None without one, or if the client is not open."""
         return None if self._session is None else self._session.cache_available
+
+    @property
+    def tokens(self) -> AccessTokens:
+        """The access tokens of the REST service; its methods need an open client."""
+        return storage.AccessTokens(self._transactions)
 
     async def connect(self) -> None:
         """Open the store and ping the cache; if the client is already open, do nothing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_network
 from typing import Any, Final, Literal, TypeAlias, cast
 
 from attrs import field, fields, frozen
@@ -28,6 +28,7 @@ from incidentkit.store.schema import check_schema
 RequestLog: TypeAlias = Literal["log", "database"]
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+")
+_ALLOWED_HOST: Final = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 _FLAGS: Final = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
     **dict.fromkeys(("0", "false", "no", "off"), False),
@@ -98,6 +99,39 @@ def _schema(value: str) -> str:
 def _redis_url(value: str) -> str:
     check_redis_url(value)
     return value
+
+
+def allowed_host(value: str) -> str:
+    """Return a host as requests name it, in lower case: a name or an address, maybe with a port.
+
+    Raises:
+        ValueError: If it is something else, such as a URL.
+    """
+    if _ALLOWED_HOST.fullmatch(value) is None:
+        raise ValueError(
+            "must be a host as requests name it, such as incidents.example.com or localhost:8080"
+        )
+    return value.lower()
+
+
+def trusted_proxy(value: str) -> str:
+    """Return the address or the network of a proxy; ``unix`` is that at a Unix socket.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if value != "unix":
+        try:
+            ip_network(value, strict=False)
+        except ValueError:
+            raise ValueError(
+                "must be an IP address, a network such as 10.0.0.0/8, or unix"
+            ) from None
+    return value
+
+
+def _several(parse: Callable[[str], str]) -> Callable[[str], tuple[str, ...]]:
+    return lambda value: tuple(parse(each.strip()) for each in value.split(","))
 
 
 def _host(value: str) -> str:
@@ -210,6 +244,26 @@ class Environment:
         _origins,
         "the origins of pages that may use the REST service in a browser, such as "
         "https://board.example.com, with commas; * is any; none if not set",
+    )
+    allow_anonymous: bool = _variable(
+        "INCIDENTKIT_ALLOW_ANONYMOUS",
+        "false",
+        _flag,
+        "whether the REST service answers requests without a token, even on an address that others "
+        "reach, and if there are tokens",
+    )
+    allowed_hosts: tuple[str, ...] | None = _variable(
+        "INCIDENTKIT_ALLOWED_HOSTS",
+        None,
+        _several(allowed_host),
+        "the host names under which the REST service is reached, with commas; on loopback, "
+        "localhost and its addresses always are, and elsewhere any host if not set",
+    )
+    trusted_proxies: tuple[str, ...] | None = _variable(
+        "INCIDENTKIT_TRUSTED_PROXIES",
+        None,
+        _several(trusted_proxy),
+        "the proxies whose X-Forwarded-For names the client: addresses or networks with commas",
     )
     prepared_statements: bool | None = _variable(
         "INCIDENTKIT_PREPARED_STATEMENTS",

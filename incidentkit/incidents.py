@@ -118,8 +118,8 @@ class Incidents(ABC):
                 this key is open, count one more of its ``occurrences`` and return that one. None:
                 always create an incident.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
-                call with the key changes nothing and returns the first answer. None: every call
-                takes effect.
+                call of the same actor with the key changes nothing and returns the first answer.
+                None: every call takes effect.
 
         Raises:
             InvalidIncident: With every faulty field; nothing is stored.
@@ -211,8 +211,8 @@ class Incidents(ABC):
                 that lost commits. A :class:`~incidentkit.VersionMatch` is a condition on several.
                 None: any version.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
-                call with the key changes nothing and returns the first answer. None: every call
-                takes effect.
+                call of the same actor with the key changes nothing and returns the first answer.
+                None: every call takes effect.
 
         Raises:
             IncidentNotFound: If there is none with this id.
@@ -418,4 +418,4 @@ def _once(
     if idempotency_key is None:
         return None
     key = rules.check("idempotency_key", rules.name, idempotency_key)
-    return transactions.once(key, verb, parameters)
+    return evolve(transactions.once(key, verb, parameters), actor=ACTOR.get())

@@ -41,6 +41,10 @@ class Settings:
         request_log: Where the REST service records requests.
         stream_lifetime: Seconds after which the REST service ends a stream of changes.
         cors_origins: The origins of pages that may use the REST service in a browser.
+        allow_anonymous: Whether the REST service answers requests without a token, wherever it
+            listens.
+        allowed_hosts: The hosts under which it is reached, besides those of loopback.
+        trusted_proxies: The proxies whose ``X-Forwarded-For`` names the client.
         store: Sizes and time limits of the database.
         schema: The PostgreSQL schema that has the tables; None: the first one in the search path
             that has them.
@@ -54,6 +58,9 @@ class Settings:
     request_log: RequestLog = "log"
     stream_lifetime: int = STREAM_LIFETIME
     cors_origins: tuple[str, ...] = ()
+    allow_anonymous: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
     store: StoreOptions = field(factory=StoreOptions)
     schema: str | None = None
 
@@ -115,6 +122,9 @@ class Settings:
             request_log=environment.request_log,
             stream_lifetime=environment.stream_lifetime,
             cors_origins=environment.cors_origins,
+            allow_anonymous=environment.allow_anonymous,
+            allowed_hosts=environment.allowed_hosts or (),
+            trusted_proxies=environment.trusted_proxies or (),
             store=StoreOptions(
                 pool_size=environment.pool_size,
                 max_overflow=environment.max_overflow,

@@ -44,6 +44,9 @@ DOT_ENV = {
     "INCIDENTKIT_DATABASE_URL": "sqlite+aiosqlite:///elsewhere.db",
     "INCIDENTKIT_REDIS_REQUIRED": "true",
     "INCIDENTKIT_REQUEST_LOG": "database",
+    "INCIDENTKIT_ALLOW_ANONYMOUS": "0",
+    "INCIDENTKIT_ALLOWED_HOSTS": "incidents.example.com",
+    "INCIDENTKIT_TRUSTED_PROXIES": "10.0.0.0/8,unix",
 }
 
 
@@ -189,6 +192,9 @@ def test_every_variable_reaches_the_service() -> None:
     assert settings.redis_url == "redis://redis:6379/3"
     assert settings.redis_required
     assert settings.request_log == "database"
+    assert not settings.allow_anonymous
+    assert settings.allowed_hosts == ("incidents.example.com",)
+    assert settings.trusted_proxies == ("10.0.0.0/8", "unix")
     store = settings.store
     assert (store.pool_size, store.max_overflow, store.echo) == (20, 0, True)
 
@@ -283,6 +289,15 @@ def test_no_container_has_rights_that_it_does_not_need(name: str) -> None:
     assert container["read_only"] is True
     assert container.keys().isdisjoint({"cap_add", "privileged", "devices", "pid", "ipc"})
     assert container.get("user") == (None if "build" in container else name)
+
+
+def test_the_stack_lets_anonymous_callers_in_by_name() -> None:
+    """Only this machine reaches the stack, and a setting closes it to callers without a token."""
+    settings = Settings.from_mapping(environment("incidentkit", {}))
+    assert settings.allow_anonymous
+    assert settings.allowed_hosts == ("localhost", "127.0.0.1")
+    closed = environment("incidentkit", {"INCIDENTKIT_ALLOW_ANONYMOUS": "0"})
+    assert not Settings.from_mapping(closed).allow_anonymous
 
 
 def test_the_containers_commands_work_together(

@@ -246,6 +246,10 @@ def test_the_hosts_env_py_keeps_our_tables_out(tmp_path: Path, sqlite_url: str) 
 # Commands
 
 
+TOKEN: Final = re.compile(r"\bik_[0-9A-Za-z]{49}\b")
+"""An access token. Those of a page have a wrong checksum."""
+
+
 class Session(ExitStack):
     """The terminals of a page: its commands, in the folder of the test."""
 
@@ -253,6 +257,7 @@ class Session(ExitStack):
         super().__init__()
         self._replacements = replacements or {}
         self._url: str | None = None
+        self._tokens: dict[str, str] = {}
 
     def run(self, name: str) -> None:
         """Do what a page says, and compare what is printed."""
@@ -266,7 +271,9 @@ class Session(ExitStack):
             for part in re.split(r"^\$ ", fence.text, flags=re.MULTILINE)[1:]:
                 line, _, output = part.partition("\n")
                 expected += f"$ {line}\n{self._replaced(output)}"
-                printed += f"$ {line}\n{self._command(shlex.split(line))}"
+                done = self._command([self._with_tokens(each) for each in shlex.split(line)])
+                self._tokens |= zip(TOKEN.findall(output), TOKEN.findall(done), strict=False)
+                printed += f"$ {line}\n{done}"
             days = {started.date().isoformat(), datetime.now(UTC).date().isoformat()}
             assert _timeless(printed, days) == _timeless(expected, {EXAMPLE_DAY}), str(fence)
 
@@ -284,6 +291,10 @@ class Session(ExitStack):
             case ["curl", *arguments]:
                 return self._curl(arguments)
         raise AssertionError(f"nobody knows how to run {words}")
+
+    def _with_tokens(self, word: str) -> str:
+        """Return a word of a command with the tokens that were created instead of the page's."""
+        return TOKEN.sub(lambda found: self._tokens.get(found[0], found[0]), word)
 
     def _serve(self) -> None:
         """Run the service instead of the one that ran before, if any did."""
@@ -321,7 +332,8 @@ def _timeless(text: str, days: set[str]) -> str:
     """Return the text with nothing in it that differs from run to run."""
     for day in days:
         text = re.sub(rf"{day} \d\d:\d\d:\d\d", "<now>", text)
-    return re.sub(r"\b[0-9a-f]{32}\b", "<id>", text)
+    text = re.sub(r"(It expires at) \S+ \S+", r"\1 <time>", text)
+    return TOKEN.sub("<token>", re.sub(r"\b[0-9a-f]{32}\b", "<id>", text))
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
@@ -350,6 +362,7 @@ def place_of(url: str) -> str:
 
 
 SESSIONS: Final = (
+    "docs/how-to/authenticate.md",
     "docs/how-to/history.md",
     "docs/how-to/purge.md",
     "docs/reference/command-line.md",
@@ -679,7 +692,9 @@ def test_every_public_method_has_an_example() -> None:
     assert {name for name in names if not re.search(rf"\b{name}\b[(,]", programs)} <= {
         "cache_available",
         "keep_out_of_autogenerate",
+        "tokens",
     }
+    assert ".tokens.create(" in programs
     assert ".cache_available" in programs
     assert "include_name=keep_out_of_autogenerate" in programs
 

@@ -36,6 +36,7 @@ from incidentkit import (
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
+    TokenNotFound,
     UnknownCursor,
     VersionConflict,
     WrongEventLoop,
@@ -87,6 +88,11 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         DuplicateOpenIncident(DISK),
         "Incident 7 cannot be reopened: another incident with its dedup_key is open",
         {"incident": DISK},
+    ),
+    (
+        TokenNotFound("ci"),
+        "No active token is named ci",
+        {"name": "ci"},
     ),
     (
         UnknownCursor(),
@@ -213,6 +219,7 @@ def test_one_small_tree() -> None:
             "DuplicateOpenIncident": {},
         },
         "UnknownCursor": {},
+        "TokenNotFound": {},
         "PartlyStored": {},
         "NotInTransaction": {},
         "ClientClosed": {},
@@ -248,6 +255,7 @@ def test_tree_in_the_documentation_is_the_tree() -> None:
         (InvalidSettings, ValueError),
         (IncidentNotFound, LookupError),
         (UnknownCursor, LookupError),
+        (TokenNotFound, LookupError),
         (MissingDependency, ImportError),
     ],
 )

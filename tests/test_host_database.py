@@ -153,14 +153,14 @@ async def test_everything_a_client_does_works(client: IncidentClient) -> None:
         created = await client.create(
             "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
         )
-    assert (
-        await client.create(
-            "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+        assert (
+            await client.create(
+                "Order 1 is late", source="partner", dedup_key="order-1", idempotency_key="key"
+            )
+            == created
         )
-        == created
-    )
-    with pytest.raises(IdempotencyKeyReused):
-        await client.create("Order 2 is late", source="partner", idempotency_key="key")
+        with pytest.raises(IdempotencyKeyReused):
+            await client.create("Order 2 is late", source="partner", idempotency_key="key")
     seen = await client.create("Order 1 is late", source="partner", dedup_key="order-1")
     assert (seen.incident_id, seen.occurrences) == (1, 2)
     with pytest.raises(VersionConflict):

@@ -107,6 +107,18 @@ def test_opening_sqlite_loads_only_what_it_uses(up_to_date_sqlite_url: str) -> N
     assert packages(loaded).isdisjoint(unused)
 
 
+def test_an_app_loads_only_the_parts_that_it_is_asked_for() -> None:
+    """`create_app` without further arguments loads nothing that reads tokens."""
+    loaded = modules_after(
+        "from incidentkit import IncidentClient\n"
+        "from incidentkit.http import create_app\n"
+        "create_app(IncidentClient.open('sqlite+aiosqlite:///:memory:'))"
+    )
+    assert "incidentkit.http.routes" in loaded
+    unused = {"http.authentication", "http.browsers", "store.access_tokens"}
+    assert loaded.isdisjoint(f"incidentkit.{name}" for name in unused)
+
+
 def test_opening_sqlite_stays_near_the_floor(up_to_date_sqlite_url: str) -> None:
     """Opening an up-to-date SQLite file loads at most 15 other modules beyond the floor."""
     beyond = of_others(modules_after(OPEN.format(url=up_to_date_sqlite_url))) - modules_after(FLOOR)

@@ -78,6 +78,9 @@ async def test_the_documented_privileges_suffice(service_url: str, schema: str) 
         record = RequestRecord(datetime.now(UTC), "GET", "/", 200, 1.0, "id")
         await store.append(INSERT_REQUEST, [asdict(record)])
         assert await incidents.purge(datetime.now(UTC) + timedelta(hours=1)) == 1
+        token = (await incidents.tokens.create("ci", "read")).token
+        await incidents.tokens.mark_used(token, datetime.now(UTC))
+        await incidents.tokens.revoke("ci")
 
 
 MISSING = {

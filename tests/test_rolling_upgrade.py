@@ -14,7 +14,7 @@ import pytest
 from alembic import op
 
 from benchmarks.before import check_out
-from incidentkit import IncidentClient, IncidentEvent, IncidentStatus, StoreError
+from incidentkit import IncidentClient, IncidentEvent, IncidentStatus, StoreError, acting_as
 from incidentkit.store import mending
 from incidentkit.store.migrate import current, downgrade, upgrade
 from incidentkit.store.migrations import search_words
@@ -27,6 +27,25 @@ if TYPE_CHECKING:
 
 BEFORE_WRITERS = "d27e77b1c3b3b8373dc1109931980484bd3610e0"
 """The last commit whose statements write no number."""
+
+BEFORE_ACTORS = "453525fe4c48a72c594c086931d870bb2aeee279"
+"""The last commit that keeps idempotency keys for all actors."""
+
+RETRIES = """
+import asyncio, json, sys
+from incidentkit import IncidentClient, acting_as
+
+async def main(url):
+    async with IncidentClient.open(url) as incidents:
+        for line in sys.stdin:
+            with acting_as("alice"):
+                created = await incidents.create(
+                    "Disk is full", source="partner", idempotency_key=line.strip()
+                )
+            print(json.dumps(created.incident_id), flush=True)
+
+asyncio.run(main(sys.argv[1]))
+"""
 
 WORKER = """
 import asyncio, json, sys
@@ -102,11 +121,11 @@ def version_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(folder: Path, url: str) -> Iterator[Callable[[str], Any]]:
-    """Run a process of another version; the function makes one call and returns its error."""
+def running(folder: Path, url: str, program: str = WORKER) -> Iterator[Callable[[str], Any]]:
+    """Run a process of another version; the function makes one call and returns its answer."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     with subprocess.Popen(
-        [sys.executable, "-c", WORKER, url],
+        [sys.executable, "-c", program, url],
         cwd=folder,
         env=environment,
         stdin=subprocess.PIPE,
@@ -281,3 +300,20 @@ async def test_a_newer_schema_names_itself(url: str) -> None:
         with pytest.raises(StoreError, match="a newer version of incidentkit has upgraded"):
             await client.create("Disk is full", source="partner")
         assert len(await client.list()) == 1
+
+
+async def test_a_retry_finds_its_key_in_either_version(
+    tmp_path_factory: pytest.TempPathFactory, url: str
+) -> None:
+    """While two versions run, a retry of an actor gets its first answer from the other one."""
+    before = check_out(BEFORE_ACTORS, tmp_path_factory.mktemp("before") / "checkout")
+    upgrade_to_version(before, url)
+    with running(before, url, RETRIES) as retry:
+        first = retry("k")
+        await upgrade(url)
+        async with IncidentClient.open(url) as client:
+            with acting_as("alice"):
+                again = await client.create("Disk is full", source="partner", idempotency_key="k")
+                new = await client.create("Disk is full", source="partner", idempotency_key="l")
+            assert (again.incident_id, retry("l")) == (first, new.incident_id)
+            assert len(await client.list()) == 2

@@ -53,7 +53,15 @@ LOGGING: Final[dict[str, Any]] = {
 
 LogFormat: TypeAlias = Literal["line", "json"]
 
-FIELDS: Final = ("method", "route", "status", "duration_ms", "request_id")
+FIELDS: Final = (
+    "method",
+    "route",
+    "status",
+    "duration_ms",
+    "request_id",
+    "actor",
+    "client_address",
+)
 """The attributes of a record that a line of JSON has, too."""
 
 
@@ -267,8 +275,11 @@ class LineFormatter(logging.Formatter):
         return self.formatMessage(record)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Return the line, with the request's id at its end."""
+        """Return the line, with the client, the actor and the id of a request at its end."""
         line = super().formatMessage(record)
+        of_request = vars(record)
+        if "client_address" in of_request:
+            line += f" {of_request['client_address'] or '-'} {of_request.get('actor') or '-'}"
         request_id = getattr(record, "request_id", None)
         if request_id is not None:
             line += f" {request_id}"

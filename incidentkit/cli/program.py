@@ -15,6 +15,7 @@ from incidentkit.cli.interrupts import INTERRUPTED
 from incidentkit.cli.reading import get, history, list_incidents, search, watch
 from incidentkit.cli.serve import serve
 from incidentkit.cli.text import harmless_lines
+from incidentkit.cli.tokens import token
 from incidentkit.cli.writing import create, note, purge, update_status
 from incidentkit.domain.errors import IncidentKitError
 from incidentkit.version import __version__
@@ -58,6 +59,7 @@ def main(*, debug: bool) -> None:  # noqa: ARG001
       incidentkit history 7
       incidentkit watch
       incidentkit purge --older-than 90d
+      incidentkit token create ci --scope report --expires 90d
       incidentkit db upgrade
 
     \b
@@ -83,6 +85,7 @@ COMMANDS: Final = (
     watch,
     purge,
     serve,
+    token,
     db,
 )
 

@@ -16,6 +16,7 @@ from incidentkit.cli.loading import run_server
 from incidentkit.cli.options import Servers, takes_servers
 from incidentkit.domain.rules import origin
 from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME
+from incidentkit.environment import allowed_host, trusted_proxy
 from incidentkit.store.options import PREPARED_STATEMENTS
 
 
@@ -93,6 +94,28 @@ def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
     show_default=True,
     help="How each record of the log is written to stderr.",
 )
+@click.option(
+    "--allow-anonymous",
+    is_flag=True,
+    help="Answer requests without a token, even on an address that others reach, and if there are "
+    "tokens. Overrides the environment.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="HOST",
+    help="A host name under which the service is reached; may be repeated. On loopback, localhost "
+    "and its addresses always are. Overrides the environment.",
+)
+@click.option(
+    "--trusted-proxy",
+    "trusted_proxies",
+    multiple=True,
+    metavar="ADDRESS",
+    help="A proxy whose X-Forwarded-For names the client: its address or network; may be repeated. "
+    "Overrides the environment.",
+)
 @takes_servers
 def serve(  # noqa: PLR0913
     servers: Servers,
@@ -108,6 +131,9 @@ def serve(  # noqa: PLR0913
     stream_lifetime: int | None,
     metrics: bool,
     log_format: Literal["line", "json"],
+    allowed_hosts: tuple[str, ...],
+    trusted_proxies: tuple[str, ...],
+    allow_anonymous: bool,
 ) -> None:
     """Run the REST service until it is interrupted or terminated.
 
@@ -116,11 +142,15 @@ def serve(  # noqa: PLR0913
     requests that it has received, and exits with 0. Needs the extra `server`:
     pip install 'incidentkit[server]'.
 
+    On loopback, it answers everybody until there is an access token. On any other address it starts
+    only with a token or --allow-anonymous.
+
     \b
     Examples:
       incidentkit serve
       incidentkit serve --host 0.0.0.0 --port 80 --workers 4
       incidentkit serve --uds /run/incidentkit/http.sock
+      incidentkit serve --allowed-host incidents.example.com --trusted-proxy 127.0.0.1
     """  # noqa: D301
     address = _address(Tcp(host, port), uds, uds_mode, fd)
     settings = servers.settings
@@ -134,6 +164,12 @@ def serve(  # noqa: PLR0913
             settings = evolve(settings, cors_origins=tuple(map(origin, cors_origins)))
         except ValueError as error:
             raise click.UsageError(f"--cors-origin {error}") from None
+    settings = evolve(
+        settings,
+        allow_anonymous=allow_anonymous or settings.allow_anonymous,
+        allowed_hosts=tuple(map(_host, allowed_hosts)) or settings.allowed_hosts,
+        trusted_proxies=tuple(map(_proxy, trusted_proxies)) or settings.trusted_proxies,
+    )
     ended_well = run_server(settings, address, workers, metrics=metrics, log_format=log_format)
     click.get_current_context().exit(0 if ended_well else 1)
 
@@ -166,3 +202,17 @@ def _address(tcp: Tcp, uds: str | None, uds_mode: int, fd: int | None) -> Addres
         # Python's sockets take an empty host for every address of the machine.
         raise click.UsageError("--host is empty: name an address, such as 127.0.0.1")
     return tcp
+
+
+def _host(value: str) -> str:
+    try:
+        return allowed_host(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--allowed-host'") from None
+
+
+def _proxy(value: str) -> str:
+    try:
+        return trusted_proxy(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--trusted-proxy'") from None

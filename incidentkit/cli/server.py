@@ -12,6 +12,7 @@ import click
 import uvicorn
 from starlette.applications import Starlette
 
+from incidentkit.cli.exposure import check_exposure, exposed_app, is_local
 from incidentkit.cli.limits import backlog, connection_limit, max_open_files
 from incidentkit.cli.listening import (
     Address,
@@ -27,7 +28,6 @@ from incidentkit.cli.metrics import prometheus_observer, shared_metrics
 from incidentkit.cli.running import run_coroutine
 from incidentkit.cli.supervision import GRACE, Server, Supervisor, farewells, stop_with_parent
 from incidentkit.client import IncidentClient
-from incidentkit.http.app import create_app
 from incidentkit.settings import Settings
 from incidentkit.store.sqlite.url import in_memory
 from incidentkit.version import __version__
@@ -55,7 +55,8 @@ def run(
     Raises:
         UsageError: If several processes would each have a database of their own, or if there is no
             socket to inherit.
-        ClickException: If the address cannot be used.
+        ClickException: If the address cannot be used, or everybody who reaches it could change
+            incidents.
         IncidentKitError: If the database, or a required cache, cannot be used.
     """
     if workers > 1 and in_memory(settings.database_url):
@@ -66,8 +67,9 @@ def run(
     inherited = inherit(address) if isinstance(address, Inherited) else None
     configure_logging(log_format)
     client = IncidentClient.from_settings(settings)
-    run_coroutine(check_servers(client, with_cache=settings.redis_required))
-    config = _configure(settings, workers, metrics=metrics, log_format=log_format)
+    local = is_local(address, None if inherited is None else inherited.socket)
+    run_coroutine(check_servers(client, settings, address, local=local))
+    config = _configure(settings, workers, local=local, metrics=metrics, log_format=log_format)
     listener = inherited
     if isinstance(address, Unix):
         listener = listen_on_file(address, config.backlog)
@@ -95,11 +97,11 @@ def run(
 
 
 def _configure(
-    settings: Settings, workers: int, *, metrics: bool, log_format: LogFormat
+    settings: Settings, workers: int, *, local: bool, metrics: bool, log_format: LogFormat
 ) -> uvicorn.Config:
     store, open_files = settings.store, max_open_files()
     return uvicorn.Config(
-        partial(make_app, settings, metrics=metrics),
+        partial(make_app, settings, local=local, metrics=metrics),
         factory=True,
         workers=workers,
         lifespan="on",
@@ -129,31 +131,33 @@ def _run_several(config: uvicorn.Config, sockets: list[socket.socket] | None) ->
     return supervisor.signalled
 
 
-def make_app(settings: Settings, *, metrics: bool = False) -> Starlette:
+def make_app(settings: Settings, *, local: bool, metrics: bool = False) -> Starlette:
     """Return the app on the servers that the settings name; each worker makes one."""
     stop_with_parent()
     observer = prometheus_observer() if metrics else None
-    app = create_app(
-        IncidentClient.from_settings(settings, observer=observer),
-        request_log=settings.request_log,
-        cache_required=settings.redis_required,
-        stream_lifetime=settings.stream_lifetime,
-        metrics=metrics,
-        cors=settings.cors_origins,
-    )
+    client = IncidentClient.from_settings(settings, observer=observer)
+    app = exposed_app(client, settings, local=local, metrics=metrics)
     # Loaded modules live as long as the process: keep the garbage collector from visiting them.
     gc.freeze()
     return app
 
 
-async def check_servers(client: IncidentClient, *, with_cache: bool) -> None:
+async def check_servers(
+    client: IncidentClient, settings: Settings, address: Address, *, local: bool
+) -> None:
     """Open the client once, so that an error is reported before the server starts.
 
     Args:
         client: A client that is not open; it is closed again.
-        with_cache: Whether the cache must answer. Otherwise the service logs that it does not.
+        settings: Whether the cache must answer. Otherwise the service logs that it does not.
+        address: Where the service listens.
+        local: Whether only programs on this machine reach the address.
+
+    Raises:
+        Refused: If everybody who reaches the address could change incidents.
     """
     try:
-        await (client.connect() if with_cache else client.store.open())
+        await (client.connect() if settings.redis_required else client.store.open())
+        await check_exposure(client, settings, address, local=local)
     finally:
         await client.close()

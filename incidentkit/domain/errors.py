@@ -11,6 +11,7 @@
     │   ├── IllegalTransition
     │   └── DuplicateOpenIncident
     ├── UnknownCursor        (also a LookupError)
+    ├── TokenNotFound        (also a LookupError)
     ├── PartlyStored
     ├── NotInTransaction
     ├── ClientClosed
@@ -163,6 +164,21 @@ class UnknownCursor(IncidentKitError, LookupError):
 
     def __str__(self) -> str:
         return "The cursor is unknown in this database: start again without a cursor"
+
+
+class TokenNotFound(IncidentKitError, LookupError):
+    """No active access token has this name.
+
+    Attributes:
+        name: The name that was asked for.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+    def __str__(self) -> str:
+        return f"No active token is named {self.name}"
 
 
 class PartlyStored(IncidentKitError):

@@ -11,14 +11,16 @@ from urllib.parse import parse_qsl, quote, urlencode
 from starlette.requests import Request
 from starlette.responses import Response
 
+from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.errors import VersionConflict
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.replays import Replay, watching_for_replay
 from incidentkit.domain.values import ChangePage, Incident, has_version
 from incidentkit.http import docs
 from incidentkit.http.checks import check_changes, expected
-from incidentkit.http.health import Health, State, readiness
+from incidentkit.http.health import BareReadiness, Health, Readiness, State, readiness
 from incidentkit.http.openapi import document
+from incidentkit.http.principals import READ, check_again, sees_details
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, etag
 from incidentkit.http.requests import KNOWN_QUERIES, accepts
 from incidentkit.http.server_hooks import server_log
@@ -91,25 +93,49 @@ def _link(request: Request, path: str, cursor: str | None) -> dict[str, str]:
 
 async def create(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Create an incident, or count another occurrence of an open one."""
+    new: NewIncident = arguments["body"]
     with watching_for_replay() as replay:
         incident = await _service(request).client.create(
-            arguments["body"], idempotency_key=arguments["idempotency_key"]
+            new, idempotency_key=arguments["idempotency_key"]
         )
     location = f"{_root_path(request)}/incident/get/{incident.incident_id}"
     status = HTTPStatus.CREATED if incident.occurrences == 1 else HTTPStatus.OK
-    return _incident(incident, status, {"Location": location, **_replayed(replay)})
+    told = _told(request, new, incident)
+    return _incident(told, status, {"Location": location, **_replayed(replay)})
 
 
 async def create_many(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Create incidents, all or none, or count further occurrences of open ones."""
+    new: list[NewIncident] = arguments["body"]
     with watching_for_replay() as replay:
         incidents = await _service(request).client.create_many(
-            arguments["body"], idempotency_key=arguments["idempotency_key"]
+            new, idempotency_key=arguments["idempotency_key"]
         )
     created = any(incident.occurrences == 1 for incident in incidents)
     status = HTTPStatus.CREATED if created else HTTPStatus.OK
-    content = await encode_array(incidents, encode_incidents)
+    told = [_told(request, *pair) for pair in zip(new, incidents, strict=True)]
+    content = await encode_array(told, encode_incidents)
     return _json(content, status, _replayed(replay))
+
+
+def _told(request: Request, new: NewIncident, incident: Incident) -> Incident:
+    """Return what the sender may see of the incident that it has reported."""
+    if incident.occurrences == 1 or sees_details(request.scope):
+        return incident
+    return _as_reported(new, incident)
+
+
+def _as_reported(new: NewIncident, incident: Incident) -> Incident:
+    """Return the open incident as its reporter knows it: nothing of what others have reported."""
+    return Incident(
+        incident.incident_id,
+        new.incident_message,
+        new.incident_type,
+        new.source,
+        incident.last_seen_at,
+        dedup_key=new.dedup_key,
+        last_seen_at=incident.last_seen_at,
+    )
 
 
 async def list_(request: Request, arguments: Mapping[str, Any]) -> Response:
@@ -183,6 +209,7 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
         with readers.place(reader_of(request.scope)):
             waiting = client.read_changes(after, limit=limit, wait=wait)
             page = await run_until_stop(waiting, request.scope, request.receive)
+        await check_again(request.scope)
     if page is None:
         page = await client.read_changes(after, limit=limit)
     events = await encode_array(page.changes, encode_events)
@@ -217,9 +244,11 @@ async def ready(request: Request, _: Mapping[str, Any]) -> Response:
     """
     service = _service(request)
     log = server_log(request.scope)
-    found = await readiness(
+    found: Readiness | BareReadiness = await readiness(
         service.client, service.request_log, log, cache_required=service.cache_required
     )
+    if service.gate is not None and not await service.gate.knows(request.scope, READ):
+        found = BareReadiness(found.ready)
     members = wire_converter().unstructure(found)
     if not found.ready:
         detail = "The service is not ready"
@@ -229,7 +258,9 @@ async def ready(request: Request, _: Mapping[str, Any]) -> Response:
 
 async def openapi(request: Request, _: Mapping[str, Any]) -> Response:
     """Answer with the OpenAPI document of the app."""
-    return _json(dump_json(document(_service(request).operations, _root_path(request))))
+    service = _service(request)
+    schemes = None if service.gate is None else service.gate.schemes
+    return _json(dump_json(document(service.operations, _root_path(request), schemes)))
 
 
 async def index(request: Request, _: Mapping[str, Any]) -> Response:

@@ -11,8 +11,10 @@ from starlette.applications import Starlette
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME, STREAM_LIFETIME
+from incidentkit.http.client_address import TrustedProxies
 from incidentkit.http.docs import check_files
 from incidentkit.http.parts import add_cors, metrics_of
+from incidentkit.http.principals import Authenticate, Gate
 from incidentkit.http.request_log import Appender, RequestLog
 from incidentkit.http.routes import DOCS, OPERATIONS
 from incidentkit.http.service import Service
@@ -32,6 +34,8 @@ def create_app(  # noqa: PLR0913
     stream_lifetime: float = STREAM_LIFETIME,
     cors: Sequence[str] = (),
     metrics: bool = False,
+    authenticate: Authenticate | None = None,
+    trusted_proxies: Sequence[str] = (),
 ) -> Starlette:
     """Return the REST service on a client, to run alone or to mount in another app.
 
@@ -59,12 +63,18 @@ def create_app(  # noqa: PLR0913
             origins out.
         metrics: Whether ``/metrics`` is served for Prometheus. The client must be opened with
             ``observer=PrometheusObserver()``.
+        authenticate: Returns the sender of a request by its ASGI scope, or None if it is unknown,
+            such as :class:`~incidentkit.http.authentication.TokenAuth`. None: every request is
+            answered, and the actor is the user whom a host's middleware has put into the scope.
+        trusted_proxies: Addresses and networks of proxies, such as ``10.0.0.0/8``, and ``unix`` for
+            one at a Unix socket. Only from them, ``X-Forwarded-For`` names the client.
 
     Raises:
         InvalidSettings: If ``request_log`` is another value, or the client cannot write it; if
             ``stream_lifetime`` is out of range; if ``cors`` has something else than origins; if
-            ``metrics`` is true and the client has another observer or none; or if ``docs`` is true
-            and the program was frozen without the files of Swagger UI.
+            ``metrics`` is true and the client has another observer or none; if a trusted proxy is
+            no address; or if ``docs`` is true and the program was frozen without the files of
+            Swagger UI.
     """
     log = _request_log(client, request_log)
     if not MIN_STREAM_LIFETIME <= stream_lifetime <= MAX_STREAM_LIFETIME:
@@ -77,6 +87,8 @@ def create_app(  # noqa: PLR0913
         (*OPERATIONS, *(DOCS if docs else ()), *(metrics_of(client) if metrics else ())),
         request_log=log,
         cache_required=cache_required,
+        gate=None if authenticate is None else Gate(authenticate),
+        proxies=TrustedProxies(trusted_proxies),
         lifespan=lifespan,
     )
     app.readers.lifetime = stream_lifetime

@@ -1,8 +1,9 @@
 """The bundled app, configured by the environment: ``uvicorn incidentkit.http.asgi:app``.
 
 The variables are those of :class:`~incidentkit.settings.Settings`, also from a ``.env`` file in the
-working directory. Unless logging is already configured, incidentkit's records of level INFO and
-above, one for each request, go to stderr with the id of the request.
+working directory. Once the database has had an access token, every request needs one. Unless
+logging is already configured, incidentkit's records of level INFO and above, one for each request,
+go to stderr with the id of the request.
 """
 
 import gc
@@ -10,6 +11,8 @@ import logging
 
 from incidentkit.client import IncidentClient
 from incidentkit.http.app import create_app
+from incidentkit.http.authentication import TokenAuth
+from incidentkit.http.browsers import LOOPBACK, BrowserGuard
 from incidentkit.settings import Settings
 
 _logger = logging.getLogger("incidentkit")
@@ -22,14 +25,25 @@ if not _logger.hasHandlers():
     _logger.setLevel(logging.INFO)
 
 _settings = Settings.from_env()
+_client = IncidentClient.from_settings(_settings)
 
 app = create_app(
-    IncidentClient.from_settings(_settings),
+    _client,
     request_log=_settings.request_log,
     cache_required=_settings.redis_required,
     stream_lifetime=_settings.stream_lifetime,
     cors=_settings.cors_origins,
+    authenticate=TokenAuth(
+        _client, anonymous="always" if _settings.allow_anonymous else "until_token"
+    ),
+    trusted_proxies=_settings.trusted_proxies,
 )
+if _settings.allowed_hosts:
+    app.add_middleware(
+        BrowserGuard,
+        hosts={*LOOPBACK, *_settings.allowed_hosts},
+        origins=_settings.allowed_hosts,
+    )
 
 # The objects loaded so far stay; the garbage collector need not visit them again.
 gc.freeze()

@@ -13,6 +13,7 @@ from incidentkit.domain.actor import acting_as
 from incidentkit.domain.values import NAME_MAX_LENGTH
 from incidentkit.http.log import log_answer
 from incidentkit.http.operation import Operation
+from incidentkit.http.principals import ACTOR, Gate
 from incidentkit.http.problems import problem_response
 from incidentkit.http.requests import read_arguments
 
@@ -22,11 +23,13 @@ class Endpoint:
 
     Attributes:
         operation: The operation.
+        gate: Checks the sender of each request; None: the host does.
         route: The operation as a route of Starlette, which answers other methods with 405.
     """
 
-    def __init__(self, operation: Operation) -> None:
+    def __init__(self, operation: Operation, gate: Gate | None = None) -> None:
         self.operation = operation
+        self.gate = gate
         self.route = Route(operation.path, self, methods=[operation.method], name=operation.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,18 +38,32 @@ class Endpoint:
         request = Request(scope, receive, send)
         operation = self.operation
         try:
+            # Before anything of the request is read: a stranger learns nothing of its faults.
+            actor = await self._admit(scope)
             arguments = await read_arguments(request, operation)
-            # A user whom a host's middleware has authenticated is the actor.
-            user = scope.get("user")
-            if user is None or not user.is_authenticated or not user.display_name:
+            if actor is None:
                 response = await operation.answer(request, arguments)
             else:
-                with acting_as(user.display_name[:NAME_MAX_LENGTH]):
+                with acting_as(actor[:NAME_MAX_LENGTH]):
                     response = await operation.answer(request, arguments)
         except Exception as error:  # noqa: BLE001
             response = problem_response(request, error)
         log_answer(request, operation.path, response, started)
         await response(scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> str | None:
+        """Return the actor of a request; raise unless its sender may send it."""
+        if self.gate is None:
+            # A user whom a host's middleware has authenticated is the actor.
+            user = scope.get("user")
+            if user is None or not user.is_authenticated or not user.display_name:
+                return None
+            name: str = user.display_name
+            scope[ACTOR] = name
+            return name
+        if self.operation.scope is None:
+            return None
+        return await self.gate.admit(scope, self.operation.scope)
 
 
 class Dispatcher:

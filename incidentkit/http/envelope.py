@@ -8,6 +8,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from incidentkit.http.client_address import TrustedProxies
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_id import NAME, request_id
 
@@ -29,10 +30,12 @@ class Envelope:
 
     Args:
         app: The app behind all its middleware.
+        proxies: The proxies whose word for a client's address counts; None: there is none.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, proxies: TrustedProxies | None = None) -> None:
         self._app = app
+        self._proxies = proxies or None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -42,6 +45,8 @@ class Envelope:
         started = False
         # Made before anything else, since a middleware may pass a copy of the scope on.
         common = (NAME, request_id(scope).encode()), NO_STORE, NO_SNIFF
+        if self._proxies is not None:
+            self._proxies.find_client(scope)
 
         def send_with_headers(message: Message) -> Awaitable[None]:
             nonlocal started

@@ -129,6 +129,17 @@ class Readiness:
     log: LogHealth
 
 
+@frozen
+class BareReadiness:
+    """Whether the service is ready, for a caller without the scope ``read``.
+
+    Attributes:
+        ready: Whether requests can be answered.
+    """
+
+    ready: bool
+
+
 async def readiness(
     client: IncidentClient,
     request_log: RequestLog | None,

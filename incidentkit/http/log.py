@@ -7,11 +7,13 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from http import HTTPMethod
-from typing import Final
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from incidentkit.http.client_address import client_address
+from incidentkit.http.principals import ACTOR
 from incidentkit.http.request_id import request_id
 from incidentkit.http.request_log import RequestLog
 from incidentkit.store.request_log import RequestRecord
@@ -30,8 +32,8 @@ _METHODS: Final = frozenset(HTTPMethod)
 def log_answer(request: Request, route: str, response: Response, started: float) -> None:
     """Log an answered request at level INFO, and tell the client's observer about it.
 
-    The record has the attributes ``method``, ``route``, ``status``, ``duration_ms`` and
-    ``request_id``.
+    The record has the attributes ``method``, ``route``, ``status``, ``duration_ms``,
+    ``request_id``, ``actor`` and ``client_address``; the last two are None if they are unknown.
 
     Args:
         request: What was asked.
@@ -43,22 +45,30 @@ def log_answer(request: Request, route: str, response: Response, started: float)
     method = scope["method"] if scope["method"] in _METHODS else OTHER_METHOD
     status = response.status_code
     duration_ms = round((time.perf_counter() - started) * 1000, 3)
-    id_ = request_id(scope)
     observer = scope["app"].client.observer
     if observer is not None:
         # An observer that fails must not take back an incident that is stored.
         with suppress(Exception):
             observer.request(method, route, status, duration_ms / 1000)
+    answered: dict[str, Any] = {
+        "method": method,
+        "route": route,
+        "status": status,
+        "duration_ms": duration_ms,
+        "request_id": request_id(scope),
+        "actor": scope.get(ACTOR),
+        "client_address": client_address(scope),
+    }
     if logger.isEnabledFor(logging.INFO):
         # A host's log handler that fails must not take back an incident that is stored.
         with suppress(Exception):
-            _log(method, route, status, duration_ms, id_)
+            _log(answered)
     request_log: RequestLog | None = scope["app"].request_log
     if request_log is not None:
-        request_log.add(RequestRecord(datetime.now(UTC), method, route, status, duration_ms, id_))
+        request_log.add(RequestRecord(datetime.now(UTC), **answered))
 
 
-def _log(method: str, route: str, status: int, duration_ms: float, id_: str) -> None:
+def _log(answered: dict[str, Any]) -> None:
     # Like logger.info(), without its search for the calling line.
     record = logging.getLogRecordFactory()(
         logger.name,
@@ -66,10 +76,9 @@ def _log(method: str, route: str, status: int, duration_ms: float, id_: str) -> 
         __file__,
         0,
         "%s %s %d %.1f ms",
-        (method, route, status, duration_ms),
+        (answered["method"], answered["route"], answered["status"], answered["duration_ms"]),
         None,
         "log_answer",
     )
-    record.method, record.route, record.status = method, route, status
-    record.duration_ms, record.request_id = duration_ms, id_
+    vars(record).update(answered)
     logger.handle(record)

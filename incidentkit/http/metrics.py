@@ -14,6 +14,7 @@ from starlette.responses import Response
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import IncidentKitError, InvalidSettings
 from incidentkit.http.operation import Operation
+from incidentkit.http.principals import READ
 
 TIMEOUT: Final = 3.0
 """Seconds after which a scrape goes on without what the database tells."""
@@ -65,6 +66,14 @@ async def present(client: IncidentClient) -> dict[str, float]:
 
 
 METRICS: Final = (
-    Operation("GET", "/metrics", "metrics", "Metrics for Prometheus", metrics, documented=False),
+    Operation(
+        "GET",
+        "/metrics",
+        "metrics",
+        "Metrics for Prometheus",
+        metrics,
+        scope=READ,
+        documented=False,
+    ),
 )
 """The operations of an app with metrics."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import NoneType, UnionType
 from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
-from attrs import NOTHING, fields
+from attrs import NOTHING, evolve, fields
 from starlette.types import Scope
 
 from incidentkit.domain.commands import NewIncident
@@ -33,6 +33,7 @@ from incidentkit.domain.values import (
     SearchPage,
 )
 from incidentkit.http.health import (
+    BareReadiness,
     FeedHealth,
     Health,
     LogHealth,
@@ -42,6 +43,7 @@ from incidentkit.http.health import (
     State,
 )
 from incidentkit.http.operation import MAX_BODY, EntityTags, Operation, Parameter
+from incidentkit.http.principals import ACTOR_HEADER, CHALLENGE
 from incidentkit.http.problems import (
     MEDIA_TYPE,
     PAGE,
@@ -147,6 +149,7 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
     RequestLogHealth: "The state of the request log in the database.",
     LogHealth: "Whether the server can write its log.",
     Readiness: "Whether the service is ready, and the state of each part.",
+    BareReadiness: "Whether the service is ready, for a caller without the scope read.",
 }
 """What each schema describes; docstrings would be missing under ``python -OO``."""
 
@@ -203,6 +206,8 @@ _FAULT: Final = FieldError("incident_id", f"must be an integer from 1 to {MAX_ID
 
 _REFUSALS: Final = (
     Refusal(Kind.MALFORMED_BODY, "The body is not well-formed JSON (line 1, column 2)"),
+    Refusal(Kind.UNAUTHENTICATED, "This operation needs a valid access token"),
+    Refusal(Kind.INSUFFICIENT_SCOPE, "This operation needs a token with the scope write"),
     Refusal(Kind.INCIDENT_NOT_FOUND, "Incident not found"),
     Refusal(Kind.ILLEGAL_TRANSITION, "Incident 7 cannot go from completed to new"),
     Refusal(
@@ -223,27 +228,38 @@ _EXAMPLES: Final = {refusal.kind.status: refusal for refusal in _REFUSALS}
 """An example of each problem, by its status."""
 
 _PROBLEM_HEADERS: Final = {
+    401: ("WWW-Authenticate",),
     409: ("ETag",),
     412: ("ETag",),
     429: ("Retry-After",),
     503: ("Retry-After",),
 }
 
+_CHECKED: Final = (401, 403, 429, 503)
+"""The problems of the check of a request's sender."""
 
-def document(operations: Iterable[Operation], root_path: str = "") -> Json:
+
+def document(
+    operations: Iterable[Operation],
+    root_path: str = "",
+    schemes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Json:
     """Return the OpenAPI 3.1 document.
 
     Args:
         operations: The operations of the app; those that are not documented are left out.
         root_path: The path at which the app is mounted, quoted for a URL.
+        schemes: The security schemes by which the app authenticates, by name; None: it does not.
     """
+    if schemes is not None:
+        operations = [_checked(operation) for operation in operations]
     schemas: Json = {}
     paths: Json = {}
     problems: set[int] = set()
     for operation in operations:
         if operation.documented:
             item = paths.setdefault(operation.path, {})
-            item[operation.method.lower()] = _operation(operation, schemas)
+            item[operation.method.lower()] = _operation(operation, schemas, schemes)
             problems.update(operation.problems)
     return {
         "openapi": "3.1.0",
@@ -261,8 +277,38 @@ def document(operations: Iterable[Operation], root_path: str = "") -> Json:
                 _problem_name(status): _problem(status, schemas) for status in sorted(problems)
             },
             "headers": _HEADERS,
+            **({"securitySchemes": dict(schemes)} if schemes else {}),
         },
     }
+
+
+def _checked(operation: Operation) -> Operation:
+    """Return an operation as an app has it that authenticates."""
+    if operation.scope is None:
+        return operation
+    problems = tuple(sorted({*operation.problems, *_CHECKED}))
+    writes = operation.method not in ("GET", "HEAD")
+    parameters = (*operation.parameters, *((_ACTOR,) if writes else ()))
+    return evolve(operation, problems=problems, parameters=parameters)
+
+
+def _security(operation: Operation, schemes: Iterable[str]) -> list[Json]:
+    """Return what is enough to send a request: one scope, by one of the schemes."""
+    if operation.scope is None:
+        return []
+    return [{scheme: [scope]} for scheme in schemes for scope in sorted(operation.scope)]
+
+
+_ACTOR: Final = Parameter(
+    "actor",
+    "Who makes the change, in UTF-8, for the history: recorded after the name of the token and a "
+    "slash. Only for a token with the scope `act-as`.",
+    str,
+    where="header",
+    header=ACTOR_HEADER,
+    minimum=1,
+    maximum=NAME_MAX_LENGTH,
+)
 
 
 _HEADERS: Final[Json] = {
@@ -289,6 +335,12 @@ _HEADERS: Final[Json] = {
         "required": False,
         "schema": {"type": "string", "enum": ["true"]},
     },
+    "WWW-Authenticate": {
+        "description": "How to authenticate, and what was wrong with the token that was sent.",
+        "required": True,
+        "schema": {"type": "string"},
+        "example": CHALLENGE,
+    },
     "Retry-After": {
         "description": "Seconds to wait before trying again.",
         "required": True,
@@ -298,7 +350,7 @@ _HEADERS: Final[Json] = {
 }
 
 
-def _operation(operation: Operation, schemas: Json) -> Json:
+def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object] | None) -> Json:
     described: Json = {
         "operationId": operation.name,
         "summary": operation.summary,
@@ -322,6 +374,9 @@ def _operation(operation: Operation, schemas: Json) -> Json:
             }
             content["example"] = [content["example"]]
         described["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if schemes:
+        described["security"] = _security(operation, schemes)
+    bare = None if schemes is None else operation.bare
     keyed = any(parameter.header == "Idempotency-Key" for parameter in operation.parameters)
     repeats = ("Idempotent-Replayed",) if keyed else ()
     described["responses"] = {
@@ -329,7 +384,7 @@ def _operation(operation: Operation, schemas: Json) -> Json:
             "description": means,
             "headers": _headers(HEADER, *operation.headers, *repeats),
             "content": {
-                "application/json": _content(operation.returns, schemas),
+                "application/json": _or_bare(_content(operation.returns, schemas), bare, schemas),
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
             },
         }
@@ -342,7 +397,7 @@ def _operation(operation: Operation, schemas: Json) -> Json:
         }
     for status in operation.problems:
         described["responses"][str(status)] = (
-            _problem(status, schemas, operation.members[status])
+            _problem(status, schemas, operation.members[status], bare)
             if status in operation.members
             else {"$ref": f"#/components/responses/{_problem_name(status)}"}
         )
@@ -416,12 +471,18 @@ def _problem_name(status: int) -> str:
     return TITLES[status].replace(" ", "")
 
 
-def _problem(status: int, schemas: Json, members: type[Any] | None = None) -> Json:
+def _problem(
+    status: int,
+    schemas: Json,
+    members: type[Any] | None = None,
+    bare: type[Any] | None = None,
+) -> Json:
     example = wire_converter().unstructure(problem_for(_EXAMPLES[status], _SCOPE))
     codes = ", ".join(f"`{kind.code}`" for kind in Kind if kind.status == status)
     schema = _schema(Problem, schemas)
     if members is not None:
-        schema = {"allOf": [schema, _schema(members, schemas)]}
+        more = _or_bare({"schema": _schema(members, schemas)}, bare, schemas)["schema"]
+        schema = {"allOf": [schema, more]}
         example |= wire_converter().unstructure(_MODELS[members])
     return {
         "description": f"{TITLES[status]}: {codes}",
@@ -439,6 +500,13 @@ def _content(type_: Any, schemas: Json) -> Json:
     many = get_origin(type_) is list
     example = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
     return {"schema": _schema(type_, schemas), "example": [example] if many else example}
+
+
+def _or_bare(content: Json, bare: type[Any] | None, schemas: Json) -> Json:
+    """Return a content that may also be a model for callers without the scope ``read``."""
+    if bare is None:
+        return content
+    return {**content, "schema": {"anyOf": [content["schema"], _schema(bare, schemas)]}}
 
 
 def _schema(type_: Any, schemas: Json) -> Json:

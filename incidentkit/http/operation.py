@@ -13,6 +13,8 @@ from attrs import field, frozen
 from starlette.requests import Request
 from starlette.responses import Response
 
+from incidentkit.domain.tokens import Scope
+
 Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
 
@@ -120,6 +122,8 @@ class Operation:
         fields: The parameters in the query that may stand in an optional JSON body instead.
         problems: The statuses of its errors.
         members: The model with the additional members of a problem, by status.
+        scope: One of these scopes is needed, if the app authenticates; None: it is open.
+        bare: The model of an answer to a caller without the scope ``read``; None: the same.
         documented: Whether it is in the OpenAPI document.
     """
 
@@ -145,6 +149,8 @@ class Operation:
     problems: tuple[int, ...] = (400, 422, 500)
     members: Mapping[int, type[Any]] = field(factory=dict)
     documented: bool = True
+    scope: frozenset[Scope] | None = field(kw_only=True)
+    bare: type[Any] | None = None
 
     @cached_property
     def in_query(self) -> frozenset[str]:

@@ -53,6 +53,8 @@ RETRY_HEADERS: Final[Mapping[str, str]] = {"Retry-After": str(RETRY_AFTER)}
 
 TITLES: Final[Mapping[int, str]] = {
     400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
@@ -62,6 +64,7 @@ TITLES: Final[Mapping[int, str]] = {
     413: "Content Too Large",
     414: "URI Too Long",
     415: "Unsupported Media Type",
+    421: "Misdirected Request",
     422: "Unprocessable Content",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
@@ -112,6 +115,14 @@ class Kind(Enum):
     NOT_READY = 503, "the service is not ready"
     TOO_MANY_READERS = 429, "the maximum number of readers follow changes already"
     TOO_MANY_CONNECTIONS = 503, "the service has as many connections as it can serve"
+    UNAUTHENTICATED = 401, "there is no access token, or no valid one"
+    INSUFFICIENT_SCOPE = 403, "the token has none of the scopes of the operation"
+    ACTOR_NOT_ALLOWED = 403, "only a token with the scope act-as may name an actor"
+    CROSS_SITE_REQUEST = 403, "a web page of another site makes a browser send the request"
+    FOREIGN_ORIGIN = 403, "a web page of another origin may not change anything"
+    MISDIRECTED_REQUEST = 421, "the service is not reached under this host"
+    TOO_MANY_FAILED_CHECKS = 429, "too many checks of tokens from the address have failed"
+    AUTHENTICATION_UNAVAILABLE = 503, "the check of who sends the request has failed"
     UNKNOWN_PATH = 404, "the service has no such path"
     METHOD_NOT_ALLOWED = 405, "the path does not take this method"
     MALFORMED_QUERY = 400, "the query is not percent-encoded UTF-8"

@@ -9,6 +9,7 @@ from attrs import evolve
 
 from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.queries import HistoryQuery, ListQuery, SearchQuery
+from incidentkit.domain.tokens import Scope
 from incidentkit.domain.values import (
     CHANGES_LIMIT,
     DEFAULT_LIMIT,
@@ -35,7 +36,7 @@ from incidentkit.http.checks import (
     check_incident,
     check_status_change,
 )
-from incidentkit.http.health import Health, Readiness
+from incidentkit.http.health import BareReadiness, Health, Readiness
 from incidentkit.http.operation import (
     MAX_ITEMS,
     MAX_LARGE_BODY,
@@ -43,8 +44,12 @@ from incidentkit.http.operation import (
     Operation,
     Parameter,
 )
+from incidentkit.http.principals import READ
 from incidentkit.http.problems import PAGE, Conflict
 from incidentkit.wire import NewNote
+
+_REPORT: Final = frozenset((Scope.REPORT, Scope.WRITE))
+_WRITE: Final = frozenset((Scope.WRITE,))
 
 _INCIDENT_ID: Final = Parameter(
     "incident_id", "The incident's id.", int, minimum=1, maximum=MAX_ID, required=True, example=7
@@ -87,6 +92,7 @@ OPERATIONS: Final = (
         "create_incident",
         "Create an incident",
         answers.create,
+        scope=_REPORT,
         status=201,
         returns=Incident,
         success="The incident as stored",
@@ -103,6 +109,7 @@ OPERATIONS: Final = (
         "create_incidents",
         "Create many incidents, all or none",
         answers.create_many,
+        scope=_REPORT,
         status=201,
         returns=list[Incident],
         success="The incidents as stored, in the given order",
@@ -120,6 +127,7 @@ OPERATIONS: Final = (
         "list_incidents",
         "List incidents, newest first",
         answers.list_,
+        scope=READ,
         returns=list[Incident],
         success="One page of incidents; an empty array past the last page",
         parameters=(
@@ -156,6 +164,7 @@ OPERATIONS: Final = (
         "get_incident",
         "Return one incident",
         answers.get,
+        scope=READ,
         returns=Incident,
         success="The incident",
         headers=("ETag",),
@@ -181,6 +190,7 @@ OPERATIONS: Final = (
         answers.update_status,
         description="`incident_id`, `status` and `note` may stand in the query or in a JSON body: "
         "each of them in one of the two. A URL ends up in the logs of proxies.",
+        scope=_WRITE,
         returns=Incident,
         success="The incident with its new status",
         headers=("ETag",),
@@ -212,6 +222,7 @@ OPERATIONS: Final = (
         "search_incidents",
         "Find incidents",
         answers.search,
+        scope=READ,
         returns=SearchPage,
         success="One page of the matching incidents; `Link` leads to the next page, if any",
         parameters=(
@@ -287,6 +298,7 @@ OPERATIONS: Final = (
         "incident_history",
         "Return the history of an incident, oldest event first",
         answers.history,
+        scope=READ,
         returns=list[IncidentEvent],
         success="Its events; an empty array past the last one",
         parameters=(
@@ -315,6 +327,7 @@ OPERATIONS: Final = (
         "changes",
         "Follow every change of every incident",
         answers.changes,
+        scope=READ,
         returns=ChangePage,
         success="Changes in commit order; a stream of them if the request accepts one",
         streams=IncidentEvent,
@@ -361,6 +374,7 @@ OPERATIONS: Final = (
         "note_incident",
         "Add a note to the history of an incident",
         answers.note,
+        scope=_WRITE,
         status=201,
         returns=IncidentEvent,
         success="The event in the history",
@@ -381,6 +395,7 @@ OPERATIONS: Final = (
         "live",
         "Tell whether the service is running",
         answers.live,
+        scope=None,
         returns=Health,
         success="The service is running",
     ),
@@ -390,22 +405,40 @@ OPERATIONS: Final = (
         "ready",
         "Tell whether the service is ready for requests",
         answers.ready,
+        scope=None,
         returns=Readiness,
         success="The service is ready",
         problems=(400, 422, 500, 503),
         members={503: Readiness},
+        bare=BareReadiness,
     ),
     Operation(
-        "GET", "/openapi.json", "openapi", "This document", answers.openapi, documented=False
+        "GET",
+        "/openapi.json",
+        "openapi",
+        "This document",
+        answers.openapi,
+        documented=False,
+        scope=None,
     ),
 )
 """The operations of every app."""
 
 DOCS: Final = (
-    Operation("GET", "/", "index", "Leads to Swagger UI", answers.index, documented=False),
-    Operation("GET", "/docs", "docs", "Swagger UI", answers.docs_page, documented=False),
     Operation(
-        "GET", PAGE, "problems", "The kinds of problems", answers.problems_page, documented=False
+        "GET", "/", "index", "Leads to Swagger UI", answers.index, documented=False, scope=None
+    ),
+    Operation(
+        "GET", "/docs", "docs", "Swagger UI", answers.docs_page, documented=False, scope=None
+    ),
+    Operation(
+        "GET",
+        PAGE,
+        "problems",
+        "The kinds of problems",
+        answers.problems_page,
+        documented=False,
+        scope=None,
     ),
     Operation(
         "GET",
@@ -413,6 +446,7 @@ DOCS: Final = (
         "docs_asset",
         "A file of Swagger UI",
         answers.docs_asset,
+        scope=None,
         parameters=(Parameter("asset", "The name of the file.", str, where="path", required=True),),
         documented=False,
     ),

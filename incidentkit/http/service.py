@@ -15,10 +15,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Lifespan
 
 from incidentkit.client import IncidentClient
+from incidentkit.http.client_address import TrustedProxies
 from incidentkit.http.dispatch import Dispatcher, Endpoint
 from incidentkit.http.envelope import Envelope
 from incidentkit.http.log import NO_ROUTE, log_answer
 from incidentkit.http.operation import Operation
+from incidentkit.http.principals import Gate
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_log import RequestLog
 from incidentkit.http.streams import Readers
@@ -32,25 +34,31 @@ class Service(Starlette):
         operations: The operations that it answers.
         request_log: Writes records of requests to the database; None: requests are only logged.
         cache_required: Whether the service is not ready while the cache is unavailable.
+        gate: Checks the sender of each request; None: the host does.
+        proxies: The proxies whose word for a client's address counts.
         readers: The readers that wait for changes.
         encoder: Encodes large arrays.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         client: IncidentClient,
         operations: Sequence[Operation],
         *,
         request_log: RequestLog | None,
         cache_required: bool,
+        gate: Gate | None,
+        proxies: TrustedProxies,
         lifespan: Lifespan[Starlette],
     ) -> None:
         self.client = client
         self.operations = operations
         self.request_log = request_log
         self.cache_required = cache_required
+        self.gate = gate
+        self.proxies = proxies
         self.readers = Readers(client)
-        self._endpoints = [Endpoint(operation) for operation in operations]
+        self._endpoints = [Endpoint(operation, gate) for operation in operations]
         super().__init__(
             routes=[endpoint.route for endpoint in self._endpoints],
             exception_handlers={HTTPException: _answer_unrouted},
@@ -74,7 +82,7 @@ class Service(Starlette):
             app = middleware(app, *arguments, **options)
         if handler is not None or self.debug:
             app = ServerErrorMiddleware(app, handler, self.debug)
-        return Envelope(app)
+        return Envelope(app, self.proxies)
 
 
 async def _answer_unrouted(request: Request, error: Exception) -> Response:

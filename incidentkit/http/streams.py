@@ -26,6 +26,7 @@ from incidentkit.domain.errors import (
     StoreUnavailable,
 )
 from incidentkit.domain.values import LATEST, STREAM_LIFETIME, ChangePage, FeedBlocker
+from incidentkit.http.principals import PRINCIPAL, still_admitted
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_for, refusal_for
 from incidentkit.http.request_id import request_id
 from incidentkit.http.server_hooks import abort, wait_for_stop
@@ -154,7 +155,7 @@ def reader_of(scope: Scope) -> str | None:
 
     Anonymous readers share the places of the app: behind a proxy they all have one address.
     """
-    principal = scope.get("incidentkit.principal")
+    principal = scope.get(PRINCIPAL)
     return None if principal is None else str(principal.name) or None
 
 
@@ -281,7 +282,7 @@ class ChangeStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             try:
-                await run_until_stop(self._send_changes(send), scope)
+                await run_until_stop(self._send_changes(scope, send), scope)
             except ClientClosed:
                 pass
             except IncidentKitError as error:
@@ -295,13 +296,14 @@ class ChangeStream(Response):
             return False
         return True
 
-    async def _send_changes(self, send: Send) -> None:
-        """Send changes until the stream has reached its lifetime."""
+    async def _send_changes(self, scope: Scope, send: Send) -> None:
+        """Send changes until the stream has reached its lifetime, or its reader may not go on."""
         after, page = self._after, self._page
         ends_at = time.monotonic() + self._readers.lifetime * _random.uniform(SHORTEST_LIFE, 1)
         pause, told_at = 0.0, -inf
         await self._send(send, _retry(RETRY))
-        while True:
+        # Also at each heartbeat: a stream ends once its token is revoked or expires.
+        while await _still_admitted(scope):
             if page is None:
                 now = time.monotonic()
                 if now - told_at >= HEARTBEAT:
@@ -323,6 +325,15 @@ class ChangeStream(Response):
     async def _send(self, send: Send, body: bytes) -> None:
         async with asyncio.timeout(SEND_TIMEOUT):
             await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _still_admitted(scope: Scope) -> bool:
+    """Return whether a reader may go on; a check that gets no answer in time ends no stream."""
+    try:
+        async with asyncio.timeout(START_TIMEOUT):
+            return await still_admitted(scope)
+    except TimeoutError:
+        return True
 
 
 async def _read(

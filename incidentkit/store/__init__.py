@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from incidentkit.domain.replays import Replay
     from incidentkit.domain.transitions import Transitions
     from incidentkit.opening import store_from_url, store_on
+    from incidentkit.store.access_tokens import AccessTokens
     from incidentkit.store.idempotency import Idempotency
     from incidentkit.store.options import StoreOptions
     from incidentkit.store.page import Page
@@ -27,6 +28,7 @@ else:
                 "store_from_url",
                 "store_on",
             ),
+            "incidentkit.store.access_tokens": ("AccessTokens",),
             "incidentkit.store.idempotency": ("Idempotency",),
             "incidentkit.store.options": ("StoreOptions",),
             "incidentkit.store.page": ("Page",),
@@ -40,6 +42,7 @@ else:
     )
 
 __all__ = [
+    "AccessTokens",
     "Idempotency",
     "IncidentStore",
     "NoteAddition",

@@ -25,8 +25,8 @@ class Dialect(Protocol):
     """The operations that PostgreSQL and SQLite do with different statements.
 
     Attributes:
-        claim_key: Takes an idempotency key for the transaction, and returns a row, unless the key
-            was used in the last 24 hours.
+        claim_key: Takes an idempotency key for the transaction, and returns a row, unless the key,
+            or the one that the actor has for it, was used in the last 24 hours.
         delete_expired_keys: Removes at most ``limit`` idempotency keys older than that.
         select_changes: Returns the events after a place, in the order of their commits.
         select_waiting: Returns the places of committed events, including those that others may

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, TypeAlias
 
-from attrs import asdict, field, fields, frozen
+from attrs import asdict, evolve, field, fields, frozen
 
 from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
 from incidentkit.domain.replays import REPLAY, Replay
@@ -23,12 +23,20 @@ class Idempotency:
     Attributes:
         key: The key that a caller repeats.
         fingerprint: A digest of the verb and its parameters; equal only for equal parameters.
+        actor: Who writes, since each actor has keys of its own; None: no actor is named.
         replay: Where to tell that the write was a replay; None: nothing watches for one.
     """
 
     key: str
     fingerprint: str
+    actor: str | None = None
     replay: Replay | None = field(default=None, eq=False)
+
+    @property
+    def own_key(self) -> str:
+        """The key under which the database keeps this one while another actor has it."""
+        digest = sha256(f"{self.actor or ''}\0{self.key}".encode()).hexdigest()
+        return f"actor {digest}"
 
     def part(self, number: int) -> Idempotency:
         """Return the key of one part of a write that several transactions share.
@@ -38,7 +46,7 @@ class Idempotency:
         if number == 0:
             return self
         digest = sha256(f"{number} {self.key}".encode()).hexdigest()
-        return Idempotency(f"part {digest}", self.fingerprint, self.replay)
+        return evolve(self, key=f"part {digest}")
 
 
 def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
@@ -49,7 +57,7 @@ def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
         else _values(parameters)
     )
     text = json.dumps([verb, given], ensure_ascii=False, separators=(",", ":"), default=asdict)
-    return Idempotency(key, sha256(text.encode()).hexdigest(), REPLAY.get())
+    return Idempotency(key, sha256(text.encode()).hexdigest(), replay=REPLAY.get())
 
 
 def _values(parameters: NewIncident | NoteAddition | StatusChange) -> Mapping[str, Any]:

@@ -290,23 +290,12 @@ class Records:
         """Write, or return the answer of the first write with the same key."""
 
         async def work(fetch: Fetch) -> _T:
-            key, fingerprint = once.key, once.fingerprint
             await fetch(self._dialect.delete_expired_keys, {"limit": EXPIRED_KEYS})
-            # Waits for another transaction that holds the key.
-            claim = {"idempotency_key": key, "fingerprint": fingerprint}
-            for _ in range(CLAIMS):
-                if await fetch(self._dialect.claim_key, claim):
-                    break
-                rows = await fetch(statements.SELECT_ANSWER, {"idempotency_key": key})
-                for first_fingerprint, answer in rows:
-                    if first_fingerprint != fingerprint:
-                        raise IdempotencyKeyReused(key)
-                    if once.replay is not None:
-                        once.replay.happened = True
-                    return decode(answer)
-                # The key had expired, and another transaction has just removed it.
-            else:
-                raise KEPT_OUT.as_error()
+            key, answer = await self._claim(fetch, once)
+            if answer is not None:
+                if once.replay is not None:
+                    once.replay.happened = True
+                return decode(answer)
             written = await write(fetch)
             values = {"key": key, "answer": encode(written).decode()}
             if not await fetch(statements.UPDATE_ANSWER, values):
@@ -314,6 +303,37 @@ class Records:
             return written
 
         return await self._executor.transact(work)
+
+    async def _claim(self, fetch: Fetch, once: Idempotency) -> tuple[str, str | None]:
+        """Take a key; return the key that stands for it, and the first answer if it was used.
+
+        The first actor that uses a key has the key itself, as every write had before keys were
+        kept per actor. Another actor has a digest of the key and its name.
+
+        Raises:
+            IdempotencyKeyReused: If the actor used the key with other parameters.
+        """
+        key, own_key, actor = once.key, once.own_key, once.actor or ""
+        values = {"idempotency_key": key, "own_key": own_key}
+        claim = {**values, "fingerprint": once.fingerprint, "actor": actor}
+        for _ in range(CLAIMS):
+            # Waits for another transaction that holds the key.
+            if await fetch(self._dialect.claim_key, claim):
+                return claim["idempotency_key"], None
+            rows = await fetch(statements.SELECT_ANSWER, values)
+            used = {row[0]: row[1:] for row in rows}
+            found = used.get(own_key) or used.get(key)
+            if found is None:
+                # The key had expired, or another transaction has just removed it.
+                continue
+            fingerprint, answer, first_actor = found
+            if own_key not in used and first_actor not in (None, actor):
+                claim |= {"idempotency_key": own_key, "own_key": ""}
+            elif fingerprint != once.fingerprint:
+                raise IdempotencyKeyReused(key)
+            else:
+                return key, answer
+        raise KEPT_OUT.as_error()
 
     @names_database
     async def get(self, incident_id: int) -> Incident | None:

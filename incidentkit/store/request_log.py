@@ -23,6 +23,8 @@ class RequestRecord:
         status: The HTTP status of the answer.
         duration_ms: From the start of the route to its answer, in milliseconds.
         request_id: The id in the answer's header ``X-Request-ID``.
+        actor: The actor of the request; None: there is none.
+        client_address: The client's IP address; None: it is unknown.
     """
 
     logged_at: datetime
@@ -31,6 +33,8 @@ class RequestRecord:
     status: int
     duration_ms: float
     request_id: str
+    actor: str | None = None
+    client_address: str | None = None
 
 
 INSERT_REQUEST: Final[Insert] = (

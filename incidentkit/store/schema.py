@@ -23,6 +23,7 @@ REVISIONS: Final = (
     "a6d40b7f21c8",
     "a1f80c46d2b7",
     "d4e07b93c1f6",
+    "d52c90b7e6f3",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 

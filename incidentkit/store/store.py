@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Executable
 
@@ -15,13 +15,15 @@ from incidentkit.domain.errors import SchemaOutOfDate
 from incidentkit.observing import Observer
 from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.dialect import Dialect
-from incidentkit.store.executor import OwnExecutor
+from incidentkit.store.executor import OwnExecutor, Rows, Work
 from incidentkit.store.observed import ObservedExecutor
 from incidentkit.store.ports import StoreOperations
 from incidentkit.store.records import Records, Sharing, names_database
 from incidentkit.store.schema import check_parts, check_revision, upgrade_command
 from incidentkit.store.sql.definitions import Schema
 from incidentkit.store.turns import Turns
+
+_T = TypeVar("_T")
 
 logger = logging.getLogger("incidentkit.store")
 
@@ -162,3 +164,13 @@ class Store(Records):
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
         await self._connections.append(statement, rows)
+
+    @names_database
+    async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that only reads, and reads few rows."""
+        return await self._connections.read(statement, values)
+
+    @names_database
+    async def transact(self, work: Work[_T]) -> _T:
+        """Run statements that write, all or none."""
+        return await self._connections.transact(work)

@@ -23,6 +23,7 @@ class Need(StrEnum):
     LIST_JSON = auto()
     CHANGES = auto()
     PURGE = auto()
+    TOKENS = auto()
     BATCHES = auto()
     """Several transactions for one call of `create_many`."""
     OTHER_CLIENT = auto()
@@ -81,6 +82,12 @@ GAPS = (
         Need.PURGE,
         _no_verb("purge", "purgeable"),
         "purge commits batch by batch, and only the host may commit",
+    ),
+    Gap(
+        JOINED,
+        Need.TOKENS,
+        _no_verb("tokens"),
+        "a token is for a service of its own, and is no part of a host's transaction",
     ),
     Gap(
         JOINED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from incidentkit import (
     NewIncident,
     StoreError,
     VersionConflict,
+    acting_as,
 )
 from tests.conformance.concurrency import run_all
 from tests.conformance.gaps import Need, needs
 from tests.conformance.refusals import refused
 
 if TYPE_CHECKING:
+    from incidentkit import Incident
     from tests.conformance.embodiments import Embodiment, Verbs
 
 DISK_FULL = NewIncident("Disk is full", "monitoring")
@@ -206,3 +209,75 @@ async def test_nothing_is_stored_if_the_result_fails(
     assert await incidents.list() == []
     for table in ("incident_event", "incident_idempotency_key"):
         assert await embodiment.sql(f"SELECT * FROM {table}") == []
+
+
+async def test_each_actor_has_keys_of_its_own(incidents: Verbs) -> None:
+    """A key of one actor, or of none, is free for another, whose retries get its own answers."""
+    answers = {}
+    for actor in (None, "alice", "bob"):
+        with nullcontext() if actor is None else acting_as(actor):
+            answers[actor] = await incidents.create(
+                f"Disk of {actor} is full", source="monitoring", idempotency_key="k"
+            )
+            many = await incidents.create_many([DISK_FULL] * 2, idempotency_key="many")
+            assert await incidents.create_many([DISK_FULL] * 2, idempotency_key="many") == many
+    for actor, answer in answers.items():
+        with nullcontext() if actor is None else acting_as(actor):
+            again = await incidents.create(
+                f"Disk of {actor} is full", source="monitoring", idempotency_key="k"
+            )
+            assert again == answer
+            with pytest.raises(IdempotencyKeyReused):
+                await incidents.create(DISK_FULL, idempotency_key="k")
+    assert len(await incidents.list()) == 9
+
+
+@needs(Need.OTHER_CLIENT)
+async def test_concurrent_retries_of_two_actors_create_two(incidents: Verbs, other: Verbs) -> None:
+    """Concurrent retries of each of two actors return that actor's one incident."""
+    line_down = await incidents.create("Line is down", source="partner")
+
+    async def create(client: Verbs, actor: str) -> Incident:
+        with acting_as(actor):
+            return await client.create(DISK_FULL, idempotency_key="k")
+
+    actors = ["alice", "bob"] * 10
+    clients = [incidents] * 10 + [other] * 10
+    answers = await run_all(*map(create, clients, actors))
+    assert answers == [*answers[:2]] * 10
+    assert {one.incident_id for one in await incidents.list()} == {
+        line_down.incident_id,
+        *(answer.incident_id for answer in answers[:2]),
+    }
+
+
+@needs(Need.OUTSIDE_SQL)
+async def test_a_key_lasts_a_day_though_that_of_another_actor_ends(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """An actor's key counts from its own first use, also if another actor used the key before."""
+    with acting_as("alice"):
+        await incidents.create(DISK_FULL, idempotency_key="k")
+    at = embodiment.moment(datetime.now(UTC) - timedelta(hours=24.1))
+    with acting_as("bob"):
+        first = await incidents.create(DISK_FULL, idempotency_key="k")
+        await embodiment.sql(
+            f"UPDATE incident_idempotency_key SET created_at = {at} WHERE actor = 'alice'"
+        )
+        assert await incidents.create(DISK_FULL, idempotency_key="k") == first
+        assert await incidents.create(DISK_FULL, idempotency_key="k") == first
+    assert len(await incidents.list()) == 2
+
+
+@needs(Need.OUTSIDE_SQL)
+async def test_a_key_that_the_version_before_stored_is_found(
+    incidents: Verbs, embodiment: Embodiment
+) -> None:
+    """A retry with an actor gets the answer that a process of the version before has stored."""
+    with acting_as("alice"):
+        first = await incidents.create(DISK_FULL, idempotency_key="k")
+        await embodiment.sql("UPDATE incident_idempotency_key SET actor = NULL")
+        assert await incidents.create(DISK_FULL, idempotency_key="k") == first
+        with pytest.raises(IdempotencyKeyReused):
+            await incidents.update_status(1, "failed", idempotency_key="k")
+    assert await incidents.list() == [first]

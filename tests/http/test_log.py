@@ -400,7 +400,7 @@ async def test_an_operation_that_raises_is_answered_and_logged(records: Records)
     async def receive() -> Any:
         raise AssertionError
 
-    endpoint = Endpoint(Operation("GET", "/mine", "mine", "Raise", answer))
+    endpoint = Endpoint(Operation("GET", "/mine", "mine", "Raise", answer, scope=None))
     app = create_app(IncidentClient.open(MEMORY))
     scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"", "app": app}
     await endpoint(scope, receive, send)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, Protocol
 
 from incidentkit.store.migrations import (
+    access_tokens,
     concurrent_indexes,
     dedup_key_index,
     event_writer,
@@ -48,5 +49,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     search_words,
     token_of_table,
     dedup_key_index,
+    access_tokens,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

@@ -543,14 +543,24 @@ security it returns no row."""
 _EXPIRED: Final = "created_at < clock_timestamp() - interval '24 hours'"
 
 CLAIM_KEY: Final = text(f"""
-    INSERT INTO incident_idempotency_key AS old (idempotency_key, fingerprint)
-    VALUES (CAST(:idempotency_key AS text), CAST(:fingerprint AS text))
+    INSERT INTO incident_idempotency_key AS old (idempotency_key, fingerprint, actor)
+    SELECT CAST(:idempotency_key AS text), CAST(:fingerprint AS text), CAST(:actor AS text)
+    WHERE NOT EXISTS (
+        SELECT
+        FROM incident_idempotency_key AS own
+        WHERE own.idempotency_key = CAST(:own_key AS text) AND NOT own.{_EXPIRED}
+    )
     ON CONFLICT (idempotency_key) DO UPDATE
-    SET fingerprint = EXCLUDED.fingerprint, answer = NULL, created_at = {_NOW}
+    SET
+        fingerprint = EXCLUDED.fingerprint,
+        answer = NULL,
+        created_at = {_NOW},
+        actor = EXCLUDED.actor
     WHERE old.{_EXPIRED}
     RETURNING idempotency_key
 """)
-"""Takes the key for this transaction and returns a row, unless it was used in the last 24 hours."""
+"""Takes the key for this transaction and returns a row, unless it, or the actor's own one, was used
+in the last 24 hours."""
 
 DELETE_EXPIRED_KEYS: Final = text(f"""
     DELETE FROM incident_idempotency_key

@@ -22,6 +22,7 @@ TABLES: Final = (
     "incident_purged_event",
     "incident_idempotency_key",
     "incident_token",
+    "incident_access_token",
     "request_log",
     VERSION_TABLE,
 )

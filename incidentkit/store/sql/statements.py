@@ -18,6 +18,7 @@ from sqlalchemy import (
     delete,
     func,
     literal_column,
+    or_,
     select,
     true,
     tuple_,
@@ -27,7 +28,7 @@ from sqlalchemy import (
 
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import MAX_LIMIT
-from incidentkit.store.sql.functions import current_token, feed_horizon
+from incidentkit.store.sql.functions import a_day_ago, current_token, feed_horizon
 from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS, UtcDateTime
 from incidentkit.store.sql.tables import (
     idempotency_table,
@@ -234,10 +235,17 @@ COUNT_PURGEABLE: Final = select(func.count()).where(
 )
 """Returns the number of incidents that ended before a time."""
 
-SELECT_ANSWER: Final = select(_keys.fingerprint, _keys.answer).where(
-    _keys.idempotency_key == bindparam("idempotency_key", type_=String())
+SELECT_ANSWER: Final = select(
+    _keys.idempotency_key, _keys.fingerprint, _keys.answer, _keys.actor
+).where(
+    or_(
+        _keys.idempotency_key == bindparam("idempotency_key", type_=String()),
+        _keys.idempotency_key == bindparam("own_key", type_=String()),
+    ),
+    _keys.created_at >= a_day_ago(),
 )
-"""Returns the fingerprint and the first answer of an idempotency key."""
+"""Returns an idempotency key and that of one actor, each with its first answer if it was used in
+the last 24 hours."""
 
 UPDATE_ANSWER: Final = (
     update(idempotency_table)

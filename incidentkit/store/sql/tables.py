@@ -44,6 +44,7 @@ _PARTIAL_INDEXES: Final = {
     "ux_Incident_dedup_key": text("incident_type = 'new' AND dedup_key IS NOT NULL"),
     "ix_Incident_ended_at": text("ended_at IS NOT NULL"),
     "ix_Incident_dedup_key": text("dedup_key IS NOT NULL"),
+    "ux_incident_access_token_name": text("revoked_at IS NULL"),
 }
 """The conditions of the partial indexes."""
 
@@ -162,6 +163,8 @@ idempotency_table: Final = Table(
     # Null only inside the transaction that inserts the row.
     Column("answer", String),
     Column("created_at", UtcDateTime, nullable=False, server_default=current_second()),
+    # Empty for a write without an actor; null for one of a version that kept keys for all actors.
+    Column("actor", String),
     PrimaryKeyConstraint("idempotency_key", name="pk_incident_idempotency_key"),
     Index("ix_incident_idempotency_key_created_at", "created_at"),
 )
@@ -176,6 +179,8 @@ request_log_table: Final = Table(
     Column("status", SmallInteger, nullable=False),
     Column("duration_ms", Double, nullable=False),
     Column("request_id", String, nullable=False),
+    Column("actor", String),
+    Column("client_address", String),
     PrimaryKeyConstraint("request_log_id", name="pk_request_log"),
     Index("ix_request_log_logged_at", "logged_at"),
     sqlite_autoincrement=True,
@@ -191,6 +196,31 @@ token_table: Final = Table(
 )
 """Random tokens. Every transaction that changes an incident replaces one of them, by triggers of
 the migration ``e4a81c3f5d27``."""
+
+access_token_table: Final = Table(
+    "incident_access_token",
+    metadata,
+    Column("access_token_id", _Id, autoincrement=True),
+    Column("name", String, nullable=False),
+    Column("sha256", String, nullable=False),
+    # The scopes in alphabetical order, with commas.
+    Column("scopes", String, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime),
+    Column("revoked_at", UtcDateTime),
+    Column("last_used_at", UtcDateTime),
+    PrimaryKeyConstraint("access_token_id", name="pk_incident_access_token"),
+    Index("ux_incident_access_token_sha256", "sha256", unique=True),
+    Index(
+        "ux_incident_access_token_name",
+        "name",
+        unique=True,
+        sqlite_where=_PARTIAL_INDEXES["ux_incident_access_token_name"],
+    ),
+    sqlite_autoincrement=True,
+)
+"""The access tokens of the REST service. A row is never removed: it shows that the service was
+closed to anonymous callers."""
 
 version_table: Final = Table(
     VERSION_TABLE,
@@ -218,9 +248,10 @@ def schema_on_postgresql() -> MetaData:
     They are not declared with the tables: SQLAlchemy would load its dialect of PostgreSQL to check
     them, also for an SQLite file.
     """
-    for index in incident_table.indexes:
-        if index.name in _PARTIAL_INDEXES:
-            index.dialect_kwargs["postgresql_where"] = _PARTIAL_INDEXES[str(index.name)]
+    for table in (incident_table, access_token_table):
+        for index in table.indexes:
+            if index.name in _PARTIAL_INDEXES:
+                index.dialect_kwargs["postgresql_where"] = _PARTIAL_INDEXES[str(index.name)]
     return metadata
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    exists,
     func,
     insert,
     literal_column,
@@ -145,11 +146,23 @@ have changed it."""
 
 _expired: Final[ColumnElement[bool]] = idempotency_table.c.created_at < a_day_ago()
 
+_own_key: Final = idempotency_table.alias("own")
+
 CLAIM_KEY: Final = (
     insert_or(idempotency_table)
-    .values(
-        idempotency_key=bindparam("idempotency_key", type_=String()),
-        fingerprint=bindparam("fingerprint", type_=String()),
+    .from_select(
+        ["idempotency_key", "fingerprint", "actor"],
+        select(
+            bindparam("idempotency_key", type_=String()),
+            bindparam("fingerprint", type_=String()),
+            bindparam("actor", type_=String()),
+        ).where(
+            ~exists().where(
+                _own_key.c.idempotency_key == bindparam("own_key", type_=String()),
+                _own_key.c.created_at >= a_day_ago(),
+            )
+        ),
+        include_defaults=False,
     )
     .on_conflict_do_update(
         index_elements=[idempotency_table.c.idempotency_key],
@@ -157,12 +170,14 @@ CLAIM_KEY: Final = (
             "fingerprint": bindparam("fingerprint", type_=String()),
             "answer": None,
             "created_at": current_second(),
+            "actor": bindparam("actor", type_=String()),
         },
         where=_expired,
     )
     .returning(idempotency_table.c.idempotency_key)
 )
-"""Takes the key for this transaction and returns a row, unless it was used in the last 24 hours."""
+"""Takes the key for this transaction and returns a row, unless it, or the actor's own one, was used
+in the last 24 hours."""
 
 DELETE_EXPIRED_KEYS: Final = delete(idempotency_table).where(
     idempotency_table.c.idempotency_key.in_(

@@ -1,0 +1,128 @@
+"""Decide who reaches the service at an address: with which tokens, and under which hosts."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Coroutine
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+
+from incidentkit.cli.failures import Refused
+from incidentkit.cli.listening import Address, Tcp, Unix
+from incidentkit.cli.text import harmless
+from incidentkit.client import IncidentClient
+from incidentkit.http.app import create_app
+from incidentkit.http.authentication import Anonymous, TokenAuth
+from incidentkit.http.browsers import LOOPBACK, BrowserGuard
+from incidentkit.settings import Settings
+from incidentkit.store import AccessTokens
+from incidentkit.store.sqlite.url import in_memory
+
+_T = TypeVar("_T")
+
+
+def is_local(address: Address, inherited: socket.socket | None = None) -> bool:
+    """Return whether only programs on this machine reach an address.
+
+    Args:
+        address: Where the service listens.
+        inherited: The socket of an :class:`~incidentkit.cli.listening.Inherited`.
+    """
+    if isinstance(address, Unix):
+        return True
+    if isinstance(address, Tcp):
+        return is_loopback(address.host)
+    if inherited is None:
+        return False
+    if inherited.family in (socket.AF_INET, socket.AF_INET6):
+        return is_loopback(inherited.getsockname()[0])
+    return inherited.family == getattr(socket, "AF_UNIX", None)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only programs on this machine reach a host."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def check_exposure(
+    client: IncidentClient, settings: Settings, address: Address, *, local: bool
+) -> None:
+    """Raise if everybody who reaches an address could read and change incidents.
+
+    Args:
+        client: A client whose store is open.
+        settings: Whether anonymous callers are let in on purpose.
+        address: Where the service listens.
+        local: Whether only programs on this machine reach the address.
+
+    Raises:
+        Refused: With the command to run.
+        StoreError: If the account may not read the tokens.
+    """
+    if settings.allow_anonymous:
+        return
+    now = datetime.now(UTC)
+    # Read for a local address too: otherwise each request would fail for want of a privilege.
+    active = any(token.active(now) for token in await AccessTokens(_Opened(client.store)).list())
+    if active or local:
+        return
+    danger = f"everybody who reaches {_name(address)} could read and change incidents"
+    anonymous = "let anonymous callers in with --allow-anonymous"
+    if in_memory(settings.database_url):
+        raise Refused([f"{danger}, since a database in memory has no tokens: {anonymous}"])
+    command = "`incidentkit token create NAME --scope read --scope write`"
+    lack = "since there is no active token"
+    raise Refused([f"{danger}, {lack}: create one with {command}, or {anonymous}"])
+
+
+def _name(address: Address) -> str:
+    if isinstance(address, Tcp):
+        return harmless(address.host)
+    return harmless(address.path) if isinstance(address, Unix) else f"the socket {address.fd}"
+
+
+def exposed_app(
+    client: IncidentClient, settings: Settings, *, local: bool, metrics: bool = False
+) -> Starlette:
+    """Return the app as it is served at an address.
+
+    Args:
+        client: Does what requests ask for.
+        settings: How the service is configured.
+        local: Whether only programs on this machine reach the address. Anonymous callers are then
+            let in until there is a first token.
+        metrics: Whether ``/metrics`` is served.
+    """
+    anonymous: Anonymous = "until_token" if local else "never"
+    if settings.allow_anonymous:
+        anonymous = "always"
+    app = create_app(
+        client,
+        request_log=settings.request_log,
+        cache_required=settings.redis_required,
+        stream_lifetime=settings.stream_lifetime,
+        cors=settings.cors_origins,
+        metrics=metrics,
+        authenticate=TokenAuth(client, anonymous=anonymous),
+        trusted_proxies=settings.trusted_proxies,
+    )
+    checks_hosts = local or settings.allowed_hosts
+    hosts = {*LOOPBACK, *settings.allowed_hosts} if checks_hosts else None
+    app.add_middleware(BrowserGuard, hosts=hosts, origins=settings.allowed_hosts)
+    return app
+
+
+class _Opened:
+    """Reads tokens from an open store, without a client around it."""
+
+    def __init__(self, store: object) -> None:
+        self.store = store
+
+    async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
+        return await write
