@@ -16,6 +16,7 @@ from incidentkit.cli.limits import backlog, connection_limit, max_open_files
 from incidentkit.cli.listening import (
     Address,
     Inherited,
+    Listener,
     Tcp,
     Unix,
     free_port,
@@ -65,6 +66,22 @@ def run(
     # Before any other file takes its number.
     inherited = inherit(address) if isinstance(address, Inherited) else None
     configure_logging(log_format)
+    try:
+        return _serve(settings, address, inherited, workers, metrics=metrics, log_format=log_format)
+    finally:
+        # Before the program says anything else, such as why it did not start.
+        LOG.flush()
+
+
+def _serve(  # noqa: PLR0913
+    settings: Settings,
+    address: Address,
+    inherited: Listener | None,
+    workers: int,
+    *,
+    metrics: bool,
+    log_format: LogFormat,
+) -> bool:
     client = IncidentClient.from_settings(settings)
     run_coroutine(check_servers(client, with_cache=settings.redis_required))
     config = _configure(settings, workers, metrics=metrics, log_format=log_format)
@@ -90,8 +107,6 @@ def run(
     finally:
         if listener is not None:
             listener.remove()
-        # Before the program says anything else.
-        LOG.flush()
 
 
 def _configure(
