@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from psycopg.sql import SQL, Identifier
 from redis import Redis
 
 from incidentkit import IncidentClient
+from incidentkit.cli.log import LOGGING, LineHandler
 from tests.distributions import ROOT, Distributions, build, install
 from tests.servers import PostgresServer, RedisCluster, RedisSentinel, RedisServer
 
@@ -37,6 +39,9 @@ collect_ignore = [
     for folder in ("pooler", "browser", "metrics")
     if f"INCIDENTKIT_TEST_{folder.upper()}" not in os.environ
 ]
+
+LOG_FLAGS = ("logThreads", "logProcesses", "logMultiprocessing")
+"""What `LineHandler` switches off in `logging`."""
 
 
 class Backends:
@@ -128,6 +133,22 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if re.match(r"INCIDENTKIT_(?!TEST_)|POSTGRES_|REDIS_|DB_", name):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Undo what a `serve` in this process does to logging: its log goes to the real stderr."""
+    names = (None, *LOGGING["loggers"])
+    before = [(logger, logger.level) for logger in map(logging.getLogger, names)]
+    flags = {name: getattr(logging, name) for name in LOG_FLAGS}
+    yield
+    for logger, level in before:
+        logger.setLevel(level)
+        for handler in [each for each in logger.handlers if isinstance(each, LineHandler)]:
+            logger.removeHandler(handler)
+            logging.captureWarnings(capture=False)
+    for name, value in flags.items():
+        setattr(logging, name, value)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 
 from incidentkit import __version__
 from incidentkit.cli import main
-from incidentkit.cli.log import LineFormatter, LineHandler
+from incidentkit.cli.log import LineFormatter
 from incidentkit.cli.text import ELLIPSIS, harmless, shorten, width
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.store.schema import REVISIONS, SCHEMA_REVISION
@@ -76,17 +76,6 @@ def errors(*arguments: str, exit_code: int) -> list[str]:
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (exit_code, "")
     return result.stderr.splitlines()
-
-
-@pytest.fixture(autouse=True)
-def _own_log() -> Iterator[None]:
-    """Take the log of a `serve` that ran in this process away: it writes to the real stderr."""
-    yield
-    root = logging.getLogger()
-    for handler in tuple(root.handlers):
-        if isinstance(handler, LineHandler):
-            root.removeHandler(handler)
-            logging.captureWarnings(capture=False)
 
 
 @pytest.fixture(autouse=True)

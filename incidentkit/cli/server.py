@@ -17,6 +17,7 @@ from incidentkit.cli.limits import backlog, connection_limit, max_open_files
 from incidentkit.cli.listening import (
     Address,
     Inherited,
+    Listener,
     Tcp,
     Unix,
     free_port,
@@ -66,6 +67,22 @@ def run(
     # Before any other file takes its number.
     inherited = inherit(address) if isinstance(address, Inherited) else None
     configure_logging(log_format)
+    try:
+        return _serve(settings, address, inherited, workers, metrics=metrics, log_format=log_format)
+    finally:
+        # Before the program says anything else, such as why it did not start.
+        LOG.flush()
+
+
+def _serve(  # noqa: PLR0913
+    settings: Settings,
+    address: Address,
+    inherited: Listener | None,
+    workers: int,
+    *,
+    metrics: bool,
+    log_format: LogFormat,
+) -> bool:
     client = IncidentClient.from_settings(settings)
     local = is_local(address, None if inherited is None else inherited.socket)
     run_coroutine(check_servers(client, settings, address, local=local))
@@ -92,8 +109,6 @@ def run(
     finally:
         if listener is not None:
             listener.remove()
-        # Before the program says anything else.
-        LOG.flush()
 
 
 def _configure(
