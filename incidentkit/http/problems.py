@@ -34,6 +34,7 @@ from incidentkit.domain.errors import (
     SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
+    TokenNotFound,
     UnknownCursor,
     VersionConflict,
     WrongEventLoop,
@@ -100,6 +101,7 @@ class Kind(Enum):
         DuplicateOpenIncident,
     )
     UNKNOWN_CURSOR = 410, "the cursor does not belong to this database", UnknownCursor
+    TOKEN_NOT_FOUND = 404, "no active access token has this name", TokenNotFound
     PARTLY_STORED = 500, "only some of the batches were stored", PartlyStored
     NOT_IN_TRANSACTION = 500, "the connection has no open transaction", NotInTransaction
     CLIENT_CLOSED = 503, "the service is still starting, or already shutting down", ClientClosed
