@@ -428,7 +428,8 @@ class IncidentClient(Incidents):
             ended_before: Aware; incidents that ended before this time are removed. An incident
                 whose end was not recorded (``ended_at`` is None) stays.
             progress: Called after each batch with the number of removed incidents, and the number
-                of all incidents to remove. None: report no progress.
+                of all incidents to remove. If it returns False, the purge ends early. None: report
+                no progress.
 
         Raises:
             InvalidIncident: If it is not an aware time.
@@ -442,9 +443,8 @@ class IncidentClient(Incidents):
                 session.store.purge(ended_before, PURGE_BATCH, actor=ACTOR.get())
             )
             purged += count
-            if progress is not None:
-                progress(purged, max(purged, total))
-            if not more:
+            stopped = progress is not None and progress(purged, max(purged, total)) is False
+            if stopped or not more:
                 return purged
 
     async def check(self) -> None:

@@ -49,7 +49,7 @@ from incidentkit.domain.commands import MAX_FAULTS
 from incidentkit.domain.values import TEXT_MAX_WORDS
 from incidentkit.http import health, problems, request_log
 from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, MAX_LARGE_BODY
-from incidentkit.http.routes import DOCS, OPERATIONS
+from incidentkit.http.routes import ADMINISTRATION, DOCS, OPERATIONS
 from incidentkit.settings import Environment
 from incidentkit.store import RequestRecord, StoreOptions, migrate
 from incidentkit.store.postgresql import errors as postgresql_causes
@@ -704,11 +704,11 @@ def test_the_routes_are_those_of_the_service() -> None:
     table = [
         (code(cells[0])[0], code(cells[1])[0]) for cells in rows("docs/reference/rest.md", "method")
     ]
-    assert table == [(each.method, each.path) for each in (*OPERATIONS, *DOCS)]
+    assert table == [(each.method, each.path) for each in (*OPERATIONS, *ADMINISTRATION, *DOCS)]
     parameters = {code(cells[0])[0] for cells in rows("docs/reference/rest.md", "parameter")}
     assert parameters == {
         parameter.name
-        for each in OPERATIONS
+        for each in (*OPERATIONS, *ADMINISTRATION)
         for parameter in each.parameters
         if parameter.where == "query"
     }

@@ -114,7 +114,8 @@ def exposed_app(
     )
     checks_hosts = local or settings.allowed_hosts
     hosts = {*LOOPBACK, *settings.allowed_hosts} if checks_hosts else None
-    app.add_middleware(BrowserGuard, hosts=hosts, origins=settings.allowed_hosts)
+    origins = {*settings.allowed_hosts, *settings.cors_origins}
+    app.add_middleware(BrowserGuard, hosts=hosts, origins=origins)
     return app
 
 

@@ -22,6 +22,7 @@ from incidentkit.http.health import BareReadiness, Health, Readiness, State, rea
 from incidentkit.http.openapi import document
 from incidentkit.http.principals import READ, check_again, sees_details
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, etag
+from incidentkit.http.purging import Purge, PurgeQuery, purge_for
 from incidentkit.http.requests import KNOWN_QUERIES, accepts
 from incidentkit.http.server_hooks import server_log
 from incidentkit.http.service import Service
@@ -261,6 +262,17 @@ async def openapi(request: Request, _: Mapping[str, Any]) -> Response:
     service = _service(request)
     schemes = None if service.gate is None else service.gate.schemes
     return _json(dump_json(document(service.operations, _root_path(request), schemes)))
+
+
+async def purge(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """Remove incidents that ended long ago, or count them."""
+    query = PurgeQuery(**arguments)
+    client = _service(request).client
+    if query.dry_run:
+        done = Purge(0, await client.purgeable(query.ended_before))
+    else:
+        done = await run_until_disconnect(purge_for(client, query.ended_before), request.receive)
+    return _json(dump_json(wire_converter().unstructure(done)))
 
 
 async def index(request: Request, _: Mapping[str, Any]) -> Response:

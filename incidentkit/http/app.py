@@ -16,7 +16,7 @@ from incidentkit.http.docs import check_files
 from incidentkit.http.parts import add_cors, metrics_of
 from incidentkit.http.principals import Authenticate, Gate
 from incidentkit.http.request_log import Appender, RequestLog
-from incidentkit.http.routes import DOCS, OPERATIONS
+from incidentkit.http.routes import ADMINISTRATION, DOCS, OPERATIONS
 from incidentkit.http.service import Service
 from incidentkit.http.stop_signals import on_stop_signal
 
@@ -64,8 +64,9 @@ def create_app(  # noqa: PLR0913
         metrics: Whether ``/metrics`` is served for Prometheus. The client must be opened with
             ``observer=PrometheusObserver()``.
         authenticate: Returns the sender of a request by its ASGI scope, or None if it is unknown,
-            such as :class:`~incidentkit.http.authentication.TokenAuth`. None: every request is
-            answered, and the actor is the user whom a host's middleware has put into the scope.
+            such as :class:`~incidentkit.http.authentication.TokenAuth`. Only then, an administrator
+            can purge. None: every request is answered, and the actor is the user whom a host's
+            middleware has put into the scope.
         trusted_proxies: Addresses and networks of proxies, such as ``10.0.0.0/8``, and ``unix`` for
             one at a Unix socket. Only from them, ``X-Forwarded-For`` names the client.
 
@@ -82,12 +83,20 @@ def create_app(  # noqa: PLR0913
         raise InvalidSettings("stream_lifetime", reason)
     if docs:
         check_files()
+    gate = None if authenticate is None else Gate(authenticate)
+    operations = [*OPERATIONS]
+    if gate is not None:
+        operations += ADMINISTRATION
+    if docs:
+        operations += DOCS
+    if metrics:
+        operations += metrics_of(client)
     app = Service(
         client,
-        (*OPERATIONS, *(DOCS if docs else ()), *(metrics_of(client) if metrics else ())),
+        operations,
         request_log=log,
         cache_required=cache_required,
-        gate=None if authenticate is None else Gate(authenticate),
+        gate=gate,
         proxies=TrustedProxies(trusted_proxies),
         lifespan=lifespan,
     )

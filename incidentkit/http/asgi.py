@@ -42,7 +42,7 @@ if _settings.allowed_hosts:
     app.add_middleware(
         BrowserGuard,
         hosts={*LOOPBACK, *_settings.allowed_hosts},
-        origins=_settings.allowed_hosts,
+        origins={*_settings.allowed_hosts, *_settings.cors_origins},
     )
 
 # The objects loaded so far stay; the garbage collector need not visit them again.

@@ -38,8 +38,8 @@ class BrowserGuard:
         app: Takes the other requests.
         hosts: The hosts that lead to the service, in lower case, with a port or for all ports.
             None: any host.
-        origins: Hosts of pages that count as the service's own besides, as behind a proxy that
-            changes the host.
+        origins: Pages that count as the service's own besides: their hosts, as behind a proxy that
+            changes the host, or their origins; ``*`` is any.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class BrowserGuard:
         if self._hosts is not None and not self._is_own(host) and scope["path"] not in PROBES:
             return Refusal(Kind.MISDIRECTED_REQUEST, "The service does not answer for this host")
         origin = _text(sent, b"origin")
-        own = not origin or urlsplit(origin).netloc in {host, *self._origins}
+        own = not origin or self._is_known(origin) or urlsplit(origin).netloc == host
         if not own and scope["method"] not in SAFE:
             return Refusal(Kind.FOREIGN_ORIGIN, "A page of another origin may not change anything")
         foreign = _text(sent, b"sec-fetch-site") == "cross-site"
@@ -75,6 +75,9 @@ class BrowserGuard:
             detail = "A page of another site may not send this request"
             return Refusal(Kind.CROSS_SITE_REQUEST, detail)
         return None
+
+    def _is_known(self, origin: str) -> bool:
+        return not self._origins.isdisjoint((origin, urlsplit(origin).netloc, "*"))
 
     def _is_own(self, host: str) -> bool:
         return self._hosts is not None and (host in self._hosts or _name(host) in self._hosts)

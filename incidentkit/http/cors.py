@@ -20,6 +20,7 @@ TAKEN: Final = (
     "If-Match",
     "If-None-Match",
     "Last-Event-ID",
+    "X-Actor",
     "X-Request-ID",
 )
 """The headers that a page may send."""
@@ -30,6 +31,7 @@ EXPOSED: Final = (
     "Link",
     "Location",
     "Retry-After",
+    "WWW-Authenticate",
     "X-Request-ID",
 )
 """The headers that a page may read."""

@@ -55,6 +55,7 @@ from incidentkit.http.problems import (
     Refusal,
     problem_for,
 )
+from incidentkit.http.purging import Purge
 from incidentkit.http.request_id import HEADER, NAME, PATTERN
 from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.store.schema import SCHEMA_REVISION
@@ -105,6 +106,11 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
     (ChangePage, "next"): {"description": "The after= to continue with."},
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
+    (Purge, "purged"): {"minimum": 0, "description": "Number of incidents that it has removed."},
+    (Purge, "left"): {
+        "minimum": 0,
+        "description": "Number of incidents that are still to be removed.",
+    },
     (Problem, "type"): {
         "format": "uri-reference",
         "pattern": f"{PAGE}#[a-z-]+$",
@@ -140,6 +146,7 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
     IncidentEvent: "One change of an incident, recorded in the same transaction.",
     ChangePage: "Some changes, and the cursor to continue from.",
     SearchPage: "One page of a search.",
+    Purge: "What one request to purge has done.",
     FieldError: "An invalid field, and the rule that it breaks.",
     Problem: "The content of an answer with an error.",
     Conflict: "The incident that does not allow a change.",
@@ -199,6 +206,7 @@ _MODELS: Final = {
         request_log=RequestLogHealth(State.OFF, 0),
         log=LogHealth(State.OK, 0),
     ),
+    Purge: Purge(500, 1200),
 }
 """An example of each model in a request or an answer."""
 

@@ -46,6 +46,7 @@ from incidentkit.http.operation import (
 )
 from incidentkit.http.principals import READ
 from incidentkit.http.problems import PAGE, Conflict
+from incidentkit.http.purging import Purge, PurgeQuery
 from incidentkit.wire import NewNote
 
 _REPORT: Final = frozenset((Scope.REPORT, Scope.WRITE))
@@ -423,6 +424,39 @@ OPERATIONS: Final = (
     ),
 )
 """The operations of every app."""
+
+ADMINISTRATION: Final = (
+    Operation(
+        "POST",
+        "/incident/purge",
+        "purge_incidents",
+        "Remove incidents that ended long ago, with their histories",
+        answers.purge,
+        description="A request ends after about 20 seconds. Repeat it while `left` is not 0 and it "
+        "still removes incidents. One that another transaction is changing is left out.",
+        scope=frozenset((Scope.ADMIN,)),
+        returns=Purge,
+        success="How many incidents were removed, and how many are left",
+        parameters=(
+            Parameter(
+                "ended_before",
+                "Incidents that ended before this time are removed.",
+                datetime,
+                required=True,
+                example="2026-09-01 00:00:00",
+            ),
+            Parameter(
+                "dry_run",
+                "Whether to remove nothing, and only count them as `left`.",
+                bool,
+                default=False,
+            ),
+        ),
+        check=PurgeQuery,
+        problems=(400, 422, 500, 503),
+    ),
+)
+"""The operations of an app that checks who sends a request."""
 
 DOCS: Final = (
     Operation(

@@ -17,7 +17,7 @@ from incidentkit import IncidentClient, Scope, StoreError, StoreUnavailable
 from incidentkit.http import authentication
 from incidentkit.http.authentication import ANONYMOUS, TokenAuth
 from incidentkit.http.principals import Principal
-from incidentkit.http.routes import DOCS, OPERATIONS
+from incidentkit.http.routes import ADMINISTRATION, DOCS, OPERATIONS
 from incidentkit.store.sql.naming import text
 from tests.http.conftest import INCIDENT, Records, service_on, validate
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from incidentkit.http.operation import Operation
 
 ALL = tuple(Scope)
-EVERY_OPERATION = (*OPERATIONS, *DOCS)
+EVERY_OPERATION = (*OPERATIONS, *ADMINISTRATION, *DOCS)
 REPORTED = {"incident_message": "Disk is full on db-1", "source": "partner", "dedup_key": "disk"}
 
 
@@ -470,6 +470,11 @@ async def test_a_reporter_sees_its_own_message_alone(service: Service) -> None:
     assert told.headers["ETag"] != answers["read"].headers["ETag"]
     for scope in ("write", "read"):
         assert answers[scope].json()["incident_message"] == "The s3cret of db-1 has leaked"
+    report = await service.token("intake", "report")
+    other = REPORTED | {"dedup_key": None, "incident_message": "The fan is loud"}
+    many = await service.send("POST", "/incident/create-many", report, json=[REPORTED, other])
+    messages = [incident["incident_message"] for incident in many.json()]
+    assert messages == ["Disk is full on db-1", "The fan is loud"]
 
 
 async def test_readiness_tells_a_stranger_one_word(

@@ -96,7 +96,7 @@ def test_what_is_no_origin_is_refused(origin: Any) -> None:
 
 
 def test_serve_admits_origins_and_does_not_name_its_server(tmp_path: Path) -> None:
-    """The option of the command line reaches each answer, which has no Server header."""
+    """A page of the option's origin reads and writes; no answer has a Server header."""
     variables = {
         "INCIDENTKIT_DATABASE_URL": MEMORY,
         "INCIDENTKIT_CORS_ORIGINS": "https://other.example",
@@ -107,6 +107,10 @@ def test_serve_admits_origins_and_does_not_name_its_server(tmp_path: Path) -> No
             answer = httpx2.get(f"{running.url}{path}", headers={"Origin": BOARD})
             assert answer.headers["Access-Control-Allow-Origin"] == BOARD
             assert "Server" not in answer.headers
+        for origin, status in ((BOARD, 201), ("https://other.example", 403)):
+            headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+            url = f"{running.url}/incident/create"
+            assert httpx2.post(url, json=INCIDENT, headers=headers).status_code == status
     refused = CliRunner().invoke(main, ["serve", "--cors-origin", "board"])
     assert refused.exit_code == 2
     assert "--cors-origin must be origins such as" in refused.stderr

@@ -20,14 +20,14 @@ from incidentkit.http import create_app
 from incidentkit.http.openapi import FIELDS, document
 from incidentkit.http.operation import EntityTags, Parameter
 from incidentkit.http.problems import TITLES, Kind
-from incidentkit.http.routes import DOCS, OPERATIONS
+from incidentkit.http.routes import ADMINISTRATION, DOCS, OPERATIONS
 from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from enum import StrEnum
 
-SCHEMAS = DOCUMENT["components"]["schemas"]
+SCHEMAS = document((*OPERATIONS, *ADMINISTRATION))["components"]["schemas"]
 
 
 def operations() -> list[dict[str, Any]]:
