@@ -242,6 +242,25 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(python=next(iter(installed_pythons().values())))
+def expose(session: nox.Session) -> None:
+    """Follow the guide "Expose it", with nginx and Prometheus."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
+    packages = {
+        "nginx": "nginx",
+        "openssl": "openssl",
+        "curl": "curl",
+        "prometheus": "prometheus",
+        "promtool": "prometheus",
+    }
+    for program, package in packages.items():
+        if shutil.which(program, path=path) is None:
+            session.error(f"{program} is not installed: apt-get install -y {package}")
+    session.install("--editable", ".[all]", *groups("tests"))
+    chosen = session.posargs or ["tests/expose"]
+    session.run("pytest", *chosen, env={"INCIDENTKIT_TEST_EXPOSE": "1"})
+
+
+@nox.session(python=next(iter(installed_pythons().values())))
 def metrics(session: nox.Session) -> None:
     """Run the tests that need promtool, of Prometheus."""
     if shutil.which("promtool") is None:

@@ -36,7 +36,7 @@ settings.load_profile("ci" if "CI" in os.environ else "default")
 # They need programs of the system, so only the nox sessions of these names run them.
 collect_ignore = [
     folder
-    for folder in ("pooler", "browser", "metrics")
+    for folder in ("pooler", "browser", "expose", "metrics")
     if f"INCIDENTKIT_TEST_{folder.upper()}" not in os.environ
 ]
 
