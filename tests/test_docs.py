@@ -6,7 +6,8 @@ What the words after a fence's language mean:
   the page; a name that starts with ``test_`` is for pytest;
 - ``servers``: the program finds PostgreSQL and Redis in its environment;
 - ``output``: what the program before it prints;
-- ``session``: the commands of the page are run one after another, and print what stands there.
+- ``session``: the commands of the page are run one after another, and print what stands there;
+- ``expose`` and ``background``: so does tests/expose, with programs that not every machine has.
 """
 
 from __future__ import annotations
@@ -436,7 +437,8 @@ def shown_commands() -> Iterator[tuple[str, list[str]]]:
         if fence.language == "console":
             lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         for part in " && ".join(lines).split(" && "):
-            words = shlex.split(part)
+            # The output may go to a file.
+            words = shlex.split(part.partition(" > ")[0])
             if words[0] in ("incidentkit", "uvicorn"):
                 yield str(fence), words
 
