@@ -11,9 +11,11 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextvars import Context
 from copy import copy
 from functools import partial
-from typing import Final, Generic, TypeVar
+from itertools import chain
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from incidentkit.domain.errors import IncidentKitError
+from incidentkit.observing import CALLERS
 
 PATIENCE: Final = 0.1
 """Maximum seconds that calls wait for earlier runs, whose server may hang."""
@@ -23,14 +25,17 @@ _I = TypeVar("_I")
 _T = TypeVar("_T")
 
 
+_Callers: TypeAlias = tuple[object, ...]
+
+
 class Batcher(Generic[_I, _T]):
     """Gathers the items of calls into batches, and runs a limited number of batches at a time.
 
     While the maximum number of batches is running, calls gather for the next batch, for at most
     :data:`PATIENCE`. A batch belongs to no caller: it runs in its own context, without the context
-    variables of any caller. A cancelled call does not affect the others; if its batch has not
-    started, the batch does not contain its item. A batcher belongs to the event loop of its first
-    call.
+    variables of any caller; :data:`~incidentkit.observing.CALLERS` has those of all. A cancelled
+    call does not affect the others; if its batch has not started, the batch does not contain its
+    item. A batcher belongs to the event loop of its first call.
 
     Args:
         run: Takes the items of a batch and returns an answer for each. An answer that is an
@@ -63,7 +68,7 @@ class Batcher(Generic[_I, _T]):
         self._when_idle = when_idle
         self._abandon = abandon
         self._forget = forget
-        self._waiting: list[tuple[_I, asyncio.Future[_T]]] = []
+        self._waiting: list[tuple[_I, asyncio.Future[_T], _Callers]] = []
         self._running: set[asyncio.Task[None]] = set()
         # The newest of these, until it takes the waiting items.
         self._starting: asyncio.Task[None] | None = None
@@ -75,7 +80,7 @@ class Batcher(Generic[_I, _T]):
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         answer: asyncio.Future[_T] = self._loop.create_future()
-        self._waiting.append((item, answer))
+        self._waiting.append((item, answer, CALLERS.get()))
         if self._starting is None:
             self._schedule()
         return answer
@@ -135,9 +140,10 @@ class Batcher(Generic[_I, _T]):
         waiting, self._waiting = self._waiting[:count], self._waiting[count:]
         if self._waiting:
             self._schedule()
-        batch = [(item, answer) for item, answer in waiting if not answer.done()]
+        batch = [(item, answer) for item, answer, _ in waiting if not answer.done()]
         if task is None or not batch:
             return
+        CALLERS.set((*chain.from_iterable(callers for _, _, callers in waiting),))
         if self._abandon:
             _cancel_with([answer for _, answer in batch], task)
         results = await _run(batch, self._run)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from functools import wraps
-from typing import Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 CacheRead: TypeAlias = Literal["process", "shared", "missing", "stale", "unavailable", "bypassed"]
 """What a read of a page of the list finds in the caches; concurrent lists share a read:
@@ -36,6 +37,42 @@ VERBS: Final = (
 """The observed methods of a client; ``changes`` and ``iterate``, which yield, are not observed."""
 
 
+CALLERS: Final[ContextVar[tuple[object, ...]]] = ContextVar("incidentkit_callers", default=())
+"""The calls that share what runs: what :meth:`Observer.call` gave on entering, once for each. Empty
+if nothing is observed, and for work that no call has asked for."""
+
+
+class Database(NamedTuple):
+    """The database that a statement is for.
+
+    Attributes:
+        system: ``postgresql`` or ``sqlite``.
+        address: The host of the server, or the folder of its socket; None: it is not known, or
+            there are several, or none.
+        port: The port of the server; None as the address.
+        name: The name of the database; None as the address.
+    """
+
+    system: str
+    address: str | None = None
+    port: int | None = None
+    name: str | None = None
+
+
+class PoolUse(NamedTuple):
+    """How the connections of a client are used.
+
+    Attributes:
+        in_use: Connections that run a call, or are being opened.
+        waiting: Calls that wait for a connection, or for their turn to take one.
+        maximum: Maximum number of connections.
+    """
+
+    in_use: int
+    waiting: int
+    maximum: int
+
+
 class Observer(Protocol):
     """Counts and times what a client does.
 
@@ -46,18 +83,26 @@ class Observer(Protocol):
     def call(self, verb: str, /) -> AbstractContextManager[object]:
         """Return what a call of a verb runs in; an exception that leaves it is its outcome.
 
+        What it gives on entering stands for the call in :data:`CALLERS`.
+
         Args:
             verb: One of :data:`VERBS`.
         """
         ...
 
-    def statement(self, operation: str, system: str, /) -> AbstractContextManager[object]:
+    def statement(self, operation: str, database: Database, /) -> AbstractContextManager[object]:
         """Return what a statement runs in; an exception that leaves it is its outcome.
+
+        :data:`CALLERS` has the calls that share it.
 
         Args:
             operation: The first word of the statement in upper case, such as ``INSERT``.
-            system: ``postgresql`` or ``sqlite``.
+            database: The database that it is for.
         """
+        ...
+
+    def pool_timeout(self) -> None:
+        """Count a call that has waited in vain for a connection."""
         ...
 
     def cache_read(self, result: CacheRead, /) -> None:
@@ -72,7 +117,8 @@ class Observer(Protocol):
         """Record a request that the REST service has answered.
 
         Args:
-            method: The HTTP method; ``(other)`` for one that HTTP does not define.
+            method: The HTTP method; ``(other)`` for one that HTTP does not define, and for a
+                request that the server has refused before it read the method.
             route: The path's template; ``(none)`` if no route took the request.
             status: The status of the answer.
             seconds: The time until the answer was ready to be sent.
@@ -89,6 +135,23 @@ class Observable(Protocol):
         ...
 
 
+@runtime_checkable
+class Pooled(Protocol):
+    """A store that may have connections of its own."""
+
+    @property
+    def pool_use(self) -> PoolUse | None:
+        """How they are used; None: it has none, or those of a file."""
+
+
+@runtime_checkable
+class Pool(Pooled, Protocol):
+    """An executor that lends connections."""
+
+    def watch_pool(self, on_timeout: Callable[[], object]) -> None:
+        """Call a function whenever a call has waited in vain for one, from the next opening on."""
+
+
 def observe_verbs(client: object, observer: Observer) -> None:
     """Wrap each verb of a client, so that a client without an observer pays nothing."""
     for verb in VERBS:
@@ -102,8 +165,12 @@ def _observed(
 ) -> Callable[..., Awaitable[Any]]:
     @wraps(method)
     async def call(*arguments: Any, **options: Any) -> Any:
-        with observer.call(verb):
-            return await method(*arguments, **options)
+        with observer.call(verb) as caller:
+            token = CALLERS.set((caller,))
+            try:
+                return await method(*arguments, **options)
+            finally:
+                CALLERS.reset(token)
 
     return call
 

@@ -9,6 +9,7 @@ import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -27,11 +28,16 @@ from incidentkit import (
     IncidentKitError,
     IncidentNotFound,
     InvalidSettings,
+    StoreUnavailable,
     acting_as,
 )
 from incidentkit.http import create_app
 from incidentkit.observers.otel import OpenTelemetryObserver
 from incidentkit.observers.prometheus import GAUGES, PrometheusObserver
+from incidentkit.observing import Database, PoolUse
+from incidentkit.settings import Settings
+from incidentkit.store import StoreOptions
+from incidentkit.store.observed import database_at
 from tests.programs import service
 
 if TYPE_CHECKING:
@@ -199,7 +205,86 @@ async def test_each_call_and_each_statement_has_a_span(url: str) -> None:
         assert span.attributes["db.system.name"] == system
         assert span.name == span.attributes["db.operation.name"]
     names = {name for name, _ in traces.points()}
-    assert names == {"db.client.operation.duration", "incidentkit.call.duration"}
+    assert names == {
+        "db.client.operation.duration",
+        "incidentkit.call.duration",
+        "incidentkit.statement.calls",
+    }
+
+
+async def test_a_shared_statement_has_links_to_its_calls(migrated_postgres_url: str) -> None:
+    """Calls that share a statement are linked from its span; one alone on SQLite is its parent."""
+    traces, metrics = Traces(), PrometheusObserver()
+    for observer in (traces.observer, metrics):
+        async with IncidentClient.open(migrated_postgres_url, observer=observer) as client:
+            await client.create("Disk is full", source="monitoring")
+            traces.exporter.clear()
+            await asyncio.gather(*(client.get(1) for _ in range(20)))
+            await asyncio.gather(*(client.list() for _ in range(20)))
+        if observer is metrics:
+            break
+        spans = traces.spans()
+        calls = {span.context.span_id for span in spans if span.kind is SpanKind.INTERNAL}
+        statements = [span for span in spans if span.kind is SpanKind.CLIENT]
+        linked = [link.context.span_id for span in statements for link in span.links]
+        assert len(statements) < 20
+        assert all(span.parent is None for span in statements)
+        assert {*linked} <= calls
+        assert max(len(span.links) for span in statements) > 1
+    text = metrics.expose({}).decode()
+    total = value(text, "incidentkit_calls_per_statement_sum", operation="SELECT")
+    assert total > value(text, "incidentkit_calls_per_statement_count", operation="SELECT") > 0
+
+
+async def test_a_statement_names_its_server(migrated_postgres_url: str) -> None:
+    """The span of a statement has the server and the database, and no account."""
+    traces = Traces()
+    async with IncidentClient.open(migrated_postgres_url, observer=traces.observer) as client:
+        await client.list()
+    place = urlsplit(migrated_postgres_url)
+    (span, *_) = [span for span in traces.spans() if span.kind is SpanKind.CLIENT]
+    assert span.attributes["server.address"] == place.hostname
+    assert span.attributes["server.port"] == place.port
+    assert span.attributes["db.namespace"] == place.path.strip("/")
+    assert database_at("postgresql", "a:1,b:2/x") == Database("postgresql")
+    assert database_at("postgresql", "[::1]:5432/x") == Database("postgresql", "::1", 5432, "x")
+    assert database_at("sqlite", "/srv/incidents.db") == Database("sqlite")
+
+
+async def test_the_use_of_the_pool_is_measured(migrated_postgres_url: str) -> None:
+    """Connections in use, calls that wait, and those that have waited in vain are in `/metrics`."""
+    options = StoreOptions(pool_size=1, max_overflow=0, pool_timeout=0.2)
+    settings_ = Settings(migrated_postgres_url, store=options)
+    client = IncidentClient.from_settings(settings_, observer=PrometheusObserver())
+    async with client, ask(create_app(client, metrics=True)) as api:
+        store: Any = client.store
+
+        async def hold(_: object) -> None:
+            calls = [asyncio.create_task(client.history(1)) for _ in range(2)]
+            await asyncio.sleep(0)
+            assert store.pool_use == PoolUse(in_use=1, waiting=2, maximum=1)
+            for call in calls:
+                with pytest.raises(StoreUnavailable, match="were in use"):
+                    await call
+
+        await store.transact(hold)
+        text = (await api.get("/metrics")).text
+    assert value(text, "incidentkit_pool_timeouts_total") == 2
+    assert value(text, "incidentkit_pool_maximum_connections") == 1
+    for name in ("connections", "waiting_calls"):
+        assert samples(text)[f"incidentkit_pool_{name}", frozenset()] == 0
+
+
+def test_what_the_server_refuses_is_counted(tmp_path: Path) -> None:
+    """A request that the server refuses before the service sees it is among the requests."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'incidents.db'}"
+    with service(tmp_path / "log", "--metrics", "--database-url", url) as running:
+        refused = httpx2.get(f"{running.url}/incident/get", headers={"X-Filler": "a" * 70_000})
+        assert refused.status_code == 431
+        text = httpx2.get(f"{running.url}/metrics").text
+    name = "http_server_request_duration_seconds_count"
+    labels = {"http_request_method": "(other)", "http_route": "(none)"}
+    assert value(text, name, http_response_status_code="431", **labels) == 1
 
 
 async def test_a_failed_statement_has_its_sqlstate(migrated_postgres_url: str) -> None:
@@ -228,9 +313,10 @@ SECRET = st.text("qxzj", min_size=12, max_size=20)
 def test_nothing_that_incidents_say_is_observed(
     message: str, key: str, note: str, actor: str
 ) -> None:
-    """No message, key, note or actor is in a label, an attribute, or the name of a span."""
+    """No message, key, note, actor or token is in a label, an attribute, or the name of a span."""
     prometheus = PrometheusObserver()
     traces = Traces()
+    secrets = {message, key, note, actor}
 
     async def work(observer: Any) -> None:
         async with IncidentClient.open(MEMORY, observer=observer) as client:
@@ -241,6 +327,8 @@ def test_nothing_that_incidents_say_is_observed(
                 await client.update_status(made.incident_id, "completed", note=note)
                 await client.note(made.incident_id, note)
                 await client.search(text=message)
+                token = await client.tokens.create(actor[:12], ["read"])
+                secrets.add(token.secret)
                 await client.create(message, source="monitoring", dedup_key=key)
                 for call in (
                     client.update_status(made.incident_id, "new"),
@@ -256,14 +344,15 @@ def test_nothing_that_incidents_say_is_observed(
     for observer in observers:
         asyncio.run(work(observer))
         # A driver's errors repeat values.
-        for scope in (observer.call("create"), observer.statement("INSERT", "sqlite")):
+        for scope in (observer.call("create"), observer.statement("INSERT", Database("sqlite"))):
             with pytest.raises(ValueError, match=message), scope:
                 raise ValueError(message)
     seen = prometheus.expose({}).decode()
     seen += "".join(span.to_json() for span in traces.spans())
     seen += "".join(f"{name} {point.attributes}" for name, point in traces.points())
     assert "IdempotencyKeyReused" in seen
-    for secret in (message, key, note, actor):
+    assert len(secrets) > len({message, key, note, actor})
+    for secret in secrets:
         assert secret not in seen
 
 

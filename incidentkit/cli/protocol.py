@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import httptools
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -32,6 +33,7 @@ from incidentkit.cli import limits
 from incidentkit.cli.limits import Places
 from incidentkit.cli.log import LOG
 from incidentkit.http.envelope import Envelope
+from incidentkit.http.log import NO_ROUTE, OTHER_METHOD, observe_answer
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_response
 from incidentkit.http.request_id import NAME, request_id
 from incidentkit.http.server_hooks import EXTENSION, ServerHooks
@@ -165,7 +167,7 @@ class Protocol(HttpToolsProtocol):
             joining.abort()
             return
         if not place:
-            self.app = _only_health(self.app)
+            self.app = _only_health(self.app, self.config)
         self._receiving_since = self.loop.time()
         self._look_later()
 
@@ -347,6 +349,7 @@ class Protocol(HttpToolsProtocol):
                 cycle.disconnected = True
                 cycle.message_event.set()
             self._answer(refusal)
+            _observe(self.config, refusal)
 
     def _answer(self, refusal: Refusal) -> None:
         """Send the refusal, and close the connection once the client can have read it."""
@@ -451,7 +454,12 @@ def _with_hooks(app: ASGIApp, hooks: ServerHooks) -> ASGIApp:
     return offer
 
 
-def _only_health(app: ASGIApp) -> ASGIApp:
+def _observe(config: Config, refusal: Refusal) -> None:
+    """Count a request that the service has not seen, among those that it has answered."""
+    observe_answer(config.loaded_app, OTHER_METHOD, NO_ROUTE, refusal.kind.status, 0.0)
+
+
+def _only_health(app: ASGIApp, config: Config) -> ASGIApp:
     """Return the app of a spare connection: it answers health checks, and refuses all else."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -465,6 +473,7 @@ def _only_health(app: ASGIApp) -> ASGIApp:
             return
         detail = "The service has as many connections as it can serve"
         refusal = Refusal(Kind.TOO_MANY_CONNECTIONS, detail, headers=RETRY_HEADERS)
+        _observe(config, refusal)
         await problem_response(Request(scope), refusal)(scope, receive, send_last)
 
     return Envelope(answer)

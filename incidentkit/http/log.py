@@ -29,6 +29,23 @@ OTHER_METHOD: Final = "(other)"
 _METHODS: Final = frozenset(HTTPMethod)
 
 
+def observe_answer(app: object, method: str, route: str, status: int, seconds: float) -> None:
+    """Tell the observer of an app's client about an answer; do nothing without one.
+
+    Args:
+        app: The app, also one that has no client.
+        method: The method of the request.
+        route: The path's template.
+        status: The status of the answer.
+        seconds: The time until the answer was ready.
+    """
+    observer = getattr(getattr(app, "client", None), "observer", None)
+    if observer is not None:
+        # An observer that fails must not take back an incident that is stored.
+        with suppress(Exception):
+            observer.request(method, route, status, seconds)
+
+
 def log_answer(request: Request, route: str, response: Response, started: float) -> None:
     """Log an answered request at level INFO, and tell the client's observer about it.
 
@@ -45,11 +62,7 @@ def log_answer(request: Request, route: str, response: Response, started: float)
     method = scope["method"] if scope["method"] in _METHODS else OTHER_METHOD
     status = response.status_code
     duration_ms = round((time.perf_counter() - started) * 1000, 3)
-    observer = scope["app"].client.observer
-    if observer is not None:
-        # An observer that fails must not take back an incident that is stored.
-        with suppress(Exception):
-            observer.request(method, route, status, duration_ms / 1000)
+    observe_answer(scope["app"], method, route, status, duration_ms / 1000)
     answered: dict[str, Any] = {
         "method": method,
         "route": route,

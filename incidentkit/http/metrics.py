@@ -15,6 +15,8 @@ from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import IncidentKitError, InvalidSettings
 from incidentkit.http.operation import Operation
 from incidentkit.http.principals import READ
+from incidentkit.http.service import Service
+from incidentkit.observing import Pooled
 
 TIMEOUT: Final = 3.0
 """Seconds after which a scrape goes on without what the database tells."""
@@ -26,7 +28,7 @@ MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 class Exposer(Protocol):
     """An observer whose metrics can be scraped."""
 
-    def expose(self, gauges: Mapping[str, float]) -> bytes:
+    def expose(self, present: Mapping[str, float]) -> bytes:
         """Return all metrics, with these present values among them."""
         ...
 
@@ -45,24 +47,30 @@ def check_observer(client: IncidentClient) -> None:
 
 async def metrics(request: Request, _: Mapping[str, Any]) -> Response:
     """Answer with all metrics."""
-    client: IncidentClient = request.scope["app"].client
-    observer: Any = client.observer
-    gauges = await present(client)
-    return Response(observer.expose(gauges), headers={"Content-Type": MEDIA_TYPE})
+    service: Service = request.scope["app"]
+    observer: Any = service.client.observer
+    values = await present(service.client)
+    values["readers"] = service.readers.count
+    return Response(observer.expose(values), headers={"Content-Type": MEDIA_TYPE})
 
 
 async def present(client: IncidentClient) -> dict[str, float]:
-    """Return the gauges; without an answer of the database, some are missing."""
-    gauges: dict[str, float] = {}
+    """Return present values; without an answer of the database, some are missing."""
+    values: dict[str, float] = {}
     with suppress(IncidentKitError, TimeoutError):
         async with asyncio.timeout(TIMEOUT):
             blocker = await client.feed_blocker()
         since = None if blocker is None else blocker.since
         age = 0.0 if since is None else (datetime.now(UTC) - since).total_seconds()
-        gauges["feed_blocker_age_seconds"] = max(0.0, age)
+        values["feed_blocker_age_seconds"] = max(0.0, age)
     if client.cache_available is not None:
-        gauges["cache_available"] = float(client.cache_available)
-    return gauges
+        values["cache_available"] = float(client.cache_available)
+    use = client.store.pool_use if isinstance(client.store, Pooled) else None
+    if use is not None:
+        values["pool_connections"] = use.in_use
+        values["pool_maximum_connections"] = use.maximum
+        values["pool_waiting_calls"] = use.waiting
+    return values
 
 
 METRICS: Final = (

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from incidentkit.domain.errors import MissingDependency
-from incidentkit.observing import CacheRead, outcome, sqlstate
+from incidentkit.observing import CALLERS, CacheRead, Database, outcome, sqlstate
 from incidentkit.version import __version__
 
 try:
     from opentelemetry import metrics, trace
-    from opentelemetry.trace import SpanKind, Status, StatusCode
+    from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 except ModuleNotFoundError as error:
     raise MissingDependency("opentelemetry-api", extra="otel") from error
 
@@ -29,7 +30,9 @@ class OpenTelemetryObserver:
     """Makes a span and a measurement of each call and each statement.
 
     A span of a call is named ``incidentkit create``. A span of a statement follows the semantic
-    conventions for databases, without its text. The description of an error is never recorded.
+    conventions for databases, without its text. It is inside the span of its call; if several calls
+    may share the statement, it has links to theirs instead. The description of an error is never
+    recorded.
 
     Args:
         tracer_provider: Makes the spans; None: the global one.
@@ -49,21 +52,29 @@ class OpenTelemetryObserver:
         self._statements = meter.create_histogram(
             "db.client.operation.duration", "s", "Duration of database client operations."
         )
+        self._shared = meter.create_histogram(
+            "incidentkit.statement.calls", "{call}", "Number of calls that share a statement."
+        )
         self._cache_reads = meter.create_counter(
             "incidentkit.cache.reads", "{read}", "Reads of pages of the list."
+        )
+        self._pool_timeouts = meter.create_counter(
+            "db.client.connection.timeouts",
+            "{timeout}",
+            "Calls that waited in vain for a connection.",
         )
         self._lag = meter.create_histogram(
             "incidentkit.feed.lag", "s", "Age of changes when they are delivered."
         )
 
     @contextmanager
-    def call(self, verb: str, /) -> Iterator[None]:
-        """Make a span of a call."""
+    def call(self, verb: str, /) -> Iterator[SpanContext]:
+        """Make a span of a call, and give its context."""
         started = time.perf_counter()
         attributes: dict[str, str] = {"incidentkit.verb": verb}
         with self._span(f"incidentkit {verb}", SpanKind.INTERNAL, attributes) as span:
             try:
-                yield
+                yield span.get_span_context()
             except BaseException as error:
                 attributes["error.type"] = type(error).__name__
                 _fail(span, {"error.type": attributes["error.type"]})
@@ -72,11 +83,16 @@ class OpenTelemetryObserver:
                 self._calls.record(time.perf_counter() - started, attributes)
 
     @contextmanager
-    def statement(self, operation: str, system: str, /) -> Iterator[None]:
+    def statement(self, operation: str, database: Database, /) -> Iterator[None]:
         """Make a span of a statement."""
         started = time.perf_counter()
-        attributes = {"db.system.name": system, "db.operation.name": operation}
-        with self._span(operation, SpanKind.CLIENT, attributes) as span:
+        attributes = {"db.operation.name": operation, **_attributes(database)}
+        callers = [caller for caller in CALLERS.get() if isinstance(caller, SpanContext)]
+        if callers:
+            self._shared.record(len(callers), {"db.operation.name": operation})
+        inside = trace.get_current_span().get_span_context().is_valid
+        links = [] if inside else [Link(caller) for caller in callers]
+        with self._span(operation, SpanKind.CLIENT, attributes, links) as span:
             try:
                 yield
             except BaseException as error:
@@ -91,16 +107,27 @@ class OpenTelemetryObserver:
                 self._statements.record(time.perf_counter() - started, attributes)
 
     @contextmanager
-    def _span(self, name: str, kind: SpanKind, attributes: dict[str, str]) -> Iterator[Span]:
+    def _span(
+        self,
+        name: str,
+        kind: SpanKind,
+        attributes: Mapping[str, str | int],
+        links: Sequence[Link] = (),
+    ) -> Iterator[Span]:
         # The text of an exception may hold values.
         with self._tracer.start_as_current_span(
             name,
             kind=kind,
             attributes=attributes,
+            links=links,
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
             yield span
+
+    def pool_timeout(self) -> None:
+        """Count a call that has waited in vain for a connection."""
+        self._pool_timeouts.add(1)
 
     def cache_read(self, result: CacheRead, /) -> None:
         """Count a read of a page of the list."""
@@ -112,6 +139,18 @@ class OpenTelemetryObserver:
 
     def request(self, _method: str, _route: str, _status: int, _seconds: float, /) -> None:
         """Do nothing: the instrumentation of the host's web framework makes these spans."""
+
+
+@cache
+def _attributes(database: Database) -> Mapping[str, str | int]:
+    """Return what the semantic conventions say of a database."""
+    given = {
+        "db.system.name": database.system,
+        "db.namespace": database.name,
+        "server.address": database.address,
+        "server.port": database.port,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _fail(span: Span, attributes: dict[str, str]) -> None:

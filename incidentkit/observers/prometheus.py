@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from incidentkit.domain.errors import MissingDependency
-from incidentkit.observing import CacheRead, outcome
+from incidentkit.observing import CALLERS, CacheRead, Database, outcome
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -31,11 +31,18 @@ HTTP_BUCKETS: Final = (
 )
 """Upper bounds in seconds of durations of requests, as OpenTelemetry advises."""
 
+SHARED_BUCKETS: Final = (1, 2, 5, 10, 20, 50, 100, 200)
+"""Upper bounds of the number of calls that share a statement."""
+
 GAUGES: Final = {
     "cache_available": "Whether the shared cache works: 1 or 0.",
     "feed_blocker_age_seconds": (
         "Age of the transaction that holds the change feed up; 0 without one."
     ),
+    "pool_connections": "Connections to the database that are in use or being opened.",
+    "pool_maximum_connections": "Maximum number of connections to the database.",
+    "pool_waiting_calls": "Calls that wait for a connection to the database.",
+    "readers": "Streams and polls that wait for changes.",
 }
 """The gauges that are read for each scrape, with their help."""
 
@@ -68,6 +75,18 @@ class PrometheusObserver:
             "Duration of statements, which concurrent calls may share.",
             ["operation", "outcome"],
             buckets=BUCKETS,
+            registry=registry,
+        )
+        self._shared = Histogram(
+            "incidentkit_calls_per_statement",
+            "Number of calls that share a statement.",
+            ["operation"],
+            buckets=SHARED_BUCKETS,
+            registry=registry,
+        )
+        self._pool_timeouts = Counter(
+            "incidentkit_pool_timeouts",
+            "Calls that have waited in vain for a connection to the database.",
             registry=registry,
         )
         self._cache_reads = Counter(
@@ -105,8 +124,11 @@ class PrometheusObserver:
             self._call_seconds.labels(verb).observe(time.perf_counter() - started)
 
     @contextmanager
-    def statement(self, operation: str, _system: str, /) -> Iterator[None]:
-        """Time a statement."""
+    def statement(self, operation: str, _database: Database, /) -> Iterator[None]:
+        """Time a statement, and count the calls that share it."""
+        callers = len(CALLERS.get())
+        if callers:
+            self._shared.labels(operation).observe(callers)
         started = time.perf_counter()
         result = "ok"
         try:
@@ -117,6 +139,10 @@ class PrometheusObserver:
         finally:
             seconds = time.perf_counter() - started
             self._statement_seconds.labels(operation, result).observe(seconds)
+
+    def pool_timeout(self) -> None:
+        """Count a call that has waited in vain for a connection."""
+        self._pool_timeouts.inc()
 
     def cache_read(self, result: CacheRead, /) -> None:
         """Count a read of a page of the list."""
@@ -130,23 +156,23 @@ class PrometheusObserver:
         """Record an answered request."""
         self._request_seconds.labels(method, route, str(status)).observe(seconds)
 
-    def expose(self, gauges: Mapping[str, float]) -> bytes:
+    def expose(self, present: Mapping[str, float]) -> bytes:
         """Return all metrics in Prometheus's text format.
 
         Args:
-            gauges: The present values of :data:`GAUGES`; one that is missing is left out.
+            present: The present values of :data:`GAUGES`; one that is missing is left out.
         """
         metrics = self.registry
         if MULTIPROCESS in os.environ:
             metrics = CollectorRegistry()
             collect: Callable[[CollectorRegistry], object] = MultiProcessCollector
             collect(metrics)
-        present = CollectorRegistry()
-        present.register(_Gauges(gauges))
-        return generate_latest(metrics) + generate_latest(present)
+        now = CollectorRegistry()
+        now.register(_Present(present))
+        return generate_latest(metrics) + generate_latest(now)
 
 
-class _Gauges(Collector):
+class _Present(Collector):
     def __init__(self, values: Mapping[str, float]) -> None:
         self._values = values
 

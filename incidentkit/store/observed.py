@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity
-from incidentkit.observing import Observer
+from incidentkit.observing import Database, Observer, Pool, Pooled, PoolUse
+from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Fetch, OwnExecutor, Rows, Work
 
 _T = TypeVar("_T")
@@ -23,16 +25,26 @@ class ObservedExecutor:
         system: ``postgresql`` or ``sqlite``.
     """
 
-    def __init__(self, executor: OwnExecutor, observer: Observer, system: str) -> None:
+    def __init__(self, executor: OwnExecutor, observer: Observer, system: DatabaseKind) -> None:
         self._executor = executor
         self._observer = observer
-        self._system = system
+        self._database = database_at(system, executor.place)
         self.in_host_transaction = executor.in_host_transaction
 
     @property
     def place(self) -> str | None:
         """The database, for an error to name it."""
         return self._executor.place
+
+    @property
+    def pool_use(self) -> PoolUse | None:
+        """How the executor's own connections are used; None: it has none."""
+        return self._executor.pool_use if isinstance(self._executor, Pooled) else None
+
+    def watch_pool(self, on_timeout: Callable[[], object]) -> None:
+        """Call a function whenever a call has waited in vain, from the next opening on."""
+        if isinstance(self._executor, Pool):
+            self._executor.watch_pool(on_timeout)
 
     async def open(self, affinity: Affinity) -> None:
         """Get ready to connect."""
@@ -48,7 +60,7 @@ class ObservedExecutor:
 
     async def read(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement that only reads, and reads few rows."""
-        with self._observer.statement(operation_of(statement), self._system):
+        with self._observer.statement(operation_of(statement), self._database):
             return await self._executor.read(statement, values)
 
     async def scan(self, work: Work[_T]) -> _T:
@@ -65,12 +77,12 @@ class ObservedExecutor:
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
-        with self._observer.statement(operation_of(statement), self._system):
+        with self._observer.statement(operation_of(statement), self._database):
             await self._executor.append(statement, rows)
 
     def _fetch(self, fetch: Fetch) -> Fetch:
         async def observed(statement: Executable, values: Mapping[str, Any]) -> Rows:
-            with self._observer.statement(operation_of(statement), self._system):
+            with self._observer.statement(operation_of(statement), self._database):
                 return await fetch(statement, values)
 
         return observed
@@ -82,3 +94,14 @@ def operation_of(statement: Executable) -> str:
     word = text.split(None, 1)[0] if isinstance(text, str) and text.strip() else None
     name: object = word or getattr(statement, "__visit_name__", "")
     return name.upper() if isinstance(name, str) and name.isalpha() else "OTHER"
+
+
+def database_at(system: DatabaseKind, place: str | None) -> Database:
+    """Return a database by its place; of several hosts, and of a file, only the system is told."""
+    found = None if place is None or system != "postgresql" else _PLACE.fullmatch(place)
+    if found is None:
+        return Database(system)
+    return Database(system, found[1].strip("[]"), int(found[2]), found[3])
+
+
+_PLACE: Final = re.compile(r"([^,]+):(\d{1,5})/(.*)", re.DOTALL)

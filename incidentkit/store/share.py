@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from incidentkit.domain.errors import StoreUnavailable
@@ -16,12 +16,18 @@ class Share:
         places: Maximum number of calls that run at a time, at least 1.
         timeout: Seconds to wait for a place.
         reason: What the error says if there is none.
+
+    Attributes:
+        waiting: Number of calls that wait for a place.
+        on_timeout: Called when a call has waited in vain; None: nothing is.
     """
 
     def __init__(self, places: int, timeout: float, reason: str) -> None:
         self._places = asyncio.Semaphore(places)
         self._timeout = timeout
         self._reason = reason
+        self.waiting = 0
+        self.on_timeout: Callable[[], object] | None = None
 
     async def take(self) -> None:
         """Wait for a place.
@@ -33,11 +39,16 @@ class Share:
             # Returns at once.
             await self._places.acquire()
             return
+        self.waiting += 1
         try:
             async with asyncio.timeout(self._timeout):
                 await self._places.acquire()
         except TimeoutError:
+            if self.on_timeout is not None:
+                self.on_timeout()
             raise StoreUnavailable(self._reason) from None
+        finally:
+            self.waiting -= 1
 
     def give(self) -> None:
         """Leave the place to another call."""

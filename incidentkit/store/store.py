@@ -12,7 +12,7 @@ from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity
 from incidentkit.domain.errors import SchemaOutOfDate
-from incidentkit.observing import Observer
+from incidentkit.observing import Observer, Pooled, PoolUse
 from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.dialect import Dialect
 from incidentkit.store.executor import OwnExecutor, Rows, Work
@@ -67,7 +67,13 @@ class Store(Records):
     def observe(self, observer: Observer) -> None:
         """Tell an observer about each statement, except in a host's transaction."""
         observed = ObservedExecutor(self._connections, observer, self._dialect.system)
+        observed.watch_pool(observer.pool_timeout)
         self._executor = self._connections = observed
+
+    @property
+    def pool_use(self) -> PoolUse | None:
+        """How the store's own connections are used; None: it has none, or a file's."""
+        return self._connections.pool_use if isinstance(self._connections, Pooled) else None
 
     @names_database
     async def open(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
@@ -110,6 +110,7 @@ class HostPool:
         self._timeout = timeout
         self._trusted = trusted
         self.maximum = pool.get_max_size()
+        self.on_timeout: Callable[[], object] | None = None
         self._returning: set[asyncio.Task[None]] = set()
         self._read_committed: WeakKeyDictionary[object, bool] = WeakKeyDictionary()
 
@@ -139,6 +140,10 @@ class HostPool:
             await self._refuse_unsafe(connection)
         await self._look_at_isolation(connection)
         return connection
+
+    @property
+    def use(self) -> None:
+        """The host's pool is the host's to observe."""
 
     async def put(self, connection: PostgresConnection) -> None:
         """Give a connection back after a call that succeeded."""
@@ -199,6 +204,8 @@ class HostPool:
         except TimeoutError:
             if self._pool.get_size() < self.maximum or self._pool.get_idle_size():
                 raise
+            if self.on_timeout is not None:
+                self.on_timeout()
             reason = f"all {self.maximum} connections were in use for {self._timeout:g} seconds"
             raise StoreUnavailable(reason) from None
 

@@ -9,6 +9,7 @@ from contextvars import Context
 from typing import Any, Final
 
 from incidentkit.domain.errors import ClientClosed, StoreUnavailable
+from incidentkit.observing import PoolUse
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.postgresql.connection import PostgresConnection
 from incidentkit.store.postgresql.errors import lost_connection
@@ -26,6 +27,10 @@ class OwnConnections:
     Args:
         connect: Opens a connection.
         options: Numbers of connections, and time limits.
+
+    Attributes:
+        maximum: Number of connections that it can lend at a time.
+        on_timeout: Called when a call has waited in vain; None: nothing is.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class OwnConnections:
         self._connect = connect
         self._options = options
         self.maximum = options.pool_size + options.max_overflow
+        self.on_timeout: Callable[[], object] | None = None
         # The most recently used last.
         self._idle: list[PostgresConnection] = []
         self._open: set[PostgresConnection] = set()
@@ -45,6 +51,13 @@ class OwnConnections:
         # Set while close() waits.
         self._returned: asyncio.Event | None = None
         self._closed = False
+
+    @property
+    def use(self) -> PoolUse:
+        """How the connections are used."""
+        lent = len(self._open) - len(self._idle) + self._connecting
+        waiting = sum(not waiter.done() for waiter in self._waiting)
+        return PoolUse(lent, waiting, self.maximum)
 
     async def take(self) -> PostgresConnection:
         """Lend a connection.
@@ -166,6 +179,8 @@ class OwnConnections:
                 else:
                     self._put(connection)
             if isinstance(error, TimeoutError):
+                if self.on_timeout is not None:
+                    self.on_timeout()
                 reason = f"all {self.maximum} connections were in use for {seconds:g} seconds"
                 raise StoreUnavailable(reason) from None
             raise

@@ -6,12 +6,13 @@ a pooler or a host changes the search path of a connection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity
+from incidentkit.observing import Pool, Pooled, PoolUse
 from incidentkit.store.executor import Executor, Fetch, OwnExecutor, Rows, Work
 from incidentkit.store.schema import named_place
 from incidentkit.store.sql.naming import TRANSLATE_MAP
@@ -84,6 +85,16 @@ class OwnSchemaExecutor(SchemaExecutor):
     def __init__(self, executor: OwnExecutor, namespace: Namespace) -> None:
         super().__init__(executor, namespace)
         self._connections = executor
+
+    @property
+    def pool_use(self) -> PoolUse | None:
+        """How the executor's own connections are used; None: it has none."""
+        return self._connections.pool_use if isinstance(self._connections, Pooled) else None
+
+    def watch_pool(self, on_timeout: Callable[[], object]) -> None:
+        """Call a function whenever a call has waited in vain, from the next opening on."""
+        if isinstance(self._connections, Pool):
+            self._connections.watch_pool(on_timeout)
 
     async def open(self, affinity: Affinity) -> None:
         """Get ready to connect."""

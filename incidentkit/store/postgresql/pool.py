@@ -11,6 +11,7 @@ from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity, keep, running_loop
 from incidentkit.domain.errors import ClientClosed, IncidentKitError, StoreError
+from incidentkit.observing import PoolUse
 from incidentkit.store.executor import Rows, Work
 from incidentkit.store.postgresql.connection import NOT_RUN, PostgresConnection
 from incidentkit.store.postgresql.driver import compile_statement
@@ -33,9 +34,15 @@ class Connections(Protocol):
 
     Attributes:
         maximum: Number of connections that it can lend at a time.
+        on_timeout: Called when a call has waited in vain for one; None: nothing is.
     """
 
     maximum: int
+    on_timeout: Callable[[], object] | None
+
+    @property
+    def use(self) -> PoolUse | None:
+        """How the connections are used; None: they belong to a host."""
 
     async def take(self) -> PostgresConnection:
         """Lend a connection. Exceptions of asyncpg are not translated."""
@@ -79,6 +86,21 @@ class PoolExecutor:
         self._new_connections = connections
         self._timeout = timeout
         self._open: _Open | None = None
+        self._on_timeout: Callable[[], object] | None = None
+
+    @property
+    def pool_use(self) -> PoolUse | None:
+        """How the connections are used; None: they belong to a host, or it is not open."""
+        opened = self._open
+        use = None if opened is None else opened.connections.use
+        if opened is None or use is None:
+            return None
+        waiting = use.waiting + opened.writing.waiting + opened.scanning.waiting
+        return use._replace(waiting=waiting)
+
+    def watch_pool(self, on_timeout: Callable[[], object]) -> None:
+        """Call a function whenever a call has waited in vain, from the next opening on."""
+        self._on_timeout = on_timeout
 
     async def open(self, affinity: Affinity) -> None:
         """Accept statements; the first one connects."""
@@ -87,6 +109,8 @@ class PoolExecutor:
         affinity.on_fork = connections.sever
         writing = writing_share(connections.maximum, self._timeout)
         scanning = scanning_share(connections.maximum, self._timeout)
+        for waiting in (connections, writing, scanning):
+            waiting.on_timeout = self._on_timeout
         self._open = _Open(affinity, connections, writing, scanning)
 
     async def close(self) -> None:
