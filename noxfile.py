@@ -165,6 +165,17 @@ def browser(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["tests/browser"]), env=env)
 
 
+@nox.session
+def contract(session: nox.Session) -> None:
+    """Look for a difference between the service and its OpenAPI document with Schemathesis.
+
+    `-- -k sqlite` runs a part.
+    """
+    session.install("--editable", ".[all]", *groups("contract"))
+    env = {"INCIDENTKIT_TEST_CONTRACT": "1"}
+    session.run("pytest", "tests/contract", *session.posargs, env=env)
+
+
 @nox.session(python=next(iter(installed_pythons().values())))
 def frozen(session: nox.Session) -> None:
     """Build programs with PyInstaller, and run them."""

@@ -33,10 +33,10 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 
-# They need programs of the system, so only the nox sessions of these names run them.
+# They need programs beside the tests, so only the nox sessions of these names run them.
 collect_ignore = [
     folder
-    for folder in ("pooler", "browser", "expose", "metrics")
+    for folder in ("pooler", "browser", "expose", "metrics", "contract")
     if f"INCIDENTKIT_TEST_{folder.upper()}" not in os.environ
 ]
 

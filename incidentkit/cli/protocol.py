@@ -269,7 +269,8 @@ class Protocol(HttpToolsProtocol):
         while at < len(unread) and not self.pipeline and self._refusal is None:
             piece = unread[at : at + PIECE]
             at += len(piece)
-            requests, body, is_new = self._requests, self._body, not self._in_request
+            requests, is_new = self._requests, not self._in_request
+            body = 0 if is_new else self._body
             try:
                 self.parser.feed_data(piece)
             except httptools.HttpParserUpgrade as upgrade:

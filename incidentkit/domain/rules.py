@@ -339,11 +339,14 @@ def _seconds(value: object) -> float:
 
 
 _NO_TIME: Final = "must be YYYY-MM-DD HH:MM:SS in UTC, or a time of RFC 3339"
-_TIME: Final = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ]([01]\d:[0-5]\d|2[0-3]:[0-5]\d):([0-5]\d|60)(?:\.(\d+))?"
-    r"([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)?",
-    re.ASCII,
+TIME_PATTERN: Final = (
+    r"(\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01]))"
+    r"[Tt ]([01]\d:[0-5]\d|2[0-3]:[0-5]\d):([0-5]\d|60)(?:\.(\d+))?"
+    r"([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)?"
 )
+"""A time in a request. Some days of this form do not exist."""
+
+_TIME: Final = re.compile(TIME_PATTERN, re.ASCII)
 _BLANK_OFFSET: Final = re.compile(r":\d\d(?:\.\d+)? \d\d:\d\d$", re.ASCII)
 
 

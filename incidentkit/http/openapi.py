@@ -42,7 +42,7 @@ from incidentkit.http.health import (
     SchemaHealth,
     State,
 )
-from incidentkit.http.operation import MAX_BODY, EntityTags, Operation, Parameter
+from incidentkit.http.operation import MAX_BODY, STORABLE, EntityTags, Operation, Parameter
 from incidentkit.http.principals import ACTOR_HEADER, CHALLENGE
 from incidentkit.http.problems import (
     MEDIA_TYPE,
@@ -68,15 +68,16 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (NewIncident, "incident_message"): {
         "minLength": MESSAGE_MIN_LENGTH,
         "maxLength": MESSAGE_MAX_LENGTH,
+        "pattern": STORABLE,
         "description": (
             "What happened. Surrounding white space is removed and does not count; the rest must "
-            f"not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))} in any letter case, nor "
-            "contain a NUL character."
+            f"not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))} in any letter case."
         ),
     },
     (NewIncident, "dedup_key"): {
         "minLength": 1,
         "maxLength": NAME_MAX_LENGTH,
+        "pattern": STORABLE,
         "description": (
             "The problem that it is about. While an incident with this key is open, a further "
             "report counts as an occurrence of it. Only for an incident that starts as new."
@@ -85,6 +86,7 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (NewNote, "note"): {
         "minLength": 1,
         "maxLength": NOTE_MAX_LENGTH,
+        "pattern": STORABLE,
         "description": "Surrounding white space is removed and does not count.",
     },
     (Incident, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
@@ -418,7 +420,7 @@ def _fields(operation: Operation, schemas: Json) -> Json:
     schema = {
         "type": "object",
         "properties": {
-            each.name: {"description": each.description, **_value(each, schemas)} for each in given
+            each.name: {"description": each.description, **_field(each, schemas)} for each in given
         },
         "additionalProperties": False,
     }
@@ -427,6 +429,12 @@ def _fields(operation: Operation, schemas: Json) -> Json:
         "required": False,
         "content": {"application/json": {"schema": schema, "example": example}},
     }
+
+
+def _field(parameter: Parameter, schemas: Json) -> Json:
+    """Return the schema of a parameter in a body, where null stands for a missing one."""
+    value = _value(parameter, schemas)
+    return value if parameter.required else {"anyOf": [value, {"type": "null"}]}
 
 
 def _value(parameter: Parameter, schemas: Json) -> Json:

@@ -40,6 +40,9 @@ SAFETY: Final[Mapping[bytes, str]] = {
 }
 """The headers with which a client guards a write, by their names in lower case."""
 
+STORABLE: Final = r"^[^\x00]*$"
+"""A text without NUL characters, which the databases cannot hold."""
+
 FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 """The headers that announce a body, which may be empty."""
 

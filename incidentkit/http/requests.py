@@ -27,6 +27,9 @@ from incidentkit.wire import wire_converter
 MAX_DIGITS: Final = 19
 """The digits of 2^63-1, the largest integer of all parameters and fields."""
 
+MAX_DOUBLE: Final = 2**53
+"""The bound of the integers that a JSON number with a fraction or an exponent can stand for."""
+
 MAX_UNKNOWN: Final = 10
 """Maximum number of unknown names listed in one problem."""
 
@@ -523,12 +526,24 @@ def _read_json_integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
+def _read_json_float(text: str) -> int | float:
+    """Return an integer for a number such as 7.0, as JSON Schema does, unless it is too large.
+
+    Doubles hold every integer below the bound.
+    """
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < MAX_DOUBLE else number
+
+
 def _refuse_constant(_: str) -> NoReturn:
     raise Refusal(Kind.MALFORMED_BODY, "The body is not JSON: JSON has no NaN and no Infinity")
 
 
 _DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=_Object, parse_int=_read_json_integer, parse_constant=_refuse_constant
+    object_pairs_hook=_Object,
+    parse_int=_read_json_integer,
+    parse_float=_read_json_float,
+    parse_constant=_refuse_constant,
 )
 
 

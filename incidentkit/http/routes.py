@@ -7,6 +7,7 @@ from typing import Final
 
 from attrs import evolve
 
+from incidentkit.domain import rules
 from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.queries import HistoryQuery, ListQuery, SearchQuery
 from incidentkit.domain.tokens import Scope
@@ -40,6 +41,7 @@ from incidentkit.http.health import BareReadiness, Health, Readiness
 from incidentkit.http.operation import (
     MAX_ITEMS,
     MAX_LARGE_BODY,
+    STORABLE,
     EntityTags,
     Operation,
     Parameter,
@@ -206,6 +208,7 @@ OPERATIONS: Final = (
                 str,
                 minimum=1,
                 maximum=NOTE_MAX_LENGTH,
+                pattern=STORABLE,
                 example="The old logs were removed",
             ),
             _IF_MATCH,
@@ -244,11 +247,13 @@ OPERATIONS: Final = (
                 "Only incidents created at this time or later: `YYYY-MM-DD HH:MM:SS` in UTC, or a "
                 "time of RFC 3339.",
                 datetime,
+                pattern=f"^{rules.TIME_PATTERN}$",
             ),
             Parameter(
                 "created_before",
                 "Only incidents created before this time, in the same format.",
                 datetime,
+                pattern=f"^{rules.TIME_PATTERN}$",
             ),
             Parameter(
                 "dedup_key",
@@ -256,6 +261,7 @@ OPERATIONS: Final = (
                 str,
                 minimum=1,
                 maximum=NAME_MAX_LENGTH,
+                pattern=STORABLE,
             ),
             Parameter(
                 "text",
@@ -267,6 +273,7 @@ OPERATIONS: Final = (
                 str,
                 minimum=1,
                 maximum=TEXT_MAX_LENGTH,
+                pattern=STORABLE,
             ),
             Parameter("order", "Which incidents come first.", IncidentOrder, default="newest"),
             Parameter(
@@ -363,7 +370,7 @@ OPERATIONS: Final = (
                 where="header",
                 header="Last-Event-ID",
                 may_be_empty=True,
-                pattern=r"^([A-Za-z0-9_-]{43}|latest)$",
+                pattern=r"^([A-Za-z0-9_-]{43}|latest)?$",
             ),
         ),
         check=check_changes,

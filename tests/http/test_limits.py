@@ -151,6 +151,15 @@ def test_a_large_request_within_the_limits_is_answered(url: str) -> None:
     assert b"of-a-trailer" not in answer
 
 
+def test_large_requests_follow_each_other_on_a_connection(url: str) -> None:
+    """The size of a body does not count against the request after it."""
+    with httpx2.Client(base_url=url) as api:
+        for _ in range(2):
+            answer = api.post("/incident/create-many", json=[INCIDENT] * 1000)
+            assert len(answer.request.content) > limits.MAX_HEAD
+            assert answer.status_code == 201
+
+
 def test_an_answer_outlives_a_body_that_goes_on(url: str) -> None:
     """A client that is refused while it sends can read the answer, and must then end."""
     with connect(url) as connection:

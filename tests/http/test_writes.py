@@ -16,7 +16,7 @@ from incidentkit.domain.values import MAX_ID
 from incidentkit.http import create_app
 from incidentkit.http.operation import MAX_BODY, MAX_ITEMS
 from tests.hosts import run_sql
-from tests.http.conftest import INCIDENT, MEMORY, Serve
+from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
@@ -216,6 +216,33 @@ def test_a_change_travels_in_the_body(serve: Serve, urls: tuple[str, str | None]
     assert api.patch(f"{path}?incident_id=1", json={"status": "failed", "note": None}).is_success
     notes = [event["note"] for event in api.get("/incident/history/1").json()]
     assert notes == [None, whole["note"], part["note"], None]
+    operation = DOCUMENT["paths"][path]["patch"]
+    described = operation["requestBody"]["content"]["application/json"]["schema"]
+    for body in (whole, part, {"status": "failed", "note": None}):
+        validate(body, described)
+
+
+@pytest.mark.parametrize("number", ["1.0", "0.1e1", "10E-1", "1.000000000000000000000"])
+def test_an_integer_may_have_a_fraction_of_zero(serve: Serve, number: str) -> None:
+    """A number in a body is an integer if JSON Schema takes it for one."""
+    api = serve(create_app(IncidentClient.open(MEMORY)))
+    api.post("/incident/create", json=INCIDENT)
+    body = f'{{"incident_id": {number}, "status": "failed"}}'
+    declared = {"Content-Type": "application/json"}
+    answer = api.patch("/incident/update-status", content=body, headers=declared)
+    assert (answer.status_code, answer.json()["incident_id"]) == (200, 1)
+
+
+@pytest.mark.parametrize(
+    "number", ["1.5", "9007199254740992.0", "9223372036854775808.0", "1e999999999", "-1.0"]
+)
+def test_another_number_is_not_an_id(api: httpx2.Client, number: str) -> None:
+    """A number that is not exactly an id is refused."""
+    body = f'{{"incident_id": {number}, "status": "failed"}}'
+    declared = {"Content-Type": "application/json"}
+    answer = api.patch("/incident/update-status", content=body, headers=declared)
+    (fault,) = answer.json()["errors"]
+    assert fault["reason"] == f"must be an integer from 1 to {MAX_ID}"
 
 
 @pytest.mark.parametrize(
