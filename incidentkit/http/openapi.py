@@ -192,7 +192,7 @@ _DETAILS: Final = {
     413: f"The body must be at most {MAX_BODY} bytes",
     415: "The Content-Type must be application/json",
     422: f"incident_id must be an integer from 1 to {MAX_ID}",
-    429: "Too many checks of access tokens from this address have failed",
+    429: "You already have 20 requests running, the maximum",
     500: "The server failed to answer the request",
     503: "The database is unavailable, or its schema does not match the service",
 }
