@@ -283,11 +283,14 @@ async def test_without_a_cache_a_revocation_counts_at_once(migrated_sqlite_url: 
 async def test_a_token_expires_while_its_check_counts(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The expiry is compared at each use, without a statement."""
+    """The expiry is compared at each use, without a statement, also while the database is away."""
     token = await service.token("ci", expires_in=timedelta(seconds=4))
     assert (await service.send("GET", "/incident/get", token)).status_code == 200
     counter = Counter(service.incidents, monkeypatch)
     wait(monkeypatch, 4)
+    assert (await service.send("GET", "/incident/get", token)).status_code == 401
+    counter.away = True
+    wait(monkeypatch, 5)
     assert (await service.send("GET", "/incident/get", token)).status_code == 401
     assert counter.count == 0
 
