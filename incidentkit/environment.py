@@ -15,9 +15,13 @@ from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.rules import origin
 from incidentkit.domain.transitions import Graph
 from incidentkit.domain.values import (
+    MAX_PER_TOKEN,
     MAX_STALENESS,
     MAX_STREAM_LIFETIME,
     MIN_STREAM_LIFETIME,
+    READERS_PER_TOKEN,
+    REQUESTS_PER_TOKEN,
+    SEARCHES_PER_TOKEN,
     STREAM_LIFETIME,
     IncidentStatus,
 )
@@ -179,6 +183,7 @@ def _variable(name: str, default: object, parse: Callable[[str], Any], help_: st
 
 
 _PORT: Final = _integer(1, 65535)
+_PER_TOKEN: Final = _integer(1, MAX_PER_TOKEN)
 
 
 @frozen(repr=False)
@@ -244,6 +249,27 @@ class Environment:
         _origins,
         "the origins of pages that may use the REST service in a browser, such as "
         "https://board.example.com, with commas; * is any; none if not set",
+    )
+    requests_per_token: int = _variable(
+        "INCIDENTKIT_REQUESTS_PER_TOKEN",
+        str(REQUESTS_PER_TOKEN),
+        _PER_TOKEN,
+        f"requests of one token, 1 to {MAX_PER_TOKEN}, that a process of the REST service answers "
+        "at a time",
+    )
+    readers_per_token: int = _variable(
+        "INCIDENTKIT_READERS_PER_TOKEN",
+        str(READERS_PER_TOKEN),
+        _PER_TOKEN,
+        f"streams of changes and waiting polls, 1 to {MAX_PER_TOKEN}, that one token may have in a "
+        "process",
+    )
+    searches_per_token: int = _variable(
+        "INCIDENTKIT_SEARCHES_PER_TOKEN",
+        str(SEARCHES_PER_TOKEN),
+        _PER_TOKEN,
+        f"searches of one token with text or total, 1 to {MAX_PER_TOKEN}, that a process runs at a "
+        "time",
     )
     allow_anonymous: bool = _variable(
         "INCIDENTKIT_ALLOW_ANONYMOUS",

@@ -13,7 +13,12 @@ from attrs import field, frozen
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.transitions import Graph
-from incidentkit.domain.values import STREAM_LIFETIME
+from incidentkit.domain.values import (
+    READERS_PER_TOKEN,
+    REQUESTS_PER_TOKEN,
+    SEARCHES_PER_TOKEN,
+    STREAM_LIFETIME,
+)
 from incidentkit.env_file import EnvFile, read_env_file
 from incidentkit.environment import VARIABLES, Environment, RequestLog, unknown_variables
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
@@ -41,6 +46,9 @@ class Settings:
         request_log: Where the REST service records requests.
         stream_lifetime: Seconds after which the REST service ends a stream of changes.
         cors_origins: The origins of pages that may use the REST service in a browser.
+        requests_per_token: Requests of one token that the REST service answers at a time.
+        readers_per_token: Streams and waiting polls that one token may have.
+        searches_per_token: Searches with ``text`` or ``total`` that it runs at a time.
         allow_anonymous: Whether the REST service answers requests without a token, wherever it
             listens.
         allowed_hosts: The hosts under which it is reached, besides those of loopback.
@@ -58,6 +66,9 @@ class Settings:
     request_log: RequestLog = "log"
     stream_lifetime: int = STREAM_LIFETIME
     cors_origins: tuple[str, ...] = ()
+    requests_per_token: int = REQUESTS_PER_TOKEN
+    readers_per_token: int = READERS_PER_TOKEN
+    searches_per_token: int = SEARCHES_PER_TOKEN
     allow_anonymous: bool = False
     allowed_hosts: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
@@ -122,6 +133,9 @@ class Settings:
             request_log=environment.request_log,
             stream_lifetime=environment.stream_lifetime,
             cors_origins=environment.cors_origins,
+            requests_per_token=environment.requests_per_token,
+            readers_per_token=environment.readers_per_token,
+            searches_per_token=environment.searches_per_token,
             allow_anonymous=environment.allow_anonymous,
             allowed_hosts=environment.allowed_hosts or (),
             trusted_proxies=environment.trusted_proxies or (),

@@ -299,7 +299,7 @@ async def test_redis_never_holds_the_token(redis_url: str, redis: Redis, url: st
     secrets |= {part for each in secrets for part in each.split(" ") if len(part) > 15}
     names = await keys(redis)
     pages = [name for name in names if name.startswith("incidents:")]
-    assert len(pages) > 1
+    assert pages
     held = " ".join([*names, *text(await redis.smembers(INDEX_KEY))])
     held += " ".join(text([value for value in await redis.mget(pages) if value is not None]))
     assert not [secret for secret in secrets if secret in held]

@@ -383,7 +383,7 @@ async def operations(store: Any) -> dict[str, Callable[[], Awaitable[object]]]:
         "create": lambda: store.create(NewIncident("Disk is full", "operator")),
         "create with a key": lambda: store.create(incident),
         "create_many": lambda: store.create_many([incident]),
-        "note": lambda: store.note(1, "seen"),
+        "note": lambda: store.note(NoteAddition(1, "seen")),
         "get": lambda: store.get(1),
         "list": lambda: store.list(ListQuery()),
         "search": lambda: store.search(SearchQuery(text="disk", total=True)),

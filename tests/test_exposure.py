@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -20,6 +21,7 @@ from incidentkit import IncidentClient, InvalidSettings, StoreError
 from incidentkit.cli.exposure import check_exposure, exposed_app, is_local
 from incidentkit.cli.failures import Refused
 from incidentkit.cli.listening import Inherited, Tcp, Unix
+from incidentkit.http.problems import Refusal
 from incidentkit.settings import Settings
 from tests.programs import DEADLINE, outcome, service, start
 
@@ -234,6 +236,28 @@ async def test_a_trusted_proxy_names_the_client(migrated_sqlite_url: str) -> Non
             response = await client.get("/incident/get", headers=headers)
             statuses[address] = response.status_code
         assert statuses == {"192.0.2.1": 429, "192.0.2.2": 401}
+
+
+@pytest.mark.parametrize("server", ["serve", "asgi"])
+async def test_the_settings_bound_each_token(
+    migrated_sqlite_url: str, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    """The three bounds of the environment reach the app, under any server."""
+    monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", migrated_sqlite_url)
+    for name, value in (("REQUESTS", 3), ("READERS", 2), ("SEARCHES", 1)):
+        monkeypatch.setenv(f"INCIDENTKIT_{name}_PER_TOKEN", str(value))
+    monkeypatch.delitem(sys.modules, "incidentkit.http.asgi", raising=False)
+    if server == "serve":
+        app: Any = served(Settings.from_env(), "127.0.0.1")
+    else:
+        app = importlib.import_module("incidentkit.http.asgi").app
+        monkeypatch.delitem(sys.modules, "incidentkit.http.asgi")
+    for places, count in ((app.requests, 3), (app.readers, 2), (app.searches, 1)):
+        with ExitStack() as taken:
+            for _ in range(count):
+                taken.enter_context(places.place("ci"))
+            with pytest.raises(Refusal, match="the maximum"):
+                taken.enter_context(places.place("ci"))
 
 
 async def test_under_another_server_a_token_closes_the_app(

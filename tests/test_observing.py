@@ -32,6 +32,7 @@ from incidentkit import (
     acting_as,
 )
 from incidentkit.http import create_app
+from incidentkit.http.authentication import TokenAuth
 from incidentkit.observers.otel import OpenTelemetryObserver
 from incidentkit.observers.prometheus import GAUGES, PrometheusObserver
 from incidentkit.observing import Database, PoolUse
@@ -117,6 +118,18 @@ async def test_metrics_are_served_only_on_request() -> None:
         assert (await api.get("/metrics")).status_code == 404
     with pytest.raises(InvalidSettings, match="PrometheusObserver"):
         create_app(client, metrics=True)
+
+
+async def test_metrics_need_a_token_that_may_read(migrated_sqlite_url: str) -> None:
+    """Where requests are authenticated, `/metrics` tells nothing to a stranger."""
+    client = IncidentClient.open(migrated_sqlite_url, observer=PrometheusObserver())
+    app = create_app(client, metrics=True, authenticate=TokenAuth(client))
+    async with client, ask(app) as api:
+        assert (await api.get("/metrics")).status_code == 401
+        for scope, status in (("report", 403), ("write", 403), ("admin", 403), ("read", 200)):
+            secret = (await client.tokens.create(scope, scope)).secret
+            headers = {"Authorization": f"Bearer {secret}"}
+            assert (await api.get("/metrics", headers=headers)).status_code == status
 
 
 async def test_an_out_of_date_page_and_a_failed_cache_are_told_apart(url: str) -> None:

@@ -58,12 +58,12 @@ def test_sdist_builds_the_same_wheel(distributions: Distributions, tmp_path: Pat
 
 
 def test_extras_bring_what_their_names_say(distributions: Distributions) -> None:
-    """Plain `incidentkit` brings both databases; Redis and the service are extras."""
+    """Plain `incidentkit` brings both databases; Redis, the service and observers are extras."""
     metadata = distributions.metadata
     assert metadata["Name"] == "incidentkit"
     assert metadata["Version"] == VERSION
     assert metadata["Requires-Python"] == ">=3.11"
-    assert metadata.get_all("Provides-Extra") == ["all", "redis", "server"]
+    assert metadata.get_all("Provides-Extra") == ["all", "metrics", "otel", "redis", "server"]
     required: dict[str, set[str]] = {}
     for line in metadata.get_all("Requires-Dist", []):
         requirement, _, extra = line.partition("; extra == ")
@@ -72,8 +72,11 @@ def test_extras_bring_what_their_names_say(distributions: Distributions) -> None
     assert {"sqlalchemy", "asyncpg", "alembic", "attrs", "cattrs"} <= required[""]
     assert required["redis"] == {"redis"}
     assert {"starlette", "uvicorn"} <= required["server"]
-    assert not required[""] & (required["redis"] | required["server"])
-    assert required["all"] == required["redis"] | required["server"]
+    assert required["metrics"] == {"prometheus-client"}
+    assert required["otel"] == {"opentelemetry-api"}
+    extras = set().union(*(required[name] for name in ("metrics", "otel", "redis", "server")))
+    assert not required[""] & extras
+    assert required["all"] == extras
 
 
 IN_MEMORY = """

@@ -16,6 +16,7 @@ from incidentkit.cli.text import harmless
 from incidentkit.client import IncidentClient
 from incidentkit.http.app import create_app
 from incidentkit.http.authentication import Anonymous, TokenAuth
+from incidentkit.http.bounds import Bounds
 from incidentkit.http.browsers import LOOPBACK, BrowserGuard
 from incidentkit.settings import Settings
 from incidentkit.store import AccessTokens
@@ -110,6 +111,11 @@ def exposed_app(
         cors=settings.cors_origins,
         metrics=metrics,
         authenticate=TokenAuth(client, anonymous=anonymous),
+        bounds=Bounds(
+            requests=settings.requests_per_token,
+            readers=settings.readers_per_token,
+            searches=settings.searches_per_token,
+        ),
         trusted_proxies=settings.trusted_proxies,
     )
     checks_hosts = local or settings.allowed_hosts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from typing import Literal
+from typing import Final, Literal
 
 import click
 from attrs import evolve
@@ -15,9 +15,11 @@ from incidentkit.cli.listening import MODE, Address, Inherited, Tcp, Unix
 from incidentkit.cli.loading import run_server
 from incidentkit.cli.options import Servers, takes_servers
 from incidentkit.domain.rules import origin
-from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME
+from incidentkit.domain.values import MAX_PER_TOKEN, MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME
 from incidentkit.environment import allowed_host, trusted_proxy
 from incidentkit.store.options import PREPARED_STATEMENTS
+
+_PER_TOKEN: Final = click.IntRange(1, MAX_PER_TOKEN)
 
 
 def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
@@ -86,6 +88,22 @@ def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
     help="Seconds after which a stream of changes ends, and its reader resumes it. Overrides the "
     "environment.",
 )
+@click.option(
+    "--requests-per-token",
+    type=_PER_TOKEN,
+    help="Requests of one token that a process answers at a time. Overrides the environment.",
+)
+@click.option(
+    "--readers-per-token",
+    type=_PER_TOKEN,
+    help="Streams of changes and waiting polls that one token may have in a process. Overrides the "
+    "environment.",
+)
+@click.option(
+    "--searches-per-token",
+    type=_PER_TOKEN,
+    help="Searches of one token that a process runs at a time. Overrides the environment.",
+)
 @click.option("--metrics", is_flag=True, help="Serve /metrics for Prometheus.")
 @click.option(
     "--log-format",
@@ -129,6 +147,9 @@ def serve(  # noqa: PLR0913
     cors_origins: tuple[str, ...],
     prepared_statements: str | None,
     stream_lifetime: int | None,
+    requests_per_token: int | None,
+    readers_per_token: int | None,
+    searches_per_token: int | None,
     metrics: bool,
     log_format: Literal["line", "json"],
     allowed_hosts: tuple[str, ...],
@@ -166,6 +187,9 @@ def serve(  # noqa: PLR0913
             raise click.UsageError(f"--cors-origin {error}") from None
     settings = evolve(
         settings,
+        requests_per_token=requests_per_token or settings.requests_per_token,
+        readers_per_token=readers_per_token or settings.readers_per_token,
+        searches_per_token=searches_per_token or settings.searches_per_token,
         allow_anonymous=allow_anonymous or settings.allow_anonymous,
         allowed_hosts=tuple(map(_host, allowed_hosts)) or settings.allowed_hosts,
         trusted_proxies=tuple(map(_proxy, trusted_proxies)) or settings.trusted_proxies,

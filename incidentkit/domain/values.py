@@ -55,6 +55,12 @@ MIN_STREAM_LIFETIME: Final = 10
 MAX_STREAM_LIFETIME: Final = 86_400
 """Seconds after which a stream of changes ends: by default, at least, and at most."""
 
+REQUESTS_PER_TOKEN: Final = 20
+READERS_PER_TOKEN: Final = 10
+SEARCHES_PER_TOKEN: Final = 2
+MAX_PER_TOKEN: Final = 10_000
+"""What one token may do at a time in the REST service: by default, and at most."""
+
 LATEST: Final = "latest"
 """Given in place of a cursor: start after the newest change."""
 

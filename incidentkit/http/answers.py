@@ -20,7 +20,7 @@ from incidentkit.http import docs
 from incidentkit.http.checks import check_changes, expected
 from incidentkit.http.health import BareReadiness, Health, Readiness, State, readiness
 from incidentkit.http.openapi import document
-from incidentkit.http.principals import READ, check_again, sees_details
+from incidentkit.http.principals import READ, check_again, sees_details, sender_of
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, etag
 from incidentkit.http.purging import Purge, PurgeQuery, purge_for
 from incidentkit.http.requests import KNOWN_QUERIES, accepts
@@ -28,7 +28,6 @@ from incidentkit.http.server_hooks import server_log
 from incidentkit.http.service import Service
 from incidentkit.http.streams import (
     MEDIA_TYPE,
-    reader_of,
     run_until_disconnect,
     run_until_stop,
     stream_changes,
@@ -177,8 +176,11 @@ def _with_expected(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with one page of a search, and the link to the next one."""
-    search = _service(request).client.search(**arguments)
-    page = await run_until_disconnect(search, request.receive)
+    service = _service(request)
+    slow = arguments["text"] is not None or arguments["total"]
+    with service.searches.place(sender_of(request.scope) if slow else None):
+        search = service.client.search(**arguments)
+        page = await run_until_disconnect(search, request.receive)
     incidents = await encode_array(page.incidents, encode_incidents)
     content = encode_object("incidents", incidents, {"next": page.next, "total": page.total})
     return _json(content, headers=_link(request, "/incident/search", page.next))
@@ -205,15 +207,17 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
     streams = accepts(request.scope["headers"], MEDIA_TYPE, before="application/json")
     if streams and request.method == "GET":
         return await stream_changes(request, client, readers, after)
-    page: ChangePage | None = None
-    if wait:
-        with readers.place(reader_of(request.scope)):
-            waiting = client.read_changes(after, limit=limit, wait=wait)
-            page = await run_until_stop(waiting, request.scope, request.receive)
-        await check_again(request.scope)
-    if page is None:
-        page = await client.read_changes(after, limit=limit)
-    events = await encode_array(page.changes, encode_events)
+    sender = sender_of(request.scope)
+    with service.requests.place(sender):
+        page: ChangePage | None = None
+        if wait:
+            with readers.place(sender):
+                waiting = client.read_changes(after, limit=limit, wait=wait)
+                page = await run_until_stop(waiting, request.scope, request.receive)
+            await check_again(request.scope)
+        if page is None:
+            page = await client.read_changes(after, limit=limit)
+        events = await encode_array(page.changes, encode_events)
     content = encode_object("changes", events, {"next": page.next})
     return _json(content, headers={"Cache-Control": "no-store"})
 

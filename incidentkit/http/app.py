@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from incidentkit.client import IncidentClient
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.values import MAX_STREAM_LIFETIME, MIN_STREAM_LIFETIME, STREAM_LIFETIME
+from incidentkit.http.bounds import Bounds
 from incidentkit.http.client_address import TrustedProxies
 from incidentkit.http.docs import check_files
 from incidentkit.http.parts import add_cors, metrics_of
@@ -35,6 +36,7 @@ def create_app(  # noqa: PLR0913
     cors: Sequence[str] = (),
     metrics: bool = False,
     authenticate: Authenticate | None = None,
+    bounds: Bounds | None = None,
     trusted_proxies: Sequence[str] = (),
 ) -> Starlette:
     """Return the REST service on a client, to run alone or to mount in another app.
@@ -67,6 +69,8 @@ def create_app(  # noqa: PLR0913
             such as :class:`~incidentkit.http.authentication.TokenAuth`. Only then, an administrator
             can purge. None: every request is answered, and the actor is the user whom a host's
             middleware has put into the scope.
+        bounds: What one sender may do at a time, if requests are authenticated; None: 20 requests,
+            10 streams or waiting polls, and 2 searches.
         trusted_proxies: Addresses and networks of proxies, such as ``10.0.0.0/8``, and ``unix`` for
             one at a Unix socket. Only from them, ``X-Forwarded-For`` names the client.
 
@@ -97,6 +101,7 @@ def create_app(  # noqa: PLR0913
         request_log=log,
         cache_required=cache_required,
         gate=gate,
+        bounds=bounds or Bounds(),
         proxies=TrustedProxies(trusted_proxies),
         lifespan=lifespan,
     )

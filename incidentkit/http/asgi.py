@@ -12,6 +12,7 @@ import logging
 from incidentkit.client import IncidentClient
 from incidentkit.http.app import create_app
 from incidentkit.http.authentication import TokenAuth
+from incidentkit.http.bounds import Bounds
 from incidentkit.http.browsers import LOOPBACK, BrowserGuard
 from incidentkit.settings import Settings
 
@@ -35,6 +36,11 @@ app = create_app(
     cors=_settings.cors_origins,
     authenticate=TokenAuth(
         _client, anonymous="always" if _settings.allow_anonymous else "until_token"
+    ),
+    bounds=Bounds(
+        requests=_settings.requests_per_token,
+        readers=_settings.readers_per_token,
+        searches=_settings.searches_per_token,
     ),
     trusted_proxies=_settings.trusted_proxies,
 )

@@ -6,14 +6,16 @@ import time
 from collections.abc import Iterable
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from incidentkit.domain.actor import acting_as
 from incidentkit.domain.values import NAME_MAX_LENGTH
+from incidentkit.http.bounds import Places
 from incidentkit.http.log import log_answer
 from incidentkit.http.operation import Operation
-from incidentkit.http.principals import ACTOR, Gate
+from incidentkit.http.principals import ACTOR, Gate, sender_of
 from incidentkit.http.problems import problem_response
 from incidentkit.http.requests import read_arguments
 
@@ -24,12 +26,14 @@ class Endpoint:
     Attributes:
         operation: The operation.
         gate: Checks the sender of each request; None: the host does.
+        requests: The requests of each sender that are being answered.
         route: The operation as a route of Starlette, which answers other methods with 405.
     """
 
-    def __init__(self, operation: Operation, gate: Gate | None = None) -> None:
+    def __init__(self, operation: Operation, gate: Gate | None, requests: Places) -> None:
         self.operation = operation
         self.gate = gate
+        self.requests = requests
         self.route = Route(operation.path, self, methods=[operation.method], name=operation.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,16 +44,25 @@ class Endpoint:
         try:
             # Before anything of the request is read: a stranger learns nothing of its faults.
             actor = await self._admit(scope)
-            arguments = await read_arguments(request, operation)
-            if actor is None:
-                response = await operation.answer(request, arguments)
+            # A stream has a place of its own, and is never refused by its status.
+            sender = None if operation.streams is not None else sender_of(scope)
+            if sender is None:
+                response = await self._answer(request, actor)
             else:
-                with acting_as(actor[:NAME_MAX_LENGTH]):
-                    response = await operation.answer(request, arguments)
+                with self.requests.place(sender):
+                    response = await self._answer(request, actor)
         except Exception as error:  # noqa: BLE001
             response = problem_response(request, error)
         log_answer(request, operation.path, response, started)
         await response(scope, receive, send)
+
+    async def _answer(self, request: Request, actor: str | None) -> Response:
+        """Read a request, and answer it for an actor."""
+        arguments = await read_arguments(request, self.operation)
+        if actor is None:
+            return await self.operation.answer(request, arguments)
+        with acting_as(actor[:NAME_MAX_LENGTH]):
+            return await self.operation.answer(request, arguments)
 
     async def _admit(self, scope: Scope) -> str | None:
         """Return the actor of a request; raise unless its sender may send it."""

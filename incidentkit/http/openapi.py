@@ -227,7 +227,7 @@ _REFUSALS: Final = (
     Refusal(Kind.BODY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes"),
     Refusal(Kind.UNSUPPORTED_MEDIA_TYPE, "The Content-Type must be application/json"),
     Refusal(Kind.INVALID_INCIDENT, f"{_FAULT.field} {_FAULT.reason}", (_FAULT,)),
-    Refusal(Kind.TOO_MANY_READERS, "100 readers, the maximum, are already waiting for changes"),
+    Refusal(Kind.TOO_MANY_REQUESTS, "You already have 20 requests running, the maximum"),
     Refusal(Kind.INTERNAL_ERROR, "The server failed to answer the request"),
     Refusal(
         Kind.STORE_UNAVAILABLE,

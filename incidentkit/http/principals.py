@@ -73,6 +73,12 @@ class HasSchemes(Protocol):
 READ: Final = frozenset((TokenScope.READ,))
 
 
+def sender_of(scope: Scope) -> str | None:
+    """Return the name of the checked sender of a request; None if it is anonymous or unknown."""
+    principal: Principal | None = scope.get(PRINCIPAL)
+    return None if principal is None else principal.name or None
+
+
 def sees_details(scope: Scope) -> bool:
     """Return whether the sender of a request may see what others have reported."""
     principal: Principal | None = scope.get(PRINCIPAL)

@@ -124,6 +124,7 @@ class Kind(Enum):
     FOREIGN_ORIGIN = 403, "a web page of another origin may not change anything"
     MISDIRECTED_REQUEST = 421, "the service is not reached under this host"
     TOO_MANY_FAILED_CHECKS = 429, "too many checks of tokens from the address have failed"
+    TOO_MANY_REQUESTS = 429, "the token has the maximum of requests or searches running already"
     AUTHENTICATION_UNAVAILABLE = 503, "the check of who sends the request has failed"
     UNKNOWN_PATH = 404, "the service has no such path"
     METHOD_NOT_ALLOWED = 405, "the path does not take this method"

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Lifespan
 
 from incidentkit.client import IncidentClient
+from incidentkit.http.bounds import Bounds, Places
 from incidentkit.http.client_address import TrustedProxies
 from incidentkit.http.dispatch import Dispatcher, Endpoint
 from incidentkit.http.envelope import Envelope
@@ -36,6 +37,8 @@ class Service(Starlette):
         cache_required: Whether the service is not ready while the cache is unavailable.
         gate: Checks the sender of each request; None: the host does.
         proxies: The proxies whose word for a client's address counts.
+        requests: The requests of each sender that are being answered.
+        searches: The searches of each sender that take time.
         readers: The readers that wait for changes.
         encoder: Encodes large arrays.
     """
@@ -48,6 +51,7 @@ class Service(Starlette):
         request_log: RequestLog | None,
         cache_required: bool,
         gate: Gate | None,
+        bounds: Bounds,
         proxies: TrustedProxies,
         lifespan: Lifespan[Starlette],
     ) -> None:
@@ -57,8 +61,10 @@ class Service(Starlette):
         self.cache_required = cache_required
         self.gate = gate
         self.proxies = proxies
-        self.readers = Readers(client)
-        self._endpoints = [Endpoint(operation, gate) for operation in operations]
+        self.requests = Places(bounds.requests, "requests")
+        self.searches = Places(bounds.searches, "searches")
+        self.readers = Readers(client, bounds.readers)
+        self._endpoints = [Endpoint(operation, gate, self.requests) for operation in operations]
         super().__init__(
             routes=[endpoint.route for endpoint in self._endpoints],
             exception_handlers={HTTPException: _answer_unrouted},

@@ -25,8 +25,14 @@ from incidentkit.domain.errors import (
     StoreError,
     StoreUnavailable,
 )
-from incidentkit.domain.values import LATEST, STREAM_LIFETIME, ChangePage, FeedBlocker
-from incidentkit.http.principals import PRINCIPAL, still_admitted
+from incidentkit.domain.values import (
+    LATEST,
+    READERS_PER_TOKEN,
+    STREAM_LIFETIME,
+    ChangePage,
+    FeedBlocker,
+)
+from incidentkit.http.principals import sender_of, still_admitted
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_for, refusal_for
 from incidentkit.http.request_id import request_id
 from incidentkit.http.server_hooks import abort, wait_for_stop
@@ -44,9 +50,6 @@ _HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 MAX_READERS: Final = 100
 """Maximum number of streams and waiting polls of an app."""
-
-MAX_READERS_EACH: Final = 10
-"""Maximum number of them that one authenticated principal may have."""
 
 BATCH: Final = 100
 """Maximum number of changes in memory for one reader."""
@@ -89,14 +92,16 @@ class Readers:
 
     Args:
         client: Reads the changes.
+        each: Maximum number of readers of one sender.
 
     Attributes:
         count: Readers at present.
         lifetime: Seconds after which a stream ends.
     """
 
-    def __init__(self, client: IncidentClient) -> None:
+    def __init__(self, client: IncidentClient, each: int = READERS_PER_TOKEN) -> None:
         self.count = 0
+        self._each = each
         self.lifetime: float = STREAM_LIFETIME
         self._count_of: Counter[str] = Counter()
         self._client = client
@@ -109,7 +114,7 @@ class Readers:
         """Hold a place inside the block.
 
         Args:
-            reader: Who reads, as :func:`reader_of` tells.
+            reader: The name of the sender; None: one that shares the places with all others.
 
         Raises:
             Refusal: If every place, or every place of this reader, is taken.
@@ -117,8 +122,8 @@ class Readers:
         if self.count >= MAX_READERS:
             detail = f"{MAX_READERS} readers, the maximum, are already waiting for changes"
             raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
-        if reader is not None and self._count_of[reader] >= MAX_READERS_EACH:
-            detail = f"You are already waiting for changes {MAX_READERS_EACH} times, the maximum"
+        if reader is not None and self._count_of[reader] >= self._each:
+            detail = f"You are already waiting for changes {self._each} times, the maximum"
             raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
         self.count += 1
         if reader is not None:
@@ -148,15 +153,6 @@ class Readers:
             blocker = await self._client.feed_blocker()
         self._blocker = blocker if blocker is not None and blocker.waiting else None
         self._asked_at = asked_at
-
-
-def reader_of(scope: Scope) -> str | None:
-    """Return the name of the principal that a request is from; None if it has none.
-
-    Anonymous readers share the places of the app: behind a proxy they all have one address.
-    """
-    principal = scope.get(PRINCIPAL)
-    return None if principal is None else str(principal.name) or None
 
 
 async def run_until_stop(
@@ -217,7 +213,7 @@ async def stream_changes(
     """
     with ExitStack() as place:
         try:
-            place.enter_context(readers.place(reader_of(request.scope)))
+            place.enter_context(readers.place(sender_of(request.scope)))
             page = await _read(client, after, 0, START_TIMEOUT)
         except Refusal:
             return _short_stream(RETRY_WITHOUT_PLACE, NO_PLACE)

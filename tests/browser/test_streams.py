@@ -111,7 +111,9 @@ def test_a_board_outlives_restarts(browser: Browser, service: Service, origin: s
 def test_a_board_waits_for_a_place(browser: Browser, service: Service, origin: str) -> None:
     """While every place is taken, a board comes back until one is free."""
     browser.go(f"{origin}/health/live")
-    request = b"GET /incident/changes HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+    request = (
+        b"GET /incident/changes HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
+    )
     with ExitStack() as others:
         for _ in range(MAX_READERS):
             other = others.enter_context(socket.create_connection((HOST, service.port)))

@@ -16,8 +16,10 @@ from openapi_spec_validator import validate as validate_document
 from incidentkit import IncidentClient, Scope, StoreError, StoreUnavailable
 from incidentkit.http import authentication
 from incidentkit.http.authentication import ANONYMOUS, TokenAuth
+from incidentkit.http.metrics import METRICS
 from incidentkit.http.principals import Principal
 from incidentkit.http.routes import ADMINISTRATION, DOCS, OPERATIONS
+from incidentkit.observers.prometheus import PrometheusObserver
 from incidentkit.store.sql.naming import text
 from tests.http.conftest import INCIDENT, Records, service_on, validate
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from incidentkit.http.operation import Operation
 
 ALL = tuple(Scope)
-EVERY_OPERATION = (*OPERATIONS, *ADMINISTRATION, *DOCS)
+EVERY_OPERATION = (*OPERATIONS, *ADMINISTRATION, *DOCS, *METRICS)
 REPORTED = {"incident_message": "Disk is full on db-1", "source": "partner", "dedup_key": "disk"}
 
 
@@ -71,8 +73,8 @@ class Service:
 @asynccontextmanager
 async def serving(url: str, **options: Any) -> AsyncIterator[Service]:
     """Run a service with access tokens; options are those of `TokenAuth`."""
-    async with IncidentClient.open(url) as incidents:
-        yield Service(incidents, TokenAuth(incidents, **options))
+    async with IncidentClient.open(url, observer=PrometheusObserver()) as incidents:
+        yield Service(incidents, TokenAuth(incidents, **options), metrics=True)
 
 
 @pytest.fixture
@@ -284,11 +286,14 @@ async def test_without_a_cache_a_revocation_counts_at_once(migrated_sqlite_url: 
 async def test_a_token_expires_while_its_check_counts(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The expiry is compared at each use, without a statement."""
+    """The expiry is compared at each use, without a statement, also while the database is away."""
     token = await service.token("ci", expires_in=timedelta(seconds=4))
     assert (await service.send("GET", "/incident/get", token)).status_code == 200
     counter = Counter(service.incidents, monkeypatch)
     wait(monkeypatch, 4)
+    assert (await service.send("GET", "/incident/get", token)).status_code == 401
+    counter.away = True
+    wait(monkeypatch, 5)
     assert (await service.send("GET", "/incident/get", token)).status_code == 401
     assert counter.count == 0
 

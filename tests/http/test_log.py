@@ -15,6 +15,7 @@ import pytest
 
 from incidentkit import IncidentClient, SchemaOutOfDate, StoreError, StoreUnavailable
 from incidentkit.http import create_app, lifespan
+from incidentkit.http.bounds import Places
 from incidentkit.http.dispatch import Endpoint
 from incidentkit.http.operation import Operation
 from incidentkit.http.request_log import BATCH, CAPACITY, RequestLog
@@ -400,7 +401,8 @@ async def test_an_operation_that_raises_is_answered_and_logged(records: Records)
     async def receive() -> Any:
         raise AssertionError
 
-    endpoint = Endpoint(Operation("GET", "/mine", "mine", "Raise", answer, scope=None))
+    operation = Operation("GET", "/mine", "mine", "Raise", answer, scope=None)
+    endpoint = Endpoint(operation, None, Places(20, "requests"))
     app = create_app(IncidentClient.open(MEMORY))
     scope = {"type": "http", "method": "GET", "headers": [], "query_string": b"", "app": app}
     await endpoint(scope, receive, send)

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from incidentkit import IncidentClient, InvalidSettings, StoreError
 from incidentkit.feed import EMPTY
 from incidentkit.http import create_app, streams
+from incidentkit.http.bounds import Bounds
 from incidentkit.store import StoreOptions
 from incidentkit.store.migrate import upgrade
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, service_on, serving
@@ -188,10 +189,9 @@ def as_principal(app: ASGIApp) -> ASGIApp:
     return wrapped
 
 
-def test_a_principal_takes_some_places_only(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_principal_takes_some_places_only(serve: Serve) -> None:
     """One who has every place of theirs waits; others, and anonymous readers, do not."""
-    monkeypatch.setattr(streams, "MAX_READERS_EACH", 1)
-    app = service_on(IncidentClient.open(MEMORY))
+    app = service_on(IncidentClient.open(MEMORY), bounds=Bounds(readers=1))
     api = serve(as_principal(app), checked=False)
     alice, bob = {"X-Name": "alice"}, {"X-Name": "bob"}
     with api.stream("GET", "/incident/changes", headers=STREAM | alice) as first:
