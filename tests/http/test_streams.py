@@ -251,7 +251,7 @@ def test_an_option_of_serve_wins_over_the_environment(monkeypatch: pytest.Monkey
     command = importlib.import_module("incidentkit.cli.serve")
     given: list[int] = []
 
-    def run_server(settings: Settings, *_: object) -> bool:
+    def run_server(settings: Settings, *_: object, **__: object) -> bool:
         given.append(settings.stream_lifetime)
         return True
 
