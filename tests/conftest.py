@@ -87,16 +87,26 @@ class Administrator:
     def __init__(self, server_url: str, connection: psycopg.Connection) -> None:
         self._server_url = server_url
         self._connection = connection
+        self._left: list[str] = []
 
     @contextmanager
     def database(self, *, template: str) -> Iterator[str]:
-        """Create a database, yield its URL, and drop it."""
+        """Create a database, yield its URL, and drop it before the next one is created.
+
+        By then its connections have ended: otherwise PostgreSQL looks again after 100 ms.
+        """
+        self.drop()
         name = f"incidentkit_test_{uuid4().hex}"
         self._execute("CREATE DATABASE {} TEMPLATE {}", name, template)
         try:
             yield urlsplit(self._server_url)._replace(path=f"/{name}").geturl()
         finally:
-            self._execute("DROP DATABASE {} WITH (FORCE)", name)
+            self._left.append(name)
+
+    def drop(self) -> None:
+        """Drop the databases that are no longer used."""
+        while self._left:
+            self._execute("DROP DATABASE {} WITH (FORCE)", self._left.pop())
 
     def _execute(self, statement: LiteralString, *names: str) -> None:
         self._connection.execute(SQL(statement).format(*map(Identifier, names)))
@@ -160,7 +170,9 @@ def postgres_server_url(pytestconfig: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def _administrator(postgres_server_url: str) -> Iterator[Administrator]:
     with psycopg.connect(postgres_server_url, autocommit=True) as connection:
-        yield Administrator(postgres_server_url, connection)
+        administrator = Administrator(postgres_server_url, connection)
+        yield administrator
+        administrator.drop()
 
 
 @pytest.fixture
