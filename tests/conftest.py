@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from coverage import Coverage
 from hypothesis import settings
 from psycopg.sql import SQL, Identifier
 from redis import Redis
@@ -135,6 +136,22 @@ def pytest_configure_node(node: Any) -> None:
     """
     backends = node.config.stash[_backends]
     node.workerinput["incidentkit"] = {"INCIDENTKIT_TEST_REDIS_URL": backends.redis_url}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test that is marked as `unmeasured` at full speed, and the programs that it starts."""
+    measuring = Coverage.current()
+    if measuring is None or item.get_closest_marker("unmeasured") is None:
+        return (yield)
+    with pytest.MonkeyPatch.context() as context:
+        # With it, `coverage` measures every Python program.
+        context.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        measuring.stop()
+        try:
+            return (yield)
+        finally:
+            measuring.start()
 
 
 @pytest.fixture(autouse=True)
