@@ -18,6 +18,9 @@ PERCENTILES: Final = (50, 95, 99)
 WARM_UP: Final = 10
 """Single calls that run first and are not counted."""
 
+WARM_UP_ROUNDS: Final = 1
+"""Rounds of each side that run first and are not counted."""
+
 
 class VoidRoundError(RuntimeError):
     """A call in a round failed, so the figures of the run are void."""
@@ -54,20 +57,20 @@ async def interleave(
 
     Args:
         sides: A function for each side that runs one round, given its number.
-        rounds: Rounds of each side. One more runs first, as a warm-up that is not counted.
+        rounds: Rounds of each side, which follow :data:`WARM_UP_ROUNDS`.
         alternate: Whether every other round runs the sides in reverse order.
 
     Raises:
         VoidRoundError: If a call failed.
     """
     measured: dict[str, list[Round]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    for number in range(1 - WARM_UP_ROUNDS, rounds + 1):
         turns = list(sides.items())
         for name, run in reversed(turns) if alternate and number % 2 else turns:
             done = await run(number)
             if done.errors:
                 raise VoidRoundError(f"{done.errors} calls of {name} failed")
-            if number:
+            if number > 0:
                 measured[name].append(done)
     return measured
 

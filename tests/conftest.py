@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from coverage import Coverage
 from hypothesis import settings
 from psycopg.sql import SQL, Identifier
 from redis import Redis
@@ -87,16 +88,26 @@ class Administrator:
     def __init__(self, server_url: str, connection: psycopg.Connection) -> None:
         self._server_url = server_url
         self._connection = connection
+        self._left: list[str] = []
 
     @contextmanager
     def database(self, *, template: str) -> Iterator[str]:
-        """Create a database, yield its URL, and drop it."""
+        """Create a database, yield its URL, and drop it before the next one is created.
+
+        By then its connections have ended: otherwise PostgreSQL looks again after 100 ms.
+        """
+        self.drop()
         name = f"incidentkit_test_{uuid4().hex}"
         self._execute("CREATE DATABASE {} TEMPLATE {}", name, template)
         try:
             yield urlsplit(self._server_url)._replace(path=f"/{name}").geturl()
         finally:
-            self._execute("DROP DATABASE {} WITH (FORCE)", name)
+            self._left.append(name)
+
+    def drop(self) -> None:
+        """Drop the databases that are no longer used."""
+        while self._left:
+            self._execute("DROP DATABASE {} WITH (FORCE)", self._left.pop())
 
     def _execute(self, statement: LiteralString, *names: str) -> None:
         self._connection.execute(SQL(statement).format(*map(Identifier, names)))
@@ -125,6 +136,22 @@ def pytest_configure_node(node: Any) -> None:
     """
     backends = node.config.stash[_backends]
     node.workerinput["incidentkit"] = {"INCIDENTKIT_TEST_REDIS_URL": backends.redis_url}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test that is marked as `unmeasured` at full speed, and the programs that it starts."""
+    measuring = Coverage.current()
+    if measuring is None or item.get_closest_marker("unmeasured") is None:
+        return (yield)
+    with pytest.MonkeyPatch.context() as context:
+        # With it, `coverage` measures every Python program.
+        context.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        measuring.stop()
+        try:
+            return (yield)
+        finally:
+            measuring.start()
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +187,9 @@ def postgres_server_url(pytestconfig: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def _administrator(postgres_server_url: str) -> Iterator[Administrator]:
     with psycopg.connect(postgres_server_url, autocommit=True) as connection:
-        yield Administrator(postgres_server_url, connection)
+        administrator = Administrator(postgres_server_url, connection)
+        yield administrator
+        administrator.drop()
 
 
 @pytest.fixture

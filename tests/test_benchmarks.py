@@ -23,6 +23,7 @@ from benchmarks import (
     remarks,
     report,
     results,
+    rounds,
     search,
     services,
 )
@@ -34,13 +35,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.unmeasured
 
 
-@pytest.fixture(autouse=True)
-def _no_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure code as users run it, also in the processes that a benchmark starts."""
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure without warming up, and without waiting for decoys to settle."""
+    monkeypatch.setattr(rounds, "WARM_UP_ROUNDS", 0)
+    monkeypatch.setattr(decoys, "SETTLE", 0.1)
+
+
+SHORT = pytest.mark.usefixtures("_short")
 
 
 def of(*rates: float) -> list[Round]:
@@ -134,6 +139,7 @@ def check(measured: Result) -> None:
     assert measured.details
 
 
+@SHORT
 def test_the_service_and_its_rivals_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run measures every scenario on every side without an error."""
     monkeypatch.setattr(over_http, "INCIDENTS", 300)
@@ -143,12 +149,14 @@ def test_the_service_and_its_rivals_are_measured(monkeypatch: pytest.MonkeyPatch
     check(asyncio.run(over_http.run_soak(seconds=0.5, looks=10)))
 
 
+@SHORT
 def test_the_sdk_is_measured_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run measures reads and creates beside asyncpg and the ORM."""
     monkeypatch.setattr(in_process, "INCIDENTS", 300)
     check(in_process.start(rounds=1, calls=64, many=100))
 
 
+@SHORT
 def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run measures growth at every size."""
     monkeypatch.setattr(growth, "HITS", (1, 3))
@@ -158,23 +166,25 @@ def test_growth_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     check(growth.start(quick=True, sizes=[30, 60, 90], rounds=2, seconds=0.1))
 
 
+@SHORT
 def test_searches_are_measured() -> None:
     """A short run measures every search on both databases."""
     check(search.start(quick=True, sizes=[100, 200], rounds=2))
 
 
-def test_isolation_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+@SHORT
+def test_isolation_is_measured() -> None:
     """A short run measures quick calls beside every crowd, and none of them fails."""
-    monkeypatch.setattr(decoys, "SETTLE", 0.1)
     check(isolation.start(quick=True, seconds=0.05))
 
 
-def test_hostile_connections_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+@SHORT
+def test_hostile_connections_are_measured() -> None:
     """A short run measures quick calls beside every kind of attackers, and none of them fails."""
-    monkeypatch.setattr(decoys, "SETTLE", 0.1)
     check(hostile.start(quick=True, seconds=0.05, connections=20))
 
 
+@SHORT
 def test_imports_are_measured() -> None:
     """Importing the package is measured against importing attrs and cattrs."""
     check(imports.run(rounds=1))
@@ -199,6 +209,7 @@ def test_a_ratio_above_one_is_better_for_costs_too() -> None:
     assert row_of([10], [30], "ms").ratios == [3]
 
 
+@SHORT
 def test_the_code_is_compared_with_another_checkout(tmp_path: Path) -> None:
     """A short run measures every row on both sides, each from its own folder."""
     old = tmp_path / "old"

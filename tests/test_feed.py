@@ -673,6 +673,7 @@ async def test_db_upgrade_gives_up_on_locked_tables(
 ) -> None:
     """`db upgrade` stops waiting for locked tables, so that writers do not queue up behind it."""
     monkeypatch.setattr(migrate, "TABLE_LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr(migrate, "TABLE_LOCK_PAUSE", 0.05)
     async with IncidentClient.open(migrated_postgres_url) as incidents:
         await some_changes(incidents)
     async with connected(migrated_postgres_url) as connection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -121,7 +122,14 @@ runner.close()
 The deadlines only end a program that hangs.
 """
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
+    pytest.mark.unmeasured,
+]
+
+CHILDREN: Final = ("close", "connect", "forget", "end")
+LOOPS: Final = ("asyncio", "uvloop")
+FORKS: Final = ("running", "between")
 
 
 def run(url: str, redis_url: str, *how: str) -> tuple[object, object]:
@@ -177,8 +185,8 @@ def test_a_process_that_is_forked_during_a_migration_can_migrate(
         assert code == 0, errors
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("fork", ["running", "between"])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("fork", FORKS)
 def test_verbs_in_a_forked_process_are_refused(url: str, loop: str, fork: str) -> None:
     """In the child every verb raises WrongEventLoop with the remedy, and the parent goes on."""
     parent, told = run(url, "", loop, fork, "verbs")
@@ -188,7 +196,7 @@ def test_verbs_in_a_forked_process_are_refused(url: str, loop: str, fork: str) -
     assert all("WrongEventLoop" in each and "connect it after the fork" in each for each in told)
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_the_parents_event_loop_is_refused_in_a_forked_process(url: str, loop: str) -> None:
     """Verbs are refused in the child even on the inherited event loop itself."""
     parent, told = run(url, "", loop, "between", "inherited loop")
@@ -199,9 +207,17 @@ def test_the_parents_event_loop_is_refused_in_a_forked_process(url: str, loop: s
     assert parent[0] == 0
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("fork", ["running", "between"])
-@pytest.mark.parametrize("child_does", ["close", "connect", "forget", "end"])
+@pytest.mark.parametrize(
+    ("url", "loop", "fork", "child_does"),
+    [
+        # Half of all combinations: each event loop meets every fork and every child.
+        (url, loop, fork, child_does)
+        for place, (fork, child_does) in enumerate(product(FORKS, CHILDREN))
+        for url, loop in product(("sqlite", "postgresql"), LOOPS)
+        if (url == "sqlite") == (loop == LOOPS[(place + place // len(CHILDREN)) % 2])
+    ],
+    indirect=["url"],
+)
 def test_a_forked_process_does_not_harm_its_parent(
     url: str, redis_url: str, loop: str, fork: str, child_does: str
 ) -> None:

@@ -30,6 +30,8 @@ from tests.test_docs import fences
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.unmeasured
+
 BUILD_TIMEOUT = 600
 """Seconds for PyInstaller, which takes about half a minute on an idle machine."""
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+pytestmark = pytest.mark.unmeasured
+
 AT_CALLS = """
 import os, signal, sys, time
 from incidentkit.__main__ import run

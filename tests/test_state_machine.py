@@ -56,6 +56,8 @@ from tests.strategies import padding, sources, statuses, stripped_messages
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
+pytestmark = pytest.mark.unmeasured
+
 settings.register_profile(
     "state_machine",
     deadline=None,

@@ -290,8 +290,9 @@ plain_texts = texts.map(lambda text: "".join(one for one in text if one not in "
 vocabulary = st.lists(plain_texts.filter(Model.words), min_size=2, max_size=6)
 
 
+@pytest.mark.unmeasured
 @settings(
-    max_examples=80,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

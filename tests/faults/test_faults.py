@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from tests.conftest import Administrator
 
+pytestmark = pytest.mark.unmeasured
+
 SECONDS = float(os.environ.get("INCIDENTKIT_TEST_FAULTS", "0"))
 TESTS = 6
 ANSWERS = 400 if SECONDS else 50

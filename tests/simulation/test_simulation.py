@@ -42,7 +42,7 @@ REGRESSIONS: tuple[int, ...] = ()
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.no_cover
+pytestmark = pytest.mark.unmeasured
 
 
 @pytest.mark.parametrize("max_staleness", STALENESS)
