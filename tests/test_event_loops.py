@@ -34,6 +34,7 @@ from incidentkit import (
     StoreUnavailable,
     WrongEventLoop,
 )
+from incidentkit.domain.commands import NoteAddition
 from incidentkit.store import SearchQuery, migrate, store_from_url, store_on
 from incidentkit.store.backends import sqlite_store
 from incidentkit.store.ports import BEGINNING
