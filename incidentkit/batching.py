@@ -143,7 +143,8 @@ class Batcher(Generic[_I, _T]):
         batch = [(item, answer) for item, answer, _ in waiting if not answer.done()]
         if task is None or not batch:
             return
-        CALLERS.set((*chain.from_iterable(callers for _, _, callers in waiting),))
+        callers = chain.from_iterable(each for _, answer, each in waiting if not answer.done())
+        CALLERS.set((*dict.fromkeys(callers),))
         if self._abandon:
             _cancel_with([answer for _, answer in batch], task)
         results = await _run(batch, self._run)

@@ -83,7 +83,8 @@ class Observer(Protocol):
     def call(self, verb: str, /) -> AbstractContextManager[object]:
         """Return what a call of a verb runs in; an exception that leaves it is its outcome.
 
-        What it gives on entering stands for the call in :data:`CALLERS`.
+        What it gives on entering stands for the call in :data:`CALLERS`; it must be hashable, and
+        equal to nothing but itself.
 
         Args:
             verb: One of :data:`VERBS`.

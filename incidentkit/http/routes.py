@@ -450,6 +450,7 @@ ADMINISTRATION: Final = (
                 "Incidents that ended before this time are removed.",
                 datetime,
                 required=True,
+                pattern=f"^{rules.TIME_PATTERN}$",
                 example="2026-09-01 00:00:00",
             ),
             Parameter(

@@ -110,12 +110,12 @@ class PrometheusObserver:
         )
 
     @contextmanager
-    def call(self, verb: str, /) -> Iterator[None]:
+    def call(self, verb: str, /) -> Iterator[object]:
         """Count and time a call."""
         started = time.perf_counter()
         result = "ok"
         try:
-            yield
+            yield object()
         except BaseException as error:
             result = type(error).__name__
             raise
