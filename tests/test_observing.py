@@ -431,11 +431,17 @@ async def test_the_trace_id_is_the_request_id(given: str, *, expected: bool) -> 
         assert (await api.get("/health/live", headers=named)).headers["x-request-id"] == "mine"
 
 
-def test_serve_adds_up_its_workers_and_logs_json(tmp_path: Path) -> None:
-    """Any worker answers with the requests of all workers, and each log line is JSON."""
+def test_serve_adds_up_its_workers_and_logs_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any worker answers with the requests of all workers, and each line on stderr is JSON."""
     url = f"sqlite+aiosqlite:///{tmp_path / 'incidents.db'}"
     arguments = ("--workers", "2", "--metrics", "--log-format", "json", "--database-url", url)
     log = tmp_path / "log"
+    file = tmp_path / "a \x1b[31m folder" / ".env"
+    file.parent.mkdir()
+    file.write_text("INCIDENTKIT_MAX_STALENESS=1\n", "utf-8")
+    monkeypatch.chdir(file.parent)
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     given = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
     with service(log, *arguments) as running:
@@ -447,6 +453,8 @@ def test_serve_adds_up_its_workers_and_logs_json(tmp_path: Path) -> None:
     requests = "http_server_request_duration_seconds_count"
     assert value(text, requests, http_response_status_code="200", **route) == 20
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    assert lines[0]["message"] == f"Using settings from {file}"
+    assert (lines[0]["level"], lines[0]["logger"]) == ("info", "incidentkit.cli")
     (line, *_) = [line for line in lines if line.get("route") == "/incident/get"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
     assert (line["level"], line["logger"]) == ("info", "incidentkit.http")

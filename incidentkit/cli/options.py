@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -82,23 +83,33 @@ def takes_servers(command: Callable[..., None]) -> Callable[..., None]:
         database_url: str | None, schema: str | None, redis_url: str | None, **arguments: Any
     ) -> None:
         given = {DATABASE_URL: database_url, SCHEMA: schema, REDIS_URL: redis_url}
-        command(_servers(given), **arguments)
+        as_json = arguments.get("log_format") == "json"
+        command(_servers(given, as_json=as_json), **arguments)
 
     return with_servers
 
 
-def _servers(options: dict[str, str | None]) -> Servers:
+def _servers(options: dict[str, str | None], *, as_json: bool = False) -> Servers:
     overrides = {name: value for name, value in options.items() if value is not None}
     for name, value in overrides.items():
         if not value.strip():
             raise InvalidSettings(name, "is empty")
     variables = read_variables(overrides=overrides)
     if variables.file is not None:
-        click.echo(harmless(f"Using settings from {variables.file}"), err=True)
+        text = f"Using settings from {variables.file}"
+        click.echo(_json_record(text) if as_json else harmless(text), err=True)
     values = variables.values
     for name, fault in unknown_variables(values).items():
         raise InvalidSettings(name, fault)
     return Servers(Settings.from_mapping(values), is_default=not names_database(values))
+
+
+def _json_record(text: str) -> str:
+    """Return a line of the log in JSON, before there is a log."""
+    from incidentkit.cli.log import JsonFormatter  # noqa: PLC0415
+
+    record = logging.LogRecord("incidentkit.cli", logging.INFO, __file__, 0, text, None, None)
+    return JsonFormatter().format(record)
 
 
 def takes_actor(command: Callable[..., None]) -> Callable[..., None]:
