@@ -144,7 +144,7 @@ class Batcher(Generic[_I, _T]):
         if task is None or not batch:
             return
         callers = chain.from_iterable(each for _, answer, each in waiting if not answer.done())
-        CALLERS.set((*dict.fromkeys(callers),))
+        CALLERS.set((*{id(caller): caller for caller in callers}.values(),))
         if self._abandon:
             _cancel_with([answer for _, answer in batch], task)
         results = await _run(batch, self._run)

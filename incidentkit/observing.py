@@ -83,8 +83,7 @@ class Observer(Protocol):
     def call(self, verb: str, /) -> AbstractContextManager[object]:
         """Return what a call of a verb runs in; an exception that leaves it is its outcome.
 
-        What it gives on entering stands for the call in :data:`CALLERS`; it must be hashable, and
-        equal to nothing but itself.
+        What it gives on entering stands for the call in :data:`CALLERS`: an object of its own.
 
         Args:
             verb: One of :data:`VERBS`.

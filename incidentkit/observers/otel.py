@@ -87,11 +87,11 @@ class OpenTelemetryObserver:
         """Make a span of a statement."""
         started = time.perf_counter()
         attributes = {"db.operation.name": operation, **_attributes(database)}
-        callers = [caller for caller in CALLERS.get() if isinstance(caller, SpanContext)]
+        callers = CALLERS.get()
         if callers:
             self._shared.record(len(callers), {"db.operation.name": operation})
         inside = trace.get_current_span().get_span_context().is_valid
-        links = [] if inside else [Link(caller) for caller in callers]
+        links = [] if inside else [Link(each) for each in callers if isinstance(each, SpanContext)]
         with self._span(operation, SpanKind.CLIENT, attributes, links) as span:
             try:
                 yield
