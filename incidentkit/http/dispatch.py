@@ -18,6 +18,7 @@ from incidentkit.http.operation import Operation
 from incidentkit.http.principals import ACTOR, Gate, sender_of
 from incidentkit.http.problems import problem_response
 from incidentkit.http.requests import read_arguments
+from incidentkit.http.streams import stream_instead
 
 
 class Endpoint:
@@ -52,7 +53,8 @@ class Endpoint:
                 with self.requests.place(sender):
                     response = await self._answer(request, actor)
         except Exception as error:  # noqa: BLE001
-            response = problem_response(request, error)
+            stream = None if operation.streams is None else stream_instead(request, error)
+            response = stream or problem_response(request, error)
         log_answer(request, operation.path, response, started)
         await response(scope, receive, send)
 

@@ -95,6 +95,7 @@ def problem(answer: bytes) -> dict[str, Any]:
     assert "content-type: application/problem+json" in headers
     assert "connection: close" in headers
     assert f"x-request-id: {found['request_id']}" in headers
+    assert {"cache-control: no-store", "x-content-type-options: nosniff"} <= {*headers}
     return found
 
 
@@ -274,7 +275,7 @@ def test_waiting_connections_make_room_for_new_ones(records: Records) -> None:
 
 
 def test_busy_connections_are_kept() -> None:
-    """While every connection has a request, only health checks are answered on further ones."""
+    """While every connection has a request, further ones get health checks and a `retry:`."""
     app = create_app(IncidentClient.open(MEMORY))
     changes = {"Accept": "text/event-stream"}
     with serving(app, http=Protocol, limit_concurrency=2) as url, ExitStack() as stack:
@@ -285,6 +286,9 @@ def test_busy_connections_are_kept() -> None:
         assert refused.status_code == 503
         assert refused.headers["Retry-After"]
         assert refused.headers["X-Request-ID"] == refused.json()["request_id"]
+        come_back = httpx2.get(f"{url}/incident/changes", headers=changes)
+        assert come_back.status_code == 200
+        assert come_back.text.startswith("retry: 1")
         ready = httpx2.get(f"{url}/health/ready")
         assert (ready.status_code, ready.headers["Connection"]) == (200, "close")
 
