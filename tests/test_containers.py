@@ -16,11 +16,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx2
 import pytest
+from attrs import evolve
 from dotenv import dotenv_values
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from incidentkit.environment import VARIABLES
 from incidentkit.settings import Settings
 from scripts.make_constraints import image_python
 from tests.programs import outcome, service, start
@@ -47,6 +49,15 @@ DOT_ENV = {
     "INCIDENTKIT_ALLOW_ANONYMOUS": "0",
     "INCIDENTKIT_ALLOWED_HOSTS": "incidents.example.com",
     "INCIDENTKIT_TRUSTED_PROXIES": "10.0.0.0/8,unix",
+    "INCIDENTKIT_SCHEMA": "mine",
+    "INCIDENTKIT_MAX_STALENESS": "7",
+    "INCIDENTKIT_TRANSITIONS": "new:completed",
+    "INCIDENTKIT_STREAM_LIFETIME": "77",
+    "INCIDENTKIT_CORS_ORIGINS": "https://board.example.com",
+    "INCIDENTKIT_REQUESTS_PER_TOKEN": "7",
+    "INCIDENTKIT_READERS_PER_TOKEN": "6",
+    "INCIDENTKIT_SEARCHES_PER_TOKEN": "5",
+    "INCIDENTKIT_PREPARED_STATEMENTS": "off",
 }
 
 
@@ -186,7 +197,11 @@ def test_the_constraints_are_whole() -> None:
 
 def test_every_variable_reaches_the_service() -> None:
     """The service takes its settings from `.env`, except for the stack's own servers."""
+    assert {*DOT_ENV, "INCIDENTKIT_REDIS_URL"} == {*VARIABLES}
     settings = Settings.from_mapping(environment("incidentkit", DOT_ENV))
+    outside = Settings.from_mapping({**DOT_ENV, "INCIDENTKIT_DATABASE_URL": ""})
+    database, cache = settings.database_url, settings.redis_url
+    assert settings == evolve(outside, database_url=database, redis_url=cache)
     socket = "host=/var/run/postgresql&port=5432"
     assert settings.database_url == f"postgresql://me:secret@/mine?{socket}"
     assert settings.redis_url == "redis://redis:6379/3"
@@ -344,7 +359,7 @@ def test_the_example_of_a_dot_env_can_be_used_as_it_is() -> None:
     assert settings.database_url == "postgresql://postgres:change_me@localhost:5432/incidents"
     assert settings.redis_url == "redis://localhost:6379/0"
     named = set(re.findall(r"^(?:# )?([A-Z_]+)=", example.read_text(), re.MULTILINE))
-    assert named == {*DOT_ENV, "INCIDENTKIT_REDIS_URL"}
+    assert named == {*VARIABLES}
     assert compose(dotenv_values(example)) == compose(
         {**dotenv_values(example), "POSTGRES_HOST": "elsewhere", "REDIS_PORT": "1"}
     )

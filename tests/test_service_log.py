@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from incidentkit.cli.log import LineWriter
+from incidentkit.cli import log
+from incidentkit.cli.log import JsonFormatter, LineHandler, LineWriter
 from tests.programs import DEADLINE, start
 from tests.servers import free_port
 
@@ -154,3 +156,17 @@ def test_a_log_is_written_again() -> None:
     os.close(writer)
     with open(reader, "rb") as pipe:  # noqa: PTH123
         assert pipe.read() == b"written\n"
+
+
+def test_a_record_that_cannot_be_formatted_is_a_line_of_json_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A program that reads the log gets an object instead of each wrong record of a library."""
+    lines: list[str] = []
+    monkeypatch.setattr(log.LOG, "add", lines.append)
+    handler = LineHandler()
+    handler.setFormatter(JsonFormatter())
+    handler.handle(logging.LogRecord("driver", logging.INFO, "", 0, "%d", ("secret",), None))
+    (line,) = map(json.loads, lines)
+    assert (line["level"], line["logger"]) == ("error", "incidentkit")
+    assert line["message"] == "A record of driver cannot be formatted: TypeError"

@@ -243,7 +243,12 @@ class LineHandler(logging.Handler):
         try:
             text = self.format(record)
         except Exception as error:  # noqa: BLE001
-            text = f"A record of {record.name} cannot be formatted: {type(error).__name__}"
+            failed = "A record of %s cannot be formatted: %s"
+            arguments = record.name, type(error).__name__
+            # In the format of the others, which a program may read.
+            text = self.format(
+                logging.LogRecord("incidentkit", logging.ERROR, "", 0, failed, arguments, None)
+            )
         LOG.add(text + "\n")
 
     def flush(self) -> None:

@@ -32,11 +32,12 @@ from uvicorn.server import ServerState
 from incidentkit.cli import limits
 from incidentkit.cli.limits import Places
 from incidentkit.cli.log import LOG
-from incidentkit.http.envelope import Envelope
+from incidentkit.http.envelope import NO_SNIFF, NO_STORE, Envelope
 from incidentkit.http.log import NO_ROUTE, OTHER_METHOD, observe_answer
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_response
 from incidentkit.http.request_id import NAME, request_id
 from incidentkit.http.server_hooks import EXTENSION, ServerHooks
+from incidentkit.http.streams import stream_instead
 
 logger = logging.getLogger("incidentkit.http")
 
@@ -51,6 +52,9 @@ SOME_ID: Final = "0" * 32
 
 HEALTH: Final = ("/health/live", "/health/ready")
 """The ends of the paths that are answered on spare connections, under any prefix."""
+
+STREAM: Final = "/incident/changes"
+"""The end of the path whose streams are never refused by their status, under any prefix."""
 
 _PLACES: Final[WeakKeyDictionary[ServerState, Places]] = WeakKeyDictionary()
 """The places of each server in this process."""
@@ -432,7 +436,8 @@ def _refusal_answer(kind: Kind, detail: str) -> tuple[bytes, bytes]:
     """
     request = Request({"type": "http", "headers": [(NAME, SOME_ID.encode())]})
     response = problem_response(request, Refusal(kind, detail))
-    headers = [*response.raw_headers, (NAME, SOME_ID.encode()), (b"connection", b"close")]
+    common = (NAME, SOME_ID.encode()), NO_STORE, NO_SNIFF, (b"connection", b"close")
+    headers = [*response.raw_headers, *common]
     lines = b"".join(b"%b: %b\r\n" % header for header in headers)
     return STATUS_LINE[kind.status], lines + b"\r\n" + bytes(response.body)
 
@@ -475,6 +480,9 @@ def _only_health(app: ASGIApp, config: Config) -> ASGIApp:
         detail = "The service has as many connections as it can serve"
         refusal = Refusal(Kind.TOO_MANY_CONNECTIONS, detail, headers=RETRY_HEADERS)
         _observe(config, refusal)
-        await problem_response(Request(scope), refusal)(scope, receive, send_last)
+        request = Request(scope)
+        stream = stream_instead(request, refusal) if scope["path"].endswith(STREAM) else None
+        response = stream or problem_response(request, refusal)
+        await response(scope, receive, send_last)
 
     return Envelope(answer)

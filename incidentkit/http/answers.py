@@ -23,14 +23,14 @@ from incidentkit.http.openapi import document
 from incidentkit.http.principals import READ, check_again, sees_details, sender_of
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, etag
 from incidentkit.http.purging import Purge, PurgeQuery, purge_for
-from incidentkit.http.requests import KNOWN_QUERIES, accepts
+from incidentkit.http.requests import KNOWN_QUERIES
 from incidentkit.http.server_hooks import server_log
 from incidentkit.http.service import Service
 from incidentkit.http.streams import (
-    MEDIA_TYPE,
     run_until_disconnect,
     run_until_stop,
     stream_changes,
+    wants_stream,
 )
 from incidentkit.pacing import in_parts
 from incidentkit.wire import (
@@ -204,8 +204,7 @@ async def changes(request: Request, arguments: Mapping[str, Any]) -> Response:
     after, limit, wait = (arguments[name] for name in ("after", "limit", "wait"))
     if arguments["last_event_id"] is not None:
         after = arguments["last_event_id"]
-    streams = accepts(request.scope["headers"], MEDIA_TYPE, before="application/json")
-    if streams and request.method == "GET":
+    if wants_stream(request):
         return await stream_changes(request, client, readers, after)
     sender = sender_of(request.scope)
     with service.requests.place(sender):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from incidentkit.domain.actor import acting_as
 from incidentkit.domain.values import NAME_MAX_LENGTH
@@ -18,6 +19,14 @@ from incidentkit.http.operation import Operation
 from incidentkit.http.principals import ACTOR, Gate, sender_of
 from incidentkit.http.problems import problem_response
 from incidentkit.http.requests import read_arguments
+from incidentkit.http.streams import stream_instead
+
+PART: Final = 64 * 1024
+"""Maximum bytes of a body that the server gets at a time.
+
+The server holds a copy of what a client has not read yet. The body itself may be shared by many
+requests, as that of a page in the cache.
+"""
 
 
 class Endpoint:
@@ -52,9 +61,11 @@ class Endpoint:
                 with self.requests.place(sender):
                     response = await self._answer(request, actor)
         except Exception as error:  # noqa: BLE001
-            response = problem_response(request, error)
+            stream = None if operation.streams is None else stream_instead(request, error)
+            response = stream or problem_response(request, error)
         log_answer(request, operation.path, response, started)
-        await response(scope, receive, send)
+        large = len(response.body) > PART
+        await response(scope, receive, _in_parts(send) if large else send)
 
     async def _answer(self, request: Request, actor: str | None) -> Response:
         """Read a request, and answer it for an actor."""
@@ -77,6 +88,21 @@ class Endpoint:
         if self.operation.scope is None:
             return None
         return await self.gate.admit(scope, self.operation.scope)
+
+
+def _in_parts(send: Send) -> Send:
+    """Return what sends a large body in parts, each once the client has read enough."""
+
+    async def send_parts(message: Message) -> None:
+        if message["type"] != "http.response.body":
+            await send(message)
+            return
+        body: bytes = message["body"]
+        for start in range(0, len(body), PART):
+            more = start + PART < len(body)
+            await send({**message, "body": body[start : start + PART], "more_body": more})
+
+    return send_parts
 
 
 class Dispatcher:

@@ -35,6 +35,7 @@ from incidentkit.domain.values import (
 from incidentkit.http.principals import sender_of, still_admitted
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_for, refusal_for
 from incidentkit.http.request_id import request_id
+from incidentkit.http.requests import accepts
 from incidentkit.http.server_hooks import abort, wait_for_stop
 from incidentkit.wire import dump_json, encode_event, wire_converter
 
@@ -82,6 +83,7 @@ START_TIMEOUT: Final = 5.0
 AWAY: Final = b": the database is unavailable\n\n"
 """The comment of a stream that waits for the database."""
 
+UNCHECKED: Final = b": the service cannot check who sends the request\n\n"
 NO_PLACE: Final = b": every place for a reader is taken\n\n"
 NOT_OPEN: Final = b": the service is not open\n\n"
 """The comments of a stream that ends at once."""
@@ -220,6 +222,32 @@ async def stream_changes(
         except ClientClosed:
             return _short_stream(RETRY, NOT_OPEN)
         return ChangeStream(client, after, page, readers, place.pop_all())
+
+
+def stream_instead(request: Request, error: Exception) -> Response | None:
+    """Return a stream that ends at once, and asks a reader to come back after an error.
+
+    None: the request is not for a stream, or the error lasts.
+    """
+    if not wants_stream(request):
+        return None
+    if isinstance(error, ClientClosed):
+        return _short_stream(RETRY, NOT_OPEN)
+    if isinstance(error, (StoreUnavailable, SchemaOutOfDate)):
+        return _short_stream(RETRY, AWAY)
+    kind = error.kind if isinstance(error, Refusal) else None
+    if kind is Kind.AUTHENTICATION_UNAVAILABLE:
+        return _short_stream(RETRY, UNCHECKED)
+    if kind is Kind.TOO_MANY_CONNECTIONS:
+        return _short_stream(RETRY_WITHOUT_PLACE, NO_PLACE)
+    return None
+
+
+def wants_stream(request: Request) -> bool:
+    """Return whether a request for changes is answered with a stream of them."""
+    return request.method == "GET" and accepts(
+        request.scope["headers"], MEDIA_TYPE, before="application/json"
+    )
 
 
 def _short_stream(seconds: tuple[int, int], comment: bytes) -> Response:

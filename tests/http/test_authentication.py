@@ -571,6 +571,28 @@ async def test_a_stream_ends_when_its_token_is_revoked(
     forever.set()
 
 
+@pytest.mark.parametrize("anonymous", ["never", "until_token"])
+async def test_a_new_stream_survives_that_its_sender_cannot_be_checked(
+    migrated_sqlite_url: str, monkeypatch: pytest.MonkeyPatch, anonymous: str
+) -> None:
+    """A browser takes every status but 200 as the end, so it is asked to come back instead."""
+    async with serving(migrated_sqlite_url, anonymous=anonymous) as service:
+        token = await service.token() if anonymous == "never" else None
+        path, stream = "/incident/changes", {"Accept": "text/event-stream"}
+        counter = Counter(service.incidents, monkeypatch)
+        counter.away = True
+        answer = await service.send("GET", path, token, headers=stream)
+        assert answer.status_code == 200
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        retry, comment = answer.text.split("\n\n", 1)
+        assert 1000 <= int(retry.removeprefix("retry: ")) <= 3000
+        assert comment == ": the database is unavailable\n\n"
+        assert (await service.send("GET", path, token)).status_code == 503
+        counter.away = False
+        wrong = await service.send("GET", path, "wrong", headers=stream)
+        assert wrong.status_code == 401
+
+
 # Anonymous callers
 
 
@@ -640,6 +662,10 @@ async def test_a_host_brings_its_own_check(migrated_sqlite_url: str, records: Re
         assert (await service.send("GET", "/incident/get")).status_code == 401
         broken = await service.send("GET", "/incident/get", headers={"X-User": "broken"})
         assert (broken.status_code, broken.json()["code"]) == (503, "authentication_unavailable")
+        accept = {"Accept": "text/event-stream", "X-User": "broken"}
+        stream = await service.send("GET", "/incident/changes", headers=accept)
+        assert stream.status_code == 200
+        assert ": the service cannot check who sends the request" in stream.text
         assert "directory" not in broken.text
         assert any(record.exc_info for record in records.seen)
         document = (await service.send("GET", "/openapi.json")).json()

@@ -95,6 +95,7 @@ def problem(answer: bytes) -> dict[str, Any]:
     assert "content-type: application/problem+json" in headers
     assert "connection: close" in headers
     assert f"x-request-id: {found['request_id']}" in headers
+    assert {"cache-control: no-store", "x-content-type-options: nosniff"} <= {*headers}
     return found
 
 
@@ -260,6 +261,35 @@ def test_a_reader_that_reads_nothing_is_dropped() -> None:
     assert app.gone
 
 
+async def test_a_large_answer_is_handed_over_in_parts() -> None:
+    """The server holds a small part of an answer that its client does not read, not a copy."""
+    async with IncidentClient.open(MEMORY) as incidents:
+        app = create_app(incidents)
+        for _ in range(40):
+            await incidents.create("\N{FIRE}" * 1000, source="monitoring")
+        parts: list[bytes] = []
+        begun, reads = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                parts.append(message["body"])
+                begun.set()
+                await reads.wait()
+
+        path = "/incident/get"
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [], "app": app}
+        answer = asyncio.ensure_future(app({**scope, "query_string": b"limit=40"}, receive, send))
+        await begun.wait()
+        assert len(parts) == 1
+        reads.set()
+        await answer
+        assert [len(part) for part in parts[:2]] == [2**16, 2**16]
+        assert len(json.loads(b"".join(parts))) == 40
+
+
 def test_waiting_connections_make_room_for_new_ones(records: Records) -> None:
     """Above the limit, the connection that has waited longest is closed, with one warning."""
     app = create_app(IncidentClient.open(MEMORY))
@@ -274,7 +304,7 @@ def test_waiting_connections_make_room_for_new_ones(records: Records) -> None:
 
 
 def test_busy_connections_are_kept() -> None:
-    """While every connection has a request, only health checks are answered on further ones."""
+    """While every connection has a request, further ones get health checks and a `retry:`."""
     app = create_app(IncidentClient.open(MEMORY))
     changes = {"Accept": "text/event-stream"}
     with serving(app, http=Protocol, limit_concurrency=2) as url, ExitStack() as stack:
@@ -285,6 +315,9 @@ def test_busy_connections_are_kept() -> None:
         assert refused.status_code == 503
         assert refused.headers["Retry-After"]
         assert refused.headers["X-Request-ID"] == refused.json()["request_id"]
+        come_back = httpx2.get(f"{url}/incident/changes", headers=changes)
+        assert come_back.status_code == 200
+        assert come_back.text.startswith("retry: 1")
         ready = httpx2.get(f"{url}/health/ready")
         assert (ready.status_code, ready.headers["Connection"]) == (200, "close")
 
