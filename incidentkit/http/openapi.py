@@ -475,8 +475,8 @@ def _stream(model: type[Any], schemas: Json) -> Json:
         f"data: {json.dumps(example)}",
     )
     described = (
-        f"Server-sent events; the data of each is {model.__name__} as JSON. Only the data of an event "
-        "`problem`, which is the last one, is Problem."
+        f"Server-sent events; the data of each is {model.__name__} as JSON. Only the data of an "
+        "event `problem`, which is the last one, is Problem."
     )
     return {
         MEDIA_TYPE_OF_STREAMS: {
