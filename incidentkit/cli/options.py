@@ -14,6 +14,7 @@ import click
 from attrs import frozen
 
 from incidentkit.cli.completion import offer_databases
+from incidentkit.cli.log import JsonFormatter
 from incidentkit.cli.text import harmless
 from incidentkit.domain.actor import acting_as
 from incidentkit.domain.errors import InvalidSettings
@@ -106,8 +107,6 @@ def _servers(options: dict[str, str | None], *, as_json: bool = False) -> Server
 
 def _json_record(text: str) -> str:
     """Return a line of the log in JSON, before there is a log."""
-    from incidentkit.cli.log import JsonFormatter  # noqa: PLC0415
-
     record = logging.LogRecord("incidentkit.cli", logging.INFO, __file__, 0, text, None, None)
     return JsonFormatter().format(record)
 
