@@ -31,7 +31,7 @@ from uvicorn.server import ServerState
 from incidentkit.cli import limits
 from incidentkit.cli.limits import Places
 from incidentkit.cli.log import LOG
-from incidentkit.http.envelope import Envelope
+from incidentkit.http.envelope import NO_SNIFF, NO_STORE, Envelope
 from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_response
 from incidentkit.http.request_id import NAME, request_id
 from incidentkit.http.server_hooks import EXTENSION, ServerHooks
@@ -428,7 +428,8 @@ def _refusal_answer(kind: Kind, detail: str) -> tuple[bytes, bytes]:
     """
     request = Request({"type": "http", "headers": [(NAME, SOME_ID.encode())]})
     response = problem_response(request, Refusal(kind, detail))
-    headers = [*response.raw_headers, (NAME, SOME_ID.encode()), (b"connection", b"close")]
+    common = (NAME, SOME_ID.encode()), NO_STORE, NO_SNIFF
+    headers = [*response.raw_headers, *common, (b"connection", b"close")]
     lines = b"".join(b"%b: %b\r\n" % header for header in headers)
     return STATUS_LINE[kind.status], lines + b"\r\n" + bytes(response.body)
 
