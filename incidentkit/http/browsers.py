@@ -16,13 +16,15 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from incidentkit.http.log import NO_ROUTE, log_answer
+from incidentkit.http.principals import STRANGER
 from incidentkit.http.problems import Kind, Refusal, problem_response
 
 LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "[::1]"))
 """The hosts of a service that listens on loopback."""
 
 PROBES: Final = frozenset(("/health/live", "/health/ready"))
-"""The paths that any host may ask for: a probe takes the address of a container as the host."""
+"""The paths that any host may ask for, without details: a probe takes the address of a container as
+the host."""
 
 SAFE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
@@ -62,29 +64,49 @@ class BrowserGuard:
         await response(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Refusal | None:
-        sent = {name: value for name, value in scope["headers"] if name in _HEADERS}
-        host = _text(sent, b"host")
-        if self._hosts is not None and not self._is_own(host) and scope["path"] not in PROBES:
-            return Refusal(Kind.MISDIRECTED_REQUEST, "The service does not answer for this host")
-        origin = _text(sent, b"origin")
-        own = not origin or self._is_known(origin) or urlsplit(origin).netloc == host
+        sent = _read(scope)
+        host = sent.get(b"host", "")
+        if self._hosts is not None and not self._is_own(host):
+            if scope["path"] not in PROBES:
+                detail = "The service does not answer for this host"
+                return Refusal(Kind.MISDIRECTED_REQUEST, detail)
+            scope[STRANGER] = True
+        origin = sent.get(b"origin", "")
+        own = not origin or self._is_known(origin) or _authority(origin) == host
         if not own and scope["method"] not in SAFE:
             return Refusal(Kind.FOREIGN_ORIGIN, "A page of another origin may not change anything")
-        foreign = _text(sent, b"sec-fetch-site") == "cross-site"
+        foreign = sent.get(b"sec-fetch-site") == "cross-site"
         if foreign and not (own and origin) and not _navigates(scope, sent):
             detail = "A page of another site may not send this request"
             return Refusal(Kind.CROSS_SITE_REQUEST, detail)
         return None
 
     def _is_known(self, origin: str) -> bool:
-        return not self._origins.isdisjoint((origin, urlsplit(origin).netloc, "*"))
+        return not self._origins.isdisjoint((origin, _authority(origin), "*"))
 
     def _is_own(self, host: str) -> bool:
         return self._hosts is not None and (host in self._hosts or _name(host) in self._hosts)
 
 
-def _text(sent: Mapping[bytes, bytes], name: bytes) -> str:
-    return sent.get(name, b"").decode("latin-1").lower()
+def _read(scope: Scope) -> Mapping[bytes, str]:
+    """Return the headers that the guard looks at, in lower case.
+
+    Several hosts in one request are no host that the service has.
+    """
+    sent: dict[bytes, str] = {}
+    for name, value in scope["headers"]:
+        if name in _HEADERS:
+            text = value.strip(b" \t").decode("latin-1").lower()
+            sent[name] = f"{sent[name]}, {text}" if name in sent else text
+    return sent
+
+
+def _authority(origin: str) -> str | None:
+    """Return the host and the port of an origin; None if it has none."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str:
@@ -93,10 +115,10 @@ def _name(host: str) -> str:
     return name if colon and port.isdigit() else host
 
 
-def _navigates(scope: Scope, sent: Mapping[bytes, bytes]) -> bool:
+def _navigates(scope: Scope, sent: Mapping[bytes, str]) -> bool:
     """Return whether somebody follows a link: the page that has it sees nothing of the answer."""
     return (
         scope["method"] in SAFE
-        and sent.get(b"sec-fetch-mode") == b"navigate"
-        and sent.get(b"sec-fetch-dest") == b"document"
+        and sent.get(b"sec-fetch-mode") == "navigate"
+        and sent.get(b"sec-fetch-dest") == "document"
     )

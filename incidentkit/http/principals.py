@@ -33,6 +33,9 @@ PRINCIPAL: Final = "incidentkit.principal"
 ACTOR: Final = "incidentkit.actor"
 """The key of the actor in the scope of a request; it is missing if there is none."""
 
+STRANGER: Final = "incidentkit.stranger"
+"""The key in the scope of a request whose sender learns no details, whatever it may do."""
+
 ACTOR_HEADER: Final = "X-Actor"
 
 CHALLENGE: Final = 'Bearer realm="incidentkit"'
@@ -131,7 +134,7 @@ class Gate:
             The actor; None for an anonymous caller.
 
         Raises:
-            Refusal: 401 if the sender is unknown, 403 if it has none of the scopes or may not name
+            Refusal: 401 if the sender is unknown or needs a token, 403 if it has none of the scopes or may not name
                 an actor, 503 if the check fails.
             StoreUnavailable: If the check needs the database, which cannot be reached.
             InvalidIncident: If the header ``X-Actor`` has no valid name.
@@ -140,7 +143,8 @@ class Gate:
         if principal is None:
             raise unauthenticated(scope)
         if needed.isdisjoint(principal.scopes):
-            raise _insufficient(needed)
+            # A client that was not asked for a token may have one.
+            raise _insufficient(needed) if principal.name else unauthenticated(scope)
         scope[PRINCIPAL] = principal
         actor = _actor(scope, principal)
         if actor is not None:
@@ -152,6 +156,8 @@ class Gate:
 
         An answer of an open operation tells more to such a sender.
         """
+        if STRANGER in scope:
+            return False
         try:
             principal = await self._check(scope)
         except (Refusal, StoreUnavailable, SchemaOutOfDate, ClientClosed):

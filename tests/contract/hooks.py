@@ -30,9 +30,7 @@ STATES = frozenset(
 """The problems that depend on what is in the database."""
 
 REFUSED = frozenset(
-    ()
-    if "INCIDENTKIT_TEST_TOKEN" in os.environ
-    else ("unauthenticated", "insufficient_scope", "actor_not_allowed")
+    () if "INCIDENTKIT_TEST_TOKEN" in os.environ else ("unauthenticated", "actor_not_allowed")
 )
 """The problems of requests without a valid token."""
 

@@ -16,6 +16,7 @@ from openapi_spec_validator import validate as validate_document
 from incidentkit import IncidentClient, Scope, StoreError, StoreUnavailable
 from incidentkit.http import authentication
 from incidentkit.http.authentication import ANONYMOUS, TokenAuth
+from incidentkit.http.browsers import LOOPBACK, BrowserGuard
 from incidentkit.http.metrics import METRICS
 from incidentkit.http.principals import Principal
 from incidentkit.http.routes import ADMINISTRATION, DOCS, OPERATIONS
@@ -694,3 +695,24 @@ async def test_the_document_declares_schemes_and_scopes(service: Service) -> Non
         assert "security" not in str(document)
         # A mounted app without `authenticate` asks nothing.
         assert (await client.get("/incident/get")).status_code == 200
+
+
+async def test_an_anonymous_caller_is_asked_for_a_token_that_may_purge(
+    migrated_sqlite_url: str,
+) -> None:
+    """Where anonymous callers may do almost everything, the rest asks them for a token."""
+    async with serving(migrated_sqlite_url, anonymous="always") as service:
+        path = "/incident/purge?ended_before=2026-01-01 00:00:00"
+        response = await service.send("POST", path)
+    assert (response.status_code, response.json()["code"]) == (401, "unauthenticated")
+    assert response.headers["WWW-Authenticate"] == 'Bearer realm="incidentkit"'
+
+
+async def test_a_foreign_host_learns_no_details_of_readiness(migrated_sqlite_url: str) -> None:
+    """A page whose name leads to the service's address learns only whether it is ready."""
+    async with serving(migrated_sqlite_url, anonymous="always") as service:
+        service.app.add_middleware(BrowserGuard, hosts=LOOPBACK)
+        own = await service.send("GET", "/health/ready", headers={"Host": "localhost"})
+        foreign = await service.send("GET", "/health/ready", headers={"Host": "evil.example"})
+    assert "database" in own.json()
+    assert foreign.json() == {"ready": True}

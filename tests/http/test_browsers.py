@@ -47,6 +47,7 @@ async def client(app: Any) -> AsyncIterator[httpx2.AsyncClient]:
         ("board.example.com:8443", True),
         ("board.example.com", False),
         ("evil.example", False),
+        ("localhost:8000 \t", True),
         ("localhost.evil.example", False),
         ("127.0.0.1.evil.example:8000", False),
         ("[::2]", False),
@@ -85,6 +86,11 @@ OWN, BOARD = "http://localhost:8000", "https://board.example.com:8443"
         ("POST", {"Origin": "http://localhost"}, False),
         ("POST", {"Origin": "https://evil.example"}, False),
         ("POST", {"Origin": "null"}, False),
+        ("POST", {"Origin": "http://["}, False),
+        ("POST", {"Origin": "http://[::1"}, False),
+        ("GET", {"Origin": "http://["}, True),
+        ("POST", {"Origin": f"{OWN}\t"}, True),
+        ("GET", {"Sec-Fetch-Site": "cross-site "}, False),
         ("POST", {"Sec-Fetch-Site": "cross-site"}, False),
         ("POST", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, False),
         ("PATCH", {"Origin": "https://evil.example"}, False),
@@ -122,6 +128,15 @@ async def test_a_foreign_page_changes_nothing_and_reads_nothing(
     response = await client.request(method, path, headers=headers, **body)
     # The client of the app is not open, so a request that is let through gets 503.
     assert response.status_code == (503 if answered else 403)
+
+
+@pytest.mark.parametrize("hosts", [("evil.example", "localhost"), ("localhost", "evil.example")])
+async def test_several_hosts_are_none_of_the_service(
+    client: httpx2.AsyncClient, hosts: tuple[str, str]
+) -> None:
+    """A request with two hosts gets 421, whichever of them comes first."""
+    response = await client.get(LIST, headers=[("Host", host) for host in hosts])
+    assert response.status_code == 421
 
 
 async def test_a_refusal_is_logged(client: httpx2.AsyncClient, records: Records) -> None:

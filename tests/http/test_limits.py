@@ -120,7 +120,11 @@ def test_a_request_that_is_too_large_or_broken_is_a_problem(
     url: str, status: int, sent: bytes
 ) -> None:
     """It is refused before its end, with a problem, and the connection is closed."""
-    assert problem(exchange(url, sent))["status"] == status
+    answer = exchange(url, sent)
+    assert problem(answer)["status"] == status
+    head = answer.partition(b"\r\n\r\n")[0].lower()
+    assert b"\r\ncache-control: no-store" in head
+    assert b"\r\nx-content-type-options: nosniff" in head
     assert httpx2.get(f"{url}/health/live").status_code == 200
 
 
