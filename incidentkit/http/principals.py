@@ -134,8 +134,8 @@ class Gate:
             The actor; None for an anonymous caller.
 
         Raises:
-            Refusal: 401 if the sender is unknown or needs a token, 403 if it has none of the scopes or may not name
-                an actor, 503 if the check fails.
+            Refusal: 401 if the sender is unknown or needs a token, 403 if it has none of the scopes
+                or may not name an actor, 503 if the check fails.
             StoreUnavailable: If the check needs the database, which cannot be reached.
             InvalidIncident: If the header ``X-Actor`` has no valid name.
         """
