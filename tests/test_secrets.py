@@ -71,7 +71,7 @@ DAMAGES: Final[tuple[Callable[[str], str], ...]] = (
     lambda url: url[: len(url) // 2],
     lambda url: url[len(url) // 4 :],
 )
-"""What becomes of a URL by a slip."""
+"""URLs with typical typing errors."""
 
 separators = st.text(st.sampled_from("/?#@:%&=+,;[]\\ \t\n'\"!$~é\u2028"), max_size=3)
 secrets = st.lists(separators, min_size=1, max_size=3).map(
@@ -224,7 +224,7 @@ async def test_no_password_is_shown_by_servers_that_refuse_it(
 
 
 async def test_no_password_is_shown_that_a_server_repeats() -> None:
-    """A Redis that repeats the command for the password in its error gives nothing away."""
+    """A Redis that repeats the password in its error does not reveal it."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(1000):

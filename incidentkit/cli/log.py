@@ -26,10 +26,10 @@ GATHER: Final = 0.02
 """Seconds that a record waits for others, to be written together."""
 
 ATOMIC: Final = 4096
-"""Bytes that a pipe takes as a whole, so that lines of several processes do not mix."""
+"""Maximum bytes of an atomic write to a pipe, so that lines of several processes do not mix."""
 
 FLUSH_TIMEOUT: Final = 1.0
-"""Seconds that a process which ends waits for its last lines to be written."""
+"""Maximum seconds that an exiting process waits for its last lines to be written."""
 
 STDERR: Final = 2
 
@@ -62,7 +62,7 @@ FIELDS: Final = (
     "actor",
     "client_address",
 )
-"""The attributes of a record that a line of JSON has, too."""
+"""The attributes of a record that its JSON object also has."""
 
 
 def logging_config(log_format: LogFormat) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _is_open(number: int) -> bool:
 
 
 class LineWriter:
-    """Writes lines to a file from a thread of its own, and drops those that it cannot write.
+    """Writes lines to a file in a separate thread, and drops those that it cannot write.
 
     The thread starts with the first line. It writes again and again, however often that fails.
 
@@ -131,7 +131,7 @@ class LineWriter:
 
     @property
     def used(self) -> bool:
-        """Whether it has got a line yet."""
+        """Whether any record was added yet."""
         return self._thread is not None
 
     def add(self, text: str) -> None:
@@ -247,7 +247,7 @@ class LineHandler(logging.Handler):
         LOG.add(text + "\n")
 
     def flush(self) -> None:
-        """Wait for the lines to be written; the process is ending."""
+        """Wait for the last lines before the process exits."""
         LOG.flush()
 
 

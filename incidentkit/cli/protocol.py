@@ -112,7 +112,7 @@ class JoiningTransport:
 class Protocol(HttpToolsProtocol):
     """uvicorn's protocol on a :class:`JoiningTransport`, with limits and hooks for streams.
 
-    See :mod:`incidentkit.http.server_hooks`. A server of yours may use a subclass with other
+    See :mod:`incidentkit.http.server_hooks`. Your own server may use a subclass with other
     limits, for example for large uploads.
 
     Attributes:

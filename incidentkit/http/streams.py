@@ -123,7 +123,7 @@ class Readers:
             detail = f"{MAX_READERS} readers, the maximum, are already waiting for changes"
             raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
         if reader is not None and self._count_of[reader] >= self._each:
-            detail = f"You are already waiting for changes {self._each} times, the maximum"
+            detail = f"You already have {self._each} readers of changes, the maximum: end one first"
             raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
         self.count += 1
         if reader is not None:
