@@ -1,4 +1,4 @@
-"""The log of ``incidentkit serve``: one line for each record, on stderr.
+"""Write the log of ``incidentkit serve`` to stderr, one line for each record.
 
 Writing to stderr can fail, as on a full disk or once its reader has ended, and it can take any
 time, as while its reader stops reading. So a thread writes the lines, and the service drops those
@@ -23,7 +23,7 @@ CAPACITY: Final = 10_000
 """Maximum number of records that wait to be written."""
 
 GATHER: Final = 0.02
-"""Seconds that a record waits for others, to be written together."""
+"""Seconds that a record waits, so that several are written together."""
 
 ATOMIC: Final = 4096
 """Maximum bytes of an atomic write to a pipe, so that lines of several processes do not mix."""
@@ -87,7 +87,7 @@ def keep_stderr() -> None:
         if not _is_open(number):
             os.open(os.devnull, os.O_RDWR)
     if not _is_open(STDERR):
-        # The reader gets the number, and the writer takes it away.
+        # The pipe's reading end gets descriptor 2; dup2() replaces it with the writing end.
         _, writer = os.pipe()
         os.dup2(writer, STDERR)
         os.close(writer)
@@ -135,7 +135,7 @@ class LineWriter:
         return self._thread is not None
 
     def add(self, text: str) -> None:
-        """Take a record, as text that ends with a line feed; never wait and never fail."""
+        """Add a record, as text that ends with a line feed; never block and never raise."""
         if len(self._waiting) >= self._capacity:
             self._drop(1)
             return
@@ -166,7 +166,7 @@ class LineWriter:
         try:
             self._thread.start()
         except RuntimeError:
-            # The process has no room for a thread, or is ending: the next record tries again.
+            # Too many threads, or the process is exiting: the next record tries again.
             self._thread = None
 
     def _run(self) -> None:
@@ -186,7 +186,7 @@ class LineWriter:
                     self._done.notify_all()
 
     def _write_all(self) -> None:
-        """Write what waits, in pieces of whole lines."""
+        """Write the waiting records, in pieces of whole lines."""
         while self._waiting:
             piece = bytearray(b"\n" if self._torn else b"")
             records = 0
@@ -295,7 +295,7 @@ class JsonFormatter(logging.Formatter):
     """Formats each record as a JSON object in one line, in ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the object, with the traceback as a text if there is one."""
+        """Return the object, with the traceback as a string if there is one."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, object] = {
             "time": time.replace("+00:00", "Z"),

@@ -77,8 +77,8 @@ class Places:
         taken = self._taken.get(sender, 0)
         if taken >= self._maximum:
             detail = (
-                f"You already have {self._maximum} {self._what} running, the maximum: "
-                "repeat this one when another has ended"
+                f"Too many {self._what} at a time, the maximum is {self._maximum}: try again when "
+                "one has ended"
             )
             raise Refusal(Kind.TOO_MANY_REQUESTS, detail, headers=RETRY)
         self._taken[sender] = taken + 1

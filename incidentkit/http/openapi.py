@@ -229,7 +229,7 @@ _REFUSALS: Final = (
     Refusal(Kind.INVALID_INCIDENT, f"{_FAULT.field} {_FAULT.reason}", (_FAULT,)),
     Refusal(
         Kind.TOO_MANY_REQUESTS,
-        "You already have 20 requests running, the maximum: repeat this one when another has ended",
+        "Too many requests at a time, the maximum is 20: try again when one has ended",
     ),
     Refusal(Kind.INTERNAL_ERROR, "The server failed to answer the request"),
     Refusal(

@@ -91,7 +91,7 @@ async def test_a_sender_has_so_many_at_a_time(api: Api, path: str, count: int, w
     refused = await api.get(path)
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     assert refused.json()["detail"].startswith(
-        f"You already have {count} {what} running, the maximum: repeat this one"
+        f"Too many {what} at a time, the maximum is {count}: try again"
     )
     others = [
         *await api.start(path, 1, "bob"),

@@ -200,10 +200,8 @@ def test_a_principal_takes_some_places_only(serve: Serve) -> None:
         refused = api.get("/incident/changes?wait=1", headers=alice)
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) > 0
-        assert (
-            refused.json()["detail"]
-            == "You already have 1 readers of changes, the maximum: end one first"
-        )
+        detail = "Too many readers of changes, your maximum is 1: end one first"
+        assert refused.json()["detail"] == detail
         again = api.get("/incident/changes", headers=STREAM | alice)
         assert again.status_code == 200
         assert ": every place for a reader is taken" in again.text
