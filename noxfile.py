@@ -254,7 +254,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(python=next(iter(installed_pythons().values())))
 def expose(session: nox.Session) -> None:
-    """Follow the guide "Expose it", with nginx and Prometheus."""
+    """Follow the guide "Expose the service", with nginx and Prometheus."""
     path = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
     packages = {
         "nginx": "nginx",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -207,6 +208,11 @@ async def calling(checkout: Checkout, database: str, incidents: int) -> AsyncIte
         await process.wait()
 
 
+def _divide(this: float, that: float) -> float:
+    """Return a ratio; what a short run does not use, the clock of a process cannot tell."""
+    return this / that if that else math.inf if this else 1.0
+
+
 @frozen
 class Row:
     """One comparison.
@@ -228,7 +234,7 @@ class Row:
         """The ratios round by round: new to old of rates, old to new of costs."""
         pairs = zip(self.new, self.old, strict=True)
         rates = self.unit.endswith("/s")
-        return [new / old if rates else old / new for new, old in pairs]
+        return [_divide(new, old) if rates else _divide(old, new) for new, old in pairs]
 
     @property
     def quartiles(self) -> tuple[float, float, float]:

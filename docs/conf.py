@@ -47,7 +47,7 @@ nitpick_ignore_regex: Final = [
     ("py:class", r"(asyncio|asyncpg|collections|contextlib|datetime|enum|os|redis|starlette)\..*"),
     (
         "py:class",
-        "AsyncEngine|Callable.*|Pool|Record|Starlette|MeterProvider|TracerProvider|datetime",
+        "AsyncEngine|Callable.*|ContextVar|Pool|Record|Starlette|MeterProvider|TracerProvider|datetime",
     ),
     ("py:mod", "contextvars"),
 ]

@@ -1,4 +1,4 @@
-"""Read a ``.env`` file that other users of the machine cannot have written."""
+"""Read a ``.env`` file, and refuse one that another user owns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EnvFile:
 
     Attributes:
         path: The file, absolute.
-        values: The value of each variable as it stands there; None: it has no value.
+        values: The value of each variable as written; None: it has no value.
         references: The variables with a ``${NAME}`` outside single quotes. It stands for another
             variable in shells and in Docker Compose, and is never replaced here.
     """
@@ -40,11 +40,11 @@ class EnvFile:
 def read_env_file(path: str | os.PathLike[str]) -> EnvFile | None:
     """Return the variables of a file; None if it is missing or is not a file.
 
-    A file that members of another group or all users can write is logged as a warning, and so is a
-    line that is no assignment, without its text.
+    Logs a warning for a file that all users or members of another group can write to, and for a
+    line that is not an assignment, without its text.
 
     Raises:
-        InvalidSettings: If the file belongs to another user than the one of the process and root,
+        InvalidSettings: If the file belongs to a user other than that of the process and root,
             cannot be read, or is not UTF-8.
     """
     name = os.fspath(path)
@@ -68,7 +68,7 @@ def _variables(name: str, bindings: list[Binding]) -> tuple[dict[str, str | None
     references: set[str] = set()
     for binding in bindings:
         if binding.error:
-            logger.warning("%s: line %d is no assignment", name, binding.original.line)
+            logger.warning("%s: line %d is not an assignment", name, binding.original.line)
         if binding.key is None:
             continue
         values[binding.key] = binding.value
@@ -88,8 +88,8 @@ def _check_owner(name: str, *found: os.stat_result) -> None:
         if each.st_uid not in (os.geteuid(), 0):
             raise InvalidSettings(
                 name,
-                f"belongs to another user (uid {each.st_uid}): make a copy of your own, or set its "
-                "variables in the environment",
+                f"belongs to another user (uid {each.st_uid}): replace it with your own copy, or "
+                "set its variables in the environment",
             )
     mode, group = found[-1].st_mode, found[-1].st_gid
     if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and group != os.getegid()):

@@ -275,8 +275,8 @@ class Environment:
         "INCIDENTKIT_ALLOW_ANONYMOUS",
         "false",
         _flag,
-        "whether the REST service answers requests without a token, even on an address that others "
-        "reach, and if there are tokens",
+        "whether the REST service answers requests without a token on any address, even if there "
+        "are tokens",
     )
     allowed_hosts: tuple[str, ...] | None = _variable(
         "INCIDENTKIT_ALLOWED_HOSTS",
@@ -289,7 +289,8 @@ class Environment:
         "INCIDENTKIT_TRUSTED_PROXIES",
         None,
         _several(trusted_proxy),
-        "the proxies whose X-Forwarded-For names the client: addresses or networks with commas",
+        "the proxies whose X-Forwarded-For names the client: addresses, networks or unix, with "
+        "commas",
     )
     prepared_statements: bool | None = _variable(
         "INCIDENTKIT_PREPARED_STATEMENTS",

@@ -1,4 +1,4 @@
-"""The protocol of an observer, which counts and times what a client does."""
+"""Define the protocol of observers, which count and time the calls of a client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 CacheRead: TypeAlias = Literal["process", "shared", "missing", "stale", "unavailable", "bypassed"]
-"""What a read of a page of the list finds in the caches; concurrent lists share a read:
+"""The result of reading a page of the list from the caches; concurrent calls share a read:
 
 - ``process``: served from the memory of the process.
 - ``shared``: served from the shared cache.
@@ -38,8 +38,8 @@ VERBS: Final = (
 
 
 CALLERS: Final[ContextVar[tuple[object, ...]]] = ContextVar("incidentkit_callers", default=())
-"""The calls that share what runs: what :meth:`Observer.call` gave on entering, once for each. Empty
-if nothing is observed, and for work that no call has asked for."""
+"""The calls that share the running statement, as the values that entering :meth:`Observer.call`
+returned. Empty without an observer, and for work in the background."""
 
 
 class Database(NamedTuple):
@@ -47,10 +47,10 @@ class Database(NamedTuple):
 
     Attributes:
         system: ``postgresql`` or ``sqlite``.
-        address: The host of the server, or the folder of its socket; None: it is not known, or
-            there are several, or none.
-        port: The port of the server; None as the address.
-        name: The name of the database; None as the address.
+        address: The host of the server, or the folder of its socket; None: unknown, several
+            hosts, or SQLite.
+        port: The port of the server; None if ``address`` is.
+        name: The name of the database; None if ``address`` is.
     """
 
     system: str
@@ -60,11 +60,11 @@ class Database(NamedTuple):
 
 
 class PoolUse(NamedTuple):
-    """How the connections of a client are used.
+    """The use of a client's connection pool.
 
     Attributes:
         in_use: Connections that run a call, or are being opened.
-        waiting: Calls that wait for a connection, or for their turn to take one.
+        waiting: Calls that wait for a connection.
         maximum: Maximum number of connections.
     """
 
@@ -74,16 +74,17 @@ class PoolUse(NamedTuple):
 
 
 class Observer(Protocol):
-    """Counts and times what a client does.
+    """Counts and times the calls of a client.
 
-    No method gets a message, a key, a note, an actor or another value of an incident. The methods
-    are called on the event loop: they must return at once and never raise.
+    No method receives a message, a key, a note, an actor or another value of an incident. The
+    methods are called on the event loop, so they must return at once and never raise.
     """
 
     def call(self, verb: str, /) -> AbstractContextManager[object]:
-        """Return what a call of a verb runs in; an exception that leaves it is its outcome.
+        """Return a context manager in which a call runs; it sees the exception if the call fails.
 
-        What it gives on entering stands for the call in :data:`CALLERS`: an object of its own.
+        The value that entering it returns represents the call in :data:`CALLERS`; each call needs
+        an object of its own.
 
         Args:
             verb: One of :data:`VERBS`.
@@ -91,7 +92,7 @@ class Observer(Protocol):
         ...
 
     def statement(self, operation: str, database: Database, /) -> AbstractContextManager[object]:
-        """Return what a statement runs in; an exception that leaves it is its outcome.
+        """Return a context manager in which a statement runs; it sees the exception on failure.
 
         :data:`CALLERS` has the calls that share it.
 
@@ -102,7 +103,7 @@ class Observer(Protocol):
         ...
 
     def pool_timeout(self) -> None:
-        """Count a call that has waited in vain for a connection."""
+        """Count a call that got no connection in time."""
         ...
 
     def cache_read(self, result: CacheRead, /) -> None:
@@ -137,11 +138,11 @@ class Observable(Protocol):
 
 @runtime_checkable
 class Pooled(Protocol):
-    """A store that may have connections of its own."""
+    """A store that may have its own connection pool."""
 
     @property
     def pool_use(self) -> PoolUse | None:
-        """How they are used; None: it has none, or those of a file."""
+        """The use of the pool; None: there is none, as with SQLite."""
 
 
 @runtime_checkable
@@ -149,7 +150,7 @@ class Pool(Pooled, Protocol):
     """An executor that lends connections."""
 
     def watch_pool(self, on_timeout: Callable[[], object]) -> None:
-        """Call a function whenever a call has waited in vain for one, from the next opening on."""
+        """Call a function whenever a call gets no connection in time, once the pool is opened."""
 
 
 def observe_verbs(client: object, observer: Observer) -> None:

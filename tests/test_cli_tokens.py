@@ -44,7 +44,7 @@ def test_a_token_is_the_whole_output() -> None:
 
 @pytest.mark.parametrize(("age", "days"), [("15m", 15 / 1440), ("12h", 0.5), ("90d", 90)])
 def test_a_token_expires_after_an_age(age: str, days: float) -> None:
-    """Minutes, hours and days are told by their letter."""
+    """An age is a number with the letter of its unit."""
     fields = json.loads(created("ci", "--scope", "read", "--expires", age, "--json").stdout)
     assert tokens.is_token(fields["token"])
     lasts = datetime.fromisoformat(fields["expires_at"]) - datetime.fromisoformat(
@@ -110,7 +110,7 @@ def test_wrong_tokens_are_refused() -> None:
     created("ci", "--scope", "read")
     taken = errors("token", "create", "ci", "--scope", "read", exit_code=2)
     assert taken == [
-        "Error: name is that of an active token: revoke it first, or choose another name"
+        "Error: name belongs to an active token: revoke it first, or choose another name"
     ]
     (told,) = errors("token", "create", "a/b", "--scope", "read", exit_code=2)
     assert told.startswith("Error: name must have 1 to 64 characters")

@@ -306,7 +306,7 @@ def test_no_container_has_rights_that_it_does_not_need(name: str) -> None:
     assert container.get("user") == (None if "build" in container else name)
 
 
-def test_the_stack_lets_anonymous_callers_in_by_name() -> None:
+def test_the_stack_allows_anonymous_callers_explicitly() -> None:
     """Only this machine reaches the stack, and a setting closes it to callers without a token."""
     settings = Settings.from_mapping(environment("incidentkit", {}))
     assert settings.allow_anonymous

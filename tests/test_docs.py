@@ -796,7 +796,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"more than {MAX_BODY} bytes" in rest
     assert rest.count(f"{MAX_LARGE_BODY}") == 2
     assert f"at most {MAX_ITEMS} such objects" in rest
-    assert f"the first {MAX_FAULTS} faulty incidents" in rest
+    assert f"the first {MAX_FAULTS} invalid incidents" in rest
     assert f"{TTL} seconds" in cache
     assert f"`{INDEX_KEY}`" in cache
     assert f"{memory.DEFAULT_MAX_BYTES // 2**20} MiB" in cache

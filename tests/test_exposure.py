@@ -1,4 +1,4 @@
-"""Who reaches `incidentkit serve`: on loopback, on other addresses, and behind a proxy."""
+"""Access to `incidentkit serve` on loopback, on other addresses and behind a proxy."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 VALID = {"--allowed-host": "LocalHost:8080", "--trusted-proxy": "unix"}
-DANGER = "everybody who reaches 0.0.0.0 could read and change incidents, since "
+DANGER = "anyone who can reach 0.0.0.0 could read and change incidents, since "
 NO_TOKEN = (
     "there is no active token: create one with `incidentkit token create NAME --scope read "
-    "--scope write`, or let anonymous callers in with --allow-anonymous"
+    "--scope write`, or allow anonymous callers with --allow-anonymous"
 )
 
 
@@ -56,26 +56,26 @@ async def token_on(url: str, **options: Any) -> str:
     ],
 )
 def test_loopback_is_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
-    """A name other than `localhost` may lead anywhere."""
+    """A loopback address and `localhost` are local; any other name may resolve to anything."""
     assert is_local(Tcp(host, 8000)) is loopback
 
 
 @pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("0.0.0.0", False)])
 def test_an_inherited_socket_counts_as_what_it_is(host: str, local: bool) -> None:
-    """Its address decides, since `--fd` does not tell it."""
+    """An inherited socket is local if its address is."""
     with socket.create_server((host, 0)) as listener:
         assert is_local(Inherited(listener.fileno()), listener) is local
 
 
 def test_only_this_machine_reaches_a_unix_socket() -> None:
-    """Whether the service has created it or inherited it."""
+    """A Unix socket is local, whether created or inherited."""
     with socket.socket(socket.AF_UNIX) as listener:
         assert is_local(Inherited(listener.fileno()), listener)
     assert is_local(Unix("incidentkit.sock"))
 
 
 def test_an_inherited_public_socket_needs_a_token(migrated_sqlite_url: str) -> None:
-    """`--fd` is no way around the check of the address."""
+    """An inherited socket on a public address needs a token too."""
     env = {**os.environ, "INCIDENTKIT_DATABASE_URL": migrated_sqlite_url}
     with socket.create_server(("0.0.0.0", 0)) as listener:
         listener.set_inheritable(True)
@@ -88,31 +88,31 @@ def test_an_inherited_public_socket_needs_a_token(migrated_sqlite_url: str) -> N
             text=True,
             check=False,
         )
-    danger = f"everybody who reaches the socket {fd} could read and change incidents, since "
+    danger = f"anyone who can reach the socket {fd} could read and change incidents, since "
     assert (done.returncode, done.stderr) == (2, f"Error: {danger}{NO_TOKEN}\n")
 
 
 def test_a_public_address_needs_a_token_or_a_decision(migrated_sqlite_url: str) -> None:
-    """Without either, `serve` does not start, and its message says the next command."""
+    """Without a token or --allow-anonymous, `serve` refuses to start and names the next command."""
     env = {**os.environ, "INCIDENTKIT_DATABASE_URL": migrated_sqlite_url}
     told = f"Error: {DANGER}{NO_TOKEN}\n"
     assert outcome(start("serve", "--host", "0.0.0.0", env=env)) == (2, "", told)
 
 
 async def check(settings: Settings, host: str, incidents: IncidentClient) -> None:
-    """Check who would reach a service at an address."""
+    """Run the check of an address."""
     address = Tcp(host, 8000)
     await check_exposure(incidents, settings, address, local=is_local(address))
 
 
 def served(settings: Settings, host: str) -> Any:
-    """Return the app as `serve` has it at an address."""
+    """Return the app that `serve` runs at an address."""
     client = IncidentClient.from_settings(settings)
     return exposed_app(client, settings, local=is_local(Tcp(host, 8000)))
 
 
 async def test_only_an_active_token_counts(migrated_sqlite_url: str) -> None:
-    """A service on a public address that would answer nobody does not start either."""
+    """A service on a public address whose tokens have all ended does not start either."""
     settings = Settings(migrated_sqlite_url)
     async with IncidentClient.open(migrated_sqlite_url) as incidents:
         await incidents.tokens.create("ci", "read")
@@ -123,7 +123,7 @@ async def test_only_an_active_token_counts(migrated_sqlite_url: str) -> None:
         await check(settings, "127.0.0.1", incidents)
         await check(evolve(settings, allow_anonymous=True), "0.0.0.0", incidents)
         in_memory = Settings("sqlite+aiosqlite:///:memory:")
-        with pytest.raises(Refused, match="a database in memory has no tokens: let anonymous"):
+        with pytest.raises(Refused, match="a database in memory has no tokens: allow anonymous"):
             await check(in_memory, "0.0.0.0", incidents)
 
 
@@ -145,7 +145,7 @@ async def test_a_service_that_cannot_read_tokens_does_not_start(
 
 @pytest.mark.parametrize("value", ["maybe", "2", "yes!"])
 def test_the_decision_is_read_strictly(value: str) -> None:
-    """Only a flag lets anonymous callers in, and anything else keeps the service from starting."""
+    """A value that is not a boolean is refused, and the error names the variable."""
     with pytest.raises(InvalidSettings, match="INCIDENTKIT_ALLOW_ANONYMOUS must be true or false"):
         Settings.from_mapping({"INCIDENTKIT_ALLOW_ANONYMOUS": value})
 
@@ -170,7 +170,7 @@ async def test_a_public_address_with_a_token_answers_only_that(
 async def test_every_worker_notices_the_first_token(
     migrated_postgres_url: str, tmp_path: Path
 ) -> None:
-    """On loopback, anonymous callers are let in until there is a token, and never again."""
+    """On loopback, anonymous callers are answered until there is a token, and never again."""
     env = {**os.environ, "INCIDENTKIT_DATABASE_URL": migrated_postgres_url}
     with service(tmp_path / "log", "--workers", "2", env=env) as running:
         url = f"{running.url}/incident/get"
@@ -242,7 +242,7 @@ async def test_a_trusted_proxy_names_the_client(migrated_sqlite_url: str) -> Non
 async def test_the_settings_bound_each_token(
     migrated_sqlite_url: str, monkeypatch: pytest.MonkeyPatch, server: str
 ) -> None:
-    """The three bounds of the environment reach the app, under any server."""
+    """The limits per token in the environment reach the app under any server."""
     monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", migrated_sqlite_url)
     for name, value in (("REQUESTS", 3), ("READERS", 2), ("SEARCHES", 1)):
         monkeypatch.setenv(f"INCIDENTKIT_{name}_PER_TOKEN", str(value))
@@ -263,7 +263,7 @@ async def test_the_settings_bound_each_token(
 async def test_under_another_server_a_token_closes_the_app(
     migrated_sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`incidentkit.http.asgi:app` lets anonymous callers in until there is a token."""
+    """`incidentkit.http.asgi:app` answers anonymous callers until there is a token."""
     monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", migrated_sqlite_url)
     monkeypatch.setenv("INCIDENTKIT_ALLOWED_HOSTS", "incidents.example.com")
     monkeypatch.delitem(sys.modules, "incidentkit.http.asgi", raising=False)

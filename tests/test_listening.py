@@ -110,7 +110,7 @@ def test_the_socket_of_another_service_is_left_alone(path: Path) -> None:
     path.write_text("kept")
     exit_code, _, err = outcome(start("serve", "--uds", str(path)))
     assert (exit_code, path.read_text()) == (1, "kept")
-    assert f"Cannot listen on {path}: the file exists, and is not a socket" in err
+    assert f"Cannot listen on {path}: the file exists and is not a socket: choose" in err
 
 
 def test_a_service_leaves_the_socket_of_its_successor(path: Path) -> None:

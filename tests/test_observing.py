@@ -1,4 +1,4 @@
-"""An observer learns what a client does, and never what incidents say."""
+"""An observer receives the calls of a client, and never the values of incidents."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ async def test_metrics_are_served_only_on_request() -> None:
 
 
 async def test_metrics_need_a_token_that_may_read(migrated_sqlite_url: str) -> None:
-    """Where requests are authenticated, `/metrics` tells nothing to a stranger."""
+    """With authentication, `/metrics` needs a token with the scope `read`."""
     client = IncidentClient.open(migrated_sqlite_url, observer=PrometheusObserver())
     app = create_app(client, metrics=True, authenticate=TokenAuth(client))
     async with client, ask(app) as api:
@@ -265,7 +265,7 @@ async def test_a_statement_names_its_server(migrated_postgres_url: str) -> None:
 
 
 async def test_the_use_of_the_pool_is_measured(migrated_postgres_url: str) -> None:
-    """Connections in use, calls that wait, and those that have waited in vain are in `/metrics`."""
+    """`/metrics` has the connections in use, the waiting calls and the timeouts of the pool."""
     options = StoreOptions(pool_size=1, max_overflow=0, pool_timeout=0.2)
     settings_ = Settings(migrated_postgres_url, store=options)
     client = IncidentClient.from_settings(settings_, observer=PrometheusObserver())

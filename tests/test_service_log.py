@@ -1,4 +1,4 @@
-"""A log that cannot be written never ends or holds up the service."""
+"""A log that cannot be written never stops or blocks the service."""
 
 from __future__ import annotations
 

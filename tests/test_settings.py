@@ -781,7 +781,8 @@ def test_a_line_that_is_no_assignment_is_logged(caplog: pytest.LogCaptureFixture
     """A warning names the line that is passed over, without its text."""
     Path(".env").write_text("REDIS_HOST=here\nPOSTGRES_PASSWORD='hunter2\n", "utf-8")
     assert Settings.from_env().redis_url == "redis://here:6379/0"
-    assert [record.getMessage() for record in caplog.records] == [".env: line 2 is no assignment"]
+    (record,) = caplog.records
+    assert record.getMessage() == ".env: line 2 is not an assignment"
 
 
 def test_fault_in_the_file_is_told_like_any_other() -> None:

@@ -58,8 +58,8 @@ class PageStore(Protocol):
 def seal(key: str, token: str, page: bytes) -> bytes:
     """Return the value for a shared cache: a JSON object of the page and its proof.
 
-    The value does not tell the token, so a program that can only read and write the cache cannot
-    make a value that :func:`unseal` accepts.
+    The value does not reveal the token, so a program with access to the cache alone cannot forge a
+    value that :func:`unseal` accepts.
     """
     return b'{"proof":"%b","incidents":%b}' % (_proof(key, token, page), page)
 
@@ -95,7 +95,7 @@ class PageCache:
         max_staleness: Seconds for which a token is trusted after its reading. 0: each call reads
             the token, or shares a reading that has not started.
         clock: Returns the time in seconds; it must be monotonic.
-        observer: Told where each page comes from; None: nothing is observed.
+        observer: Counts where each page comes from; None: nothing is observed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Decide who reaches the service at an address: with which tokens, and under which hosts."""
+"""Control access to the service at an address, by tokens and host names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 def is_local(address: Address, inherited: socket.socket | None = None) -> bool:
-    """Return whether only programs on this machine reach an address.
+    """Return whether only programs on this machine can reach an address.
 
     Args:
         address: Where the service listens.
@@ -44,7 +44,7 @@ def is_local(address: Address, inherited: socket.socket | None = None) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only programs on this machine reach a host."""
+    """Return whether a host is a loopback address or ``localhost``."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -54,11 +54,11 @@ def is_loopback(host: str) -> bool:
 async def check_exposure(
     client: IncidentClient, settings: Settings, address: Address, *, local: bool
 ) -> None:
-    """Raise if everybody who reaches an address could read and change incidents.
+    """Refuse to serve on an address that others can reach without tokens.
 
     Args:
         client: A client whose store is open.
-        settings: Whether anonymous callers are let in on purpose.
+        settings: Whether anonymous callers are allowed.
         address: Where the service listens.
         local: Whether only programs on this machine reach the address.
 
@@ -69,12 +69,12 @@ async def check_exposure(
     if settings.allow_anonymous:
         return
     now = datetime.now(UTC)
-    # Read for a local address too: otherwise each request would fail for want of a privilege.
+    # Also for a local address: a missing privilege must fail here, not in each request.
     active = any(token.active(now) for token in await AccessTokens(_Opened(client.store)).list())
     if active or local:
         return
-    danger = f"everybody who reaches {_name(address)} could read and change incidents"
-    anonymous = "let anonymous callers in with --allow-anonymous"
+    danger = f"anyone who can reach {_name(address)} could read and change incidents"
+    anonymous = "allow anonymous callers with --allow-anonymous"
     if in_memory(settings.database_url):
         raise Refused([f"{danger}, since a database in memory has no tokens: {anonymous}"])
     command = "`incidentkit token create NAME --scope read --scope write`"
@@ -94,10 +94,10 @@ def exposed_app(
     """Return the app as it is served at an address.
 
     Args:
-        client: Does what requests ask for.
+        client: Runs the operations.
         settings: How the service is configured.
         local: Whether only programs on this machine reach the address. Anonymous callers are then
-            let in until there is a first token.
+            allowed until there is a first token.
         metrics: Whether ``/metrics`` is served.
     """
     anonymous: Anonymous = "until_token" if local else "never"
@@ -126,7 +126,7 @@ def exposed_app(
 
 
 class _Opened:
-    """Reads tokens from an open store, without a client around it."""
+    """Adapts an open store to :class:`~incidentkit.store.AccessTokens`, without a client."""
 
     def __init__(self, store: object) -> None:
         self.store = store

@@ -1,4 +1,4 @@
-"""The limits of a connection to the service, and of the number of connections."""
+"""Limit each connection to the service, and the number of connections."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Connection(Protocol):
 
 
 class Places:
-    """Gives each connection a place, and closes one that waits if there are too many.
+    """Limits the number of connections, and closes an idle one to make room for a new one.
 
     A connection waits while it has sent no request, or only a part of one. Once all places are
     taken, a new connection replaces the one that has waited longest. If every connection has a

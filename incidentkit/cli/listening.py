@@ -1,4 +1,4 @@
-"""The socket on which the service listens: one of its own, or one that it is given."""
+"""Open the socket on which the service listens, or take over an inherited one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Inherited:
     """A listening socket that another program has opened.
 
     Attributes:
-        fd: Its number.
+        fd: Its file descriptor.
     """
 
     fd: int
@@ -104,7 +104,9 @@ def inherit(address: Inherited) -> Listener:
         raise click.UsageError(f"--fd {address.fd} {reason}") from error
     if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         listener.detach()
-        raise click.UsageError(f"--fd {address.fd} is a socket that does not listen")
+        raise click.UsageError(
+            f"--fd {address.fd} is a socket that does not listen: call listen() on it first"
+        )
     return Listener(listener, f"the socket {address.fd}", lambda: None)
 
 
@@ -122,7 +124,7 @@ def listen_on_file(address: Unix, backlog: int) -> Listener:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(path)
-        # Without any permission until it has its own.
+        # No permissions until chmod, so that no other user connects in between.
         before = os.umask(0o777)
         try:
             listener.bind(path)
@@ -148,7 +150,7 @@ def listen_on_file(address: Unix, backlog: int) -> Listener:
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
-    # A number is given to another file once the socket is closed.
+    # With the time, since the inode number may be reused.
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
@@ -163,7 +165,7 @@ def _remove_stale(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise OSError(errno.EEXIST, "the file exists, and is not a socket")
+        raise OSError(errno.EEXIST, "the file exists and is not a socket: choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as visitor:
         visitor.settimeout(0)
         try:

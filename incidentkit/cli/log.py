@@ -1,4 +1,4 @@
-"""The log of ``incidentkit serve``: one line for each record, on stderr.
+"""Write the log of ``incidentkit serve`` to stderr, one line for each record.
 
 Writing to stderr can fail, as on a full disk or once its reader has ended, and it can take any
 time, as while its reader stops reading. So a thread writes the lines, and the service drops those
@@ -23,13 +23,13 @@ CAPACITY: Final = 10_000
 """Maximum number of records that wait to be written."""
 
 GATHER: Final = 0.02
-"""Seconds that a record waits for others, to be written together."""
+"""Seconds that a record waits, so that several are written together."""
 
 ATOMIC: Final = 4096
-"""Bytes that a pipe takes as a whole, so that lines of several processes do not mix."""
+"""Maximum bytes of an atomic write to a pipe, so that lines of several processes do not mix."""
 
 FLUSH_TIMEOUT: Final = 1.0
-"""Seconds that a process which ends waits for its last lines to be written."""
+"""Maximum seconds that an exiting process waits for its last lines to be written."""
 
 STDERR: Final = 2
 
@@ -62,7 +62,7 @@ FIELDS: Final = (
     "actor",
     "client_address",
 )
-"""The attributes of a record that a line of JSON has, too."""
+"""The attributes of a record that its JSON object also has."""
 
 
 def logging_config(log_format: LogFormat) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def keep_stderr() -> None:
         if not _is_open(number):
             os.open(os.devnull, os.O_RDWR)
     if not _is_open(STDERR):
-        # The reader gets the number, and the writer takes it away.
+        # The pipe's reading end gets descriptor 2; dup2() replaces it with the writing end.
         _, writer = os.pipe()
         os.dup2(writer, STDERR)
         os.close(writer)
@@ -102,7 +102,7 @@ def _is_open(number: int) -> bool:
 
 
 class LineWriter:
-    """Writes lines to a file from a thread of its own, and drops those that it cannot write.
+    """Writes lines to a file in a separate thread, and drops those that it cannot write.
 
     The thread starts with the first line. It writes again and again, however often that fails.
 
@@ -131,11 +131,11 @@ class LineWriter:
 
     @property
     def used(self) -> bool:
-        """Whether it has got a line yet."""
+        """Whether any record was added yet."""
         return self._thread is not None
 
     def add(self, text: str) -> None:
-        """Take a record, as text that ends with a line feed; never wait and never fail."""
+        """Add a record, as text that ends with a line feed; never block and never raise."""
         if len(self._waiting) >= self._capacity:
             self._drop(1)
             return
@@ -166,7 +166,7 @@ class LineWriter:
         try:
             self._thread.start()
         except RuntimeError:
-            # The process has no room for a thread, or is ending: the next record tries again.
+            # Too many threads, or the process is exiting: the next record tries again.
             self._thread = None
 
     def _run(self) -> None:
@@ -186,7 +186,7 @@ class LineWriter:
                     self._done.notify_all()
 
     def _write_all(self) -> None:
-        """Write what waits, in pieces of whole lines."""
+        """Write the waiting records, in pieces of whole lines."""
         while self._waiting:
             piece = bytearray(b"\n" if self._torn else b"")
             records = 0
@@ -252,7 +252,7 @@ class LineHandler(logging.Handler):
         LOG.add(text + "\n")
 
     def flush(self) -> None:
-        """Wait for the lines to be written; the process is ending."""
+        """Wait for the last lines before the process exits."""
         LOG.flush()
 
 
@@ -300,7 +300,7 @@ class JsonFormatter(logging.Formatter):
     """Formats each record as a JSON object in one line, in ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the object, with the traceback as a text if there is one."""
+        """Return the object, with the traceback as a string if there is one."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, object] = {
             "time": time.replace("+00:00", "Z"),

@@ -1,4 +1,4 @@
-"""The metrics of ``serve --metrics``: load Prometheus, and add up those of several workers."""
+"""Load Prometheus for ``serve --metrics``, and add up the metrics of several workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MULTIPROCESS: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def prometheus_observer() -> Observer:
-    """Return an observer whose metrics ``/metrics`` answers with.
+    """Return the observer whose metrics ``/metrics`` serves.
 
     Raises:
         MissingDependency: If the extra ``metrics`` is not installed.

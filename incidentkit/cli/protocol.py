@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol: with limits, answers in one piece, and hooks for streams.
+"""Extend uvicorn's HTTP protocol with limits, joined writes, and hooks for streams.
 
 uvicorn writes the head of an answer and then its body, each with a system call, which takes longer
 than all the Python code in between. Here, everything written in one turn of the event loop goes out
@@ -42,10 +42,10 @@ from incidentkit.http.streams import stream_instead
 logger = logging.getLogger("incidentkit.http")
 
 PIECE: Final = 8 * 1024
-"""Bytes that the parser gets at a time, after which the limits are checked."""
+"""Bytes that the parser gets at a time; the limits are checked in between."""
 
-LOOKS: Final = 3
-"""Looks at a connection within each time limit."""
+CHECKS: Final = 3
+"""Number of checks of a connection in each time limit."""
 
 SOME_ID: Final = "0" * 32
 """Stands for the id of a request in an answer that is made before the request."""
@@ -57,7 +57,7 @@ STREAM: Final = "/incident/changes"
 """The end of the path whose streams are never refused by their status, under any prefix."""
 
 _PLACES: Final[WeakKeyDictionary[ServerState, Places]] = WeakKeyDictionary()
-"""The places of each server in this process."""
+"""The connection limits of each server in this process."""
 
 
 class JoiningTransport:
@@ -116,7 +116,7 @@ class JoiningTransport:
 class Protocol(HttpToolsProtocol):
     """uvicorn's protocol on a :class:`JoiningTransport`, with limits and hooks for streams.
 
-    See :mod:`incidentkit.http.server_hooks`. A server of yours may use a subclass with other
+    See :mod:`incidentkit.http.server_hooks`. Your own server may use a subclass with other
     limits, for example for large uploads.
 
     Attributes:
@@ -186,7 +186,7 @@ class Protocol(HttpToolsProtocol):
         super().handle_websocket_upgrade()
 
     def evict(self) -> None:
-        """Close the connection, which waits for a request, to make room for another one."""
+        """Close the waiting connection to make room for another one."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
@@ -253,7 +253,7 @@ class Protocol(HttpToolsProtocol):
     # The answers call this.
 
     def on_response_complete(self) -> None:
-        """Go on with the next request."""
+        """Continue with the next request."""
         super().on_response_complete()
         if self._refusal is not None:
             self.transport.close()
@@ -265,7 +265,7 @@ class Protocol(HttpToolsProtocol):
                 self._parse()
 
     def _parse(self) -> None:
-        """Give what is unread to the parser, unless a whole request waits already."""
+        """Pass unread data to the parser, unless a whole request is already waiting."""
         unread: bytes | memoryview = self._unread
         if len(unread) > PIECE:
             unread = memoryview(unread)
@@ -295,7 +295,7 @@ class Protocol(HttpToolsProtocol):
                     return
         self._unread = self._unread[at:]
         if self._unread:
-            # The client need not hurry while the service does not read.
+            # The time limit does not apply while the service does not read.
             self._receiving_since = None
             self.flow.pause_reading()
 
@@ -338,14 +338,14 @@ class Protocol(HttpToolsProtocol):
         return None
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Take no further request, and answer this one if it is its turn."""
+        """Accept no further request, and answer this one if it is its turn."""
         self._refusal = refusal
         self._unread = b""
         self._receiving_since = None
         cycle = self.cycle
         in_body = self._in_request and not self._in_head
         if self.pipeline or not (cycle is None or in_body or cycle.response_complete):
-            # The answer to an earlier request is on its way, and will be the last one.
+            # An earlier request is being answered; its answer is the last one.
             self.pipeline.clear()
         elif cycle is not None and in_body and cycle.response_started:
             self.transport.close()
@@ -357,7 +357,7 @@ class Protocol(HttpToolsProtocol):
             _observe(self.config, refusal)
 
     def _answer(self, refusal: Refusal) -> None:
-        """Send the refusal, and close the connection once the client can have read it."""
+        """Send the refusal, and close the connection after the client had time to read it."""
         id_ = request_id({"headers": ()})
         logger.info(
             "Refused with %d: %s", refusal.kind.status, refusal.detail, extra={"request_id": id_}
@@ -385,14 +385,14 @@ class Protocol(HttpToolsProtocol):
             self._look_timer = None
 
     def _look_later(self) -> None:
-        delay = min(self.receive_timeout, self.send_timeout) / LOOKS
+        delay = min(self.receive_timeout, self.send_timeout) / CHECKS
         if self._receiving_since is not None:
             left = self._receiving_since + self.receive_timeout - self.loop.time()
             delay = min(delay, max(left, 0.0))
         self._look_timer = self.loop.call_later(delay, self._look)
 
     def _look(self) -> None:
-        """Look whether the client sends and reads in time; called several times in each limit."""
+        """Check that the client sends and reads in time; runs several times in each limit."""
         now = self.loop.time()
         since = None if self.transport.is_closing() else self._receiving_since
         if since is not None and self.flow.read_paused:
@@ -416,7 +416,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _is_taken(self, now: float) -> bool:
-        """Return whether the client takes what is sent, if anything waits to be sent."""
+        """Return whether the client reads fast enough, or nothing waits to be sent."""
         waiting = self.transport.get_write_buffer_size()
         taken = self.transport.written - waiting
         if not waiting:
@@ -443,7 +443,7 @@ def _refusal_answer(kind: Kind, detail: str) -> tuple[bytes, bytes]:
 
 
 def _places(server: ServerState, limit: int | None) -> Places:
-    """Return the places of a server: as many as its setting says, or as its files allow."""
+    """Return the connection limits of a server, by its setting or by its open files."""
     places = _PLACES.get(server)
     if places is None:
         limit = limit or limits.connection_limit(limits.max_open_files())
@@ -452,7 +452,7 @@ def _places(server: ServerState, limit: int | None) -> Places:
 
 
 def _with_hooks(app: ASGIApp, hooks: ServerHooks) -> ASGIApp:
-    # Not a method: a protocol that refers to itself would outlive its connection.
+    # Not a method: the reference cycle would keep the protocol alive after its connection.
     def offer(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         scope.setdefault("extensions", {})[EXTENSION] = hooks
         return app(scope, receive, send)
@@ -461,7 +461,7 @@ def _with_hooks(app: ASGIApp, hooks: ServerHooks) -> ASGIApp:
 
 
 def _observe(config: Config, refusal: Refusal) -> None:
-    """Count a request that the service has not seen, among those that it has answered."""
+    """Report to the observer a request that the server refused before the app saw it."""
     observe_answer(config.loaded_app, OTHER_METHOD, NO_ROUTE, refusal.kind.status, 0.0)
 
 

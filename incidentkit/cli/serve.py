@@ -23,7 +23,7 @@ _PER_TOKEN: Final = click.IntRange(1, MAX_PER_TOKEN)
 
 
 def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
-    """Return permissions that are given in octal digits.
+    """Parse permissions in octal digits.
 
     Raises:
         BadParameter: If they are not.
@@ -115,8 +115,8 @@ def read_mode(_: click.Context, __: click.Parameter, value: str) -> int:
 @click.option(
     "--allow-anonymous",
     is_flag=True,
-    help="Answer requests without a token, even on an address that others reach, and if there are "
-    "tokens. Overrides the environment.",
+    help="Answer requests without a token on any address, even if there are tokens. Overrides the "
+    "environment.",
 )
 @click.option(
     "--allowed-host",
@@ -163,8 +163,8 @@ def serve(  # noqa: PLR0913
     requests that it has received, and exits with 0. Needs the extra `server`:
     pip install 'incidentkit[server]'.
 
-    On loopback, it answers everybody until there is an access token. On any other address it starts
-    only with a token or --allow-anonymous.
+    On loopback, requests need no access token until one exists. On any other address, the service
+    starts only with a token or --allow-anonymous.
 
     \b
     Examples:
@@ -223,7 +223,7 @@ def _address(tcp: Tcp, uds: str | None, uds_mode: int, fd: int | None) -> Addres
             raise click.UsageError("--uds needs a path, on a system with Unix sockets")
         return Unix(uds, uds_mode)
     if not tcp.host:
-        # Python's sockets take an empty host for every address of the machine.
+        # Python's sockets read an empty host as every address of the machine.
         raise click.UsageError("--host is empty: name an address, such as 127.0.0.1")
     return tcp
 

@@ -56,7 +56,7 @@ def run(
     Raises:
         UsageError: If several processes would each have a database of their own, or if there is no
             socket to inherit.
-        ClickException: If the address cannot be used, or everybody who reaches it could change
+        ClickException: If the address cannot be used, or anyone who can reach it could change
             incidents.
         IncidentKitError: If the database, or a required cache, cannot be used.
     """
@@ -169,7 +169,7 @@ async def check_servers(
         local: Whether only programs on this machine reach the address.
 
     Raises:
-        Refused: If everybody who reaches the address could change incidents.
+        Refused: If anyone who can reach the address could change incidents.
     """
     try:
         await (client.connect() if settings.redis_required else client.store.open())

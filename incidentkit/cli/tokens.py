@@ -39,7 +39,7 @@ def token() -> None:
     type=click.Choice(tuple(scope.value for scope in Scope)),
     required=True,
     multiple=True,
-    help="What it allows; repeat the option for several. No scope includes another.",
+    help="A scope of the token; repeat the option for several. No scope includes another.",
 )
 @click.option(
     "--expires",
@@ -87,7 +87,7 @@ def create(
 @takes_json
 @takes_database
 def list_tokens(servers: Servers, *, as_json: bool) -> None:
-    """Show every token without its secret, also those that have expired or were revoked."""
+    """Show every token without its secret, including expired and revoked ones."""
     found = read(servers, lambda incidents: incidents.tokens.list())
     if as_json:
         write(dump_json([_fields(each) for each in found]))
@@ -125,7 +125,7 @@ def _cells(token: AccessToken) -> tuple[str, ...]:
 
 
 def _state(token: AccessToken) -> str:
-    """Return ``active``, ``expired`` or ``revoked``; a token that had expired was not revoked."""
+    """Return ``active``, ``expired`` or ``revoked``; expired wins if it came first."""
     ended, expires = token.revoked_at, token.expires_at
     if ended is not None and (expires is None or ended < expires):
         return "revoked"

@@ -1,4 +1,4 @@
-"""Access tokens: their format, their scopes, and what is known of each."""
+"""Define the format, the scopes and the fields of access tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from incidentkit.domain import rules
 from incidentkit.domain.values import LATEST_TIME
 
 PREFIX: Final = "ik_"
-"""The beginning of every token, by which scanners find one that was published."""
+"""The prefix of every token, by which secret scanners find leaked ones."""
 
 SECRET_LENGTH: Final = 43
 """Number of random characters: 256 bits."""
@@ -54,7 +54,7 @@ class Scope(StrEnum):
 
 @frozen
 class AccessToken:
-    """A token as the database knows it, without its secret.
+    """A token as it is stored, without its secret.
 
     Attributes:
         access_token_id: Its id.
@@ -85,7 +85,7 @@ class CreatedToken:
 
     Attributes:
         secret: The token to send; it is in no ``repr`` and in no database.
-        token: The token as the database knows it.
+        token: The token as it is stored.
     """
 
     secret: str = field(repr=False)
@@ -105,9 +105,9 @@ def is_token(text: str) -> bool:
 
 
 def digest(secret: str) -> str:
-    """Return what the database keeps of a token: its SHA-256 in hexadecimal digits.
+    """Return the SHA-256 of a token in hexadecimal digits, which the database stores.
 
-    A token has 256 random bits, so that neither a salt nor a slow hash would add anything.
+    A token has 256 random bits, so a salt or a slow hash would add nothing.
     """
     return sha256(secret.encode()).hexdigest()
 

@@ -47,7 +47,7 @@ from incidentkit.wire import (
 _T = TypeVar("_T")
 
 REVALIDATE: Final[Mapping[str, str]] = {"Cache-Control": "private, no-cache"}
-"""Lets a browser keep an answer and ask each time whether it still holds."""
+"""Lets a browser store an answer and revalidate it each time."""
 
 _list_query: Final = lru_cache(KNOWN_QUERIES)(ListQuery)
 
@@ -100,8 +100,8 @@ async def create(request: Request, arguments: Mapping[str, Any]) -> Response:
         )
     location = f"{_root_path(request)}/incident/get/{incident.incident_id}"
     status = HTTPStatus.CREATED if incident.occurrences == 1 else HTTPStatus.OK
-    told = _told(request, new, incident)
-    return _incident(told, status, {"Location": location, **_replayed(replay)})
+    visible = _visible(request, new, incident)
+    return _incident(visible, status, {"Location": location, **_replayed(replay)})
 
 
 async def create_many(request: Request, arguments: Mapping[str, Any]) -> Response:
@@ -113,20 +113,20 @@ async def create_many(request: Request, arguments: Mapping[str, Any]) -> Respons
         )
     created = any(incident.occurrences == 1 for incident in incidents)
     status = HTTPStatus.CREATED if created else HTTPStatus.OK
-    told = [_told(request, *pair) for pair in zip(new, incidents, strict=True)]
-    content = await encode_array(told, encode_incidents)
+    visible = [_visible(request, *pair) for pair in zip(new, incidents, strict=True)]
+    content = await encode_array(visible, encode_incidents)
     return _json(content, status, _replayed(replay))
 
 
-def _told(request: Request, new: NewIncident, incident: Incident) -> Incident:
-    """Return what the sender may see of the incident that it has reported."""
+def _visible(request: Request, new: NewIncident, incident: Incident) -> Incident:
+    """Return the incident with the fields that its reporter may see."""
     if incident.occurrences == 1 or sees_details(request.scope):
         return incident
     return _as_reported(new, incident)
 
 
 def _as_reported(new: NewIncident, incident: Incident) -> Incident:
-    """Return the open incident as its reporter knows it: nothing of what others have reported."""
+    """Return the open incident without anything that others reported."""
     return Incident(
         incident.incident_id,
         new.incident_message,
@@ -279,8 +279,8 @@ async def purge(request: Request, arguments: Mapping[str, Any]) -> Response:
 
 
 async def index(request: Request, _: Mapping[str, Any]) -> Response:
-    """Lead to Swagger UI."""
-    # A relative address holds behind a proxy that strips a prefix, too.
+    """Redirect to Swagger UI."""
+    # A relative URL also works behind a proxy that strips a prefix.
     below = request.scope["path"].endswith("/")
     location = "docs" if below else f"{_root_path(request)}/docs"
     return Response(status_code=307, headers={"Location": location})

@@ -38,26 +38,26 @@ from incidentkit.http.principals import Principal
 from incidentkit.http.problems import Kind, Refusal
 
 Anonymous: TypeAlias = Literal["never", "until_token", "always"]
-"""When a request without a token is let through: never, until the database has a first token, or
+"""When requests without a token are answered: never, until the database has a first token, or
 always."""
 
 MAX_AGE: Final = 5.0
-"""Seconds for which a successful check counts, and so the longest that a revoked token works."""
+"""Seconds for which a successful check is cached: a revoked token works for no longer."""
 
 MAX_KNOWN: Final = 1000
-"""Maximum number of successful checks that are remembered."""
+"""Maximum number of successful checks in the cache."""
 
 MAX_FAILURES: Final = 20
 """Maximum number of failed checks of one address in a minute."""
 
 WINDOW: Final = 60.0
-"""The seconds of that minute."""
+"""Seconds in which :data:`MAX_FAILURES` are counted."""
 
 MAX_ADDRESSES: Final = 10_000
 """Maximum number of addresses whose failed checks are counted."""
 
 ANONYMOUS: Final = Principal("", frozenset((TokenScope.REPORT, TokenScope.READ, TokenScope.WRITE)))
-"""An anonymous caller; it may do everything that removes nothing."""
+"""An anonymous caller: it may do everything except purge and name an actor."""
 
 _AUTHORIZATION: Final = b"authorization"
 
@@ -67,9 +67,9 @@ class _Known:
     """A successful check.
 
     Attributes:
-        principal: Whose token it is.
+        principal: The owner of the token.
         expires: When the token expires, in seconds since 1970; None: it does not.
-        until: How long the check counts, by ``time.monotonic()``.
+        until: When the check has to be repeated, by ``time.monotonic()``.
     """
 
     principal: Principal
@@ -86,15 +86,15 @@ class _Failures:
 
 
 class TokenAuth:
-    """Finds the sender of a request by its access token: ``authenticate=`` of ``create_app``.
+    """Authenticates requests by access token; pass it to ``create_app`` as ``authenticate``.
 
     The token is sent as ``Authorization: Bearer``, or as the password of ``Basic``.
 
     Args:
-        client: Has the tokens in its database.
-        anonymous: When a request without a token is let through. Once the database has had a
-            token, ``until_token`` means never.
-        max_age: Seconds, 0 to 5, for which a successful check counts.
+        client: Its database has the tokens.
+        anonymous: When requests without a token are answered. Once the database has had a token,
+            ``until_token`` means never.
+        max_age: Seconds, 0 to 5, for which a successful check is cached.
     """
 
     schemes: Mapping[str, Mapping[str, Any]] = {
@@ -132,17 +132,17 @@ class TokenAuth:
 
         Raises:
             Refusal: 429 if too many checks of the client's address have failed.
-            StoreUnavailable: If the database cannot be reached, and no check of the last seconds
-                counts.
+            StoreUnavailable: If the database cannot be reached and no check of the token is
+                cached.
         """
         sent = [value for name, value in scope["headers"] if name == _AUTHORIZATION]
         if not sent:
-            return ANONYMOUS if await self._lets_anonymous_in() else None
+            return ANONYMOUS if await self._allows_anonymous() else None
         secret = _secret(sent)
         digest = sha256(secret).digest()
         known = self._known.get(digest)
         if known is not None and not _lasts(known):
-            # Also while the database is away.
+            # No need for the database, which may be unavailable.
             return None
         if known is not None and time.monotonic() < known.until:
             return known.principal
@@ -151,10 +151,10 @@ class TokenAuth:
     async def _check(
         self, scope: Scope, secret: bytes, digest: bytes, known: _Known | None
     ) -> Principal | None:
-        """Look the token up, unless it has no valid form or its sender has failed too often."""
+        """Look up a well-formed token, unless too many checks of the address have failed."""
         address = _counted(client_address(scope))
         if known is None:
-            # A token that was valid is looked up in any case: others may share its address.
+            # A token that was valid is always looked up: an attacker may share its address.
             self._refuse_too_many(address)
         well_formed = secret.isascii() and tokens.is_token(secret.decode())
         found = await self._look_up(digest) if well_formed else None
@@ -191,7 +191,7 @@ class TokenAuth:
         self._marking.add(marking)
         marking.add_done_callback(self._marking.discard)
 
-    async def _lets_anonymous_in(self) -> bool:
+    async def _allows_anonymous(self) -> bool:
         if self._anonymous == "until_token":
             if time.monotonic() < self._no_token_until:
                 return True
@@ -205,7 +205,7 @@ class TokenAuth:
         self._no_token_until = asked_at + self._max_age
 
     def _close_to_anonymous(self) -> None:
-        """Let no anonymous caller in once there was a token, for as long as the process runs."""
+        """Refuse anonymous callers from now on, until the process ends."""
         if self._anonymous == "until_token":
             self._anonymous = "never"
 
@@ -217,7 +217,7 @@ class TokenAuth:
         if left <= 0:
             del self._failures[address]
         elif failures.count >= MAX_FAILURES:
-            detail = "Too many checks of access tokens from this address have failed"
+            detail = "Too many invalid access tokens came from this address: try again later"
             headers = {"Retry-After": str(ceil(left))}
             raise Refusal(Kind.TOO_MANY_FAILED_CHECKS, detail, headers=headers)
 
@@ -236,7 +236,7 @@ async def _ignoring_errors(client: IncidentClient, token: AccessToken, now: date
     try:
         await client.tokens.mark_used(token, now)
     except IncidentKitError:
-        # Such as an account that may only read: the next check in an hour tries again.
+        # The account may only read, for example; the next uncached check tries again.
         return
 
 
@@ -249,7 +249,7 @@ def _bearer(credentials: bytes) -> bytes:
 
 
 def _basic(credentials: bytes) -> bytes:
-    """Return the password; the user is of no account."""
+    """Return the password, and ignore the user."""
     try:
         return b64decode(credentials, validate=True).partition(b":")[2]
     except Error:

@@ -1,4 +1,4 @@
-"""Bound what one sender does at a time, so that it leaves the rest to others."""
+"""Limit how much one sender does at a time, so that others get their share."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from incidentkit.domain.values import (
 from incidentkit.http.problems import Kind, Refusal
 
 RETRY: Final[Mapping[str, str]] = {"Retry-After": "1"}
-"""The header of a refusal: a place is free again as soon as one of the sender's requests ends."""
+"""The header of a refusal: short, since a place is free as soon as one of the requests ends."""
 
 
 @frozen(kw_only=True)
 class Bounds:
-    """What one sender may do at a time in a process, if the app authenticates.
+    """Limits what one sender may do at a time in a process, if the app authenticates.
 
-    Anonymous callers have no bounds of their own: behind a proxy they all have one address. They
+    Anonymous callers have no limits of their own: behind a proxy they all have one address. They
     share what the process can do.
 
     Attributes:
-        requests: Requests that are being answered, 1 to 10,000. A stream of changes is none.
+        requests: Requests that are being answered, 1 to 10,000. Streams of changes do not count.
         readers: Streams and waiting polls, 1 to 10,000; all senders together have 100.
         searches: Searches with ``text`` or ``total``, 1 to 10,000.
 
@@ -48,7 +48,7 @@ class Bounds:
 
 
 class Places:
-    """Counts what each sender does at present, and refuses more than a maximum.
+    """Counts the requests of each sender that are running, and refuses more than a maximum.
 
     Args:
         maximum: For each sender.
@@ -58,7 +58,7 @@ class Places:
     def __init__(self, maximum: int, what: str) -> None:
         self._maximum = maximum
         self._what = what
-        # A sender without a place takes no memory.
+        # Only senders with a running request have an entry.
         self._taken: dict[str, int] = {}
 
     @contextmanager
@@ -66,7 +66,7 @@ class Places:
         """Hold a place inside the block.
 
         Args:
-            sender: The name of the sender; None: one without bounds.
+            sender: The name of the sender; None: one without limits.
 
         Raises:
             Refusal: If the sender has the maximum already.
@@ -76,7 +76,10 @@ class Places:
             return
         taken = self._taken.get(sender, 0)
         if taken >= self._maximum:
-            detail = f"You already have {self._maximum} {self._what} running, the maximum"
+            detail = (
+                f"Too many {self._what} at a time, the maximum is {self._maximum}: try again when "
+                "one has ended"
+            )
             raise Refusal(Kind.TOO_MANY_REQUESTS, detail, headers=RETRY)
         self._taken[sender] = taken + 1
         try:

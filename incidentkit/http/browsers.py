@@ -1,8 +1,8 @@
-"""Refuse requests that a web page of somebody else makes a browser send.
+"""Refuse requests that a foreign web page makes a browser send.
 
-A browser on the service's machine, or in its network, reaches the service from any page that it
-shows. A page whose host name leads to the service's address (DNS rebinding) is known by its host;
-any other one by its origin, or by what the browser says of it.
+Any page in a browser on the service's machine, or in its network, can send requests to the service.
+The host of a request reveals a page whose host name resolves to the service (DNS rebinding);
+``Origin`` and ``Sec-Fetch-*`` reveal any other foreign page.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "[::1]"))
 """The hosts of a service that listens on loopback."""
 
 PROBES: Final = frozenset(("/health/live", "/health/ready"))
-"""The paths that any host may ask for, without details: a probe takes the address of a container as
-the host."""
+"""The paths that are answered for any host, without details: probes send the address of a container."""
 
 SAFE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
+
+_OTHER_HOST: Final = "The service does not answer for this host: add it with --allowed-host"
+_OTHER_ORIGIN: Final = "A page of another origin may not write: allow its origin with --cors-origin"
 
 _HEADERS: Final = frozenset(
     (b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest")
@@ -34,14 +36,14 @@ _HEADERS: Final = frozenset(
 
 
 class BrowserGuard:
-    """Passes on the requests that the service's own pages, and programs, send.
+    """Refuses requests for other hosts, and from pages of other sites.
 
     Args:
-        app: Takes the other requests.
+        app: Answers the requests that pass.
         hosts: The hosts that lead to the service, in lower case, with a port or for all ports.
             None: any host.
-        origins: Pages that count as the service's own besides: their hosts, as behind a proxy that
-            changes the host, or their origins; ``*`` is any.
+        origins: Further pages to trust, by origin or by host, as behind a proxy that changes the
+            host; ``*`` is any.
     """
 
     def __init__(
@@ -68,13 +70,12 @@ class BrowserGuard:
         host = sent.get(b"host", "")
         if self._hosts is not None and not self._is_own(host):
             if scope["path"] not in PROBES:
-                detail = "The service does not answer for this host"
-                return Refusal(Kind.MISDIRECTED_REQUEST, detail)
+                return Refusal(Kind.MISDIRECTED_REQUEST, _OTHER_HOST)
             scope[STRANGER] = True
         origin = sent.get(b"origin", "")
         own = not origin or self._is_known(origin) or _authority(origin) == host
         if not own and scope["method"] not in SAFE:
-            return Refusal(Kind.FOREIGN_ORIGIN, "A page of another origin may not change anything")
+            return Refusal(Kind.FOREIGN_ORIGIN, _OTHER_ORIGIN)
         foreign = sent.get(b"sec-fetch-site") == "cross-site"
         if foreign and not (own and origin) and not _navigates(scope, sent):
             detail = "A page of another site may not send this request"
@@ -116,7 +117,7 @@ def _name(host: str) -> str:
 
 
 def _navigates(scope: Scope, sent: Mapping[bytes, str]) -> bool:
-    """Return whether somebody follows a link: the page that has it sees nothing of the answer."""
+    """Return whether the user follows a link; the page with the link cannot read the answer."""
     return (
         scope["method"] in SAFE
         and sent.get(b"sec-fetch-mode") == "navigate"

@@ -26,13 +26,13 @@ MAX_HOPS: Final = 20
 """Maximum number of addresses that are read from the end of the headers."""
 
 KNOWN: Final = 1024
-"""Size of the LRU cache of addresses that were read before."""
+"""Size of the LRU cache of peers, trusted or not."""
 
 _SCOPE_KEY: Final = "incidentkit.client_address"
 
 
 class TrustedProxies:
-    """The proxies whose ``X-Forwarded-For`` counts.
+    """The proxies whose ``X-Forwarded-For`` is trusted.
 
     Args:
         proxies: Their addresses and networks, such as ``10.0.0.7`` and ``10.0.0.0/8``, and
@@ -58,11 +58,11 @@ class TrustedProxies:
             scope[_SCOPE_KEY] = self._forwarded(peer, scope)
 
     def _forwarded(self, nearest: str | None, scope: Scope) -> str | None:
-        """Return the last address that no trusted proxy has, or else the first one of them."""
+        """Return the last untrusted address, or the first address if all are trusted."""
         for hop in reversed(_hops(scope["headers"])[-MAX_HOPS:]):
             address = read_address(hop)
             if address is None:
-                # A proxy that hides an address; everything before it is worth nothing.
+                # A proxy hides the address, so nothing before it can be trusted.
                 break
             nearest = str(address)
             if not self._trusts(nearest):
@@ -88,7 +88,7 @@ def _peer(scope: Scope) -> str | None:
 def read_address(text: str) -> Address | None:
     """Return the IP address in a text, which may have a port; None if there is none.
 
-    An IPv4 address that is written as one of IPv6 is that IPv4 address, without a zone.
+    An IPv4-mapped IPv6 address becomes the IPv4 address; a zone is dropped.
     """
     text = text.strip().strip('"')
     if text.startswith("["):

@@ -37,11 +37,11 @@ EXPOSED: Final = (
 """The headers that a page may read."""
 
 MAX_AGE: Final = 600
-"""Seconds for which a browser keeps the answer to a preflight."""
+"""Seconds for which a browser caches the answer to a preflight."""
 
 
 def allow_origins(app: Starlette, origins: Sequence[str]) -> None:
-    """Add a layer to the app that allows these origins, or any for ``*``.
+    """Add middleware to the app that allows these origins, or any for ``*``.
 
     Raises:
         InvalidSettings: If one of them is not an origin.

@@ -1,4 +1,4 @@
-"""The pages for people: Swagger UI, from files of this package, and the kinds of problems.
+"""Serve the pages for people: the bundled Swagger UI, and the kinds of problems.
 
 The browser loads nothing from elsewhere.
 """
@@ -42,8 +42,8 @@ MEDIA_TYPES: Final = {
 """The files of the page; all but the start script come from ``scripts/renew_swagger_ui.py``."""
 
 FOLDER: Final[Traversable] = files("incidentkit.http") / "swagger_ui"
-"""The folder of the files, which may be in a zip file. A name with ``.gz`` is that of a compressed
-file."""
+"""The folder of the files, which may be in a zip file. Compressed files end with
+``.gz``."""
 
 _ENCODING: Final = re.compile(r"\s*([\w*-]+)\s*(?:;\s*q=(0(?:\.\d*)?|1(?:\.0*)?)\s*)?")
 

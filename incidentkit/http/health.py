@@ -161,7 +161,7 @@ async def readiness(
     try:
         async with asyncio.timeout(TIMEOUT):
             await client.check()
-            # An account may lack the right to see transactions: the service is ready all the same.
+            # Without the privilege to see transactions, the service is still ready.
             with suppress(StoreError):
                 feed = _feed(await client.feed_blocker())
     except SchemaOutOfDate as error:

@@ -1,4 +1,4 @@
-"""Logs each answered request, and hands its record to the request log if the app has one."""
+"""Log each answered request, and pass its record to the request log if the app has one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _METHODS: Final = frozenset(HTTPMethod)
 
 
 def observe_answer(app: object, method: str, route: str, status: int, seconds: float) -> None:
-    """Tell the observer of an app's client about an answer; do nothing without one.
+    """Report an answer to the observer of an app's client, if it has one.
 
     Args:
         app: The app, also one that has no client.
@@ -41,13 +41,13 @@ def observe_answer(app: object, method: str, route: str, status: int, seconds: f
     """
     observer = getattr(getattr(app, "client", None), "observer", None)
     if observer is not None:
-        # An observer that fails must not take back an incident that is stored.
+        # A failing observer must not turn a stored incident into an error.
         with suppress(Exception):
             observer.request(method, route, status, seconds)
 
 
 def log_answer(request: Request, route: str, response: Response, started: float) -> None:
-    """Log an answered request at level INFO, and tell the client's observer about it.
+    """Log an answered request at level INFO, and report it to the client's observer.
 
     The record has the attributes ``method``, ``route``, ``status``, ``duration_ms``,
     ``request_id``, ``actor`` and ``client_address``; the last two are None if they are unknown.
@@ -73,7 +73,7 @@ def log_answer(request: Request, route: str, response: Response, started: float)
         "client_address": client_address(scope),
     }
     if logger.isEnabledFor(logging.INFO):
-        # A host's log handler that fails must not take back an incident that is stored.
+        # A failing log handler must not turn a stored incident into an error.
         with suppress(Exception):
             _log(answered)
     request_log: RequestLog | None = scope["app"].request_log

@@ -19,7 +19,7 @@ from incidentkit.http.service import Service
 from incidentkit.observing import Pooled
 
 TIMEOUT: Final = 3.0
-"""Seconds after which a scrape goes on without what the database tells."""
+"""Seconds that a scrape waits for the database; then it leaves out what depends on it."""
 
 MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -29,7 +29,7 @@ class Exposer(Protocol):
     """An observer whose metrics can be scraped."""
 
     def expose(self, present: Mapping[str, float]) -> bytes:
-        """Return all metrics, with these present values among them."""
+        """Return all metrics, including gauges with these current values."""
         ...
 
 
@@ -55,7 +55,7 @@ async def metrics(request: Request, _: Mapping[str, Any]) -> Response:
 
 
 async def present(client: IncidentClient) -> dict[str, float]:
-    """Return present values; without an answer of the database, some are missing."""
+    """Return the current values of gauges, without some if the database does not answer."""
     values: dict[str, float] = {}
     with suppress(IncidentKitError, TimeoutError):
         async with asyncio.timeout(TIMEOUT):

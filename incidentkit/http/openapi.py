@@ -108,10 +108,10 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
     (ChangePage, "next"): {"description": "The after= to continue with."},
     (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
-    (Purge, "purged"): {"minimum": 0, "description": "Number of incidents that it has removed."},
+    (Purge, "purged"): {"minimum": 0, "description": "Number of removed incidents."},
     (Purge, "left"): {
         "minimum": 0,
-        "description": "Number of incidents that are still to be removed.",
+        "description": "Number of incidents still to remove.",
     },
     (Problem, "type"): {
         "format": "uri-reference",
@@ -148,7 +148,7 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
     IncidentEvent: "One change of an incident, recorded in the same transaction.",
     ChangePage: "Some changes, and the cursor to continue from.",
     SearchPage: "One page of a search.",
-    Purge: "What one request to purge has done.",
+    Purge: "The result of one purge request.",
     FieldError: "An invalid field, and the rule that it breaks.",
     Problem: "The content of an answer with an error.",
     Conflict: "The incident that does not allow a change.",
@@ -227,7 +227,10 @@ _REFUSALS: Final = (
     Refusal(Kind.BODY_TOO_LARGE, f"The body must be at most {MAX_BODY} bytes"),
     Refusal(Kind.UNSUPPORTED_MEDIA_TYPE, "The Content-Type must be application/json"),
     Refusal(Kind.INVALID_INCIDENT, f"{_FAULT.field} {_FAULT.reason}", (_FAULT,)),
-    Refusal(Kind.TOO_MANY_REQUESTS, "You already have 20 requests running, the maximum"),
+    Refusal(
+        Kind.TOO_MANY_REQUESTS,
+        "Too many requests at a time, the maximum is 20: try again when one has ended",
+    ),
     Refusal(Kind.INTERNAL_ERROR, "The server failed to answer the request"),
     Refusal(
         Kind.STORE_UNAVAILABLE,

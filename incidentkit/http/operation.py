@@ -19,7 +19,7 @@ Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
 
 class EntityTags(str):
-    """Entity tags as in ``If-Match``: a list of them, or ``*``.
+    """The value of ``If-Match`` or ``If-None-Match``: entity tags, or ``*``.
 
     The tag of an incident, and its version alone, may be weak: whatever has weakened a tag has
     encoded the answer, and left the incident as it is. Other tags are those of no incident.
@@ -44,7 +44,7 @@ STORABLE: Final = r"^[^\x00]*$"
 """A text without NUL characters, which the databases cannot hold."""
 
 FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
-"""The headers that announce a body, which may be empty."""
+"""The headers that announce a body; it may be empty."""
 
 
 MAX_BODY: Final = 64 * 1024

@@ -1,6 +1,6 @@
-"""Who sends a request, and what they may do: one check for each request before its operation.
+"""Authenticate and authorize each request before its operation runs.
 
-An app without ``authenticate`` has no such check: its host lets a request through or does not.
+An app without ``authenticate`` does neither: the application that mounts it does.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Principal:
 
 Authenticate: TypeAlias = Callable[[Scope], Awaitable[Principal | None]]
 """Returns the sender of a request by its ASGI scope; None if it is unknown, which is answered with
-401. Any exception is answered with 503, and logged."""
+401. Any exception is logged and answered with 503."""
 
 
 @runtime_checkable
@@ -108,7 +108,7 @@ async def check_again(scope: Scope) -> None:
 
 
 class Gate:
-    """Lets a request through if its sender has one of the scopes of the operation.
+    """Admits a request if its sender has one of the scopes of the operation.
 
     Args:
         authenticate: Finds the sender.
@@ -154,7 +154,7 @@ class Gate:
     async def knows(self, scope: Scope, needed: frozenset[TokenScope]) -> bool:
         """Return whether the sender has one of the scopes now; an error counts as no.
 
-        An answer of an open operation tells more to such a sender.
+        Operations that need no token show more to such a sender.
         """
         if STRANGER in scope:
             return False
@@ -165,9 +165,9 @@ class Gate:
         return principal is not None and not needed.isdisjoint(principal.scopes)
 
     async def still_admits(self, scope: Scope) -> bool:
-        """Return whether an admitted sender of a long request still has what it had.
+        """Return whether the sender of a long request still has the same name and scopes.
 
-        While the database is away, it has.
+        While the database is unavailable, this is assumed.
         """
         admitted: Principal | None = scope.get(PRINCIPAL)
         try:
@@ -185,14 +185,15 @@ class Gate:
             raise
         except Exception as error:
             logger.exception(
-                "The check of a request's sender failed", extra={"request_id": request_id(scope)}
+                "The authentication check of a request raised an exception",
+                extra={"request_id": request_id(scope)},
             )
-            detail = "The service cannot check who sends the request"
+            detail = "The service cannot authenticate requests at present: try again later"
             raise Refusal(Kind.AUTHENTICATION_UNAVAILABLE, detail, headers=RETRY_HEADERS) from error
 
 
 def unauthenticated(scope: Scope) -> Refusal:
-    """Return the refusal of an unknown sender: the same for every wrong token."""
+    """Return the refusal of an unknown sender, the same for every invalid token."""
     sent = any(name == _AUTHORIZATION for name, _ in scope["headers"])
     challenge = f'{CHALLENGE}, error="invalid_token"' if sent else CHALLENGE
     detail = "This operation needs a valid access token"
@@ -208,7 +209,7 @@ def _insufficient(needed: Iterable[TokenScope]) -> Refusal:
 
 
 def _actor(scope: Scope, principal: Principal) -> str | None:
-    """Return the actor: the principal, and the one that it names in ``X-Actor`` if it may."""
+    """Return the principal as the actor, followed by the name in ``X-Actor`` if there is one."""
     given = [value for name, value in scope["headers"] if name == _X_ACTOR]
     if not given:
         return principal.name or None

@@ -1,4 +1,4 @@
-"""Remove old incidents over HTTP, in requests that end in time."""
+"""Purge old incidents over HTTP, in requests of limited duration."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class PurgeQuery:
 
 @frozen
 class Purge:
-    """What one request to purge has done.
+    """The result of one purge request.
 
     Attributes:
-        purged: Number of incidents that it has removed.
+        purged: Number of removed incidents.
         left: Number of incidents that are still to be removed.
     """
 

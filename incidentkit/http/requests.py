@@ -28,7 +28,7 @@ MAX_DIGITS: Final = 19
 """The digits of 2^63-1, the largest integer of all parameters and fields."""
 
 MAX_DOUBLE: Final = 2**53
-"""The bound of the integers that a JSON number with a fraction or an exponent can stand for."""
+"""Limit of the integers that a JSON number with a fraction or an exponent represents exactly."""
 
 MAX_UNKNOWN: Final = 10
 """Maximum number of unknown names listed in one problem."""
@@ -43,7 +43,7 @@ MAX_KNOWN_QUERY: Final = 200
 """Maximum bytes of a query in that cache."""
 
 MAX_EMPTY: Final = 64
-"""Maximum bytes of a body that has no content."""
+"""Maximum bytes of a body that counts as empty, such as ``{}`` and white space."""
 
 _BLANKS: Final = b" \t"
 """The white space around the value of a header, which is not a part of it."""
@@ -51,7 +51,7 @@ _BLANKS: Final = b" \t"
 _ENTITY_TAGS: Final = re.compile(EntityTags.PATTERN)
 _ENTITY_TAG: Final = re.compile(EntityTags.TAG)
 _INCIDENT_TAG: Final = re.compile(
-    # Some servers append the coding of an answer.
+    # Some servers append the content coding to the tag.
     rf"({TAG_PATTERN}|[1-9]\d{{0,18}})(?:-{{1,2}}(?:gzip|br|deflate|zstd))?",
     re.ASCII,
 )

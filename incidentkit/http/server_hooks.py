@@ -59,13 +59,13 @@ async def wait_for_stop(scope: Scope) -> None:
     loop = asyncio.get_running_loop()
 
     def wake() -> None:
-        # A loop that is closed has nothing left to stop.
+        # A closed event loop has nothing left to stop.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(signalled.set)
 
     with on_stop_signal(wake):
         await signalled.wait()
-        # A reader that ends now, and asks again at once, must find the server closed.
+        # A reader that is ended now and reconnects at once must find the server closed.
         await asyncio.sleep(SETTLE)
 
 

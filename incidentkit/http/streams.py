@@ -116,16 +116,16 @@ class Readers:
         """Hold a place inside the block.
 
         Args:
-            reader: The name of the sender; None: one that shares the places with all others.
+            reader: The name of the sender; None: an anonymous reader, without a limit of its own.
 
         Raises:
             Refusal: If every place, or every place of this reader, is taken.
         """
         if self.count >= MAX_READERS:
-            detail = f"{MAX_READERS} readers, the maximum, are already waiting for changes"
+            detail = f"Too many readers of changes, the maximum is {MAX_READERS}: try again later"
             raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
         if reader is not None and self._count_of[reader] >= self._each:
-            detail = f"You are already waiting for changes {self._each} times, the maximum"
+            detail = f"Too many readers of changes, your maximum is {self._each}: end one first"
             raise Refusal(Kind.TOO_MANY_READERS, detail, headers=RETRY_HEADERS)
         self.count += 1
         if reader is not None:
@@ -136,7 +136,7 @@ class Readers:
             self.count -= 1
             if reader is not None:
                 self._count_of[reader] -= 1
-                # A name that is gone takes no memory.
+                # Drops senders without readers.
                 self._count_of += Counter()
 
     async def blocker(self) -> FeedBlocker | None:
@@ -205,12 +205,12 @@ async def stream_changes(
 ) -> Response:
     """Return a stream of the changes after a cursor.
 
-    The status is 200 even if no stream is possible at present, since a browser takes any other one
-    as the end: the stream waits for the database, and without a place it ends at once and asks the
-    browser to come back.
+    The status is 200 even if no stream is possible at present, since a browser does not reconnect
+    after any other. The stream waits for the database; without a place it ends at once and asks
+    the browser to reconnect.
 
     Raises:
-        UnknownCursor: If it is a cursor of another database, as far as that is known by now.
+        UnknownCursor: If it is a cursor of another database, unless the database is unavailable.
         StoreError: If the database refuses to be read.
     """
     with ExitStack() as place:
@@ -321,7 +321,7 @@ class ChangeStream(Response):
         return True
 
     async def _send_changes(self, scope: Scope, send: Send) -> None:
-        """Send changes until the stream has reached its lifetime, or its reader may not go on."""
+        """Send changes until the lifetime ends, or the reader's token is no longer valid."""
         after, page = self._after, self._page
         ends_at = time.monotonic() + self._readers.lifetime * _random.uniform(SHORTEST_LIFE, 1)
         pause, told_at = 0.0, -inf
@@ -352,7 +352,7 @@ class ChangeStream(Response):
 
 
 async def _still_admitted(scope: Scope) -> bool:
-    """Return whether a reader may go on; a check that gets no answer in time ends no stream."""
+    """Return whether a reader may continue, also if the check times out."""
     try:
         async with asyncio.timeout(START_TIMEOUT):
             return await still_admitted(scope)

@@ -1,1 +1,1 @@
-"""Observers for OpenTelemetry and Prometheus, each with an extra of its own."""
+"""Observers for OpenTelemetry and Prometheus, each with its own extra."""

@@ -1,4 +1,4 @@
-"""Spans and metrics for OpenTelemetry."""
+"""Record spans and metrics with OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCOPE: Final = "incidentkit"
 
 
 class OpenTelemetryObserver:
-    """Makes a span and a measurement of each call and each statement.
+    """Records a span and a duration for each call and each statement.
 
     A span of a call is named ``incidentkit create``. A span of a statement follows the semantic
     conventions for databases, without its text. It is inside the span of its call; if several calls
@@ -69,7 +69,7 @@ class OpenTelemetryObserver:
 
     @contextmanager
     def call(self, verb: str, /) -> Iterator[SpanContext]:
-        """Make a span of a call, and give its context."""
+        """Start a span for a call, and return its context."""
         started = time.perf_counter()
         attributes: dict[str, str] = {"incidentkit.verb": verb}
         with self._span(f"incidentkit {verb}", SpanKind.INTERNAL, attributes) as span:
@@ -84,7 +84,7 @@ class OpenTelemetryObserver:
 
     @contextmanager
     def statement(self, operation: str, database: Database, /) -> Iterator[None]:
-        """Make a span of a statement."""
+        """Start a span for a statement."""
         started = time.perf_counter()
         attributes = {"db.operation.name": operation, **_attributes(database)}
         callers = CALLERS.get()
@@ -114,7 +114,7 @@ class OpenTelemetryObserver:
         attributes: Mapping[str, str | int],
         links: Sequence[Link] = (),
     ) -> Iterator[Span]:
-        # The text of an exception may hold values.
+        # The text of an exception may contain values of an incident.
         with self._tracer.start_as_current_span(
             name,
             kind=kind,
@@ -126,7 +126,7 @@ class OpenTelemetryObserver:
             yield span
 
     def pool_timeout(self) -> None:
-        """Count a call that has waited in vain for a connection."""
+        """Count a call that got no connection in time."""
         self._pool_timeouts.add(1)
 
     def cache_read(self, result: CacheRead, /) -> None:
@@ -143,7 +143,7 @@ class OpenTelemetryObserver:
 
 @cache
 def _attributes(database: Database) -> Mapping[str, str | int]:
-    """Return what the semantic conventions say of a database."""
+    """Return the attributes of a database, by the semantic conventions."""
     given = {
         "db.system.name": database.system,
         "db.namespace": database.name,

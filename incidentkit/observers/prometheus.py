@@ -1,4 +1,4 @@
-"""Metrics for Prometheus."""
+"""Record metrics with Prometheus."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MULTIPROCESS: Final = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class PrometheusObserver:
-    """Counts and times what a client does, as metrics for Prometheus.
+    """Counts and times the calls of a client, as metrics for Prometheus.
 
     Each observer has a registry of its own. If ``PROMETHEUS_MULTIPROC_DIR`` was set when
     prometheus-client was imported, :meth:`expose` returns the sums of all processes that share that
@@ -141,7 +141,7 @@ class PrometheusObserver:
             self._statement_seconds.labels(operation, result).observe(seconds)
 
     def pool_timeout(self) -> None:
-        """Count a call that has waited in vain for a connection."""
+        """Count a call that got no connection in time."""
         self._pool_timeouts.inc()
 
     def cache_read(self, result: CacheRead, /) -> None:

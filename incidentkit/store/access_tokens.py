@@ -1,4 +1,4 @@
-"""The table ``incident_access_token``: creates, lists, revokes and finds access tokens."""
+"""Create, list, revoke and find access tokens in the table ``incident_access_token``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 logger = logging.getLogger("incidentkit")
 
 USED_EVERY: Final = timedelta(hours=1)
-"""How far ``last_used_at`` may be behind, so that it is seldom written."""
+"""Maximum lag of ``last_used_at``, to keep writes rare."""
 
 _tokens = access_token_table.c
 _COLUMNS: Final = (
@@ -119,14 +119,14 @@ class TokenStore(Protocol):
 
 
 class Client(Protocol):
-    """An open client: runs writes to completion.
+    """An open client, which runs writes to completion.
 
     Every use raises :class:`~incidentkit.ClientClosed` if it is not open.
     """
 
     @property
     def store(self) -> object:
-        """Where the tokens are, beside the incidents."""
+        """The store with the incidents and the tokens."""
         ...
 
     async def write(self, write: Coroutine[Any, Any, _T]) -> _T:
@@ -151,7 +151,7 @@ class AccessTokens:
         *,
         expires_in: timedelta | None = None,
     ) -> CreatedToken:
-        """Create a token, and return it with its secret, which nothing shows again.
+        """Create a token, and return it with its secret, which cannot be shown again.
 
         .. code-block:: python
 
@@ -159,8 +159,8 @@ class AccessTokens:
             print(created.secret)
 
         Args:
-            name: The actor of its changes: 1 to 64 ASCII letters, digits and ``. _ @ -``, as no
-                other active token has it.
+            name: The actor of its changes: 1 to 64 ASCII letters, digits and ``. _ @ -``, unique
+                among active tokens.
             scopes: What it allows, at least one.
             expires_in: The time until it expires, to whole seconds, at most ten years. None: it
                 does not expire.
@@ -226,7 +226,7 @@ class AccessTokens:
         return token
 
     async def find(self, digest: str) -> tuple[str, AccessToken] | None:
-        """Return the digest and the token that the database has for a digest, or None."""
+        """Return the stored digest and the token for a digest, or None."""
         rows = await self._store().fetch(FIND, {"digest": digest})
         return (rows[0][0], _read(rows[0][1:])) if rows else None
 
@@ -248,17 +248,19 @@ class AccessTokens:
     def _store(self) -> TokenStore:
         store = self._client.store
         if not isinstance(store, TokenStore):
-            raise StoreError("the client's store keeps no access tokens")
+            raise StoreError(
+                "the client's store keeps no access tokens: use a store for PostgreSQL or SQLite"
+            )
         return store
 
 
 def _taken() -> InvalidIncident:
-    reason = "is that of an active token: revoke it first, or choose another name"
+    reason = "belongs to an active token: revoke it first, or choose another name"
     return InvalidIncident([FieldError("name", reason)])
 
 
 def _read(row: Sequence[Any]) -> AccessToken:
-    """Return the token of a row; a scope of a newer version is left out."""
+    """Return the token of a row, without the scopes of newer versions."""
     known = {scope.value: scope for scope in Scope}
     access_token_id, name, scopes, *times = row
     found = frozenset(known[each] for each in scopes.split(",") if each in known)

@@ -1,4 +1,4 @@
-"""Tells an observer about each statement."""
+"""Report each statement to an observer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _T = TypeVar("_T")
 
 
 class ObservedExecutor:
-    """Runs statements on another executor, and tells an observer about each.
+    """Runs statements on another executor, and reports each to an observer.
 
     Args:
         executor: Runs the statements.
-        observer: Times them.
+        observer: Measures them.
         system: ``postgresql`` or ``sqlite``.
     """
 
@@ -42,7 +42,7 @@ class ObservedExecutor:
         return self._executor.pool_use if isinstance(self._executor, Pooled) else None
 
     def watch_pool(self, on_timeout: Callable[[], object]) -> None:
-        """Call a function whenever a call has waited in vain, from the next opening on."""
+        """Call a function whenever a call gets no connection in time, once the pool is opened."""
         if isinstance(self._executor, Pool):
             self._executor.watch_pool(on_timeout)
 
@@ -97,7 +97,7 @@ def operation_of(statement: Executable) -> str:
 
 
 def database_at(system: DatabaseKind, place: str | None) -> Database:
-    """Return a database by its place; of several hosts, and of a file, only the system is told."""
+    """Return the database at a place; several hosts and a file have only the system."""
     found = None if place is None or system != "postgresql" else _PLACE.fullmatch(place)
     if found is None:
         return Database(system)

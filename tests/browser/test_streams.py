@@ -1,4 +1,4 @@
-"""The EventSource of a real browser outlives what happens to the service and its database."""
+"""The EventSource of a real browser survives outages of the service and its database."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Board:
 
 
 def create(service: Service) -> None:
-    """Create an incident, also while the service is away."""
+    """Create an incident, even while the service is down."""
 
     async def report() -> None:
         async with IncidentClient.open(service.postgres.url) as incidents:
@@ -109,7 +109,7 @@ def test_a_board_outlives_restarts(browser: Browser, service: Service, origin: s
 
 @pytest.mark.parametrize("origin", ["direct"], indirect=True)
 def test_a_board_waits_for_a_place(browser: Browser, service: Service, origin: str) -> None:
-    """While every place is taken, a board comes back until one is free."""
+    """While the limit of readers is reached, a board reconnects until a place is free."""
     browser.go(f"{origin}/health/live")
     request = (
         b"GET /incident/changes HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
@@ -131,7 +131,7 @@ def test_a_board_waits_for_a_place(browser: Browser, service: Service, origin: s
 def test_a_board_learns_that_its_cursor_is_unknown(
     browser: Browser, service: Service, origin: str
 ) -> None:
-    """Another database in place of the old one is told with a code, and ends the board."""
+    """If the database is replaced, the stream sends a problem with its code, and the board ends."""
     browser.go(f"{origin}/health/live")
     board = Board(browser, "board")
     board.opens(1)

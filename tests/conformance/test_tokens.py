@@ -59,7 +59,7 @@ async def test_only_the_digest_of_a_token_finds_it(incidents: Verbs) -> None:
 async def test_an_active_token_keeps_its_name(incidents: Verbs) -> None:
     """A name is free again once its token was revoked or has expired."""
     await incidents.tokens.create("ci", "read")
-    with pytest.raises(InvalidIncident, match="name is that of an active token"):
+    with pytest.raises(InvalidIncident, match="name belongs to an active token"):
         await incidents.tokens.create("ci", "write")
     await incidents.tokens.revoke("ci")
     await incidents.tokens.create("ci", "write", expires_in=timedelta(days=3650))
@@ -91,7 +91,7 @@ async def test_one_of_two_tokens_with_a_name_is_created(incidents: Verbs, other:
     outcomes = await run_all(
         *(_outcome(client.tokens.create("ci", "read")) for client in (incidents, other) * 4)
     )
-    assert sorted(outcomes) == ["", *["name is that of an active token"] * 7]
+    assert sorted(outcomes) == ["", *["name belongs to an active token"] * 7]
     assert len(await other.tokens.list()) == 1
 
 

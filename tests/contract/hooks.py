@@ -1,4 +1,4 @@
-"""What Schemathesis must know of the service beyond its OpenAPI document."""
+"""Teach Schemathesis the rules that the OpenAPI document cannot express."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever follows the guide "Expose it" sees what it shows."""
+"""The commands of the guide "Expose the service" print what the guide shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Access tokens: which request they let through, and what an answer tells a stranger."""
+"""Authentication with access tokens, and what answers reveal without one."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class Service:
 
 @asynccontextmanager
 async def serving(url: str, **options: Any) -> AsyncIterator[Service]:
-    """Run a service with access tokens; options are those of `TokenAuth`."""
+    """Run a service with access tokens; the options are those of `TokenAuth`."""
     async with IncidentClient.open(url, observer=PrometheusObserver()) as incidents:
         yield Service(incidents, TokenAuth(incidents, **options), metrics=True)
 
 
 @pytest.fixture
 async def service(migrated_sqlite_url: str) -> AsyncIterator[Service]:
-    """A service that needs a token for everything that is not open."""
+    """A service that needs a token for every operation that is not open."""
     async with serving(migrated_sqlite_url) as service:
         yield service
 
@@ -112,7 +112,7 @@ def path_of(operation: Operation) -> str:
 async def test_each_operation_lets_through_only_its_scopes(
     service: Service, operation: Operation
 ) -> None:
-    """No token, a wrong, an expired and a revoked one get 401; another scope gets 403."""
+    """A missing, invalid, expired or revoked token gets 401; a missing scope gets 403."""
     path, needed = path_of(operation), operation.scope
     wrong = await service.token("gone")
     expired = await service.token("expired", expires_in=timedelta(hours=1))
@@ -184,7 +184,7 @@ def test_only_these_operations_are_open() -> None:
 
 
 async def test_a_stranger_learns_nothing_of_the_faults_of_a_request(service: Service) -> None:
-    """The sender is checked before anything of a request is read."""
+    """The token is checked before anything else in a request."""
     response = await service.send("POST", "/incident/create?unknown=1", content=b"{")
     assert response.status_code == 401
     assert response.json()["errors"] == []
@@ -209,7 +209,7 @@ async def test_a_stranger_learns_nothing_of_the_faults_of_a_request(service: Ser
 async def test_a_token_is_sent_as_bearer_or_as_a_password(
     service: Service, header: str, status: int
 ) -> None:
-    """Both schemes are read in any letter case; everything else is a wrong token."""
+    """Both schemes are read in any letter case; any other scheme is an invalid token."""
     token = await service.token()
     basic = b64encode(f"anybody:{token}".encode()).decode()
     sent = header.format(token=token, basic=basic).encode("latin-1")
@@ -219,7 +219,7 @@ async def test_a_token_is_sent_as_bearer_or_as_a_password(
 
 
 async def test_two_tokens_in_a_request_are_refused(service: Service) -> None:
-    """Two headers are no token, whichever of them would do."""
+    """A request with two Authorization headers is refused, even if one is valid."""
     token = await service.token()
     headers: Any = [("Authorization", f"Bearer {token}")] * 2
     transport = httpx2.ASGITransport(service.app)
@@ -265,7 +265,7 @@ def wait(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 async def test_a_revoked_token_works_for_at_most_five_seconds(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A revocation counts at the latest when the last successful check is five seconds old."""
+    """A revocation takes effect when the last successful check is five seconds old."""
     token = await service.token()
     assert (await service.send("GET", "/incident/get", token)).status_code == 200
     await service.incidents.tokens.revoke("ci")
@@ -319,7 +319,7 @@ async def test_while_the_database_is_away_only_a_recent_check_counts(
 async def test_only_so_many_checks_are_remembered(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oldest successful check is forgotten; a failed one is never remembered."""
+    """The oldest successful check is evicted; a failed one is never cached."""
     monkeypatch.setattr(authentication, "MAX_KNOWN", 2)
     names = [await service.token(str(number)) for number in range(3)]
     for token in names:
@@ -449,7 +449,7 @@ async def test_each_token_has_idempotency_keys_of_its_own(service: Service) -> N
 
 
 async def test_a_reporter_sees_its_own_message_alone(service: Service) -> None:
-    """The answer to a repetition has nothing of what others have reported before."""
+    """The answer to a further occurrence reveals nothing that others reported."""
     await service.incidents.create(
         "The s3cret of db-1 has leaked", source="operator", dedup_key="disk"
     )
@@ -532,7 +532,7 @@ async def test_a_long_poll_of_a_revoked_token_gets_no_changes(
 async def test_a_stream_ends_when_its_token_is_revoked(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream goes on while tokens cannot be read, and sends nothing to a revoked one."""
+    """A stream continues while tokens cannot be read, and sends nothing after a revocation."""
     token = await service.token()
     scope = {
         "type": "http",
@@ -635,7 +635,7 @@ async def test_a_used_token_closes_the_service_at_once(migrated_sqlite_url: str)
 
 
 async def test_anonymous_callers_may_always_be_let_in(migrated_sqlite_url: str) -> None:
-    """With `always`, a request without a token is let in; one with a wrong token is not."""
+    """With `always`, a request without a token is answered; an invalid token is refused."""
     async with serving(migrated_sqlite_url, anonymous="always") as service:
         await service.token()
         assert (await service.send("GET", "/incident/get")).status_code == 200

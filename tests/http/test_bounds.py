@@ -1,4 +1,4 @@
-"""What one sender may do at a time, and what it leaves to others."""
+"""Limits on what one sender may do at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from incidentkit import IncidentClient, InvalidSettings
+from incidentkit.cli import main
 from incidentkit.http.authentication import ANONYMOUS
 from incidentkit.http.bounds import Bounds
 from incidentkit.http.principals import Principal
@@ -86,11 +87,13 @@ async def api(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     ],
 )
 async def test_a_sender_has_so_many_at_a_time(api: Api, path: str, count: int, what: str) -> None:
-    """One more is refused; others are not, and the places are free after the answers."""
+    """One request beyond the limit is refused; other senders are not, and answers free places."""
     running = await api.start(path, count)
     refused = await api.get(path)
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
-    assert refused.json()["detail"] == f"You already have {count} {what} running, the maximum"
+    assert refused.json()["detail"].startswith(
+        f"Too many {what} at a time, the maximum is {count}: try again"
+    )
     others = [
         *await api.start(path, 1, "bob"),
         *await api.start(path, count + 1, ANONYMOUS_NAME),
@@ -102,7 +105,7 @@ async def test_a_sender_has_so_many_at_a_time(api: Api, path: str, count: int, w
 
 
 async def test_a_place_is_free_after_any_end(api: Api) -> None:
-    """Also after an error, and after a request that is cancelled."""
+    """An error and a cancelled request free their place too."""
     api.go_on.set()
     for _ in range(21):
         assert (await api.get("/incident/get/99")).status_code == 404
@@ -125,7 +128,7 @@ async def test_other_reads_leave_the_searches_alone(api: Api) -> None:
 
 
 async def test_a_sender_without_a_place_is_told_to_come_back_to_a_stream(api: Api) -> None:
-    """A browser takes another status than 200 as the end: streams have places of their own."""
+    """A stream beyond the limit gets 200, since a browser gives up after any other status."""
     running = await api.start("/incident/get/1", 20)
     assert (await api.get("/incident/changes")).status_code == 429
     api.app.readers.count = 100
@@ -138,7 +141,7 @@ async def test_a_sender_without_a_place_is_told_to_come_back_to_a_stream(api: Ap
 
 
 async def test_a_body_that_does_not_arrive_takes_a_place(api: Api) -> None:
-    """A sender is bounded before its body is read."""
+    """The limit is checked before the body is read."""
     sent: list[Any] = []
 
     async def keep(message: Any) -> None:
@@ -168,7 +171,7 @@ async def test_a_body_that_does_not_arrive_takes_a_place(api: Api) -> None:
 async def test_an_app_without_authentication_has_no_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A mounted app serves what it served before."""
+    """A mounted app without `authenticate` has no limits per sender."""
     async with IncidentClient.open(MEMORY) as incidents:
         await incidents.create(INCIDENT["incident_message"], source="monitoring")
         api = Api(service_on(incidents, bounds=Bounds(requests=1)), monkeypatch)
@@ -180,13 +183,13 @@ async def test_an_app_without_authentication_has_no_bounds(
 @pytest.mark.parametrize("name", ["requests", "readers", "searches"])
 @pytest.mark.parametrize("value", [0, 10_001])
 def test_a_bound_has_a_range(name: str, value: int) -> None:
-    """A bound of zero would lock every token out."""
+    """A limit of zero, which would lock every token out, is refused."""
     with pytest.raises(InvalidSettings, match=rf"bounds.{name} must be from 1 to 10000"):
         Bounds(**{name: value})
 
 
 def test_the_bounds_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`serve` has the bounds of the environment, or those of its options."""
+    """`serve` takes the limits from its options, or else from the environment."""
     command = importlib.import_module("incidentkit.cli.serve")
     given: list[tuple[int, int, int]] = []
 
@@ -200,5 +203,5 @@ def test_the_bounds_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"INCIDENTKIT_{name}_PER_TOKEN", str(value))
     options = ["--requests-per-token", "1", "--readers-per-token", "2", "--searches-per-token", "3"]
     for arguments in ([], options):
-        assert CliRunner().invoke(command.serve, arguments).exit_code == 0
+        assert CliRunner().invoke(main, ["serve", *arguments]).exit_code == 0
     assert given == [(5, 6, 7), (1, 2, 3)]

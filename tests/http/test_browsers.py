@@ -1,4 +1,4 @@
-"""Requests that a web page of somebody else makes a browser send."""
+"""Requests that a foreign web page makes a browser send."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ OWN, BOARD = "http://localhost:8000", "https://board.example.com:8443"
 async def test_a_foreign_page_changes_nothing_and_reads_nothing(
     client: httpx2.AsyncClient, method: str, headers: dict[str, str], answered: bool
 ) -> None:
-    """A write of another origin and any request of another site is 403, but a link leads here."""
+    """A write of another origin and any request of another site get 403; following a link works."""
     path = CREATE if method == "POST" else LIST if method == "GET" else "/incident/update-status"
     body: dict[str, Any] = {"json": INCIDENT} if method == "POST" else {}
     response = await client.request(method, path, headers=headers, **body)
@@ -140,13 +140,13 @@ async def test_several_hosts_are_none_of_the_service(
 
 
 async def test_a_refusal_is_logged(client: httpx2.AsyncClient, records: Records) -> None:
-    """A refused request leaves a line, like every other."""
+    """A refused request is logged like any other."""
     await client.get(LIST, headers={"Host": "evil.example"})
     assert records.seen[-1].getMessage().startswith("GET (none) 421 ")
 
 
 async def test_without_hosts_any_is_answered() -> None:
-    """A service on a public address has the hosts that its proxy lets through."""
+    """A service on a public address accepts any host."""
     app = service_on(IncidentClient.open(MEMORY))
     app.add_middleware(BrowserGuard)
     transport = httpx2.ASGITransport(app)

@@ -53,7 +53,7 @@ def test_only_trusted_proxies_name_a_client(
 
 
 def test_without_trusted_proxies_the_header_counts_for_nothing() -> None:
-    """Anybody can send the header."""
+    """The header of an untrusted client is ignored."""
     nobody = TrustedProxies()
     assert not nobody
     for peer in ("10.1.2.3", "127.0.0.1", None):

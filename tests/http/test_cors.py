@@ -67,7 +67,7 @@ def test_a_page_of_the_origin_may_read_and_write(api: httpx2.Client) -> None:
 def test_another_origin_is_not_admitted(
     api: httpx2.Client, origin: str, method: str, headers: str
 ) -> None:
-    """A browser is told no for another origin, method or header."""
+    """A preflight of another origin, method or header is refused."""
     refused = preflight(api, origin, method, headers)
     assert refused.status_code == 400
     if origin != BOARD:

@@ -38,7 +38,7 @@ def note(api: httpx2.Client, **headers: str) -> httpx2.Response:
 
 
 def test_a_tag_that_an_intermediary_has_changed_still_fits(service: httpx2.Client) -> None:
-    """A tag fits as nginx weakens it and as Apache marks it, in a list and with blanks around."""
+    """A tag matches as nginx weakens it and as Apache marks it, in a list and with blanks."""
     tag = service.get("/incident/get/1").headers["ETag"]
     opaque = tag.strip('"')
     for given in (

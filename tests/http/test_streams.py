@@ -1,4 +1,4 @@
-"""Streams of changes that outlive outages, and what ends them."""
+"""Streams of changes survive outages, and end when they must."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from incidentkit import IncidentClient, InvalidSettings, StoreError
+from incidentkit.cli import main
 from incidentkit.feed import EMPTY
 from incidentkit.http import create_app, streams
 from incidentkit.http.bounds import Bounds
@@ -49,7 +50,7 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let streams say more often how they are, and look sooner for the database."""
+    """Shorten the intervals of comments and of attempts to reach the database."""
     monkeypatch.setattr(streams, "HEARTBEAT", 0.05)
     monkeypatch.setattr(streams, "START_TIMEOUT", 0.1)
     monkeypatch.setattr(streams, "ANSWER_TIMEOUT", 0.5)
@@ -63,7 +64,7 @@ def created(source: EventSource) -> int:
 
 @pytest.mark.parametrize("outage", ["stop", "pause"])
 def test_a_stream_waits_for_the_database(postgres: PostgresServer, outage: str) -> None:
-    """Old and new streams say that the database is away, and go on where they were."""
+    """Old and new streams say that the database is unavailable, and resume where they were."""
     app = create_app(IncidentClient.open(postgres.url, options=QUICK))
     with serving(app) as url, httpx2.Client(base_url=url, timeout=60) as api:
         stream = f"{url}/incident/changes?after=latest"
@@ -159,7 +160,7 @@ def _restore_another(url: str) -> None:
 def test_a_database_that_refuses_ends_the_stream(
     serve: Serve, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that waiting does not mend is logged, and told without its text."""
+    """A permanent error is logged, and the stream reports it without its text."""
     client = IncidentClient.open(MEMORY)
     api = serve(create_app(client), checked=False)
 
@@ -190,7 +191,7 @@ def as_principal(app: ASGIApp) -> ASGIApp:
 
 
 def test_a_principal_takes_some_places_only(serve: Serve) -> None:
-    """One who has every place of theirs waits; others, and anonymous readers, do not."""
+    """A sender at its limit waits; others, and anonymous readers, do not."""
     app = service_on(IncidentClient.open(MEMORY), bounds=Bounds(readers=1))
     api = serve(as_principal(app), checked=False)
     alice, bob = {"X-Name": "alice"}, {"X-Name": "bob"}
@@ -200,9 +201,8 @@ def test_a_principal_takes_some_places_only(serve: Serve) -> None:
         refused = api.get("/incident/changes?wait=1", headers=alice)
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) > 0
-        assert (
-            refused.json()["detail"] == "You are already waiting for changes 1 times, the maximum"
-        )
+        detail = "Too many readers of changes, your maximum is 1: end one first"
+        assert refused.json()["detail"] == detail
         again = api.get("/incident/changes", headers=STREAM | alice)
         assert again.status_code == 200
         assert ": every place for a reader is taken" in again.text
@@ -261,7 +261,7 @@ def test_an_option_of_serve_wins_over_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setattr(command, "run_server", run_server)
     monkeypatch.setenv("INCIDENTKIT_STREAM_LIFETIME", "20")
     for options in ([], ["--stream-lifetime", "30"]):
-        assert CliRunner().invoke(command.serve, options).exit_code == 0
+        assert CliRunner().invoke(main, ["serve", *options]).exit_code == 0
     assert given == [20, 30]
 
 
