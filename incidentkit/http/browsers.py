@@ -23,7 +23,7 @@ LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "[::1]"))
 """The hosts of a service that listens on loopback."""
 
 PROBES: Final = frozenset(("/health/live", "/health/ready"))
-"""The paths that are answered for any host, without details: probes send the address of a container."""
+"""The paths that are answered for any host, without details: probes send a container's address."""
 
 SAFE: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
