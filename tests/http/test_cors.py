@@ -113,4 +113,4 @@ def test_serve_admits_origins_and_does_not_name_its_server(tmp_path: Path) -> No
             assert httpx2.post(url, json=INCIDENT, headers=headers).status_code == status
     refused = CliRunner().invoke(main, ["serve", "--cors-origin", "board"])
     assert refused.exit_code == 2
-    assert "--cors-origin must be origins such as" in refused.stderr
+    assert "--cors-origin must be origins such as" in refused.output
