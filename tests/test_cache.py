@@ -290,6 +290,7 @@ async def test_redis_never_holds_the_token(redis_url: str, redis: Redis, url: st
     async with IncidentClient.open(url, redis_url) as incidents:
         for page in range(1, 4):
             await incidents.create("Disk is full", source="monitoring")
+            await incidents._opened().pages.finish()
             await incidents.list()
             await incidents.list(page=page, status="new")
         await incidents._opened().pages.finish()
