@@ -339,6 +339,10 @@ class Incidents(ABC):
             after=after,
             total=total,
         )
+        return await self.search_page(query)
+
+    async def search_page(self, query: SearchQuery) -> SearchPage:
+        """Return one page of a search whose arguments are checked."""
         return await self._transactions.store.search(query)
 
     async def iterate(  # noqa: PLR0913
@@ -379,7 +383,7 @@ class Incidents(ABC):
             limit=batch,
         )
         while True:
-            page = await self._transactions.store.search(query)
+            page = await self.search_page(query)
             for incident in page.incidents:
                 yield incident
             if page.next is None:

@@ -6,7 +6,9 @@ cannot do in `tests/conformance/gaps.py`.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC
 from functools import partial
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import asyncpg
 from attrs import frozen
 
-from incidentkit import IncidentClient
+from incidentkit import IncidentClient, SyncIncidentClient
+from tests.conformance.awaited import Awaited
 from tests.conftest import TENANTS
 from tests.hosts import (
     AsyncpgHost,
@@ -93,6 +96,21 @@ class ByUrl(Embodiment):
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
         """Return a client that opens its own connections."""
         return IncidentClient.open(self.url, **options)
+
+
+class Synchronous(Embodiment):
+    """A synchronous client opened by URL, called from several threads."""
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Open a synchronous client."""
+        client = SyncIncidentClient.open(self.url, **options)
+        with ThreadPoolExecutor(16) as threads:
+            await asyncio.to_thread(client.connect)
+            try:
+                yield cast("Verbs", Awaited(client, threads))
+            finally:
+                await asyncio.to_thread(client.close)
 
 
 class InSchema(ByUrl):
@@ -252,11 +270,13 @@ EMBODIMENTS = {
     "sqlite-memory": Setup(ByUrl, ("memory_url",)),
     "sqlite-redis": _on_sqlite(WithRedis, "redis_url"),
     "sqlite-engine": _on_sqlite(OnEngine),
+    "sync-sqlite": _on_sqlite(Synchronous),
     "postgresql-url": _on_postgres(ByUrl),
     "postgresql-redis": _on_postgres(WithRedis, "redis_url"),
     "postgresql-pool": _on_postgres(OnPool),
     "postgresql-engine": _on_postgres(OnEngine),
     "psycopg-engine": _on_postgres(OnPsycopgEngine),
+    "sync-postgresql": _on_postgres(Synchronous),
     "joined-sqlite-connection": _on_sqlite(partial(Joined, way="sqlite-connection")),
     "joined-sqlite-session": _on_sqlite(partial(Joined, way="sqlite-session")),
     "joined-postgresql-connection": _on_postgres(partial(Joined, way="postgresql-connection")),

@@ -1,0 +1,1 @@
+"""The verbs for programs without an event loop."""

@@ -1,0 +1,175 @@
+"""The facade for programs without an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from incidentkit.client import CHANGES_BATCH, IncidentClient
+from incidentkit.domain.errors import ClientClosed
+from incidentkit.domain.queries import ListQuery
+from incidentkit.domain.values import CHANGES_LIMIT, ChangePage, FeedBlocker, IncidentEvent
+from incidentkit.store.database import DEFAULT_DATABASE_URL
+from incidentkit.sync.incidents import SyncIncidents
+from incidentkit.sync.joined import SyncJoinedIncidents
+from incidentkit.sync.portal import Portal
+
+if TYPE_CHECKING:
+    import os
+
+    from incidentkit.domain.transitions import Graph
+    from incidentkit.observing import Observer
+    from incidentkit.settings import Settings
+    from incidentkit.store.options import StoreOptions
+
+_T = TypeVar("_T")
+
+
+class SyncIncidentClient(SyncIncidents):
+    """Records and follows incidents, from any thread of a program without an event loop.
+
+    It has the verbs of :class:`~incidentkit.IncidentClient`, with the same arguments, results and
+    errors. Its connections live on an event loop in a thread of its own, so that the callers of
+    all threads share statements, caches and connections.
+
+    Args:
+        client: The asynchronous client to run; it must not be open.
+    """
+
+    def __init__(self, client: IncidentClient) -> None:
+        self._client = client
+        self._portal: Portal | None = None
+
+    @classmethod
+    def open(  # noqa: PLR0913
+        cls,
+        database: str = DEFAULT_DATABASE_URL,
+        redis_url: str | None = None,
+        *,
+        redis_required: bool = False,
+        max_staleness: float = 0.0,
+        transitions: Graph | None = None,
+        options: StoreOptions | None = None,
+        schema: str | None = None,
+        observer: Observer | None = None,
+    ) -> Self:
+        """Return a client for these servers, as :meth:`IncidentClient.open` does."""
+        return cls(
+            IncidentClient.open(
+                database,
+                redis_url,
+                redis_required=redis_required,
+                max_staleness=max_staleness,
+                transitions=transitions,
+                options=options,
+                schema=schema,
+                observer=observer,
+            )
+        )
+
+    @classmethod
+    def from_env(
+        cls,
+        env_file: str | os.PathLike[str] | None = ".env",
+        *,
+        observer: Observer | None = None,
+    ) -> Self:
+        """Return a client for the servers that the environment names."""
+        return cls(IncidentClient.from_env(env_file, observer=observer))
+
+    @classmethod
+    def from_settings(cls, settings: Settings, *, observer: Observer | None = None) -> Self:
+        """Return a client for the servers that the settings name."""
+        return cls(IncidentClient.from_settings(settings, observer=observer))
+
+    def __enter__(self) -> Self:
+        self.connect()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the client is open."""
+        return self._portal is not None and self._client.connected
+
+    @property
+    def cache_available(self) -> bool | None:
+        """Whether the shared cache is in use; None without one, or if the client is not open."""
+        return self._client.cache_available
+
+    def connect(self) -> None:
+        """Open the store and ping the cache; if the client is already open, do nothing."""
+        if self._portal is not None:
+            return
+        portal = Portal()
+        try:
+            portal.run(self._client.connect())
+        except BaseException:
+            portal.close()
+            raise
+        self._portal = portal
+
+    def close(self) -> None:
+        """Wait for running writes, then release every connection; once closed, do nothing."""
+        portal, self._portal = self._portal, None
+        if portal is not None:
+            try:
+                portal.run(self._client.close())
+            finally:
+                portal.close()
+
+    def list_json(self, query: ListQuery) -> bytes:
+        """Return one page as a JSON array, as :meth:`IncidentClient.list_json` does."""
+        return self._run(self._client.list_json(query))
+
+    def join(self, connection: object) -> SyncJoinedIncidents:
+        """Return the verbs inside the transaction of the application's own connection."""
+        raise NotImplementedError(connection)
+
+    def changes(self, after: str | None = None) -> Iterator[IncidentEvent]:
+        """Follow every change of every incident, as :meth:`IncidentClient.changes` does."""
+        raise NotImplementedError(after, CHANGES_BATCH)
+
+    def read_changes(
+        self, after: str | None = None, *, limit: int = CHANGES_LIMIT, wait: float = 0.0
+    ) -> ChangePage:
+        """Return some changes, as :meth:`IncidentClient.read_changes` does."""
+        return self._run(self._client.read_changes(after, limit=limit, wait=wait))
+
+    def purgeable(self, ended_before: datetime) -> int:
+        """Return the number of incidents that :meth:`purge` would remove now."""
+        return self._run(self._client.purgeable(ended_before))
+
+    def purge(
+        self, ended_before: datetime, *, progress: Callable[[int, int], object] | None = None
+    ) -> int:
+        """Remove incidents that have ended, as :meth:`IncidentClient.purge` does."""
+        return self._run(self._client.purge(ended_before, progress=progress))
+
+    def check(self) -> None:
+        """Raise unless the database answers and has the schema that this version works on."""
+        self._run(self._client.check())
+
+    def feed_blocker(self) -> FeedBlocker | None:
+        """Return the transaction that holds up :meth:`changes`, or None if there is none."""
+        return self._run(self._client.feed_blocker())
+
+    @property
+    def _incidents(self) -> IncidentClient:
+        return self._client
+
+    def _run(self, call: Coroutine[Any, Any, _T]) -> _T:
+        portal = self._portal
+        if portal is None:
+            call.close()
+            raise ClientClosed
+        return portal.run(call)
