@@ -62,4 +62,3 @@ def _upgrade_connection(using: str) -> None:
     with engine.connect() as own:
         migrate.upgrade_connection(own)
         own.commit()
-        own.detach()
