@@ -13,7 +13,7 @@ Run it in a checkout, with a Redis:
 import os
 from typing import Any
 
-from celery import Celery, Task, signals
+from celery import Celery, signals
 
 from incidentkit import NewIncident, SyncIncidentClient
 
@@ -28,7 +28,7 @@ def connect(**_: Any) -> None:
 
 
 @signals.task_failure.connect
-def record(sender: Task, task_id: str, exception: Exception, **_: Any) -> None:
+def record(sender: Any, task_id: str, exception: Exception, **_: Any) -> None:
     """Record the failure once, even if Celery delivers the task again."""
     incidents.create(
         NewIncident.fitting(f"{sender.name}: {exception}", "monitoring", dedup_key=sender.name),
@@ -37,7 +37,7 @@ def record(sender: Task, task_id: str, exception: Exception, **_: Any) -> None:
 
 
 @signals.task_success.connect
-def resolve(sender: Task, **_: Any) -> None:
+def resolve(sender: Any, **_: Any) -> None:
     """End the incident of the task, if one is open."""
     incidents.resolve(sender.name)
 

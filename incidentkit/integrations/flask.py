@@ -55,8 +55,8 @@ class IncidentKit:
         Raises:
             RuntimeError: Outside of an application context, or without :meth:`init_app`.
         """
-        opened = current_app.extensions.get(NAME)
-        if not isinstance(opened, _Opened):
+        opened: _Opened | None = current_app.extensions.get(NAME)
+        if opened is None:
             raise RuntimeError("The application has no incidentkit: call init_app(app) first")
         return opened.client()
 

@@ -142,12 +142,13 @@ def test_a_faulty_setting_is_named(tmp_path: Path) -> None:
     """An unknown or faulty member of INCIDENTKIT is refused with its name."""
     database = sqlite(str(tmp_path / "shop.db"))
     for setting, fault in [
-        ({"REDIS_ULR": "redis://localhost"}, "INCIDENTKIT: REDIS_ULR is unknown: did you mean INCIDENTKIT_REDIS_URL?"),
+        (
+            {"REDIS_ULR": "redis://localhost"},
+            "INCIDENTKIT: REDIS_ULR is unknown: did you mean INCIDENTKIT_REDIS_URL?",
+        ),
         ({"MAX_STALENESS": -1}, "INCIDENTKIT_MAX_STALENESS must be a number of seconds"),
     ]:
-        _, _, err = manage(
-            "shell", "-v", "0", "-c", USE, database=database, INCIDENTKIT=setting
-        )
+        _, _, err = manage("shell", "-v", "0", "-c", USE, database=database, INCIDENTKIT=setting)
         assert fault in err
 
 

@@ -73,9 +73,22 @@ def test_an_application_without_the_extension_is_told() -> None:
 
 def test_the_example_serves_from_forked_workers(tmp_path: Path) -> None:
     """Workers of gunicorn that share a preloaded application record on connections of their own."""
-    gunicorn = [*WARNINGS, "-m", "gunicorn", "--no-control-socket", "--preload", "--workers", "2", "--threads", "2"]
+    gunicorn = [
+        *WARNINGS,
+        "-m",
+        "gunicorn",
+        "--no-control-socket",
+        "--preload",
+        "--workers",
+        "2",
+        "--threads",
+        "2",
+    ]
     options = ["--chdir", str(EXAMPLES), "--bind", "127.0.0.1:0", "flask_host:app"]
-    variables = {**os.environ, "INCIDENTKIT_DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path / 'incidents.db'}"}
+    variables = {
+        **os.environ,
+        "INCIDENTKIT_DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path / 'incidents.db'}",
+    }
     with service(
         tmp_path / "log", program=[*gunicorn, *options], env=variables, alive="/incidents"
     ) as host:

@@ -9,7 +9,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from sqlalchemy import StaticPool, create_engine
 
 from incidentkit.integrations.django.clients import naming_command, settings_of
-from incidentkit.store import migrate
+from incidentkit.opening import migrations
 from incidentkit.store.sqlite.url import in_memory
 
 
@@ -26,13 +26,13 @@ def upgrade(using: str = DEFAULT_DB_ALIAS) -> None:
     if in_memory(settings.database_url):
         _upgrade_connection(using)
     else:
-        asyncio.run(migrate.upgrade(settings.database_url, schema=settings.schema))
+        asyncio.run(migrations().upgrade(settings.database_url, schema=settings.schema))
 
 
 def current(using: str = DEFAULT_DB_ALIAS) -> str | None:
     """Return the revision of the tables; None if there are none."""
     settings = settings_of(using)
-    return asyncio.run(migrate.current(settings.database_url, schema=settings.schema))
+    return asyncio.run(migrations().current(settings.database_url, schema=settings.schema))
 
 
 def check(using: str = DEFAULT_DB_ALIAS) -> None:
@@ -43,7 +43,7 @@ def check(using: str = DEFAULT_DB_ALIAS) -> None:
     """
     settings = settings_of(using)
     with naming_command(using):
-        asyncio.run(migrate.check(settings.database_url, schema=settings.schema))
+        asyncio.run(migrations().check(settings.database_url, schema=settings.schema))
 
 
 def upgrade_after_migrate(using: str, **_: Any) -> None:
@@ -56,9 +56,7 @@ def _upgrade_connection(using: str) -> None:
     """Create the tables in a database in memory, which only this connection sees."""
     connection = connections[using]
     connection.ensure_connection()
-    engine = create_engine(
-        "sqlite://", creator=lambda: connection.connection, poolclass=StaticPool
-    )
+    engine = create_engine("sqlite://", creator=lambda: connection.connection, poolclass=StaticPool)
     with engine.connect() as own:
-        migrate.upgrade_connection(own)
+        migrations().upgrade_connection(own)
         own.commit()

@@ -20,7 +20,9 @@ class Command(BaseCommand):
         """Declare what to do, and where."""
         parser.add_argument("action", choices=("upgrade", "check", "current"))
         parser.add_argument(
-            "--database", default=DEFAULT_DB_ALIAS, help="The name in DATABASES, by default default."
+            "--database",
+            default=DEFAULT_DB_ALIAS,
+            help="The name in DATABASES, by default default.",
         )
 
     def handle(self, *_: Any, action: str, database: str, **__: Any) -> None:
