@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Final
 
 from flask import Flask, current_app
@@ -46,7 +45,7 @@ class IncidentKit:
         Raises:
             InvalidSettings: With the setting and the rule that it breaks.
         """
-        app.extensions[NAME] = _Opened(self._given or _configured(app.config))
+        app.extensions[NAME] = self._given or _configured(app.config)
 
     @property
     def client(self) -> SyncIncidentClient:
@@ -55,10 +54,11 @@ class IncidentKit:
         Raises:
             RuntimeError: Outside of an application context, or without :meth:`init_app`.
         """
-        opened: _Opened | None = current_app.extensions.get(NAME)
-        if opened is None:
+        client: SyncIncidentClient | None = current_app.extensions.get(NAME)
+        if client is None:
             raise RuntimeError("The application has no incidentkit: call init_app(app) first")
-        return opened.client()
+        client.connect()
+        return client
 
     def join(self, connection: Any) -> SyncJoinedIncidents:
         """Return the verbs in the transaction of a connection or a session, such as ``db.session``.
@@ -66,22 +66,6 @@ class IncidentKit:
         The arguments and errors are those of :meth:`SyncIncidentClient.join`.
         """
         return self.client.join(connection)
-
-
-class _Opened:
-    """Opens a client once."""
-
-    def __init__(self, client: SyncIncidentClient) -> None:
-        self._client = client
-        self._opening = threading.Lock()
-        self._opened = False
-
-    def client(self) -> SyncIncidentClient:
-        if not self._opened:
-            with self._opening:
-                self._client.connect()
-                self._opened = True
-        return self._client
 
 
 def _configured(config: dict[str, Any]) -> SyncIncidentClient:

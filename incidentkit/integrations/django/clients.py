@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -23,8 +22,9 @@ SETTING: Final = "INCIDENTKIT"
 """The name of the setting: a dict of the variables in the settings reference, without their prefix,
 such as ``{"REDIS_URL": "redis://localhost:6379/0"}``."""
 
-_opened: Final[dict[str, SyncIncidentClient]] = {}
-_opening: Final = threading.Lock()
+_made: Final[dict[tuple[str, str], tuple[SyncIncidentClient, bool]]] = {}
+"""The clients of this process, and whether each is on a database in memory; by the name of the
+database in ``DATABASES``, and its own."""
 
 
 def client(using: str = DEFAULT_DB_ALIAS) -> SyncIncidentClient:
@@ -42,12 +42,15 @@ def client(using: str = DEFAULT_DB_ALIAS) -> SyncIncidentClient:
         SchemaOutOfDate: With the command to run.
         StoreUnavailable: If the database cannot be reached.
     """
-    if in_memory(settings_of(using).database_url):
+    found, memory = _made_for(using)
+    if memory:
         raise ImproperlyConfigured(
             f"DATABASES[{using!r}] is in memory, where only Django's own connection sees the "
             f"incidents: use join()"
         )
-    return _client(using)
+    with naming_command(using):
+        found.connect()
+    return found
 
 
 def join(using: str = DEFAULT_DB_ALIAS) -> SyncJoinedIncidents:
@@ -63,14 +66,8 @@ def join(using: str = DEFAULT_DB_ALIAS) -> SyncJoinedIncidents:
         NotInTransaction: If no transaction is open.
         TypeError: If the client is on another kind of database.
     """
-    return _client(using).join(connections[using])
-
-
-def close() -> None:
-    """Close every client of this process; the next call opens a new one."""
-    with _opening:
-        while _opened:
-            _opened.popitem()[1].close()
+    found, _ = _made_for(using)
+    return found.join(connections[using])
 
 
 def settings_of(using: str) -> Settings:
@@ -99,16 +96,16 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _client(using: str) -> SyncIncidentClient:
-    found = _opened.get(using)
+def _made_for(using: str) -> tuple[SyncIncidentClient, bool]:
+    """Return the client on a database, which may not be open, and whether that is in memory."""
+    # A test run changes the name of the database.
+    key = using, str(connections[using].settings_dict["NAME"])
+    found = _made.get(key)
     if found is None:
-        with _opening:
-            found = _opened.get(using)
-            if found is None:
-                found = SyncIncidentClient.from_settings(settings_of(using))
-                with naming_command(using):
-                    found.connect()
-                _opened[using] = found
+        chosen = settings_of(using)
+        made = SyncIncidentClient.from_settings(chosen), in_memory(chosen.database_url)
+        # Another thread may have been faster.
+        found = _made.setdefault(key, made)
     return found
 
 
