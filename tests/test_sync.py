@@ -65,6 +65,7 @@ DIFFERENCES: Final = {
         "database": "an engine or a pool of the host belongs to the host's event loop, and the "
         "synchronous client has one of its own",
     },
+    "IncidentClient.join": {"connection": "each takes the connections of its own kind"},
 }
 """Parameters that differ on purpose, by method, each with the reason."""
 

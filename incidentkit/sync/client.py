@@ -12,7 +12,6 @@ import incidentkit.sync as lazily
 from incidentkit.client import IncidentClient
 from incidentkit.domain.queries import ChangesQuery, ListQuery
 from incidentkit.domain.values import CHANGES_LIMIT, ChangePage, FeedBlocker, IncidentEvent
-from incidentkit.session import HostTransaction
 from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.sync.incidents import SyncIncidents
 from incidentkit.sync.joined import SyncJoinedIncidents
@@ -196,10 +195,9 @@ class SyncIncidentClient(SyncIncidents):
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
         """
-        if self._portal is None:
-            raise ClientClosed
+        self._lifetime.check_open()
         # Neither the portal nor its connections take part: a forked process can join at once.
-        transaction = HostTransaction(self._client.store.join_sync(connection))
+        transaction = lazily.HostTransaction(self._client.store.join_sync(connection))
         return SyncJoinedIncidents(self._client._joined_to(transaction))  # noqa: SLF001
 
     def changes(self, after: str | None = None) -> Iterator[IncidentEvent]:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from incidentkit.domain.tokens import AccessToken, CreatedToken, Scope
-
 if TYPE_CHECKING:
     from incidentkit.client import IncidentClient
+    from incidentkit.domain.tokens import AccessToken, CreatedToken, Scope
     from incidentkit.sync.lifetime import Lifetime
 
 
