@@ -339,9 +339,9 @@ class Incidents(ABC):
             after=after,
             total=total,
         )
-        return await self.search_page(query)
+        return await self._search_page(query)
 
-    async def search_page(self, query: SearchQuery) -> SearchPage:
+    async def _search_page(self, query: SearchQuery) -> SearchPage:
         """Return one page of a search whose arguments are checked."""
         return await self._transactions.store.search(query)
 
@@ -383,7 +383,7 @@ class Incidents(ABC):
             limit=batch,
         )
         while True:
-            page = await self.search_page(query)
+            page = await self._search_page(query)
             for incident in page.incidents:
                 yield incident
             if page.next is None:
