@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import wraps
+from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
 from attrs import NOTHING, Attribute, AttrsInstance, fields, fields_dict
@@ -41,6 +42,7 @@ from incidentkit.domain.values import (
     MESSAGE_MIN_LENGTH,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    OPEN,
     TAG_PATTERN,
     TEXT_MAX_LENGTH,
     TEXT_MAX_WORDS,
@@ -50,6 +52,9 @@ from incidentkit.domain.values import (
     VersionMatch,
 )
 from incidentkit.domain.words import phrases
+
+MAX_FAULTS: Final = 10
+"""Maximum number of invalid items listed in one error."""
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
@@ -69,10 +74,31 @@ class Fault:
 
     Attributes:
         reason: The rule that the given value breaks.
+        items: The rules that items of the given value break, by their places; None: the value as
+            a whole is faulty.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, items: Mapping[int, str] | None = None) -> None:
         self.reason = reason
+        self.items = items
+
+    def errors(self, name: str) -> list[FieldError]:
+        """Return the errors of the field with this name."""
+        if self.items is None:
+            return [FieldError(name, self.reason)]
+        return [FieldError(f"{name}[{n}]", reason) for n, reason in self.items.items()]
+
+
+class FaultyItems(ValueError):
+    """Raised by a rule for several values, some of which break a rule.
+
+    Attributes:
+        reasons: The rules that they break, by their places.
+    """
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__(", ".join(f"item {n} {reason}" for n, reason in reasons.items()))
+        self.reasons = reasons
 
 
 def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
@@ -94,6 +120,8 @@ def _converting(rule: Any) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
         try:
             return rule(value)
+        except FaultyItems as error:
+            return Fault(str(error), error.reasons)
         except ValueError as error:
             return Fault(str(error))
 
@@ -115,7 +143,7 @@ def raise_faults(model: AttrsInstance) -> None:
             except ValueError as error:
                 value = Fault(str(error))
         if type(value) is Fault:
-            faults.append(FieldError(attribute.name, value.reason))
+            faults += value.errors(attribute.name)
     if faults:
         raise InvalidIncident(faults)
 
@@ -139,7 +167,7 @@ def check_names(model: type[AttrsInstance], given: Mapping[Any, Any]) -> None:
         convert: Any = attribute.converter
         value = convert(given[name])
         if isinstance(value, Fault):
-            faults.append(FieldError(name, value.reason))
+            faults += value.errors(name)
     raise InvalidIncident(faults)
 
 
@@ -214,8 +242,34 @@ def optional_name(value: str | None) -> str | None:
     return None if value is None else name(value)
 
 
+def names(value: Iterable[str]) -> tuple[str, ...]:
+    """Return at most 100,000 deduplication keys; a single string is refused."""
+    return _names(value)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError("must be several strings, as in a list")  # noqa: TRY004
+    # Read no more than needed: an iterator may be endless.
+    given = tuple(islice(value, MAX_MANY + 1))
+    if len(given) > MAX_MANY:
+        raise ValueError(f"must be at most {MAX_MANY}")
+    wrong: dict[int, str] = {}
+    for number, each in enumerate(given):
+        try:
+            name(each)
+        except ValueError as error:
+            wrong[number] = str(error)
+            if len(wrong) == MAX_FAULTS:
+                break
+    if wrong:
+        raise FaultyItems(wrong)
+    return given
+
+
 _INCIDENT_TAG: Final = re.compile(TAG_PATTERN, re.ASCII)
 _STATUSES: Final = {member.value: member for member in IncidentStatus}
+_LAST_STATUSES: Final = {name: member for name, member in _STATUSES.items() if member is not OPEN}
 _SOURCES: Final = {member.value: member for member in IncidentSource}
 _ORDERS: Final = {member.value: member for member in IncidentOrder}
 
@@ -235,6 +289,11 @@ def status(value: IncidentStatus | str) -> IncidentStatus:
 def optional_status(value: IncidentStatus | str | None) -> IncidentStatus | None:
     """Return the status, or None."""
     return None if value is None else status(value)
+
+
+def last_status(value: IncidentStatus | str) -> IncidentStatus:
+    """Return the status of an incident that has ended: any but ``new``."""
+    return _member(value, _LAST_STATUSES)
 
 
 def source(value: IncidentSource | str) -> IncidentSource:
