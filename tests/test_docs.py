@@ -46,7 +46,7 @@ import incidentkit
 from incidentkit import IncidentKitError
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
-from incidentkit.domain.commands import MAX_FAULTS
+from incidentkit.domain.rules import MAX_FAULTS
 from incidentkit.domain.values import TEXT_MAX_WORDS
 from incidentkit.http import health, problems, request_log
 from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, MAX_LARGE_BODY
