@@ -95,10 +95,7 @@ WAYS: Final = {
     ),
     "asyncio-auto": ("", "@pytest.fixture", (*ASYNCIO, "-o", "asyncio_mode=auto")),
     "anyio": (
-        "pytestmark = pytest.mark.anyio\n"
-        "@pytest.fixture\n"
-        "def anyio_backend():\n"
-        "    return 'asyncio'\n",
+        "pytestmark = pytest.mark.anyio\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'",
         "@pytest.fixture",
         ("-p", "anyio.pytest_plugin"),
     ),
@@ -133,13 +130,10 @@ def test_an_unused_plugin_loads_nothing_but_pytest() -> None:
     }
 
 
-@pytest.mark.parametrize("options", [(), ("-p", "xdist.plugin", "-n", "2")], ids=["alone", "xdist"])
-def test_synchronous_tests_have_their_fixtures(
-    project: pytest.Pytester, options: tuple[str, ...]
-) -> None:
-    """Each test has a private database, also in the workers of pytest-xdist."""
+def test_synchronous_tests_have_their_fixtures(project: pytest.Pytester) -> None:
+    """Each test has a private database, in the workers of pytest-xdist too."""
     project.makepyfile(SYNCHRONOUS)
-    run(project, *options).assert_outcomes(passed=4)
+    run(project, "-p", "xdist.plugin", "-n", "2").assert_outcomes(passed=4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -151,7 +145,7 @@ def test_asynchronous_tests_have_their_fixture(project: pytest.Pytester, way: st
 
 
 def test_fixtures_of_the_application_win(project: pytest.Pytester) -> None:
-    """A fixture of the same name in the application's conftest or module replaces that of the kit."""
+    """A fixture of the same name in a conftest or a module replaces that of the kit."""
     project.makeconftest("import pytest\n@pytest.fixture\ndef incidents():\n    return 'conftest'")
     project.makepyfile(
         """
@@ -169,7 +163,7 @@ def test_fixtures_of_the_application_win(project: pytest.Pytester) -> None:
 
 
 def test_a_failed_assertion_shows_the_test_alone(project: pytest.Pytester) -> None:
-    """pytest shows the line of the test and what was found, and no line of the kit."""
+    """A failure shows the line of the test and what was found, and no line of the kit."""
     project.makepyfile(
         """
         from incidentkit.testing import assert_incident_opened

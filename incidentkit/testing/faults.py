@@ -148,15 +148,21 @@ def _put(client: object, fault: Fault, verbs: frozenset[str]) -> None:
     asynchronous = isinstance(client, Incidents)
     for name, verb in METHODS.items():
         method = getattr(client, name, None)
-        if verb not in verbs or method is None:
+        if method is None:
             continue
+        # An asynchronous method calls others, so that those of other verbs are wrapped too.
+        befalling = fault if verb in verbs else _no_fault
         if not asynchronous:
-            wrapped = _calling(method, fault, verb)
+            wrapped = _calling(method, befalling, verb)
         elif verb == "iterate":
-            wrapped = _yielding(method, fault, verb)
+            wrapped = _yielding(method, befalling, verb)
         else:
-            wrapped = _awaiting(method, fault, verb)
+            wrapped = _awaiting(method, befalling, verb)
         vars(client)[name] = wrapped
+
+
+def _no_fault(_: str) -> float:
+    return 0.0
 
 
 def _join(
