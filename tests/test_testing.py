@@ -28,7 +28,6 @@ from incidentkit import (
 )
 from incidentkit.http import create_app
 from incidentkit.testing import (
-    NotATestDatabase,
     all_incidents,
     assert_history,
     assert_incident_opened,
@@ -475,7 +474,7 @@ async def test_the_clock_of_a_recording_client_stands_still(application: Applica
     """A client of the application has a frozen clock while it records in the kit's database."""
     client = application.async_incidents
     with (
-        pytest.raises(NotATestDatabase, match=r"use the kit's fixtures.*recording\(\)"),
+        pytest.raises(TypeError, match=r"use the kit's fixtures.*recording\(\)"),
         frozen_clock(client, "2026-01-01T00:00:00Z"),
     ):
         pass

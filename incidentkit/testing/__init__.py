@@ -12,7 +12,7 @@ if TYPE_CHECKING:
         assert_no_incident,
     )
     from incidentkit.testing.clients import private_async_incidents, private_incidents
-    from incidentkit.testing.clock import FrozenClock, NotATestDatabase, frozen_clock
+    from incidentkit.testing.clock import FrozenClock, frozen_clock
     from incidentkit.testing.database import PrivateDatabase, private_url
     from incidentkit.testing.faults import Failures, failing, slow
     from incidentkit.testing.recording import recording
@@ -29,7 +29,7 @@ else:
                 "assert_no_incident",
             ),
             "incidentkit.testing.clients": ("private_async_incidents", "private_incidents"),
-            "incidentkit.testing.clock": ("FrozenClock", "NotATestDatabase", "frozen_clock"),
+            "incidentkit.testing.clock": ("FrozenClock", "frozen_clock"),
             "incidentkit.testing.database": ("PrivateDatabase", "private_url"),
             "incidentkit.testing.faults": ("Failures", "failing", "slow"),
             "incidentkit.testing.recording": ("recording",),
@@ -39,7 +39,6 @@ else:
 __all__ = [
     "Failures",
     "FrozenClock",
-    "NotATestDatabase",
     "PrivateDatabase",
     "all_incidents",
     "assert_history",

@@ -8,20 +8,9 @@ from datetime import datetime, timedelta
 
 from incidentkit.client import IncidentClient
 from incidentkit.domain import rules
-from incidentkit.domain.errors import IncidentKitError
 from incidentkit.sync.client import SyncIncidentClient
 from incidentkit.testing.clients import asynchronous
 from incidentkit.testing.database import PrivateStore
-
-
-class NotATestDatabase(IncidentKitError, TypeError):
-    """The clock of this client cannot be stopped: its database is not one of the test kit."""
-
-    def __str__(self) -> str:
-        return (
-            "Only the clock of the test kit's own database can be stopped: use the kit's fixtures, "
-            "or let this client record there with incidentkit.testing.recording()"
-        )
 
 
 class FrozenClock:
@@ -75,12 +64,15 @@ def frozen_clock(
         The clock, to move it.
 
     Raises:
-        NotATestDatabase: If the client is on another database, whose clock cannot be stopped.
+        TypeError: If the client is on another database, whose clock cannot be stopped.
         InvalidIncident: If it is not an aware time.
     """
     store = asynchronous(client).store
     if not isinstance(store, PrivateStore):
-        raise NotATestDatabase
+        raise TypeError(
+            "Only the clock of the test kit's own database can be stopped: use the kit's fixtures, "
+            "or let this client record there with incidentkit.testing.recording()"
+        )
     clock = FrozenClock(_aware(time))
     with store.database.frozen(lambda: clock.now):
         yield clock

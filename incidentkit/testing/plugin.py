@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from incidentkit import IncidentClient, SyncIncidentClient
+    from incidentkit.client import IncidentClient
+    from incidentkit.sync.client import SyncIncidentClient
     from incidentkit.testing.database import PrivateDatabase
 
 
