@@ -56,21 +56,28 @@ class SyncIncidents(ABC):
         source: IncidentSource | str,
         incident_type: IncidentStatus | str = IncidentStatus.NEW,
         dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Incident: ...
 
-    def create(
+    def create(  # noqa: PLR0913
         self,
         incident_message: NewIncident | str,
         *,
         source: IncidentSource | str | None = None,
         incident_type: IncidentStatus | str = IncidentStatus.NEW,
         dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
         """Store an incident and return it, as :meth:`IncidentClient.create` does."""
         given: Any = incident_message
-        fields: Any = {"source": source, "incident_type": incident_type, "dedup_key": dedup_key}
+        fields: Any = {
+            "source": source,
+            "incident_type": incident_type,
+            "dedup_key": dedup_key,
+            "details": details,
+        }
         return self._run(self._incidents.create(given, **fields, idempotency_key=idempotency_key))
 
     def create_many(
@@ -150,6 +157,7 @@ class SyncIncidents(ABC):
         limit: int = DEFAULT_LIMIT,
         after: str | None = None,
         total: bool = False,
+        details: bool = False,
     ) -> SearchPage:
         """Return one page of the matching incidents, as :meth:`IncidentClient.search` does."""
         return self._run(
@@ -164,6 +172,7 @@ class SyncIncidents(ABC):
                 limit=limit,
                 after=after,
                 total=total,
+                details=details,
             )
         )
 
@@ -178,6 +187,7 @@ class SyncIncidents(ABC):
         text: str | None = None,
         order: IncidentOrder | str = IncidentOrder.NEWEST,
         batch: int = 100,
+        details: bool = False,
     ) -> Iterator[Incident]:
         """Yield all matching incidents, page by page, as :meth:`IncidentClient.iterate` does."""
         query = SearchQuery(
@@ -189,6 +199,7 @@ class SyncIncidents(ABC):
             text=text,
             order=order,
             limit=batch,
+            details=details,
         )
         while True:
             page = self._run(self._incidents._search_page(query))  # noqa: SLF001
