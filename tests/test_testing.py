@@ -81,7 +81,7 @@ class UnitTest(unittest.TestCase):
 FILLED = (
     NewIncident("Disk of db-1 is full", "monitoring", dedup_key="disk db-1"),
     NewIncident("Disk of db-1 is still full", "monitoring", dedup_key="disk db-1"),
-    NewIncident("Payments are slow", "partner"),
+    NewIncident("Payments are slow", "partner", details={"region": "eu", "tries": [1, 2]}),
     NewIncident("Payments are slow", "partner", "failed"),
 )
 """Three incidents, the first of which was reported twice."""
@@ -97,6 +97,8 @@ FITTING: list[tuple[dict[str, Any], int, int]] = [
     ({"dedup_key": re.compile("^disk")}, 1, 1),
     ({"dedup_key": lambda key: key is None}, 2, 3),
     ({"occurrences": 2, "status": "new"}, 1, 1),
+    ({"details": {"tries": [1, 2]}}, 1, 3),
+    ({"details": lambda details: details is None}, 2, 1),
 ]
 """Expected fields, the number of incidents that have them, and the id of the oldest."""
 
@@ -108,7 +110,8 @@ def test_incidents_with_the_expected_fields_are_found(
     """All given fields must fit, as a value, a pattern or a function, on as many incidents."""
     incidents.create_many(FILLED)
     found = assert_incident_opened(incidents, **fields, count=count)
-    assert found == incidents.get(oldest)
+    stored = incidents.get(oldest)
+    assert (found, found.details) == (stored, stored.details)
     for other in {1, 2, 3, 4} - {count}:
         with pytest.raises(AssertionError, match=f"found {count} among 3"):
             assert_incident_opened(incidents, **fields, count=other)
@@ -123,7 +126,7 @@ def test_a_failure_shows_the_nearest_incidents(incidents: SyncIncidentClient) ->
     with pytest.raises(AssertionError) as caught:
         assert_incident_opened(incidents, message="Disk of db-1 is full", source="monitoring")
     lines = str(caught.value).splitlines()
-    assert lines[:10] == [
+    assert lines[:11] == [
         "Expected 1 incident, found 0 among 10:",
         "    message      'Disk of db-1 is full'",
         "    source       'monitoring'",
@@ -134,6 +137,7 @@ def test_a_failure_shows_the_nearest_incidents(incidents: SyncIncidentClient) ->
         "    dedup_key    None",
         "    status       'new'",
         "    occurrences  1",
+        "    details      None",
     ]
     assert sum(line.startswith("  incident ") for line in lines) == 5
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, Final, TypeAlias, TypeVar, overload
 
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.domain.values import (
@@ -23,6 +23,7 @@ from incidentkit.domain.values import (
 from incidentkit.incidents import Incidents
 from incidentkit.sync.incidents import SyncIncidents
 from incidentkit.testing.matching import (
+    DetailsMatcher,
     Expected,
     TextMatcher,
     check_history,
@@ -34,6 +35,12 @@ IncidentList: TypeAlias = list[Incident]
 EventList: TypeAlias = list[IncidentEvent]
 
 _T = TypeVar("_T")
+
+_ALL: Final[dict[str, Any]] = {
+    "order": IncidentOrder.OLDEST,
+    "batch": MAX_LIMIT,
+    "details": True,
+}
 
 
 @overload
@@ -47,7 +54,7 @@ def all_incidents(incidents: Incidents) -> Coroutine[Any, Any, IncidentList]: ..
 def all_incidents(
     incidents: SyncIncidents | Incidents,
 ) -> IncidentList | Coroutine[Any, Any, IncidentList]:
-    """Return all incidents, oldest first.
+    """Return all incidents with their details, oldest first.
 
     Args:
         incidents: A client, or the verbs in a joined transaction. For asynchronous verbs the result
@@ -65,6 +72,7 @@ def assert_incident_opened(
     dedup_key: TextMatcher | None = None,
     status: IncidentStatus | str | None = None,
     occurrences: int | None = None,
+    details: DetailsMatcher | None = None,
     count: int = 1,
 ) -> Incident: ...
 
@@ -78,6 +86,7 @@ def assert_incident_opened(
     dedup_key: TextMatcher | None = None,
     status: IncidentStatus | str | None = None,
     occurrences: int | None = None,
+    details: DetailsMatcher | None = None,
     count: int = 1,
 ) -> Coroutine[Any, Any, Incident]: ...
 
@@ -90,6 +99,7 @@ def assert_incident_opened(  # noqa: PLR0913
     dedup_key: TextMatcher | None = None,
     status: IncidentStatus | str | None = None,
     occurrences: int | None = None,
+    details: DetailsMatcher | None = None,
     count: int = 1,
 ) -> Incident | Coroutine[Any, Any, Incident]:
     """Assert that an incident with these fields exists, and return it.
@@ -108,6 +118,8 @@ def assert_incident_opened(  # noqa: PLR0913
             a key. None: any key, or none.
         status: Its present status; None: any status.
         occurrences: Number of reports; None: any number.
+        details: Some of its details, each with its value, or a function, which gets None for an
+            incident without details. None: any details, or none.
         count: Number of incidents that must match, at least 1.
 
     Returns:
@@ -120,7 +132,7 @@ def assert_incident_opened(  # noqa: PLR0913
     __tracebackhide__ = True
     if count < 1:
         raise InvalidSettings("count", "must be at least 1: there is also assert_no_incident")
-    expected = Expected(message, source, dedup_key, status, occurrences)
+    expected = Expected(message, source, dedup_key, status, occurrences, details)
     return _of_all(incidents, partial(check_opened, expected=expected, count=count))
 
 
@@ -133,6 +145,7 @@ def assert_no_incident(
     dedup_key: TextMatcher | None = None,
     status: IncidentStatus | str | None = None,
     occurrences: int | None = None,
+    details: DetailsMatcher | None = None,
 ) -> None: ...
 
 
@@ -145,6 +158,7 @@ def assert_no_incident(
     dedup_key: TextMatcher | None = None,
     status: IncidentStatus | str | None = None,
     occurrences: int | None = None,
+    details: DetailsMatcher | None = None,
 ) -> Coroutine[Any, Any, None]: ...
 
 
@@ -156,6 +170,7 @@ def assert_no_incident(  # noqa: PLR0913
     dedup_key: TextMatcher | None = None,
     status: IncidentStatus | str | None = None,
     occurrences: int | None = None,
+    details: DetailsMatcher | None = None,
 ) -> Coroutine[Any, Any, None] | None:
     """Assert that no incident has these fields; without fields, that there is none at all.
 
@@ -166,7 +181,7 @@ def assert_no_incident(  # noqa: PLR0913
         InvalidIncident: If there is no such source or status.
     """
     __tracebackhide__ = True
-    expected = Expected(message, source, dedup_key, status, occurrences)
+    expected = Expected(message, source, dedup_key, status, occurrences, details)
     return _of_all(incidents, partial(check_none, expected=expected))
 
 
@@ -228,15 +243,10 @@ def _of_all(
     """Read all incidents and return the result of a check, or a coroutine that does so."""
     __tracebackhide__ = True
     if isinstance(incidents, SyncIncidents):
-        return check([*incidents.iterate(order=IncidentOrder.OLDEST, batch=MAX_LIMIT)])
+        return check([*incidents.iterate(**_ALL)])
 
     async def awaited() -> _T:
         __tracebackhide__ = True
-        return check(
-            [
-                incident
-                async for incident in incidents.iterate(order=IncidentOrder.OLDEST, batch=MAX_LIMIT)
-            ]
-        )
+        return check([incident async for incident in incidents.iterate(**_ALL)])
 
     return awaited()

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial, wraps
 from threading import Lock
 from typing import Any, Final, Protocol
@@ -17,13 +16,9 @@ from incidentkit.observing import VERBS
 from incidentkit.sync.incidents import SyncIncidents
 
 METHODS: Final = {name: name for name in (*VERBS, "feed_blocker", "iterate")} | {
-    "list_json": "list",
-    "search_page": "search",
+    "list_json": "list"
 }
 """The methods of a client that can fail, each with its verb. ``changes`` waits instead."""
-
-_within: Final[ContextVar[bool]] = ContextVar("incidentkit_testing_within", default=False)
-"""Whether a method is running whose own calls of other methods do not count."""
 
 
 class Fault(Protocol):
@@ -148,21 +143,15 @@ def _put(client: object, fault: Fault, verbs: frozenset[str]) -> None:
     asynchronous = isinstance(client, Incidents)
     for name, verb in METHODS.items():
         method = getattr(client, name, None)
-        if method is None:
+        if verb not in verbs or method is None:
             continue
-        # An asynchronous method calls others, so that those of other verbs are wrapped too.
-        befalling = fault if verb in verbs else _no_fault
         if not asynchronous:
-            wrapped = _calling(method, befalling, verb)
+            wrapped = _calling(method, fault, verb)
         elif verb == "iterate":
-            wrapped = _yielding(method, befalling, verb)
+            wrapped = _yielding(method, fault, verb)
         else:
-            wrapped = _awaiting(method, befalling, verb)
+            wrapped = _awaiting(method, fault, verb)
         vars(client)[name] = wrapped
-
-
-def _no_fault(_: str) -> float:
-    return 0.0
 
 
 def _join(
@@ -189,14 +178,8 @@ def _awaiting(
 ) -> Callable[..., Awaitable[Any]]:
     @wraps(method)
     async def call(*arguments: Any, **options: Any) -> Any:
-        if _within.get():
-            return await method(*arguments, **options)
         await _befall(fault, verb)
-        token = _within.set(True)
-        try:
-            return await method(*arguments, **options)
-        finally:
-            _within.reset(token)
+        return await method(*arguments, **options)
 
     return call
 
@@ -207,15 +190,7 @@ def _yielding(
     @wraps(method)
     async def values(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
         await _befall(fault, verb)
-        iterator = aiter(method(*arguments, **options))
-        while True:
-            token = _within.set(True)
-            try:
-                value = await anext(iterator)
-            except StopAsyncIteration:
-                return
-            finally:
-                _within.reset(token)
+        async for value in method(*arguments, **options):
             yield value
 
     return values

@@ -16,8 +16,14 @@ from incidentkit.domain.values import Incident, IncidentEvent, IncidentSource, I
 TextMatcher: TypeAlias = str | re.Pattern[str] | Callable[[Any], bool]
 """The whole text, a pattern that is found in it, or a function that tells."""
 
+DetailsMatcher: TypeAlias = Mapping[str, Any] | Callable[[Any], bool]
+"""Some of the details, each with its value, or a function that tells."""
+
 NEAREST: Final = 5
 """Maximum number of incidents that a failure shows."""
+
+SHOWN: Final = 1200
+"""Maximum number of characters of a value that a failure shows: any message, some details."""
 
 FIELDS: Final[Mapping[str, Callable[[Incident], object]]] = {
     "message": lambda incident: incident.incident_message,
@@ -25,6 +31,7 @@ FIELDS: Final[Mapping[str, Callable[[Incident], object]]] = {
     "dedup_key": lambda incident: incident.dedup_key,
     "status": lambda incident: incident.incident_type,
     "occurrences": lambda incident: incident.occurrences,
+    "details": lambda incident: incident.details,
 }
 """The fields that a test can expect, with their values."""
 
@@ -42,6 +49,7 @@ class Expected:
     dedup_key: TextMatcher | None
     status: IncidentStatus | str | None
     occurrences: int | None
+    details: DetailsMatcher | None
 
     def __attrs_post_init__(self) -> None:
         rules.check("source", rules.optional_source, self.source)
@@ -73,6 +81,8 @@ def fits(expected: object, actual: object) -> bool:
         return isinstance(actual, str) and expected.search(actual) is not None
     if callable(expected):
         return bool(expected(actual))
+    if isinstance(expected, Mapping):
+        return isinstance(actual, Mapping) and expected.items() <= actual.items()
     return expected == actual
 
 
@@ -134,7 +144,8 @@ def _show(value: object) -> str:
         return f"found by {value.pattern!r}"
     if callable(value):
         return f"accepted by {getattr(value, '__name__', repr(value))}"
-    return repr(str(value)) if isinstance(value, str) else repr(value)
+    shown = repr(str(value)) if isinstance(value, str) else repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…"
 
 
 def _list(incidents: Sequence[Incident], expected: Expected) -> list[str]:
