@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
 import incidentkit.store as storage
 from incidentkit.cache.opening import cache_from_url
@@ -75,6 +75,15 @@ class _NotConnected:
 
     def once(self, _: str, __: str, ___: Parameters) -> Idempotency:
         raise ClientClosed
+
+
+class Parts(NamedTuple):
+    """What a client works on: its store, its shared cache, and where it is open."""
+
+    store: IncidentStore
+    cache: IncidentCache | None
+    session: Session | None
+    transactions: Transactions
 
 
 def check_max_staleness(max_staleness: object) -> float:
@@ -495,3 +504,9 @@ class IncidentClient(Incidents):
         if self._session is None:
             raise ClientClosed
         return self._session
+
+    def _swap(self, parts: Parts) -> Parts:
+        """Work on other parts from now on, and return the present ones; for the test kit."""
+        present = Parts(self.store, self._cache, self._session, self._transactions)
+        self.store, self._cache, self._session, self._transactions = parts
+        return present

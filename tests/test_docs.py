@@ -200,16 +200,17 @@ def run_program(file: str) -> str:
     return printed.getvalue()
 
 
-def test_the_tests_of_a_host_pass() -> None:
+@pytest.mark.parametrize("name", ["docs/how-to/embed.md", "docs/how-to/test.md"])
+def test_the_tests_of_a_host_pass(name: str) -> None:
     """The tests that the page shows pass, without a warning from incidentkit."""
-    files = [file for file in write_files("docs/how-to/embed.md") if file.startswith("test_")]
+    files = [file for file in write_files(name) if file.startswith("test_")]
     assert files
     scope = "asyncio_default_fixture_loop_scope=function"
-    plugins = ("-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin", "-o", scope)
+    kit = ("-p", "incidentkit.testing.plugin", "-p", "pytest_asyncio.plugin")
     exit_code, out, err = outcome(
         start(
             *files,
-            program=["-W", "error", "-m", "pytest", *plugins],
+            program=["-W", "error", "-m", "pytest", "-p", "no:cacheprovider", *kit, "-o", scope],
             env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         )
     )
