@@ -34,10 +34,11 @@ from incidentkit.cli.limits import Places
 from incidentkit.cli.log import LOG
 from incidentkit.http.envelope import NO_SNIFF, NO_STORE, Envelope
 from incidentkit.http.log import NO_ROUTE, OTHER_METHOD, observe_answer
-from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_response
+from incidentkit.http.problems import RETRY_HEADERS, Refusal, problem_response
 from incidentkit.http.request_id import NAME, request_id
 from incidentkit.http.server_hooks import EXTENSION, ServerHooks
 from incidentkit.http.streams import stream_instead
+from incidentkit.wire.kinds import Kind
 
 logger = logging.getLogger("incidentkit.http")
 

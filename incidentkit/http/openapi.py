@@ -50,7 +50,6 @@ from incidentkit.http.problems import (
     RETRY_AFTER,
     TITLES,
     Conflict,
-    Kind,
     Problem,
     Refusal,
     problem_for,
@@ -61,6 +60,7 @@ from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.store.schema import SCHEMA_REVISION
 from incidentkit.version import __version__
 from incidentkit.wire import NewNote, wire_converter
+from incidentkit.wire.kinds import Kind
 
 Json: TypeAlias = dict[str, Any]
 
