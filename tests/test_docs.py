@@ -67,6 +67,7 @@ from incidentkit.store.sqlite import statements as sqlite
 from incidentkit.store.sqlite.dialect import SqliteDialect
 from incidentkit.store.sqlite.file import scanners
 from incidentkit.store.sqlite.url import PARAMETERS
+from incidentkit.wire.kinds import Kind
 from tests.programs import outcome, service, start
 from tests.test_migrations import ORIGIN_SCHEMA
 
@@ -636,7 +637,7 @@ def test_the_codes_of_problems_are_those_of_the_service() -> None:
             kind.when,
             "" if kind.error is None else f"`{kind.error.__name__}`",
         ]
-        for kind in problems.Kind
+        for kind in Kind
     ]
     assert rows("docs/reference/errors.md", "code") == expected
     assert f"`{problems.PAGE}#incident-not-found`" in page("docs/reference/errors.md")

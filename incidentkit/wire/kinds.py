@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Final
 
 from incidentkit.domain.errors import (
+    AccessDenied,
     CacheUnavailable,
     ClientClosed,
     DuplicateOpenIncident,
@@ -18,6 +19,7 @@ from incidentkit.domain.errors import (
     InvalidIncident,
     InvalidSettings,
     MissingDependency,
+    NeedsDatabase,
     NotInTransaction,
     PartlyStored,
     SchemaOutOfDate,
@@ -56,6 +58,7 @@ class Kind(Enum):
     TOKEN_NOT_FOUND = 404, "no active access token has this name", TokenNotFound
     PARTLY_STORED = 500, "only some of the batches were stored", PartlyStored
     NOT_IN_TRANSACTION = 500, "the connection has no open transaction", NotInTransaction
+    NEEDS_DATABASE = 500, "the service itself has no client on a database", NeedsDatabase
     CLIENT_CLOSED = 503, "the service is still starting, or already shutting down", ClientClosed
     WRONG_EVENT_LOOP = 500, "the application uses the client on another event loop", WrongEventLoop
     INVALID_SETTINGS = 500, "a setting is invalid", InvalidSettings
@@ -64,6 +67,7 @@ class Kind(Enum):
     STORE_ERROR = 500, "the database refuses what the service needs", StoreError
     STORE_UNAVAILABLE = 503, "the database cannot be reached, or did not answer", StoreUnavailable
     SCHEMA_OUT_OF_DATE = 503, "the schema of the database needs an upgrade", SchemaOutOfDate
+    ACCESS_DENIED = 500, "another service refuses the token of this one", AccessDenied
     INCIDENTKIT_ERROR = 500, "incidentkit failed in another way", IncidentKitError
     INTERNAL_ERROR = 500, "the service failed"
     NOT_READY = 503, "the service is not ready"

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conformance.embodiments import EMBODIMENTS, ON_POSTGRES
 from tests.conformance.gaps import expected_failure, gaps_of
+from tests.remotes import Host
 from tests.servers import PgBouncer
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.conformance.embodiments import Embodiment, Verbs
 
-MEASURED: Final = ("sqlite-engine", "postgresql-url", "joined-asyncpg-pool")
+MEASURED: Final = ("sqlite-engine", "postgresql-url", "joined-asyncpg-pool", "remote-asgi")
 """The embodiments for which coverage is measured: the others run the same code."""
 
 MODE: Final[Any] = os.environ.get("INCIDENTKIT_TEST_POOLER")
@@ -45,6 +46,13 @@ def pooler(postgres_server_url: str) -> Iterator[PgBouncer]:
     """The pooler that the suite runs through."""
     with PgBouncer(postgres_server_url, mode=MODE, size=SIZE) as pooler:
         yield pooler
+
+
+@pytest.fixture(scope="session")
+def service_host() -> Iterator[Host]:
+    """The server of all services behind a socket."""
+    with Host() as host:
+        yield host
 
 
 @pytest.fixture(params=ON_POSTGRES if MODE else EMBODIMENTS)
