@@ -10,10 +10,17 @@ from attrs import field, frozen
 
 from incidentkit.domain import rules
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.formats import schema
+from incidentkit.domain.plain import Plain
 from incidentkit.domain.rules import check_names, collect, raise_faults
 from incidentkit.domain.values import (
+    FORBIDDEN_MESSAGES,
     MAX_MANY,
+    MESSAGE_MAX_LENGTH,
+    MESSAGE_MIN_LENGTH,
+    NAME_MAX_LENGTH,
     OPEN,
+    STORABLE,
     IncidentSource,
     IncidentStatus,
     VersionMatch,
@@ -31,7 +38,7 @@ def _needs_open(incident: NewIncident, _: object, __: str | None) -> None:
 
 
 @frozen(field_transformer=collect)
-class NewIncident:
+class NewIncident(Plain):
     """An incident to create: its values are checked and normalized when it is made.
 
     Args:
@@ -48,11 +55,30 @@ class NewIncident:
         InvalidIncident: With every faulty field.
     """
 
-    incident_message: str = field(converter=rules.message)
+    incident_message: str = field(
+        converter=rules.message,
+        metadata=schema(
+            minLength=MESSAGE_MIN_LENGTH,
+            maxLength=MESSAGE_MAX_LENGTH,
+            pattern=STORABLE,
+            description="What happened. Surrounding white space is removed and does not count; the "
+            f"rest must not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))} in any letter case.",
+        ),
+    )
     source: IncidentSource = field(converter=rules.source)
     incident_type: IncidentStatus = field(default=IncidentStatus.NEW, converter=rules.status)
     dedup_key: str | None = field(
-        default=None, converter=rules.optional_name, validator=_needs_open
+        default=None,
+        converter=rules.optional_name,
+        validator=_needs_open,
+        metadata=schema(
+            minLength=1,
+            maxLength=NAME_MAX_LENGTH,
+            pattern=STORABLE,
+            description="The problem that it is about. While an incident with this key is open, a "
+            "further report counts as an occurrence of it. Only for an incident that starts as "
+            "new.",
+        ),
     )
 
     __attrs_post_init__ = raise_faults

@@ -82,7 +82,10 @@ def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
             converter=_converting(attribute.converter),
             # Run by raise_faults(), since a host may disable the validators of attrs.
             validator=None,
-            metadata={_RULE: attribute.validator} if attribute.validator else {},
+            metadata={
+                **attribute.metadata,
+                **({_RULE: attribute.validator} if attribute.validator else {}),
+            },
         )
         for attribute in attributes
     ]
@@ -109,9 +112,10 @@ def raise_faults(model: AttrsInstance) -> None:
     faults = []
     for attribute in fields(type(model)):
         value = getattr(model, attribute.name)
-        if attribute.metadata and value is not None and type(value) is not Fault:
+        rule = attribute.metadata.get(_RULE)
+        if rule is not None and value is not None and type(value) is not Fault:
             try:
-                attribute.metadata[_RULE](model, attribute, value)
+                rule(model, attribute, value)
             except ValueError as error:
                 value = Fault(str(error))
         if type(value) is Fault:

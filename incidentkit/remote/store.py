@@ -341,6 +341,10 @@ class RemoteStore:
         """Raise, since a transaction cannot reach over HTTP."""
         raise NeedsDatabase("join")
 
+    def join_sync(self, connection: object) -> StoreOperations:  # noqa: ARG002
+        """Raise, since a transaction cannot reach over HTTP."""
+        raise NeedsDatabase("join")
+
     async def fetch(self, _: object, __: object) -> NoReturn:
         """Raise, since a service gives out no access tokens."""
         raise NeedsDatabase("tokens")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any, Final
+from typing import Any
 
 from attrs import field, fields_dict, frozen
 from cattrs import Converter
@@ -16,6 +16,7 @@ from cattrs.gen import make_dict_structure_fn
 from incidentkit.domain import rules
 from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.formats import read_wire_time, wire_time
 from incidentkit.domain.rules import check_names, collect, raise_faults
 from incidentkit.domain.values import (
     EventKind,
@@ -25,8 +26,6 @@ from incidentkit.domain.values import (
     IncidentStatus,
 )
 from incidentkit.wire.encoding import dump_json
-
-TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 
 @frozen(field_transformer=collect)
@@ -55,15 +54,10 @@ class NewNote:
         return cls(**values)
 
 
-def _time_to_wire(value: datetime) -> str:
-    # Not strftime(): on some platforms its %Y has no leading zeros.
-    return value.astimezone(UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
-
-
 def _time_from_wire(value: object, _: type[datetime]) -> datetime:
     if not isinstance(value, str):
         raise TypeError("not a string")
-    return datetime.strptime(value, TIME_FORMAT).replace(tzinfo=UTC)
+    return read_wire_time(value)
 
 
 def _member_from_wire(value: object, enum: type[StrEnum]) -> StrEnum:
@@ -106,7 +100,7 @@ def wire_converter(*, complete: bool = True) -> Converter:
       is an error that names it.
     """
     converter = Converter(detailed_validation=False)
-    converter.register_unstructure_hook(datetime, _time_to_wire)
+    converter.register_unstructure_hook(datetime, wire_time)
     converter.register_structure_hook(datetime, _time_from_wire)
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
