@@ -194,13 +194,15 @@ def test_a_token_is_sent_encrypted_or_within_the_machine(url: str) -> None:
     IncidentClient.open("http://incidents.internal", token=TOKEN, remote=trusted)
 
 
+NUMBERS = ("attempts", "max_connections", "max_readers", "max_searches")
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
         *((name, value) for name in ("deadline", "connect_timeout", "read_timeout") for value in
           (0, -1, 3601, float("nan"), float("inf"), True, "5", None)),
-        *((name, value) for name in ("attempts", "max_connections", "max_readers") for value in
-          (0, -1, 10_001, 1.0, True, None)),
+        *((name, value) for name in NUMBERS for value in (0, -1, 10_001, 1.0, True, None)),
         ("ssl_context", True),
         ("plain_http", 1),
         ("headers", {"X": "a\nb"}),
@@ -744,6 +746,7 @@ async def test_one_client_is_within_the_bounds_of_one_token(service: IncidentCli
         following = [asyncio.ensure_future(incidents.read_changes(wait=30)) for _ in range(30)]
         calls = (incidents.create(f"Disk {n} is full", source="monitoring") for n in range(40))
         created = await asyncio.gather(*calls)
+        await asyncio.gather(*(incidents.search(text="disk", total=True) for _ in range(20)))
         pages = await asyncio.gather(*following)
     assert len({one.incident_id for one in created}) == 40
     assert all(page.changes for page in pages)

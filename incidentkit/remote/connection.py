@@ -6,6 +6,7 @@ import asyncio
 import random
 import ssl
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Final
 from urllib.request import getproxies
 from weakref import WeakSet
@@ -61,7 +62,7 @@ class Connection:
             self._headers["Authorization"] = f"Bearer {token}"
         self._client: httpx2.AsyncClient | None = None
         self._context = options.ssl_context
-        self._requests = self._waiting = asyncio.Semaphore()
+        self._requests = self._waiting = self._searches = asyncio.Semaphore()
         self._running: set[_Running] = set()
         # Those of kept connections, by which a forked process leaves them.
         self._streams: WeakSet[Any] = WeakSet()
@@ -75,6 +76,7 @@ class Connection:
             self._context = await asyncio.to_thread(httpx2.create_ssl_context)
         self._requests = asyncio.Semaphore(options.max_connections)
         self._waiting = asyncio.Semaphore(options.max_readers)
+        self._searches = asyncio.Semaphore(options.max_searches)
         connections = options.max_connections + options.max_readers
         self._client = httpx2.AsyncClient(
             headers=self._headers,
@@ -170,6 +172,14 @@ class Connection:
             await asyncio.sleep(pause)
 
     async def _attempt(self, call: Call) -> Answer:
+        """Send a request once it has its turn."""
+        if call.waits:
+            async with self._waiting:
+                return await self._exchange(call)
+        async with self._searches if call.slow else nullcontext(), self._requests:
+            return await self._exchange(call)
+
+    async def _exchange(self, call: Call) -> Answer:
         options = self._options
         timeout = httpx2.Timeout(
             connect=options.connect_timeout,
@@ -181,26 +191,25 @@ class Connection:
         headers = [(name.encode(), value) for name, value in call.headers.items()]
         if call.body is not None:
             headers.append((b"Content-Type", JSON.encode()))
-        async with self._waiting if call.waits else self._requests:
-            client = self._client
-            if client is None:
-                raise ClientClosed
-            request = client.build_request(
-                call.method,
-                self.url + call.path,
-                params=call.query or None,
-                headers=headers,
-                content=call.body,
-                timeout=timeout,
-            )
-            response = await client.send(request, stream=True)
-            try:
-                stream = response.extensions.get("network_stream")
-                if stream is not None:
-                    self._streams.add(stream)
-                body = await self._read(response)
-            finally:
-                await response.aclose()
+        client = self._client
+        if client is None:
+            raise ClientClosed
+        request = client.build_request(
+            call.method,
+            self.url + call.path,
+            params=call.query or None,
+            headers=headers,
+            content=call.body,
+            timeout=timeout,
+        )
+        response = await client.send(request, stream=True)
+        try:
+            stream = response.extensions.get("network_stream")
+            if stream is not None:
+                self._streams.add(stream)
+            body = await self._read(response)
+        finally:
+            await response.aclose()
         return Answer(response.status_code, _headers_of(response), body)
 
     async def _read(self, response: httpx2.Response) -> bytes:

@@ -30,6 +30,7 @@ class Call:
         body: The JSON value to send; None: no body.
         patience: Seconds that the service may take beyond the deadline and the timeouts.
         waits: Whether it waits for changes.
+        slow: Whether it is a search that takes time.
         single: Whether it is sent only once, since a repetition would change its answer.
         incident_id: The incident that it is about; 0: no single one.
         to_status: The status that it asks for; None: none.
@@ -43,6 +44,7 @@ class Call:
     body: bytes | None = field(default=None, repr=False)
     patience: float = 0.0
     waits: bool = False
+    slow: bool = False
     single: bool = False
     incident_id: int = 0
     to_status: IncidentStatus | None = None

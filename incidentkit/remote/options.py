@@ -72,9 +72,11 @@ class RemoteOptions:
         attempts: Number of attempts, 1 to 100, within the deadline: a request is repeated if the
             connection fails, or the service is unavailable or has too many requests.
         max_connections: Requests at a time, 1 to 10,000. A service answers 20 requests of one
-            token at a time by default, those of :attr:`max_readers` included.
+            token at a time by default, those of ``max_readers`` included.
         max_readers: Calls that wait for changes at a time, 1 to 10,000; others take turns. A
             service allows 10 of one token by default.
+        max_searches: Searches with ``text`` or ``total`` at a time, 1 to 10,000, of
+            ``max_connections``. A service allows 2 of one token by default.
         ssl_context: For certificates of a private authority, or a certificate of the client. None:
             the authorities that httpx2 trusts.
         plain_http: Whether a token may be sent over ``http://`` to another host than this one.
@@ -92,6 +94,7 @@ class RemoteOptions:
     attempts: int = field(default=3, validator=_integer(MAX_ATTEMPTS))
     max_connections: int = field(default=10, validator=_integer(MAX_PER_TOKEN))
     max_readers: int = field(default=5, validator=_integer(MAX_PER_TOKEN))
+    max_searches: int = field(default=2, validator=_integer(MAX_PER_TOKEN))
     ssl_context: SSLContext | None = field(default=None, validator=_context, repr=False)
     plain_http: bool = field(default=False, validator=_flag)
     headers: Mapping[str, str] = field(factory=dict, validator=_headers, repr=False, hash=False)

@@ -256,7 +256,9 @@ class RemoteStore:
 
     async def search(self, query: SearchQuery) -> SearchPage:
         """Return one page of a search, with the total if the query asks for it."""
-        return await self._send(Call("GET", "/incident/search", _parameters(query)), SearchPage)
+        slow = query.text is not None or query.total
+        call = Call("GET", "/incident/search", _parameters(query), slow=slow)
+        return await self._send(call, SearchPage)
 
     async def history(
         self, incident_id: int, *, after: int = 0, limit: int = MAX_LIMIT
