@@ -452,6 +452,8 @@ def _parameters(query: SearchQuery) -> _Query:
         found.append(("text", query.text))
     if query.after is not None:
         found.append(("after", query.cursor(query.after.created_at, query.after.incident_id)))
+    if query.details:
+        found.append(("details", "true"))
     if query.total:
         found.append(("total", "true"))
     return tuple(found)
