@@ -50,8 +50,9 @@ nitpick_ignore_regex: Final = [
     ),
     (
         "py:class",
-        "AsyncEngine|Callable.*|ContextVar|Pool|Record|Starlette|MeterProvider|TracerProvider|datetime",
+        "AsyncBaseTransport|AsyncEngine|Callable.*|ContextVar|Pool|Record|SSLContext|Starlette",
     ),
+    ("py:class", "MeterProvider|TracerProvider|datetime"),
     ("py:mod", "contextvars"),
 ]
 

@@ -211,6 +211,9 @@ class IncidentStore(StoreOperations, Protocol):
     A store may also have an attribute ``row_security``: whether policies decide which rows a
     session sees, so that no call may share the answer of another.
 
+    A store may also have an attribute ``has_token``: false if it never has a token of the
+    incidents, so that no page of the list is kept.
+
     A store may also have a method ``abandon()``, which releases everything without the event loop
     that opened the store. A client calls it in a thread when it is connected or closed after that
     event loop has ended, or in a forked process.

@@ -82,8 +82,12 @@ def _from_wire(value: object, model: type[NewIncident | NewNote]) -> NewIncident
 
 
 @cache
-def wire_converter() -> Converter:
+def wire_converter(*, complete: bool = True) -> Converter:
     """Return the converter between models and JSON values.
+
+    Args:
+        complete: Whether an incident or an event without one of its fields is refused. Otherwise a
+            missing field has its default, as in an answer of an older service.
 
     The rules of the wire format:
 
@@ -107,7 +111,7 @@ def wire_converter() -> Converter:
         converter.register_structure_hook(enum, _member_from_wire)
     converter.register_structure_hook(NewIncident, _from_wire)
     converter.register_structure_hook(NewNote, _from_wire)
-    for model in (Incident, IncidentEvent):
+    for model in (Incident, IncidentEvent) if complete else ():
         converter.register_structure_hook(model, _complete(model, converter))
     return converter
 
