@@ -45,10 +45,8 @@ html_show_sphinx: Final = False
 # Names that other packages define. The build fetches no inventories, so it needs no network.
 nitpick_ignore_regex: Final = [
     ("py:class", r"(asyncio|asyncpg|collections|contextlib|datetime|enum|os|redis|starlette)\..*"),
-    (
-        "py:class",
-        "AsyncEngine|Callable.*|ContextVar|Pool|Record|Starlette|MeterProvider|TracerProvider|datetime",
-    ),
+    ("py:class", r"Async(Connection|Engine|Session)|Connection|Pool|PoolConnectionProxy|Record"),
+    ("py:class", r"Callable.*|ContextVar|MeterProvider|Starlette|TracerProvider|datetime"),
     ("py:mod", "contextvars"),
 ]
 
@@ -57,9 +55,13 @@ ALIASES: Final = {
     "EventList": "list[IncidentEvent]",
     "Graph": "Mapping[str, Collection[str]]",
     "IncidentList": "list[Incident]",
+    "OrderName": "Literal['newest', 'oldest']",
     "Place": "tuple[int, int]",
     "RequestLog": "Literal['log', 'database']",
     "RequestLogSetting": "Literal['log', 'database']",
+    "SourceName": "Literal['operator', 'monitoring', 'partner']",
+    "StatusName": "Literal['new', 'completed', 'failed']",
+    "TimesName": "Literal['wire', 'rfc3339']",
 }
 
 

@@ -29,7 +29,10 @@ from incidentkit.domain.values import (
     IncidentOrder,
     IncidentSource,
     IncidentStatus,
+    OrderName,
     SearchPage,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
 
@@ -92,8 +95,8 @@ class Incidents(ABC):
         self,
         incident_message: str,
         *,
-        source: IncidentSource | str,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        source: IncidentSource | SourceName,
+        incident_type: IncidentStatus | StatusName = IncidentStatus.NEW,
         dedup_key: str | None = None,
         idempotency_key: str | None = None,
     ) -> Incident: ...
@@ -102,8 +105,8 @@ class Incidents(ABC):
         self,
         incident_message: NewIncident | str,
         *,
-        source: IncidentSource | str | None = None,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        source: IncidentSource | SourceName | None = None,
+        incident_type: IncidentStatus | StatusName = IncidentStatus.NEW,
         dedup_key: str | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
@@ -193,7 +196,7 @@ class Incidents(ABC):
     async def update_status(
         self,
         incident_id: int,
-        status: IncidentStatus | str,
+        status: IncidentStatus | StatusName,
         *,
         note: str | None = None,
         expected_version: int | str | VersionMatch | None = None,
@@ -267,8 +270,8 @@ class Incidents(ABC):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first."""
 
@@ -291,13 +294,13 @@ class Incidents(ABC):
     async def search(  # noqa: PLR0913
         self,
         *,
-        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
-        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        status: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None = None,
+        source: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         dedup_key: str | None = None,
         text: str | None = None,
-        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        order: IncidentOrder | OrderName = IncidentOrder.NEWEST,
         limit: int = DEFAULT_LIMIT,
         after: str | None = None,
         total: bool = False,
@@ -348,13 +351,13 @@ class Incidents(ABC):
     async def iterate(  # noqa: PLR0913
         self,
         *,
-        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
-        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        status: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None = None,
+        source: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         dedup_key: str | None = None,
         text: str | None = None,
-        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        order: IncidentOrder | OrderName = IncidentOrder.NEWEST,
         batch: int = 100,
     ) -> AsyncIterator[Incident]:
         """Yield all matching incidents, page by page; the filters are those of :meth:`search`.

@@ -48,14 +48,14 @@ def test_embedded() -> None:
     """The program records in an SQLite file, which the next run goes on with."""
     exit_code, out, err = run("embedded.py")
     assert (exit_code, err) == (0, "")
-    first, second, closed, message, source = out.splitlines()
+    first, second, closed, message, dedup_key = out.splitlines()
     assert {line.partition(" monitoring ")[2] for line in (first, second)} == {
         "Disk of db-1 is 97 % full",
         "Disk of web-1 is 93 % full",
     }
     assert closed == "Incident 2 is completed"
     assert message == "incident_message must not be one of: none, null, test"
-    assert source.startswith("source must be one of: ")
+    assert dedup_key == "dedup_key must have 1 to 255 characters"
     assert run("embedded.py")[0] == 0
     statuses = 'SELECT incident_type FROM "Incident" ORDER BY incident_id'
     assert rows(statuses) == [("new",), ("completed",), ("new",), ("completed",)]

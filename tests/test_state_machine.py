@@ -286,8 +286,9 @@ class IncidentMachine(RuleBasedStateMachine):
         elif form == "members":
             call = client.create(text, source=source, **status_given)
         else:
-            values = {name: str(value.value) for name, value in status_given.items()}
-            call = client.create(text, source=str(source.value), **values)
+            given = {"source": source, **status_given}
+            values: dict[str, Any] = {name: str(value.value) for name, value in given.items()}
+            call = client.create(text, **values)
         incident = self.run(call)
         assert incident.incident_message == message
         assert incident.incident_type is (status or IncidentStatus.NEW)
@@ -345,7 +346,7 @@ class IncidentMachine(RuleBasedStateMachine):
         source: IncidentSource | None,
         by_value: bool,
     ) -> None:
-        filters: dict[str, str | None] = {"status": status, "source": source}
+        filters: dict[str, Any] = {"status": status, "source": source}
         if by_value:
             filters = {name: value and str(value) for name, value in filters.items()}
         found = self.run(self.client(which).list(page, limit, **filters))
@@ -402,7 +403,7 @@ class IncidentMachine(RuleBasedStateMachine):
             return
         before = self.model[incident_id]
         version = None if behind is None else before.version - behind
-        given = str(status.value) if by_value else status
+        given: Any = str(status.value) if by_value else status
         with nullcontext() if actor is None else acting_as(actor):
             call = self.client(which).update_status(
                 incident_id, given, note=note, expected_version=version or None
@@ -548,7 +549,7 @@ class IncidentMachine(RuleBasedStateMachine):
         wrong=st.sampled_from([0, -1, MAX_ID + 1, 10**4000, True, "1", 1.0, None]),
         status=st.sampled_from(["new", "done"]),
     )
-    def use_no_id(self, which: int, wrong: Any, status: str) -> None:
+    def use_no_id(self, which: int, wrong: Any, status: Any) -> None:
         with pytest.raises(InvalidIncident) as caught:
             self.run(self.client(which).get(wrong))
         assert [error.field for error in caught.value.errors] == ["incident_id"]

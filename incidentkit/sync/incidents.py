@@ -19,7 +19,10 @@ from incidentkit.domain.values import (
     IncidentOrder,
     IncidentSource,
     IncidentStatus,
+    OrderName,
     SearchPage,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
 from incidentkit.incidents import EventList, IncidentList, Incidents
@@ -53,8 +56,8 @@ class SyncIncidents(ABC):
         self,
         incident_message: str,
         *,
-        source: IncidentSource | str,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        source: IncidentSource | SourceName,
+        incident_type: IncidentStatus | StatusName = IncidentStatus.NEW,
         dedup_key: str | None = None,
         idempotency_key: str | None = None,
     ) -> Incident: ...
@@ -63,8 +66,8 @@ class SyncIncidents(ABC):
         self,
         incident_message: NewIncident | str,
         *,
-        source: IncidentSource | str | None = None,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        source: IncidentSource | SourceName | None = None,
+        incident_type: IncidentStatus | StatusName = IncidentStatus.NEW,
         dedup_key: str | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
@@ -88,7 +91,7 @@ class SyncIncidents(ABC):
     def update_status(
         self,
         incident_id: int,
-        status: IncidentStatus | str,
+        status: IncidentStatus | StatusName,
         *,
         note: str | None = None,
         expected_version: int | str | VersionMatch | None = None,
@@ -127,8 +130,8 @@ class SyncIncidents(ABC):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents, newest first, as :meth:`IncidentClient.list` does."""
         return self._run(self._incidents.list(page, limit, status, source))
@@ -140,13 +143,13 @@ class SyncIncidents(ABC):
     def search(  # noqa: PLR0913
         self,
         *,
-        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
-        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        status: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None = None,
+        source: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         dedup_key: str | None = None,
         text: str | None = None,
-        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        order: IncidentOrder | OrderName = IncidentOrder.NEWEST,
         limit: int = DEFAULT_LIMIT,
         after: str | None = None,
         total: bool = False,
@@ -170,13 +173,13 @@ class SyncIncidents(ABC):
     def iterate(  # noqa: PLR0913
         self,
         *,
-        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
-        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        status: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None = None,
+        source: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         dedup_key: str | None = None,
         text: str | None = None,
-        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        order: IncidentOrder | OrderName = IncidentOrder.NEWEST,
         batch: int = 100,
     ) -> Iterator[Incident]:
         """Yield all matching incidents, page by page, as :meth:`IncidentClient.iterate` does."""
