@@ -44,7 +44,10 @@ html_show_sphinx: Final = False
 
 # Names that other packages define. The build fetches no inventories, so it needs no network.
 nitpick_ignore_regex: Final = [
-    ("py:class", r"(asyncio|asyncpg|collections|contextlib|datetime|enum|os|redis|starlette)\..*"),
+    (
+        "py:class",
+        r"(asyncio|asyncpg|collections|contextlib|datetime|enum|fastapi|os|redis|starlette)\..*",
+    ),
     ("py:class", r"Async(Connection|Engine|Session)|Connection|Pool|PoolConnectionProxy|Record"),
     ("py:class", r"Callable.*|ContextVar|MeterProvider|Starlette|TracerProvider|datetime"),
     ("py:mod", "contextvars"),

@@ -1,0 +1,1 @@
+"""Integrations with web frameworks, one module each; a module imports its framework."""
