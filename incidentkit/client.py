@@ -352,7 +352,11 @@ class IncidentClient(Incidents):
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
         """
-        joined = JoinedIncidents(self._opened().join(connection), self._transitions)
+        return self._joined_to(self._opened().join(connection))
+
+    def _joined_to(self, transaction: Transactions) -> JoinedIncidents:
+        """Return the verbs in a transaction of the application, observed as those of the client."""
+        joined = JoinedIncidents(transaction, self._transitions)
         if self.observer is not None:
             observe_verbs(joined, self.observer)
         return joined

@@ -1,1 +1,1 @@
-"""Integrations with web frameworks, one module each; a module imports its framework."""
+"""Frameworks: each module imports one, and only a program that uses it imports the module."""

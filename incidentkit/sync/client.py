@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 from incidentkit.client import CHANGES_BATCH, IncidentClient
 from incidentkit.domain.errors import ClientClosed
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.values import CHANGES_LIMIT, ChangePage, FeedBlocker, IncidentEvent
+from incidentkit.session import HostTransaction
 from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.sync.incidents import SyncIncidents
 from incidentkit.sync.joined import SyncJoinedIncidents
@@ -18,11 +19,28 @@ from incidentkit.sync.portal import Portal
 
 if TYPE_CHECKING:
     import os
+    import sqlite3
+
+    import psycopg
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.utils.connection import ConnectionProxy
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session, scoped_session
 
     from incidentkit.domain.transitions import Graph
     from incidentkit.observing import Observer
     from incidentkit.settings import Settings
     from incidentkit.store.options import StoreOptions
+
+    Joinable: TypeAlias = (
+        Connection
+        | Session
+        | scoped_session[Any]
+        | psycopg.Connection[Any]
+        | sqlite3.Connection
+        | BaseDatabaseWrapper
+        | ConnectionProxy[Any]
+    )
 
 _T = TypeVar("_T")
 
@@ -131,9 +149,32 @@ class SyncIncidentClient(SyncIncidents):
         """Return one page as a JSON array, as :meth:`IncidentClient.list_json` does."""
         return self._run(self._client.list_json(query))
 
-    def join(self, connection: object) -> SyncJoinedIncidents:
-        """Return the verbs inside the transaction of the application's own connection."""
-        raise NotImplementedError(connection)
+    def join(self, connection: Joinable) -> SyncJoinedIncidents:
+        """Return the verbs inside the transaction of the application's own connection.
+
+        Their writes are committed or rolled back with the rest of that transaction, and invisible
+        to others until then. Their reads see that transaction, and never use a cache. All of them
+        run on that connection, in the thread that calls them:
+
+        .. code-block:: python
+
+            with engine.begin() as connection:
+                connection.execute(insert(orders).values(order_id=17))
+                incidents.join(connection).create("Order 17 is late", source="partner")
+
+        Args:
+            connection: A connection to the client's database: SQLAlchemy's ``Connection`` or
+                ``Session``, the ``Connection`` of psycopg, ``sqlite3.Connection``, or
+                ``django.db.connection`` inside ``transaction.atomic()``.
+
+        Raises:
+            NotInTransaction: If the connection commits each statement by itself, or is closed.
+            TypeError: If the connection is of another kind, or to another kind of database.
+
+        The client need not be open, since no connection of its own takes part.
+        """
+        transaction = HostTransaction(self._client.store.join_sync(connection))
+        return SyncJoinedIncidents(self._client._joined_to(transaction))  # noqa: SLF001
 
     def changes(self, after: str | None = None) -> Iterator[IncidentEvent]:
         """Follow every change of every incident, as :meth:`IncidentClient.changes` does."""

@@ -28,6 +28,7 @@ from tests.hosts import (
     run_sql,
     sqlalchemy_url,
 )
+from tests.sync_hosts import open_sync_host
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from tests.hosts import Host
     from tests.servers import PgBouncer
+    from tests.sync_hosts import InThread
 
 Verbs: TypeAlias = IncidentClient
 """IncidentClient has every verb; other embodiments must have the same signatures."""
@@ -244,6 +246,40 @@ class JoinedInSchema(Joined):
         return rows
 
 
+class JoinedSync(Embodiment):
+    """The verbs joined to a transaction of a host without an event loop, open during the test.
+
+    Args:
+        url: The database.
+        way: The kind of connection, one of `tests.sync_hosts.SYNC_WAYS`.
+    """
+
+    def __init__(self, url: str, way: str) -> None:
+        super().__init__(url)
+        self._way = way
+        self._hosts: list[InThread] = []
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Join a new transaction and roll it back at the end."""
+        connect = {"prepare_threshold": None} if self._pooled else {}
+        async with open_sync_host(self._way, self.url, connect, **options) as host:
+            await host.begin()
+            # As for a host with an event loop.
+            await host.execute(
+                "PRAGMA busy_timeout = 20" if self.on_sqlite else "SET LOCAL lock_timeout = 20"
+            )
+            self._hosts.append(host)
+            try:
+                yield cast("Verbs", await host.join())
+            finally:
+                await host.rollback()
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement in the first transaction of the test."""
+        return await self._hosts[0].execute(statement)
+
+
 @frozen
 class Setup:
     """How to create an embodiment.
@@ -286,6 +322,16 @@ EMBODIMENTS = {
     ),
     "joined-asyncpg-connection": _on_postgres(partial(Joined, way="asyncpg-connection")),
     "joined-asyncpg-pool": _on_postgres(partial(Joined, way="asyncpg-pool")),
+    "joined-sync-sqlalchemy-postgresql": _on_postgres(
+        partial(JoinedSync, way="sync-sqlalchemy-postgresql")
+    ),
+    "joined-sync-session-sqlite": _on_sqlite(partial(JoinedSync, way="sync-session-sqlite")),
+    "joined-sync-psycopg": _on_postgres(partial(JoinedSync, way="sync-psycopg")),
+    "joined-sync-sqlite3": _on_sqlite(partial(JoinedSync, way="sync-sqlite3")),
+    "joined-sync-django-postgresql": _on_postgres(
+        partial(JoinedSync, way="sync-django-postgresql")
+    ),
+    "joined-sync-django-sqlite": _on_sqlite(partial(JoinedSync, way="sync-django-sqlite")),
     "schema-url": Setup(InSchema, ("tenants_url",)),
     "joined-schema-connection": Setup(
         partial(JoinedInSchema, way="postgresql-connection"), ("tenants_url",)

@@ -16,6 +16,7 @@ from incidentkit.store.causes import (
     KEPT_OUT,
     NO_ANSWER,
     OLDER_WRITER,
+    OTHER_THREAD,
     POOL_EXHAUSTED,
     Cause,
     find_cause,
@@ -87,6 +88,7 @@ CAUSES: Final = (
     LOST,
     NO_ANSWER,
     POOL_EXHAUSTED,
+    OTHER_THREAD,
     # The statement.
     evolve(OLDER_WRITER, codes=("SQLITE_CONSTRAINT_TRIGGER",)),
     KEPT_OUT,
