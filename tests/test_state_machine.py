@@ -280,7 +280,7 @@ class IncidentMachine(RuleBasedStateMachine):
         form: str,
     ) -> int:
         client, text = self.client(which), before + message + after
-        status_given = {} if status is None else {"incident_type": status}
+        status_given: dict[str, Any] = {} if status is None else {"incident_type": status}
         if form == "ready":
             call = client.create(NewIncident(text, source, **status_given))
         elif form == "members":

@@ -72,10 +72,25 @@ class Fault:
 
     Attributes:
         reason: The rule that the given value breaks.
+        at: The place of the faulty part inside the value, such as ``.labels[3]``; empty: the value
+            itself.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, at: str = "") -> None:
         self.reason = reason
+        self.at = at
+
+
+class PartError(ValueError):
+    """A part of a value breaks a rule.
+
+    Attributes:
+        at: The place of the part inside the value, such as ``.labels[3]``; empty: the value itself.
+    """
+
+    def __init__(self, reason: str, at: str = "") -> None:
+        super().__init__(reason)
+        self.at = at
 
 
 def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
@@ -100,6 +115,8 @@ def _converting(rule: Any) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
         try:
             return rule(value)
+        except PartError as error:
+            return Fault(str(error), error.at)
         except ValueError as error:
             return Fault(str(error))
 
@@ -122,7 +139,7 @@ def raise_faults(model: AttrsInstance) -> None:
             except ValueError as error:
                 value = Fault(str(error))
         if type(value) is Fault:
-            faults.append(FieldError(attribute.name, value.reason))
+            faults.append(FieldError(f"{attribute.name}{value.at}", value.reason))
     if faults:
         raise InvalidIncident(faults)
 
@@ -146,7 +163,7 @@ def check_names(model: type[AttrsInstance], given: Mapping[Any, Any]) -> None:
         convert: Any = attribute.converter
         value = convert(given[name])
         if isinstance(value, Fault):
-            faults.append(FieldError(name, value.reason))
+            faults.append(FieldError(f"{name}{value.at}", value.reason))
     raise InvalidIncident(faults)
 
 

@@ -194,7 +194,7 @@ class SyncIncidents(ABC):
             limit=batch,
         )
         while True:
-            page = self._run(self._incidents.search_page(query))
+            page = self._run(self._incidents._search_page(query))  # noqa: SLF001
             yield from page.incidents
             if page.next is None:
                 return

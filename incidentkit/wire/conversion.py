@@ -90,7 +90,8 @@ def wire_converter() -> Converter:
     - a field has the same name in JSON, in Python and in the table;
     - a time is ``YYYY-MM-DD HH:MM:SS`` in UTC;
     - a status, a source and a kind are their plain values;
-    - None is ``null``, and an answer has every field;
+    - None is ``null``, and an answer has every field; only ``details`` may be missing, as in a
+      list and in the answers of earlier versions;
     - numbers and strings are not converted into each other: ``"7"`` is not an id;
     - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown or missing field
       is an error that names it.
@@ -100,6 +101,7 @@ def wire_converter() -> Converter:
     converter.register_structure_hook(datetime, _time_from_wire)
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
+    converter.register_structure_hook_func(lambda type_: type_ == dict[str, Any], _exactly(dict))
     for enum in (IncidentStatus, IncidentSource, EventKind):
         # Without a hook of their own, the hook for str would apply.
         converter.register_structure_hook(enum, _member_from_wire)
@@ -113,7 +115,7 @@ def wire_converter() -> Converter:
 def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
     """Return a hook that reads a model and raises KeyError for a missing field."""
     structure = make_dict_structure_fn(model, converter)
-    names = fields_dict(model)
+    names = [name for name in fields_dict(model) if name != "details"]
 
     def complete(value: Any, type_: Any) -> Any:
         for name in names:
