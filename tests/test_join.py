@@ -497,14 +497,15 @@ async def test_other_objects_are_refused_by_what_is_accepted(
         open_host("asyncpg-connection", postgres_url) as host,
     ):
         await host.begin()
-        for wrong in (
+        wrongs: tuple[Any, ...] = (
             None,
             file_url,
             engine,
             sqlite3.connect,
             connection.sync_connection,
             session.sync_session,
-        ):
+        )
+        for wrong in wrongs:
             with pytest.raises(TypeError, match="AsyncConnection and AsyncSession, and asyncpg's"):
                 on_file.join(wrong)
         for other in (connection, session):

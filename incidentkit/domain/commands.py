@@ -26,6 +26,8 @@ from incidentkit.domain.values import (
     STORABLE,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
 
@@ -95,9 +97,9 @@ class NewIncident(Plain):
     def fitting(
         cls,
         incident_message: str,
-        source: IncidentSource | str,
+        source: IncidentSource | SourceName,
         *,
-        incident_type: IncidentStatus | str = OPEN,
+        incident_type: IncidentStatus | StatusName = OPEN,
         dedup_key: str | None = None,
         details: dict[str, Any] | None = None,
     ) -> NewIncident:
