@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     )
     from incidentkit.incidents import Incidents
     from incidentkit.joined import JoinedIncidents
+    from incidentkit.sync.client import SyncIncidentClient
+    from incidentkit.sync.incidents import SyncIncidents
+    from incidentkit.sync.joined import SyncJoinedIncidents
     from incidentkit.version import __version__
 else:
     from incidentkit.lazy import face
@@ -93,6 +96,9 @@ else:
             ),
             "incidentkit.incidents": ("Incidents",),
             "incidentkit.joined": ("JoinedIncidents",),
+            "incidentkit.sync.client": ("SyncIncidentClient",),
+            "incidentkit.sync.incidents": ("SyncIncidents",),
+            "incidentkit.sync.joined": ("SyncJoinedIncidents",),
             "incidentkit.version": ("__version__",),
         },
     )
@@ -132,6 +138,9 @@ __all__ = [
     "SearchPage",
     "StoreError",
     "StoreUnavailable",
+    "SyncIncidentClient",
+    "SyncIncidents",
+    "SyncJoinedIncidents",
     "TokenNotFound",
     "UnknownCursor",
     "VersionConflict",

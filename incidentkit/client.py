@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -346,7 +346,11 @@ class IncidentClient(Incidents):
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
         """
-        joined = JoinedIncidents(self._opened().join(connection), self._transitions)
+        return self._joined_to(self._opened().join(connection))
+
+    def _joined_to(self, transaction: Transactions) -> JoinedIncidents:
+        """Return the verbs in a transaction of the application, observed as those of the client."""
+        joined = JoinedIncidents(transaction, self._transitions)
         if self.observer is not None:
             observe_verbs(joined, self.observer)
         return joined
@@ -369,21 +373,27 @@ class IncidentClient(Incidents):
             ClientClosed: If the client is closed meanwhile.
         """
         ChangesQuery(after)
-        pause = 0.0
         while True:
-            # The latest change must be known before an outage, which may hide changes.
-            wait = 0 if after == LATEST else MAX_WAIT
-            feed = self._opened().feed
-            try:
-                page = await feed.read(after, CHANGES_BATCH, wait)
-            except StoreUnavailable:
-                pause = min(2 * pause + MIN_PAUSE, MAX_PAUSE)
-                await feed.pause(pause)
-                continue
-            pause = 0.0
+            page = await self._next_changes(after)
             for event in page.changes:
                 yield event
             after = page.next
+
+    async def _next_changes(self, after: str | None) -> ChangePage:
+        """Return the next changes; wait until there is one, and while the database is away.
+
+        There may be none, with a cursor to continue from.
+        """
+        # The latest change must be known before an outage, which may hide changes.
+        wait = 0 if after == LATEST else MAX_WAIT
+        pause = 0.0
+        while True:
+            feed = self._opened().feed
+            try:
+                return await feed.read(after, CHANGES_BATCH, wait)
+            except StoreUnavailable:
+                pause = min(2 * pause + MIN_PAUSE, MAX_PAUSE)
+                await feed.pause(pause)
 
     async def read_changes(
         self, after: str | None = None, *, limit: int = CHANGES_LIMIT, wait: float = 0.0
@@ -428,8 +438,8 @@ class IncidentClient(Incidents):
             ended_before: Aware; incidents that ended before this time are removed. An incident
                 whose end was not recorded (``ended_at`` is None) stays.
             progress: Called after each batch with the number of removed incidents, and the number
-                of all incidents to remove. If it returns False, the purge ends early. None: report
-                no progress.
+                of all incidents to remove; a result that can be awaited is. If the result is False,
+                the purge ends early. None: report no progress.
 
         Raises:
             InvalidIncident: If it is not an aware time.
@@ -443,8 +453,12 @@ class IncidentClient(Incidents):
                 session.store.purge(ended_before, PURGE_BATCH, actor=ACTOR.get())
             )
             purged += count
-            stopped = progress is not None and progress(purged, max(purged, total)) is False
-            if stopped or not more:
+            if progress is not None:
+                answer = progress(purged, max(purged, total))
+                if isinstance(answer, Awaitable):
+                    answer = await answer
+                more = more and answer is not False
+            if not more:
                 return purged
 
     async def check(self) -> None:

@@ -95,28 +95,32 @@ class Incidents(ABC):
         source: IncidentSource | str,
         incident_type: IncidentStatus | str = IncidentStatus.NEW,
         dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Incident: ...
 
-    async def create(
+    async def create(  # noqa: PLR0913
         self,
         incident_message: NewIncident | str,
         *,
         source: IncidentSource | str | None = None,
         incident_type: IncidentStatus | str = IncidentStatus.NEW,
         dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
         """Store an incident and return it.
 
         Args:
             incident_message: What happened, by the rules of :class:`~incidentkit.NewIncident`;
-                or a :class:`~incidentkit.NewIncident`, without the next three arguments.
+                or a :class:`~incidentkit.NewIncident`, without the next four arguments.
             source: Who reports it.
             incident_type: The initial status.
             dedup_key: The problem that it is about, in 1 to 255 characters. While an incident with
                 this key is open, count one more of its ``occurrences`` and return that one. None:
                 always create an incident.
+            details: More about it, by the rules of :class:`~incidentkit.NewIncident`; if an open
+                incident is counted, its own are kept. None: there are none.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
                 call of the same actor with the key changes nothing and returns the first answer.
                 None: every call takes effect.
@@ -127,12 +131,13 @@ class Incidents(ABC):
             TypeError: If a NewIncident is given together with fields.
         """
         if isinstance(incident_message, NewIncident):
-            if (source, dedup_key) != (None, None) or incident_type is not IncidentStatus.NEW:
+            given = (source, dedup_key, details) != (None, None, None)
+            if given or incident_type is not IncidentStatus.NEW:
                 raise TypeError("A NewIncident is created as it is, without further fields")
             incident = incident_message
         else:
             fields: dict[str, Any] = {"source": source, "incident_type": incident_type}
-            incident = NewIncident(incident_message, dedup_key=dedup_key, **fields)
+            incident = NewIncident(incident_message, dedup_key=dedup_key, details=details, **fields)
         transactions = self._transactions
         once = _once(transactions, idempotency_key, "create", incident)
         return await transactions.write(
@@ -301,6 +306,7 @@ class Incidents(ABC):
         limit: int = DEFAULT_LIMIT,
         after: str | None = None,
         total: bool = False,
+        details: bool = False,
     ) -> SearchPage:
         """Return one page of the matching incidents, never from a cache.
 
@@ -323,6 +329,8 @@ class Incidents(ABC):
             after: The ``next`` of the page before; None: the first page. The filters may change
                 between pages, the order may not.
             total: Whether to count the incidents of all pages, which takes time if there are many.
+            details: Whether to read the details of each incident, up to 16 KiB. False: the field
+                ``details`` of each is None.
 
         Raises:
             InvalidIncident: With every faulty argument.
@@ -338,7 +346,12 @@ class Incidents(ABC):
             limit=limit,
             after=after,
             total=total,
+            details=details,
         )
+        return await self._search_page(query)
+
+    async def _search_page(self, query: SearchQuery) -> SearchPage:
+        """Return one page of a search whose arguments are checked."""
         return await self._transactions.store.search(query)
 
     async def iterate(  # noqa: PLR0913
@@ -352,6 +365,7 @@ class Incidents(ABC):
         text: str | None = None,
         order: IncidentOrder | str = IncidentOrder.NEWEST,
         batch: int = 100,
+        details: bool = False,
     ) -> AsyncIterator[Incident]:
         """Yield all matching incidents, page by page; the filters are those of :meth:`search`.
 
@@ -364,6 +378,7 @@ class Incidents(ABC):
             text: Words and phrases that the message must all contain.
             order: ``newest`` or ``oldest`` first.
             batch: Number of incidents read at a time, 1 to 1000.
+            details: Whether to read the details of each incident.
 
         Raises:
             InvalidIncident: With every faulty argument.
@@ -377,9 +392,10 @@ class Incidents(ABC):
             text=text,
             order=order,
             limit=batch,
+            details=details,
         )
         while True:
-            page = await self._transactions.store.search(query)
+            page = await self._search_page(query)
             for incident in page.incidents:
                 yield incident
             if page.next is None:

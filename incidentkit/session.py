@@ -286,10 +286,10 @@ class HostTransaction:
 
     Args:
         store: The operations on that connection.
-        affinity: The event loop of the connection.
+        affinity: The event loop of the connection; None: it belongs to none.
     """
 
-    def __init__(self, store: StoreOperations, affinity: Affinity) -> None:
+    def __init__(self, store: StoreOperations, affinity: Affinity | None = None) -> None:
         self._store = store
         self._affinity = affinity
 
@@ -305,7 +305,7 @@ class HostTransaction:
         Raises:
             WrongEventLoop: If it belongs to another event loop.
         """
-        if self._affinity.loop is not running_loop():
+        if self._affinity is not None and self._affinity.loop is not running_loop():
             raise self._affinity.error()
         return self._store
 

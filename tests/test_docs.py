@@ -289,6 +289,10 @@ class Session(ExitStack):
                 return done.output
             case ["python", file]:
                 return run_program(file)
+            case ["python", *arguments]:
+                exit_code, out, err = outcome(start(program=["-W", "error", *arguments]))
+                assert exit_code == 0, err
+                return out + err
             case ["curl", *arguments]:
                 return self._curl(arguments)
         raise AssertionError(f"nobody knows how to run {words}")

@@ -125,7 +125,7 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
     (IncidentNotFound(7), "Incident 7 not found", {"incident_id": 7}),
     (
         ClientClosed(),
-        "The client is not open: use `async with client:`, or await client.connect() first",
+        "The client is not open: enter it with `async with` or `with`, or connect() it first",
         {},
     ),
     (

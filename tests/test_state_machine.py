@@ -280,13 +280,15 @@ class IncidentMachine(RuleBasedStateMachine):
         form: str,
     ) -> int:
         client, text = self.client(which), before + message + after
-        status_given = {} if status is None else {"incident_type": status}
+        status_given: dict[str, Any] = {} if status is None else {"incident_type": status}
         if form == "ready":
             call = client.create(NewIncident(text, source, **status_given))
         elif form == "members":
             call = client.create(text, source=source, **status_given)
         else:
-            values = {name: str(value.value) for name, value in status_given.items()}
+            values: dict[str, Any] = {
+                name: str(value.value) for name, value in status_given.items()
+            }
             call = client.create(text, source=str(source.value), **values)
         incident = self.run(call)
         assert incident.incident_message == message

@@ -218,13 +218,14 @@ class ClientClosed(IncidentKitError):
     """The client was used before it was opened, or after it was closed."""
 
     def __str__(self) -> str:
-        return "The client is not open: use `async with client:`, or await client.connect() first"
+        return "The client is not open: enter it with `async with` or `with`, or connect() it first"
 
 
 class WrongEventLoop(IncidentKitError):
     """The client was opened on another event loop, in another thread, or before a fork.
 
-    Nothing was read or written, and the client keeps working where it was opened.
+    A synchronous client raises it in a thread with a running event loop. Nothing was read or
+    written, and the client keeps working where it was opened.
 
     Attributes:
         reason: Where the client was opened, and what to do instead.

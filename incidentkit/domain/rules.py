@@ -69,10 +69,25 @@ class Fault:
 
     Attributes:
         reason: The rule that the given value breaks.
+        at: The place of the faulty part inside the value, such as ``.labels[3]``; empty: the value
+            itself.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, at: str = "") -> None:
         self.reason = reason
+        self.at = at
+
+
+class PartError(ValueError):
+    """A part of a value breaks a rule.
+
+    Attributes:
+        at: The place of the part inside the value, such as ``.labels[3]``; empty: the value itself.
+    """
+
+    def __init__(self, reason: str, at: str = "") -> None:
+        super().__init__(reason)
+        self.at = at
 
 
 def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
@@ -82,7 +97,10 @@ def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
             converter=_converting(attribute.converter),
             # Run by raise_faults(), since a host may disable the validators of attrs.
             validator=None,
-            metadata={_RULE: attribute.validator} if attribute.validator else {},
+            metadata={
+                **attribute.metadata,
+                **({_RULE: attribute.validator} if attribute.validator else {}),
+            },
         )
         for attribute in attributes
     ]
@@ -94,6 +112,8 @@ def _converting(rule: Any) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
         try:
             return rule(value)
+        except PartError as error:
+            return Fault(str(error), error.at)
         except ValueError as error:
             return Fault(str(error))
 
@@ -109,13 +129,14 @@ def raise_faults(model: AttrsInstance) -> None:
     faults = []
     for attribute in fields(type(model)):
         value = getattr(model, attribute.name)
-        if attribute.metadata and value is not None and type(value) is not Fault:
+        rule = attribute.metadata.get(_RULE)
+        if rule is not None and value is not None and type(value) is not Fault:
             try:
-                attribute.metadata[_RULE](model, attribute, value)
+                rule(model, attribute, value)
             except ValueError as error:
                 value = Fault(str(error))
         if type(value) is Fault:
-            faults.append(FieldError(attribute.name, value.reason))
+            faults.append(FieldError(f"{attribute.name}{value.at}", value.reason))
     if faults:
         raise InvalidIncident(faults)
 
@@ -139,7 +160,7 @@ def check_names(model: type[AttrsInstance], given: Mapping[Any, Any]) -> None:
         convert: Any = attribute.converter
         value = convert(given[name])
         if isinstance(value, Fault):
-            faults.append(FieldError(name, value.reason))
+            faults.append(FieldError(f"{name}{value.at}", value.reason))
     raise InvalidIncident(faults)
 
 

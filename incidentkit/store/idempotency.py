@@ -50,7 +50,10 @@ class Idempotency:
 
 
 def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
-    """Return the key, with a digest of the verb and its parameters as the fingerprint."""
+    """Return the key, with a digest of the verb and its parameters as the fingerprint.
+
+    Without details, the digest is that of the versions before details.
+    """
     given = (
         [_values(each) for each in parameters]
         if isinstance(parameters, Sequence)
@@ -61,4 +64,7 @@ def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
 
 
 def _values(parameters: NewIncident | NoteAddition | StatusChange) -> Mapping[str, Any]:
-    return {each.name: getattr(parameters, each.name) for each in fields(type(parameters))}
+    values = {each.name: getattr(parameters, each.name) for each in fields(type(parameters))}
+    details = values.pop("details", None)
+    # As text: a retry may have their keys in another order.
+    return values if details is None else {**values, "details": json.dumps(details, sort_keys=True)}

@@ -215,6 +215,17 @@ class IncidentStore(StoreOperations, Protocol):
         """
         ...
 
+    def join_sync(self, connection: object) -> StoreOperations:
+        """Return the operations in the transaction of a host's synchronous connection.
+
+        They never suspend, and need neither an event loop nor an open store.
+
+        Raises:
+            NotInTransaction: If the connection commits each statement by itself.
+            TypeError: If the connection is of a kind that cannot be joined.
+        """
+        ...
+
 
 class Migrations(Protocol):
     """Functions of ``incidentkit.store.migrate``, which is loaded only if it is needed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
@@ -48,8 +49,8 @@ from incidentkit.store.sql.rows import (
     EVENT_COLUMNS,
     INCIDENT_COLUMNS,
     TOKEN,
+    read_detailed,
     read_event,
-    read_incident,
     read_page,
     read_rows,
 )
@@ -195,7 +196,7 @@ class Records:
         async with self._turn(once, [("dedup_key", None)] if keyed else []):
             if once is not None:
                 return await self._write_once(
-                    work, once, encode_incidents, wire_format.decode_incidents
+                    work, once, _encode_detailed, wire_format.decode_incidents
                 )
             return await self._executor.transact(work)
 
@@ -345,7 +346,7 @@ class Records:
                 return found[0] if found else None
         values = {"incident_id": incident_id}
         rows = await self._executor.read(statements.SELECT_INCIDENT, values)
-        return read_incident(rows[0]) if rows else None
+        return read_detailed(rows[0]) if rows else None
 
     @names_database
     async def list(self, query: ListQuery) -> Page:
@@ -469,8 +470,14 @@ class Records:
         raise UnknownCursor
 
 
+def _encode_detailed(incidents: Sequence[Incident]) -> bytes:
+    return encode_incidents(incidents, details=True)
+
+
 def _fields(name: str, value: object, character: str) -> Iterator[str]:
     """Yield the names of the fields whose texts contain a character."""
+    if isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False)
     match value:
         case str():
             if character in value:

@@ -3,7 +3,6 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from incidentkit.wire.conversion import (
-        TIME_FORMAT,
         NewNote,
         decode_event,
         decode_incident,
@@ -27,7 +26,6 @@ else:
         {
             "incidentkit.wire.conversion": (
                 "NewNote",
-                "TIME_FORMAT",
                 "decode_event",
                 "decode_incident",
                 "decode_incidents",
@@ -46,7 +44,6 @@ else:
     )
 
 __all__ = [
-    "TIME_FORMAT",
     "NewNote",
     "decode_event",
     "decode_incident",

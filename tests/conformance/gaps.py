@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from enum import StrEnum, auto
 
+import django.db
+import psycopg
 import pytest
 from asyncpg import PostgresError
 from attrs import frozen
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from incidentkit import InvalidIncident, StoreError, UnknownCursor
-from tests.conformance.embodiments import EMBODIMENTS
+from tests.conformance.embodiments import EMBODIMENTS, ON_POSTGRES
 
 
 class Need(StrEnum):
@@ -57,7 +59,7 @@ class Gap:
 
 
 JOINED = tuple(name for name in EMBODIMENTS if name.startswith("joined"))
-JOINED_ON_POSTGRES = tuple(name for name in JOINED if not name.startswith("joined-sqlite"))
+JOINED_ON_POSTGRES = tuple(name for name in JOINED if name in ON_POSTGRES)
 
 
 def _no_verb(*names: str) -> pytest.RaisesExc[Exception]:
@@ -116,7 +118,10 @@ GAPS = (
     Gap(
         JOINED_ON_POSTGRES,
         Need.GOING_ON,
-        pytest.RaisesExc((DBAPIError, PostgresError), match="current transaction is aborted"),
+        pytest.RaisesExc(
+            (DBAPIError, PostgresError, psycopg.Error, django.db.Error),
+            match="current transaction is aborted",
+        ),
         "on PostgreSQL, a failed statement aborts the transaction",
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
@@ -27,7 +27,7 @@ from incidentkit.store.ports import IncidentList
 from incidentkit.store.postgresql.errors import lost_race, unstorable
 from incidentkit.store.schema import copied, unordered
 from incidentkit.store.sql import definitions
-from incidentkit.store.sql.rows import read_event, read_incident
+from incidentkit.store.sql.rows import details_as_text, read_detailed, read_event
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT, SELECT_WAITING
 
 _T = TypeVar("_T")
@@ -72,10 +72,11 @@ class PostgresDialect:
             "source": incident.source.value,
             "dedup_key": incident.dedup_key,
             "actor": actor,
+            "details": _details([incident])[0],
         }
         statement = sql.INSERT_INCIDENT[incident.dedup_key is not None]
         rows = await self._insert(fetch, statement, values)
-        return read_incident(rows[0])
+        return read_detailed(rows[0])
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
@@ -86,7 +87,7 @@ class PostgresDialect:
         for numbers in _chunks(keyless, ROWS):
             values = values_to_insert([(incidents[n], actor) for n in numbers])
             rows = await self._insert(fetch, sql.INSERT_INCIDENTS, values)
-            stored.update(zip(numbers, map(read_incident, rows), strict=True))
+            stored.update(zip(numbers, map(read_detailed, rows), strict=True))
         while len(stored) < len(incidents):
             # Each key once; a later statement counts its repetitions.
             first: dict[str, int] = {}
@@ -99,10 +100,11 @@ class PostgresDialect:
                     "sources": [incidents[first[key]].source.value for key in keys],
                     "dedup_keys": keys,
                     "actors": [actor] * len(keys),
+                    "details": _details(incidents[first[key]] for key in keys),
                 }
                 rows = await self._insert(fetch, sql.INSERT_OR_COUNT, values)
                 numbers = [first[key] for key in keys]
-                stored.update(zip(numbers, map(read_incident, rows), strict=True))
+                stored.update(zip(numbers, map(read_detailed, rows), strict=True))
         return [stored[n] for n in range(len(incidents))]
 
     async def update_status(
@@ -126,7 +128,7 @@ class PostgresDialect:
                 values["expected_version"] = tagged.version
             rows = await fetch(sql.UPDATE_STATUS, values)
             if rows:
-                return read_incident(rows[0])
+                return read_detailed(rows[0])
             incident = await self._read(fetch, change.incident_id)
             if not transitions.check(incident, change):
                 if change.note is not None:
@@ -150,7 +152,7 @@ class PostgresDialect:
         rows = await fetch(SELECT_INCIDENT, {"incident_id": incident_id})
         if not rows:
             raise IncidentNotFound(incident_id)
-        return read_incident(rows[0])
+        return read_detailed(rows[0])
 
     async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
         """Insert a note and return its event; if no row was inserted, find out why."""
@@ -253,7 +255,15 @@ def values_to_insert(given: Sequence[tuple[NewIncident, str | None]]) -> dict[st
         "statuses": [incident.incident_type.value for incident, _ in given],
         "sources": [incident.source.value for incident, _ in given],
         "actors": [actor for _, actor in given],
+        "details": _details(incident for incident, _ in given),
     }
+
+
+def _details(incidents: Iterable[NewIncident]) -> list[str | None]:
+    return [
+        None if incident.details is None else details_as_text(incident.details)
+        for incident in incidents
+    ]
 
 
 def _chunks(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

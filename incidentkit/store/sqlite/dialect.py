@@ -28,7 +28,7 @@ from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList
 from incidentkit.store.sql import definitions
-from incidentkit.store.sql.rows import read_event, read_incident
+from incidentkit.store.sql.rows import details_as_text, read_detailed, read_event
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
 from incidentkit.store.sqlite.words import triggers
 
@@ -53,6 +53,7 @@ class SqliteDialect:
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
+        details = incident.details
         (row,) = await _written(
             fetch,
             sql.INSERT_INCIDENT[incident.dedup_key is not None],
@@ -61,9 +62,10 @@ class SqliteDialect:
                 "incident_type": incident.incident_type.value,
                 "source": incident.source.value,
                 "dedup_key": incident.dedup_key,
+                "details": None if details is None else details_as_text(details),
             },
         )
-        stored = read_incident(row)
+        stored = read_detailed(row)
         repeated = stored.occurrences > 1
         differs = repeated and incident.incident_message != stored.incident_message
         event = {
@@ -110,7 +112,7 @@ class SqliteDialect:
             "note": change.note,
         }
         rows = await fetch(sql.INSERT_STATUS_EVENT, event)
-        changed = read_incident(row)
+        changed = read_detailed(row)
         if not rows or rows[0][0] != changed.incident_type.value:
             changed = await _as_changed(fetch, change.incident_id, rows)
         if changed.incident_type is incident.incident_type:
@@ -190,7 +192,7 @@ async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:
     rows = await fetch(SELECT_INCIDENT, {"incident_id": incident_id})
     if not rows:
         raise IncidentNotFound(incident_id)
-    return read_incident(rows[0])
+    return read_detailed(rows[0])
 
 
 async def _written(fetch: Fetch, statement: Executable, values: Mapping[str, Any]) -> Rows:

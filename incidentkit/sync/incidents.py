@@ -1,0 +1,204 @@
+"""The verbs without ``await``: each runs the asynchronous verb and waits for its result."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable, Iterator
+from datetime import datetime
+from typing import Any, TypeVar, overload
+
+from attrs import evolve
+
+from incidentkit.domain.commands import NewIncident
+from incidentkit.domain.queries import SearchQuery
+from incidentkit.domain.values import (
+    DEFAULT_LIMIT,
+    MAX_LIMIT,
+    Incident,
+    IncidentEvent,
+    IncidentOrder,
+    IncidentSource,
+    IncidentStatus,
+    SearchPage,
+    VersionMatch,
+)
+from incidentkit.incidents import EventList, IncidentList, Incidents
+
+_T = TypeVar("_T")
+
+
+class SyncIncidents(ABC):
+    """The verbs of a synchronous client, and of a synchronous joined transaction.
+
+    Each has the arguments, the result and the errors of the verb of the same name of
+    :class:`~incidentkit.IncidentClient`.
+    """
+
+    @property
+    @abstractmethod
+    def _incidents(self) -> Incidents:
+        """The asynchronous verbs."""
+
+    @abstractmethod
+    def _run(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """Run a call to its end."""
+
+    @overload
+    def create(
+        self, incident_message: NewIncident, /, *, idempotency_key: str | None = None
+    ) -> Incident: ...
+
+    @overload
+    def create(
+        self,
+        incident_message: str,
+        *,
+        source: IncidentSource | str,
+        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        dedup_key: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident: ...
+
+    def create(
+        self,
+        incident_message: NewIncident | str,
+        *,
+        source: IncidentSource | str | None = None,
+        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        dedup_key: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident:
+        """Store an incident and return it, as :meth:`IncidentClient.create` does."""
+        given: Any = incident_message
+        fields: Any = {"source": source, "incident_type": incident_type, "dedup_key": dedup_key}
+        return self._run(self._incidents.create(given, **fields, idempotency_key=idempotency_key))
+
+    def create_many(
+        self,
+        incidents: Iterable[NewIncident],
+        *,
+        batch: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> IncidentList:
+        """Store many incidents, as :meth:`IncidentClient.create_many` does."""
+        return self._run(
+            self._incidents.create_many(incidents, batch=batch, idempotency_key=idempotency_key)
+        )
+
+    def update_status(
+        self,
+        incident_id: int,
+        status: IncidentStatus | str,
+        *,
+        note: str | None = None,
+        expected_version: int | str | VersionMatch | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident:
+        """Change the status, as :meth:`IncidentClient.update_status` does."""
+        return self._run(
+            self._incidents.update_status(
+                incident_id,
+                status,
+                note=note,
+                expected_version=expected_version,
+                idempotency_key=idempotency_key,
+            )
+        )
+
+    def note(
+        self,
+        incident_id: int,
+        note: str,
+        *,
+        expected_version: int | str | VersionMatch | None = None,
+        idempotency_key: str | None = None,
+    ) -> IncidentEvent:
+        """Add a note to the history, as :meth:`IncidentClient.note` does."""
+        return self._run(
+            self._incidents.note(
+                incident_id,
+                note,
+                expected_version=expected_version,
+                idempotency_key=idempotency_key,
+            )
+        )
+
+    def list(
+        self,
+        page: int = 1,
+        limit: int = DEFAULT_LIMIT,
+        status: IncidentStatus | str | None = None,
+        source: IncidentSource | str | None = None,
+    ) -> IncidentList:
+        """Return one page of incidents, newest first, as :meth:`IncidentClient.list` does."""
+        return self._run(self._incidents.list(page, limit, status, source))
+
+    def get(self, incident_id: int) -> Incident:
+        """Return the incident in its present state, as :meth:`IncidentClient.get` does."""
+        return self._run(self._incidents.get(incident_id))
+
+    def search(  # noqa: PLR0913
+        self,
+        *,
+        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
+        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        dedup_key: str | None = None,
+        text: str | None = None,
+        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        limit: int = DEFAULT_LIMIT,
+        after: str | None = None,
+        total: bool = False,
+    ) -> SearchPage:
+        """Return one page of the matching incidents, as :meth:`IncidentClient.search` does."""
+        return self._run(
+            self._incidents.search(
+                status=status,
+                source=source,
+                created_after=created_after,
+                created_before=created_before,
+                dedup_key=dedup_key,
+                text=text,
+                order=order,
+                limit=limit,
+                after=after,
+                total=total,
+            )
+        )
+
+    def iterate(  # noqa: PLR0913
+        self,
+        *,
+        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
+        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        dedup_key: str | None = None,
+        text: str | None = None,
+        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        batch: int = 100,
+    ) -> Iterator[Incident]:
+        """Yield all matching incidents, page by page, as :meth:`IncidentClient.iterate` does."""
+        query = SearchQuery(
+            status=status,
+            source=source,
+            created_after=created_after,
+            created_before=created_before,
+            dedup_key=dedup_key,
+            text=text,
+            order=order,
+            limit=batch,
+        )
+        while True:
+            page = self._run(self._incidents._search_page(query))  # noqa: SLF001
+            yield from page.incidents
+            if page.next is None:
+                return
+            query = evolve(query, after=page.next)
+
+    def history(
+        self, incident_id: int, *, limit: int = MAX_LIMIT, after: str | None = None
+    ) -> EventList:
+        """Return the history, oldest first, as :meth:`IncidentClient.history` does."""
+        return self._run(self._incidents.history(incident_id, limit=limit, after=after))
