@@ -176,7 +176,7 @@ def test_a_joined_transaction_stays_on_its_event_loop(
     request: pytest.FixtureRequest, way: str
 ) -> None:
     """A joined verb on another event loop is refused, and the transaction can be committed."""
-    name = "sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
+    name = "migrated_sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
     url = str(request.getfixturevalue(name))
     client = IncidentClient.open(url)
 
@@ -412,8 +412,8 @@ def test_a_store_refuses_another_event_loop(request: pytest.FixtureRequest, name
 
         host: Any = None
         if name.endswith("engine"):
-            fixture = "sqlite_url" if name.startswith("sqlite") else "migrated_postgres_url"
-            url = sqlalchemy_url(request.getfixturevalue(fixture))
+            kind = "sqlite" if name.startswith("sqlite") else "postgres"
+            url = sqlalchemy_url(request.getfixturevalue(f"migrated_{kind}_url"))
             host = create_async_engine(url, poolclass=NullPool)
         elif name == "pool":
             host = owner.run(pool())

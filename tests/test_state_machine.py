@@ -681,7 +681,7 @@ def check_types(incident: Incident) -> None:
 def database(request: pytest.FixtureRequest) -> Database:
     """Each kind of database."""
     if request.param == "sqlite":
-        return SqliteFile(request.getfixturevalue("sqlite_url"))
+        return SqliteFile(request.getfixturevalue("migrated_sqlite_url"))
     return PostgresDatabase(request.getfixturevalue("migrated_postgres_url"))
 
 
