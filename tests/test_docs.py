@@ -46,7 +46,7 @@ import incidentkit
 from incidentkit import IncidentKitError
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
-from incidentkit.domain.commands import MAX_FAULTS
+from incidentkit.domain.rules import MAX_FAULTS
 from incidentkit.domain.values import TEXT_MAX_WORDS
 from incidentkit.http import health, problems, request_log
 from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, MAX_LARGE_BODY
@@ -289,6 +289,10 @@ class Session(ExitStack):
                 return done.output
             case ["python", file]:
                 return run_program(file)
+            case ["python", *arguments]:
+                exit_code, out, err = outcome(start(program=["-W", "error", *arguments]))
+                assert exit_code == 0, err
+                return out + err
             case ["curl", *arguments]:
                 return self._curl(arguments)
         raise AssertionError(f"nobody knows how to run {words}")

@@ -6,9 +6,12 @@ import json
 from datetime import UTC, datetime
 from enum import StrEnum
 from hashlib import blake2b
-from typing import Final
+from typing import Any, Final, Literal, TypeAlias
 
 from attrs import Factory, field, frozen
+
+from incidentkit.domain.formats import schema
+from incidentkit.domain.plain import Plain
 
 MESSAGE_MIN_LENGTH: Final = 5
 MESSAGE_MAX_LENGTH: Final = 1000
@@ -26,6 +29,15 @@ TEXT_MAX_LENGTH: Final = 200
 TEXT_MAX_WORDS: Final = 32
 """Maximum number of different words and phrases of a search, not counting those that another one
 includes."""
+
+STORABLE: Final = r"^[^\x00]*$"
+"""A text without NUL characters, which the databases cannot hold."""
+
+DETAILS_MAX_SIZE: Final = 16 * 1024
+"""Maximum size of details, in bytes as compact JSON in UTF-8, with numbers without exponents."""
+
+DETAILS_MAX_DEPTH: Final = 5
+"""Maximum number of objects and arrays inside each other in details, which are the first."""
 
 MAX_ID: Final = 2**63 - 1
 TAG_PATTERN: Final = r"[1-9]\d{0,18}-[0-9a-f]{12}"
@@ -70,7 +82,7 @@ LATEST_TIME: Final = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 class IncidentStatus(StrEnum):
-    """The status of an incident, in the field ``incident_type``."""
+    """The status of an incident."""
 
     NEW = "new"
     COMPLETED = "completed"
@@ -100,10 +112,16 @@ class EventKind(StrEnum):
 
 
 class IncidentOrder(StrEnum):
-    """The order of a search, by ``created_at`` and then by id."""
+    """The order of a search, by created_at and then by id."""
 
     NEWEST = "newest"
     OLDEST = "oldest"
+
+
+StatusName: TypeAlias = Literal["new", "completed", "failed"]
+SourceName: TypeAlias = Literal["operator", "monitoring", "partner"]
+OrderName: TypeAlias = Literal["newest", "oldest"]
+"""The values of the members, which stand for them in arguments."""
 
 
 def _whole_utc_second(value: datetime) -> datetime:
@@ -120,7 +138,7 @@ def _whole_utc_second_or_none(value: datetime | None) -> datetime | None:
 
 
 @frozen
-class Incident:
+class Incident(Plain):
     """An incident as it is stored.
 
     Attributes:
@@ -137,24 +155,44 @@ class Incident:
         last_seen_at: When it was last reported.
         ended_at: When its status left ``new``; None while it is open, and if another program
             changed the status without recording the end.
+        details: What the first report said beyond the message, as a JSON object, which never
+            changes. The order of its keys is not kept. None: there are none, or the incident is
+            from ``list``, or from a ``search`` without ``details=True``. Incidents that differ only
+            in it are equal.
     """
 
-    incident_id: int
+    incident_id: int = field(metadata=schema(minimum=1, maximum=MAX_ID))
     incident_message: str
     incident_type: IncidentStatus
     source: IncidentSource
-    created_at: datetime = field(converter=_whole_utc_second)
-    version: int = 1
-    dedup_key: str | None = None
-    occurrences: int = 1
-    last_seen_at: datetime = field(
-        default=Factory(lambda self: self.created_at, takes_self=True), converter=_whole_utc_second
+    created_at: datetime = field(
+        converter=_whole_utc_second, metadata=schema(description="When it was stored, in UTC.")
     )
-    ended_at: datetime | None = field(default=None, converter=_whole_utc_second_or_none)
+    version: int = field(
+        default=1, metadata=schema(minimum=1, description="Increases by one with each change.")
+    )
+    dedup_key: str | None = None
+    occurrences: int = field(
+        default=1, metadata=schema(minimum=1, description="How often it was reported.")
+    )
+    last_seen_at: datetime = field(
+        default=Factory(lambda self: self.created_at, takes_self=True),
+        converter=_whole_utc_second,
+        metadata=schema(description="When it was last reported, in UTC."),
+    )
+    ended_at: datetime | None = field(
+        default=None,
+        converter=_whole_utc_second_or_none,
+        metadata=schema(
+            description="When its status left new, in UTC; null while it is open, or if the time "
+            "is unknown."
+        ),
+    )
+    details: dict[str, Any] | None = field(default=None, eq=False)
 
     @property
     def tag(self) -> str:
-        """The version with a digest of all fields, such as ``3-5f1c9a0e77d2``.
+        """The version with a digest of all fields but ``details``, such as ``3-5f1c9a0e77d2``.
 
         Pass it as ``expected_version``. After a failover or a restore that lost commits, the
         database assigns ids and versions again. The tag of a lost incident matches no other one.
@@ -208,8 +246,10 @@ def has_version(incident: Incident, expected: int | str | VersionMatch | None) -
 
 
 @frozen
-class IncidentEvent:
-    """One change of an incident, recorded in the same transaction; a row of ``incident_event``.
+class IncidentEvent(Plain):
+    """One change of an incident, recorded in the same transaction.
+
+    It is a row of ``incident_event``.
 
     Attributes:
         cursor: Its place in the order of all events, for ``after=``.
@@ -223,18 +263,20 @@ class IncidentEvent:
         at: When the database recorded it: aware, in UTC, in whole seconds.
     """
 
-    cursor: str
-    incident_id: int
+    cursor: str = field(metadata=schema(description="Its position among all events, for after=."))
+    incident_id: int = field(metadata=schema(minimum=1, maximum=MAX_ID))
     kind: EventKind
     from_status: IncidentStatus | None
     to_status: IncidentStatus | None
-    actor: str | None
+    actor: str | None = field(metadata=schema(description="Who did it; null if unknown."))
     note: str | None
-    at: datetime = field(converter=_whole_utc_second)
+    at: datetime = field(
+        converter=_whole_utc_second, metadata=schema(description="When it was recorded, in UTC.")
+    )
 
 
 @frozen
-class ChangePage:
+class ChangePage(Plain):
     """Some changes, and the cursor to continue from.
 
     Attributes:
@@ -243,7 +285,7 @@ class ChangePage:
     """
 
     changes: list[IncidentEvent]
-    next: str
+    next: str = field(metadata=schema(description="The after= to continue with."))
 
 
 @frozen
@@ -286,7 +328,7 @@ class FeedBlocker:
 
 
 @frozen
-class SearchPage:
+class SearchPage(Plain):
     """One page of a search.
 
     Attributes:
@@ -296,5 +338,9 @@ class SearchPage:
     """
 
     incidents: list[Incident]
-    next: str | None
-    total: int | None
+    next: str | None = field(
+        metadata=schema(description="The after= of the next page; null on the last one.")
+    )
+    total: int | None = field(
+        metadata=schema(description="Matches on all pages; null unless requested.")
+    )

@@ -15,13 +15,12 @@ from starlette.types import Scope
 from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import FieldError
+from incidentkit.domain.formats import SCHEMA, TIME_PATTERN
 from incidentkit.domain.values import (
-    FORBIDDEN_MESSAGES,
     MAX_ID,
-    MESSAGE_MAX_LENGTH,
-    MESSAGE_MIN_LENGTH,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    STORABLE,
     TAG_PATTERN,
     ChangePage,
     EventKind,
@@ -42,7 +41,7 @@ from incidentkit.http.health import (
     SchemaHealth,
     State,
 )
-from incidentkit.http.operation import MAX_BODY, STORABLE, EntityTags, Operation, Parameter
+from incidentkit.http.operation import MAX_BODY, EntityTags, Operation, Parameter
 from incidentkit.http.principals import ACTOR_HEADER, CHALLENGE
 from incidentkit.http.problems import (
     MEDIA_TYPE,
@@ -65,49 +64,12 @@ from incidentkit.wire import NewNote, wire_converter
 Json: TypeAlias = dict[str, Any]
 
 FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
-    (NewIncident, "incident_message"): {
-        "minLength": MESSAGE_MIN_LENGTH,
-        "maxLength": MESSAGE_MAX_LENGTH,
-        "pattern": STORABLE,
-        "description": (
-            "What happened. Surrounding white space is removed and does not count; the rest must "
-            f"not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))} in any letter case."
-        ),
-    },
-    (NewIncident, "dedup_key"): {
-        "minLength": 1,
-        "maxLength": NAME_MAX_LENGTH,
-        "pattern": STORABLE,
-        "description": (
-            "The problem that it is about. While an incident with this key is open, a further "
-            "report counts as an occurrence of it. Only for an incident that starts as new."
-        ),
-    },
     (NewNote, "note"): {
         "minLength": 1,
         "maxLength": NOTE_MAX_LENGTH,
         "pattern": STORABLE,
         "description": "Surrounding white space is removed and does not count.",
     },
-    (Incident, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
-    (Incident, "created_at"): {"description": "When it was stored, in UTC."},
-    (Incident, "version"): {
-        "minimum": 1,
-        "description": "Increases by one with each change.",
-    },
-    (Incident, "occurrences"): {"minimum": 1, "description": "How often it was reported."},
-    (Incident, "last_seen_at"): {"description": "When it was last reported, in UTC."},
-    (Incident, "ended_at"): {
-        "description": "When its status left new, in UTC; null while it is open, or if the time is "
-        "unknown."
-    },
-    (SearchPage, "next"): {"description": "The after= of the next page; null on the last one."},
-    (SearchPage, "total"): {"description": "Matches on all pages; null unless requested."},
-    (IncidentEvent, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
-    (IncidentEvent, "cursor"): {"description": "Its position among all events, for after=."},
-    (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
-    (ChangePage, "next"): {"description": "The after= to continue with."},
-    (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
     (Purge, "purged"): {"minimum": 0, "description": "Number of removed incidents."},
     (Purge, "left"): {
         "minimum": 0,
@@ -134,7 +96,7 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (RequestLogHealth, "dropped"): {"minimum": 0},
     (LogHealth, "dropped"): {"minimum": 0},
 }
-"""Rules and descriptions of fields, beyond their types."""
+"""Rules and descriptions of fields, beyond their types. The domain's models have their own."""
 
 DESCRIPTIONS: Final[dict[type[Any], str]] = {
     IncidentSource: "Who reported an incident.",
@@ -550,10 +512,7 @@ _PLAIN: Final[dict[Any, Json]] = {
     bool: {"type": "boolean"},
     int: {"type": "integer", "format": "int64"},
     NoneType: {"type": "null"},
-    datetime: {
-        "type": "string",
-        "pattern": r"^\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2}$",
-    },
+    datetime: {"type": "string", "pattern": TIME_PATTERN},
 }
 
 
@@ -571,7 +530,8 @@ def _model(type_: type[Any], schemas: Json) -> Json:
     required = []
     for attribute in fields(type_):
         name = attribute.name
-        properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), {})
+        more = FIELDS.get((type_, name), attribute.metadata.get(SCHEMA, {}))
+        properties[name] = _schema(types[name], schemas) | more
         if attribute.default is NOTHING or type_ not in CLOSED:
             required.append(name)
         else:

@@ -40,9 +40,6 @@ SAFETY: Final[Mapping[bytes, str]] = {
 }
 """The headers with which a client guards a write, by their names in lower case."""
 
-STORABLE: Final = r"^[^\x00]*$"
-"""A text without NUL characters, which the databases cannot hold."""
-
 FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 """The headers that announce a body; it may be empty."""
 

@@ -20,6 +20,7 @@ from incidentkit.domain.values import (
     MAX_WAIT,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    STORABLE,
     TEXT_MAX_LENGTH,
     TEXT_MAX_WORDS,
     ChangePage,
@@ -41,7 +42,6 @@ from incidentkit.http.health import BareReadiness, Health, Readiness
 from incidentkit.http.operation import (
     MAX_ITEMS,
     MAX_LARGE_BODY,
-    STORABLE,
     EntityTags,
     Operation,
     Parameter,

@@ -191,12 +191,11 @@ class SyncIncidentClient(SyncIncidents):
                 ``django.db.connection`` inside ``transaction.atomic()``.
 
         Raises:
-            ClientClosed: If the client is not open.
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
+
+        The client need not be open, since no connection of its own takes part.
         """
-        self._lifetime.check_open()
-        # Neither the portal nor its connections take part: a forked process can join at once.
         transaction = lazily.HostTransaction(self._client.store.join_sync(connection))
         return SyncJoinedIncidents(self._client._joined_to(transaction))  # noqa: SLF001
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any, Final
+from typing import Any
 
 from attrs import field, fields_dict, frozen
 from cattrs import Converter
@@ -16,6 +16,7 @@ from cattrs.gen import make_dict_structure_fn
 from incidentkit.domain import rules
 from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.formats import read_wire_time, wire_time
 from incidentkit.domain.rules import check_names, collect, raise_faults
 from incidentkit.domain.values import (
     EventKind,
@@ -25,8 +26,6 @@ from incidentkit.domain.values import (
     IncidentStatus,
 )
 from incidentkit.wire.encoding import dump_json
-
-TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 
 @frozen(field_transformer=collect)
@@ -55,15 +54,10 @@ class NewNote:
         return cls(**values)
 
 
-def _time_to_wire(value: datetime) -> str:
-    # Not strftime(): on some platforms its %Y has no leading zeros.
-    return value.astimezone(UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
-
-
 def _time_from_wire(value: object, _: type[datetime]) -> datetime:
     if not isinstance(value, str):
         raise TypeError("not a string")
-    return datetime.strptime(value, TIME_FORMAT).replace(tzinfo=UTC)
+    return read_wire_time(value)
 
 
 def _member_from_wire(value: object, enum: type[StrEnum]) -> StrEnum:
@@ -96,16 +90,18 @@ def wire_converter() -> Converter:
     - a field has the same name in JSON, in Python and in the table;
     - a time is ``YYYY-MM-DD HH:MM:SS`` in UTC;
     - a status, a source and a kind are their plain values;
-    - None is ``null``, and an answer has every field;
+    - None is ``null``, and an answer has every field; only ``details`` may be missing, as in a
+      list and in the answers of earlier versions;
     - numbers and strings are not converted into each other: ``"7"`` is not an id;
     - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown or missing field
       is an error that names it.
     """
     converter = Converter(detailed_validation=False)
-    converter.register_unstructure_hook(datetime, _time_to_wire)
+    converter.register_unstructure_hook(datetime, wire_time)
     converter.register_structure_hook(datetime, _time_from_wire)
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
+    converter.register_structure_hook_func(lambda type_: type_ == dict[str, Any], _exactly(dict))
     for enum in (IncidentStatus, IncidentSource, EventKind):
         # Without a hook of their own, the hook for str would apply.
         converter.register_structure_hook(enum, _member_from_wire)
@@ -119,7 +115,7 @@ def wire_converter() -> Converter:
 def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
     """Return a hook that reads a model and raises KeyError for a missing field."""
     structure = make_dict_structure_fn(model, converter)
-    names = fields_dict(model)
+    names = [name for name in fields_dict(model) if name != "details"]
 
     def complete(value: Any, type_: Any) -> Any:
         for name in names:
@@ -163,16 +159,38 @@ def decode_incident(data: bytes | str) -> Incident:
         raise ValueError("not a JSON object of an incident") from error
 
 
+def decode_optional(data: bytes | str) -> Incident | None:
+    """Read the output of :func:`encode_optional`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is neither ``null`` nor a JSON object of an incident.
+    """
+    return None if data in ("null", b"null") else decode_incident(data)
+
+
+def decode_optionals(data: bytes | str) -> list[Incident | None]:
+    """Read the output of :func:`encode_optionals`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is not a JSON array of incidents and ``null``.
+    """
+    return _decode_array(data, Incident | None)
+
+
 def decode_incidents(data: bytes | str) -> list[Incident]:
     """Read the output of :func:`encode_incidents`; unknown fields are ignored.
 
     Raises:
         ValueError: If it is not a JSON array of incidents.
     """
+    return _decode_array(data, Incident)
+
+
+def _decode_array(data: bytes | str, item: Any) -> list[Any]:
     try:
         value = json.loads(data)
         if not isinstance(value, list):
             raise TypeError("not an array")  # noqa: TRY301
-        return wire_converter().structure(value, list[Incident])
+        return wire_converter().structure(value, list[item])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError("not a JSON array of incidents") from error

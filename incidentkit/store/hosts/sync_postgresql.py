@@ -105,7 +105,7 @@ class PsycopgConnection:
         try:
             with new_cursor(self._connection) as cursor:
                 cursor.execute(compiled.text, compiled.bind(values))
-                return compiled.read(cursor.fetchall()) if cursor.description else ()
+                return compiled.read(_rows(cursor))
         finally:
             self._begun = self._begun or not self._idle()
 
@@ -128,6 +128,9 @@ class PsycopgConnection:
 
     def _idle(self) -> bool:
         status = self._connection.info.transaction_status
+        if status == type(status).ACTIVE and self._connection.autocommit:
+            # In pipeline mode the server does not tell. psycopg has no public name for its blocks.
+            return not getattr(self._connection, "_num_transactions", 1)
         return status == type(status).IDLE
 
 
@@ -173,6 +176,20 @@ class DjangoOnPostgresql:
 def _zone(offset: timedelta | int) -> tzinfo:
     """Return the time zone of an offset, which psycopg2 before 2.9 gives in minutes."""
     return timezone(offset if isinstance(offset, timedelta) else timedelta(minutes=offset))
+
+
+def _rows(cursor: Any) -> Rows:
+    """Return the rows of the last statement; none if it was one without."""
+    # In pipeline mode there is no result before it is fetched.
+    if cursor.pgresult is not None and not cursor.pgresult.nfields:
+        return ()
+    try:
+        rows: Rows = cursor.fetchall()
+    except sys.modules["psycopg"].ProgrammingError as error:
+        if error.sqlstate is not None:
+            raise
+        return ()
+    return rows
 
 
 def new_cursor(connection: Any) -> Any:
