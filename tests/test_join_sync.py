@@ -23,7 +23,6 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from incidentkit import (
-    ClientClosed,
     DuplicateOpenIncident,
     IdempotencyKeyReused,
     IncidentKitError,
@@ -210,16 +209,14 @@ def test_an_interrupt_undoes_the_call(file_url: str, on_file: SyncIncidentClient
     assert on_file.list() == []
 
 
-def test_only_an_open_client_joins(file: str, file_url: str) -> None:
-    """A client that is closed, or was never opened, raises ClientClosed."""
-    client = SyncIncidentClient.open(file_url)
-    with closing(sqlite3.connect(file)) as connection:
-        with pytest.raises(ClientClosed):
-            client.join(connection)
-        with client:
-            client.join(connection)
-        with pytest.raises(ClientClosed):
-            client.join(connection)
+def test_a_client_joins_without_being_open(client: SyncIncidentClient, host: SyncHost) -> None:
+    """No connection of the client takes part in a join."""
+    client.close()
+    host.begin()
+    created = client.join(host.connection).create("Order 1 is late", source="partner")
+    host.commit()
+    with client:
+        assert client.list() == [created]
 
 
 def test_other_objects_are_refused_by_what_is_accepted(
