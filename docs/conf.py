@@ -44,11 +44,15 @@ html_show_sphinx: Final = False
 
 # Names that other packages define. The build fetches no inventories, so it needs no network.
 nitpick_ignore_regex: Final = [
-    ("py:class", r"(asyncio|asyncpg|collections|contextlib|datetime|enum|os|redis|starlette)\..*"),
     (
         "py:class",
-        "AsyncEngine|Callable.*|ContextVar|Pool|Record|Starlette|MeterProvider|TracerProvider|datetime",
+        r"(asyncio|asyncpg|collections|contextlib|datetime|enum|os|pathlib|re|redis|starlette)\..*",
     ),
+    (
+        "py:class",
+        "AsyncBaseTransport|AsyncEngine|Callable.*|ContextVar|Pool|Record|SSLContext|Starlette",
+    ),
+    ("py:class", "MeterProvider|TracerProvider|datetime"),
     ("py:mod", "contextvars"),
 ]
 

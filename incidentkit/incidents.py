@@ -11,7 +11,14 @@ from attrs import evolve
 
 from incidentkit.domain import rules
 from incidentkit.domain.actor import ACTOR
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange, check_many
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+    check_many,
+)
 from incidentkit.domain.errors import (
     FieldError,
     IncidentKitError,
@@ -40,6 +47,8 @@ if TYPE_CHECKING:
 
 IncidentList: TypeAlias = list[Incident]
 """A page; an alias because inside the class ``list`` is the verb."""
+
+OptionalIncidents: TypeAlias = list[Incident | None]
 
 EventList: TypeAlias = list[IncidentEvent]
 
@@ -95,28 +104,32 @@ class Incidents(ABC):
         source: IncidentSource | str,
         incident_type: IncidentStatus | str = IncidentStatus.NEW,
         dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Incident: ...
 
-    async def create(
+    async def create(  # noqa: PLR0913
         self,
         incident_message: NewIncident | str,
         *,
         source: IncidentSource | str | None = None,
         incident_type: IncidentStatus | str = IncidentStatus.NEW,
         dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
         """Store an incident and return it.
 
         Args:
             incident_message: What happened, by the rules of :class:`~incidentkit.NewIncident`;
-                or a :class:`~incidentkit.NewIncident`, without the next three arguments.
+                or a :class:`~incidentkit.NewIncident`, without the next four arguments.
             source: Who reports it.
             incident_type: The initial status.
             dedup_key: The problem that it is about, in 1 to 255 characters. While an incident with
                 this key is open, count one more of its ``occurrences`` and return that one. None:
                 always create an incident.
+            details: More about it, by the rules of :class:`~incidentkit.NewIncident`; if an open
+                incident is counted, its own are kept. None: there are none.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
                 call of the same actor with the key changes nothing and returns the first answer.
                 None: every call takes effect.
@@ -127,12 +140,13 @@ class Incidents(ABC):
             TypeError: If a NewIncident is given together with fields.
         """
         if isinstance(incident_message, NewIncident):
-            if (source, dedup_key) != (None, None) or incident_type is not IncidentStatus.NEW:
+            given = (source, dedup_key, details) != (None, None, None)
+            if given or incident_type is not IncidentStatus.NEW:
                 raise TypeError("A NewIncident is created as it is, without further fields")
             incident = incident_message
         else:
             fields: dict[str, Any] = {"source": source, "incident_type": incident_type}
-            incident = NewIncident(incident_message, dedup_key=dedup_key, **fields)
+            incident = NewIncident(incident_message, dedup_key=dedup_key, details=details, **fields)
         transactions = self._transactions
         once = _once(transactions, idempotency_key, "create", incident)
         return await transactions.write(
@@ -231,6 +245,85 @@ class Incidents(ABC):
             )
         )
 
+    async def resolve(
+        self,
+        dedup_key: str,
+        *,
+        status: IncidentStatus | str = IncidentStatus.COMPLETED,
+        note: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident | None:
+        """End the open incident that has this ``dedup_key``, and return it.
+
+        A check that reports a problem with :meth:`create` ends it so when the problem is gone,
+        without knowing any id::
+
+            await incidents.create("Disk is full", source="monitoring", dedup_key="disk/db-1")
+            ended = await incidents.resolve("disk/db-1", note="Logs were rotated")
+
+        Args:
+            dedup_key: 1 to 255 characters.
+            status: The new status: any but ``new``.
+            note: A note for the history, in 1 to 1000 characters; None: no note.
+            idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
+                call of the same actor with the key changes nothing and returns the first answer,
+                also if that was None. None: every call takes effect.
+
+        Returns:
+            The incident; None if no incident with the key is open.
+
+        Raises:
+            InvalidIncident: With every faulty argument.
+            IllegalTransition: If the client's transitions do not allow the change.
+            IdempotencyKeyReused: If the key was used with other parameters.
+        """
+        resolution = Resolution(dedup_key, status, note)
+        transactions = self._transactions
+        once = _once(transactions, idempotency_key, "resolve", resolution)
+        return await transactions.write(
+            transactions.store.resolve(
+                resolution, transitions=self._transitions, actor=ACTOR.get(), once=once
+            )
+        )
+
+    async def resolve_many(
+        self,
+        dedup_keys: Iterable[str],
+        *,
+        status: IncidentStatus | str = IncidentStatus.COMPLETED,
+        note: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> OptionalIncidents:
+        """End the open incidents that have these keys, all or none, in one transaction.
+
+        The result is the same as that of calling :meth:`resolve` for each key in turn: for a key
+        that is given twice, the second answer is None.
+
+        Args:
+            dedup_keys: At most 100,000, each in 1 to 255 characters.
+            status: The new status of each: any but ``new``.
+            note: As for :meth:`resolve`, for each of them.
+            idempotency_key: As for :meth:`resolve`, for all of them together.
+
+        Returns:
+            The incidents in the order of the keys; None where no incident was open.
+
+        Raises:
+            InvalidIncident: With every faulty argument; nothing is changed.
+            IllegalTransition: If the client's transitions do not allow the change.
+            IdempotencyKeyReused: If the key was used with other parameters.
+        """
+        resolutions = Resolutions(dedup_keys, status, note)
+        transactions = self._transactions
+        once = _once(transactions, idempotency_key, "resolve_many", resolutions)
+        if not resolutions.dedup_keys:
+            return []
+        return await transactions.write(
+            transactions.store.resolve_many(
+                resolutions, transitions=self._transitions, actor=ACTOR.get(), once=once
+            )
+        )
+
     async def note(
         self,
         incident_id: int,
@@ -301,6 +394,7 @@ class Incidents(ABC):
         limit: int = DEFAULT_LIMIT,
         after: str | None = None,
         total: bool = False,
+        details: bool = False,
     ) -> SearchPage:
         """Return one page of the matching incidents, never from a cache.
 
@@ -323,6 +417,8 @@ class Incidents(ABC):
             after: The ``next`` of the page before; None: the first page. The filters may change
                 between pages, the order may not.
             total: Whether to count the incidents of all pages, which takes time if there are many.
+            details: Whether to read the details of each incident, up to 16 KiB. False: the field
+                ``details`` of each is None.
 
         Raises:
             InvalidIncident: With every faulty argument.
@@ -338,10 +434,11 @@ class Incidents(ABC):
             limit=limit,
             after=after,
             total=total,
+            details=details,
         )
-        return await self.search_page(query)
+        return await self._search_page(query)
 
-    async def search_page(self, query: SearchQuery) -> SearchPage:
+    async def _search_page(self, query: SearchQuery) -> SearchPage:
         """Return one page of a search whose arguments are checked."""
         return await self._transactions.store.search(query)
 
@@ -356,6 +453,7 @@ class Incidents(ABC):
         text: str | None = None,
         order: IncidentOrder | str = IncidentOrder.NEWEST,
         batch: int = 100,
+        details: bool = False,
     ) -> AsyncIterator[Incident]:
         """Yield all matching incidents, page by page; the filters are those of :meth:`search`.
 
@@ -368,6 +466,7 @@ class Incidents(ABC):
             text: Words and phrases that the message must all contain.
             order: ``newest`` or ``oldest`` first.
             batch: Number of incidents read at a time, 1 to 1000.
+            details: Whether to read the details of each incident.
 
         Raises:
             InvalidIncident: With every faulty argument.
@@ -381,9 +480,10 @@ class Incidents(ABC):
             text=text,
             order=order,
             limit=batch,
+            details=details,
         )
         while True:
-            page = await self.search_page(query)
+            page = await self._search_page(query)
             for incident in page.incidents:
                 yield incident
             if page.next is None:

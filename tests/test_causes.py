@@ -492,7 +492,7 @@ def test_the_driver_tells_nothing_of_a_password() -> None:
 async def test_what_other_sessions_do_is_told(migrated_postgres_url: str) -> None:
     """Locks, time limits, cancellations and a server that is read-only have their own reasons."""
     url = migrated_postgres_url
-    incident = {"source": "monitoring", "dedup_key": "db-1"}
+    incident: dict[str, Any] = {"source": "monitoring", "dedup_key": "db-1"}
     cancel = (
         "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'",

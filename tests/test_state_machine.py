@@ -280,13 +280,15 @@ class IncidentMachine(RuleBasedStateMachine):
         form: str,
     ) -> int:
         client, text = self.client(which), before + message + after
-        status_given = {} if status is None else {"incident_type": status}
+        status_given: dict[str, Any] = {} if status is None else {"incident_type": status}
         if form == "ready":
             call = client.create(NewIncident(text, source, **status_given))
         elif form == "members":
             call = client.create(text, source=source, **status_given)
         else:
-            values = {name: str(value.value) for name, value in status_given.items()}
+            values: dict[str, Any] = {
+                name: str(value.value) for name, value in status_given.items()
+            }
             call = client.create(text, source=str(source.value), **values)
         incident = self.run(call)
         assert incident.incident_message == message
@@ -479,6 +481,44 @@ class IncidentMachine(RuleBasedStateMachine):
         differs = message != before.incident_message
         self.record(before, EventKind.RECURRED, note=message if differs else None)
         return multiple()
+
+    @rule(which=which, keys=st.lists(st.sampled_from("ab"), max_size=3), status=st.booleans())
+    def resolve(self, which: int, keys: list[str], *, status: bool) -> None:
+        ending = IncidentStatus.COMPLETED if status else IncidentStatus.FAILED
+        client, note = self.client(which), "Recovered" if status else None
+        if len(keys) == 1:
+            answers = [self.run(client.resolve(keys[0], status=ending, note=note))]
+        else:
+            answers = self.run(client.resolve_many(keys, status=str(ending.value), note=note))
+        for key, incident in zip(keys, answers, strict=True):
+            before = next(
+                (
+                    one
+                    for one in self.model.values()
+                    if one.dedup_key == key and one.incident_type is IncidentStatus.NEW
+                ),
+                None,
+            )
+            if before is None:
+                assert incident is None
+                continue
+            assert incident is not None
+            assert incident.ended_at is not None
+            check_types(incident)
+            self.model[before.incident_id] = evolve(
+                before,
+                incident_type=ending,
+                version=before.version + 1,
+                ended_at=before.ended_at or incident.ended_at,
+            )
+            assert incident == self.model[before.incident_id]
+            self.record(
+                before,
+                EventKind.STATUS_CHANGED,
+                from_status=IncidentStatus.NEW,
+                to_status=ending,
+                note=note,
+            )
 
     @rule(which=which, incident_id=known, note=messages)
     def note(self, which: int, incident_id: int, note: str) -> None:

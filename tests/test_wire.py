@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+from attrs import evolve
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -81,7 +82,15 @@ def on_the_wire(**changes: object) -> bytes:
 
 def test_incident_on_the_wire() -> None:
     """An incident is encoded as a compact object without unnecessary escapes."""
-    assert encode_incident(DISK).decode() == DISK_ON_THE_WIRE
+    details = {"path": "/var", "b": [1, 2.5, "磁", None]}
+    end = ',"details":{"path":"/var","b":[1,2.5,"磁",null]}}'
+    detailed = DISK_ON_THE_WIRE[:-1] + end
+    assert encode_incident(DISK).decode() == DISK_ON_THE_WIRE[:-1] + ',"details":null}'
+    assert encode_incident(evolve(DISK, details=details)).decode() == detailed
+    assert encode_incidents([evolve(DISK, details=details)]).decode() == f"[{DISK_ON_THE_WIRE}]"
+    both = encode_incidents([evolve(DISK, details=details)], details=True)
+    assert both.decode() == f"[{detailed}]"
+    assert decode_incidents(both)[0].details == details
     assert encode_incidents([DISK, DISK]).decode() == f"[{DISK_ON_THE_WIRE},{DISK_ON_THE_WIRE}]"
     assert encode_incidents([]) == b"[]"
 
@@ -96,7 +105,7 @@ def test_what_other_programs_read(stored: list[Incident]) -> None:
         assert item["incident_message"] == incident.incident_message
         assert item["incident_type"] == incident.incident_type.value
         assert item["source"] == incident.source.value
-        assert item == json.loads(encode_incident(incident))
+        assert item | {"details": None} == json.loads(encode_incident(incident))
 
 
 @given(st.lists(incidents, max_size=3), st.none() | st.text(), st.none() | st.integers(0))
@@ -105,7 +114,7 @@ def test_an_object_around_encoded_incidents_is_what_the_converter_makes(
 ) -> None:
     """A page of a search is encoded as the converter does it."""
     members = {"next": following, "total": total}
-    found = encode_object("incidents", encode_incidents(some), members)
+    found = encode_object("incidents", encode_incidents(some, details=True), members)
     assert found == dump_json(wire_converter().unstructure(SearchPage(some, following, total)))
 
 
@@ -194,6 +203,8 @@ def test_incident_without_a_field_is_refused(field: str) -> None:
             for field, value in product(FIELDS, JSON_OF_NO_FIELD)
             if value is not None or field not in MAY_BE_NULL
         ),
+        ("details", []),
+        ("details", "{}"),
         ("incident_id", ""),
         ("incident_id", "7"),
         ("incident_message", 7),

@@ -7,12 +7,15 @@ from itertools import islice
 from typing import Any, Final
 
 from attrs import field, frozen
+from attrs.converters import optional
 
 from incidentkit.domain import rules
+from incidentkit.domain.details import check_details, fit_details
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.fitting import fit_key, fit_message
 from incidentkit.domain.formats import schema
 from incidentkit.domain.plain import Plain
-from incidentkit.domain.rules import check_names, collect, raise_faults
+from incidentkit.domain.rules import MAX_FAULTS, check_names, collect, raise_faults
 from incidentkit.domain.values import (
     FORBIDDEN_MESSAGES,
     MAX_MANY,
@@ -25,9 +28,6 @@ from incidentkit.domain.values import (
     IncidentStatus,
     VersionMatch,
 )
-
-MAX_FAULTS: Final = 10
-"""Maximum number of invalid items listed in one error."""
 
 _ENDED: Final = frozenset(IncidentStatus) - {OPEN}
 
@@ -50,6 +50,11 @@ class NewIncident(Plain):
         dedup_key: The problem that it is about, in 1 to 255 characters: while an incident with
             this key is open, a further report counts as an occurrence of it instead of creating a
             second one. Requires the initial status ``new``. None: every report creates an incident.
+        details: More about it, as a JSON object: at most 16 KiB as compact JSON in UTF-8 with
+            numbers written without exponents, and at most 5 levels of objects and arrays. Keys are
+            strings. Values are strings, booleans, None, finite floats, integers that have 64 bits
+            or that a double holds exactly, lists and tuples, and dicts. Neither a NUL nor a lone
+            surrogate is allowed in a string. The dict is copied. None: there are none.
 
     Raises:
         InvalidIncident: With every faulty field.
@@ -80,8 +85,62 @@ class NewIncident(Plain):
             "new.",
         ),
     )
+    details: dict[str, Any] | None = field(
+        default=None, converter=optional(check_details), hash=False
+    )
 
     __attrs_post_init__ = raise_faults
+
+    @classmethod
+    def fitting(
+        cls,
+        incident_message: str,
+        source: IncidentSource | str,
+        *,
+        incident_type: IncidentStatus | str = OPEN,
+        dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> NewIncident:
+        """Build one from texts of any length, such as those of an exception.
+
+        Values that are valid are taken as they are. Of the others:
+
+        - a message that is too long is cut, and ends in an ellipsis;
+        - a message that is too short, or is not allowed, gets the prefix ``Incident:``;
+        - of a deduplication key that is too long, the end is replaced by ``~`` and a hash of the
+          key: equal keys stay equal, and different ones different; an empty key becomes None;
+        - in details that are too large, the longest strings are cut until they fit, and end in an
+          ellipsis.
+
+        .. code-block:: python
+
+            except Exception as error:
+                new = NewIncident.fitting(
+                    f"{type(error).__name__}: {error}",
+                    "monitoring",
+                    dedup_key=f"{type(error).__name__} in {job}",
+                    details={"traceback": traceback.format_exc()},
+                )
+                await incidents.create(new)
+
+        Args:
+            incident_message: What happened.
+            source: Who reports it.
+            incident_type: The initial status.
+            dedup_key: The problem that it is about; None: every report creates an incident.
+            details: More about it; None: there are none.
+
+        Raises:
+            InvalidIncident: With every field that is wrong for another reason, such as a NUL, an
+                unknown source, or details that are too large without their strings.
+        """
+        fields: dict[str, Any] = {"source": source, "incident_type": incident_type}
+        return cls(
+            fit_message(incident_message),
+            dedup_key=fit_key(dedup_key),
+            details=fit_details(details),
+            **fields,
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[Any, Any]) -> NewIncident:
@@ -140,6 +199,66 @@ class StatusChange:
     )
 
     __attrs_post_init__ = raise_faults
+
+
+@frozen(field_transformer=collect)
+class Resolution:
+    """The end of the open incident that has a deduplication key.
+
+    Args:
+        dedup_key: The key, in 1 to 255 characters.
+        status: The new status: any but ``new``.
+        note: A note for the history, in 1 to 1000 characters; None: no note.
+
+    Raises:
+        InvalidIncident: With every faulty field.
+    """
+
+    dedup_key: str = field(converter=rules.name)
+    status: IncidentStatus = field(default=IncidentStatus.COMPLETED, converter=rules.last_status)
+    note: str | None = field(default=None, converter=rules.optional_note)
+
+    __attrs_post_init__ = raise_faults
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> Resolution:
+        """Build one from a mapping of field names to values.
+
+        Raises:
+            InvalidIncident: With every faulty, unknown or missing field.
+        """
+        check_names(cls, values)
+        return cls(**values)
+
+
+@frozen(field_transformer=collect)
+class Resolutions:
+    """The end of the open incidents that have some deduplication keys.
+
+    Args:
+        dedup_keys: At most 100,000 keys, each in 1 to 255 characters.
+        status: The new status of each: any but ``new``.
+        note: A note for the history of each, in 1 to 1000 characters; None: no note.
+
+    Raises:
+        InvalidIncident: With every faulty field; a faulty key is named by its place.
+    """
+
+    dedup_keys: tuple[str, ...] = field(converter=rules.names)
+    status: IncidentStatus = field(default=IncidentStatus.COMPLETED, converter=rules.last_status)
+    note: str | None = field(default=None, converter=rules.optional_note)
+
+    __attrs_post_init__ = raise_faults
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> Resolutions:
+        """Build one from a mapping of field names to values.
+
+        Raises:
+            InvalidIncident: With every faulty, unknown or missing field.
+        """
+        check_names(cls, values)
+        return cls(**values)
 
 
 def check_many(incidents: Iterable[NewIncident]) -> list[NewIncident]:

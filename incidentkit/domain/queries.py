@@ -88,6 +88,7 @@ class SearchQuery:
         limit: Incidents per page, 1 to 1000.
         after: The cursor of the page before; None: the first page.
         total: Whether to count the incidents of all pages, which takes time if there are many.
+        details: Whether to read the details of each incident.
 
     Raises:
         InvalidIncident: With every faulty field.
@@ -105,6 +106,7 @@ class SearchQuery:
         default=None, converter=rules.optional_search_cursor, validator=_has_the_order
     )
     total: bool = field(default=False, converter=rules.flag)
+    details: bool = field(default=False, converter=rules.flag)
 
     __attrs_post_init__ = raise_faults
 

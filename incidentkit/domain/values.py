@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime
 from enum import StrEnum
 from hashlib import blake2b
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from attrs import Factory, field, frozen
 
@@ -33,6 +33,12 @@ includes."""
 STORABLE: Final = r"^[^\x00]*$"
 """A text without NUL characters, which the databases cannot hold."""
 
+DETAILS_MAX_SIZE: Final = 16 * 1024
+"""Maximum size of details, in bytes as compact JSON in UTF-8, with numbers without exponents."""
+
+DETAILS_MAX_DEPTH: Final = 5
+"""Maximum number of objects and arrays inside each other in details, which are the first."""
+
 MAX_ID: Final = 2**63 - 1
 TAG_PATTERN: Final = r"[1-9]\d{0,18}-[0-9a-f]{12}"
 """The pattern of the tag of an incident."""
@@ -49,6 +55,10 @@ CHANGES_LIMIT: Final = 100
 
 MAX_MANY: Final = 100_000
 """Maximum number of incidents in one ``create_many``."""
+
+ITEMS_PER_REQUEST: Final = 1000
+BYTES_PER_REQUEST: Final = 2 * 1024 * 1024
+"""Maximum number of incidents in one ``create_many`` over HTTP, and maximum bytes of its body."""
 
 MAX_STALENESS: Final = 3600
 """Maximum seconds by which a list may be behind: the time that a page is cached."""
@@ -149,6 +159,10 @@ class Incident(Plain):
         last_seen_at: When it was last reported.
         ended_at: When its status left ``new``; None while it is open, and if another program
             changed the status without recording the end.
+        details: What the first report said beyond the message, as a JSON object, which never
+            changes. The order of its keys is not kept. None: there are none, or the incident is
+            from ``list``, or from a ``search`` without ``details=True``. Incidents that differ only
+            in it are equal.
     """
 
     incident_id: int = field(metadata=schema(minimum=1, maximum=MAX_ID))
@@ -178,10 +192,11 @@ class Incident(Plain):
             "is unknown."
         ),
     )
+    details: dict[str, Any] | None = field(default=None, eq=False)
 
     @property
     def tag(self) -> str:
-        """The version with a digest of all fields, such as ``3-5f1c9a0e77d2``.
+        """The version with a digest of all fields but ``details``, such as ``3-5f1c9a0e77d2``.
 
         Pass it as ``expected_version``. After a failover or a restore that lost commits, the
         database assigns ids and versions again. The tag of a lost incident matches no other one.

@@ -24,6 +24,7 @@ REVISIONS: Final = (
     "a1f80c46d2b7",
     "d4e07b93c1f6",
     "d52c90b7e6f3",
+    "7e4a9d16c3b8",
 )
 """Every revision, oldest first, with its migration in ``incidentkit/store/migrations``.
 

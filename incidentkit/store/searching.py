@@ -12,7 +12,7 @@ from incidentkit.domain.queries import SearchQuery
 from incidentkit.domain.values import MAX_LIMIT, IncidentOrder, SearchPage
 from incidentkit.store.dialect import Dialect
 from incidentkit.store.executor import Fetch, Rows
-from incidentkit.store.sql.rows import STORED_AT, read_incident, read_rows
+from incidentkit.store.sql.rows import COUNT, STORED_AT, read_detailed, read_incident, read_rows
 from incidentkit.store.sql.search import (
     Shape,
     count_found,
@@ -34,6 +34,9 @@ LIMITS: Final = (100, MAX_LIMIT + 1)
 
 SHORT: Final = 100
 """Maximum number of rows of a read from an index that does not count as a scan."""
+
+SHORT_DETAILED: Final = 10
+"""The same for rows with details, each of up to 16 KiB."""
 
 
 class Search:
@@ -69,6 +72,7 @@ class Search:
             pairs=dialect.indexes_pairs,
             onward=onward,
             most=limit if dialect.keeps_plans else None,
+            details=query.details,
         )
         self._values: Mapping[str, Any] = {
             **({} if query.text is None else dialect.phrases(query.text)),
@@ -80,7 +84,8 @@ class Search:
             **_place("low", low),
             **_place("high", high),
         }
-        self.short = query.text is None and not query.total and query.limit <= SHORT
+        short = SHORT_DETAILED if query.details else SHORT
+        self.short = query.text is None and not query.total and query.limit <= short
 
     async def run(self, fetch: Fetch) -> SearchPage:
         """Read one page.
@@ -102,7 +107,8 @@ class Search:
         else:
             rows, total = await self._find(fetch), None
         limit = self._query.limit
-        incidents = await read_rows(read_incident, rows[:limit])
+        read = read_detailed if self._query.details else read_incident
+        incidents = await read_rows(read, rows[:limit])
         following = None
         if len(rows) > limit:
             following = self._query.cursor(rows[limit - 1][STORED_AT], incidents[-1].incident_id)
@@ -117,7 +123,9 @@ class Search:
             return len(rows)
         low, high = self._everything
         values = {**self._values, **_place("low", low), **_place("high", high)}
-        ((total,),) = await fetch(count_found(evolve(self._shape, onward=False)), values)
+        ((total,),) = await fetch(
+            count_found(evolve(self._shape, onward=False, details=False)), values
+        )
         return int(total)
 
     async def _find_and_count(self, fetch: Fetch) -> tuple[Rows, int]:
@@ -125,7 +133,7 @@ class Search:
         low, high = self._everything
         values = {**self._values, **_place("from", low), **_place("until", high)}
         rows = await fetch(select_page_and_total_found(self._shape), values)
-        return [row for row in rows if row[STORED_AT] is not None], int(rows[0][-1])
+        return [row for row in rows if row[STORED_AT] is not None], int(rows[0][COUNT])
 
     async def _find(self, fetch: Fetch) -> Rows:
         """Return the rows of a page with the words."""
@@ -152,7 +160,7 @@ def messages_to_scan(rows: Rows, limit: int) -> int:
     share = len(rows) / SCAN
     # Half as many more, since the words may be rarer further on.
     scan = round(1.5 * (limit + 1) / share)
-    incidents = rows[0][-1]
+    incidents = rows[0][COUNT]
     return scan if scan * FOUND_PER_SCANNED < share * incidents else 0
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
-from incidentkit.client import CHANGES_BATCH, IncidentClient
-from incidentkit.domain.errors import ClientClosed
-from incidentkit.domain.queries import ListQuery
+import incidentkit.sync as lazily
+from incidentkit.client import IncidentClient
+from incidentkit.domain.queries import ChangesQuery, ListQuery
 from incidentkit.domain.values import CHANGES_LIMIT, ChangePage, FeedBlocker, IncidentEvent
-from incidentkit.session import HostTransaction
 from incidentkit.store.database import DEFAULT_DATABASE_URL
 from incidentkit.sync.incidents import SyncIncidents
 from incidentkit.sync.joined import SyncJoinedIncidents
-from incidentkit.sync.portal import Portal
+from incidentkit.sync.lifetime import Lifetime
+from incidentkit.sync.tokens import SyncAccessTokens
 
 if TYPE_CHECKING:
     import os
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from incidentkit.observing import Observer
     from incidentkit.settings import Settings
     from incidentkit.store.options import StoreOptions
+    from incidentkit.store.ports import IncidentStore
 
     Joinable: TypeAlias = (
         Connection
@@ -46,19 +48,25 @@ _T = TypeVar("_T")
 
 
 class SyncIncidentClient(SyncIncidents):
-    """Records and follows incidents, from any thread of a program without an event loop.
+    """Records and follows incidents, from every thread of a program without an event loop.
 
-    It has the verbs of :class:`~incidentkit.IncidentClient`, with the same arguments, results and
-    errors. Its connections live on an event loop in a thread of its own, so that the callers of
-    all threads share statements, caches and connections.
+    Open it with ``with``. It has the verbs of :class:`~incidentkit.IncidentClient`, with the same
+    arguments, results and errors. Its connections live on an event loop in a thread of its own, so
+    that the callers of all threads share statements, caches and connections.
 
     Args:
         client: The asynchronous client to run; it must not be open.
+
+    A write runs to completion even if an interrupt, such as Ctrl-C, ends the call. In a process
+    that was forked while the client was open, the first call opens connections of its own. A client
+    that is still open at the end of the program is closed. In a thread with a running event loop,
+    and in a process with the threads of gevent or eventlet, every method raises
+    :class:`~incidentkit.WrongEventLoop` and does nothing.
     """
 
     def __init__(self, client: IncidentClient) -> None:
         self._client = client
-        self._portal: Portal | None = None
+        self._lifetime = Lifetime(client)
 
     @classmethod
     def open(  # noqa: PLR0913
@@ -115,35 +123,50 @@ class SyncIncidentClient(SyncIncidents):
         self.close()
 
     @property
+    def store(self) -> IncidentStore:
+        """The store of the asynchronous client; its coroutines run only on its event loop."""
+        return self._client.store
+
+    @property
+    def observer(self) -> Observer | None:
+        """The observer, whose methods are called in the thread of the event loop."""
+        return self._client.observer
+
+    @property
     def connected(self) -> bool:
-        """Whether the client is open."""
-        return self._portal is not None and self._client.connected
+        """Whether the client is open, in this process."""
+        return self._lifetime.is_open()
 
     @property
     def cache_available(self) -> bool | None:
         """Whether the shared cache is in use; None without one, or if the client is not open."""
         return self._client.cache_available
 
+    @property
+    def tokens(self) -> SyncAccessTokens:
+        """The access tokens of the REST service; its methods need an open client."""
+        return SyncAccessTokens(self._client, self._lifetime)
+
     def connect(self) -> None:
-        """Open the store and ping the cache; if the client is already open, do nothing."""
-        if self._portal is not None:
-            return
-        portal = Portal()
-        try:
-            portal.run(self._client.connect())
-        except BaseException:
-            portal.close()
-            raise
-        self._portal = portal
+        """Open the store and ping the cache; if the client is already open, do nothing.
+
+        Raises:
+            SchemaOutOfDate: With the command to run. An outdated SQLite file is upgraded instead.
+            CacheUnavailable: If the cache does not answer, and is required.
+            WrongEventLoop: If an event loop is running in this thread, or gevent or eventlet has
+                replaced the threads of this process.
+            StoreError: If the client's database is in the memory of the process that this one was
+                forked from.
+        """
+        self._lifetime.connect()
 
     def close(self) -> None:
-        """Wait for running writes, then release every connection; once closed, do nothing."""
-        portal, self._portal = self._portal, None
-        if portal is not None:
-            try:
-                portal.run(self._client.close())
-            finally:
-                portal.close()
+        """Wait for running writes, then release every connection; once closed, do nothing.
+
+        A running read finishes or raises :class:`~incidentkit.ClientClosed`. In a forked process,
+        only the connections of that process are released.
+        """
+        self._lifetime.close()
 
     def list_json(self, query: ListQuery) -> bytes:
         """Return one page as a JSON array, as :meth:`IncidentClient.list_json` does."""
@@ -171,12 +194,21 @@ class SyncIncidentClient(SyncIncidents):
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
         """
-        transaction = HostTransaction(self._client.store.join_sync(connection))
+        transaction = lazily.HostTransaction(self._client.store.join_sync(connection))
         return SyncJoinedIncidents(self._client._joined_to(transaction))  # noqa: SLF001
 
     def changes(self, after: str | None = None) -> Iterator[IncidentEvent]:
-        """Follow every change of every incident, as :meth:`IncidentClient.changes` does."""
-        raise NotImplementedError(after, CHANGES_BATCH)
+        """Follow every change of every incident, as :meth:`IncidentClient.changes` does.
+
+        The generator waits for the next change, and for the database while it cannot be reached. An
+        interrupt ends the wait at once. So does :meth:`close` in another thread, with
+        :class:`~incidentkit.ClientClosed`.
+        """
+        ChangesQuery(after)
+        while True:
+            page = self._run(self._client._next_changes(after))  # noqa: SLF001
+            yield from page.changes
+            after = page.next
 
     def read_changes(
         self, after: str | None = None, *, limit: int = CHANGES_LIMIT, wait: float = 0.0
@@ -191,8 +223,12 @@ class SyncIncidentClient(SyncIncidents):
     def purge(
         self, ended_before: datetime, *, progress: Callable[[int, int], object] | None = None
     ) -> int:
-        """Remove incidents that have ended, as :meth:`IncidentClient.purge` does."""
-        return self._run(self._client.purge(ended_before, progress=progress))
+        """Remove incidents that have ended, as :meth:`IncidentClient.purge` does.
+
+        ``progress`` is called in this thread, and may call the client.
+        """
+        hop = None if progress is None else partial(lazily.in_caller, progress)
+        return self._run(self._client.purge(ended_before, progress=hop))
 
     def check(self) -> None:
         """Raise unless the database answers and has the schema that this version works on."""
@@ -207,8 +243,4 @@ class SyncIncidentClient(SyncIncidents):
         return self._client
 
     def _run(self, call: Coroutine[Any, Any, _T]) -> _T:
-        portal = self._portal
-        if portal is None:
-            call.close()
-            raise ClientClosed
-        return portal.run(call)
+        return self._lifetime.run(call)

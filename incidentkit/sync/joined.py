@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import incidentkit.sync as lazily
 from incidentkit.joined import JoinedIncidents
-from incidentkit.sync.immediate import run_immediately
 from incidentkit.sync.incidents import SyncIncidents
 
 _T = TypeVar("_T")
@@ -27,4 +27,4 @@ class SyncJoinedIncidents(SyncIncidents):
         return self._joined
 
     def _run(self, call: Coroutine[Any, Any, _T]) -> _T:
-        return run_immediately(call)
+        return lazily.run_immediately(call)

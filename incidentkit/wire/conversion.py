@@ -82,15 +82,20 @@ def _from_wire(value: object, model: type[NewIncident | NewNote]) -> NewIncident
 
 
 @cache
-def wire_converter() -> Converter:
+def wire_converter(*, complete: bool = True) -> Converter:
     """Return the converter between models and JSON values.
+
+    Args:
+        complete: Whether an incident or an event without one of its fields is refused. Otherwise a
+            missing field has its default, as in an answer of an older service.
 
     The rules of the wire format:
 
     - a field has the same name in JSON, in Python and in the table;
     - a time is ``YYYY-MM-DD HH:MM:SS`` in UTC;
     - a status, a source and a kind are their plain values;
-    - None is ``null``, and an answer has every field;
+    - None is ``null``, and an answer has every field; only ``details`` may be missing, as in a
+      list and in the answers of earlier versions;
     - numbers and strings are not converted into each other: ``"7"`` is not an id;
     - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown or missing field
       is an error that names it.
@@ -100,12 +105,13 @@ def wire_converter() -> Converter:
     converter.register_structure_hook(datetime, _time_from_wire)
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
+    converter.register_structure_hook_func(lambda type_: type_ == dict[str, Any], _exactly(dict))
     for enum in (IncidentStatus, IncidentSource, EventKind):
         # Without a hook of their own, the hook for str would apply.
         converter.register_structure_hook(enum, _member_from_wire)
     converter.register_structure_hook(NewIncident, _from_wire)
     converter.register_structure_hook(NewNote, _from_wire)
-    for model in (Incident, IncidentEvent):
+    for model in (Incident, IncidentEvent) if complete else ():
         converter.register_structure_hook(model, _complete(model, converter))
     return converter
 
@@ -113,7 +119,7 @@ def wire_converter() -> Converter:
 def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
     """Return a hook that reads a model and raises KeyError for a missing field."""
     structure = make_dict_structure_fn(model, converter)
-    names = fields_dict(model)
+    names = [name for name in fields_dict(model) if name != "details"]
 
     def complete(value: Any, type_: Any) -> Any:
         for name in names:
@@ -157,16 +163,38 @@ def decode_incident(data: bytes | str) -> Incident:
         raise ValueError("not a JSON object of an incident") from error
 
 
+def decode_optional(data: bytes | str) -> Incident | None:
+    """Read the output of :func:`encode_optional`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is neither ``null`` nor a JSON object of an incident.
+    """
+    return None if data in ("null", b"null") else decode_incident(data)
+
+
+def decode_optionals(data: bytes | str) -> list[Incident | None]:
+    """Read the output of :func:`encode_optionals`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is not a JSON array of incidents and ``null``.
+    """
+    return _decode_array(data, Incident | None)
+
+
 def decode_incidents(data: bytes | str) -> list[Incident]:
     """Read the output of :func:`encode_incidents`; unknown fields are ignored.
 
     Raises:
         ValueError: If it is not a JSON array of incidents.
     """
+    return _decode_array(data, Incident)
+
+
+def _decode_array(data: bytes | str, item: Any) -> list[Any]:
     try:
         value = json.loads(data)
         if not isinstance(value, list):
             raise TypeError("not an array")  # noqa: TRY301
-        return wire_converter().structure(value, list[Incident])
+        return wire_converter().structure(value, list[item])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError("not a JSON array of incidents") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from operator import attrgetter
@@ -15,23 +15,43 @@ from attrs import fields_dict
 from incidentkit.domain.values import Incident, IncidentSource, IncidentStatus
 
 _quote: Final = json.encoder.encode_basestring
+_compact: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _text_of: Final = datetime.__str__
 _QUOTED: Final = {name.value: f'"{name.value}"' for name in (*IncidentStatus, *IncidentSource)}
 
 
 def dump_json(value: Any) -> bytes:
     """Return JSON values as compact UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _compact(value).encode()
 
 
 def encode_incident(incident: Incident) -> bytes:
-    """Return the incident as a JSON object."""
-    return _incident_to_json(incident).encode()
+    """Return the incident as a JSON object, with its details."""
+    return _detailed_to_json(*_DETAILED_VALUES(incident)).encode()
 
 
-def encode_incidents(incidents: Iterable[Incident]) -> bytes:
-    """Return the incidents as a JSON array."""
-    return f"[{','.join(map(_incident_to_json, incidents))}]".encode()
+def encode_incidents(incidents: Iterable[Incident], *, details: bool = False) -> bytes:
+    """Return the incidents as a JSON array.
+
+    Args:
+        incidents: The incidents.
+        details: Whether each has the member ``details``, as a list never has.
+    """
+    if details:
+        texts = [_detailed_to_json(*_DETAILED_VALUES(incident)) for incident in incidents]
+    else:
+        texts = [_row_to_json(*_VALUES(incident)) for incident in incidents]
+    return f"[{','.join(texts)}]".encode()
+
+
+def encode_optional(incident: Incident | None) -> bytes:
+    """Return the incident as a JSON object; None is ``null``."""
+    return b"null" if incident is None else encode_incident(incident)
+
+
+def encode_optionals(incidents: Iterable[Incident | None]) -> bytes:
+    """Return the incidents as a JSON array, in which None is ``null``."""
+    return b"[%b]" % b",".join(map(encode_optional, incidents))
 
 
 def encode_object(name: str, value: bytes, others: Mapping[str, Any]) -> bytes:
@@ -46,7 +66,7 @@ def encode_object(name: str, value: bytes, others: Mapping[str, Any]) -> bytes:
 
 
 def encode_rows(rows: Iterable[Iterable[Any]]) -> bytes:
-    """Return incidents, each given as the values of its fields, as a JSON array.
+    """Return incidents, each given as the values of its fields but the details, as a JSON array.
 
     A status and a source are strings, a time is an aware datetime, and a ``last_seen_at`` of None
     stands for ``created_at``.
@@ -59,10 +79,6 @@ def encode_rows(rows: Iterable[Iterable[Any]]) -> bytes:
     return f"[{','.join([_row_to_json(*row) for row in rows])}]".encode()
 
 
-def _incident_to_json(incident: Incident) -> str:
-    return _row_to_json(*_VALUES(incident))
-
-
 def _second(value: datetime) -> str:
     if value.tzinfo is not UTC:
         # Some drivers return times in the time zone of the session.
@@ -72,16 +88,26 @@ def _second(value: datetime) -> str:
     return _text_of(value)[:19]
 
 
-def _compile_row_to_json() -> Callable[..., str]:
-    """Return a function that takes the values of an incident's fields, and returns its JSON object.
+def _text_of_details(details: dict[str, Any] | None) -> str:
+    return "null" if details is None else _compact(details)
+
+
+def _compile_row_to_json(fields: Sequence[str]) -> Callable[..., str]:
+    """Return a function that takes the values of some fields, and returns their JSON object.
 
     It does what the converter and :func:`dump_json` do, in a fraction of the time: compiled once
     from the fields and their types, as attrs compiles its methods, it is one f-string.
     """
     types = get_type_hints(Incident)
-    members = ",".join(f'"{name}":{_json_source(name, types[name])}' for name in _FIELDS)
-    source = f"lambda {', '.join(_FIELDS)}: f'''{{{{{members}}}}}'''"
-    names = {"null": "null", "quote": _quote, "quoted": _QUOTED, "second": _second}
+    members = ",".join(f'"{name}":{_json_source(name, types[name])}' for name in fields)
+    source = f"lambda {', '.join(fields)}: f'''{{{{{members}}}}}'''"
+    names = {
+        "null": "null",
+        "quote": _quote,
+        "quoted": _QUOTED,
+        "second": _second,
+        "text_of_details": _text_of_details,
+    }
     function: Callable[..., str] = eval(source, names)  # noqa: S307
     return function
 
@@ -93,6 +119,8 @@ def _json_source(name: str, type_: Any) -> str:
     if name == "last_seen_at":
         # Null in a row until the incident was reported again.
         return '"{created_at if last_seen_at is None else second(last_seen_at)}"'
+    if name == "details":
+        return "{text_of_details(details)}"
     if type_ is int:
         return f"{{{name}:d}}"
     given, *none = get_args(type_) if isinstance(type_, UnionType) else (type_,)
@@ -104,6 +132,9 @@ def _json_source(name: str, type_: Any) -> str:
     return f"{{null if {name} is None else {source}}}" if none else f"{{{source}}}"
 
 
-_FIELDS: Final = tuple(fields_dict(Incident))
+_DETAILED: Final = tuple(fields_dict(Incident))
+_FIELDS: Final = tuple(name for name in _DETAILED if name != "details")
+_DETAILED_VALUES: Final = attrgetter(*_DETAILED)
 _VALUES: Final = attrgetter(*_FIELDS)
-_row_to_json: Final = _compile_row_to_json()
+_detailed_to_json: Final = _compile_row_to_json(_DETAILED)
+_row_to_json: Final = _compile_row_to_json(_FIELDS)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 MEMORY = "sqlite+aiosqlite:///:memory:"
-INCIDENT = {"incident_message": "Disk is full on db-1", "source": "monitoring"}
+INCIDENT: dict[str, Any] = {"incident_message": "Disk is full on db-1", "source": "monitoring"}
 DOCUMENT = document(OPERATIONS)
 
 

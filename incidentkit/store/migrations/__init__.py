@@ -8,6 +8,7 @@ from incidentkit.store.migrations import (
     access_tokens,
     concurrent_indexes,
     dedup_key_index,
+    details,
     event_writer,
     incident_event,
     incident_token,
@@ -50,5 +51,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     token_of_table,
     dedup_key_index,
     access_tokens,
+    details,
 )
 """Every migration, oldest first. The first is that of the origin, Incident API."""

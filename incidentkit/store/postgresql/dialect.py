@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable
 
 import incidentkit.store.postgresql.statements as sql
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
+    IllegalTransition,
     IncidentNotFound,
     StoreUnavailable,
     VersionConflict,
@@ -23,11 +30,11 @@ from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
-from incidentkit.store.ports import IncidentList
+from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.postgresql.errors import lost_race, unstorable
 from incidentkit.store.schema import copied, unordered
 from incidentkit.store.sql import definitions
-from incidentkit.store.sql.rows import read_event, read_incident
+from incidentkit.store.sql.rows import details_as_text, read_detailed, read_event
 from incidentkit.store.sql.statements import SELECT_CHANGES, SELECT_INCIDENT, SELECT_WAITING
 
 _T = TypeVar("_T")
@@ -72,10 +79,11 @@ class PostgresDialect:
             "source": incident.source.value,
             "dedup_key": incident.dedup_key,
             "actor": actor,
+            "details": _details([incident])[0],
         }
         statement = sql.INSERT_INCIDENT[incident.dedup_key is not None]
         rows = await self._insert(fetch, statement, values)
-        return read_incident(rows[0])
+        return read_detailed(rows[0])
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
@@ -86,7 +94,7 @@ class PostgresDialect:
         for numbers in _chunks(keyless, ROWS):
             values = values_to_insert([(incidents[n], actor) for n in numbers])
             rows = await self._insert(fetch, sql.INSERT_INCIDENTS, values)
-            stored.update(zip(numbers, map(read_incident, rows), strict=True))
+            stored.update(zip(numbers, map(read_detailed, rows), strict=True))
         while len(stored) < len(incidents):
             # Each key once; a later statement counts its repetitions.
             first: dict[str, int] = {}
@@ -99,10 +107,11 @@ class PostgresDialect:
                     "sources": [incidents[first[key]].source.value for key in keys],
                     "dedup_keys": keys,
                     "actors": [actor] * len(keys),
+                    "details": _details(incidents[first[key]] for key in keys),
                 }
                 rows = await self._insert(fetch, sql.INSERT_OR_COUNT, values)
                 numbers = [first[key] for key in keys]
-                stored.update(zip(numbers, map(read_incident, rows), strict=True))
+                stored.update(zip(numbers, map(read_detailed, rows), strict=True))
         return [stored[n] for n in range(len(incidents))]
 
     async def update_status(
@@ -126,7 +135,7 @@ class PostgresDialect:
                 values["expected_version"] = tagged.version
             rows = await fetch(sql.UPDATE_STATUS, values)
             if rows:
-                return read_incident(rows[0])
+                return read_detailed(rows[0])
             incident = await self._read(fetch, change.incident_id)
             if not transitions.check(incident, change):
                 if change.note is not None:
@@ -150,7 +159,47 @@ class PostgresDialect:
         rows = await fetch(SELECT_INCIDENT, {"incident_id": incident_id})
         if not rows:
             raise IncidentNotFound(incident_id)
-        return read_incident(rows[0])
+        return read_detailed(rows[0])
+
+    async def resolve(
+        self, fetch: Fetch, resolution: Resolution, transitions: Transitions, actor: str | None
+    ) -> Incident | None:
+        """End the open incident with the key, and insert the event."""
+        keys = (resolution.dedup_key,)
+        resolutions = Resolutions(keys, resolution.status, resolution.note)
+        return (await self.resolve_many(fetch, resolutions, transitions, actor))[0]
+
+    async def resolve_many(
+        self, fetch: Fetch, resolutions: Resolutions, transitions: Transitions, actor: str | None
+    ) -> OptionalIncidents:
+        """End open incidents with their events, many with each statement."""
+        keys, status = resolutions.dedup_keys, resolutions.status
+        if OPEN not in transitions.sources(status):
+            rows = await fetch(sql.SELECT_OPEN, {"dedup_keys": list(keys)})
+            found = {incident.dedup_key: incident for incident in map(read_detailed, rows)}
+            for key in keys:
+                if key in found:
+                    raise IllegalTransition(found[key], status)
+            return [None] * len(keys)
+        ended: dict[str, Incident] = {}
+        # In the order in which incidents are created too: no two transactions wait for each other.
+        for part in _chunks(sorted(set(keys)), ROWS):
+            values = {
+                "dedup_keys": part,
+                "status": status.value,
+                "note": resolutions.note,
+                "actor": actor,
+            }
+            rows = await fetch(sql.RESOLVE, values)
+            if any(row[0] is None for row in rows):
+                await self.check_order(fetch)
+                # The order may have just been repaired.
+                rows = await fetch(sql.RESOLVE, values)
+                if any(row[0] is None for row in rows):
+                    raise KEPT_OUT.as_error()
+            ended.update((row[-1], read_detailed(row[:-1])) for row in rows)
+        # A key given twice is open once.
+        return [ended.pop(key, None) for key in keys]
 
     async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
         """Insert a note and return its event; if no row was inserted, find out why."""
@@ -253,7 +302,15 @@ def values_to_insert(given: Sequence[tuple[NewIncident, str | None]]) -> dict[st
         "statuses": [incident.incident_type.value for incident, _ in given],
         "sources": [incident.source.value for incident, _ in given],
         "actors": [actor for _, actor in given],
+        "details": _details(incident for incident, _ in given),
     }
+
+
+def _details(incidents: Iterable[NewIncident]) -> list[str | None]:
+    return [
+        None if incident.details is None else details_as_text(incident.details)
+        for incident in incidents
+    ]
 
 
 def _chunks(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:

@@ -29,7 +29,7 @@ from incidentkit.store.executor import Executor, Fetch, Rows
 from incidentkit.store.page import Page
 from incidentkit.store.postgresql.dialect import PostgresDialect, values_to_insert
 from incidentkit.store.postgresql.errors import refused
-from incidentkit.store.sql.rows import INCIDENT_COLUMNS, PAGE, read_incident, read_page
+from incidentkit.store.sql.rows import INCIDENT_COLUMNS, PAGE, read_detailed, read_page
 from incidentkit.store.sql.statements import (
     NEAR,
     SELECT_INCIDENT,
@@ -166,7 +166,7 @@ class PostgresSharing:
             if rows is not None:
                 await self._look_for_row_security()
             return [None] * len(given)
-        return [read_incident(row) for row in rows]
+        return [read_detailed(row) for row in rows]
 
     async def _update_all(
         self, given: Sequence[tuple[StatusChange, Transitions, str | None]]
@@ -189,7 +189,7 @@ class PostgresSharing:
             "actors": [actor for _, _, actor in some.values()],
         }
         rows = await self._write_all(sql.UPDATE_STATUSES, values)
-        done = {row[_ID]: read_incident(row) for row in rows or ()}
+        done = {row[_ID]: read_detailed(row) for row in rows or ()}
         return [
             done.get(each[0].incident_id) if some[each[0].incident_id] is each else None
             for each in given
@@ -212,6 +212,6 @@ class PostgresSharing:
 
 def _read_or_refuse(row: Any) -> Found | StoreError:
     try:
-        return () if row is None else (read_incident(row),)
+        return () if row is None else (read_detailed(row),)
     except StoreError as error:
         return error

@@ -4,8 +4,8 @@ The place of an event in the order of all events is the number of its transactio
 previous event of the same incident, whichever is larger: transactions that change one incident do
 not always begin to write in the order in which they change it.
 
-A status and a source travel as text, and arrays of numbers as arrays of text, so that asyncpg does
-not look up their types.
+A status, a source and details travel as text, and arrays of numbers as arrays of text, so that
+asyncpg does not look up their types.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from incidentkit.domain.words import LONG
 from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import TOKEN_ON_POSTGRESQL
 from incidentkit.store.sql.naming import RULE_FUNCTIONS, text
-from incidentkit.store.sql.rows import ENUMS, EVENT_COLUMNS, INCIDENT_COLUMNS
+from incidentkit.store.sql.rows import (
+    DETAILED_COLUMNS,
+    ENUMS,
+    EVENT_COLUMNS,
+    INCIDENT_COLUMNS,
+)
 from incidentkit.store.sql.search import WordsMatch
 
 
@@ -32,12 +37,17 @@ def _incident(table: str) -> str:
     )
 
 
+def _detailed(table: str) -> str:
+    """Return the same columns, and the details as the last one."""
+    return f"{_incident(table)}, CAST({table}.details AS text) AS details"
+
+
 def _event(table: str) -> str:
     """Return the columns of an event in the order of the model, to select from a table."""
     return ", ".join(f"{table}.{name}" for name in EVENT_COLUMNS)
 
 
-_CHANGED: Final = ", ".join(f"stored.{name}" for name in (*INCIDENT_COLUMNS, "transaction_id"))
+_CHANGED: Final = ", ".join(f"stored.{name}" for name in (*DETAILED_COLUMNS, "transaction_id"))
 """The columns that an insert or update of ``"Incident" AS stored`` returns.
 
 Each is named: a host may have added a column with any name.
@@ -104,14 +114,18 @@ def _insert_incident(*, or_count: bool) -> TextClause:
     return text(f"""
         WITH changed AS (
             INSERT INTO "Incident" AS stored
-                (incident_message, incident_type, source, dedup_key, ended_at, transaction_id)
+                (
+                    incident_message, incident_type, source, dedup_key, ended_at, transaction_id,
+                    details
+                )
             SELECT
                 CAST(:incident_message AS text),
                 CAST(CAST(:incident_type AS text) AS incidentstatus),
                 CAST(CAST(:source AS text) AS incidentsource),
                 CAST(:dedup_key AS text),
                 CASE WHEN CAST(:incident_type AS text) <> 'new' THEN {_NOW} END,
-                {_TRANSACTION}
+                {_TRANSACTION},
+                CAST(CAST(:details AS text) AS jsonb)
             WHERE {_IN_ORDER}
             {_OR_COUNT if or_count else ""}
             RETURNING {_CHANGED}
@@ -134,7 +148,7 @@ def _insert_incident(*, or_count: bool) -> TextClause:
             FROM changed
             RETURNING incident_event.event_id
         )
-        SELECT {_incident("changed")}
+        SELECT {_detailed("changed")}
         FROM changed
         WHERE {_none_kept_out("changed")}
     """)
@@ -176,19 +190,21 @@ def _insert_incidents(condition: str) -> TextClause:
             CAST(:messages AS text[]),
             CAST(:statuses AS text[]),
             CAST(:sources AS text[]),
-            CAST(:actors AS text[])
-        ) WITH ORDINALITY AS given (message, status, source, actor, n)
+            CAST(:actors AS text[]),
+            CAST(:details AS text[])
+        ) WITH ORDINALITY AS given (message, status, source, actor, details, n)
         WHERE {_IN_ORDER} {condition}
     ),
     changed AS (
         INSERT INTO "Incident" AS stored
-            (incident_message, incident_type, source, ended_at, transaction_id)
+            (incident_message, incident_type, source, ended_at, transaction_id, details)
         SELECT
             given.message,
             CAST(given.status AS incidentstatus),
             CAST(given.source AS incidentsource),
             CASE WHEN given.status <> 'new' THEN {_NOW} END,
-            {_TRANSACTION}
+            {_TRANSACTION},
+            CAST(given.details AS jsonb)
         FROM given
         ORDER BY given.n
         RETURNING {_CHANGED}
@@ -215,7 +231,7 @@ def _insert_incidents(condition: str) -> TextClause:
         ORDER BY given.n
         RETURNING incident_event.event_id
     )
-    SELECT {_incident("numbered")}
+    SELECT {_detailed("numbered")}
     FROM numbered
     WHERE {_none_kept_out("given")}
     ORDER BY numbered.n
@@ -239,19 +255,21 @@ INSERT_OR_COUNT: Final = text(f"""
             CAST(:messages AS text[]),
             CAST(:sources AS text[]),
             CAST(:dedup_keys AS text[]),
-            CAST(:actors AS text[])
-        ) WITH ORDINALITY AS given (message, source, key, actor, n)
+            CAST(:actors AS text[]),
+            CAST(:details AS text[])
+        ) WITH ORDINALITY AS given (message, source, key, actor, details, n)
         WHERE {_IN_ORDER}
     ),
     changed AS (
         INSERT INTO "Incident" AS stored
-            (incident_message, incident_type, source, dedup_key, transaction_id)
+            (incident_message, incident_type, source, dedup_key, transaction_id, details)
         SELECT
             given.message,
             'new',
             CAST(given.source AS incidentsource),
             given.key,
-            {_TRANSACTION}
+            {_TRANSACTION},
+            CAST(given.details AS jsonb)
         FROM given
         ORDER BY given.n
         {_OR_COUNT}
@@ -282,7 +300,7 @@ INSERT_OR_COUNT: Final = text(f"""
         ORDER BY given.n
         RETURNING incident_event.event_id
     )
-    SELECT {_incident("numbered")}
+    SELECT {_detailed("numbered")}
     FROM numbered
     WHERE {_none_kept_out("given")}
     ORDER BY numbered.n
@@ -351,7 +369,7 @@ UPDATE_STATUS: Final = text(f"""
         WHERE CAST(changed.incident_type AS text) <> changed.from_status
         RETURNING incident_event.event_id
     )
-    SELECT {_incident("changed")}
+    SELECT {_detailed("changed")}
     FROM changed
     WHERE {_none_kept_out("changed")}
 """)
@@ -422,12 +440,75 @@ UPDATE_STATUSES: Final = text(f"""
         WHERE CAST(changed.incident_type AS text) <> changed.from_status
         RETURNING incident_event.event_id
     )
-    SELECT {_incident("changed")}
+    SELECT {_detailed("changed")}
     FROM changed
     WHERE {_none_kept_out("changed")}
 """)
 """Ends incidents, and returns those whose change nothing prevents. It locks them in the order of
 their ids, and leaves out an incident that another transaction has locked."""
+
+RESOLVE: Final = text(f"""
+    WITH given AS (
+        SELECT given.*
+        FROM unnest(CAST(:dedup_keys AS text[])) WITH ORDINALITY AS given (key, n)
+    ),
+    found AS (
+        SELECT stored.incident_id, given.key, given.n, {_NOW} AS at
+        FROM given
+        JOIN "Incident" AS stored ON stored.dedup_key = given.key
+        WHERE stored.incident_type = 'new'
+        ORDER BY given.n
+        FOR NO KEY UPDATE OF stored
+    ),
+    changed AS (
+        UPDATE "Incident" AS stored
+        SET
+            incident_type = CAST(CAST(:status AS text) AS incidentstatus),
+            version = stored.version + 1,
+            ended_at = coalesce(stored.ended_at, found.at),
+            transaction_id = greatest(stored.transaction_id, {_TRANSACTION})
+        FROM found
+        WHERE stored.incident_id = found.incident_id AND {_IN_ORDER}
+        RETURNING {_CHANGED}, found.n, found.at
+    ),
+    event AS (
+        INSERT INTO incident_event
+            (
+                writer, transaction_id, nonce, incident_id, kind, from_status, to_status, actor,
+                note, at
+            )
+        SELECT
+            {WRITER},
+            changed.transaction_id,
+            {_NONCE},
+            changed.incident_id,
+            'status_changed',
+            'new',
+            CAST(changed.incident_type AS text),
+            CAST(:actor AS text),
+            CAST(:note AS text),
+            changed.at
+        FROM changed
+        WHERE changed.incident_type <> 'new'
+        ORDER BY changed.n
+        RETURNING incident_event.event_id
+    )
+    SELECT {_detailed("changed")}, found.key
+    FROM found
+    LEFT JOIN changed ON changed.incident_id = found.incident_id
+    WHERE {_none_kept_out("changed")}
+""")
+"""Ends the open incidents with some deduplication keys, and returns each with its key. It locks
+them in the order of the keys, and leaves out an incident that another transaction ends first. A row
+of nulls stands for an incident that is still open: events are out of order, or a trigger keeps out
+the change."""
+
+SELECT_OPEN: Final = text(f"""
+    SELECT {_detailed('"Incident"')}
+    FROM "Incident"
+    WHERE dedup_key = ANY(CAST(:dedup_keys AS text[])) AND incident_type = 'new'
+""")
+"""Returns the open incidents with some deduplication keys."""
 
 SELECT_OPEN_DUPLICATE: Final = text("""
     SELECT incident_id
@@ -480,7 +561,7 @@ INSERT_NOTE: Final = text(f"""
 another version, events are out of order, or a trigger keeps the note out."""
 
 SELECT_INCIDENTS: Final = text(f"""
-    SELECT {_incident('"Incident"')}
+    SELECT {_detailed('"Incident"')}
     FROM (SELECT WHERE {_ALL_SEE_THE_SAME}) AS here
     LEFT JOIN "Incident" ON "Incident".incident_id = ANY({_numbers("incident_ids")})
 """)

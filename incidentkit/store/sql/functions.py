@@ -1,4 +1,4 @@
-"""SQL expressions that compile differently for each database."""
+"""SQL expressions and types that compile differently for each database."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sqlalchemy import BigInteger, Text
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.types import UserDefinedType
 
 from incidentkit.store.sql.naming import in_schema
 from incidentkit.store.sql.rows import UtcDateTime
@@ -31,6 +32,24 @@ def _current_second(*_: Any, **__: Any) -> str:
 @compiles(current_second, "sqlite")
 def _current_second_sqlite(*_: Any, **__: Any) -> str:
     return "CURRENT_TIMESTAMP"
+
+
+class JsonObject(UserDefinedType[str]):
+    """A column with a JSON object: ``jsonb`` on PostgreSQL, text on SQLite.
+
+    PostgreSQL's own type would load the dialect of PostgreSQL, also for an SQLite file.
+    """
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Return the type on PostgreSQL."""
+        return "JSONB"
+
+
+@compiles(JsonObject, "sqlite")
+def _json_object_sqlite(*_: Any, **__: Any) -> str:
+    return "TEXT"
 
 
 class a_day_ago(FunctionElement[datetime]):  # noqa: N801

@@ -2,11 +2,13 @@
 
 The columns of an incident stand in the order of the fields of :class:`Incident`, those of an event
 in the order of :class:`IncidentEvent`, with the numbers of its cursor in front. Lists of columns,
-readers and the JSON of a row are all derived from it.
+readers and the JSON of a row are all derived from it. The details of an incident are the last
+column of a row that has them.
 """
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,11 +28,16 @@ from incidentkit.domain.values import EventKind, Incident, IncidentEvent, Incide
 from incidentkit.pacing import in_parts
 from incidentkit.store.executor import Executor
 from incidentkit.store.page import Page
-from incidentkit.wire.encoding import encode_rows
+from incidentkit.wire.encoding import dump_json, encode_rows
 
 _T = TypeVar("_T")
 
-INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident))
+DETAILED_COLUMNS: Final = tuple(field.name for field in fields(Incident))
+"""The columns of an incident with its details, which stand last. They travel as text, like enums.
+"""
+
+INCIDENT_COLUMNS: Final = tuple(name for name in DETAILED_COLUMNS if name != "details")
+"""The columns of an incident in a list."""
 
 CURSOR_COLUMNS: Final = ("transaction_id", "event_id", "nonce")
 EVENT_COLUMNS: Final = (
@@ -46,6 +53,9 @@ PAGE: Final = TOKEN + 1
 
 STORED_AT: Final = len(INCIDENT_COLUMNS)
 """The index, in a row of a search, of ``created_at`` with its fraction of a second."""
+
+COUNT: Final = STORED_AT + 1
+"""The index, in a row of a search that counts, of the number of incidents."""
 
 _MEMBERS: Final = {
     name: {member.value: member for member in hint}
@@ -103,8 +113,35 @@ def unreadable_row() -> StoreError:
     return StoreError(_UNREADABLE)
 
 
-def read_incident(row: Sequence[Any]) -> Incident:
+def details_as_text(details: Mapping[str, Any]) -> str:
+    """Return details as the statements take them."""
+    return dump_json(details).decode()
+
+
+def read_detailed(row: Sequence[Any]) -> Incident:
+    """Return the incident at the start of a row, with the details at its end.
+
+    Raises:
+        StoreError: As :func:`read_incident`.
+    """
+    details = row[-1] if len(row) > len(INCIDENT_COLUMNS) else None
+    if details is None:
+        return read_incident(row)
+    try:
+        details = json.loads(details)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise unreadable_row() from error
+    if not isinstance(details, dict):
+        raise unreadable_row()
+    return read_incident(row, details)
+
+
+def read_incident(row: Sequence[Any], details: dict[str, Any] | None = None) -> Incident:
     """Return the incident at the start of a row.
+
+    Args:
+        row: The row.
+        details: Its details; None: there are none, or the row does not have them.
 
     Raises:
         StoreError: If an incident cannot have these values: the schema has been changed.
@@ -118,6 +155,7 @@ def read_incident(row: Sequence[Any]) -> Incident:
         # Null until the incident was reported again.
         if values[_LAST_SEEN_AT] is None:
             values[_LAST_SEEN_AT] = values[_CREATED_AT]
+        values.append(details)
         return Incident(*values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise unreadable_row() from error

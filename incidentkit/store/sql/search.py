@@ -9,6 +9,8 @@ The incidents with a deduplication key are found by its index, to be counted and
 Words are found in two ways, since a database cannot tell in advance how many messages contain them.
 If many do, a scan of the first incidents in the order of the page finds enough. If few do, the
 index of words returns all of them, to be counted and sorted.
+
+Details are looked up for the incidents of a page, once it is known.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from sqlalchemy import (
 )
 
 from incidentkit.store.sql.rows import UtcDateTime
-from incidentkit.store.sql.statements import INCIDENT, text_parameter
+from incidentkit.store.sql.statements import DETAILS, INCIDENT, text_parameter
 from incidentkit.store.sql.tables import incident_table
 
 _columns = incident_table.c
@@ -74,6 +76,7 @@ class Shape:
             incidents of the same second are then a range of their own; the place must lie between
             the times.
         most: A constant limit that lets the database keep one plan for smaller limits; None: none.
+        details: Whether the last column of a page has the details of each incident.
     """
 
     statuses: int
@@ -84,6 +87,7 @@ class Shape:
     pairs: bool = True
     onward: bool = False
     most: int | None = None
+    details: bool = False
 
 
 def _time(name: str) -> ColumnElement[Any]:
@@ -169,26 +173,39 @@ def _first(shape: Shape, limit: str) -> Any:
     return _in_order(select(*merged.c), merged.c, shape, limit)
 
 
+def _with_details(statement: Any, shape: Shape) -> Executable:
+    """Return the statement for a page, with the details in the last column if they are wanted."""
+    page: Executable = statement
+    if not shape.details:
+        return page
+    found = statement.subquery("detailed")
+    keys = (found.c.created_at, found.c.incident_id)
+    details: Executable = (
+        select(*found.c, DETAILS)
+        .select_from(found.outerjoin(incident_table, _columns.incident_id == found.c.incident_id))
+        .order_by(*(keys if shape.oldest_first else (key.desc() for key in keys)))
+    )
+    return details
+
+
 @cache
 def select_page(shape: Shape) -> Executable:
     """Return the statement for a page without words."""
-    statement: Executable = _first(shape, "limit")
-    return statement
+    return _with_details(_first(shape, "limit"), shape)
 
 
 @cache
 def select_page_among_first(shape: Shape) -> Executable:
     """Return the statement for incidents with the words among the first ``scan`` incidents.
 
-    The last column of each row is the approximate number of all incidents.
+    The column ``COUNT`` of each row is the approximate number of all incidents.
     """
     if shape.words_match is None:
         return select_page(shape)
     first = _first(evolve(shape, words_match=None), "scan").cte("first")
     incidents: Any = shape.words_match.incidents.columns(incidents=BigInteger()).scalar_subquery()
     statement = select(*first.c, incidents.label("incidents")).where(shape.words_match.of_first)
-    found: Executable = _in_order(statement, first.c, shape, "limit")
-    return found
+    return _with_details(_in_order(statement, first.c, shape, "limit"), shape)
 
 
 def _found(shape: Shape) -> Any:
@@ -224,13 +241,12 @@ def _page_found(shape: Shape, found: Any) -> Any:
 @cache
 def select_page_found(shape: Shape) -> Executable:
     """Return the statement for a page of the incidents that an index of words or of keys finds."""
-    page: Executable = _page_found(shape, _found(shape))
-    return page
+    return _with_details(_page_found(shape, _found(shape)), shape)
 
 
 @cache
 def select_page_and_total_found(shape: Shape) -> Executable:
-    """Return the same with the number of incidents of all pages, in the last column.
+    """Return the same with the number of incidents of all pages, in the column ``COUNT``.
 
     All pages lie between the places ``from`` and ``until``. An empty page is one row, with the
     total alone.
@@ -240,11 +256,12 @@ def select_page_and_total_found(shape: Shape) -> Executable:
     total = select(func.count().label("total")).select_from(found).where(*everything).cte("counted")
     page = _page_found(shape, found).subquery("page")
     keys = (page.c.created_at, page.c.incident_id)
-    return (
+    statement = (
         select(*page.c, total.c.total)
         .select_from(total.outerjoin(page, true()))
         .order_by(*(keys if shape.oldest_first else (key.desc() for key in keys)))
     )
+    return _with_details(statement, shape)
 
 
 @cache

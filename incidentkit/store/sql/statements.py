@@ -60,13 +60,19 @@ def _as_read(name: str) -> ColumnElement[Any]:
 INCIDENT: Final = tuple(_as_read(name) for name in INCIDENT_COLUMNS)
 """The columns of an incident, for a list of columns to select or return."""
 
+DETAILS: Final = cast(_columns.details, Text).label("details")
+"""The details of an incident, which travel as text."""
+
+DETAILED: Final = (*INCIDENT, DETAILS)
+"""The columns of an incident with its details."""
+
 EVENT: Final = tuple(_events[name] for name in EVENT_COLUMNS)
 """The columns of an event, for a list of columns to select or return."""
 
-SELECT_INCIDENT: Final = select(*INCIDENT).where(
+SELECT_INCIDENT: Final = select(*DETAILED).where(
     _columns.incident_id == number_parameter("incident_id")
 )
-"""Returns one incident, by its id."""
+"""Returns one incident with its details, by its id."""
 
 SELECT_HISTORY: Final = (
     select(*EVENT)

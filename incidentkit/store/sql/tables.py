@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from incidentkit.domain.values import EventKind, IncidentSource, IncidentStatus
 from incidentkit.store.schema import VERSION_TABLE, WRITER
-from incidentkit.store.sql.functions import current_second
+from incidentkit.store.sql.functions import JsonObject, current_second
 from incidentkit.store.sql.rows import UtcDateTime
 
 # SQLite's autoincrementing key has to be an INTEGER, which there holds 64 bits.
@@ -80,6 +80,8 @@ incident_table: Final = Table(
     Column("ended_at", UtcDateTime),
     # The place of its last event.
     Column("transaction_id", BigInteger, nullable=False, server_default=text("0")),
+    # Statements take and return it as text.
+    Column("details", JsonObject),
     PrimaryKeyConstraint("incident_id", name="pk_Incident"),
     CheckConstraint("incident_id > 0", name="incident_id"),
     CheckConstraint(

@@ -9,7 +9,13 @@ from typing import Any
 from sqlalchemy import Executable
 
 import incidentkit.store.sqlite.statements as sql
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound, VersionConflict
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
@@ -26,9 +32,9 @@ from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
-from incidentkit.store.ports import IncidentList
+from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.sql import definitions
-from incidentkit.store.sql.rows import read_event, read_incident
+from incidentkit.store.sql.rows import details_as_text, read_detailed, read_event
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
 from incidentkit.store.sqlite.words import triggers
 
@@ -53,6 +59,7 @@ class SqliteDialect:
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
+        details = incident.details
         (row,) = await _written(
             fetch,
             sql.INSERT_INCIDENT[incident.dedup_key is not None],
@@ -61,9 +68,10 @@ class SqliteDialect:
                 "incident_type": incident.incident_type.value,
                 "source": incident.source.value,
                 "dedup_key": incident.dedup_key,
+                "details": None if details is None else details_as_text(details),
             },
         )
-        stored = read_incident(row)
+        stored = read_detailed(row)
         repeated = stored.occurrences > 1
         differs = repeated and incident.incident_message != stored.incident_message
         event = {
@@ -100,6 +108,12 @@ class SqliteDialect:
             sql.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
         ):
             raise DuplicateOpenIncident(incident)
+        return await self._change(fetch, incident, change, actor)
+
+    async def _change(
+        self, fetch: Fetch, incident: Incident, change: StatusChange, actor: str | None
+    ) -> Incident:
+        """Change the status of an incident that allows it, and insert the event."""
         status = {"id": change.incident_id, "status": change.status.value}
         (row,) = await _written(fetch, sql.UPDATE_STATUS, status)
         event = {
@@ -110,12 +124,34 @@ class SqliteDialect:
             "note": change.note,
         }
         rows = await fetch(sql.INSERT_STATUS_EVENT, event)
-        changed = read_incident(row)
+        changed = read_detailed(row)
         if not rows or rows[0][0] != changed.incident_type.value:
             changed = await _as_changed(fetch, change.incident_id, rows)
         if changed.incident_type is incident.incident_type:
             raise KEPT_OUT.as_error()
         return changed
+
+    async def resolve(
+        self, fetch: Fetch, resolution: Resolution, transitions: Transitions, actor: str | None
+    ) -> Incident | None:
+        """End the open incident with the key, and insert the event."""
+        rows = await fetch(sql.SELECT_OPEN, {"dedup_key": resolution.dedup_key})
+        if not rows:
+            return None
+        incident = read_detailed(rows[0])
+        change = StatusChange(incident.incident_id, resolution.status, resolution.note)
+        transitions.check(incident, change)
+        return await self._change(fetch, incident, change, actor)
+
+    async def resolve_many(
+        self, fetch: Fetch, resolutions: Resolutions, transitions: Transitions, actor: str | None
+    ) -> OptionalIncidents:
+        """End open incidents with their events, one after the other."""
+        ended: OptionalIncidents = []
+        for key in resolutions.dedup_keys:
+            resolution = Resolution(key, resolutions.status, resolutions.note)
+            ended.append(await self.resolve(fetch, resolution, transitions, actor))
+        return ended
 
     async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
         """Insert a note and return its event."""
@@ -190,7 +226,7 @@ async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:
     rows = await fetch(SELECT_INCIDENT, {"incident_id": incident_id})
     if not rows:
         raise IncidentNotFound(incident_id)
-    return read_incident(rows[0])
+    return read_detailed(rows[0])
 
 
 async def _written(fetch: Fetch, statement: Executable, values: Mapping[str, Any]) -> Rows:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     String,
+    Text,
     bindparam,
     case,
     delete,
@@ -32,7 +33,7 @@ from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.functions import a_day_ago, current_second
 from incidentkit.store.sql.rows import UtcDateTime
 from incidentkit.store.sql.search import WordsMatch
-from incidentkit.store.sql.statements import EVENT, INCIDENT, number_parameter, text_parameter
+from incidentkit.store.sql.statements import DETAILED, EVENT, number_parameter, text_parameter
 from incidentkit.store.sql.tables import (
     idempotency_table,
     incident_event_table,
@@ -59,10 +60,11 @@ def _insert_incident(*, or_count: bool) -> ReturningInsert[*tuple[Any, ...]]:
         "source": text_parameter("source", _columns.source),
         "dedup_key": bindparam("dedup_key", type_=String()),
         "ended_at": case((status != literal_column("'new'"), current_second())),
+        "details": bindparam("details", type_=Text()),
     }
     if not or_count:
         # SQLAlchemy 2.0 compiles an insert of its SQLite dialect again for each call.
-        return insert(incident_table).values(values).returning(*INCIDENT)
+        return insert(incident_table).values(values).returning(*DETAILED)
     counted = insert_or(incident_table).values(values)
     return counted.on_conflict_do_update(
         index_elements=[_columns.dedup_key],
@@ -72,7 +74,7 @@ def _insert_incident(*, or_count: bool) -> ReturningInsert[*tuple[Any, ...]]:
             "occurrences": _columns.occurrences + literal_column("1"),
             "last_seen_at": current_second(),
         },
-    ).returning(*INCIDENT)
+    ).returning(*DETAILED)
 
 
 INSERT_INCIDENT: Final = {
@@ -94,9 +96,15 @@ UPDATE_STATUS: Final = (
             )
         ),
     )
-    .returning(*INCIDENT)
+    .returning(*DETAILED)
 )
 """Changes the status of an incident and returns it."""
+
+SELECT_OPEN: Final = select(*DETAILED).where(
+    _columns.dedup_key == bindparam("dedup_key", type_=String()),
+    _columns.incident_type == literal_column("'new'"),
+)
+"""Returns the open incident with the deduplication key."""
 
 SELECT_OPEN_DUPLICATE: Final = (
     select(_columns.incident_id)
