@@ -51,10 +51,10 @@ MAX_BODY: Final = 64 * 1024
 """Maximum bytes of a request's body, unless its operation has another limit."""
 
 MAX_LARGE_BODY: Final = 2 * 1024 * 1024
-"""Maximum bytes of a body with many incidents."""
+"""Maximum bytes of a body with many incidents or keys."""
 
 MAX_ITEMS: Final = 1000
-"""Maximum number of incidents in such a body."""
+"""Maximum number of incidents or keys in such a body."""
 
 
 @frozen
@@ -111,6 +111,7 @@ class Operation:
         returns: The model, or list of models, in a successful answer.
         success: Description of a successful answer.
         unchanged: Whether an answer can be 304.
+        absent: Description of an answer 204, which has no content; empty: there is none.
         description: More about it, in Markdown; empty: the summary says it all.
         also: Other statuses of a successful answer, with a description of each.
         headers: Additional headers of a successful answer.
@@ -139,6 +140,7 @@ class Operation:
     returns: Any = None
     success: str = ""
     unchanged: bool = False
+    absent: str = ""
     description: str = ""
     also: Mapping[int, str] = field(factory=dict)
     headers: tuple[str, ...] = ()
