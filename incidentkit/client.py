@@ -25,21 +25,30 @@ from incidentkit.domain.values import (
     IncidentEvent,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
 )
 from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
 from incidentkit.observing import Observable, Observer, observe_verbs
-from incidentkit.opening import new_session, settings_from_env, store_on
-from incidentkit.store.database import DEFAULT_DATABASE_URL
+from incidentkit.opening import (
+    new_session,
+    settings_from_env,
+    store_of_service,
+    store_on,
+)
+from incidentkit.store.database import DEFAULT_DATABASE_URL, names_service
 
 if TYPE_CHECKING:
     import os
 
     # Drivers, and what loads asyncio: a program may never need them.
-    from asyncpg import Pool, Record
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from asyncpg import Connection, Pool, Record
+    from asyncpg.pool import PoolConnectionProxy
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
     from incidentkit.cache.base import IncidentCache
+    from incidentkit.remote.options import RemoteOptions
     from incidentkit.session import Session
     from incidentkit.settings import Settings
     from incidentkit.store.access_tokens import AccessTokens
@@ -98,6 +107,13 @@ def check_max_staleness(max_staleness: object) -> float:
             "max_staleness", f"must be a number of seconds from 0 to {MAX_STALENESS}"
         )
     return number
+
+
+def _refuse(reason: str, **given: bool) -> None:
+    """Raise InvalidSettings for the first argument that is given."""
+    for name, is_given in given.items():
+        if is_given:
+            raise InvalidSettings(name, reason)
 
 
 class IncidentClient(Incidents):
@@ -164,14 +180,19 @@ class IncidentClient(Incidents):
         options: StoreOptions | None = None,
         schema: str | None = None,
         observer: Observer | None = None,
+        token: str | None = None,
+        remote: RemoteOptions | None = None,
     ) -> Self:
         """Return a client for these servers; it connects when it is entered.
+
+        For the URL of a service, only ``observer``, ``token`` and ``remote`` may be given: the
+        service has its own database, cache and transitions.
 
         Args:
             database: ``postgresql://user:password@host:port/database``,
                 ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``; or an engine
                 (SQLAlchemy's ``AsyncEngine``) or a pool (asyncpg) that the application has opened,
-                which the client uses and never closes.
+                which the client uses and never closes; or ``https://host/prefix``, a service.
             redis_url: ``redis://host:port/db``, ``redis+cluster://host:port,host:port`` or
                 ``redis+sentinel://host:port,host:port/service``, where pages of the list are cached
                 for all processes. None: each process caches its own.
@@ -186,11 +207,27 @@ class IncidentClient(Incidents):
                 no effect then. Keys in Redis begin with it. None: the first schema in the search
                 path that has the tables.
             observer: As for :class:`IncidentClient`.
+            token: The access token for a service; None: none is sent.
+            remote: Time limits and connections for a service; None: the defaults.
 
         Raises:
-            InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid.
-            MissingDependency: If a Redis is given and its package is not installed.
+            InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid,
+                or an argument does not fit the kind of URL.
+            MissingDependency: If a Redis or a service is given and its package is not installed.
         """
+        if isinstance(database, str) and names_service(database):
+            _refuse(
+                "belongs to the service, not to its client",
+                redis_url=redis_url is not None,
+                redis_required=redis_required,
+                max_staleness=max_staleness != 0,
+                transitions=transitions is not None,
+                options=options is not None,
+                schema=schema is not None,
+            )
+            return cls(store_of_service(database, token, remote), observer=observer)
+        reason = "is for the URL of a service, such as https://incidents.example.com"
+        _refuse(reason, token=token is not None, remote=remote is not None)
         prefix = "" if schema is None else f"{schema}:"
         return cls(
             store_on(database, options, schema=schema),
@@ -310,8 +347,8 @@ class IncidentClient(Incidents):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first.
 
@@ -340,7 +377,10 @@ class IncidentClient(Incidents):
         """
         return (await self._opened().pages.page(query)).json
 
-    def join(self, connection: object) -> JoinedIncidents:
+    def join(
+        self,
+        connection: AsyncConnection | AsyncSession | Connection[Any] | PoolConnectionProxy[Any],
+    ) -> JoinedIncidents:
         """Return the verbs inside the transaction of the application's own connection.
 
         Their writes are committed or rolled back with the rest of that transaction, and invisible

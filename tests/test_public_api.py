@@ -23,6 +23,7 @@ DRIVERS_AND_SERVERS = [
     "asyncpg",
     "click",
     "dotenv",
+    "pydantic",
     "redis",
     "sqlalchemy",
     "starlette",

@@ -10,6 +10,7 @@ import pytest
 from incidentkit.testing import PrivateDatabase
 from tests.conformance.embodiments import EMBODIMENTS, ON_POSTGRES
 from tests.conformance.gaps import expected_failure, gaps_of
+from tests.remotes import Host
 from tests.servers import PgBouncer
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from tests.conformance.embodiments import Embodiment, Verbs
 
-MEASURED: Final = ("sqlite-engine", "postgresql-url", "joined-asyncpg-pool")
+MEASURED: Final = ("sqlite-engine", "postgresql-url", "joined-asyncpg-pool", "remote-asgi")
 """The embodiments for which coverage is measured: the others run the same code."""
 
 MODE: Final[Any] = os.environ.get("INCIDENTKIT_TEST_POOLER")
@@ -53,6 +54,13 @@ def private_database() -> Iterator[PrivateDatabase]:
     """A database of the test kit."""
     with PrivateDatabase() as database:
         yield database
+
+
+@pytest.fixture(scope="session")
+def service_host() -> Iterator[Host]:
+    """The server of all services behind a socket."""
+    with Host() as host:
+        yield host
 
 
 @pytest.fixture(params=ON_POSTGRES if MODE else EMBODIMENTS)

@@ -29,6 +29,7 @@ from tests.hosts import (
     run_sql,
     sqlalchemy_url,
 )
+from tests.remotes import over_asgi
 from tests.sync_hosts import open_sync_host
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from incidentkit.testing import PrivateDatabase
     from tests.hosts import Host
+    from tests.remotes import Host as ServiceHost
     from tests.servers import PgBouncer
     from tests.sync_hosts import InThread
 
@@ -115,6 +117,31 @@ class Synchronous(Embodiment):
                 yield cast("Verbs", Awaited(client, threads))
             finally:
                 await asyncio.to_thread(client.close)
+
+
+class OverAsgi(Embodiment):
+    """A client of a service that runs in the same event loop."""
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client of a service whose own client has the options."""
+        return over_asgi(self.url, **options)
+
+
+class OverSocket(Embodiment):
+    """A client of a service behind a socket.
+
+    Args:
+        url: The database of the service.
+        host: Runs the service.
+    """
+
+    def __init__(self, url: str, host: ServiceHost) -> None:
+        super().__init__(url)
+        self._host = host
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client of a service whose own client has the options."""
+        return self._host.open(self.url, **options)
 
 
 class InSchema(ByUrl):
@@ -337,6 +364,8 @@ EMBODIMENTS = {
     "postgresql-engine": _on_postgres(OnEngine),
     "psycopg-engine": _on_postgres(OnPsycopgEngine),
     "sync-postgresql": _on_postgres(Synchronous),
+    "remote-asgi": _on_sqlite(OverAsgi),
+    "remote-socket": _on_postgres(OverSocket, "service_host"),
     "joined-sqlite-connection": _on_sqlite(partial(Joined, way="sqlite-connection")),
     "joined-sqlite-session": _on_sqlite(partial(Joined, way="sqlite-session")),
     "joined-postgresql-connection": _on_postgres(partial(Joined, way="postgresql-connection")),
