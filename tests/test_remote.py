@@ -456,6 +456,8 @@ async def test_too_many_incidents_are_refused_before_they_are_sent() -> None:
         ):
             with pytest.raises(InvalidIncident, match=f"incidents must be {said}.* smaller batch"):
                 await incidents.create_many(new)
+        with pytest.raises(InvalidIncident, match=r"dedup_keys must be at most 1000 .* pass fewer"):
+            await incidents.resolve_many(["disk"] * 1001)
         assert len(script.requests) == 1
 
 

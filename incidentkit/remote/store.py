@@ -11,7 +11,13 @@ from typing import Any, Final, NoReturn, TypeAlias, TypeVar, get_origin
 from uuid import uuid4
 
 from incidentkit.affinity import Affinity
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import (
     AccessDenied,
@@ -45,7 +51,13 @@ from incidentkit.remote.problems import error_for
 from incidentkit.remote.url import check_token, service_url
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
-from incidentkit.store.ports import EventList, IncidentList, Place, StoreOperations
+from incidentkit.store.ports import (
+    EventList,
+    IncidentList,
+    OptionalIncidents,
+    Place,
+    StoreOperations,
+)
 from incidentkit.version import API_VERSION, API_VERSION_HEADER
 from incidentkit.wire import dump_json, wire_converter
 
@@ -186,11 +198,12 @@ class RemoteStore:
             InvalidIncident: If they are too many, or too large, for one request.
         """
         if len(incidents) > ITEMS_PER_REQUEST:
-            raise _too_many(f"must be at most {ITEMS_PER_REQUEST} in one request to a service")
+            raise _refusal("incidents", f"{_TOO_MANY}: pass a smaller batch")
         body = wire_converter().unstructure(list(incidents))
         call = _write("POST", "/incident/create-many", body, actor, once)
         if len(call.body or b"") > BYTES_PER_REQUEST:
-            raise _too_many(f"must be at most {BYTES_PER_REQUEST} bytes in one request")
+            reason = f"must be at most {BYTES_PER_REQUEST} bytes in one request"
+            raise _refusal("incidents", f"{reason}: pass a smaller batch")
         return await self._send(call, list[Incident], once)
 
     async def update_status(
@@ -214,6 +227,42 @@ class RemoteStore:
             to_status=change.status,
         )
         return await self._send(call, Incident, once)
+
+    async def resolve(
+        self,
+        resolution: Resolution,
+        *,
+        transitions: Transitions = _ANY_TRANSITION,  # noqa: ARG002
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident | None:
+        """End the open incident with a deduplication key; return None if none is open."""
+        body = wire_converter().unstructure(resolution)
+        status = resolution.status
+        call = _write("POST", "/incident/resolve", body, actor, once, to_status=status)
+        answer = await self._connection.send(call)
+        _note_replay(answer, once)
+        return None if answer.status == 204 else self._expect(answer, call, Incident)  # noqa: PLR2004
+
+    async def resolve_many(
+        self,
+        resolutions: Resolutions,
+        *,
+        transitions: Transitions = _ANY_TRANSITION,  # noqa: ARG002
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> OptionalIncidents:
+        """End the open incidents with some keys, all or none.
+
+        Raises:
+            InvalidIncident: If the keys are too many for one request.
+        """
+        if len(resolutions.dedup_keys) > ITEMS_PER_REQUEST:
+            raise _refusal("dedup_keys", f"{_TOO_MANY}: pass fewer at a time")
+        body = wire_converter().unstructure(resolutions)
+        status = resolutions.status
+        call = _write("POST", "/incident/resolve-many", body, actor, once, to_status=status)
+        return await self._send(call, OptionalIncidents, once)
 
     async def note(
         self, addition: NoteAddition, *, actor: str | None = None, once: Idempotency | None = None
@@ -377,9 +426,7 @@ class RemoteStore:
     async def _send(self, call: Call, type_: type[_T], once: Idempotency | None = None) -> _T:
         answer = await self._connection.send(call)
         value = self._expect(answer, call, type_)
-        replayed = answer.headers.get("idempotent-replayed") == "true"
-        if replayed and answer.attempts == 1 and once is not None and once.replay is not None:
-            once.replay.happened = True
+        _note_replay(answer, once)
         return value
 
     def _expect(self, answer: Answer, call: Call, type_: type[_T]) -> _T:
@@ -464,5 +511,15 @@ def _time(time: datetime) -> str:
     return time.isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
 
 
-def _too_many(reason: str) -> InvalidIncident:
-    return InvalidIncident([FieldError("incidents", f"{reason}: pass a smaller batch")])
+def _note_replay(answer: Answer, once: Idempotency | None) -> None:
+    """Tell whether an answer is that of an earlier call, rather than of an earlier attempt."""
+    replayed = answer.headers.get("idempotent-replayed") == "true"
+    if replayed and answer.attempts == 1 and once is not None and once.replay is not None:
+        once.replay.happened = True
+
+
+_TOO_MANY: Final = f"must be at most {ITEMS_PER_REQUEST} in one request to a service"
+
+
+def _refusal(field: str, reason: str) -> InvalidIncident:
+    return InvalidIncident([FieldError(field, reason)])
