@@ -16,6 +16,8 @@ from incidentkit.domain.commands import NewIncident
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import FieldError
 from incidentkit.domain.values import (
+    DETAILS_MAX_DEPTH,
+    DETAILS_MAX_SIZE,
     FORBIDDEN_MESSAGES,
     MAX_ID,
     MESSAGE_MAX_LENGTH,
@@ -83,6 +85,13 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
             "report counts as an occurrence of it. Only for an incident that starts as new."
         ),
     },
+    (NewIncident, "details"): {
+        "description": (
+            f"More about it, in at most {DETAILS_MAX_SIZE} bytes as compact JSON with numbers "
+            f"without exponents, and {DETAILS_MAX_DEPTH} levels of objects and arrays. Integers "
+            "have 64 bits, or are those that a double holds exactly; strings contain no NUL."
+        ),
+    },
     (NewNote, "note"): {
         "minLength": 1,
         "maxLength": NOTE_MAX_LENGTH,
@@ -100,6 +109,10 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (Incident, "ended_at"): {
         "description": "When its status left new, in UTC; null while it is open, or if the time is "
         "unknown."
+    },
+    (Incident, "details"): {
+        "description": "The details of the first report, with the order of keys left open; null if "
+        "there are none. Absent from lists, and from searches without details=true."
     },
     (SearchPage, "next"): {"description": "The after= of the next page; null on the last one."},
     (SearchPage, "total"): {"description": "Matches on all pages; null unless requested."},
@@ -165,6 +178,9 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
 CLOSED: Final = (NewIncident, NewNote)
 """Models whose unknown fields are refused."""
 
+MAY_BE_ABSENT: Final = {(Incident, "details")}
+"""Fields that some answers do not have."""
+
 _REQUEST_ID: Final = "0b5c2f6e4d7a4c1f9e3a8d6b7c5f4e21"
 _SCOPE: Final[Scope] = {"headers": ((NAME, _REQUEST_ID.encode()),)}
 
@@ -175,6 +191,7 @@ _INCIDENT: Final = Incident(
     IncidentSource.MONITORING,
     datetime(2026, 3, 1, 9, 30, tzinfo=UTC),
     dedup_key="disk-full:db-1",
+    details={"volume": "/var", "used": 0.98},
 )
 
 _EVENT: Final = IncidentEvent(
@@ -190,7 +207,10 @@ _EVENT: Final = IncidentEvent(
 
 _MODELS: Final = {
     NewIncident: NewIncident(
-        "Disk is full on db-1", IncidentSource.MONITORING, dedup_key="disk-full:db-1"
+        "Disk is full on db-1",
+        IncidentSource.MONITORING,
+        dedup_key="disk-full:db-1",
+        details={"volume": "/var", "used": 0.98},
     ),
     NewNote: NewNote("The old logs were removed"),
     Incident: _INCIDENT,
@@ -521,7 +541,12 @@ def _content(type_: Any, schemas: Json) -> Json:
     """Return the schema of a model, or of a list of models, with an example."""
     many = get_origin(type_) is list
     example = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
-    return {"schema": _schema(type_, schemas), "example": [example] if many else example}
+    if many:
+        example = [example]
+    for incident in example if many else example.get("incidents", ()):
+        # Most answers with several incidents do not have them.
+        incident.pop("details", None)
+    return {"schema": _schema(type_, schemas), "example": example}
 
 
 def _or_bare(content: Json, bare: type[Any] | None, schemas: Json) -> Json:
@@ -535,6 +560,8 @@ def _schema(type_: Any, schemas: Json) -> Json:
     """Return the JSON Schema of a type, and add that of a model or an enum to the schemas."""
     if get_origin(type_) in (list, tuple):
         return {"type": "array", "items": _schema(get_args(type_)[0], schemas)}
+    if get_origin(type_) is dict:
+        return {"type": "object"}
     if isinstance(type_, UnionType):
         return {"anyOf": [_schema(member, schemas) for member in get_args(type_)]}
     if type_ in _PLAIN:
@@ -572,6 +599,8 @@ def _model(type_: type[Any], schemas: Json) -> Json:
     for attribute in fields(type_):
         name = attribute.name
         properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), {})
+        if (type_, name) in MAY_BE_ABSENT:
+            continue
         if attribute.default is NOTHING or type_ not in CLOSED:
             required.append(name)
         else:
