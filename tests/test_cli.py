@@ -197,7 +197,7 @@ def test_details_are_given_and_shown_as_json() -> None:
     created = output(*DISK_FULL, "--details", json.dumps(details), "--json")
     assert json.loads(created)["details"] == details
     shown = '{"volume":"/var","log":"one\\ntwo\\u202e","used":0.98}'
-    assert shown in [line.split("  ")[-1] for line in output("get", "1").splitlines()]
+    assert shown in [line.split("  ")[-1].strip() for line in output("get", "1").splitlines()]
     output("create", "Disk is full", "--source", "partner", "--details", "-", stdin='{"n": 1}')
     plain, detailed = (
         json.loads(output("search", "--order", "oldest", "--json", *more))["incidents"]
