@@ -247,6 +247,7 @@ def faults(session: nox.Session) -> None:
     seconds = session.posargs[0] if session.posargs else os.environ.get(name, "300")
     unlimited = ("--timeout", "0")
     session.run("pytest", "tests/faults", "--log-cli-level=INFO", *unlimited, env={name: seconds})
+    session.run("pytest", "tests/test_remote_faults.py", *unlimited, env={name: seconds})
     # About one restart or cut a second.
     rounds = {"INCIDENTKIT_TEST_FEED_ROUNDS": seconds}
     session.run("pytest", "tests/test_feed.py", "-k", "restarts", *unlimited, env=rounds)

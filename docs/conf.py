@@ -46,10 +46,12 @@ html_show_sphinx: Final = False
 nitpick_ignore_regex: Final = [
     (
         "py:class",
-        r"(asyncio|asyncpg|collections|contextlib|datetime|enum|fastapi|os|redis|starlette)\..*",
+        r"(asyncio|asyncpg|collections|contextlib|datetime|enum|fastapi)\..*",
     ),
-    ("py:class", r"Async(Connection|Engine|Session)|Connection|Pool|PoolConnectionProxy|Record"),
-    ("py:class", r"Callable.*|ContextVar|MeterProvider|Starlette|TracerProvider|datetime"),
+    ("py:class", r"(os|pathlib|re|redis|starlette)\..*"),
+    ("py:class", r"Async(BaseTransport|Connection|Engine|Session)|Connection|Pool|Record"),
+    ("py:class", r"Callable.*|ContextVar|MeterProvider|PoolConnectionProxy|SSLContext|Starlette"),
+    ("py:class", r"TracerProvider|datetime"),
     ("py:mod", "contextvars"),
 ]
 

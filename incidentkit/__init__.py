@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from incidentkit.domain.actor import acting_as
     from incidentkit.domain.commands import NewIncident
     from incidentkit.domain.errors import (
+        AccessDenied,
         CacheUnavailable,
         ClientClosed,
         DuplicateOpenIncident,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         InvalidIncident,
         InvalidSettings,
         MissingDependency,
+        NeedsDatabase,
         NotInTransaction,
         PartlyStored,
         SchemaOutOfDate,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     )
     from incidentkit.incidents import Incidents
     from incidentkit.joined import JoinedIncidents
+    from incidentkit.remote.options import RemoteOptions
     from incidentkit.sync.client import SyncIncidentClient
     from incidentkit.sync.incidents import SyncIncidents
     from incidentkit.sync.joined import SyncJoinedIncidents
@@ -61,6 +64,7 @@ else:
             "incidentkit.domain.actor": ("acting_as",),
             "incidentkit.domain.commands": ("NewIncident",),
             "incidentkit.domain.errors": (
+                "AccessDenied",
                 "CacheUnavailable",
                 "ClientClosed",
                 "DuplicateOpenIncident",
@@ -73,6 +77,7 @@ else:
                 "InvalidIncident",
                 "InvalidSettings",
                 "MissingDependency",
+                "NeedsDatabase",
                 "NotInTransaction",
                 "PartlyStored",
                 "SchemaOutOfDate",
@@ -102,6 +107,7 @@ else:
             ),
             "incidentkit.incidents": ("Incidents",),
             "incidentkit.joined": ("JoinedIncidents",),
+            "incidentkit.remote.options": ("RemoteOptions",),
             "incidentkit.sync.client": ("SyncIncidentClient",),
             "incidentkit.sync.incidents": ("SyncIncidents",),
             "incidentkit.sync.joined": ("SyncJoinedIncidents",),
@@ -110,6 +116,7 @@ else:
     )
 
 __all__ = [
+    "AccessDenied",
     "AccessToken",
     "CacheUnavailable",
     "ChangePage",
@@ -136,10 +143,12 @@ __all__ = [
     "JoinedIncidents",
     "ListQuery",
     "MissingDependency",
+    "NeedsDatabase",
     "NewIncident",
     "NotInTransaction",
     "OrderName",
     "PartlyStored",
+    "RemoteOptions",
     "SchemaOutOfDate",
     "Scope",
     "SearchPage",

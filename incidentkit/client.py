@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
 import incidentkit.store as storage
 from incidentkit.cache.opening import cache_from_url
@@ -31,8 +31,13 @@ from incidentkit.domain.values import (
 from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
 from incidentkit.observing import Observable, Observer, observe_verbs
-from incidentkit.opening import new_session, settings_from_env, store_on
-from incidentkit.store.database import DEFAULT_DATABASE_URL
+from incidentkit.opening import (
+    new_session,
+    settings_from_env,
+    store_of_service,
+    store_on,
+)
+from incidentkit.store.database import DEFAULT_DATABASE_URL, names_service
 
 if TYPE_CHECKING:
     import os
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
     from incidentkit.cache.base import IncidentCache
+    from incidentkit.remote.options import RemoteOptions
     from incidentkit.session import Session
     from incidentkit.settings import Settings
     from incidentkit.store.access_tokens import AccessTokens
@@ -80,6 +86,15 @@ class _NotConnected:
         raise ClientClosed
 
 
+class Parts(NamedTuple):
+    """What a client works on: its store, its shared cache, and where it is open."""
+
+    store: IncidentStore
+    cache: IncidentCache | None
+    session: Session | None
+    transactions: Transactions
+
+
 def check_max_staleness(max_staleness: object) -> float:
     """Return the seconds by which a list may be behind.
 
@@ -92,6 +107,13 @@ def check_max_staleness(max_staleness: object) -> float:
             "max_staleness", f"must be a number of seconds from 0 to {MAX_STALENESS}"
         )
     return number
+
+
+def _refuse(reason: str, **given: bool) -> None:
+    """Raise InvalidSettings for the first argument that is given."""
+    for name, is_given in given.items():
+        if is_given:
+            raise InvalidSettings(name, reason)
 
 
 class IncidentClient(Incidents):
@@ -158,14 +180,19 @@ class IncidentClient(Incidents):
         options: StoreOptions | None = None,
         schema: str | None = None,
         observer: Observer | None = None,
+        token: str | None = None,
+        remote: RemoteOptions | None = None,
     ) -> Self:
         """Return a client for these servers; it connects when it is entered.
+
+        For the URL of a service, only ``observer``, ``token`` and ``remote`` may be given: the
+        service has its own database, cache and transitions.
 
         Args:
             database: ``postgresql://user:password@host:port/database``,
                 ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``; or an engine
                 (SQLAlchemy's ``AsyncEngine``) or a pool (asyncpg) that the application has opened,
-                which the client uses and never closes.
+                which the client uses and never closes; or ``https://host/prefix``, a service.
             redis_url: ``redis://host:port/db``, ``redis+cluster://host:port,host:port`` or
                 ``redis+sentinel://host:port,host:port/service``, where pages of the list are cached
                 for all processes. None: each process caches its own.
@@ -180,11 +207,27 @@ class IncidentClient(Incidents):
                 no effect then. Keys in Redis begin with it. None: the first schema in the search
                 path that has the tables.
             observer: As for :class:`IncidentClient`.
+            token: The access token for a service; None: none is sent.
+            remote: Time limits and connections for a service; None: the defaults.
 
         Raises:
-            InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid.
-            MissingDependency: If a Redis is given and its package is not installed.
+            InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid,
+                or an argument does not fit the kind of URL.
+            MissingDependency: If a Redis or a service is given and its package is not installed.
         """
+        if isinstance(database, str) and names_service(database):
+            _refuse(
+                "belongs to the service, not to its client",
+                redis_url=redis_url is not None,
+                redis_required=redis_required,
+                max_staleness=max_staleness != 0,
+                transitions=transitions is not None,
+                options=options is not None,
+                schema=schema is not None,
+            )
+            return cls(store_of_service(database, token, remote), observer=observer)
+        reason = "is for the URL of a service, such as https://incidents.example.com"
+        _refuse(reason, token=token is not None, remote=remote is not None)
         prefix = "" if schema is None else f"{schema}:"
         return cls(
             store_on(database, options, schema=schema),
@@ -501,3 +544,9 @@ class IncidentClient(Incidents):
         if self._session is None:
             raise ClientClosed
         return self._session
+
+    def _swap(self, parts: Parts) -> Parts:
+        """Work on other parts from now on, and return the present ones; for the test kit."""
+        present = Parts(self.store, self._cache, self._session, self._transactions)
+        self.store, self._cache, self._session, self._transactions = parts
+        return present

@@ -57,6 +57,8 @@ JOINED: Final[dict[str, Callable[[Incidents], Awaitable[object]]]] = {
     "create": lambda it: it.create("Disk is full", source="operator"),
     "create_many": lambda it: it.create_many([NewIncident("Disk is full", "operator")]),
     "update_status": lambda it: it.update_status(1, "completed"),
+    "resolve": lambda it: it.resolve("disk"),
+    "resolve_many": lambda it: it.resolve_many(["disk"]),
     "note": lambda it: it.note(1, "seen"),
     "get": lambda it: it.get(1),
     "list": lambda it: it.list(),
@@ -174,7 +176,7 @@ def test_a_joined_transaction_stays_on_its_event_loop(
     request: pytest.FixtureRequest, way: str
 ) -> None:
     """A joined verb on another event loop is refused, and the transaction can be committed."""
-    name = "sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
+    name = "migrated_sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
     url = str(request.getfixturevalue(name))
     client = IncidentClient.open(url)
 
@@ -410,8 +412,8 @@ def test_a_store_refuses_another_event_loop(request: pytest.FixtureRequest, name
 
         host: Any = None
         if name.endswith("engine"):
-            fixture = "sqlite_url" if name.startswith("sqlite") else "migrated_postgres_url"
-            url = sqlalchemy_url(request.getfixturevalue(fixture))
+            kind = "sqlite" if name.startswith("sqlite") else "postgres"
+            url = sqlalchemy_url(request.getfixturevalue(f"migrated_{kind}_url"))
             host = create_async_engine(url, poolclass=NullPool)
         elif name == "pool":
             host = owner.run(pool())

@@ -272,6 +272,8 @@ async def test_a_trigger_that_keeps_a_row_out_is_named(
         await refuses(incidents.update_status(1, "failed"))
         await refuses(incidents.update_status(2, "new"))
         await refuses(incidents.create("Disk is full", source="partner", dedup_key="key"))
+        await refuses(incidents.resolve("key"))
+        await refuses(incidents.resolve_many(["none", "key"]))
         shared = [incidents.update_status(n, "completed") for n in (1, 2)]
         async with asyncio.timeout(30):
             outcomes = await asyncio.gather(*shared, return_exceptions=True)
@@ -320,13 +322,18 @@ async def test_a_trigger_that_changes_the_status_is_recorded(
         (event,) = await incidents.history(one.incident_id)
         assert event.to_status is one.incident_type
     new = [await incidents.create("Line is down", source="operator") for _ in range(6)]
-    changed = [
+    keyed = [NewIncident("Line is down", "operator", dedup_key=key) for key in "ab"]
+    await incidents.create_many(keyed)
+    changed: list[Incident | None] = [
         await incidents.update_status(new[0].incident_id, "completed"),
         *await asyncio.gather(
             *(incidents.update_status(one.incident_id, "completed") for one in new[1:])
         ),
+        await incidents.resolve("a"),
+        *await incidents.resolve_many(["b"]),
     ]
-    for one in changed:
+    assert None not in changed
+    for one in filter(None, changed):
         assert str(one.incident_type) == "failed"
         assert await incidents.get(one.incident_id) == one
         event = (await incidents.history(one.incident_id))[-1]
@@ -337,11 +344,16 @@ async def test_a_trigger_that_restores_the_status_is_named(
     url: str, incidents: IncidentClient
 ) -> None:
     """A change that a trigger undoes raises an error, and leaves no event."""
-    new = [await incidents.create("Disk is full", source="partner") for _ in range(4)]
+    new = [
+        await incidents.create("Disk is full", source="partner", dedup_key=key)
+        for key in ("a", None, None, None)
+    ]
     await run_all(
         url, setting_status(url, "UPDATE", "old.incident_type", "new.incident_type = 'failed'")
     )
     await refuses(incidents.update_status(1, "failed"))
+    await refuses(incidents.resolve("a", status="failed"))
+    await refuses(incidents.resolve_many(["a"], status="failed"))
     async with asyncio.timeout(30):
         outcomes = await asyncio.gather(
             *(incidents.update_status(one.incident_id, "failed") for one in new),

@@ -83,7 +83,7 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def host_url(way: str, request: pytest.FixtureRequest) -> str:
     """The URL of the host's database."""
-    name = "sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
+    name = "migrated_sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
     return str(request.getfixturevalue(name))
 
 

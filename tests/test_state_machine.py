@@ -481,6 +481,44 @@ class IncidentMachine(RuleBasedStateMachine):
         self.record(before, EventKind.RECURRED, note=message if differs else None)
         return multiple()
 
+    @rule(which=which, keys=st.lists(st.sampled_from("ab"), max_size=3), status=st.booleans())
+    def resolve(self, which: int, keys: list[str], *, status: bool) -> None:
+        ending = IncidentStatus.COMPLETED if status else IncidentStatus.FAILED
+        client, note = self.client(which), "Recovered" if status else None
+        if len(keys) == 1:
+            answers = [self.run(client.resolve(keys[0], status=ending, note=note))]
+        else:
+            answers = self.run(client.resolve_many(keys, status=ending, note=note))
+        for key, incident in zip(keys, answers, strict=True):
+            before = next(
+                (
+                    one
+                    for one in self.model.values()
+                    if one.dedup_key == key and one.incident_type is IncidentStatus.NEW
+                ),
+                None,
+            )
+            if before is None:
+                assert incident is None
+                continue
+            assert incident is not None
+            assert incident.ended_at is not None
+            check_types(incident)
+            self.model[before.incident_id] = evolve(
+                before,
+                incident_type=ending,
+                version=before.version + 1,
+                ended_at=before.ended_at or incident.ended_at,
+            )
+            assert incident == self.model[before.incident_id]
+            self.record(
+                before,
+                EventKind.STATUS_CHANGED,
+                from_status=IncidentStatus.NEW,
+                to_status=ending,
+                note=note,
+            )
+
     @rule(which=which, incident_id=known, note=messages)
     def note(self, which: int, incident_id: int, note: str) -> None:
         if incident_id not in self.model:
@@ -643,7 +681,7 @@ def check_types(incident: Incident) -> None:
 def database(request: pytest.FixtureRequest) -> Database:
     """Each kind of database."""
     if request.param == "sqlite":
-        return SqliteFile(request.getfixturevalue("sqlite_url"))
+        return SqliteFile(request.getfixturevalue("migrated_sqlite_url"))
     return PostgresDatabase(request.getfixturevalue("migrated_postgres_url"))
 
 

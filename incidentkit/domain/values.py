@@ -56,6 +56,10 @@ CHANGES_LIMIT: Final = 100
 MAX_MANY: Final = 100_000
 """Maximum number of incidents in one ``create_many``."""
 
+ITEMS_PER_REQUEST: Final = 1000
+BYTES_PER_REQUEST: Final = 2 * 1024 * 1024
+"""Maximum number of incidents in one ``create_many`` over HTTP, and maximum bytes of its body."""
+
 MAX_STALENESS: Final = 3600
 """Maximum seconds by which a list may be behind: the time that a page is cached."""
 

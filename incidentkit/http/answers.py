@@ -21,7 +21,7 @@ from incidentkit.http.checks import check_changes, expected
 from incidentkit.http.health import BareReadiness, Health, Readiness, State, readiness
 from incidentkit.http.openapi import document
 from incidentkit.http.principals import READ, check_again, sees_details, sender_of
-from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, etag
+from incidentkit.http.problems import RETRY_HEADERS, Refusal, etag
 from incidentkit.http.purging import Purge, PurgeQuery, purge_for
 from incidentkit.http.requests import KNOWN_QUERIES
 from incidentkit.http.server_hooks import server_log
@@ -43,6 +43,7 @@ from incidentkit.wire import (
     encode_object,
     wire_converter,
 )
+from incidentkit.wire.kinds import Kind
 
 _T = TypeVar("_T")
 

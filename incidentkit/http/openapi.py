@@ -49,7 +49,6 @@ from incidentkit.http.problems import (
     RETRY_AFTER,
     TITLES,
     Conflict,
-    Kind,
     Problem,
     Refusal,
     problem_for,
@@ -58,8 +57,9 @@ from incidentkit.http.purging import Purge
 from incidentkit.http.request_id import HEADER, NAME, PATTERN
 from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.store.schema import SCHEMA_REVISION
-from incidentkit.version import __version__
+from incidentkit.version import API_VERSION, API_VERSION_HEADER, __version__
 from incidentkit.wire import NewNote, wire_converter
+from incidentkit.wire.kinds import Kind
 
 Json: TypeAlias = dict[str, Any]
 
@@ -297,6 +297,13 @@ _HEADERS: Final[Json] = {
         "schema": {"type": "string", "pattern": f"^{PATTERN}$"},
         "example": _REQUEST_ID,
     },
+    API_VERSION_HEADER: {
+        "description": "The version of this API. Services with the same major version fit the same "
+        "clients.",
+        "required": True,
+        "schema": {"type": "string", "pattern": r"^\d+\.\d+$"},
+        "example": API_VERSION,
+    },
     "ETag": {
         "description": "The version of the incident with a digest of its fields, for If-Match.",
         "required": True,
@@ -361,7 +368,7 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
     described["responses"] = {
         str(status): {
             "description": means,
-            "headers": _headers(HEADER, *operation.headers, *repeats),
+            "headers": _headers(HEADER, API_VERSION_HEADER, *operation.headers, *repeats),
             "content": {
                 "application/json": _or_bare(_content(operation.returns, schemas), bare, schemas),
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
@@ -372,7 +379,7 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
     if operation.unchanged:
         described["responses"]["304"] = {
             "description": "The client has the present state",
-            "headers": _headers(HEADER, "ETag"),
+            "headers": _headers(HEADER, API_VERSION_HEADER, "ETag"),
         }
     for status in operation.problems:
         described["responses"][str(status)] = (
@@ -474,7 +481,7 @@ def _problem(
         example |= wire_converter().unstructure(_MODELS[members])
     return {
         "description": f"{TITLES[status]}: {codes}",
-        "headers": _headers(HEADER, *_PROBLEM_HEADERS.get(status, ())),
+        "headers": _headers(HEADER, API_VERSION_HEADER, *_PROBLEM_HEADERS.get(status, ())),
         "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
     }
 

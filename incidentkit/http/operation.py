@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from incidentkit.domain.tokens import Scope
+from incidentkit.domain.values import BYTES_PER_REQUEST, ITEMS_PER_REQUEST
 
 Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
@@ -47,10 +48,10 @@ FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 MAX_BODY: Final = 64 * 1024
 """Maximum bytes of a request's body, unless its operation has another limit."""
 
-MAX_LARGE_BODY: Final = 2 * 1024 * 1024
+MAX_LARGE_BODY: Final = BYTES_PER_REQUEST
 """Maximum bytes of a body with many incidents."""
 
-MAX_ITEMS: Final = 1000
+MAX_ITEMS: Final = ITEMS_PER_REQUEST
 """Maximum number of incidents in such a body."""
 
 

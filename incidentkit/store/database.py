@@ -1,4 +1,4 @@
-"""Recognize the kind of database that a URL names."""
+"""Recognize the kind of database that a URL names, or a service."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ _KINDS: Final[dict[str, DatabaseKind]] = {
     "sqlite": "sqlite",
     "sqlite+aiosqlite": "sqlite",
 }
+
+
+def names_service(url: str) -> bool:
+    """Return whether a URL names a service, over HTTP, and not a database."""
+    return url.partition("://")[0].lower() in ("http", "https")
 
 
 def database_kind(database_url: str) -> DatabaseKind:

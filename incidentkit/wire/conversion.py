@@ -82,8 +82,12 @@ def _from_wire(value: object, model: type[NewIncident | NewNote]) -> NewIncident
 
 
 @cache
-def wire_converter() -> Converter:
+def wire_converter(*, complete: bool = True) -> Converter:
     """Return the converter between models and JSON values.
+
+    Args:
+        complete: Whether an incident or an event without one of its fields is refused. Otherwise a
+            missing field has its default, as in an answer of an older service.
 
     The rules of the wire format:
 
@@ -107,7 +111,7 @@ def wire_converter() -> Converter:
         converter.register_structure_hook(enum, _member_from_wire)
     converter.register_structure_hook(NewIncident, _from_wire)
     converter.register_structure_hook(NewNote, _from_wire)
-    for model in (Incident, IncidentEvent):
+    for model in (Incident, IncidentEvent) if complete else ():
         converter.register_structure_hook(model, _complete(model, converter))
     return converter
 
@@ -159,16 +163,38 @@ def decode_incident(data: bytes | str) -> Incident:
         raise ValueError("not a JSON object of an incident") from error
 
 
+def decode_optional(data: bytes | str) -> Incident | None:
+    """Read the output of :func:`encode_optional`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is neither ``null`` nor a JSON object of an incident.
+    """
+    return None if data in ("null", b"null") else decode_incident(data)
+
+
+def decode_optionals(data: bytes | str) -> list[Incident | None]:
+    """Read the output of :func:`encode_optionals`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is not a JSON array of incidents and ``null``.
+    """
+    return _decode_array(data, Incident | None)
+
+
 def decode_incidents(data: bytes | str) -> list[Incident]:
     """Read the output of :func:`encode_incidents`; unknown fields are ignored.
 
     Raises:
         ValueError: If it is not a JSON array of incidents.
     """
+    return _decode_array(data, Incident)
+
+
+def _decode_array(data: bytes | str, item: Any) -> list[Any]:
     try:
         value = json.loads(data)
         if not isinstance(value, list):
             raise TypeError("not an array")  # noqa: TRY301
-        return wire_converter().structure(value, list[Incident])
+        return wire_converter().structure(value, list[item])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError("not a JSON array of incidents") from error

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from incidentkit.testing import PrivateDatabase
 from tests.conformance.embodiments import EMBODIMENTS, ON_POSTGRES
 from tests.conformance.gaps import expected_failure, gaps_of
+from tests.remotes import Host
 from tests.servers import PgBouncer
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from tests.conformance.embodiments import Embodiment, Verbs
 
-MEASURED: Final = ("sqlite-engine", "postgresql-url", "joined-asyncpg-pool")
+MEASURED: Final = ("sqlite-engine", "postgresql-url", "joined-asyncpg-pool", "remote-asgi")
 """The embodiments for which coverage is measured: the others run the same code."""
 
 MODE: Final[Any] = os.environ.get("INCIDENTKIT_TEST_POOLER")
@@ -45,6 +47,20 @@ def pooler(postgres_server_url: str) -> Iterator[PgBouncer]:
     """The pooler that the suite runs through."""
     with PgBouncer(postgres_server_url, mode=MODE, size=SIZE) as pooler:
         yield pooler
+
+
+@pytest.fixture
+def private_database() -> Iterator[PrivateDatabase]:
+    """A database of the test kit."""
+    with PrivateDatabase() as database:
+        yield database
+
+
+@pytest.fixture(scope="session")
+def service_host() -> Iterator[Host]:
+    """The server of all services behind a socket."""
+    with Host() as host:
+        yield host
 
 
 @pytest.fixture(params=ON_POSTGRES if MODE else EMBODIMENTS)

@@ -18,6 +18,7 @@ import asyncpg
 from attrs import frozen
 
 from incidentkit import IncidentClient, SyncIncidentClient
+from incidentkit.testing.clients import private_parts, swap
 from tests.conformance.awaited import Awaited
 from tests.conftest import TENANTS
 from tests.hosts import (
@@ -28,6 +29,7 @@ from tests.hosts import (
     run_sql,
     sqlalchemy_url,
 )
+from tests.remotes import over_asgi
 from tests.sync_hosts import open_sync_host
 
 if TYPE_CHECKING:
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
+    from incidentkit.testing import PrivateDatabase
     from tests.hosts import Host
+    from tests.remotes import Host as ServiceHost
     from tests.servers import PgBouncer
     from tests.sync_hosts import InThread
 
@@ -115,6 +119,31 @@ class Synchronous(Embodiment):
                 await asyncio.to_thread(client.close)
 
 
+class OverAsgi(Embodiment):
+    """A client of a service that runs in the same event loop."""
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client of a service whose own client has the options."""
+        return over_asgi(self.url, **options)
+
+
+class OverSocket(Embodiment):
+    """A client of a service behind a socket.
+
+    Args:
+        url: The database of the service.
+        host: Runs the service.
+    """
+
+    def __init__(self, url: str, host: ServiceHost) -> None:
+        super().__init__(url)
+        self._host = host
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client of a service whose own client has the options."""
+        return self._host.open(self.url, **options)
+
+
 class InSchema(ByUrl):
     """A client on the tables of one tenant, beside those of others."""
 
@@ -143,6 +172,27 @@ class WithRedis(Embodiment):
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
         """Return a client with a shared cache."""
         return IncidentClient.open(self.url, self._redis_url, **options)
+
+
+class Private(Embodiment):
+    """A client on the test kit's database."""
+
+    def __init__(self, url: str, database: PrivateDatabase) -> None:
+        super().__init__(url)
+        self._database = database
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Yield a client that opens itself."""
+        client = IncidentClient.open(self.url, **options)
+        swap(client, private_parts(self._database, client.observer))
+        yield client
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement on the connection that all clients share."""
+        with self._database.transaction() as connection:
+            result = connection.exec_driver_sql(statement)
+            return [tuple(row) for row in result] if result.returns_rows else []
 
 
 class OnPool(Embodiment):
@@ -304,6 +354,7 @@ def _on_postgres(embodiment: Callable[..., Embodiment], *fixtures: str) -> Setup
 EMBODIMENTS = {
     "sqlite-file": _on_sqlite(ByUrl),
     "sqlite-memory": Setup(ByUrl, ("memory_url",)),
+    "sqlite-private": Setup(Private, ("memory_url", "private_database")),
     "sqlite-redis": _on_sqlite(WithRedis, "redis_url"),
     "sqlite-engine": _on_sqlite(OnEngine),
     "sync-sqlite": _on_sqlite(Synchronous),
@@ -313,6 +364,8 @@ EMBODIMENTS = {
     "postgresql-engine": _on_postgres(OnEngine),
     "psycopg-engine": _on_postgres(OnPsycopgEngine),
     "sync-postgresql": _on_postgres(Synchronous),
+    "remote-asgi": _on_sqlite(OverAsgi),
+    "remote-socket": _on_postgres(OverSocket, "service_host"),
     "joined-sqlite-connection": _on_sqlite(partial(Joined, way="sqlite-connection")),
     "joined-sqlite-session": _on_sqlite(partial(Joined, way="sqlite-session")),
     "joined-postgresql-connection": _on_postgres(partial(Joined, way="postgresql-connection")),

@@ -15,7 +15,7 @@ from asyncpg import PostgresError
 from attrs import frozen
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from incidentkit import InvalidIncident, StoreError, UnknownCursor
+from incidentkit import InvalidIncident, NeedsDatabase, PartlyStored, StoreError, UnknownCursor
 from tests.conformance.embodiments import EMBODIMENTS, ON_POSTGRES
 
 
@@ -26,6 +26,10 @@ class Need(StrEnum):
     CHANGES = auto()
     PURGE = auto()
     TOKENS = auto()
+    MANY = auto()
+    """More than a thousand incidents in one transaction."""
+    ONE_KEY = auto()
+    """One idempotency key for all batches of `create_many` together."""
     BATCHES = auto()
     """Several transactions for one call of `create_many`."""
     OTHER_CLIENT = auto()
@@ -58,6 +62,7 @@ class Gap:
     reason: str
 
 
+REMOTE = tuple(name for name in EMBODIMENTS if name.startswith("remote"))
 JOINED = tuple(name for name in EMBODIMENTS if name.startswith("joined"))
 JOINED_ON_POSTGRES = tuple(name for name in JOINED if name in ON_POSTGRES)
 
@@ -90,6 +95,24 @@ GAPS = (
         Need.TOKENS,
         _no_verb("tokens"),
         "a token is for a service of its own, and is no part of a host's transaction",
+    ),
+    Gap(
+        REMOTE,
+        Need.TOKENS,
+        pytest.RaisesExc(NeedsDatabase, match="no operation for tokens"),
+        "whoever may use a service must not create tokens for it",
+    ),
+    Gap(
+        REMOTE,
+        Need.MANY,
+        pytest.RaisesExc(InvalidIncident, match="must be at most 1000 in one request"),
+        "a service bounds what one request may cost it",
+    ),
+    Gap(
+        REMOTE,
+        Need.ONE_KEY,
+        pytest.RaisesExc(PartlyStored, match="was used with other parameters"),
+        "a service gets one batch after the other, and compares each by itself",
     ),
     Gap(
         JOINED,

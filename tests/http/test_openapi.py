@@ -19,8 +19,9 @@ from incidentkit.domain.values import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
 from incidentkit.http import create_app
 from incidentkit.http.openapi import FIELDS, document
 from incidentkit.http.operation import EntityTags, Parameter
-from incidentkit.http.problems import TITLES, Kind
+from incidentkit.http.problems import TITLES
 from incidentkit.http.routes import ADMINISTRATION, DOCS, OPERATIONS
+from incidentkit.wire.kinds import Kind
 from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
 if TYPE_CHECKING:
