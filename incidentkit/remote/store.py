@@ -256,7 +256,7 @@ class RemoteStore:
 
     async def search(self, query: SearchQuery) -> SearchPage:
         """Return one page of a search, with the total if the query asks for it."""
-        slow = query.text is not None or query.total
+        slow = query.text is not None or query.total or query.details
         call = Call("GET", "/incident/search", _parameters(query), slow=slow)
         return await self._send(call, SearchPage)
 
