@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
 import incidentkit.store as storage
 from incidentkit.cache.opening import cache_from_url
@@ -25,6 +25,8 @@ from incidentkit.domain.values import (
     IncidentEvent,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
 )
 from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
@@ -41,8 +43,9 @@ if TYPE_CHECKING:
     import os
 
     # Drivers, and what loads asyncio: a program may never need them.
-    from asyncpg import Pool, Record
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from asyncpg import Connection, Pool, Record
+    from asyncpg.pool import PoolConnectionProxy
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
     from incidentkit.cache.base import IncidentCache
     from incidentkit.remote.options import RemoteOptions
@@ -81,6 +84,15 @@ class _NotConnected:
 
     def once(self, _: str, __: str, ___: Parameters) -> Idempotency:
         raise ClientClosed
+
+
+class Parts(NamedTuple):
+    """What a client works on: its store, its shared cache, and where it is open."""
+
+    store: IncidentStore
+    cache: IncidentCache | None
+    session: Session | None
+    transactions: Transactions
 
 
 def check_max_staleness(max_staleness: object) -> float:
@@ -335,8 +347,8 @@ class IncidentClient(Incidents):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first.
 
@@ -365,7 +377,10 @@ class IncidentClient(Incidents):
         """
         return (await self._opened().pages.page(query)).json
 
-    def join(self, connection: object) -> JoinedIncidents:
+    def join(
+        self,
+        connection: AsyncConnection | AsyncSession | Connection[Any] | PoolConnectionProxy[Any],
+    ) -> JoinedIncidents:
         """Return the verbs inside the transaction of the application's own connection.
 
         Their writes are committed or rolled back with the rest of that transaction, and invisible
@@ -529,3 +544,9 @@ class IncidentClient(Incidents):
         if self._session is None:
             raise ClientClosed
         return self._session
+
+    def _swap(self, parts: Parts) -> Parts:
+        """Work on other parts from now on, and return the present ones; for the test kit."""
+        present = Parts(self.store, self._cache, self._session, self._transactions)
+        self.store, self._cache, self._session, self._transactions = parts
+        return present

@@ -31,6 +31,8 @@ VERBS: Final = (
     "purge",
     "purgeable",
     "read_changes",
+    "resolve",
+    "resolve_many",
     "search",
     "update_status",
 )

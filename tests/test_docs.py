@@ -46,7 +46,7 @@ import incidentkit
 from incidentkit import IncidentKitError, RemoteOptions
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
-from incidentkit.domain.commands import MAX_FAULTS
+from incidentkit.domain.rules import MAX_FAULTS
 from incidentkit.domain.values import TEXT_MAX_WORDS
 from incidentkit.http import health, problems, request_log
 from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, MAX_LARGE_BODY
@@ -201,16 +201,17 @@ def run_program(file: str) -> str:
     return printed.getvalue()
 
 
-def test_the_tests_of_a_host_pass() -> None:
+@pytest.mark.parametrize("name", ["docs/how-to/embed.md", "docs/how-to/test.md"])
+def test_the_tests_of_a_host_pass(name: str) -> None:
     """The tests that the page shows pass, without a warning from incidentkit."""
-    files = [file for file in write_files("docs/how-to/embed.md") if file.startswith("test_")]
+    files = [file for file in write_files(name) if file.startswith("test_")]
     assert files
     scope = "asyncio_default_fixture_loop_scope=function"
-    plugins = ("-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin", "-o", scope)
+    kit = ("-p", "incidentkit.testing.plugin", "-p", "pytest_asyncio.plugin")
     exit_code, out, err = outcome(
         start(
             *files,
-            program=["-W", "error", "-m", "pytest", *plugins],
+            program=["-W", "error", "-m", "pytest", "-p", "no:cacheprovider", *kit, "-o", scope],
             env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         )
     )
@@ -687,7 +688,8 @@ def test_the_parameters_of_urls_are_those_of_the_code() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     """What the package exports is described by a page of the reference."""
     reference = page("docs/reference/python.md") + page("docs/reference/errors.md")
-    described = set(re.findall(r"auto(?:class|exception|function):: (?:[\w.]+\.)?(\w+)", reference))
+    directive = r"auto(?:class|data|exception|function):: (?:[\w.]+\.)?(\w+)"
+    described = set(re.findall(directive, reference))
     assert {*incidentkit.__all__} - {"__version__"} <= described
 
 

@@ -87,6 +87,8 @@ def calls(
             partial(incidents.create_many, [plain, odd, keyed]),
         ),
         (("note",), partial(incidents.note, 1, given)),
+        (("dedup_key",), partial(incidents.resolve, given)),
+        (("dedup_keys[1]", "note"), partial(incidents.resolve_many, ["disk", given], note=given)),
         (("note",), partial(incidents.update_status, 1, "failed", note=given)),
         (("actor",), partial(note_as, given)),
         (("text",), partial(incidents.search, text=f"text{character}")),

@@ -241,6 +241,31 @@ class JoinMachine(RuleBasedStateMachine):
             if key is not None:
                 state.answers[key] = said, changed
 
+    @rule(inside=inside, dedup_key=st.sampled_from(["a", "b"]), many=st.booleans())
+    def resolve(self, *, inside: bool, dedup_key: str, many: bool) -> None:
+        verbs, states = self.somewhere(inside)
+        found = states[0].open_with(dedup_key)
+        if not self.may_write(inside, dedup_key, *([found.incident_id] if found else [])):
+            return
+        if many:
+            ended, again = self.run(verbs.resolve_many([dedup_key, dedup_key]))
+            assert again is None
+        else:
+            ended = self.run(verbs.resolve(dedup_key))
+        if found is None:
+            assert ended is None
+            return
+        assert ended is not None
+        assert ended.ended_at is not None
+        assert ended == evolve(
+            found,
+            incident_type=IncidentStatus.COMPLETED,
+            version=found.version + 1,
+            ended_at=ended.ended_at,
+        )
+        for state in states:
+            state.put(ended, "status_changed")
+
     @rule(inside=inside, pick=pick)
     def note(self, *, inside: bool, pick: int) -> None:
         verbs, states = self.somewhere(inside)
@@ -362,7 +387,7 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def url(way: str, request: pytest.FixtureRequest) -> str:
     """The URL of the host's database."""
-    name = "sqlite_url" if "sqlite" in way else "migrated_postgres_url"
+    name = "migrated_sqlite_url" if "sqlite" in way else "migrated_postgres_url"
     return str(request.getfixturevalue(name))
 
 

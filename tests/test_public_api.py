@@ -14,6 +14,7 @@ import pytest
 
 import incidentkit
 import incidentkit.store
+import incidentkit.testing
 from incidentkit import IncidentKitError
 
 DRIVERS_AND_SERVERS = [
@@ -22,6 +23,7 @@ DRIVERS_AND_SERVERS = [
     "asyncpg",
     "click",
     "dotenv",
+    "pydantic",
     "redis",
     "sqlalchemy",
     "starlette",
@@ -57,7 +59,7 @@ def run_python(code: str, *, without: tuple[str, ...] = ()) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("package", [incidentkit, incidentkit.store])
+@pytest.mark.parametrize("package", [incidentkit, incidentkit.store, incidentkit.testing])
 def test_a_lazy_face_has_the_names_that_type_checkers_see(package: ModuleType) -> None:
     """`__all__` lists, in order, the names that the package declares to type checkers and loads."""
     tree = ast.parse(Path(package.__file__ or "").read_text())

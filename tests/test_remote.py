@@ -436,9 +436,10 @@ async def test_fields_of_a_newer_service_are_ignored_and_missing_ones_have_defau
 async def test_what_needs_a_database_says_so(service: IncidentClient) -> None:
     """The error names the verb."""
     token = (await service.tokens.create("ops", list(Scope))).secret
+    connection: Any = object()
     async with to(service, token) as incidents:
         with pytest.raises(NeedsDatabase, match="no operation for join: open a client on the data"):
-            incidents.join(object())
+            incidents.join(connection)
         with pytest.raises(NeedsDatabase, match="no operation for tokens"):
             await incidents.tokens.list()
         with pytest.raises(NeedsDatabase, match="no operation for feed_blocker"):

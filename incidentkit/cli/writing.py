@@ -28,7 +28,7 @@ from incidentkit.cli.options import (
 from incidentkit.cli.output import write, write_incident
 from incidentkit.cli.running import read, run
 from incidentkit.cli.text import events
-from incidentkit.domain.values import IncidentSource, IncidentStatus
+from incidentkit.domain.values import IncidentSource, IncidentStatus, StatusName
 from incidentkit.wire import encode_event
 
 MAX_STDIN_BYTES: Final = 1024 * 1024
@@ -119,7 +119,7 @@ def create(servers: Servers, incident_message: str, *, as_json: bool, **fields: 
 @takes_json
 @takes_servers
 def update_status(
-    servers: Servers, incident_id: int, status: str, *, as_json: bool, **options: Any
+    servers: Servers, incident_id: int, status: StatusName, *, as_json: bool, **options: Any
 ) -> None:
     """Change an incident's status, and show the incident.
 

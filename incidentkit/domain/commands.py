@@ -15,7 +15,7 @@ from incidentkit.domain.errors import FieldError, InvalidIncident
 from incidentkit.domain.fitting import fit_key, fit_message
 from incidentkit.domain.formats import schema
 from incidentkit.domain.plain import Plain
-from incidentkit.domain.rules import check_names, collect, raise_faults
+from incidentkit.domain.rules import MAX_FAULTS, check_names, collect, raise_faults
 from incidentkit.domain.values import (
     FORBIDDEN_MESSAGES,
     MAX_MANY,
@@ -26,11 +26,10 @@ from incidentkit.domain.values import (
     STORABLE,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
-
-MAX_FAULTS: Final = 10
-"""Maximum number of invalid items listed in one error."""
 
 _ENDED: Final = frozenset(IncidentStatus) - {OPEN}
 
@@ -98,9 +97,9 @@ class NewIncident(Plain):
     def fitting(
         cls,
         incident_message: str,
-        source: IncidentSource | str,
+        source: IncidentSource | SourceName,
         *,
-        incident_type: IncidentStatus | str = OPEN,
+        incident_type: IncidentStatus | StatusName = OPEN,
         dedup_key: str | None = None,
         details: dict[str, Any] | None = None,
     ) -> NewIncident:
@@ -202,6 +201,66 @@ class StatusChange:
     )
 
     __attrs_post_init__ = raise_faults
+
+
+@frozen(field_transformer=collect)
+class Resolution:
+    """The end of the open incident that has a deduplication key.
+
+    Args:
+        dedup_key: The key, in 1 to 255 characters.
+        status: The new status: any but ``new``.
+        note: A note for the history, in 1 to 1000 characters; None: no note.
+
+    Raises:
+        InvalidIncident: With every faulty field.
+    """
+
+    dedup_key: str = field(converter=rules.name)
+    status: IncidentStatus = field(default=IncidentStatus.COMPLETED, converter=rules.last_status)
+    note: str | None = field(default=None, converter=rules.optional_note)
+
+    __attrs_post_init__ = raise_faults
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> Resolution:
+        """Build one from a mapping of field names to values.
+
+        Raises:
+            InvalidIncident: With every faulty, unknown or missing field.
+        """
+        check_names(cls, values)
+        return cls(**values)
+
+
+@frozen(field_transformer=collect)
+class Resolutions:
+    """The end of the open incidents that have some deduplication keys.
+
+    Args:
+        dedup_keys: At most 100,000 keys, each in 1 to 255 characters.
+        status: The new status of each: any but ``new``.
+        note: A note for the history of each, in 1 to 1000 characters; None: no note.
+
+    Raises:
+        InvalidIncident: With every faulty field; a faulty key is named by its place.
+    """
+
+    dedup_keys: tuple[str, ...] = field(converter=rules.names)
+    status: IncidentStatus = field(default=IncidentStatus.COMPLETED, converter=rules.last_status)
+    note: str | None = field(default=None, converter=rules.optional_note)
+
+    __attrs_post_init__ = raise_faults
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> Resolutions:
+        """Build one from a mapping of field names to values.
+
+        Raises:
+            InvalidIncident: With every faulty, unknown or missing field.
+        """
+        check_names(cls, values)
+        return cls(**values)
 
 
 def check_many(incidents: Iterable[NewIncident]) -> list[NewIncident]:

@@ -123,9 +123,13 @@ class IncidentOrder(StrEnum):
 
 
 StatusName: TypeAlias = Literal["new", "completed", "failed"]
+"""The value of a status, which stands for it in an argument."""
+
 SourceName: TypeAlias = Literal["operator", "monitoring", "partner"]
+"""The value of a source, which stands for it in an argument."""
+
 OrderName: TypeAlias = Literal["newest", "oldest"]
-"""The values of the members, which stand for them in arguments."""
+"""The value of an order, which stands for it in an argument."""
 
 
 def _whole_utc_second(value: datetime) -> datetime:

@@ -537,8 +537,8 @@ def _model(type_: type[Any], schemas: Json) -> Json:
     required = []
     for attribute in fields(type_):
         name = attribute.name
-        more = FIELDS.get((type_, name), attribute.metadata.get(SCHEMA, {}))
-        properties[name] = _schema(types[name], schemas) | more
+        more: Json = attribute.metadata.get(SCHEMA, {})
+        properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), more)
         if attribute.default is NOTHING or type_ not in CLOSED:
             required.append(name)
         else:

@@ -16,8 +16,8 @@ from attrs import fields_dict
 from starlette.requests import ClientDisconnect, Request
 
 from incidentkit.domain import rules
-from incidentkit.domain.commands import MAX_FAULTS
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.rules import MAX_FAULTS
 from incidentkit.domain.values import TAG_PATTERN
 from incidentkit.http.operation import FRAMING, EntityTags, EntityTagValue, Operation, Parameter
 from incidentkit.http.problems import Refusal

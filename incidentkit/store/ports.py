@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.queries import ListQuery, SearchQuery
 from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import Transitions
@@ -32,6 +38,8 @@ EventList: TypeAlias = list[IncidentEvent]
 """An alias because inside the protocol ``list`` is the verb."""
 
 IncidentList: TypeAlias = list[Incident]
+
+OptionalIncidents: TypeAlias = list[Incident | None]
 
 
 class StoreOperations(Protocol):
@@ -105,6 +113,42 @@ class StoreOperations(Protocol):
         Raises:
             IncidentNotFound: If there is none with this id.
             IncidentConflict: If the incident in its present state does not allow the change.
+            IdempotencyKeyReused: If the key of ``once`` was used with other parameters.
+        """
+        ...
+
+    async def resolve(
+        self,
+        resolution: Resolution,
+        *,
+        transitions: Transitions = ...,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident | None:
+        """End the open incident with a deduplication key, record the event, and return it.
+
+        Return None if none is open, also if another transaction ends it first.
+
+        Raises:
+            IllegalTransition: If the transitions do not allow the change.
+            IdempotencyKeyReused: If the key of ``once`` was used with other parameters.
+        """
+        ...
+
+    async def resolve_many(
+        self,
+        resolutions: Resolutions,
+        *,
+        transitions: Transitions = ...,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> OptionalIncidents:
+        """End open incidents, all or none, and return one answer for each deduplication key.
+
+        The result is that of :meth:`resolve` called for one key after the other.
+
+        Raises:
+            IllegalTransition: If the transitions do not allow the change.
             IdempotencyKeyReused: If the key of ``once`` was used with other parameters.
         """
         ...

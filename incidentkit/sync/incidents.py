@@ -19,10 +19,13 @@ from incidentkit.domain.values import (
     IncidentOrder,
     IncidentSource,
     IncidentStatus,
+    OrderName,
     SearchPage,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
-from incidentkit.incidents import EventList, IncidentList, Incidents
+from incidentkit.incidents import EventList, IncidentList, Incidents, OptionalIncidents
 
 _T = TypeVar("_T")
 
@@ -53,25 +56,36 @@ class SyncIncidents(ABC):
         self,
         incident_message: str,
         *,
-        source: IncidentSource | str,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        source: IncidentSource | SourceName,
+        incident_type: IncidentStatus | StatusName = IncidentStatus.NEW,
         dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Incident: ...
 
-    def create(
+    def create(  # noqa: PLR0913
         self,
         incident_message: NewIncident | str,
         *,
-        source: IncidentSource | str | None = None,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        source: IncidentSource | SourceName | None = None,
+        incident_type: IncidentStatus | StatusName = IncidentStatus.NEW,
         dedup_key: str | None = None,
+        details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Incident:
         """Store an incident and return it, as :meth:`IncidentClient.create` does."""
         given: Any = incident_message
-        fields: Any = {"source": source, "incident_type": incident_type, "dedup_key": dedup_key}
-        return self._run(self._incidents.create(given, **fields, idempotency_key=idempotency_key))
+        reported_by: Any = source
+        return self._run(
+            self._incidents.create(
+                given,
+                source=reported_by,
+                incident_type=incident_type,
+                dedup_key=dedup_key,
+                details=details,
+                idempotency_key=idempotency_key,
+            )
+        )
 
     def create_many(
         self,
@@ -88,7 +102,7 @@ class SyncIncidents(ABC):
     def update_status(
         self,
         incident_id: int,
-        status: IncidentStatus | str,
+        status: IncidentStatus | StatusName,
         *,
         note: str | None = None,
         expected_version: int | str | VersionMatch | None = None,
@@ -102,6 +116,36 @@ class SyncIncidents(ABC):
                 note=note,
                 expected_version=expected_version,
                 idempotency_key=idempotency_key,
+            )
+        )
+
+    def resolve(
+        self,
+        dedup_key: str,
+        *,
+        status: IncidentStatus | StatusName = IncidentStatus.COMPLETED,
+        note: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident | None:
+        """End the open incident with a key, as :meth:`IncidentClient.resolve` does."""
+        return self._run(
+            self._incidents.resolve(
+                dedup_key, status=status, note=note, idempotency_key=idempotency_key
+            )
+        )
+
+    def resolve_many(
+        self,
+        dedup_keys: Iterable[str],
+        *,
+        status: IncidentStatus | StatusName = IncidentStatus.COMPLETED,
+        note: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> OptionalIncidents:
+        """End the open incidents with some keys, as :meth:`IncidentClient.resolve_many` does."""
+        return self._run(
+            self._incidents.resolve_many(
+                dedup_keys, status=status, note=note, idempotency_key=idempotency_key
             )
         )
 
@@ -127,8 +171,8 @@ class SyncIncidents(ABC):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents, newest first, as :meth:`IncidentClient.list` does."""
         return self._run(self._incidents.list(page, limit, status, source))
@@ -140,16 +184,17 @@ class SyncIncidents(ABC):
     def search(  # noqa: PLR0913
         self,
         *,
-        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
-        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        status: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None = None,
+        source: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         dedup_key: str | None = None,
         text: str | None = None,
-        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        order: IncidentOrder | OrderName = IncidentOrder.NEWEST,
         limit: int = DEFAULT_LIMIT,
         after: str | None = None,
         total: bool = False,
+        details: bool = False,
     ) -> SearchPage:
         """Return one page of the matching incidents, as :meth:`IncidentClient.search` does."""
         return self._run(
@@ -164,20 +209,22 @@ class SyncIncidents(ABC):
                 limit=limit,
                 after=after,
                 total=total,
+                details=details,
             )
         )
 
     def iterate(  # noqa: PLR0913
         self,
         *,
-        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
-        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        status: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None = None,
+        source: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         dedup_key: str | None = None,
         text: str | None = None,
-        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        order: IncidentOrder | OrderName = IncidentOrder.NEWEST,
         batch: int = 100,
+        details: bool = False,
     ) -> Iterator[Incident]:
         """Yield all matching incidents, page by page, as :meth:`IncidentClient.iterate` does."""
         query = SearchQuery(
@@ -189,6 +236,7 @@ class SyncIncidents(ABC):
             text=text,
             order=order,
             limit=batch,
+            details=details,
         )
         while True:
             page = self._run(self._incidents._search_page(query))  # noqa: SLF001

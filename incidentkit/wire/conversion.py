@@ -163,16 +163,38 @@ def decode_incident(data: bytes | str) -> Incident:
         raise ValueError("not a JSON object of an incident") from error
 
 
+def decode_optional(data: bytes | str) -> Incident | None:
+    """Read the output of :func:`encode_optional`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is neither ``null`` nor a JSON object of an incident.
+    """
+    return None if data in ("null", b"null") else decode_incident(data)
+
+
+def decode_optionals(data: bytes | str) -> list[Incident | None]:
+    """Read the output of :func:`encode_optionals`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is not a JSON array of incidents and ``null``.
+    """
+    return _decode_array(data, Incident | None)
+
+
 def decode_incidents(data: bytes | str) -> list[Incident]:
     """Read the output of :func:`encode_incidents`; unknown fields are ignored.
 
     Raises:
         ValueError: If it is not a JSON array of incidents.
     """
+    return _decode_array(data, Incident)
+
+
+def _decode_array(data: bytes | str, item: Any) -> list[Any]:
     try:
         value = json.loads(data)
         if not isinstance(value, list):
             raise TypeError("not an array")  # noqa: TRY301
-        return wire_converter().structure(value, list[Incident])
+        return wire_converter().structure(value, list[item])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError("not a JSON array of incidents") from error

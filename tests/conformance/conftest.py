@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from incidentkit.testing import PrivateDatabase
 from tests.conformance.embodiments import EMBODIMENTS, ON_POSTGRES
 from tests.conformance.gaps import expected_failure, gaps_of
 from tests.remotes import Host
@@ -46,6 +47,13 @@ def pooler(postgres_server_url: str) -> Iterator[PgBouncer]:
     """The pooler that the suite runs through."""
     with PgBouncer(postgres_server_url, mode=MODE, size=SIZE) as pooler:
         yield pooler
+
+
+@pytest.fixture
+def private_database() -> Iterator[PrivateDatabase]:
+    """A database of the test kit."""
+    with PrivateDatabase() as database:
+        yield database
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import asyncpg
 from attrs import frozen
 
 from incidentkit import IncidentClient, SyncIncidentClient
+from incidentkit.testing.clients import private_parts, swap
 from tests.conformance.awaited import Awaited
 from tests.conftest import TENANTS
 from tests.hosts import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
+    from incidentkit.testing import PrivateDatabase
     from tests.hosts import Host
     from tests.remotes import Host as ServiceHost
     from tests.servers import PgBouncer
@@ -194,6 +196,27 @@ class WithRedis(Embodiment):
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
         """Return a client with a shared cache."""
         return IncidentClient.open(self.url, self._redis_url, **options)
+
+
+class Private(Embodiment):
+    """A client on the test kit's database."""
+
+    def __init__(self, url: str, database: PrivateDatabase) -> None:
+        super().__init__(url)
+        self._database = database
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Yield a client that opens itself."""
+        client = IncidentClient.open(self.url, **options)
+        swap(client, private_parts(self._database, client.observer))
+        yield client
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement on the connection that all clients share."""
+        with self._database.transaction() as connection:
+            result = connection.exec_driver_sql(statement)
+            return [tuple(row) for row in result] if result.returns_rows else []
 
 
 class OnPool(Embodiment):
@@ -355,6 +378,7 @@ def _on_postgres(embodiment: Callable[..., Embodiment], *fixtures: str) -> Setup
 EMBODIMENTS = {
     "sqlite-file": _on_sqlite(ByUrl),
     "sqlite-memory": Setup(ByUrl, ("memory_url",)),
+    "sqlite-private": Setup(Private, ("memory_url", "private_database")),
     "sqlite-redis": _on_sqlite(WithRedis, "redis_url"),
     "sqlite-engine": _on_sqlite(OnEngine),
     "sync-sqlite": _on_sqlite(Synchronous),

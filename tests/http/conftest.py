@@ -143,7 +143,7 @@ def api() -> Iterator[httpx2.Client]:
 def urls(request: pytest.FixtureRequest) -> tuple[str, str | None]:
     """The URLs of an empty database, and of a Redis if there is one."""
     if request.param == "sqlite":
-        return str(request.getfixturevalue("sqlite_url")), None
+        return str(request.getfixturevalue("migrated_sqlite_url")), None
     return (
         str(request.getfixturevalue("migrated_postgres_url")),
         str(request.getfixturevalue("redis_url")),
