@@ -28,6 +28,8 @@ DEPENDENT = (
     "tests/test_host_database.py",
     "tests/test_interrupts.py",
     "tests/test_migrations.py",
+    "tests/test_remote.py",
+    "tests/test_remote_faults.py",
     "tests/test_schemas.py",
     "tests/test_settings.py",
     "tests/test_sqlite.py",
