@@ -177,7 +177,7 @@ class SyncIncidentClient(SyncIncidents):
 
         Their writes are committed or rolled back with the rest of that transaction, and invisible
         to others until then. Their reads see that transaction, and never use a cache. All of them
-        run on that connection, in the thread that calls them:
+        run on that connection, in the thread that calls them. The client need not be open:
 
         .. code-block:: python
 
@@ -193,8 +193,6 @@ class SyncIncidentClient(SyncIncidents):
         Raises:
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
-
-        The client need not be open, since no connection of its own takes part.
         """
         transaction = lazily.HostTransaction(self._client.store.join_sync(connection))
         return SyncJoinedIncidents(self._client._joined_to(transaction))  # noqa: SLF001
