@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -56,6 +57,20 @@ def _read_text(ctx: click.Context, __: click.Parameter, value: str | None) -> st
         raise click.BadParameter("stdin cannot be read") from error
 
 
+def _read_object(
+    ctx: click.Context, parameter: click.Parameter, value: str | None
+) -> dict[str, Any] | None:
+    """Return the JSON value of the text; the rules of details check it."""
+    text = _read_text(ctx, parameter, value)
+    try:
+        details: dict[str, Any] | None = None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter("it is not JSON") from error
+    if text is not None and details is None:
+        raise click.BadParameter("it is not a JSON object")
+    return details
+
+
 _takes_expected_version: Final = click.option(
     "--expected-version",
     type=int,
@@ -86,6 +101,12 @@ _takes_expected_version: Final = click.option(
     help="The problem: while an incident with this key is open, a further report counts as an "
     "occurrence of it.",
 )
+@click.option(
+    "--details",
+    metavar="JSON",
+    callback=_read_object,
+    help="More about it, as a JSON object; a dash reads it from stdin.",
+)
 @takes_idempotency_key
 @takes_actor
 @takes_json
@@ -100,6 +121,7 @@ def create(servers: Servers, incident_message: str, *, as_json: bool, **fields: 
       incidentkit create "Disk is full on db-1" --source monitoring
       dmesg | tail -n 1 | incidentkit create - --source operator
       incidentkit create "Disk is full on db-1" --source monitoring --dedup-key disk:db-1
+      incidentkit create "Disk is full" --source operator --details '{"host": "db-1"}'
     """  # noqa: D301
     incident = run(
         servers, lambda incidents: incidents.create(incident_message, **fields), creates=True

@@ -196,7 +196,15 @@ class Incident(Plain):
             "is unknown."
         ),
     )
-    details: dict[str, Any] | None = field(default=None, eq=False)
+    details: dict[str, Any] | None = field(
+        default=None,
+        eq=False,
+        metadata=schema(
+            required=False,
+            description="The details of the first report, with the order of keys left open; null "
+            "if there are none. Absent from lists, and from searches without details=true.",
+        ),
+    )
 
     @property
     def tag(self) -> str:

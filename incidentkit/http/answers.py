@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
@@ -117,7 +117,7 @@ async def create_many(request: Request, arguments: Mapping[str, Any]) -> Respons
     created = any(incident.occurrences == 1 for incident in incidents)
     status = HTTPStatus.CREATED if created else HTTPStatus.OK
     visible = [_visible(request, *pair) for pair in zip(new, incidents, strict=True)]
-    content = await encode_array(visible, encode_incidents)
+    content = await encode_array(visible, partial(encode_incidents, details=True))
     return _json(content, status, _replayed(replay))
 
 
@@ -138,6 +138,7 @@ def _as_reported(new: NewIncident, incident: Incident) -> Incident:
         incident.last_seen_at,
         dedup_key=new.dedup_key,
         last_seen_at=incident.last_seen_at,
+        details=new.details,
     )
 
 
@@ -214,11 +215,13 @@ async def resolve_many(request: Request, arguments: Mapping[str, Any]) -> Respon
 async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
     """Answer with one page of a search, and the link to the next one."""
     service = _service(request)
-    slow = arguments["text"] is not None or arguments["total"]
+    details = arguments["details"]
+    slow = arguments["text"] is not None or arguments["total"] or details
     with service.searches.place(sender_of(request.scope) if slow else None):
         search = service.client.search(**arguments)
         page = await run_until_disconnect(search, request.receive)
-    incidents = await encode_array(page.incidents, encode_incidents)
+    encode = partial(encode_incidents, details=details)
+    incidents = await encode_array(page.incidents, encode)
     content = encode_object("incidents", incidents, {"next": page.next, "total": page.total})
     return _json(content, headers=_link(request, "/incident/search", page.next))
 

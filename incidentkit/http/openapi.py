@@ -15,7 +15,7 @@ from starlette.types import Scope
 from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import FieldError
-from incidentkit.domain.formats import SCHEMA, TIME_PATTERN
+from incidentkit.domain.formats import REQUIRED, SCHEMA, TIME_PATTERN
 from incidentkit.domain.values import (
     MAX_ID,
     NAME_MAX_LENGTH,
@@ -161,6 +161,7 @@ _INCIDENT: Final = Incident(
     IncidentSource.MONITORING,
     datetime(2026, 3, 1, 9, 30, tzinfo=UTC),
     dedup_key="disk-full:db-1",
+    details={"volume": "/var", "used": 0.98},
 )
 
 _EVENT: Final = IncidentEvent(
@@ -176,7 +177,10 @@ _EVENT: Final = IncidentEvent(
 
 _MODELS: Final = {
     NewIncident: NewIncident(
-        "Disk is full on db-1", IncidentSource.MONITORING, dedup_key="disk-full:db-1"
+        "Disk is full on db-1",
+        IncidentSource.MONITORING,
+        dedup_key="disk-full:db-1",
+        details={"volume": "/var", "used": 0.98},
     ),
     NewNote: NewNote("The old logs were removed"),
     Resolution: Resolution("disk-full:db-1", note="The old logs were removed"),
@@ -390,7 +394,7 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
     described["responses"] = {
         str(status): {
             "description": means,
-            "headers": _headers(HEADER, API_VERSION_HEADER, *operation.headers, *repeats),
+            "headers": _headers(*operation.headers, *repeats),
             "content": {
                 "application/json": _or_bare(_content(operation.returns, schemas), bare, schemas),
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
@@ -406,7 +410,7 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
     if operation.unchanged:
         described["responses"]["304"] = {
             "description": "The client has the present state",
-            "headers": _headers(HEADER, API_VERSION_HEADER, "ETag"),
+            "headers": _headers("ETag"),
         }
     for status in operation.problems:
         described["responses"][str(status)] = (
@@ -508,13 +512,15 @@ def _problem(
         example |= wire_converter().unstructure(_MODELS[members])
     return {
         "description": f"{TITLES[status]}: {codes}",
-        "headers": _headers(HEADER, API_VERSION_HEADER, *_PROBLEM_HEADERS.get(status, ())),
+        "headers": _headers(*_PROBLEM_HEADERS.get(status, ())),
         "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
     }
 
 
 def _headers(*names: str) -> Json:
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+    """Return the headers that every answer has, and those with these names."""
+    every = (HEADER, API_VERSION_HEADER, *names)
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in every}
 
 
 def _content(type_: Any, schemas: Json) -> Json:
@@ -525,7 +531,12 @@ def _content(type_: Any, schemas: Json) -> Json:
         # Null, in place of an item, needs no example.
         item = get_args(item)[0]
     example = wire_converter().unstructure(_MODELS[item])
-    return {"schema": _schema(type_, schemas), "example": [example] if many else example}
+    if many:
+        example = [example]
+    for incident in example if many else example.get("incidents", ()):
+        # Most answers with several incidents do not have them.
+        incident.pop("details", None)
+    return {"schema": _schema(type_, schemas), "example": example}
 
 
 def _or_bare(content: Json, bare: type[Any] | None, schemas: Json) -> Json:
@@ -539,6 +550,8 @@ def _schema(type_: Any, schemas: Json) -> Json:
     """Return the JSON Schema of a type, and add that of a model or an enum to the schemas."""
     if get_origin(type_) in (list, tuple):
         return {"type": "array", "items": _schema(get_args(type_)[0], schemas)}
+    if get_origin(type_) is dict:
+        return {"type": "object"}
     if isinstance(type_, UnionType):
         return {"anyOf": [_schema(member, schemas) for member in get_args(type_)]}
     if type_ in _PLAIN:
@@ -574,6 +587,8 @@ def _model(type_: type[Any], schemas: Json) -> Json:
         name = attribute.name
         more: Json = attribute.metadata.get(SCHEMA, {})
         properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), more)
+        if not attribute.metadata.get(REQUIRED, True):
+            continue
         if attribute.default is NOTHING or type_ not in CLOSED:
             required.append(name)
         else:

@@ -330,6 +330,12 @@ OPERATIONS: Final = (
                 bool,
                 default=False,
             ),
+            Parameter(
+                "details",
+                "Whether each incident has its `details`.",
+                bool,
+                default=False,
+            ),
         ),
         check=SearchQuery,
         problems=(400, 422, 500, 503),

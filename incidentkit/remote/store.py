@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, NoReturn, TypeAlias, TypeVar, get_origin
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar, get_origin, overload
 from uuid import uuid4
 
 from incidentkit.affinity import Affinity
@@ -47,7 +47,7 @@ from incidentkit.remote.connection import Connection
 from incidentkit.remote.feed import RemoteFeed
 from incidentkit.remote.messages import JSON, Answer, Call, header_value, preconditions
 from incidentkit.remote.options import RemoteOptions
-from incidentkit.remote.problems import error_for
+from incidentkit.remote.problems import error_for, kind_of
 from incidentkit.remote.url import check_token, service_url
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
@@ -60,6 +60,7 @@ from incidentkit.store.ports import (
 )
 from incidentkit.version import API_VERSION, API_VERSION_HEADER
 from incidentkit.wire import dump_json, wire_converter
+from incidentkit.wire.kinds import Kind
 
 _T = TypeVar("_T")
 
@@ -158,7 +159,7 @@ class RemoteStore:
             self._expect(answer, call, list[Incident])
         except AccessDenied:
             # A token that may only report cannot read, and is valid all the same.
-            if answer.status != 403 or answer.headers.get("www-authenticate") is None:  # noqa: PLR2004
+            if kind_of(answer) is not Kind.INSUFFICIENT_SCOPE:
                 raise
 
     def _check_version(self, answer: Answer) -> None:
@@ -197,13 +198,10 @@ class RemoteStore:
         Raises:
             InvalidIncident: If they are too many, or too large, for one request.
         """
-        if len(incidents) > ITEMS_PER_REQUEST:
-            raise _refusal("incidents", f"{_TOO_MANY}: pass a smaller batch")
+        _check_number("incidents", len(incidents))
         body = wire_converter().unstructure(list(incidents))
         call = _write("POST", "/incident/create-many", body, actor, once)
-        if len(call.body or b"") > BYTES_PER_REQUEST:
-            reason = f"must be at most {BYTES_PER_REQUEST} bytes in one request"
-            raise _refusal("incidents", f"{reason}: pass a smaller batch")
+        _check_size("incidents", call)
         return await self._send(call, list[Incident], once)
 
     async def update_status(
@@ -236,13 +234,10 @@ class RemoteStore:
         actor: str | None = None,
         once: Idempotency | None = None,
     ) -> Incident | None:
-        """End the open incident with a deduplication key; return None if none is open."""
+        """End the open incident with a deduplication key by the transitions of the service."""
         body = wire_converter().unstructure(resolution)
-        status = resolution.status
-        call = _write("POST", "/incident/resolve", body, actor, once, to_status=status)
-        answer = await self._connection.send(call)
-        _note_replay(answer, once)
-        return None if answer.status == 204 else self._expect(answer, call, Incident)  # noqa: PLR2004
+        call = _write("POST", "/incident/resolve", body, actor, once, to_status=resolution.status)
+        return await self._send(call, Incident, once, absent=True)
 
     async def resolve_many(
         self,
@@ -252,16 +247,17 @@ class RemoteStore:
         actor: str | None = None,
         once: Idempotency | None = None,
     ) -> OptionalIncidents:
-        """End the open incidents with some keys, all or none.
+        """End open incidents, all or none, and return one answer for each deduplication key.
 
         Raises:
-            InvalidIncident: If the keys are too many for one request.
+            InvalidIncident: If they are too many, or too large, for one request.
         """
-        if len(resolutions.dedup_keys) > ITEMS_PER_REQUEST:
-            raise _refusal("dedup_keys", f"{_TOO_MANY}: pass fewer at a time")
+        _check_number("dedup_keys", len(resolutions.dedup_keys))
         body = wire_converter().unstructure(resolutions)
-        status = resolutions.status
-        call = _write("POST", "/incident/resolve-many", body, actor, once, to_status=status)
+        call = _write(
+            "POST", "/incident/resolve-many", body, actor, once, to_status=resolutions.status
+        )
+        _check_size("dedup_keys", call)
         return await self._send(call, OptionalIncidents, once)
 
     async def note(
@@ -305,7 +301,7 @@ class RemoteStore:
 
     async def search(self, query: SearchQuery) -> SearchPage:
         """Return one page of a search, with the total if the query asks for it."""
-        slow = query.text is not None or query.total
+        slow = query.text is not None or query.total or query.details
         call = Call("GET", "/incident/search", _parameters(query), slow=slow)
         return await self._send(call, SearchPage)
 
@@ -423,10 +419,29 @@ class RemoteStore:
         """Raise, since :meth:`feed` has changes by their cursors."""
         raise NeedsDatabase("the place of a cursor")
 
-    async def _send(self, call: Call, type_: type[_T], once: Idempotency | None = None) -> _T:
+    @overload
+    async def _send(self, call: Call, type_: type[_T], once: Idempotency | None = ...) -> _T: ...
+
+    @overload
+    async def _send(
+        self, call: Call, type_: type[_T], once: Idempotency | None = ..., *, absent: bool
+    ) -> _T | None: ...
+
+    async def _send(
+        self,
+        call: Call,
+        type_: type[_T],
+        once: Idempotency | None = None,
+        *,
+        absent: bool = False,
+    ) -> _T | None:
+        """Send a request, and return what its answer has; None if it may be, and is, absent."""
         answer = await self._connection.send(call)
-        value = self._expect(answer, call, type_)
-        _note_replay(answer, once)
+        nothing = absent and answer.status == 204  # noqa: PLR2004
+        value = None if nothing else self._expect(answer, call, type_)
+        replayed = answer.headers.get("idempotent-replayed") == "true"
+        if replayed and answer.attempts == 1 and once is not None and once.replay is not None:
+            once.replay.happened = True
         return value
 
     def _expect(self, answer: Answer, call: Call, type_: type[_T]) -> _T:
@@ -511,15 +526,18 @@ def _time(time: datetime) -> str:
     return time.isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
 
 
-def _note_replay(answer: Answer, once: Idempotency | None) -> None:
-    """Tell whether an answer is that of an earlier call, rather than of an earlier attempt."""
-    replayed = answer.headers.get("idempotent-replayed") == "true"
-    if replayed and answer.attempts == 1 and once is not None and once.replay is not None:
-        once.replay.happened = True
+def _check_number(name: str, number: int) -> None:
+    """Raise InvalidIncident if there are more items than a service takes in one request."""
+    if number > ITEMS_PER_REQUEST:
+        raise _too_many(name, f"must be at most {ITEMS_PER_REQUEST}")
 
 
-_TOO_MANY: Final = f"must be at most {ITEMS_PER_REQUEST} in one request to a service"
+def _check_size(name: str, call: Call) -> None:
+    """Raise InvalidIncident if a body has more bytes than a service takes."""
+    if len(call.body or b"") > BYTES_PER_REQUEST:
+        raise _too_many(name, f"must be at most {BYTES_PER_REQUEST} bytes")
 
 
-def _refusal(field: str, reason: str) -> InvalidIncident:
-    return InvalidIncident([FieldError(field, reason)])
+def _too_many(name: str, limit: str) -> InvalidIncident:
+    reason = f"{limit} in one request to a service: pass fewer, or a smaller batch"
+    return InvalidIncident([FieldError(name, reason)])

@@ -9,14 +9,14 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, TypeAlias, get_args
 
-from attrs import field, fields_dict, frozen
+from attrs import field, fields, frozen
 from cattrs import Converter
 from cattrs.gen import make_dict_structure_fn
 
 from incidentkit.domain import rules
 from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
 from incidentkit.domain.errors import FieldError, InvalidIncident
-from incidentkit.domain.formats import read_wire_time, wire_time
+from incidentkit.domain.formats import REQUIRED, read_wire_time, wire_time
 from incidentkit.domain.rules import check_names, collect, raise_faults
 from incidentkit.domain.values import (
     EventKind,
@@ -122,7 +122,7 @@ def wire_converter(*, complete: bool = True) -> Converter:
 def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
     """Return a hook that reads a model and raises KeyError for a missing field."""
     structure = make_dict_structure_fn(model, converter)
-    names = [name for name in fields_dict(model) if name != "details"]
+    names = [each.name for each in fields(model) if each.metadata.get(REQUIRED, True)]
 
     def complete(value: Any, type_: Any) -> Any:
         for name in names:

@@ -53,7 +53,7 @@ def with_routes(app: FastAPI) -> FastAPI:
 
     @app.get("/reports")
     async def search(incidents: Client) -> SearchPage:
-        return await incidents.search(total=True)
+        return await incidents.search(total=True, details=True)
 
     return app
 
@@ -69,7 +69,10 @@ async def test_a_route_answers_as_the_service_does() -> None:
         service = await api.get("/incidents/incident/get/1")
         assert created.content == (await api.get("/reports/1")).content == service.content
         found = await api.get("/reports")
-        assert found.content == (await api.get("/incidents/incident/search?total=true")).content
+        assert (
+            found.content
+            == (await api.get("/incidents/incident/search?total=true&details=true")).content
+        )
         refused = await api.post("/reports", json={"incident_message": "x", "source": "partner"})
         assert refused.status_code == 422
         (fault,) = refused.json()["detail"]
