@@ -46,13 +46,12 @@ html_show_sphinx: Final = False
 nitpick_ignore_regex: Final = [
     (
         "py:class",
-        r"(asyncio|asyncpg|collections|contextlib|datetime|enum|os|pathlib|re|redis|starlette)\..*",
+        r"(asyncio|asyncpg|collections|contextlib|datetime|enum|fastapi)\..*",
     ),
-    (
-        "py:class",
-        "AsyncBaseTransport|AsyncEngine|Callable.*|ContextVar|Pool|Record|SSLContext|Starlette",
-    ),
-    ("py:class", "MeterProvider|TracerProvider|datetime"),
+    ("py:class", r"(os|pathlib|re|redis|starlette)\..*"),
+    ("py:class", r"Async(BaseTransport|Connection|Engine|Session)|Connection|Pool|Record"),
+    ("py:class", r"Callable.*|ContextVar|MeterProvider|PoolConnectionProxy|SSLContext|Starlette"),
+    ("py:class", r"TracerProvider|datetime"),
     ("py:mod", "contextvars"),
 ]
 
@@ -61,9 +60,13 @@ ALIASES: Final = {
     "EventList": "list[IncidentEvent]",
     "Graph": "Mapping[str, Collection[str]]",
     "IncidentList": "list[Incident]",
+    "OrderName": "Literal['newest', 'oldest']",
     "Place": "tuple[int, int]",
     "RequestLog": "Literal['log', 'database']",
     "RequestLogSetting": "Literal['log', 'database']",
+    "SourceName": "Literal['operator', 'monitoring', 'partner']",
+    "StatusName": "Literal['new', 'completed', 'failed']",
+    "TimesName": "Literal['wire', 'rfc3339']",
 }
 
 

@@ -25,6 +25,8 @@ from incidentkit.domain.values import (
     IncidentEvent,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
 )
 from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
@@ -41,8 +43,9 @@ if TYPE_CHECKING:
     import os
 
     # Drivers, and what loads asyncio: a program may never need them.
-    from asyncpg import Pool, Record
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from asyncpg import Connection, Pool, Record
+    from asyncpg.pool import PoolConnectionProxy
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
     from incidentkit.cache.base import IncidentCache
     from incidentkit.remote.options import RemoteOptions
@@ -344,8 +347,8 @@ class IncidentClient(Incidents):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first.
 
@@ -374,7 +377,10 @@ class IncidentClient(Incidents):
         """
         return (await self._opened().pages.page(query)).json
 
-    def join(self, connection: object) -> JoinedIncidents:
+    def join(
+        self,
+        connection: AsyncConnection | AsyncSession | Connection[Any] | PoolConnectionProxy[Any],
+    ) -> JoinedIncidents:
         """Return the verbs inside the transaction of the application's own connection.
 
         Their writes are committed or rolled back with the rest of that transaction, and invisible

@@ -175,11 +175,12 @@ def test_json_is_the_wire_format_on_one_line() -> None:
     incident = json.loads(created)
     assert incident.keys() == {
         *("incident_id", "incident_message", "incident_type", "source", "created_at"),
-        *("version", "dedup_key", "occurrences", "last_seen_at", "ended_at"),
+        *("version", "dedup_key", "occurrences", "last_seen_at", "ended_at", "details"),
     }
     assert incident["incident_message"] == "Ärger\n日本"
     assert json.loads(output("get", "1", "--json")) == incident
-    assert json.loads(output("list", "--json")) == [incident]
+    listed = {name: value for name, value in incident.items() if name != "details"}
+    assert json.loads(output("list", "--json")) == [listed]
     completed = json.loads(output("update-status", "1", "completed", "--json"))
     assert completed["ended_at"] >= incident["created_at"]
     assert completed == incident | {
@@ -188,6 +189,29 @@ def test_json_is_the_wire_format_on_one_line() -> None:
         "ended_at": completed["ended_at"],
     }
     assert json.loads(output("list", "--page", "2", "--json")) == []
+
+
+def test_details_are_given_and_shown_as_json() -> None:
+    """`create` takes details, `get` shows them on one line, and `search` adds them to its JSON."""
+    details = {"volume": "/var", "log": "one\ntwo\u202e", "used": 0.98}
+    created = output(*DISK_FULL, "--details", json.dumps(details), "--json")
+    assert json.loads(created)["details"] == details
+    shown = '{"volume":"/var","log":"one\\ntwo\\u202e","used":0.98}'
+    assert shown in [line.split("  ")[-1].strip() for line in output("get", "1").splitlines()]
+    output("create", "Disk is full", "--source", "partner", "--details", "-", stdin='{"n": 1}')
+    plain, detailed = (
+        json.loads(output("search", "--order", "oldest", "--json", *more))["incidents"]
+        for more in ([], ["--details"])
+    )
+    assert [each["details"] for each in detailed] == [details, {"n": 1}]
+    assert all("details" not in each for each in plain)
+    for text, line in (
+        ("{", "Error: Invalid value for '--details': it is not JSON"),
+        ("null", "Error: Invalid value for '--details': it is not a JSON object"),
+        ("[]", "Error: details must be a JSON object"),
+        ('{"a": [NaN]}', "Error: details.a[0] must be a finite number"),
+    ):
+        assert errors(*DISK_FULL, "--details", text, exit_code=2)[-1] == line
 
 
 def test_list_is_a_table_with_the_newest_first() -> None:
@@ -432,6 +456,7 @@ READING = [
 ]
 CHANGING = [
     ("update-status", "1", "failed"),
+    ("resolve", "disk"),
     ("note", "1", "Order a disk"),
     ("purge", "--older-than", "1d"),
     ("db", "downgrade"),
@@ -682,6 +707,34 @@ def test_a_command_can_be_repeated() -> None:
     (line,) = errors(*other, exit_code=2)
     assert line == "Error: idempotency_key was used with other parameters"
     assert len(json.loads(output("list", "--json"))) == 1
+
+
+def test_resolve_ends_the_open_incidents_of_keys() -> None:
+    """`resolve` shows what it ended, and names on stderr a key without an open incident."""
+    for key in ("disk", "line", "fan"):
+        output(*DISK_FULL, "--dedup-key", key)
+    shown = output("resolve", "disk", "--note", "-", "--actor", "alice", stdin="Removed\n")
+    assert re.search(r"^dedup_key +disk$", shown, re.MULTILINE)
+    assert re.search(r"^incident_type +completed$", shown, re.MULTILINE)
+    last = json.loads(output("history", "1", "--json"))[-1]
+    assert (last["note"], last["actor"]) == ("Removed", "alice")
+    result = run("resolve", "disk", "line", "new\nline", "--status", "failed")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["incident_id", "2"]
+    assert result.stderr.splitlines() == [
+        "No incident with the key disk is open.",
+        r"No incident with the key new\nline is open.",
+    ]
+    command = ("resolve", "line", "fan", "--json", "--idempotency-key", "k")
+    line, fan = json.loads(output(*command))
+    assert (line, fan["incident_id"], fan["incident_type"]) == (None, 3, "completed")
+    assert json.loads(output(*command)) == [line, fan]
+    result = run("resolve", "disk")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert errors("resolve", "disk", "", "--status", "new", exit_code=2) == [
+        "Error: dedup_keys[1] must have 1 to 255 characters",
+        "Error: status must be one of: completed, failed",
+    ]
 
 
 def test_a_change_that_is_not_allowed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -688,7 +688,8 @@ def test_the_parameters_of_urls_are_those_of_the_code() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     """What the package exports is described by a page of the reference."""
     reference = page("docs/reference/python.md") + page("docs/reference/errors.md")
-    described = set(re.findall(r"auto(?:class|exception|function):: (?:[\w.]+\.)?(\w+)", reference))
+    directive = r"auto(?:class|data|exception|function):: (?:[\w.]+\.)?(\w+)"
+    described = set(re.findall(directive, reference))
     assert {*incidentkit.__all__} - {"__version__"} <= described
 
 

@@ -28,6 +28,7 @@ from incidentkit import (
     ClientClosed,
     IncidentClient,
     IncidentEvent,
+    IncidentStatus,
     NewIncident,
     SchemaOutOfDate,
     StoreError,
@@ -861,7 +862,7 @@ async def _write_and_follow(server: PostgresServer, rounds: int) -> None:  # noq
             while not stop.is_set():
                 count += 1
                 note = f"{number}-{count}"
-                status = ("new", "completed", "failed")[count % 3]
+                status = tuple(IncidentStatus)[count % 3]
                 try:
                     await client.note(ids[count % 4], note)
                     acknowledged.append(note)

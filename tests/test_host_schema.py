@@ -17,7 +17,15 @@ import asyncpg
 import pytest
 from sqlalchemy import StaticPool, event, inspect, text
 
-from incidentkit import IncidentClient, InvalidSettings, NewIncident, StoreError, acting_as
+from incidentkit import (
+    IncidentClient,
+    IncidentSource,
+    IncidentStatus,
+    InvalidSettings,
+    NewIncident,
+    StoreError,
+    acting_as,
+)
 from incidentkit.store.migrate import check, upgrade
 from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.tables import metadata
@@ -64,8 +72,10 @@ async def everything(client: IncidentClient) -> list[object]:
     for _ in range(2):
         # The second time, the page comes from the cache.
         note([one.incident_message for one in await client.list(limit=50)][30:])
+    open_, partner = IncidentStatus.NEW, IncidentSource.PARTNER
+    operator = IncidentSource.OPERATOR
     lists = await asyncio.gather(*(client.list(1, 2, status, source) for status, source in (
-        (None, None), ("new", None), (None, "partner"), ("new", "operator"))))  # fmt: skip
+        (None, None), (open_, None), (None, partner), (open_, operator))))  # fmt: skip
     note([len(each) for each in lists])
     note(await client.list(page=20, limit=100))
     note(len(await asyncio.gather(*(client.get(one.incident_id) for one in many))))

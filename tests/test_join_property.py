@@ -387,7 +387,7 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def url(way: str, request: pytest.FixtureRequest) -> str:
     """The URL of the host's database."""
-    name = "sqlite_url" if "sqlite" in way else "migrated_postgres_url"
+    name = "migrated_sqlite_url" if "sqlite" in way else "migrated_postgres_url"
     return str(request.getfixturevalue(name))
 
 

@@ -36,6 +36,7 @@ INCIDENT: Final = Incident(
     IncidentSource.PARTNER,
     datetime(2026, 11, 28, 9, 30, 15, 999, tzinfo=UTC),
     dedup_key="disk",
+    details={"labels": ["db", None], "used": 0.98},
     ended_at=datetime(2026, 11, 28, 5, 0, tzinfo=WEST),
 )
 EVENT: Final = IncidentEvent(

@@ -29,11 +29,10 @@ from incidentkit.domain.values import (
     IncidentStatus,
 )
 from incidentkit.wire import (
-    dump_json,
     encode_event,
     encode_events,
     encode_incidents,
-    wire_converter,
+    encode_object,
 )
 
 _takes_limit: Final = click.option(
@@ -117,6 +116,7 @@ def list_incidents(servers: Servers, *, as_json: bool, **query: Any) -> None:
 @_takes_limit
 @click.option("--after", metavar="CURSOR", help="Continue with the page after this cursor.")
 @click.option("--total", is_flag=True, help="Count the incidents of all pages.")
+@click.option("--details", is_flag=True, help="Add the details of each incident to --json.")
 @takes_json
 @takes_servers
 def search(servers: Servers, *, as_json: bool, **query: Any) -> None:
@@ -133,7 +133,8 @@ def search(servers: Servers, *, as_json: bool, **query: Any) -> None:
         query[name] = query[name] or None
     page = read(servers, lambda incidents: incidents.search(**query))
     if as_json:
-        write(dump_json(wire_converter().unstructure(page)))
+        incidents = encode_incidents(page.incidents, details=query["details"])
+        write(encode_object("incidents", incidents, {"next": page.next, "total": page.total}))
         return
     write_table(page.incidents)
     if page.total is not None:
@@ -147,7 +148,7 @@ def search(servers: Servers, *, as_json: bool, **query: Any) -> None:
 @takes_json
 @takes_servers
 def get(servers: Servers, incident_id: int, *, as_json: bool) -> None:
-    """Show one incident, with its message in full."""
+    """Show one incident, with its message in full and its details."""
     incident = read(servers, lambda incidents: incidents.get(incident_id))
     write_incident(incident, as_json=as_json)
 

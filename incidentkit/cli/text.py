@@ -10,14 +10,15 @@ from typing import Final
 from attrs import fields_dict
 
 from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent
-from incidentkit.wire import wire_converter
+from incidentkit.wire import dump_json, wire_converter
 
 COLUMNS: Final = ("incident_id", "created_at", "incident_type", "source", "incident_message")
+LONG: Final = ("dedup_key", "details")
 MORE: Final = (
-    *(name for name in fields_dict(Incident) if name not in (*COLUMNS, "dedup_key")),
-    "dedup_key",
+    *(name for name in fields_dict(Incident) if name not in (*COLUMNS, *LONG)),
+    *LONG,
 )
-"""The other fields of an incident, in their order; a key may be long, and stands last."""
+"""The other fields of an incident, in their order; those that may be long stand last."""
 
 EVENT_COLUMNS: Final = ("at", "kind", "from_status", "to_status", "actor", "note")
 GAP: Final = "  "
@@ -136,6 +137,8 @@ def _remedy(blocker: FeedBlocker) -> str:
 def _cells(model: Incident | IncidentEvent, names: Sequence[str]) -> tuple[str, ...]:
     """Return the fields as harmless text; a field that is None is empty."""
     values = wire_converter().unstructure(model)
+    if values.get("details") is not None:
+        values["details"] = dump_json(values["details"]).decode()
     zones = {name: " UTC" for name in names if isinstance(getattr(model, name), datetime)}
     return tuple(
         "" if values[name] is None else harmless(f"{values[name]}{zones.get(name, '')}")

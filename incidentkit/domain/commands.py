@@ -17,6 +17,8 @@ from incidentkit.domain.formats import schema
 from incidentkit.domain.plain import Plain
 from incidentkit.domain.rules import MAX_FAULTS, check_names, collect, raise_faults
 from incidentkit.domain.values import (
+    DETAILS_MAX_DEPTH,
+    DETAILS_MAX_SIZE,
     FORBIDDEN_MESSAGES,
     MAX_MANY,
     MESSAGE_MAX_LENGTH,
@@ -26,6 +28,8 @@ from incidentkit.domain.values import (
     STORABLE,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
 
@@ -86,7 +90,15 @@ class NewIncident(Plain):
         ),
     )
     details: dict[str, Any] | None = field(
-        default=None, converter=optional(check_details), hash=False
+        default=None,
+        converter=optional(check_details),
+        hash=False,
+        metadata=schema(
+            description=f"More about it, in at most {DETAILS_MAX_SIZE} bytes as compact JSON with "
+            f"numbers without exponents, and {DETAILS_MAX_DEPTH} levels of objects and arrays. "
+            "Integers have 64 bits, or are those that a double holds exactly; strings contain no "
+            "NUL."
+        ),
     )
 
     __attrs_post_init__ = raise_faults
@@ -95,9 +107,9 @@ class NewIncident(Plain):
     def fitting(
         cls,
         incident_message: str,
-        source: IncidentSource | str,
+        source: IncidentSource | SourceName,
         *,
-        incident_type: IncidentStatus | str = OPEN,
+        incident_type: IncidentStatus | StatusName = OPEN,
         dedup_key: str | None = None,
         details: dict[str, Any] | None = None,
     ) -> NewIncident:

@@ -18,9 +18,18 @@ SCHEMA: Final = "schema"
 """Where the metadata of a field has its JSON Schema, beyond the type."""
 
 
-def schema(**keywords: Any) -> dict[str, dict[str, Any]]:
-    """Return the metadata of a field: its description and its bounds, in terms of JSON Schema."""
-    return {SCHEMA: keywords}
+REQUIRED: Final = "required"
+"""Where the metadata of a field has whether every JSON object has it; missing: it has."""
+
+
+def schema(*, required: bool = True, **keywords: Any) -> dict[str, Any]:
+    """Return the metadata of a field.
+
+    Args:
+        required: Whether every answer of the service has the field.
+        keywords: Its description and its bounds, in terms of JSON Schema.
+    """
+    return {SCHEMA: keywords, REQUIRED: required}
 
 
 def wire_time(value: datetime) -> str:

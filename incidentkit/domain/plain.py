@@ -54,7 +54,7 @@ class Plain:
         return members(self)
 
     def to_json(self, times: TimesName = "wire") -> str:
-        """Return every field as a JSON object: with the default, that of the REST service.
+        """Return every field as a JSON object: with the default, as the REST service writes it.
 
         Args:
             times: As for :meth:`to_dict`.

@@ -29,7 +29,7 @@ from pydantic_core.core_schema import (
 )
 from typing_extensions import TypedDict
 
-from incidentkit.domain.formats import SCHEMA, TIME_PATTERN, read_wire_time, wire_time
+from incidentkit.domain.formats import REQUIRED, SCHEMA, TIME_PATTERN, read_wire_time, wire_time
 
 
 def model_schema(model: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -91,7 +91,8 @@ def _member(attribute: Attribute[Any], hint: Any) -> Any:
     described = Field(description=schema.pop("description", None), json_schema_extra=schema)
     rule = _rule(attribute)
     if rule is None:
-        return Annotated[_strict(hint), described]
+        read: Any = Annotated[_strict(hint), described]
+        return read if attribute.metadata.get(REQUIRED, True) else NotRequired[read]
     checked: Any = Annotated[_strict(hint), BeforeValidator(rule), described]
     if attribute.default is NOTHING:
         return checked
@@ -122,6 +123,7 @@ def _time(value: object) -> datetime:
 _LEAVES: Final[dict[Any, Any]] = {
     int: Annotated[int, Strict(), WithJsonSchema({"type": "integer", "format": "int64"})],
     str: Annotated[str, Strict()],
+    dict[str, Any]: Annotated[dict[str, Any], WithJsonSchema({"type": "object"})],
     datetime: Annotated[
         datetime,
         BeforeValidator(_time),

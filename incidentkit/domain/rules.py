@@ -49,6 +49,9 @@ from incidentkit.domain.values import (
     IncidentOrder,
     IncidentSource,
     IncidentStatus,
+    OrderName,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
 from incidentkit.domain.words import phrases
@@ -262,7 +265,7 @@ def names(value: Iterable[str]) -> tuple[str, ...]:
 
 
 def _names(value: object) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ValueError("must be several strings, as in a list")  # noqa: TRY004
     # Read no more than needed: an iterator may be endless.
     given = tuple(islice(value, MAX_MANY + 1))
@@ -295,45 +298,45 @@ def _member(value: object, members: Mapping[str, _E]) -> _E:
     return member
 
 
-def status(value: IncidentStatus | str) -> IncidentStatus:
+def status(value: IncidentStatus | StatusName) -> IncidentStatus:
     """Return the status; a string stands for the member with this value."""
     return _member(value, _STATUSES)
 
 
-def optional_status(value: IncidentStatus | str | None) -> IncidentStatus | None:
+def optional_status(value: IncidentStatus | StatusName | None) -> IncidentStatus | None:
     """Return the status, or None."""
     return None if value is None else status(value)
 
 
-def last_status(value: IncidentStatus | str) -> IncidentStatus:
+def last_status(value: IncidentStatus | StatusName) -> IncidentStatus:
     """Return the status of an incident that has ended: any but ``new``."""
     return _member(value, _LAST_STATUSES)
 
 
-def source(value: IncidentSource | str) -> IncidentSource:
+def source(value: IncidentSource | SourceName) -> IncidentSource:
     """Return the source; a string stands for the member with this value."""
     return _member(value, _SOURCES)
 
 
-def optional_source(value: IncidentSource | str | None) -> IncidentSource | None:
+def optional_source(value: IncidentSource | SourceName | None) -> IncidentSource | None:
     """Return the source, or None."""
     return None if value is None else source(value)
 
 
-def order(value: IncidentOrder | str) -> IncidentOrder:
+def order(value: IncidentOrder | OrderName) -> IncidentOrder:
     """Return the order; a string stands for the member with this value."""
     return _member(value, _ORDERS)
 
 
 def statuses(
-    value: Iterable[IncidentStatus | str] | IncidentStatus | str | None,
+    value: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None,
 ) -> frozenset[IncidentStatus] | None:
     """Return one status or several as a set; None, or all of them, is no filter."""
     return _some(value, _STATUSES)
 
 
 def sources(
-    value: Iterable[IncidentSource | str] | IncidentSource | str | None,
+    value: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None,
 ) -> frozenset[IncidentSource] | None:
     """Return one source or several as a set; None, or all of them, is no filter."""
     return _some(value, _SOURCES)

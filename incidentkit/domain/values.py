@@ -123,9 +123,13 @@ class IncidentOrder(StrEnum):
 
 
 StatusName: TypeAlias = Literal["new", "completed", "failed"]
+"""The value of a status, which stands for it in an argument."""
+
 SourceName: TypeAlias = Literal["operator", "monitoring", "partner"]
+"""The value of a source, which stands for it in an argument."""
+
 OrderName: TypeAlias = Literal["newest", "oldest"]
-"""The values of the members, which stand for them in arguments."""
+"""The value of an order, which stands for it in an argument."""
 
 
 def _whole_utc_second(value: datetime) -> datetime:
@@ -192,7 +196,15 @@ class Incident(Plain):
             "is unknown."
         ),
     )
-    details: dict[str, Any] | None = field(default=None, eq=False)
+    details: dict[str, Any] | None = field(
+        default=None,
+        eq=False,
+        metadata=schema(
+            required=False,
+            description="The details of the first report, with the order of keys left open; null "
+            "if there are none. Absent from lists, and from searches without details=true.",
+        ),
+    )
 
     @property
     def tag(self) -> str:

@@ -26,7 +26,11 @@ from incidentkit.wire import wire_converter
 from incidentkit.wire.kinds import Kind
 
 MAX_DIGITS: Final = 19
-"""The digits of 2^63-1, the largest integer of all parameters and fields."""
+"""The digits of 2^63-1, the largest integer of all parameters and fields but details."""
+
+MAX_JSON_DIGITS: Final = 310
+"""Maximum characters of an integer in a body that is read exactly: those of the largest double and
+a sign."""
 
 MAX_DOUBLE: Final = 2**53
 """Limit of the integers that a JSON number with a fraction or an exponent represents exactly."""
@@ -184,6 +188,7 @@ def _read_each(
 
 
 _ONCE: Final = "must be given only once"
+_ONCE_EACH: Final = "must have each name in an object only once"
 
 
 def _given(
@@ -444,9 +449,22 @@ def structure(value: object, model: type[Any]) -> Any:
         structured = wire_converter().structure(value, model)
     except InvalidIncident as error:
         raise InvalidIncident([*_merge(repeated, error), *unknown]) from None
+    if not (repeated or unknown) and isinstance(value, dict):
+        # The rules of the model have bounded the depth of its objects.
+        inner = [name for name, each in value.items() if isinstance(each, _Object)]
+        repeated = [FieldError(name, _ONCE_EACH) for name in inner if _repeats(value[name])]
     if repeated or unknown:
         raise InvalidIncident([*repeated, *unknown])
     return structured
+
+
+def _repeats(value: object) -> bool:
+    """Return whether an object in a value has a name more than once."""
+    if isinstance(value, list):
+        return any(map(_repeats, value))
+    return isinstance(value, _Object) and (
+        bool(value.repeated) or any(map(_repeats, value.values()))
+    )
 
 
 async def structure_many(value: object, model: type[Any], limit: int) -> list[Any]:
@@ -524,7 +542,7 @@ def _check_headers(headers: Sequence[tuple[bytes, bytes]]) -> None:
 
 
 def _read_json_integer(digits: str) -> int | float:
-    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
+    return int(digits) if len(digits) <= MAX_JSON_DIGITS else float(digits)
 
 
 def _read_json_float(text: str) -> int | float:

@@ -19,6 +19,8 @@ from incidentkit.domain.values import (
     IncidentOrder,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
 )
 from incidentkit.incidents import Incidents
 from incidentkit.sync.incidents import SyncIncidents
@@ -60,7 +62,7 @@ def all_incidents(
         incidents: A client, or the verbs in a joined transaction. For asynchronous verbs the result
             is to be awaited.
     """
-    return _of_all(incidents, list)
+    return _of_all(incidents, list, "all_incidents")
 
 
 @overload
@@ -68,9 +70,9 @@ def assert_incident_opened(
     incidents: SyncIncidents,
     *,
     message: TextMatcher | None = None,
-    source: IncidentSource | str | None = None,
+    source: IncidentSource | SourceName | None = None,
     dedup_key: TextMatcher | None = None,
-    status: IncidentStatus | str | None = None,
+    status: IncidentStatus | StatusName | None = None,
     occurrences: int | None = None,
     details: DetailsMatcher | None = None,
     count: int = 1,
@@ -82,9 +84,9 @@ def assert_incident_opened(
     incidents: Incidents,
     *,
     message: TextMatcher | None = None,
-    source: IncidentSource | str | None = None,
+    source: IncidentSource | SourceName | None = None,
     dedup_key: TextMatcher | None = None,
-    status: IncidentStatus | str | None = None,
+    status: IncidentStatus | StatusName | None = None,
     occurrences: int | None = None,
     details: DetailsMatcher | None = None,
     count: int = 1,
@@ -95,9 +97,9 @@ def assert_incident_opened(  # noqa: PLR0913
     incidents: SyncIncidents | Incidents,
     *,
     message: TextMatcher | None = None,
-    source: IncidentSource | str | None = None,
+    source: IncidentSource | SourceName | None = None,
     dedup_key: TextMatcher | None = None,
-    status: IncidentStatus | str | None = None,
+    status: IncidentStatus | StatusName | None = None,
     occurrences: int | None = None,
     details: DetailsMatcher | None = None,
     count: int = 1,
@@ -133,7 +135,8 @@ def assert_incident_opened(  # noqa: PLR0913
     if count < 1:
         raise InvalidSettings("count", "must be at least 1: there is also assert_no_incident")
     expected = Expected(message, source, dedup_key, status, occurrences, details)
-    return _of_all(incidents, partial(check_opened, expected=expected, count=count))
+    check = partial(check_opened, expected=expected, count=count)
+    return _of_all(incidents, check, "assert_incident_opened")
 
 
 @overload
@@ -141,9 +144,9 @@ def assert_no_incident(
     incidents: SyncIncidents,
     *,
     message: TextMatcher | None = None,
-    source: IncidentSource | str | None = None,
+    source: IncidentSource | SourceName | None = None,
     dedup_key: TextMatcher | None = None,
-    status: IncidentStatus | str | None = None,
+    status: IncidentStatus | StatusName | None = None,
     occurrences: int | None = None,
     details: DetailsMatcher | None = None,
 ) -> None: ...
@@ -154,9 +157,9 @@ def assert_no_incident(
     incidents: Incidents,
     *,
     message: TextMatcher | None = None,
-    source: IncidentSource | str | None = None,
+    source: IncidentSource | SourceName | None = None,
     dedup_key: TextMatcher | None = None,
-    status: IncidentStatus | str | None = None,
+    status: IncidentStatus | StatusName | None = None,
     occurrences: int | None = None,
     details: DetailsMatcher | None = None,
 ) -> Coroutine[Any, Any, None]: ...
@@ -166,9 +169,9 @@ def assert_no_incident(  # noqa: PLR0913
     incidents: SyncIncidents | Incidents,
     *,
     message: TextMatcher | None = None,
-    source: IncidentSource | str | None = None,
+    source: IncidentSource | SourceName | None = None,
     dedup_key: TextMatcher | None = None,
-    status: IncidentStatus | str | None = None,
+    status: IncidentStatus | StatusName | None = None,
     occurrences: int | None = None,
     details: DetailsMatcher | None = None,
 ) -> Coroutine[Any, Any, None] | None:
@@ -182,7 +185,8 @@ def assert_no_incident(  # noqa: PLR0913
     """
     __tracebackhide__ = True
     expected = Expected(message, source, dedup_key, status, occurrences, details)
-    return _of_all(incidents, partial(check_none, expected=expected))
+    check = partial(check_none, expected=expected)
+    return _of_all(incidents, check, "assert_no_incident")
 
 
 @overload
@@ -234,13 +238,20 @@ def assert_history(
         __tracebackhide__ = True
         return checked(await incidents.history(incident_id))
 
+    awaited.__qualname__ = "assert_history"
     return awaited()
 
 
 def _of_all(
-    incidents: SyncIncidents | Incidents, check: Callable[[IncidentList], _T]
+    incidents: SyncIncidents | Incidents, check: Callable[[IncidentList], _T], name: str
 ) -> _T | Coroutine[Any, Any, _T]:
-    """Read all incidents and return the result of a check, or a coroutine that does so."""
+    """Read all incidents and return the result of a check, or a coroutine that does so.
+
+    Args:
+        incidents: The verbs.
+        check: Takes the incidents, oldest first.
+        name: The name of the coroutine, in the warning of Python if it is never awaited.
+    """
     __tracebackhide__ = True
     if isinstance(incidents, SyncIncidents):
         return check([*incidents.iterate(**_ALL)])
@@ -249,4 +260,5 @@ def _of_all(
         __tracebackhide__ = True
         return check([incident async for incident in incidents.iterate(**_ALL)])
 
+    awaited.__qualname__ = name
     return awaited()

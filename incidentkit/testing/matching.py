@@ -11,7 +11,14 @@ from typing import Any, Final, TypeAlias
 from attrs import frozen
 
 from incidentkit.domain import rules
-from incidentkit.domain.values import Incident, IncidentEvent, IncidentSource, IncidentStatus
+from incidentkit.domain.values import (
+    Incident,
+    IncidentEvent,
+    IncidentSource,
+    IncidentStatus,
+    SourceName,
+    StatusName,
+)
 
 TextMatcher: TypeAlias = str | re.Pattern[str] | Callable[[Any], bool]
 """The whole text, a pattern that is found in it, or a function that tells."""
@@ -45,9 +52,9 @@ class Expected:
     """
 
     message: TextMatcher | None
-    source: IncidentSource | str | None
+    source: IncidentSource | SourceName | None
     dedup_key: TextMatcher | None
-    status: IncidentStatus | str | None
+    status: IncidentStatus | StatusName | None
     occurrences: int | None
     details: DetailsMatcher | None
 

@@ -451,7 +451,10 @@ async def test_each_token_has_idempotency_keys_of_its_own(service: Service) -> N
 async def test_a_reporter_sees_its_own_message_alone(service: Service) -> None:
     """The answer to a further occurrence reveals nothing that others reported."""
     await service.incidents.create(
-        "The s3cret of db-1 has leaked", source="operator", dedup_key="disk"
+        "The s3cret of db-1 has leaked",
+        source="operator",
+        dedup_key="disk",
+        details={"password": "s3cret"},
     )
     answers = {}
     for scope in ("report", "write", "read"):
@@ -471,16 +474,21 @@ async def test_a_reporter_sees_its_own_message_alone(service: Service) -> None:
         "occurrences": 1,
         "last_seen_at": "",
         "ended_at": None,
+        "details": None,
     }
     assert told.json()["created_at"] == told.json()["last_seen_at"]
     assert told.headers["ETag"] != answers["read"].headers["ETag"]
     for scope in ("write", "read"):
         assert answers[scope].json()["incident_message"] == "The s3cret of db-1 has leaked"
+        assert answers[scope].json()["details"] == {"password": "s3cret"}
     report = await service.token("intake", "report")
     other = REPORTED | {"dedup_key": None, "incident_message": "The fan is loud"}
     many = await service.send("POST", "/incident/create-many", report, json=[REPORTED, other])
     messages = [incident["incident_message"] for incident in many.json()]
     assert messages == ["Disk is full on db-1", "The fan is loud"]
+    own = REPORTED | {"details": {"host": "db-1"}}
+    again = await service.send("POST", "/incident/create", report, json=own)
+    assert again.json()["details"] == {"host": "db-1"}
 
 
 async def test_readiness_tells_a_stranger_one_word(

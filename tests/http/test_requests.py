@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from incidentkit.domain.commands import StatusChange
 
 JSON = {"Content-Type": "application/json"}
+VALID = '"incident_message": "long enough", "source": "operator"'
 BODY = json.dumps(INCIDENT).encode()
 
 
@@ -122,6 +123,17 @@ def test_the_place_of_an_error(api: httpx2.Client) -> None:
         (
             '{"incident_message": "long enough", "source": "operator", "source": "partner"}',
             {"source": "must be given only once"},
+        ),
+        (
+            f'{{{VALID}, "details": {{"a": [{{"b": 1, "c": 2, "b": 3}}]}}}}',
+            {"details": "must have each name in an object only once"},
+        ),
+        (
+            f'{{{VALID}, "details": {{"a": [12345678901234567890123]}}}}',
+            {
+                "details.a[0]": "must be an integer from -9223372036854775808 to "
+                "9223372036854775807, or one that a double holds exactly"
+            },
         ),
         (
             '{"source": "x", "source": "y", "x": 1, "x": 2, "incident_type": null}',

@@ -21,7 +21,8 @@ def test_an_incident_from_its_creation_to_its_end(
 ) -> None:
     """A created incident is found by its Location, listed, changed, and listed as changed."""
     api = serve(create_app(IncidentClient.open(*urls)))
-    created = api.post("/incident/create", json=INCIDENT)
+    details = {"volume": "/var", "used": 0.98}
+    created = api.post("/incident/create", json=INCIDENT | {"details": details})
     assert created.status_code == 201
     incident = created.json()
     assert incident == INCIDENT | {
@@ -33,11 +34,14 @@ def test_an_incident_from_its_creation_to_its_end(
         "occurrences": 1,
         "last_seen_at": incident["created_at"],
         "ended_at": None,
+        "details": details,
     }
     assert created.headers["Location"] == f"/incident/get/{incident['incident_id']}"
     assert api.get(created.headers["Location"]).json() == incident
-    assert api.get("/incident/get").json() == [incident]
-    assert api.get("/incident/get").json() == [incident]
+    # A list has no member "details".
+    listed = {name: value for name, value in incident.items() if name != "details"}
+    assert api.get("/incident/get").json() == [listed]
+    assert api.get("/incident/get").json() == [listed]
     changed = api.patch(
         "/incident/update-status",
         params={"incident_id": incident["incident_id"], "status": "completed"},
@@ -49,7 +53,9 @@ def test_an_incident_from_its_creation_to_its_end(
         "ended_at": changed.json()["ended_at"],
     }
     assert changed.json()["ended_at"] >= incident["created_at"]
-    assert api.get("/incident/get").json() == [changed.json()]
+    listed = changed.json()
+    assert listed.pop("details") == details
+    assert api.get("/incident/get").json() == [listed]
 
 
 def test_pages_are_newest_first_and_filtered(serve: Serve, urls: tuple[str, str | None]) -> None:

@@ -53,6 +53,25 @@ def test_filters_and_words(serve: Serve, urls: tuple[str, str | None]) -> None:
     assert api.get(search).json()["total"] is None
 
 
+def test_details_of_a_search_and_of_many(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """`details=true` adds the member `details`; without it, the answer has none."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    given = [{"n": 1, "host": "db-1"}, None]
+    bodies = [
+        {"incident_message": "Disk is full", "source": "partner", "details": details}
+        for details in given
+    ]
+    many = api.post("/incident/create-many", json=bodies)
+    assert [incident["details"] for incident in many.json()] == given
+    search = "/incident/search?order=oldest&limit=1"
+    page = api.get(f"{search}&details=true")
+    assert page.json()["incidents"] == many.json()[:1]
+    following = api.get(page.headers["Link"].split(">")[0][1:])
+    assert following.json()["incidents"] == many.json()[1:]
+    assert "details" not in api.get(search).text
+    assert api.get(f"{search}&details=1").status_code == 422
+
+
 def test_link_leads_through_all_pages(serve: Serve, urls: tuple[str, str | None]) -> None:
     """`Link` and `next` lead to the next page of the same search; the last page has neither."""
     api = serve(create_app(IncidentClient.open(*urls)))

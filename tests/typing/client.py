@@ -13,12 +13,14 @@ from incidentkit import (
     IncidentClient,
     IncidentEvent,
     IncidentOrder,
+    Incidents,
     IncidentSource,
     IncidentStatus,
     JoinedIncidents,
     NewIncident,
     SearchPage,
     SyncIncidentClient,
+    SyncIncidents,
     SyncJoinedIncidents,
     acting_as,
 )
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import psycopg
+    from asyncpg import Pool, Record
     from django.db.backends.base.base import BaseDatabaseWrapper
     from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -127,6 +130,25 @@ async def read_and_changed(incidents: IncidentClient) -> None:
     await incidents.update_status(7)  # type: ignore[call-arg]
 
 
+async def misspelled(incidents: Incidents, blocking: SyncIncidents, status: str) -> None:
+    """A checker reports a text that is no status, source or order, in every verb."""
+    await incidents.create("Disk is full", source="customer")  # type: ignore[call-overload]
+    await incidents.create("Disk is full", source="partner", incident_type="open")  # type: ignore[call-overload]
+    await incidents.update_status(7, "closed")  # type: ignore[arg-type]
+    await incidents.update_status(7, status)  # type: ignore[arg-type]
+    await incidents.list(status="open")  # type: ignore[arg-type]
+    await incidents.list(source="customer")  # type: ignore[arg-type]
+    await incidents.search(status=["new", "open"])  # type: ignore[list-item]
+    await incidents.search(source="customer")  # type: ignore[arg-type]
+    await incidents.search(order="random")  # type: ignore[arg-type]
+    incidents.iterate(order="random")  # type: ignore[arg-type]
+    blocking.create("Disk is full", source="customer")  # type: ignore[call-overload]
+    blocking.update_status(7, "closed")  # type: ignore[arg-type]
+    blocking.list(status="open")  # type: ignore[arg-type]
+    blocking.search(source={"customer"})  # type: ignore[arg-type]
+    blocking.iterate(order="random")  # type: ignore[arg-type]
+
+
 async def followed(incidents: IncidentClient) -> None:
     """Histories, searches and changes return their models; a cursor is a string or None."""
     assert_type(await incidents.history(7), list[IncidentEvent])
@@ -150,13 +172,21 @@ async def followed(incidents: IncidentClient) -> None:
             Incident,
         )
     await incidents.note(7)  # type: ignore[call-arg]
-    await incidents.search("disk")  # type: ignore[call-arg]
+    await incidents.search("new")  # type: ignore[call-arg]
     await incidents.update_status(7, "new", "a note")  # type: ignore[call-arg]
     await incidents.purge("90d")  # type: ignore[arg-type]
 
 
-async def joined(incidents: IncidentClient, session: AsyncSession, engine: AsyncEngine) -> None:
+async def joined(
+    incidents: IncidentClient, session: AsyncSession, engine: AsyncEngine, pool: Pool[Record]
+) -> None:
     """Joined incidents have the client's verbs, but neither its feed nor its lifecycle."""
+    incidents.join(7)  # type: ignore[arg-type]
+    incidents.join(engine)  # type: ignore[arg-type]
+    incidents.join(pool)  # type: ignore[arg-type]
+    async with engine.connect() as connection, pool.acquire() as acquired:
+        assert_type(incidents.join(connection), JoinedIncidents)
+        assert_type(incidents.join(acquired), JoinedIncidents)
     inside = incidents.join(session)
     assert_type(inside, JoinedIncidents)
     assert_type(await inside.create("Disk is full", source="partner"), Incident)
