@@ -447,8 +447,10 @@ def test_a_service_answers_failures(application: Application) -> None:
 def test_faults_are_taken_back(incidents: SyncIncidentClient) -> None:
     """Blocks can be nested, with those of recording too, and leave the client as it was."""
     before = dict(vars(incidents))
-    with failing(incidents, StoreUnavailable, times=1, verbs=["create"]):
+    with failing(incidents, StoreUnavailable, times=2, verbs=["create"]):
         with slow(incidents, 0.0), recording(incidents), pytest.raises(StoreUnavailable):
+            incidents.create("Disk is full", source="monitoring")
+        with pytest.raises(StoreUnavailable):
             incidents.create("Disk is full", source="monitoring")
         incidents.create("Disk is full", source="monitoring")
     assert vars(incidents) == before
