@@ -394,7 +394,7 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
     described["responses"] = {
         str(status): {
             "description": means,
-            "headers": _headers(HEADER, API_VERSION_HEADER, *operation.headers, *repeats),
+            "headers": _headers(*operation.headers, *repeats),
             "content": {
                 "application/json": _or_bare(_content(operation.returns, schemas), bare, schemas),
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
@@ -410,7 +410,7 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
     if operation.unchanged:
         described["responses"]["304"] = {
             "description": "The client has the present state",
-            "headers": _headers(HEADER, API_VERSION_HEADER, "ETag"),
+            "headers": _headers("ETag"),
         }
     for status in operation.problems:
         described["responses"][str(status)] = (
@@ -512,13 +512,15 @@ def _problem(
         example |= wire_converter().unstructure(_MODELS[members])
     return {
         "description": f"{TITLES[status]}: {codes}",
-        "headers": _headers(HEADER, API_VERSION_HEADER, *_PROBLEM_HEADERS.get(status, ())),
+        "headers": _headers(*_PROBLEM_HEADERS.get(status, ())),
         "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
     }
 
 
 def _headers(*names: str) -> Json:
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+    """Return the headers that every answer has, and those with these names."""
+    every = (HEADER, API_VERSION_HEADER, *names)
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in every}
 
 
 def _content(type_: Any, schemas: Json) -> Json:

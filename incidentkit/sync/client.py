@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from incidentkit.domain.transitions import Graph
     from incidentkit.observing import Observer
+    from incidentkit.remote.options import RemoteOptions
     from incidentkit.settings import Settings
     from incidentkit.store.options import StoreOptions
     from incidentkit.store.ports import IncidentStore
@@ -80,6 +81,8 @@ class SyncIncidentClient(SyncIncidents):
         options: StoreOptions | None = None,
         schema: str | None = None,
         observer: Observer | None = None,
+        token: str | None = None,
+        remote: RemoteOptions | None = None,
     ) -> Self:
         """Return a client for these servers, as :meth:`IncidentClient.open` does."""
         return cls(
@@ -92,6 +95,8 @@ class SyncIncidentClient(SyncIncidents):
                 options=options,
                 schema=schema,
                 observer=observer,
+                token=token,
+                remote=remote,
             )
         )
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MEASURED: Final = ("sqlite-engine", "postgresql-url", "joined-asyncpg-pool", "remote-asgi")
 """The embodiments for which coverage is measured: the others run the same code."""
 
+CHOSEN: Final = tuple(filter(None, os.environ.get("INCIDENTKIT_TEST_EMBODIMENTS", "").split(",")))
+"""The embodiments that the suite runs on; none: all."""
+
 MODE: Final[Any] = os.environ.get("INCIDENTKIT_TEST_POOLER")
 """The mode of the pooler that the suite runs through, on PostgreSQL; None: no pooler."""
 
@@ -101,7 +104,7 @@ def tenants_url(_reused: ReusedDatabases, _tenants_template: str) -> Iterator[st
         assert database.rows_of("public", *TENANTS[1:]) == before
 
 
-@pytest.fixture(params=ON_POSTGRES if MODE else EMBODIMENTS)
+@pytest.fixture(params=CHOSEN or (ON_POSTGRES if MODE else EMBODIMENTS))
 def embodiment(request: pytest.FixtureRequest) -> Embodiment:
     """Each embodiment, on an empty database."""
     setup = EMBODIMENTS[request.param]
