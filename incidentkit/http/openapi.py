@@ -493,13 +493,11 @@ def _headers(*names: str) -> Json:
 def _content(type_: Any, schemas: Json) -> Json:
     """Return the schema of a model, or of a list of models, with an example."""
     many = get_origin(type_) is list
-    example = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
-    if many:
-        example = [example]
-    for incident in example if many else example.get("incidents", ()):
+    one = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
+    for incident in [one] if many else one.get("incidents", ()):
         # Most answers with several incidents do not have them.
         incident.pop("details", None)
-    return {"schema": _schema(type_, schemas), "example": example}
+    return {"schema": _schema(type_, schemas), "example": [one] if many else one}
 
 
 def _or_bare(content: Json, bare: type[Any] | None, schemas: Json) -> Json:
