@@ -454,9 +454,25 @@ async def test_too_many_incidents_are_refused_before_they_are_sent() -> None:
             ([NewIncident("Disk is full", "monitoring")] * 1001, "at most 1000 in one request"),
             ([NewIncident("\U0001f525" * 1000, "monitoring")] * 600, "at most 2097152 bytes"),
         ):
-            with pytest.raises(InvalidIncident, match=f"incidents must be {said}.* smaller batch"):
+            with pytest.raises(InvalidIncident, match=f"incidents must be {said}.*: pass fewer"):
                 await incidents.create_many(new)
+        with pytest.raises(InvalidIncident, match="dedup_keys must be at most 1000 in one requ"):
+            await incidents.resolve_many(["disk"] * 1001)
         assert len(script.requests) == 1
+
+
+async def test_ended_incidents_may_be_none() -> None:
+    """No open incident is an answer without content, or null in place of an incident."""
+    both = b"[null,%b]" % encode_incident(DISK)
+    script = Script(answer(200, b"[]"), answer(204, b""), answer(200, both))
+    async with opened(script) as incidents:
+        assert await incidents.resolve("disk", note="It is over") is None
+        assert await incidents.resolve_many(["disk", "line"], status="failed") == [None, DISK]
+        assert await incidents.resolve("disk") == DISK
+    assert [json.loads(request.content) for request in script.requests[1:3]] == [
+        {"dedup_key": "disk", "status": "completed", "note": "It is over"},
+        {"dedup_keys": ["disk", "line"], "status": "failed", "note": None},
+    ]
 
 
 @pytest.mark.parametrize("text", [" a", "a ", "a\tb\n", "a\x7f"])

@@ -130,6 +130,8 @@ CALLS: Final[dict[str, Callable[[Any], object]]] = {
     "create": lambda it: it.create("Disk is full", source="operator"),
     "create_many": lambda it: it.create_many([NewIncident("Disk is full", "operator")]),
     "update_status": lambda it: it.update_status(1, "completed"),
+    "resolve": lambda it: it.resolve("disk"),
+    "resolve_many": lambda it: it.resolve_many(["disk"]),
     "note": lambda it: it.note(1, "seen"),
     "get": lambda it: it.get(1),
     "list": lambda it: it.list(),

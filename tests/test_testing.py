@@ -40,6 +40,7 @@ from incidentkit.testing import (
     recording,
     slow,
 )
+from tests.test_public_api import run_python
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -193,6 +194,42 @@ async def test_assertions_on_an_asynchronous_client_are_awaited(
     await assert_history(async_incidents, stored, ["created"])
     with pytest.raises(AssertionError, match="found 1"):
         await assert_no_incident(async_incidents)
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_an_assertion_that_is_not_awaited_is_named(async_incidents: IncidentClient) -> None:
+    """Python warns of a forgotten `await` with the name of the function."""
+    for call in (
+        lambda: assert_incident_opened(async_incidents),
+        lambda: assert_no_incident(async_incidents),
+        lambda: assert_history(async_incidents, 1, []),
+        lambda: all_incidents(async_incidents),
+    ):
+        with pytest.warns(RuntimeWarning, match="'(assert|all)_[a-z_]+' was never awaited"):
+            call()
+
+
+def test_a_forked_process_is_refused() -> None:
+    """A private database is never silently copied into a forked process."""
+    program = """
+import os
+from incidentkit import StoreError
+from incidentkit.testing import private_incidents
+
+with private_incidents() as incidents:
+    incidents.create("Disk is full", source="monitoring")
+    if os.fork() == 0:
+        try:
+            incidents.create("Disk is full", source="monitoring")
+        except StoreError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
+    print(len(incidents.list()))
+"""
+    refused, count = run_python(program).splitlines()
+    assert "in the memory of the process that this one was forked from" in refused
+    assert count == "1"
 
 
 def test_an_asynchronous_client_works_on_each_event_loop(async_incidents: IncidentClient) -> None:
@@ -457,7 +494,8 @@ def test_the_clock_stands_still(incidents: SyncIncidentClient) -> None:
         assert ended == datetime(2026, 2, 1, 0, 0, 1, tzinfo=UTC)
         times = [event.at for event in incidents.history(incident.incident_id)]
         assert times == [start, start + timedelta(hours=2), ended]
-    assert incidents.create("Disk is full", source="partner").created_at > ended
+        assert clock.now == ended
+    assert incidents.create("Disk is full", source="partner").created_at > clock.now
 
 
 def test_idempotency_keys_expire_by_the_frozen_clock(incidents: SyncIncidentClient) -> None:

@@ -16,10 +16,8 @@ pytest_plugins = "pytester"
 
 SYNCHRONOUS: Final = """
 import asyncio
-import subprocess
-import sys
 
-from incidentkit import IncidentClient, SyncIncidentClient
+from incidentkit import SyncIncidentClient
 from incidentkit.testing import assert_incident_opened, assert_no_incident
 
 
@@ -40,12 +38,12 @@ def test_both_clients_of_a_test_share_a_database(incidents, async_incidents):
     assert_incident_opened(incidents, status="completed")
 
 
-def test_several_programs_open_the_url(incidentkit_url):
-    with SyncIncidentClient.open(incidentkit_url) as incidents:
-        command = ["create", "Disk is full", "--source", "partner", "--database-url"]
-        subprocess.run(
-            [sys.executable, "-m", "incidentkit", *command, incidentkit_url], check=True
-        )
+def test_several_clients_open_the_url(incidentkit_url):
+    with (
+        SyncIncidentClient.open(incidentkit_url) as incidents,
+        SyncIncidentClient.open(incidentkit_url) as others,
+    ):
+        others.create("Disk is full", source="partner")
         assert_incident_opened(incidents, source="partner")
 """
 """Works without any other plugin."""

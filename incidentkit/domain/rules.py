@@ -265,7 +265,7 @@ def names(value: Iterable[str]) -> tuple[str, ...]:
 
 
 def _names(value: object) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ValueError("must be several strings, as in a list")  # noqa: TRY004
     # Read no more than needed: an iterator may be endless.
     given = tuple(islice(value, MAX_MANY + 1))

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 from attrs import NOTHING, evolve, fields
 from starlette.types import Scope
 
-from incidentkit.domain.commands import NewIncident
+from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import FieldError
 from incidentkit.domain.formats import REQUIRED, SCHEMA, TIME_PATTERN
@@ -20,6 +20,7 @@ from incidentkit.domain.values import (
     MAX_ID,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    OPEN,
     STORABLE,
     TAG_PATTERN,
     ChangePage,
@@ -41,7 +42,7 @@ from incidentkit.http.health import (
     SchemaHealth,
     State,
 )
-from incidentkit.http.operation import MAX_BODY, EntityTags, Operation, Parameter
+from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, EntityTags, Operation, Parameter
 from incidentkit.http.principals import ACTOR_HEADER, CHALLENGE
 from incidentkit.http.problems import (
     MEDIA_TYPE,
@@ -63,12 +64,33 @@ from incidentkit.wire.kinds import Kind
 
 Json: TypeAlias = dict[str, Any]
 
+_KEY: Final[Json] = {"minLength": 1, "maxLength": NAME_MAX_LENGTH, "pattern": STORABLE}
+
+_NOTE: Final[Json] = {
+    "minLength": 1,
+    "maxLength": NOTE_MAX_LENGTH,
+    "pattern": STORABLE,
+    "description": "Surrounding white space is removed and does not count.",
+}
+
 FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
-    (NewNote, "note"): {
-        "minLength": 1,
-        "maxLength": NOTE_MAX_LENGTH,
-        "pattern": STORABLE,
-        "description": "Surrounding white space is removed and does not count.",
+    (NewNote, "note"): _NOTE,
+    (Resolution, "dedup_key"): {
+        **_KEY,
+        "description": "The problem that is over: the incident with this key ends, if one is open.",
+    },
+    (Resolutions, "dedup_keys"): {
+        "items": {"type": "string", **_KEY},
+        "maxItems": MAX_ITEMS,
+        "description": "The problems that are over.",
+    },
+    **{
+        (model, name): described
+        for model in (Resolution, Resolutions)
+        for name, described in {
+            "status": {"enum": [each for each in IncidentStatus if each is not OPEN]},
+            "note": _NOTE,
+        }.items()
     },
     (Purge, "purged"): {"minimum": 0, "description": "Number of removed incidents."},
     (Purge, "left"): {
@@ -105,6 +127,8 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
     EventKind: "What happened to an incident.",
     State: "The state of a part of the service.",
     NewIncident: "An incident to create.",
+    Resolution: "The end of the open incident of a key.",
+    Resolutions: "The end of the open incidents of some keys.",
     NewNote: "A note to add to the history of an incident.",
     Incident: "An incident as it is stored.",
     IncidentEvent: "One change of an incident, recorded in the same transaction.",
@@ -124,7 +148,7 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
 }
 """What each schema describes; docstrings would be missing under ``python -OO``."""
 
-CLOSED: Final = (NewIncident, NewNote)
+CLOSED: Final = (NewIncident, NewNote, Resolution, Resolutions)
 """Models whose unknown fields are refused."""
 
 _REQUEST_ID: Final = "0b5c2f6e4d7a4c1f9e3a8d6b7c5f4e21"
@@ -159,6 +183,8 @@ _MODELS: Final = {
         details={"volume": "/var", "used": 0.98},
     ),
     NewNote: NewNote("The old logs were removed"),
+    Resolution: Resolution("disk-full:db-1", note="The old logs were removed"),
+    Resolutions: Resolutions(("disk-full:db-1", "disk-full:db-2")),
     Incident: _INCIDENT,
     Conflict: Conflict(_INCIDENT),
     IncidentEvent: _EVENT,
@@ -368,7 +394,7 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
     described["responses"] = {
         str(status): {
             "description": means,
-            "headers": _headers(HEADER, API_VERSION_HEADER, *operation.headers, *repeats),
+            "headers": _headers(*operation.headers, *repeats),
             "content": {
                 "application/json": _or_bare(_content(operation.returns, schemas), bare, schemas),
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
@@ -376,10 +402,15 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
         }
         for status, means in {operation.status: operation.success, **operation.also}.items()
     }
+    if operation.absent:
+        described["responses"]["204"] = {
+            "description": operation.absent,
+            "headers": _headers(HEADER, *repeats),
+        }
     if operation.unchanged:
         described["responses"]["304"] = {
             "description": "The client has the present state",
-            "headers": _headers(HEADER, API_VERSION_HEADER, "ETag"),
+            "headers": _headers("ETag"),
         }
     for status in operation.problems:
         described["responses"][str(status)] = (
@@ -481,19 +512,25 @@ def _problem(
         example |= wire_converter().unstructure(_MODELS[members])
     return {
         "description": f"{TITLES[status]}: {codes}",
-        "headers": _headers(HEADER, API_VERSION_HEADER, *_PROBLEM_HEADERS.get(status, ())),
+        "headers": _headers(*_PROBLEM_HEADERS.get(status, ())),
         "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
     }
 
 
 def _headers(*names: str) -> Json:
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+    """Return the headers that every answer has, and those with these names."""
+    every = (HEADER, API_VERSION_HEADER, *names)
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in every}
 
 
 def _content(type_: Any, schemas: Json) -> Json:
     """Return the schema of a model, or of a list of models, with an example."""
     many = get_origin(type_) is list
-    one = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
+    item = get_args(type_)[0] if many else type_
+    if isinstance(item, UnionType):
+        # Null, in place of an item, needs no example.
+        item = get_args(item)[0]
+    one = wire_converter().unstructure(_MODELS[item])
     for incident in [one] if many else one.get("incidents", ()):
         # Most answers with several incidents do not have them.
         incident.pop("details", None)

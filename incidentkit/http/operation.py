@@ -49,10 +49,10 @@ MAX_BODY: Final = 64 * 1024
 """Maximum bytes of a request's body, unless its operation has another limit."""
 
 MAX_LARGE_BODY: Final = BYTES_PER_REQUEST
-"""Maximum bytes of a body with many incidents."""
+"""Maximum bytes of a body with many incidents or keys."""
 
 MAX_ITEMS: Final = ITEMS_PER_REQUEST
-"""Maximum number of incidents in such a body."""
+"""Maximum number of incidents or keys in such a body."""
 
 
 @frozen
@@ -109,6 +109,7 @@ class Operation:
         returns: The model, or list of models, in a successful answer.
         success: Description of a successful answer.
         unchanged: Whether an answer can be 304.
+        absent: Description of an answer 204, which has no content; empty: there is none.
         description: More about it, in Markdown; empty: the summary says it all.
         also: Other statuses of a successful answer, with a description of each.
         headers: Additional headers of a successful answer.
@@ -137,6 +138,7 @@ class Operation:
     returns: Any = None
     success: str = ""
     unchanged: bool = False
+    absent: str = ""
     description: str = ""
     also: Mapping[int, str] = field(factory=dict)
     headers: tuple[str, ...] = ()

@@ -51,13 +51,15 @@ class Connection:
     def __init__(self, url: str, token: str | None, options: RemoteOptions) -> None:
         self.url = url
         self._options = options
-        self._headers = {
-            "Accept": JSON,
-            # So that the size of an answer is known before it is read.
-            "Accept-Encoding": "identity",
-            "User-Agent": f"incidentkit/{__version__}",
-            **options.headers,
-        }
+        self._headers = httpx2.Headers(
+            {
+                "Accept": JSON,
+                # So that the size of an answer is known before it is read.
+                "Accept-Encoding": "identity",
+                "User-Agent": f"incidentkit/{__version__}",
+            }
+        )
+        self._headers.update(options.headers)
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
         self._client: httpx2.AsyncClient | None = None

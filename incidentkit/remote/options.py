@@ -75,8 +75,8 @@ class RemoteOptions:
             token at a time by default, those of ``max_readers`` included.
         max_readers: Calls that wait for changes at a time, 1 to 10,000; others take turns. A
             service allows 10 of one token by default.
-        max_searches: Searches with ``text`` or ``total`` at a time, 1 to 10,000, of
-            ``max_connections``. A service allows 2 of one token by default.
+        max_searches: Searches with ``text``, ``total`` or ``details`` at a time, 1 to
+            10,000, of ``max_connections``. A service allows 2 of one token by default.
         ssl_context: For certificates of a private authority, or a certificate of the client. None:
             the authorities that httpx2 trusts.
         plain_http: Whether a token may be sent over ``http://`` to another host than this one.

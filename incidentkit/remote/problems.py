@@ -104,12 +104,15 @@ ERRORS: Final[Mapping[type[Exception], Make]] = {
 
 def is_passing(answer: Answer) -> bool:
     """Return whether the same request may soon have another answer, without any other action."""
-    if answer.status not in UNAVAILABLE:
-        return False
+    return answer.status in UNAVAILABLE and kind_of(answer) is not Kind.SCHEMA_OUT_OF_DATE
+
+
+def kind_of(answer: Answer) -> Kind | None:
+    """Return the kind of problem that an answer reports; None: none that is known."""
     try:
-        return bool(_members(answer)["code"] != Kind.SCHEMA_OUT_OF_DATE.code)
+        return _KINDS.get(_members(answer)["code"])
     except (KeyError, TypeError, ValueError, RecursionError):
-        return True
+        return None
 
 
 def _members(answer: Answer) -> Any:

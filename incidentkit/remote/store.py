@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, NoReturn, TypeAlias, TypeVar, get_origin
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar, get_origin, overload
 from uuid import uuid4
 
 from incidentkit.affinity import Affinity
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import (
     AccessDenied,
@@ -41,13 +47,20 @@ from incidentkit.remote.connection import Connection
 from incidentkit.remote.feed import RemoteFeed
 from incidentkit.remote.messages import JSON, Answer, Call, header_value, preconditions
 from incidentkit.remote.options import RemoteOptions
-from incidentkit.remote.problems import error_for
+from incidentkit.remote.problems import error_for, kind_of
 from incidentkit.remote.url import check_token, service_url
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
-from incidentkit.store.ports import EventList, IncidentList, Place, StoreOperations
+from incidentkit.store.ports import (
+    EventList,
+    IncidentList,
+    OptionalIncidents,
+    Place,
+    StoreOperations,
+)
 from incidentkit.version import API_VERSION, API_VERSION_HEADER
 from incidentkit.wire import dump_json, wire_converter
+from incidentkit.wire.kinds import Kind
 
 _T = TypeVar("_T")
 
@@ -146,7 +159,7 @@ class RemoteStore:
             self._expect(answer, call, list[Incident])
         except AccessDenied:
             # A token that may only report cannot read, and is valid all the same.
-            if answer.status != 403 or answer.headers.get("www-authenticate") is None:  # noqa: PLR2004
+            if kind_of(answer) is not Kind.INSUFFICIENT_SCOPE:
                 raise
 
     def _check_version(self, answer: Answer) -> None:
@@ -185,12 +198,10 @@ class RemoteStore:
         Raises:
             InvalidIncident: If they are too many, or too large, for one request.
         """
-        if len(incidents) > ITEMS_PER_REQUEST:
-            raise _too_many(f"must be at most {ITEMS_PER_REQUEST} in one request to a service")
+        _check_number("incidents", len(incidents))
         body = wire_converter().unstructure(list(incidents))
         call = _write("POST", "/incident/create-many", body, actor, once)
-        if len(call.body or b"") > BYTES_PER_REQUEST:
-            raise _too_many(f"must be at most {BYTES_PER_REQUEST} bytes in one request")
+        _check_size("incidents", call)
         return await self._send(call, list[Incident], once)
 
     async def update_status(
@@ -214,6 +225,40 @@ class RemoteStore:
             to_status=change.status,
         )
         return await self._send(call, Incident, once)
+
+    async def resolve(
+        self,
+        resolution: Resolution,
+        *,
+        transitions: Transitions = _ANY_TRANSITION,  # noqa: ARG002
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident | None:
+        """End the open incident with a deduplication key by the transitions of the service."""
+        body = wire_converter().unstructure(resolution)
+        call = _write("POST", "/incident/resolve", body, actor, once, to_status=resolution.status)
+        return await self._send(call, Incident, once, absent=True)
+
+    async def resolve_many(
+        self,
+        resolutions: Resolutions,
+        *,
+        transitions: Transitions = _ANY_TRANSITION,  # noqa: ARG002
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> OptionalIncidents:
+        """End open incidents, all or none, and return one answer for each deduplication key.
+
+        Raises:
+            InvalidIncident: If they are too many, or too large, for one request.
+        """
+        _check_number("dedup_keys", len(resolutions.dedup_keys))
+        body = wire_converter().unstructure(resolutions)
+        call = _write(
+            "POST", "/incident/resolve-many", body, actor, once, to_status=resolutions.status
+        )
+        _check_size("dedup_keys", call)
+        return await self._send(call, OptionalIncidents, once)
 
     async def note(
         self, addition: NoteAddition, *, actor: str | None = None, once: Idempotency | None = None
@@ -256,7 +301,7 @@ class RemoteStore:
 
     async def search(self, query: SearchQuery) -> SearchPage:
         """Return one page of a search, with the total if the query asks for it."""
-        slow = query.text is not None or query.total
+        slow = query.text is not None or query.total or query.details
         call = Call("GET", "/incident/search", _parameters(query), slow=slow)
         return await self._send(call, SearchPage)
 
@@ -374,9 +419,26 @@ class RemoteStore:
         """Raise, since :meth:`feed` has changes by their cursors."""
         raise NeedsDatabase("the place of a cursor")
 
-    async def _send(self, call: Call, type_: type[_T], once: Idempotency | None = None) -> _T:
+    @overload
+    async def _send(self, call: Call, type_: type[_T], once: Idempotency | None = ...) -> _T: ...
+
+    @overload
+    async def _send(
+        self, call: Call, type_: type[_T], once: Idempotency | None = ..., *, absent: bool
+    ) -> _T | None: ...
+
+    async def _send(
+        self,
+        call: Call,
+        type_: type[_T],
+        once: Idempotency | None = None,
+        *,
+        absent: bool = False,
+    ) -> _T | None:
+        """Send a request, and return what its answer has; None if it may be, and is, absent."""
         answer = await self._connection.send(call)
-        value = self._expect(answer, call, type_)
+        nothing = absent and answer.status == 204  # noqa: PLR2004
+        value = None if nothing else self._expect(answer, call, type_)
         replayed = answer.headers.get("idempotent-replayed") == "true"
         if replayed and answer.attempts == 1 and once is not None and once.replay is not None:
             once.replay.happened = True
@@ -464,5 +526,18 @@ def _time(time: datetime) -> str:
     return time.isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
 
 
-def _too_many(reason: str) -> InvalidIncident:
-    return InvalidIncident([FieldError("incidents", f"{reason}: pass a smaller batch")])
+def _check_number(name: str, number: int) -> None:
+    """Raise InvalidIncident if there are more items than a service takes in one request."""
+    if number > ITEMS_PER_REQUEST:
+        raise _too_many(name, f"must be at most {ITEMS_PER_REQUEST}")
+
+
+def _check_size(name: str, call: Call) -> None:
+    """Raise InvalidIncident if a body has more bytes than a service takes."""
+    if len(call.body or b"") > BYTES_PER_REQUEST:
+        raise _too_many(name, f"must be at most {BYTES_PER_REQUEST} bytes")
+
+
+def _too_many(name: str, limit: str) -> InvalidIncident:
+    reason = f"{limit} in one request to a service: pass fewer, or a smaller batch"
+    return InvalidIncident([FieldError(name, reason)])

@@ -356,6 +356,12 @@ async def upgrade_memory(engine: AsyncEngine) -> None:
 
 
 def upgrade_connection(connection: Connection) -> None:
+    """Create or upgrade the schema in the SQLite database of a connection, beside other tables."""
+    with _migrating:
+        _up("head", connection)
+
+
+def create_in_memory(connection: Connection) -> None:
     """Create the schema in the empty SQLite database in memory of a connection.
 
     The migrations run for the first one of a process only: further ones get a copy.

@@ -299,4 +299,7 @@ class Migrations(Protocol):
         """Create the schema in the SQLite database in memory of an engine."""
 
     def upgrade_connection(self, connection: Connection) -> None:
-        """Create the schema in the SQLite database of a connection."""
+        """Create or upgrade the schema in the SQLite database of a connection."""
+
+    def create_in_memory(self, connection: Connection) -> None:
+        """Create the schema in the empty SQLite database in memory of a connection."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from incidentkit.domain.transitions import Graph
     from incidentkit.observing import Observer
+    from incidentkit.remote.options import RemoteOptions
     from incidentkit.settings import Settings
     from incidentkit.store.options import StoreOptions
     from incidentkit.store.ports import IncidentStore
@@ -80,6 +81,8 @@ class SyncIncidentClient(SyncIncidents):
         options: StoreOptions | None = None,
         schema: str | None = None,
         observer: Observer | None = None,
+        token: str | None = None,
+        remote: RemoteOptions | None = None,
     ) -> Self:
         """Return a client for these servers, as :meth:`IncidentClient.open` does."""
         return cls(
@@ -92,6 +95,8 @@ class SyncIncidentClient(SyncIncidents):
                 options=options,
                 schema=schema,
                 observer=observer,
+                token=token,
+                remote=remote,
             )
         )
 
@@ -177,7 +182,7 @@ class SyncIncidentClient(SyncIncidents):
 
         Their writes are committed or rolled back with the rest of that transaction, and invisible
         to others until then. Their reads see that transaction, and never use a cache. All of them
-        run on that connection, in the thread that calls them:
+        run on that connection, in the thread that calls them. The client need not be open:
 
         .. code-block:: python
 
@@ -193,8 +198,6 @@ class SyncIncidentClient(SyncIncidents):
         Raises:
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
-
-        The client need not be open, since no connection of its own takes part.
         """
         transaction = lazily.HostTransaction(self._client.store.join_sync(connection))
         return SyncJoinedIncidents(self._client._joined_to(transaction))  # noqa: SLF001

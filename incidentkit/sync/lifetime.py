@@ -44,15 +44,6 @@ class Lifetime:
         """Return whether the client is open, in this process."""
         return self._portal is not None and self._client.connected
 
-    def check_open(self) -> None:
-        """Raise unless the client is open, or was when this process was forked.
-
-        Raises:
-            ClientClosed: If it is not.
-        """
-        if self._portal is None and not self._inherited:
-            raise ClientClosed
-
     def connect(self) -> None:
         """Open the client; if it is already open, do nothing."""
         if self.is_open():
@@ -88,7 +79,8 @@ class Lifetime:
         return portal.run(call)
 
     def _open_in_child(self) -> Portal:
-        self.check_open()
+        if not self._inherited:
+            raise ClientClosed
         self.connect()
         if self._portal is None:
             raise ClientClosed

@@ -13,6 +13,10 @@ REPLACED: Final = (
     "send requests to the REST service, which `incidentkit serve` starts"
 )
 
+GEVENT: Final = ("threading", "socket", "select", "queue")
+EVENTLET: Final = ("thread", "socket", "select")
+"""The modules that asyncio and its threads need as they are, by the names of the two packages."""
+
 
 def check_threads() -> None:
     """Raise unless the threads and sockets of this process are those of the system.
@@ -21,10 +25,8 @@ def check_threads() -> None:
         WrongEventLoop: If gevent or eventlet has replaced them.
     """
     gevent: Any = sys.modules.get("gevent.monkey")
-    if gevent is not None and any(map(gevent.is_module_patched, ("threading", "socket", "select"))):
+    if gevent is not None and any(map(gevent.is_module_patched, GEVENT)):
         raise WrongEventLoop(REPLACED.format(name="gevent"))
     eventlet: Any = sys.modules.get("eventlet.patcher")
-    if eventlet is not None and any(
-        map(eventlet.is_monkey_patched, ("thread", "socket", "select"))
-    ):
+    if eventlet is not None and any(map(eventlet.is_monkey_patched, EVENTLET)):
         raise WrongEventLoop(REPLACED.format(name="eventlet"))

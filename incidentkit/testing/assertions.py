@@ -62,7 +62,7 @@ def all_incidents(
         incidents: A client, or the verbs in a joined transaction. For asynchronous verbs the result
             is to be awaited.
     """
-    return _of_all(incidents, list)
+    return _of_all(incidents, list, "all_incidents")
 
 
 @overload
@@ -135,7 +135,8 @@ def assert_incident_opened(  # noqa: PLR0913
     if count < 1:
         raise InvalidSettings("count", "must be at least 1: there is also assert_no_incident")
     expected = Expected(message, source, dedup_key, status, occurrences, details)
-    return _of_all(incidents, partial(check_opened, expected=expected, count=count))
+    check = partial(check_opened, expected=expected, count=count)
+    return _of_all(incidents, check, "assert_incident_opened")
 
 
 @overload
@@ -184,7 +185,8 @@ def assert_no_incident(  # noqa: PLR0913
     """
     __tracebackhide__ = True
     expected = Expected(message, source, dedup_key, status, occurrences, details)
-    return _of_all(incidents, partial(check_none, expected=expected))
+    check = partial(check_none, expected=expected)
+    return _of_all(incidents, check, "assert_no_incident")
 
 
 @overload
@@ -236,13 +238,20 @@ def assert_history(
         __tracebackhide__ = True
         return checked(await incidents.history(incident_id))
 
+    awaited.__qualname__ = "assert_history"
     return awaited()
 
 
 def _of_all(
-    incidents: SyncIncidents | Incidents, check: Callable[[IncidentList], _T]
+    incidents: SyncIncidents | Incidents, check: Callable[[IncidentList], _T], name: str
 ) -> _T | Coroutine[Any, Any, _T]:
-    """Read all incidents and return the result of a check, or a coroutine that does so."""
+    """Read all incidents and return the result of a check, or a coroutine that does so.
+
+    Args:
+        incidents: The verbs.
+        check: Takes the incidents, oldest first.
+        name: The name of the coroutine, in the warning of Python if it is never awaited.
+    """
     __tracebackhide__ = True
     if isinstance(incidents, SyncIncidents):
         return check([*incidents.iterate(**_ALL)])
@@ -251,4 +260,5 @@ def _of_all(
         __tracebackhide__ = True
         return check([incident async for incident in incidents.iterate(**_ALL)])
 
+    awaited.__qualname__ = name
     return awaited()

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias, get_args
 
 from attrs import field, fields, frozen
 from cattrs import Converter
 from cattrs.gen import make_dict_structure_fn
 
 from incidentkit.domain import rules
-from incidentkit.domain.commands import NewIncident
+from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
 from incidentkit.domain.errors import FieldError, InvalidIncident
 from incidentkit.domain.formats import REQUIRED, read_wire_time, wire_time
 from incidentkit.domain.rules import check_names, collect, raise_faults
@@ -75,7 +75,10 @@ def _exactly(expected: type) -> Any:
     return structure
 
 
-def _from_wire(value: object, model: type[NewIncident | NewNote]) -> NewIncident | NewNote:
+_Given: TypeAlias = NewIncident | NewNote | Resolution | Resolutions
+
+
+def _from_wire(value: object, model: type[_Given]) -> _Given:
     if not isinstance(value, (dict, Mapping)):
         raise InvalidIncident([FieldError("body", "must be a JSON object")])
     return model.from_mapping(value)
@@ -97,8 +100,8 @@ def wire_converter(*, complete: bool = True) -> Converter:
     - None is ``null``, and an answer has every field; only ``details`` may be missing, as in a
       list and in the answers of earlier versions;
     - numbers and strings are not converted into each other: ``"7"`` is not an id;
-    - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown or missing field
-      is an error that names it.
+    - a :class:`NewIncident`, a :class:`NewNote`, a :class:`Resolution` and :class:`Resolutions`
+      are read strictly: an unknown or missing field is an error that names it.
     """
     converter = Converter(detailed_validation=False)
     converter.register_unstructure_hook(datetime, wire_time)
@@ -109,8 +112,8 @@ def wire_converter(*, complete: bool = True) -> Converter:
     for enum in (IncidentStatus, IncidentSource, EventKind):
         # Without a hook of their own, the hook for str would apply.
         converter.register_structure_hook(enum, _member_from_wire)
-    converter.register_structure_hook(NewIncident, _from_wire)
-    converter.register_structure_hook(NewNote, _from_wire)
+    for given in get_args(_Given):
+        converter.register_structure_hook(given, _from_wire)
     for model in (Incident, IncidentEvent) if complete else ():
         converter.register_structure_hook(model, _complete(model, converter))
     return converter

@@ -107,16 +107,20 @@ class ByUrl(Embodiment):
 class Synchronous(Embodiment):
     """A synchronous client opened by URL, called from several threads."""
 
-    @asynccontextmanager
-    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
-        """Open a synchronous client."""
-        client = SyncIncidentClient.open(self.url, **options)
-        with ThreadPoolExecutor(16) as threads:
-            await asyncio.to_thread(client.connect)
-            try:
-                yield cast("Verbs", Awaited(client, threads))
-            finally:
-                await asyncio.to_thread(client.close)
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a synchronous client."""
+        return awaited(SyncIncidentClient.open(self.url, **options))
+
+
+@asynccontextmanager
+async def awaited(client: SyncIncidentClient) -> AsyncIterator[Verbs]:
+    """Open a synchronous client, and yield its verbs as coroutines."""
+    with ThreadPoolExecutor(16) as threads:
+        await asyncio.to_thread(client.connect)
+        try:
+            yield cast("Verbs", Awaited(client, threads))
+        finally:
+            await asyncio.to_thread(client.close)
 
 
 class OverAsgi(Embodiment):
@@ -142,6 +146,26 @@ class OverSocket(Embodiment):
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
         """Return a client of a service whose own client has the options."""
         return self._host.open(self.url, **options)
+
+
+class SynchronousOverSocket(Embodiment):
+    """A synchronous client of a service behind a socket.
+
+    Args:
+        url: The database of the service.
+        host: Runs the service.
+    """
+
+    def __init__(self, url: str, host: ServiceHost) -> None:
+        super().__init__(url)
+        self._host = host
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Open a synchronous client of a service whose own client has the options."""
+        with self._host.serving(self.url, **options) as url:
+            async with awaited(SyncIncidentClient.open(url)) as verbs:
+                yield verbs
 
 
 class InSchema(ByUrl):
@@ -366,6 +390,7 @@ EMBODIMENTS = {
     "sync-postgresql": _on_postgres(Synchronous),
     "remote-asgi": _on_sqlite(OverAsgi),
     "remote-socket": _on_postgres(OverSocket, "service_host"),
+    "remote-sync": _on_sqlite(SynchronousOverSocket, "service_host"),
     "joined-sqlite-connection": _on_sqlite(partial(Joined, way="sqlite-connection")),
     "joined-sqlite-session": _on_sqlite(partial(Joined, way="sqlite-session")),
     "joined-postgresql-connection": _on_postgres(partial(Joined, way="postgresql-connection")),

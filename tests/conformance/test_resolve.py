@@ -160,9 +160,8 @@ async def test_every_invalid_argument_is_named(incidents: Verbs) -> None:
     for status in ("new", IncidentStatus.NEW, "", "COMPLETED", None, 1):
         assert await refused(one("disk", status=status)) == ["status"]
         assert await refused(many(["disk"], status=status)) == ["status"]
-    for keys in ("disk", b"disk", None, 7, map(str, count())):
-        expected = [f"dedup_keys[{n}]" for n in range(4)] if keys == b"disk" else ["dedup_keys"]
-        assert await refused(many(keys)) == expected
+    for keys in ("disk", b"disk", {"disk": 1}, None, 7, map(str, count())):
+        assert await refused(many(keys)) == ["dedup_keys"]
     assert len(await refused(many([""] * 100_000))) == 10
     assert await refused(one("disk", idempotency_key="")) == ["idempotency_key"]
     assert await incidents.list() == [opened]

@@ -24,7 +24,7 @@ from django.core.management import execute_from_command_line
 
 settings.configure(
     **json.loads(os.environ["SHOP"]),
-    INSTALLED_APPS=["incidentkit.integrations.django", "shop"],
+    INSTALLED_APPS=["incidentkit.integrations.django", "django.contrib.contenttypes", "shop"],
     ROOT_URLCONF=__name__,
 )
 urlpatterns = []
@@ -49,6 +49,7 @@ print([each.incident_message for each in client().list()])
 
 TESTS = """\
 from django.db import transaction
+from django.contrib.contenttypes.models import ContentType
 from django.test import TestCase
 
 from incidentkit.integrations.django import join
@@ -56,6 +57,7 @@ from incidentkit.integrations.django import join
 
 class Orders(TestCase):
     def record(self):
+        ContentType.objects.get_or_create(app_label="shop", model="order")
         self.assertEqual(join().list(), [])
         self.assertEqual(join().create("Disk is full", source="monitoring").version, 1)
         self.assertEqual(len(join().list()), 1)

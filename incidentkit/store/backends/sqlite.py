@@ -64,7 +64,7 @@ def _file_store(
         # In a thread: Alembic takes long to load.
         migrations = await asyncio.to_thread(load_migrations)
         if url.database in MEMORY:
-            await executor.run(migrations.upgrade_connection)
+            await executor.run(migrations.create_in_memory)
         else:
             await migrations.upgrade(url.render_as_string(hide_password=False))
 
