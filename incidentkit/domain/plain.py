@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from enum import StrEnum
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
 
 from attrs import fields, has
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
+_SCALARS: Final = frozenset({NoneType, bool, float, int, str})
 _TIMES: Final = {"wire": wire_time, "rfc3339": rfc3339_time}
 
 
@@ -38,6 +40,8 @@ class Plain:
         write = _TIMES[times]
 
         def plain(value: Any) -> Any:
+            if type(value) in _SCALARS:
+                return value
             if isinstance(value, StrEnum):
                 return value.value
             if isinstance(value, datetime):

@@ -530,13 +530,11 @@ def _content(type_: Any, schemas: Json) -> Json:
     if isinstance(item, UnionType):
         # Null, in place of an item, needs no example.
         item = get_args(item)[0]
-    example = wire_converter().unstructure(_MODELS[item])
-    if many:
-        example = [example]
-    for incident in example if many else example.get("incidents", ()):
+    one = wire_converter().unstructure(_MODELS[item])
+    for incident in [one] if many else one.get("incidents", ()):
         # Most answers with several incidents do not have them.
         incident.pop("details", None)
-    return {"schema": _schema(type_, schemas), "example": example}
+    return {"schema": _schema(type_, schemas), "example": [one] if many else one}
 
 
 def _or_bare(content: Json, bare: type[Any] | None, schemas: Json) -> Json:

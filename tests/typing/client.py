@@ -125,6 +125,8 @@ async def read_and_changed(incidents: IncidentClient) -> None:
     assert_type(await incidents.get(7), Incident)
     assert_type(await incidents.update_status(7, "completed"), Incident)
     assert_type(await incidents.update_status(7, IncidentStatus.FAILED), Incident)
+    assert_type(await incidents.resolve("disk", status="failed"), Incident | None)
+    assert_type(await incidents.resolve_many({"disk"}), list[Incident | None])
     await incidents.get("7")  # type: ignore[arg-type]
     await incidents.update_status(7, None)  # type: ignore[arg-type]
     await incidents.update_status(7)  # type: ignore[call-arg]
