@@ -60,6 +60,8 @@ ALIASES: Final = {
     "EventList": "list[IncidentEvent]",
     "Graph": "Mapping[str, Collection[str]]",
     "IncidentList": "list[Incident]",
+    "Joinable": "object",
+    "OptionalIncidents": "list[Incident | None]",
     "OrderName": "Literal['newest', 'oldest']",
     "Place": "tuple[int, int]",
     "RequestLog": "Literal['log', 'database']",

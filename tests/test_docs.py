@@ -741,7 +741,7 @@ def test_the_commands_and_options_are_those_of_the_program() -> None:
                 yield f"{path} {name}", found
 
     found = dict(commands(main))
-    arguments = re.compile(r" \[?[A-Z_]+\]?")
+    arguments = re.compile(r" \[?[A-Z_]+\]?(\.\.\.)?")
     shown = [
         arguments.sub("", code(cells[0])[0])
         for cells in rows("docs/reference/command-line.md", "command")
@@ -804,7 +804,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"`Retry-After: {problems.RETRY_AFTER}`" in deploy
     assert f"at most {MAX_BODY} bytes" in rest
     assert f"more than {MAX_BODY} bytes" in rest
-    assert rest.count(f"{MAX_LARGE_BODY}") == 2
+    assert rest.count(f"{MAX_LARGE_BODY}") == 3
     assert f"at most {MAX_ITEMS} such objects" in rest
     assert f"the first {MAX_FAULTS} invalid incidents" in rest
     assert f"{TTL} seconds" in cache

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -384,6 +385,24 @@ def test_a_lost_connection_is_unavailable(
     assert lost.value.place == postgres_url.partition("@")[2]
     with pytest.raises(NotInTransaction):
         joined.list()
+
+
+def test_threads_that_share_a_join_take_turns(
+    on_postgres: SyncIncidentClient, postgres_url: str
+) -> None:
+    """A connection of psycopg can be shared: a failed call of one thread undoes no other's."""
+    with psycopg.connect(postgres_url) as connection, ThreadPoolExecutor(8) as threads:
+        joined = on_postgres.join(connection)
+
+        def call(number: int) -> None:
+            key = f"key {number}"
+            joined.create("Order 1 is late", source="partner", idempotency_key=key)
+            with pytest.raises(IncidentNotFound):
+                joined.note(10_000, "Lost", idempotency_key=f"other {key}")
+
+        for done in [threads.submit(call, number) for number in range(40)]:
+            done.result()
+    assert len(on_postgres.list(limit=100)) == 40
 
 
 # sqlite3

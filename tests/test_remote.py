@@ -50,6 +50,8 @@ from incidentkit.http.problems import problem_response
 from incidentkit.remote import RemoteStore, connection
 from incidentkit.remote.messages import Answer, Call
 from incidentkit.remote.problems import ERRORS, error_for
+from incidentkit.settings import Settings
+from incidentkit.store import store_from_url
 from incidentkit.store.options import StoreOptions
 from incidentkit.version import API_VERSION
 from incidentkit.wire import encode_incident
@@ -192,6 +194,15 @@ def test_a_token_is_sent_encrypted_or_within_the_machine(url: str) -> None:
     assert isinstance(IncidentClient.open(url, token=TOKEN).store, RemoteStore)
     trusted = RemoteOptions(plain_http=True)
     IncidentClient.open("http://incidents.internal", token=TOKEN, remote=trusted)
+
+
+@pytest.mark.parametrize("url", ["https://incidents.example.com", "HTTP://localhost"])
+def test_the_environment_names_a_database(url: str) -> None:
+    """Where only a database will do, the URL of a service is refused with what to do instead."""
+    with pytest.raises(InvalidSettings, match=r"^INCIDENTKIT_DATABASE_URL is that of a service: "):
+        Settings.from_mapping({"INCIDENTKIT_DATABASE_URL": url})
+    with pytest.raises(InvalidSettings, match=r"^database_url is that of a service: pass it to"):
+        store_from_url(url)
 
 
 NUMBERS = ("attempts", "max_connections", "max_readers", "max_searches")

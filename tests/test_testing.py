@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.testclient import TestClient
 
 from incidentkit import (
+    ClientClosed,
     IncidentClient,
     IncidentNotFound,
     InvalidIncident,
@@ -246,6 +247,14 @@ def test_an_asynchronous_client_works_on_each_event_loop(async_incidents: Incide
     assert len(asyncio.run(async_incidents.list())) == 2
 
 
+def test_a_private_database_ends_with_its_block() -> None:
+    """After the block, calls of its client raise ClientClosed."""
+    with private_async_incidents() as client:
+        pass
+    with pytest.raises(ClientClosed):
+        asyncio.run(client.list())
+
+
 def test_a_file_has_the_schema(tmp_path: Path) -> None:
     """A private URL names a file that every client can open, with no incidents."""
     url = private_url(tmp_path / "private.db")
@@ -324,6 +333,13 @@ def test_a_web_application_records_elsewhere(application: Application) -> None:
             assert service.post("/incident/create", json=body).status_code == 201
         incident = assert_incident_opened(recorded, message="Disk is full")
         assert_history(recorded, incident, ["created"])
+
+
+def test_only_clients_can_record_elsewhere(application: Application) -> None:
+    """Anything else than a client is refused, by its type."""
+    other: Any = application
+    with pytest.raises(TypeError, match="not Application"), recording(other):
+        pass
 
 
 def test_transitions_hold_while_recording(sqlite_url: str) -> None:
@@ -431,8 +447,10 @@ def test_a_service_answers_failures(application: Application) -> None:
 def test_faults_are_taken_back(incidents: SyncIncidentClient) -> None:
     """Blocks can be nested, with those of recording too, and leave the client as it was."""
     before = dict(vars(incidents))
-    with failing(incidents, StoreUnavailable, times=1, verbs=["create"]):
+    with failing(incidents, StoreUnavailable, times=2, verbs=["create"]):
         with slow(incidents, 0.0), recording(incidents), pytest.raises(StoreUnavailable):
+            incidents.create("Disk is full", source="monitoring")
+        with pytest.raises(StoreUnavailable):
             incidents.create("Disk is full", source="monitoring")
         incidents.create("Disk is full", source="monitoring")
     assert vars(incidents) == before

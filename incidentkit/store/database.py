@@ -36,6 +36,9 @@ def database_kind(database_url: str) -> DatabaseKind:
         InvalidSettings: If the URL names another kind, or is not a URL.
     """
     scheme, separator, _ = database_url.partition("://")
+    if names_service(database_url):
+        reason = "is that of a service: pass it to IncidentClient.open(), with token="
+        raise InvalidSettings("database_url", reason)
     if not separator or scheme not in _KINDS:
         reason = "must start with postgresql:// or sqlite+aiosqlite:///"
         raise InvalidSettings("database_url", reason)

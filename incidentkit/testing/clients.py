@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
-from incidentkit.affinity import Affinity
+from incidentkit.affinity import Affinity, running_loop
 from incidentkit.client import IncidentClient, Parts
 from incidentkit.observing import Observer
 from incidentkit.session import Session
@@ -38,13 +38,21 @@ def swap(client: IncidentClient, parts: Parts) -> Parts:
 
 
 def asynchronous(client: IncidentClient | SyncIncidentClient) -> IncidentClient:
-    """Return the asynchronous client: this one, or the one that runs behind it."""
+    """Return the asynchronous client: this one, or the one that runs behind it.
+
+    Raises:
+        TypeError: If it is something else.
+    """
     if isinstance(client, IncidentClient):
         return client
-    return client._incidents  # noqa: SLF001
+    if isinstance(client, SyncIncidentClient):
+        return client._incidents  # noqa: SLF001
+    raise TypeError(
+        "This takes an IncidentClient or a SyncIncidentClient, not " + type(client).__name__
+    )
 
 
-def private_parts(database: PrivateDatabase, observer: Observer | None) -> Parts:
+def parts_on(database: PrivateDatabase, observer: Observer | None) -> Parts:
     """Return parts on a private database."""
     store = PrivateStore(database)
     session = PrivateSession(store, observer)
@@ -54,12 +62,15 @@ def private_parts(database: PrivateDatabase, observer: Observer | None) -> Parts
 def async_client(database: PrivateDatabase) -> IncidentClient:
     """Return a client on a private database that opens itself."""
     client = IncidentClient(PrivateStore(database))
-    swap(client, private_parts(database, None))
+    swap(client, parts_on(database, None))
     return client
 
 
-def in_thread(function: Callable[[], object]) -> None:
-    """Call a function of a synchronous client, also where an event loop is running."""
+def anywhere(function: Callable[[], object]) -> None:
+    """Call a function of a synchronous client, in another thread if an event loop runs in this."""
+    if running_loop() is None:
+        function()
+        return
     with ThreadPoolExecutor(1) as threads:
         threads.submit(function).result()
 
@@ -81,8 +92,8 @@ def private_incidents(database: PrivateDatabase | None = None) -> Iterator[SyncI
         client = SyncIncidentClient(
             async_client(database or closing.enter_context(PrivateDatabase()))
         )
-        in_thread(client.connect)
-        closing.callback(in_thread, client.close)
+        anywhere(client.connect)
+        closing.callback(anywhere, client.close)
         yield client
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from incidentkit.client import IncidentClient
 from incidentkit.sync.client import SyncIncidentClient
 from incidentkit.testing.clients import (
+    anywhere,
     asynchronous,
-    in_thread,
+    parts_on,
     private_incidents,
-    private_parts,
     swap,
 )
 from incidentkit.testing.database import PrivateDatabase
@@ -40,6 +40,9 @@ def recording(client: IncidentClient | SyncIncidentClient) -> Iterator[SyncIncid
 
     Yields:
         A synchronous client on the same database, for a test that runs no event loop itself.
+
+    Raises:
+        TypeError: If it is something else, such as the verbs in a joined transaction.
     """
     with (
         PrivateDatabase() as database,
@@ -56,15 +59,15 @@ def _working_on(
     behind = asynchronous(client)
     synchronous = client if isinstance(client, SyncIncidentClient) else None
     was_open = synchronous is not None and synchronous.connected
-    present = swap(behind, private_parts(database, behind.observer))
+    present = swap(behind, parts_on(database, behind.observer))
     try:
         if synchronous is not None:
             # The check opens the private session on the event loop of the client.
-            in_thread(synchronous.check if was_open else synchronous.connect)
+            anywhere(synchronous.check if was_open else synchronous.connect)
         yield
     finally:
         if synchronous is not None and not was_open:
-            in_thread(synchronous.close)
+            anywhere(synchronous.close)
         swap(behind, present)
         if synchronous is not None and was_open and not synchronous.connected:
-            in_thread(synchronous.connect)
+            anywhere(synchronous.connect)

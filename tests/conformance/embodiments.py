@@ -18,7 +18,7 @@ import asyncpg
 from attrs import frozen
 
 from incidentkit import IncidentClient, SyncIncidentClient
-from incidentkit.testing.clients import private_parts, swap
+from incidentkit.testing.clients import parts_on, swap
 from tests.conformance.awaited import Awaited
 from tests.conftest import TENANTS
 from tests.hosts import (
@@ -209,7 +209,7 @@ class Private(Embodiment):
     async def open(self, **options: Any) -> AsyncIterator[Verbs]:
         """Yield a client that opens itself."""
         client = IncidentClient.open(self.url, **options)
-        swap(client, private_parts(self._database, client.observer))
+        swap(client, parts_on(self._database, client.observer))
         yield client
 
     async def sql(self, statement: str) -> list[tuple[Any, ...]]:

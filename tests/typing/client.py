@@ -19,7 +19,9 @@ from incidentkit import (
     JoinedIncidents,
     NewIncident,
     SearchPage,
+    SyncIncidentClient,
     SyncIncidents,
+    SyncJoinedIncidents,
     acting_as,
 )
 from incidentkit.cache import MemoryCache
@@ -27,10 +29,15 @@ from incidentkit.opening import store_from_url
 from incidentkit.store.options import StoreOptions
 
 if TYPE_CHECKING:
+    import sqlite3
     from pathlib import Path
 
+    import psycopg
     from asyncpg import Pool, Record
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.orm import Session
 
     from incidentkit.cache import IncidentCache
     from incidentkit.cache.redis import RedisCache
@@ -118,6 +125,8 @@ async def read_and_changed(incidents: IncidentClient) -> None:
     assert_type(await incidents.get(7), Incident)
     assert_type(await incidents.update_status(7, "completed"), Incident)
     assert_type(await incidents.update_status(7, IncidentStatus.FAILED), Incident)
+    assert_type(await incidents.resolve("disk", status="failed"), Incident | None)
+    assert_type(await incidents.resolve_many({"disk"}), list[Incident | None])
     await incidents.get("7")  # type: ignore[arg-type]
     await incidents.update_status(7, None)  # type: ignore[arg-type]
     await incidents.update_status(7)  # type: ignore[call-arg]
@@ -189,6 +198,27 @@ async def joined(
     await inside.close()  # type: ignore[attr-defined]
     assert_type(IncidentClient.open(engine, transitions={"new": ["failed"]}), IncidentClient)
     IncidentClient.open(session)  # type: ignore[arg-type]
+
+
+def joined_without_an_event_loop(
+    incidents: SyncIncidentClient,
+    *,
+    session: Session,
+    connection: Connection,
+    of_psycopg: psycopg.Connection[dict[str, str]],
+    of_sqlite: sqlite3.Connection,
+    of_django: BaseDatabaseWrapper,
+    asynchronous: AsyncSession,
+) -> None:
+    """A synchronous client names the connections that it joins."""
+    inside = incidents.join(session)
+    assert_type(inside, SyncJoinedIncidents)
+    assert_type(inside.create("Disk is full", source="partner"), Incident)
+    for other in (connection, of_psycopg, of_sqlite, of_django):
+        incidents.join(other)
+    inside.changes()  # type: ignore[attr-defined]
+    incidents.join(asynchronous)  # type: ignore[arg-type]
+    incidents.join("shop.db")  # type: ignore[arg-type]
 
 
 async def opened(path: Path) -> None:

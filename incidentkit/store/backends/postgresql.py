@@ -129,7 +129,7 @@ def join(
         return _joined(HostExecutor(own, asyncio.Lock()), namespace)
     raise TypeError(
         "Only SQLAlchemy's AsyncConnection and AsyncSession, and asyncpg's Connection, can be "
-        f"joined, not {type(connection).__name__}"
+        f"joined, not {type(connection).__name__}; without an event loop, use SyncIncidentClient"
     )
 
 

@@ -111,7 +111,7 @@ def join(connection: object) -> StoreOperations:
         raise TypeError("The client is on sqlite, not on postgresql")
     raise TypeError(
         "Only SQLAlchemy's AsyncConnection and AsyncSession, and asyncpg's Connection, can be "
-        f"joined, not {type(connection).__name__}"
+        f"joined, not {type(connection).__name__}; without an event loop, use SyncIncidentClient"
     )
 
 
