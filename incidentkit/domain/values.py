@@ -161,6 +161,7 @@ class Incident:
         default=Factory(lambda self: self.created_at, takes_self=True), converter=_whole_utc_second
     )
     ended_at: datetime | None = field(default=None, converter=_whole_utc_second_or_none)
+    # The last field, as in the rows that have it.
     details: dict[str, Any] | None = field(default=None, eq=False)
 
     @property

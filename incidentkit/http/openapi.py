@@ -541,12 +541,10 @@ def _content(type_: Any, schemas: Json) -> Json:
     """Return the schema of a model, or of a list of models, with an example."""
     many = get_origin(type_) is list
     example = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
-    if many:
-        example = [example]
-    for incident in example if many else example.get("incidents", ()):
+    for listed in [example] if many else example.get("incidents", ()):
         # Most answers with several incidents do not have them.
-        incident.pop("details", None)
-    return {"schema": _schema(type_, schemas), "example": example}
+        listed.pop("details", None)
+    return {"schema": _schema(type_, schemas), "example": [example] if many else example}
 
 
 def _or_bare(content: Json, bare: type[Any] | None, schemas: Json) -> Json:
