@@ -19,7 +19,7 @@ nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 nox.options.sessions = ["lint", "types", "tests", "lowest", "docs"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-# The tests that reach every dependency, and every verb on every database.
+# The tests that reach every dependency.
 DEPENDENT = (
     "tests/conformance",
     "tests/http",
@@ -28,10 +28,25 @@ DEPENDENT = (
     "tests/test_host_database.py",
     "tests/test_interrupts.py",
     "tests/test_migrations.py",
+    "tests/test_remote.py",
+    "tests/test_remote_faults.py",
     "tests/test_schemas.py",
     "tests/test_settings.py",
     "tests/test_sqlite.py",
     "tests/test_wire.py",
+)
+# Every verb by each way into asyncpg, SQLAlchemy and redis; other embodiments are other ways into
+# the package.
+EMBODIMENTS = (
+    "sqlite-redis",
+    "sqlite-engine",
+    "postgresql-pool",
+    "postgresql-engine",
+    "psycopg-engine",
+    "joined-asyncpg-connection",
+    "joined-postgresql-session",
+    "joined-sync-sqlalchemy-postgresql",
+    "joined-sync-session-sqlite",
 )
 PROBE = "import ssl, sqlite3, sys, venv; print(*sys.version_info[:2], sep='.')"
 
@@ -102,7 +117,8 @@ def lowest(session: nox.Session) -> None:
     session.install("--editable", ".[all]", *lowest_versions(), *groups("tests"))
     # asyncpg 0.30 leaves connections of cancelled calls to the garbage collector.
     unraisable = ("-W", "ignore::pytest.PytestUnraisableExceptionWarning")
-    session.run("pytest", "-n", "3", *unraisable, *(session.posargs or DEPENDENT))
+    env = {} if session.posargs else {"INCIDENTKIT_TEST_EMBODIMENTS": ",".join(EMBODIMENTS)}
+    session.run("pytest", "-n", "3", *unraisable, *(session.posargs or DEPENDENT), env=env)
 
 
 def lowest_versions() -> list[str]:
@@ -247,6 +263,7 @@ def faults(session: nox.Session) -> None:
     seconds = session.posargs[0] if session.posargs else os.environ.get(name, "300")
     unlimited = ("--timeout", "0")
     session.run("pytest", "tests/faults", "--log-cli-level=INFO", *unlimited, env={name: seconds})
+    session.run("pytest", "tests/test_remote_faults.py", *unlimited, env={name: seconds})
     # About one restart or cut a second.
     rounds = {"INCIDENTKIT_TEST_FEED_ROUNDS": seconds}
     session.run("pytest", "tests/test_feed.py", "-k", "restarts", *unlimited, env=rounds)

@@ -25,6 +25,7 @@ from benchmarks import (
     report,
     results,
     search,
+    threads,
 )
 from benchmarks.services import load_program
 from tests.servers import PostgresServer, RedisServer
@@ -53,6 +54,11 @@ def _in_process(*, quick: bool) -> Result:
     return in_process.start(rounds=rounds, calls=calls, many=many)
 
 
+def _threads(*, quick: bool) -> Result:
+    rounds, calls = (2, 640) if quick else (11, 3_200)
+    return threads.start(rounds=rounds, calls=calls)
+
+
 def _imports(*, quick: bool) -> Result:
     return imports.run(rounds=5 if quick else 31)
 
@@ -78,6 +84,7 @@ SUBJECTS: Final[dict[str, Callable[..., Result]]] = {
     "sqlite": _sqlite,
     "soak": _soak,
     "in-process": _in_process,
+    "threads": _threads,
     "growth": _growth,
     "search": _search,
     "isolation": _isolation,

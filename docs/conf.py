@@ -44,11 +44,14 @@ html_show_sphinx: Final = False
 
 # Names that other packages define. The build fetches no inventories, so it needs no network.
 nitpick_ignore_regex: Final = [
-    ("py:class", r"(asyncio|asyncpg|collections|contextlib|datetime|enum|os|redis|starlette)\..*"),
     (
         "py:class",
-        "AsyncEngine|Callable.*|ContextVar|Pool|Record|Starlette|MeterProvider|TracerProvider|datetime",
+        r"(asyncio|asyncpg|collections|contextlib|datetime|enum|fastapi)\..*",
     ),
+    ("py:class", r"(os|pathlib|re|redis|starlette)\..*"),
+    ("py:class", r"Async(BaseTransport|Connection|Engine|Session)|Connection|Pool|Record"),
+    ("py:class", r"Callable.*|ContextVar|MeterProvider|PoolConnectionProxy|SSLContext|Starlette"),
+    ("py:class", r"TracerProvider|datetime"),
     ("py:mod", "contextvars"),
 ]
 
@@ -57,9 +60,15 @@ ALIASES: Final = {
     "EventList": "list[IncidentEvent]",
     "Graph": "Mapping[str, Collection[str]]",
     "IncidentList": "list[Incident]",
+    "Joinable": "object",
+    "OptionalIncidents": "list[Incident | None]",
+    "OrderName": "Literal['newest', 'oldest']",
     "Place": "tuple[int, int]",
     "RequestLog": "Literal['log', 'database']",
     "RequestLogSetting": "Literal['log', 'database']",
+    "SourceName": "Literal['operator', 'monitoring', 'partner']",
+    "StatusName": "Literal['new', 'completed', 'failed']",
+    "TimesName": "Literal['wire', 'rfc3339']",
 }
 
 

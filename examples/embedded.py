@@ -40,7 +40,7 @@ async def main() -> None:
         print(f"Incident {closed.incident_id} is {closed.incident_type}")
 
         try:
-            await incidents.create("null", source="customer")
+            await incidents.create("null", source="partner", dedup_key="")
         except InvalidIncident as invalid:
             for error in invalid.errors:
                 print(f"{error.field} {error.reason}")

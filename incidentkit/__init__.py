@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from incidentkit.domain.actor import acting_as
     from incidentkit.domain.commands import NewIncident
     from incidentkit.domain.errors import (
+        AccessDenied,
         CacheUnavailable,
         ClientClosed,
         DuplicateOpenIncident,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         InvalidIncident,
         InvalidSettings,
         MissingDependency,
+        NeedsDatabase,
         NotInTransaction,
         PartlyStored,
         SchemaOutOfDate,
@@ -39,11 +41,18 @@ if TYPE_CHECKING:
         IncidentOrder,
         IncidentSource,
         IncidentStatus,
+        OrderName,
         SearchPage,
+        SourceName,
+        StatusName,
         VersionMatch,
     )
     from incidentkit.incidents import Incidents
     from incidentkit.joined import JoinedIncidents
+    from incidentkit.remote.options import RemoteOptions
+    from incidentkit.sync.client import SyncIncidentClient
+    from incidentkit.sync.incidents import SyncIncidents
+    from incidentkit.sync.joined import SyncJoinedIncidents
     from incidentkit.version import __version__
 else:
     from incidentkit.lazy import face
@@ -55,6 +64,7 @@ else:
             "incidentkit.domain.actor": ("acting_as",),
             "incidentkit.domain.commands": ("NewIncident",),
             "incidentkit.domain.errors": (
+                "AccessDenied",
                 "CacheUnavailable",
                 "ClientClosed",
                 "DuplicateOpenIncident",
@@ -67,6 +77,7 @@ else:
                 "InvalidIncident",
                 "InvalidSettings",
                 "MissingDependency",
+                "NeedsDatabase",
                 "NotInTransaction",
                 "PartlyStored",
                 "SchemaOutOfDate",
@@ -88,16 +99,24 @@ else:
                 "IncidentOrder",
                 "IncidentSource",
                 "IncidentStatus",
+                "OrderName",
                 "SearchPage",
+                "SourceName",
+                "StatusName",
                 "VersionMatch",
             ),
             "incidentkit.incidents": ("Incidents",),
             "incidentkit.joined": ("JoinedIncidents",),
+            "incidentkit.remote.options": ("RemoteOptions",),
+            "incidentkit.sync.client": ("SyncIncidentClient",),
+            "incidentkit.sync.incidents": ("SyncIncidents",),
+            "incidentkit.sync.joined": ("SyncJoinedIncidents",),
             "incidentkit.version": ("__version__",),
         },
     )
 
 __all__ = [
+    "AccessDenied",
     "AccessToken",
     "CacheUnavailable",
     "ChangePage",
@@ -124,14 +143,22 @@ __all__ = [
     "JoinedIncidents",
     "ListQuery",
     "MissingDependency",
+    "NeedsDatabase",
     "NewIncident",
     "NotInTransaction",
+    "OrderName",
     "PartlyStored",
+    "RemoteOptions",
     "SchemaOutOfDate",
     "Scope",
     "SearchPage",
+    "SourceName",
+    "StatusName",
     "StoreError",
     "StoreUnavailable",
+    "SyncIncidentClient",
+    "SyncIncidents",
+    "SyncJoinedIncidents",
     "TokenNotFound",
     "UnknownCursor",
     "VersionConflict",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
 import incidentkit.store as storage
 from incidentkit.cache.opening import cache_from_url
@@ -25,21 +25,30 @@ from incidentkit.domain.values import (
     IncidentEvent,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
 )
 from incidentkit.incidents import IncidentList, Incidents, Transactions
 from incidentkit.joined import JoinedIncidents
 from incidentkit.observing import Observable, Observer, observe_verbs
-from incidentkit.opening import new_session, settings_from_env, store_on
-from incidentkit.store.database import DEFAULT_DATABASE_URL
+from incidentkit.opening import (
+    new_session,
+    settings_from_env,
+    store_of_service,
+    store_on,
+)
+from incidentkit.store.database import DEFAULT_DATABASE_URL, names_service
 
 if TYPE_CHECKING:
     import os
 
     # Drivers, and what loads asyncio: a program may never need them.
-    from asyncpg import Pool, Record
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from asyncpg import Connection, Pool, Record
+    from asyncpg.pool import PoolConnectionProxy
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
     from incidentkit.cache.base import IncidentCache
+    from incidentkit.remote.options import RemoteOptions
     from incidentkit.session import Session
     from incidentkit.settings import Settings
     from incidentkit.store.access_tokens import AccessTokens
@@ -77,6 +86,15 @@ class _NotConnected:
         raise ClientClosed
 
 
+class Parts(NamedTuple):
+    """What a client works on: its store, its shared cache, and where it is open."""
+
+    store: IncidentStore
+    cache: IncidentCache | None
+    session: Session | None
+    transactions: Transactions
+
+
 def check_max_staleness(max_staleness: object) -> float:
     """Return the seconds by which a list may be behind.
 
@@ -89,6 +107,13 @@ def check_max_staleness(max_staleness: object) -> float:
             "max_staleness", f"must be a number of seconds from 0 to {MAX_STALENESS}"
         )
     return number
+
+
+def _refuse(reason: str, **given: bool) -> None:
+    """Raise InvalidSettings for the first argument that is given."""
+    for name, is_given in given.items():
+        if is_given:
+            raise InvalidSettings(name, reason)
 
 
 class IncidentClient(Incidents):
@@ -155,14 +180,19 @@ class IncidentClient(Incidents):
         options: StoreOptions | None = None,
         schema: str | None = None,
         observer: Observer | None = None,
+        token: str | None = None,
+        remote: RemoteOptions | None = None,
     ) -> Self:
         """Return a client for these servers; it connects when it is entered.
+
+        For the URL of a service, only ``observer``, ``token`` and ``remote`` may be given: the
+        service has its own database, cache and transitions.
 
         Args:
             database: ``postgresql://user:password@host:port/database``,
                 ``sqlite+aiosqlite:///file``, or ``sqlite+aiosqlite:///:memory:``; or an engine
                 (SQLAlchemy's ``AsyncEngine``) or a pool (asyncpg) that the application has opened,
-                which the client uses and never closes.
+                which the client uses and never closes; or ``https://host/prefix``, a service.
             redis_url: ``redis://host:port/db``, ``redis+cluster://host:port,host:port`` or
                 ``redis+sentinel://host:port,host:port/service``, where pages of the list are cached
                 for all processes. None: each process caches its own.
@@ -177,11 +207,27 @@ class IncidentClient(Incidents):
                 no effect then. Keys in Redis begin with it. None: the first schema in the search
                 path that has the tables.
             observer: As for :class:`IncidentClient`.
+            token: The access token for a service; None: none is sent.
+            remote: Time limits and connections for a service; None: the defaults.
 
         Raises:
-            InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid.
-            MissingDependency: If a Redis is given and its package is not installed.
+            InvalidSettings: If a URL, ``max_staleness``, ``transitions`` or ``schema`` is invalid,
+                or an argument does not fit the kind of URL.
+            MissingDependency: If a Redis or a service is given and its package is not installed.
         """
+        if isinstance(database, str) and names_service(database):
+            _refuse(
+                "belongs to the service, not to its client",
+                redis_url=redis_url is not None,
+                redis_required=redis_required,
+                max_staleness=max_staleness != 0,
+                transitions=transitions is not None,
+                options=options is not None,
+                schema=schema is not None,
+            )
+            return cls(store_of_service(database, token, remote), observer=observer)
+        reason = "is for the URL of a service, such as https://incidents.example.com"
+        _refuse(reason, token=token is not None, remote=remote is not None)
         prefix = "" if schema is None else f"{schema}:"
         return cls(
             store_on(database, options, schema=schema),
@@ -301,8 +347,8 @@ class IncidentClient(Incidents):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first.
 
@@ -331,7 +377,10 @@ class IncidentClient(Incidents):
         """
         return (await self._opened().pages.page(query)).json
 
-    def join(self, connection: object) -> JoinedIncidents:
+    def join(
+        self,
+        connection: AsyncConnection | AsyncSession | Connection[Any] | PoolConnectionProxy[Any],
+    ) -> JoinedIncidents:
         """Return the verbs inside the transaction of the application's own connection.
 
         Their writes are committed or rolled back with the rest of that transaction, and invisible
@@ -346,7 +395,11 @@ class IncidentClient(Incidents):
             NotInTransaction: If the connection commits each statement by itself, or is closed.
             TypeError: If the connection is of another kind, or to another kind of database.
         """
-        joined = JoinedIncidents(self._opened().join(connection), self._transitions)
+        return self._joined_to(self._opened().join(connection))
+
+    def _joined_to(self, transaction: Transactions) -> JoinedIncidents:
+        """Return the verbs in a transaction of the application, observed as those of the client."""
+        joined = JoinedIncidents(transaction, self._transitions)
         if self.observer is not None:
             observe_verbs(joined, self.observer)
         return joined
@@ -369,21 +422,27 @@ class IncidentClient(Incidents):
             ClientClosed: If the client is closed meanwhile.
         """
         ChangesQuery(after)
-        pause = 0.0
         while True:
-            # The latest change must be known before an outage, which may hide changes.
-            wait = 0 if after == LATEST else MAX_WAIT
-            feed = self._opened().feed
-            try:
-                page = await feed.read(after, CHANGES_BATCH, wait)
-            except StoreUnavailable:
-                pause = min(2 * pause + MIN_PAUSE, MAX_PAUSE)
-                await feed.pause(pause)
-                continue
-            pause = 0.0
+            page = await self._next_changes(after)
             for event in page.changes:
                 yield event
             after = page.next
+
+    async def _next_changes(self, after: str | None) -> ChangePage:
+        """Return the next changes; wait until there is one, and while the database is away.
+
+        There may be none, with a cursor to continue from.
+        """
+        # The latest change must be known before an outage, which may hide changes.
+        wait = 0 if after == LATEST else MAX_WAIT
+        pause = 0.0
+        while True:
+            feed = self._opened().feed
+            try:
+                return await feed.read(after, CHANGES_BATCH, wait)
+            except StoreUnavailable:
+                pause = min(2 * pause + MIN_PAUSE, MAX_PAUSE)
+                await feed.pause(pause)
 
     async def read_changes(
         self, after: str | None = None, *, limit: int = CHANGES_LIMIT, wait: float = 0.0
@@ -428,8 +487,8 @@ class IncidentClient(Incidents):
             ended_before: Aware; incidents that ended before this time are removed. An incident
                 whose end was not recorded (``ended_at`` is None) stays.
             progress: Called after each batch with the number of removed incidents, and the number
-                of all incidents to remove. If it returns False, the purge ends early. None: report
-                no progress.
+                of all incidents to remove; a result that can be awaited is. If the result is False,
+                the purge ends early. None: report no progress.
 
         Raises:
             InvalidIncident: If it is not an aware time.
@@ -443,8 +502,12 @@ class IncidentClient(Incidents):
                 session.store.purge(ended_before, PURGE_BATCH, actor=ACTOR.get())
             )
             purged += count
-            stopped = progress is not None and progress(purged, max(purged, total)) is False
-            if stopped or not more:
+            if progress is not None:
+                answer = progress(purged, max(purged, total))
+                if isinstance(answer, Awaitable):
+                    answer = await answer
+                more = more and answer is not False
+            if not more:
                 return purged
 
     async def check(self) -> None:
@@ -481,3 +544,9 @@ class IncidentClient(Incidents):
         if self._session is None:
             raise ClientClosed
         return self._session
+
+    def _swap(self, parts: Parts) -> Parts:
+        """Work on other parts from now on, and return the present ones; for the test kit."""
+        present = Parts(self.store, self._cache, self._session, self._transactions)
+        self.store, self._cache, self._session, self._transactions = parts
+        return present

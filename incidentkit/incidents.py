@@ -11,7 +11,14 @@ from attrs import evolve
 
 from incidentkit.domain import rules
 from incidentkit.domain.actor import ACTOR
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange, check_many
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+    check_many,
+)
 from incidentkit.domain.errors import (
     FieldError,
     IncidentKitError,
@@ -29,7 +36,10 @@ from incidentkit.domain.values import (
     IncidentOrder,
     IncidentSource,
     IncidentStatus,
+    OrderName,
     SearchPage,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
 
@@ -40,6 +50,8 @@ if TYPE_CHECKING:
 
 IncidentList: TypeAlias = list[Incident]
 """A page; an alias because inside the class ``list`` is the verb."""
+
+OptionalIncidents: TypeAlias = list[Incident | None]
 
 EventList: TypeAlias = list[IncidentEvent]
 
@@ -92,8 +104,8 @@ class Incidents(ABC):
         self,
         incident_message: str,
         *,
-        source: IncidentSource | str,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        source: IncidentSource | SourceName,
+        incident_type: IncidentStatus | StatusName = IncidentStatus.NEW,
         dedup_key: str | None = None,
         details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
@@ -103,8 +115,8 @@ class Incidents(ABC):
         self,
         incident_message: NewIncident | str,
         *,
-        source: IncidentSource | str | None = None,
-        incident_type: IncidentStatus | str = IncidentStatus.NEW,
+        source: IncidentSource | SourceName | None = None,
+        incident_type: IncidentStatus | StatusName = IncidentStatus.NEW,
         dedup_key: str | None = None,
         details: dict[str, Any] | None = None,
         idempotency_key: str | None = None,
@@ -198,7 +210,7 @@ class Incidents(ABC):
     async def update_status(
         self,
         incident_id: int,
-        status: IncidentStatus | str,
+        status: IncidentStatus | StatusName,
         *,
         note: str | None = None,
         expected_version: int | str | VersionMatch | None = None,
@@ -233,6 +245,85 @@ class Incidents(ABC):
         return await transactions.write(
             transactions.store.update_status(
                 change, transitions=self._transitions, actor=ACTOR.get(), once=once
+            )
+        )
+
+    async def resolve(
+        self,
+        dedup_key: str,
+        *,
+        status: IncidentStatus | StatusName = IncidentStatus.COMPLETED,
+        note: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Incident | None:
+        """End the open incident that has this ``dedup_key``, and return it.
+
+        A check that reports a problem with :meth:`create` ends it so when the problem is gone,
+        without knowing any id::
+
+            await incidents.create("Disk is full", source="monitoring", dedup_key="disk/db-1")
+            ended = await incidents.resolve("disk/db-1", note="Logs were rotated")
+
+        Args:
+            dedup_key: 1 to 255 characters.
+            status: The new status: any but ``new``.
+            note: A note for the history, in 1 to 1000 characters; None: no note.
+            idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
+                call of the same actor with the key changes nothing and returns the first answer,
+                also if that was None. None: every call takes effect.
+
+        Returns:
+            The incident; None if no incident with the key is open.
+
+        Raises:
+            InvalidIncident: With every faulty argument.
+            IllegalTransition: If the client's transitions do not allow the change.
+            IdempotencyKeyReused: If the key was used with other parameters.
+        """
+        resolution = Resolution(dedup_key, status, note)
+        transactions = self._transactions
+        once = _once(transactions, idempotency_key, "resolve", resolution)
+        return await transactions.write(
+            transactions.store.resolve(
+                resolution, transitions=self._transitions, actor=ACTOR.get(), once=once
+            )
+        )
+
+    async def resolve_many(
+        self,
+        dedup_keys: Iterable[str],
+        *,
+        status: IncidentStatus | StatusName = IncidentStatus.COMPLETED,
+        note: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> OptionalIncidents:
+        """End the open incidents that have these keys, all or none, in one transaction.
+
+        The result is the same as that of calling :meth:`resolve` for each key in turn: for a key
+        that is given twice, the second answer is None.
+
+        Args:
+            dedup_keys: At most 100,000, each in 1 to 255 characters.
+            status: The new status of each: any but ``new``.
+            note: As for :meth:`resolve`, for each of them.
+            idempotency_key: As for :meth:`resolve`, for all of them together.
+
+        Returns:
+            The incidents in the order of the keys; None where no incident was open.
+
+        Raises:
+            InvalidIncident: With every faulty argument; nothing is changed.
+            IllegalTransition: If the client's transitions do not allow the change.
+            IdempotencyKeyReused: If the key was used with other parameters.
+        """
+        resolutions = Resolutions(dedup_keys, status, note)
+        transactions = self._transactions
+        once = _once(transactions, idempotency_key, "resolve_many", resolutions)
+        if not resolutions.dedup_keys:
+            return []
+        return await transactions.write(
+            transactions.store.resolve_many(
+                resolutions, transitions=self._transitions, actor=ACTOR.get(), once=once
             )
         )
 
@@ -272,8 +363,8 @@ class Incidents(ABC):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents: newest first, those of one second by id, newest first."""
 
@@ -296,13 +387,13 @@ class Incidents(ABC):
     async def search(  # noqa: PLR0913
         self,
         *,
-        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
-        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        status: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None = None,
+        source: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         dedup_key: str | None = None,
         text: str | None = None,
-        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        order: IncidentOrder | OrderName = IncidentOrder.NEWEST,
         limit: int = DEFAULT_LIMIT,
         after: str | None = None,
         total: bool = False,
@@ -348,18 +439,22 @@ class Incidents(ABC):
             total=total,
             details=details,
         )
+        return await self._search_page(query)
+
+    async def _search_page(self, query: SearchQuery) -> SearchPage:
+        """Return one page of a search whose arguments are checked."""
         return await self._transactions.store.search(query)
 
     async def iterate(  # noqa: PLR0913
         self,
         *,
-        status: Iterable[IncidentStatus | str] | IncidentStatus | str | None = None,
-        source: Iterable[IncidentSource | str] | IncidentSource | str | None = None,
+        status: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None = None,
+        source: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None = None,
         created_after: datetime | None = None,
         created_before: datetime | None = None,
         dedup_key: str | None = None,
         text: str | None = None,
-        order: IncidentOrder | str = IncidentOrder.NEWEST,
+        order: IncidentOrder | OrderName = IncidentOrder.NEWEST,
         batch: int = 100,
         details: bool = False,
     ) -> AsyncIterator[Incident]:
@@ -391,7 +486,7 @@ class Incidents(ABC):
             details=details,
         )
         while True:
-            page = await self._transactions.store.search(query)
+            page = await self._search_page(query)
             for incident in page.incidents:
                 yield incident
             if page.next is None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.transitions import Transitions
-from incidentkit.domain.values import DEFAULT_LIMIT, IncidentSource, IncidentStatus
+from incidentkit.domain.values import (
+    DEFAULT_LIMIT,
+    IncidentSource,
+    IncidentStatus,
+    SourceName,
+    StatusName,
+)
 from incidentkit.incidents import IncidentList, Incidents, Transactions
 
 
@@ -27,8 +33,8 @@ class JoinedIncidents(Incidents):
         self,
         page: int = 1,
         limit: int = DEFAULT_LIMIT,
-        status: IncidentStatus | str | None = None,
-        source: IncidentSource | str | None = None,
+        status: IncidentStatus | StatusName | None = None,
+        source: IncidentSource | SourceName | None = None,
     ) -> IncidentList:
         """Return one page of incidents as the transaction sees it, newest first.
 

@@ -31,6 +31,8 @@ VERBS: Final = (
     "purge",
     "purgeable",
     "read_changes",
+    "resolve",
+    "resolve_many",
     "search",
     "update_status",
 )
@@ -77,7 +79,8 @@ class Observer(Protocol):
     """Counts and times the calls of a client.
 
     No method receives a message, a key, a note, an actor or another value of an incident. The
-    methods are called on the event loop, so they must return at once and never raise.
+    methods are called on the event loop, or in the thread of a caller that has joined a transaction
+    without one. They must return at once and never raise.
     """
 
     def call(self, verb: str, /) -> AbstractContextManager[object]:

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
+import incidentkit.remote as service
 import incidentkit.store.backends as backend
-from incidentkit.domain.errors import InvalidSettings, StoreError
+from incidentkit.domain.errors import InvalidSettings, MissingDependency, StoreError
 from incidentkit.store.database import DEFAULT_DATABASE_URL, database_kind
 from incidentkit.store.schema import check_schema
 
 if TYPE_CHECKING:
     from incidentkit.cache.base import IncidentCache
     from incidentkit.observing import Observer
+    from incidentkit.remote.options import RemoteOptions
     from incidentkit.session import Session
     from incidentkit.settings import Settings
     from incidentkit.store.options import StoreOptions
@@ -70,6 +72,29 @@ def store_from_url(
     if kind == "postgresql":
         return backend.postgresql_store(database_url, options, schema)
     return backend.sqlite_store(database_url, options, migrations)
+
+
+def store_of_service(
+    url: str, token: str | None = None, options: RemoteOptions | None = None
+) -> IncidentStore:
+    """Return the store, not yet open, for the URL of a service.
+
+    Args:
+        url: The service.
+        token: The access token; None: none is sent.
+        options: Time limits and connections; None: the defaults.
+
+    Raises:
+        InvalidSettings: If the URL or the token cannot be used.
+        MissingDependency: If the package ``httpx2`` is not installed.
+    """
+    try:
+        store = service.RemoteStore
+    except ModuleNotFoundError as error:
+        if error.name != "httpx2":
+            raise
+        raise MissingDependency("httpx2", extra="remote") from error
+    return store(url, token, options)
 
 
 @_complete("the driver of the database is not in this installation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from time import perf_counter
 from typing import Final, TypeVar
 from weakref import WeakKeyDictionary
@@ -28,6 +29,12 @@ STEP: Final = 50
 _turns: Final[WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock]] = WeakKeyDictionary()
 
 
+NOTHING_ELSE_RUNS: Final[ContextVar[bool]] = ContextVar(
+    "incidentkit_nothing_else_runs", default=False
+)
+"""Whether a computation lets nothing run in between, since its coroutine must not suspend."""
+
+
 async def in_parts(
     compute: Callable[[Sequence[_Item]], _Result], items: Sequence[_Item]
 ) -> list[_Result]:
@@ -38,13 +45,13 @@ async def in_parts(
 
     Args:
         compute: Called with at most :data:`STEP` items, which should take well less than
-            :data:`BURST`.
+            :data:`BURST`; with all of them if nothing else runs.
         items: The items.
 
     Returns:
         The result for each part, in order.
     """
-    if len(items) <= STEP:
+    if len(items) <= STEP or NOTHING_ELSE_RUNS.get():
         return [compute(items)]
     results = []
     async with _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):

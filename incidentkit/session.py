@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from incidentkit.affinity import Abandonable, Affinity, Severable, running_loop
 from incidentkit.cache.base import IncidentCache
 from incidentkit.cache.pages import PageCache
 from incidentkit.domain.errors import CacheUnavailable, ClientClosed
+from incidentkit.domain.values import ChangePage
 from incidentkit.feed import ChangeFeed
 from incidentkit.observing import Observer
 from incidentkit.store.idempotency import Idempotency, Parameters, idempotency
@@ -19,6 +20,41 @@ from incidentkit.store.ports import IncidentStore, StoreOperations
 _T = TypeVar("_T")
 
 logger = logging.getLogger("incidentkit")
+
+
+class Feed(Protocol):
+    """Delivers changes to waiting readers.
+
+    Attributes:
+        readers: Number of readers that a change by this process has to wake.
+    """
+
+    readers: int
+
+    async def read(self, after: str | None, limit: int, wait: float) -> ChangePage:
+        """Return changes after a cursor, and wait for one if there is none."""
+        ...
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for a number of seconds, or until the feed is closed."""
+
+    def wake(self) -> None:
+        """Make waiting readers look for changes now."""
+
+    def close(self) -> None:
+        """Make waiting readers raise :class:`~incidentkit.ClientClosed`."""
+
+    async def finish(self) -> None:
+        """Wait until every read has finished."""
+
+
+@runtime_checkable
+class BringsFeed(Protocol):
+    """A store that delivers changes itself, as that of a service does."""
+
+    def feed(self) -> Feed:
+        """Return a new feed."""
+        ...
 
 
 class Session:
@@ -50,7 +86,7 @@ class Session:
         self._max_staleness = max_staleness
         self._observer = observer
         self._pages: PageCache | None = None
-        self._feed: ChangeFeed | None = None
+        self._feed: Feed | None = None
         self._writes: set[asyncio.Task[Any]] = set()
         self._open = False
         # None: nothing is open.
@@ -109,7 +145,7 @@ class Session:
             max_staleness=self._max_staleness,
             observer=self._observer,
         )
-        self._feed = ChangeFeed(self._store, observer=self._observer)
+        self._feed = self._new_feed()
         try:
             await self._store.open()
             await self._ping_cache(self._pages)
@@ -121,6 +157,12 @@ class Session:
                 self._feed = self._pages = self._owner = None
             raise
         self._open = True
+
+    def _new_feed(self) -> Feed:
+        store: object = self._store
+        if isinstance(store, BringsFeed):
+            return store.feed()
+        return ChangeFeed(self._store, observer=self._observer)
 
     async def _abandon(self, owner: _Owner) -> None:
         """Release what was left open on an event loop that has ended."""
@@ -206,7 +248,7 @@ class Session:
         return self._pages
 
     @property
-    def feed(self) -> ChangeFeed:
+    def feed(self) -> Feed:
         """The feed of changes.
 
         Raises:
@@ -286,10 +328,10 @@ class HostTransaction:
 
     Args:
         store: The operations on that connection.
-        affinity: The event loop of the connection.
+        affinity: The event loop of the connection; None: it belongs to none.
     """
 
-    def __init__(self, store: StoreOperations, affinity: Affinity) -> None:
+    def __init__(self, store: StoreOperations, affinity: Affinity | None = None) -> None:
         self._store = store
         self._affinity = affinity
 
@@ -305,7 +347,7 @@ class HostTransaction:
         Raises:
             WrongEventLoop: If it belongs to another event loop.
         """
-        if self._affinity.loop is not running_loop():
+        if self._affinity is not None and self._affinity.loop is not running_loop():
             raise self._affinity.error()
         return self._store
 

@@ -16,10 +16,14 @@ from pathlib import Path
 
 import asyncpg
 
-from incidentkit import IncidentClient, StoreUnavailable
+from incidentkit import (
+    IncidentClient,
+    IncidentStatus,
+    StoreUnavailable,
+)
 from incidentkit.wire import encode_event
 
-STATUSES = ("new", "completed", "failed")
+STATUSES = tuple(IncidentStatus)
 INCIDENTS = 4
 """Number of incidents that all processes change."""
 

@@ -15,6 +15,8 @@ from incidentkit.store.migrate import upgrade
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from incidentkit import IncidentClient
+
 WAYS = (
     "sqlite-connection",
     "sqlite-session",
@@ -35,6 +37,10 @@ class Host(ABC):
 
     url: str
     connection: Any
+
+    async def join(self, client: IncidentClient) -> Any:
+        """Return the verbs in the transaction."""
+        return client.join(self.connection)
 
     @abstractmethod
     async def begin(self) -> None:

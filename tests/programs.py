@@ -112,7 +112,7 @@ def service(
 def _wait_until_alive(program: subprocess.Popen[bytes], log: Path, path: str) -> str:
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline and program.poll() is None:
-        found = re.search(r" on (http://[\w.]+:\d+)", log.read_text())
+        found = re.search(r" (?:on|at:) (http://[\w.]+:\d+)", log.read_text())
         if found:
             try:
                 httpx2.get(f"{found[1]}{path}").raise_for_status()

@@ -26,6 +26,7 @@ from benchmarks import (
     rounds,
     search,
     services,
+    threads,
 )
 from benchmarks.__main__ import SUBJECTS
 from benchmarks.results import Result, at_least, at_most
@@ -154,6 +155,13 @@ def test_the_sdk_is_measured_in_process(monkeypatch: pytest.MonkeyPatch) -> None
     """A short run measures reads and creates beside asyncpg and the ORM."""
     monkeypatch.setattr(in_process, "INCIDENTS", 300)
     check(in_process.start(rounds=1, calls=64, many=100))
+
+
+@SHORT
+def test_threads_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run measures the synchronous client in threads beside the ORM."""
+    monkeypatch.setattr(threads, "INCIDENTS", 100)
+    check(threads.start(rounds=1, calls=64))
 
 
 @SHORT

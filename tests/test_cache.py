@@ -314,9 +314,11 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
     await redis.set("incidents:foreign:key", b"2")
     async with IncidentClient.open(sqlite_url, redis_url) as incidents:
         await incidents.create("Disk is full", source="monitoring")
-        writes: list[Callable[[], Awaitable[Incident]]] = [
+        await incidents.create("Disk is full", source="monitoring", dedup_key="disk")
+        writes: list[Callable[[], Awaitable[Incident | None]]] = [
             lambda: incidents.create("Disk is full", source="monitoring"),
             lambda: incidents.update_status(1, "failed"),
+            lambda: incidents.resolve("disk"),
         ]
         for write in writes:
             for page in range(1, 5):

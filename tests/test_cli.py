@@ -456,6 +456,7 @@ READING = [
 ]
 CHANGING = [
     ("update-status", "1", "failed"),
+    ("resolve", "disk"),
     ("note", "1", "Order a disk"),
     ("purge", "--older-than", "1d"),
     ("db", "downgrade"),
@@ -706,6 +707,34 @@ def test_a_command_can_be_repeated() -> None:
     (line,) = errors(*other, exit_code=2)
     assert line == "Error: idempotency_key was used with other parameters"
     assert len(json.loads(output("list", "--json"))) == 1
+
+
+def test_resolve_ends_the_open_incidents_of_keys() -> None:
+    """`resolve` shows what it ended, and names on stderr a key without an open incident."""
+    for key in ("disk", "line", "fan"):
+        output(*DISK_FULL, "--dedup-key", key)
+    shown = output("resolve", "disk", "--note", "-", "--actor", "alice", stdin="Removed\n")
+    assert re.search(r"^dedup_key +disk$", shown, re.MULTILINE)
+    assert re.search(r"^incident_type +completed$", shown, re.MULTILINE)
+    last = json.loads(output("history", "1", "--json"))[-1]
+    assert (last["note"], last["actor"]) == ("Removed", "alice")
+    result = run("resolve", "disk", "line", "new\nline", "--status", "failed")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["incident_id", "2"]
+    assert result.stderr.splitlines() == [
+        "No incident with the key disk is open.",
+        r"No incident with the key new\nline is open.",
+    ]
+    command = ("resolve", "line", "fan", "--json", "--idempotency-key", "k")
+    line, fan = json.loads(output(*command))
+    assert (line, fan["incident_id"], fan["incident_type"]) == (None, 3, "completed")
+    assert json.loads(output(*command)) == [line, fan]
+    result = run("resolve", "disk")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert errors("resolve", "disk", "", "--status", "new", exit_code=2) == [
+        "Error: dedup_keys[1] must have 1 to 255 characters",
+        "Error: status must be one of: completed, failed",
+    ]
 
 
 def test_a_change_that_is_not_allowed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

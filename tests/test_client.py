@@ -41,7 +41,7 @@ KEY = "incidents:1:10:any:any"
 def urls(request: pytest.FixtureRequest) -> tuple[str, str | None]:
     """The URLs of an empty database, and of a Redis if there is one."""
     database, _, cache = request.param.partition("-")
-    name = {"sqlite": "sqlite_url", "postgresql": "migrated_postgres_url"}.get(database)
+    name = {"sqlite": "migrated_sqlite_url", "postgresql": "migrated_postgres_url"}.get(database)
     return (
         str(request.getfixturevalue(name)) if name else MEMORY,
         str(request.getfixturevalue("redis_url")) if cache else None,

@@ -175,6 +175,7 @@ def test_details_are_a_copy_of_plain_values() -> None:
     given_details["a"][1].clear()
     assert made.details is not None
     assert made.details == {"a": [1, ["x"]], "partner": True}
+    assert made.details is not None
     assert type(made.details["a"][1][0]) is str
     assert [type(key) for key in made.details] == [str, str]
 

@@ -43,10 +43,10 @@ from attrs import Attribute, asdict, fields, frozen
 from click.testing import CliRunner
 
 import incidentkit
-from incidentkit import IncidentKitError
+from incidentkit import IncidentKitError, RemoteOptions
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
-from incidentkit.domain.commands import MAX_FAULTS
+from incidentkit.domain.rules import MAX_FAULTS
 from incidentkit.domain.values import TEXT_MAX_WORDS
 from incidentkit.http import health, problems, request_log
 from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, MAX_LARGE_BODY
@@ -67,6 +67,7 @@ from incidentkit.store.sqlite import statements as sqlite
 from incidentkit.store.sqlite.dialect import SqliteDialect
 from incidentkit.store.sqlite.file import scanners
 from incidentkit.store.sqlite.url import PARAMETERS
+from incidentkit.wire.kinds import Kind
 from tests.programs import outcome, service, start
 from tests.test_migrations import ORIGIN_SCHEMA
 
@@ -200,16 +201,17 @@ def run_program(file: str) -> str:
     return printed.getvalue()
 
 
-def test_the_tests_of_a_host_pass() -> None:
+@pytest.mark.parametrize("name", ["docs/how-to/embed.md", "docs/how-to/test.md"])
+def test_the_tests_of_a_host_pass(name: str) -> None:
     """The tests that the page shows pass, without a warning from incidentkit."""
-    files = [file for file in write_files("docs/how-to/embed.md") if file.startswith("test_")]
+    files = [file for file in write_files(name) if file.startswith("test_")]
     assert files
     scope = "asyncio_default_fixture_loop_scope=function"
-    plugins = ("-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin", "-o", scope)
+    kit = ("-p", "incidentkit.testing.plugin", "-p", "pytest_asyncio.plugin")
     exit_code, out, err = outcome(
         start(
             *files,
-            program=["-W", "error", "-m", "pytest", *plugins],
+            program=["-W", "error", "-m", "pytest", "-p", "no:cacheprovider", *kit, "-o", scope],
             env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         )
     )
@@ -265,7 +267,9 @@ class Session(ExitStack):
         started = datetime.now(UTC)
         for fence in fences(name):
             if fence.file:
-                Path(fence.file).write_text(self._replaced(fence.text), encoding="utf-8")
+                text = self._with_tokens(self._replaced(fence.text))
+                text = text.replace(SERVICE_URL, self._url or SERVICE_URL)
+                Path(fence.file).write_text(text, encoding="utf-8")
             if fence.language != "console" or "session" not in fence.words:
                 continue
             expected, printed = "", ""
@@ -289,6 +293,10 @@ class Session(ExitStack):
                 return done.output
             case ["python", file]:
                 return run_program(file)
+            case ["python", *arguments]:
+                exit_code, out, err = outcome(start(program=["-W", "error", *arguments]))
+                assert exit_code == 0, err
+                return out + err
             case ["curl", *arguments]:
                 return self._curl(arguments)
         raise AssertionError(f"nobody knows how to run {words}")
@@ -366,6 +374,7 @@ SESSIONS: Final = (
     "docs/how-to/authenticate.md",
     "docs/how-to/history.md",
     "docs/how-to/purge.md",
+    "docs/how-to/remote.md",
     "docs/reference/command-line.md",
     "docs/reference/rest.md",
 )
@@ -636,7 +645,7 @@ def test_the_codes_of_problems_are_those_of_the_service() -> None:
             kind.when,
             "" if kind.error is None else f"`{kind.error.__name__}`",
         ]
-        for kind in problems.Kind
+        for kind in Kind
     ]
     assert rows("docs/reference/errors.md", "code") == expected
     assert f"`{problems.PAGE}#incident-not-found`" in page("docs/reference/errors.md")
@@ -679,7 +688,8 @@ def test_the_parameters_of_urls_are_those_of_the_code() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     """What the package exports is described by a page of the reference."""
     reference = page("docs/reference/python.md") + page("docs/reference/errors.md")
-    described = set(re.findall(r"auto(?:class|exception|function):: (?:[\w.]+\.)?(\w+)", reference))
+    directive = r"auto(?:class|data|exception|function):: (?:[\w.]+\.)?(\w+)"
+    described = set(re.findall(directive, reference))
     assert {*incidentkit.__all__} - {"__version__"} <= described
 
 
@@ -731,7 +741,7 @@ def test_the_commands_and_options_are_those_of_the_program() -> None:
                 yield f"{path} {name}", found
 
     found = dict(commands(main))
-    arguments = re.compile(r" \[?[A-Z_]+\]?")
+    arguments = re.compile(r" \[?[A-Z_]+\]?(\.\.\.)?")
     shown = [
         arguments.sub("", code(cells[0])[0])
         for cells in rows("docs/reference/command-line.md", "command")
@@ -794,12 +804,19 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"`Retry-After: {problems.RETRY_AFTER}`" in deploy
     assert f"at most {MAX_BODY} bytes" in rest
     assert f"more than {MAX_BODY} bytes" in rest
-    assert rest.count(f"{MAX_LARGE_BODY}") == 2
+    assert rest.count(f"{MAX_LARGE_BODY}") == 3
     assert f"at most {MAX_ITEMS} such objects" in rest
     assert f"the first {MAX_FAULTS} invalid incidents" in rest
     assert f"{TTL} seconds" in cache
     assert f"`{INDEX_KEY}`" in cache
     assert f"{memory.DEFAULT_MAX_BYTES // 2**20} MiB" in cache
+
+
+def test_the_options_of_a_client_of_a_service_are_those_of_the_code() -> None:
+    """The table of the guide has their defaults."""
+    options = RemoteOptions()
+    for cells in rows("docs/how-to/remote.md", "option"):
+        assert float(cells[1].removesuffix(" seconds")) == getattr(options, code(cells[0])[0])
 
 
 def test_the_loggers_are_those_of_the_code() -> None:

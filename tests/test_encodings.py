@@ -23,6 +23,7 @@ from incidentkit import (
 )
 from incidentkit.store import migrate
 from tests.hosts import run_sql
+from tests.sync_hosts import open_sync_host
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -87,6 +88,8 @@ def calls(
             partial(incidents.create_many, [plain, odd, keyed]),
         ),
         (("note",), partial(incidents.note, 1, given)),
+        (("dedup_key",), partial(incidents.resolve, given)),
+        (("dedup_keys[1]", "note"), partial(incidents.resolve_many, ["disk", given], note=given)),
         (("note",), partial(incidents.update_status, 1, "failed", note=given)),
         (("actor",), partial(note_as, given)),
         (("text",), partial(incidents.search, text=f"text{character}")),
@@ -133,7 +136,9 @@ async def test_a_character_that_cannot_be_stored_does_not_affect_other_calls(
                 assert [type(outcome) for outcome in outcomes] == expected
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "pool"])
+@pytest.mark.parametrize(
+    "driver", ["asyncpg", "psycopg", "pool", "sync-psycopg", "sync-django-postgresql"]
+)
 async def test_a_hosts_transaction_survives_a_character_that_cannot_be_stored(
     postgres_server_url: str, driver: str
 ) -> None:
@@ -142,16 +147,22 @@ async def test_a_hosts_transaction_survives_a_character_that_cannot_be_stored(
         url = await stack.enter_async_context(database(postgres_server_url, "LATIN1"))
         await migrate.upgrade(url)
         client = await stack.enter_async_context(IncidentClient.open(url))
-        if driver == "pool":
-            connection: Any = await asyncpg.connect(url)
+        transaction: Any
+        if driver.startswith("sync"):
+            transaction = await stack.enter_async_context(open_sync_host(driver, url))
+            await transaction.begin()
+            incidents = await transaction.join()
+        elif driver == "pool":
+            connection = await asyncpg.connect(url)
             stack.push_async_callback(connection.close)
             transaction = connection.transaction()
             await transaction.start()
+            incidents = client.join(connection)
         else:
             engine = create_async_engine(url.replace("postgresql:", f"postgresql+{driver}:"))
             stack.push_async_callback(engine.dispose)
-            connection = transaction = await stack.enter_async_context(engine.connect())
-        incidents = client.join(connection)
+            transaction = await stack.enter_async_context(engine.connect())
+            incidents = client.join(transaction)
         await incidents.create("Disk is full", source="operator")
         for fields, call in calls(incidents, "€"):
             with pytest.raises(InvalidIncident) as caught:

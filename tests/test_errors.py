@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import incidentkit.domain.errors
 from incidentkit import (
+    AccessDenied,
     CacheUnavailable,
     ClientClosed,
     DuplicateOpenIncident,
@@ -30,6 +31,7 @@ from incidentkit import (
     InvalidSettings,
     ListQuery,
     MissingDependency,
+    NeedsDatabase,
     NewIncident,
     NotInTransaction,
     PartlyStored,
@@ -122,10 +124,15 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         "The connection has no open transaction to join: begin one first",
         {},
     ),
+    (
+        NeedsDatabase("join"),
+        "A service has no operation for join: open a client on the database itself",
+        {"verb": "join"},
+    ),
     (IncidentNotFound(7), "Incident 7 not found", {"incident_id": 7}),
     (
         ClientClosed(),
-        "The client is not open: use `async with client:`, or await client.connect() first",
+        "The client is not open: enter it with `async with` or `with`, or connect() it first",
         {},
     ),
     (
@@ -187,6 +194,19 @@ ERRORS: list[tuple[IncidentKitError, str, dict[str, Any]]] = [
         ),
         {"current": "dadc1db062ae", "expected": "9b3f6d20c7e8", "command": "make schema"},
     ),
+    (
+        SchemaOutOfDate(None, "", place="https://host"),
+        (
+            "The service https://host cannot be used: the schema of its database is out of date. "
+            "Run `incidentkit db upgrade` where the service runs"
+        ),
+        {"current": None, "expected": "", "place": "https://host"},
+    ),
+    (
+        AccessDenied("the token has expired", place="https://host"),
+        "The service https://host denies access: the token has expired",
+        {"reason": "the token has expired", "place": "https://host", "retryable": False},
+    ),
 ]
 
 each_error = pytest.mark.parametrize(
@@ -222,12 +242,13 @@ def test_one_small_tree() -> None:
         "TokenNotFound": {},
         "PartlyStored": {},
         "NotInTransaction": {},
+        "NeedsDatabase": {},
         "ClientClosed": {},
         "WrongEventLoop": {},
         "InvalidSettings": {},
         "MissingDependency": {},
         "CacheUnavailable": {},
-        "StoreError": {"StoreUnavailable": {}, "SchemaOutOfDate": {}},
+        "StoreError": {"StoreUnavailable": {}, "SchemaOutOfDate": {}, "AccessDenied": {}},
     }
 
 

@@ -57,6 +57,8 @@ JOINED: Final[dict[str, Callable[[Incidents], Awaitable[object]]]] = {
     "create": lambda it: it.create("Disk is full", source="operator"),
     "create_many": lambda it: it.create_many([NewIncident("Disk is full", "operator")]),
     "update_status": lambda it: it.update_status(1, "completed"),
+    "resolve": lambda it: it.resolve("disk"),
+    "resolve_many": lambda it: it.resolve_many(["disk"]),
     "note": lambda it: it.note(1, "seen"),
     "get": lambda it: it.get(1),
     "list": lambda it: it.list(),
@@ -157,10 +159,11 @@ async def test_another_thread_is_refused_and_the_owner_goes_on(url: str, verb: s
 def test_joining_on_another_event_loop_is_refused(url: str) -> None:
     """`join` raises WrongEventLoop on another event loop."""
     client = IncidentClient.open(url)
+    connection: Any = object()
 
     async def join() -> None:
         with pytest.raises(WrongEventLoop):
-            client.join(object())
+            client.join(connection)
 
     with two_loops() as (owner, other):
         owner.run(client.connect())
@@ -173,11 +176,11 @@ def test_a_joined_transaction_stays_on_its_event_loop(
     request: pytest.FixtureRequest, way: str
 ) -> None:
     """A joined verb on another event loop is refused, and the transaction can be committed."""
-    name = "sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
+    name = "migrated_sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
     url = str(request.getfixturevalue(name))
     client = IncidentClient.open(url)
 
-    async def join(connection: object) -> JoinedIncidents:
+    async def join(connection: Any) -> JoinedIncidents:
         return client.join(connection)
 
     with two_loops() as (owner, other):
@@ -409,8 +412,8 @@ def test_a_store_refuses_another_event_loop(request: pytest.FixtureRequest, name
 
         host: Any = None
         if name.endswith("engine"):
-            fixture = "sqlite_url" if name.startswith("sqlite") else "migrated_postgres_url"
-            url = sqlalchemy_url(request.getfixturevalue(fixture))
+            kind = "sqlite" if name.startswith("sqlite") else "postgres"
+            url = sqlalchemy_url(request.getfixturevalue(f"migrated_{kind}_url"))
             host = create_async_engine(url, poolclass=NullPool)
         elif name == "pool":
             host = owner.run(pool())
@@ -504,10 +507,11 @@ def test_an_opening_that_failed_leaves_the_client_to_any_event_loop() -> None:
 def test_joining_without_an_event_loop_is_refused(sqlite_url: str) -> None:
     """Outside of a coroutine, `join` says that no event loop runs, and what to do."""
     client = IncidentClient.open(sqlite_url)
+    connection: Any = object()
     with asyncio.Runner() as runner:
         runner.run(client.connect())
         with pytest.raises(WrongEventLoop, match="No asyncio event loop is running here"):
-            client.join(object())
+            client.join(connection)
         runner.run(client.close())
 
 

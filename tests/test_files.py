@@ -43,6 +43,7 @@ COMMANDS = (
     ["get", "1"],
     ["search", "--text", "disk"],
     ["update-status", "1", "failed"],
+    ["resolve", "disk"],
     ["note", "1", "The old logs were removed"],
     ["history", "1"],
     ["watch"],

@@ -122,7 +122,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def url(name: str, request: pytest.FixtureRequest) -> str:
     """The URL of the host's database."""
     on_postgres = name.startswith(("engine", "pool"))
-    fixture = "migrated_postgres_url" if on_postgres else "sqlite_url"
+    fixture = "migrated_postgres_url" if on_postgres else "migrated_sqlite_url"
     return str(request.getfixturevalue(fixture))
 
 

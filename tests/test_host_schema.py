@@ -17,7 +17,15 @@ import asyncpg
 import pytest
 from sqlalchemy import StaticPool, event, inspect, text
 
-from incidentkit import IncidentClient, InvalidSettings, NewIncident, StoreError, acting_as
+from incidentkit import (
+    IncidentClient,
+    IncidentSource,
+    IncidentStatus,
+    InvalidSettings,
+    NewIncident,
+    StoreError,
+    acting_as,
+)
 from incidentkit.store.migrate import check, upgrade
 from incidentkit.store.schema import VERSION_TABLE
 from incidentkit.store.sql.tables import metadata
@@ -64,8 +72,10 @@ async def everything(client: IncidentClient) -> list[object]:
     for _ in range(2):
         # The second time, the page comes from the cache.
         note([one.incident_message for one in await client.list(limit=50)][30:])
+    open_, partner = IncidentStatus.NEW, IncidentSource.PARTNER
+    operator = IncidentSource.OPERATOR
     lists = await asyncio.gather(*(client.list(1, 2, status, source) for status, source in (
-        (None, None), ("new", None), (None, "partner"), ("new", "operator"))))  # fmt: skip
+        (None, None), (open_, None), (None, partner), (open_, operator))))  # fmt: skip
     note([len(each) for each in lists])
     note(await client.list(page=20, limit=100))
     note(len(await asyncio.gather(*(client.get(one.incident_id) for one in many))))
@@ -262,6 +272,8 @@ async def test_a_trigger_that_keeps_a_row_out_is_named(
         await refuses(incidents.update_status(1, "failed"))
         await refuses(incidents.update_status(2, "new"))
         await refuses(incidents.create("Disk is full", source="partner", dedup_key="key"))
+        await refuses(incidents.resolve("key"))
+        await refuses(incidents.resolve_many(["none", "key"]))
         shared = [incidents.update_status(n, "completed") for n in (1, 2)]
         async with asyncio.timeout(30):
             outcomes = await asyncio.gather(*shared, return_exceptions=True)
@@ -310,13 +322,18 @@ async def test_a_trigger_that_changes_the_status_is_recorded(
         (event,) = await incidents.history(one.incident_id)
         assert event.to_status is one.incident_type
     new = [await incidents.create("Line is down", source="operator") for _ in range(6)]
-    changed = [
+    keyed = [NewIncident("Line is down", "operator", dedup_key=key) for key in "ab"]
+    await incidents.create_many(keyed)
+    changed: list[Incident | None] = [
         await incidents.update_status(new[0].incident_id, "completed"),
         *await asyncio.gather(
             *(incidents.update_status(one.incident_id, "completed") for one in new[1:])
         ),
+        await incidents.resolve("a"),
+        *await incidents.resolve_many(["b"]),
     ]
-    for one in changed:
+    assert None not in changed
+    for one in filter(None, changed):
         assert str(one.incident_type) == "failed"
         assert await incidents.get(one.incident_id) == one
         event = (await incidents.history(one.incident_id))[-1]
@@ -327,11 +344,16 @@ async def test_a_trigger_that_restores_the_status_is_named(
     url: str, incidents: IncidentClient
 ) -> None:
     """A change that a trigger undoes raises an error, and leaves no event."""
-    new = [await incidents.create("Disk is full", source="partner") for _ in range(4)]
+    new = [
+        await incidents.create("Disk is full", source="partner", dedup_key=key)
+        for key in ("a", None, None, None)
+    ]
     await run_all(
         url, setting_status(url, "UPDATE", "old.incident_type", "new.incident_type = 'failed'")
     )
     await refuses(incidents.update_status(1, "failed"))
+    await refuses(incidents.resolve("a", status="failed"))
+    await refuses(incidents.resolve_many(["a"], status="failed"))
     async with asyncio.timeout(30):
         outcomes = await asyncio.gather(
             *(incidents.update_status(one.incident_id, "failed") for one in new),

@@ -79,12 +79,22 @@ def test_importing_the_package_loads_nothing_but_itself() -> None:
     assert of_others(loaded) == set()
 
 
-def test_importing_the_client_loads_no_event_loop_and_no_driver() -> None:
-    """`from incidentkit import IncidentClient` loads neither asyncio nor a database package."""
-    loaded = modules_after("from incidentkit import IncidentClient")
+@pytest.mark.parametrize("name", ["IncidentClient", "SyncIncidentClient"])
+def test_importing_a_client_loads_no_event_loop_and_no_driver(name: str) -> None:
+    """Importing either client loads neither asyncio nor a database package."""
+    loaded = modules_after(f"from incidentkit import {name}")
     assert "incidentkit.client" in loaded
     heavy = {"aiosqlite", "alembic", "asyncio", "asyncpg", "redis", "sqlalchemy", "sqlite3"}
     assert packages(loaded).isdisjoint(heavy | {"starlette", "uvicorn"})
+
+
+def test_the_synchronous_client_costs_little_more_to_import() -> None:
+    """Importing the synchronous client adds two small modules to what the other one loads."""
+    one, other = (
+        of_others(modules_after(f"from incidentkit import {name}"))
+        for name in ("SyncIncidentClient", "IncidentClient")
+    )
+    assert one - other <= {"atexit", "threading"}
 
 
 def test_a_service_without_metrics_loads_no_observer() -> None:

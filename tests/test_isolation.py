@@ -284,6 +284,14 @@ WAITERS: dict[str, tuple[str, Callable[[IncidentClient, int], Awaitable[object]]
             [NewIncident("Order 1 is late", source="partner", dedup_key="order-1")]
         ),
     ),
+    "resolve": (
+        'UPDATE "Incident" SET source = source WHERE incident_id = 1',
+        lambda client, _: client.resolve("disk"),
+    ),
+    "resolve_many": (
+        'UPDATE "Incident" SET source = source WHERE incident_id = 1',
+        lambda client, _: client.resolve_many(["disk", "order-1"]),
+    ),
     "idempotency_key": (
         "INSERT INTO incident_idempotency_key (idempotency_key, fingerprint) VALUES ('a', 'b')",
         lambda client, _: client.create("Disk is full", source="partner", idempotency_key="a"),
@@ -301,7 +309,7 @@ async def test_a_lock_of_a_host_takes_one_connection(
     url = migrated_postgres_url
     blocking, call = WAITERS[waiter]
     async with opened(way, url) as client:
-        await client.create("Disk is full", source="monitoring")
+        await client.create("Disk is full", source="monitoring", dedup_key="disk")
         neighbour = await client.create("Another disk is full", source="monitoring")
         host = await asyncpg.connect(url)
         transaction = host.transaction()

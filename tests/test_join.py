@@ -83,7 +83,7 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def host_url(way: str, request: pytest.FixtureRequest) -> str:
     """The URL of the host's database."""
-    name = "sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
+    name = "migrated_sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
     return str(request.getfixturevalue(name))
 
 
@@ -497,14 +497,15 @@ async def test_other_objects_are_refused_by_what_is_accepted(
         open_host("asyncpg-connection", postgres_url) as host,
     ):
         await host.begin()
-        for wrong in (
+        wrongs: tuple[Any, ...] = (
             None,
             file_url,
             engine,
             sqlite3.connect,
             connection.sync_connection,
             session.sync_session,
-        ):
+        )
+        for wrong in wrongs:
             with pytest.raises(TypeError, match="AsyncConnection and AsyncSession, and asyncpg's"):
                 on_file.join(wrong)
         for other in (connection, session):

@@ -33,6 +33,7 @@ from incidentkit import (
 from incidentkit.store.ports import BEGINNING
 from tests.hosts import WAYS, Host, open_host, prepared, run_sql
 from tests.strategies import statuses
+from tests.sync_hosts import SYNC_WAYS, open_sync_host
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -128,7 +129,8 @@ class JoinMachine(RuleBasedStateMachine):
         with Redis.from_url(self.redis_url) as redis:
             redis.flushdb()
         enter = self.stack.enter_async_context
-        self.host: Host = await enter(open_host(self.way, self.url))
+        hosts = open_sync_host if self.way in SYNC_WAYS else open_host
+        self.host: Host = await enter(hosts(self.way, self.url))
         self.client = await enter(IncidentClient.open(self.url, self.redis_url))
         self.other = await enter(IncidentClient.open(self.url, self.redis_url))
 
@@ -155,7 +157,7 @@ class JoinMachine(RuleBasedStateMachine):
             return True
         if not self.layers:
             return True
-        return not self.way.startswith("sqlite") and not self.touched & set(things)
+        return "sqlite" not in self.way and not self.touched & set(things)
 
     # Steps
 
@@ -239,6 +241,31 @@ class JoinMachine(RuleBasedStateMachine):
             if key is not None:
                 state.answers[key] = said, changed
 
+    @rule(inside=inside, dedup_key=st.sampled_from(["a", "b"]), many=st.booleans())
+    def resolve(self, *, inside: bool, dedup_key: str, many: bool) -> None:
+        verbs, states = self.somewhere(inside)
+        found = states[0].open_with(dedup_key)
+        if not self.may_write(inside, dedup_key, *([found.incident_id] if found else [])):
+            return
+        if many:
+            ended, again = self.run(verbs.resolve_many([dedup_key, dedup_key]))
+            assert again is None
+        else:
+            ended = self.run(verbs.resolve(dedup_key))
+        if found is None:
+            assert ended is None
+            return
+        assert ended is not None
+        assert ended.ended_at is not None
+        assert ended == evolve(
+            found,
+            incident_type=IncidentStatus.COMPLETED,
+            version=found.version + 1,
+            ended_at=ended.ended_at,
+        )
+        for state in states:
+            state.put(ended, "status_changed")
+
     @rule(inside=inside, pick=pick)
     def note(self, *, inside: bool, pick: int) -> None:
         verbs, states = self.somewhere(inside)
@@ -279,7 +306,8 @@ class JoinMachine(RuleBasedStateMachine):
 
     async def begin_and_join(self) -> JoinedIncidents:
         await self.host.begin()
-        return self.client.join(self.host.connection)
+        joined: JoinedIncidents = await self.host.join(self.client)
+        return joined
 
     @precondition(lambda self: self.layers)
     @rule(commits=st.booleans())
@@ -350,7 +378,7 @@ class JoinMachine(RuleBasedStateMachine):
         self.run(self._sees(self.joined, self.layers[-1]))
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=WAYS + SYNC_WAYS)
 def way(request: pytest.FixtureRequest) -> str:
     """Each kind of connection on which a host may have a transaction."""
     return str(request.param)
@@ -359,7 +387,7 @@ def way(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def url(way: str, request: pytest.FixtureRequest) -> str:
     """The URL of the host's database."""
-    name = "sqlite_url" if way.startswith("sqlite") else "migrated_postgres_url"
+    name = "migrated_sqlite_url" if "sqlite" in way else "migrated_postgres_url"
     return str(request.getfixturevalue(name))
 
 

@@ -200,7 +200,8 @@ def test_members_and_their_values_are_both_accepted(
 ) -> None:
     """A member and its string give the same incident, which holds the member."""
     by_member = NewIncident("Disk is full", source, status)
-    by_value = NewIncident("Disk is full", str(source.value), str(status.value))
+    values: tuple[Any, Any] = (str(source.value), str(status.value))
+    by_value = NewIncident("Disk is full", *values)
     assert by_member == by_value
     assert by_value.source is source
     assert by_value.incident_type is status
@@ -223,7 +224,8 @@ def test_member_of_an_enum_of_the_hosts_own_is_accepted() -> None:
     class Severity(StrEnum):
         OPEN = "new"
 
-    assert NewIncident("Disk is full", "partner", Severity.OPEN).incident_type is IncidentStatus.NEW
+    status: Any = Severity.OPEN
+    assert NewIncident("Disk is full", "partner", status).incident_type is IncidentStatus.NEW
 
 
 @given(strangers)
@@ -236,9 +238,7 @@ def test_anything_else_is_no_status_and_no_source(value: Any) -> None:
 
 
 @given(sources, statuses)
-def test_source_is_no_status_nor_the_other_way_round(
-    source: IncidentSource, status: IncidentStatus
-) -> None:
+def test_source_is_no_status_nor_the_other_way_round(source: Any, status: Any) -> None:
     """A member of the wrong enum is refused."""
     assert faults(lambda: NewIncident("Disk is full", status, source)) == {
         "source": SOURCE,
@@ -534,7 +534,8 @@ def test_id_in_its_bounds_is_returned(value: int) -> None:
 @given(st.integers(1, MAX), statuses)
 def test_status_change_accepts_member_and_value(value: int, status: IncidentStatus) -> None:
     """A status change takes a member or its string, and keeps the member."""
-    for given_status in (status, str(status.value)):
+    either: tuple[Any, ...] = (status, str(status.value))
+    for given_status in either:
         change = StatusChange(value, given_status)
         assert change.incident_id == value
         assert change.status is status

@@ -330,6 +330,7 @@ def test_nothing_that_incidents_say_is_observed(
     prometheus = PrometheusObserver()
     traces = Traces()
     secrets = {message, key, note, actor}
+    foreign: Any = note
 
     async def work(observer: Any) -> None:
         async with IncidentClient.open(MEMORY, observer=observer) as client:
@@ -345,7 +346,7 @@ def test_nothing_that_incidents_say_is_observed(
                 await client.create(message, source="monitoring", dedup_key=key)
                 for call in (
                     client.update_status(made.incident_id, "new"),
-                    client.create(message, source=note),
+                    client.create(message, source=foreign),
                     client.create(f"{message}!", source="monitoring", idempotency_key=key),
                     client.update_status(99, "completed", note=note, idempotency_key=f"{key}!"),
                     client.read_changes(key),

@@ -266,7 +266,10 @@ async def test_fractions_of_a_second_are_in_order(migrated_postgres_url: str) ->
         )
     await connection.close()
     async with IncidentClient.open(migrated_postgres_url) as incidents:
-        for order, expected in (("oldest", [1, 3, 5, 9]), ("newest", [9, 5, 3, 1])):
+        for order, expected in (
+            (IncidentOrder.OLDEST, [1, 3, 5, 9]),
+            (IncidentOrder.NEWEST, [9, 5, 3, 1]),
+        ):
             found = [one async for one in incidents.iterate(order=order, batch=1)]
             assert [int(one.incident_message[-1]) for one in found] == expected
         second = datetime(2026, 1, 1, 10, tzinfo=UTC)
@@ -335,7 +338,10 @@ async def test_times_of_another_program_on_sqlite_are_paged(sqlite_url: str) -> 
                 'INSERT INTO "Incident" (incident_message, incident_type, source, created_at) '
                 f"VALUES {row}, {row}",
             )
-        for order, expected in (("oldest", [1, 2, 3, 4, 5, 6]), ("newest", [6, 5, 4, 3, 2, 1])):
+        for order, expected in (
+            (IncidentOrder.OLDEST, [1, 2, 3, 4, 5, 6]),
+            (IncidentOrder.NEWEST, [6, 5, 4, 3, 2, 1]),
+        ):
             found = [one.incident_id async for one in incidents.iterate(order=order, batch=2)]
             assert found == expected
 
@@ -621,7 +627,7 @@ async def test_a_large_page_of_a_common_word_is_scanned(
     async with IncidentClient.open(url, options=StoreOptions(echo=True)) as incidents:
         await many(url, 40_000)
         for said, limit, step in (("disk", 1000, 1), ("half", 400, 2)):
-            for order, sign in (("newest", -1), ("oldest", 1)):
+            for order, sign in ((IncidentOrder.NEWEST, -1), (IncidentOrder.OLDEST, 1)):
                 log.clear()
                 page = await incidents.search(text=said, limit=limit, order=order)
                 page = await incidents.search(text=said, limit=limit, order=order, after=page.next)

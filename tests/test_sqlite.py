@@ -464,6 +464,17 @@ async def test_memory_is_one_connection() -> None:
         assert len(await client.list(limit=100)) == 20
 
 
+async def test_each_database_in_memory_is_its_own(redis_url: str) -> None:
+    """A client on a database in memory lists nothing of another one, even if they share a cache."""
+    url = "sqlite+aiosqlite:///:memory:"
+    async with IncidentClient.open(url, redis_url) as one:
+        assert await one.list() == []
+        async with IncidentClient.open(url, redis_url) as other:
+            assert await one.store.token() != await other.store.token()
+            incident = await other.create("Disk is full", source="partner")
+            assert (await one.list(), await other.list()) == ([], [incident])
+
+
 async def test_a_table_of_the_host_fails_no_write(sqlite_url: str, path: str) -> None:
     """A client's writes succeed after its host creates a table in the open file."""
     async with IncidentClient.open(sqlite_url):

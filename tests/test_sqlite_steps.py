@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import Pool, event
 
-from incidentkit import IncidentClient, NewIncident
+from incidentkit import (
+    IncidentClient,
+    NewIncident,
+    OrderName,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -126,7 +130,7 @@ async def test_no_call_costs_more_in_a_larger_table(tmp_path: Path, steps: Steps
     ],
 )
 async def test_a_page_costs_the_same_at_any_depth_of_one_second(
-    tmp_path: Path, steps: Steps, order: str, filters: dict[str, Any]
+    tmp_path: Path, steps: Steps, order: OrderName, filters: dict[str, Any]
 ) -> None:
     """A page after a cursor costs the same at any depth, even among incidents of one second."""
     async with await filled(tmp_path / "incidents.db", LARGE) as client:
@@ -139,7 +143,7 @@ async def test_a_page_costs_the_same_at_any_depth_of_one_second(
 
 
 @pytest.mark.parametrize("order", ["newest", "oldest"])
-async def test_a_time_passes_over_nothing(tmp_path: Path, steps: Steps, order: str) -> None:
+async def test_a_time_passes_over_nothing(tmp_path: Path, steps: Steps, order: OrderName) -> None:
     """A search before a time does not scan the incidents of that time's second."""
     async with await filled(tmp_path / "incidents.db", LARGE) as client:
         incident = await client.get(1)

@@ -286,10 +286,9 @@ class IncidentMachine(RuleBasedStateMachine):
         elif form == "members":
             call = client.create(text, source=source, **status_given)
         else:
-            values: dict[str, Any] = {
-                name: str(value.value) for name, value in status_given.items()
-            }
-            call = client.create(text, source=str(source.value), **values)
+            given = {"source": source, **status_given}
+            values: dict[str, Any] = {name: str(value.value) for name, value in given.items()}
+            call = client.create(text, **values)
         incident = self.run(call)
         assert incident.incident_message == message
         assert incident.incident_type is (status or IncidentStatus.NEW)
@@ -347,7 +346,7 @@ class IncidentMachine(RuleBasedStateMachine):
         source: IncidentSource | None,
         by_value: bool,
     ) -> None:
-        filters: dict[str, str | None] = {"status": status, "source": source}
+        filters: dict[str, Any] = {"status": status, "source": source}
         if by_value:
             filters = {name: value and str(value) for name, value in filters.items()}
         found = self.run(self.client(which).list(page, limit, **filters))
@@ -404,7 +403,7 @@ class IncidentMachine(RuleBasedStateMachine):
             return
         before = self.model[incident_id]
         version = None if behind is None else before.version - behind
-        given = str(status.value) if by_value else status
+        given: Any = str(status.value) if by_value else status
         with nullcontext() if actor is None else acting_as(actor):
             call = self.client(which).update_status(
                 incident_id, given, note=note, expected_version=version or None
@@ -482,6 +481,44 @@ class IncidentMachine(RuleBasedStateMachine):
         self.record(before, EventKind.RECURRED, note=message if differs else None)
         return multiple()
 
+    @rule(which=which, keys=st.lists(st.sampled_from("ab"), max_size=3), status=st.booleans())
+    def resolve(self, which: int, keys: list[str], *, status: bool) -> None:
+        ending = IncidentStatus.COMPLETED if status else IncidentStatus.FAILED
+        client, note = self.client(which), "Recovered" if status else None
+        if len(keys) == 1:
+            answers = [self.run(client.resolve(keys[0], status=ending, note=note))]
+        else:
+            answers = self.run(client.resolve_many(keys, status=ending, note=note))
+        for key, incident in zip(keys, answers, strict=True):
+            before = next(
+                (
+                    one
+                    for one in self.model.values()
+                    if one.dedup_key == key and one.incident_type is IncidentStatus.NEW
+                ),
+                None,
+            )
+            if before is None:
+                assert incident is None
+                continue
+            assert incident is not None
+            assert incident.ended_at is not None
+            check_types(incident)
+            self.model[before.incident_id] = evolve(
+                before,
+                incident_type=ending,
+                version=before.version + 1,
+                ended_at=before.ended_at or incident.ended_at,
+            )
+            assert incident == self.model[before.incident_id]
+            self.record(
+                before,
+                EventKind.STATUS_CHANGED,
+                from_status=IncidentStatus.NEW,
+                to_status=ending,
+                note=note,
+            )
+
     @rule(which=which, incident_id=known, note=messages)
     def note(self, which: int, incident_id: int, note: str) -> None:
         if incident_id not in self.model:
@@ -550,7 +587,7 @@ class IncidentMachine(RuleBasedStateMachine):
         wrong=st.sampled_from([0, -1, MAX_ID + 1, 10**4000, True, "1", 1.0, None]),
         status=st.sampled_from(["new", "done"]),
     )
-    def use_no_id(self, which: int, wrong: Any, status: str) -> None:
+    def use_no_id(self, which: int, wrong: Any, status: Any) -> None:
         with pytest.raises(InvalidIncident) as caught:
             self.run(self.client(which).get(wrong))
         assert [error.field for error in caught.value.errors] == ["incident_id"]
@@ -644,7 +681,7 @@ def check_types(incident: Incident) -> None:
 def database(request: pytest.FixtureRequest) -> Database:
     """Each kind of database."""
     if request.param == "sqlite":
-        return SqliteFile(request.getfixturevalue("sqlite_url"))
+        return SqliteFile(request.getfixturevalue("migrated_sqlite_url"))
     return PostgresDatabase(request.getfixturevalue("migrated_postgres_url"))
 
 

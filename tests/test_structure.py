@@ -32,12 +32,13 @@ CHOOSERS: Final[dict[str, str]] = {
     "incidentkit.cache.opening": "imports the cache that a URL names, so that redis stays optional",
     "incidentkit.cli.loading": "loads the server, which only `serve` needs",
     "incidentkit.cli.metrics": "loads Prometheus, which only `serve --metrics` needs",
+    "incidentkit.domain.plain": "loads Pydantic's schema of a model when Pydantic asks for it",
     "incidentkit.http.parts": "loads the parts of the service that an argument asks for",
     "incidentkit.opening": "loads the session, the settings and the migrations when they are used",
 }
 """Modules that may import inside functions, each with its reason."""
 
-IMPORTS_IN_FUNCTIONS: Final = 9
+IMPORTS_IN_FUNCTIONS: Final = 10
 MOVES: Final = 20
 FILES: Final = 10
 
@@ -178,7 +179,7 @@ def test_circles_are_found_wherever_an_import_stands(tmp_path: Path) -> None:
 
 
 def test_functions_import_only_where_a_choice_is_made() -> None:
-    """At most nine imports stand inside functions, each in a module listed with its reason."""
+    """At most ten imports stand inside functions, each in a module listed with its reason."""
     found = imports_in_functions(PACKAGE)
     assert len(found) <= IMPORTS_IN_FUNCTIONS, found
     assert set(found) == set(CHOOSERS)

@@ -58,12 +58,13 @@ def test_sdist_builds_the_same_wheel(distributions: Distributions, tmp_path: Pat
 
 
 def test_extras_bring_what_their_names_say(distributions: Distributions) -> None:
-    """Plain `incidentkit` brings both databases; Redis, the service and observers are extras."""
+    """Plain `incidentkit` has both databases; Redis, the service and its client are extras."""
     metadata = distributions.metadata
     assert metadata["Name"] == "incidentkit"
     assert metadata["Version"] == VERSION
     assert metadata["Requires-Python"] == ">=3.11"
-    assert metadata.get_all("Provides-Extra") == ["all", "metrics", "otel", "redis", "server"]
+    optional = ("metrics", "otel", "redis", "remote", "server")
+    assert metadata.get_all("Provides-Extra") == ["all", *optional]
     required: dict[str, set[str]] = {}
     for line in metadata.get_all("Requires-Dist", []):
         requirement, _, extra = line.partition("; extra == ")
@@ -74,7 +75,8 @@ def test_extras_bring_what_their_names_say(distributions: Distributions) -> None
     assert {"starlette", "uvicorn"} <= required["server"]
     assert required["metrics"] == {"prometheus-client"}
     assert required["otel"] == {"opentelemetry-api"}
-    extras = set().union(*(required[name] for name in ("metrics", "otel", "redis", "server")))
+    assert required["remote"] == {"httpx2"}
+    extras = set().union(*(required[name] for name in optional))
     assert not required[""] & extras
     assert required["all"] == extras
 

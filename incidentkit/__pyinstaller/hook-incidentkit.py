@@ -8,8 +8,12 @@ from PyInstaller.utils.hooks import collect_submodules
 
 
 def _is_library(module: str) -> bool:
-    """Return whether a module belongs to the SDK: the service and the program name theirs."""
-    return module.split(".")[1:2] not in (["__main__"], ["__pyinstaller"], ["cli"], ["http"])
+    """Return whether a module belongs to the SDK: the service and the program name theirs.
+
+    The kit for tests is not part of a frozen program, and would bring pytest.
+    """
+    others = (["__main__"], ["__pyinstaller"], ["cli"], ["http"], ["testing"])
+    return module.split(".")[1:2] not in others
 
 
 hiddenimports = collect_submodules("incidentkit", filter=_is_library)

@@ -121,7 +121,7 @@ class PageCache:
         self._trusted: tuple[str | None, float] | None = None
         self._changes = 0
         # Whether the last page had no token.
-        self._unknown = False
+        self._unknown = not getattr(store, "has_token", True)
 
     @property
     def available(self) -> bool | None:

@@ -16,7 +16,7 @@ from incidentkit.cli.reading import get, history, list_incidents, search, watch
 from incidentkit.cli.serve import serve
 from incidentkit.cli.text import harmless_lines
 from incidentkit.cli.tokens import token
-from incidentkit.cli.writing import create, note, purge, update_status
+from incidentkit.cli.writing import create, note, purge, resolve, update_status
 from incidentkit.domain.errors import IncidentKitError
 from incidentkit.version import __version__
 
@@ -56,6 +56,7 @@ def main(*, debug: bool) -> None:  # noqa: ARG001
       incidentkit list --status new --limit 50
       incidentkit search --text "disk db-1" --order oldest
       incidentkit update-status 7 completed --note "The old logs were removed"
+      incidentkit resolve disk:db-1
       incidentkit history 7
       incidentkit watch
       incidentkit purge --older-than 90d
@@ -80,6 +81,7 @@ COMMANDS: Final = (
     search,
     get,
     update_status,
+    resolve,
     note,
     history,
     watch,

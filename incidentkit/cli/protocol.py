@@ -32,12 +32,13 @@ from uvicorn.server import ServerState
 from incidentkit.cli import limits
 from incidentkit.cli.limits import Places
 from incidentkit.cli.log import LOG
-from incidentkit.http.envelope import NO_SNIFF, NO_STORE, Envelope
+from incidentkit.http.envelope import NO_SNIFF, NO_STORE, VERSION, Envelope
 from incidentkit.http.log import NO_ROUTE, OTHER_METHOD, observe_answer
-from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_response
+from incidentkit.http.problems import RETRY_HEADERS, Refusal, problem_response
 from incidentkit.http.request_id import NAME, request_id
 from incidentkit.http.server_hooks import EXTENSION, ServerHooks
 from incidentkit.http.streams import stream_instead
+from incidentkit.wire.kinds import Kind
 
 logger = logging.getLogger("incidentkit.http")
 
@@ -436,7 +437,7 @@ def _refusal_answer(kind: Kind, detail: str) -> tuple[bytes, bytes]:
     """
     request = Request({"type": "http", "headers": [(NAME, SOME_ID.encode())]})
     response = problem_response(request, Refusal(kind, detail))
-    common = (NAME, SOME_ID.encode()), NO_STORE, NO_SNIFF, (b"connection", b"close")
+    common = (NAME, SOME_ID.encode()), VERSION, NO_STORE, NO_SNIFF, (b"connection", b"close")
     headers = [*response.raw_headers, *common]
     lines = b"".join(b"%b: %b\r\n" % header for header in headers)
     return STATUS_LINE[kind.status], lines + b"\r\n" + bytes(response.body)

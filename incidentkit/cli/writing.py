@@ -26,17 +26,20 @@ from incidentkit.cli.options import (
     takes_json,
     takes_servers,
 )
-from incidentkit.cli.output import write, write_incident
+from incidentkit.cli.output import write, write_incident, write_table
 from incidentkit.cli.running import read, run
-from incidentkit.cli.text import events
-from incidentkit.domain.values import IncidentSource, IncidentStatus
-from incidentkit.wire import encode_event
+from incidentkit.cli.text import events, harmless
+from incidentkit.domain.values import OPEN, IncidentSource, IncidentStatus, StatusName
+from incidentkit.wire import encode_event, encode_optionals
 
 MAX_STDIN_BYTES: Final = 1024 * 1024
 """Maximum number of bytes that are read from stdin."""
 
 SHOW_CURSOR: Final = b"\x1b[?25h\n"
 """Shows the cursor again, which a progress bar hides."""
+
+
+_LAST_STATUSES: Final = tuple(each.value for each in IncidentStatus if each is not OPEN)
 
 
 def _read_text(ctx: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -141,7 +144,7 @@ def create(servers: Servers, incident_message: str, *, as_json: bool, **fields: 
 @takes_json
 @takes_servers
 def update_status(
-    servers: Servers, incident_id: int, status: str, *, as_json: bool, **options: Any
+    servers: Servers, incident_id: int, status: StatusName, *, as_json: bool, **options: Any
 ) -> None:
     """Change an incident's status, and show the incident.
 
@@ -153,6 +156,53 @@ def update_status(
         servers, lambda incidents: incidents.update_status(incident_id, status, **options)
     )
     write_incident(incident, as_json=as_json)
+
+
+@click.command(cls=Command)
+@click.argument("dedup_keys", metavar="KEY...", nargs=-1, required=True)
+@click.option(
+    "--status",
+    metavar=f"[{'|'.join(_LAST_STATUSES)}]",
+    shell_complete=offering(_LAST_STATUSES),
+    default=IncidentStatus.COMPLETED.value,
+    show_default=True,
+    help="The new status.",
+)
+@click.option(
+    "--note",
+    metavar="TEXT",
+    callback=_read_text,
+    help="A note for the history of each; a dash reads it from stdin.",
+)
+@takes_idempotency_key
+@takes_actor
+@takes_json
+@takes_servers
+def resolve(
+    servers: Servers, dedup_keys: tuple[str, ...], *, as_json: bool, **options: Any
+) -> None:
+    """End the open incidents that have these deduplication keys, and show them.
+
+    All end, or none. A key without an open incident is named on stderr, and is no failure. With
+    --json, the array has one item for each key: the incident, or null.
+
+    \b
+    Examples:
+      incidentkit resolve disk:db-1 --note "The old logs were removed"
+      incidentkit resolve disk:db-1 disk:db-2 --status failed --json
+    """  # noqa: D301
+    ended = run(servers, lambda incidents: incidents.resolve_many(dedup_keys, **options))
+    if as_json:
+        write(encode_optionals(ended))
+        return
+    for key, incident in zip(dedup_keys, ended, strict=True):
+        if incident is None:
+            click.echo(f"No incident with the key {harmless(key)} is open.", err=True)
+    found = [incident for incident in ended if incident is not None]
+    if len(dedup_keys) == len(found) == 1:
+        write_incident(found[0], as_json=False)
+    elif found:
+        write_table(found)
 
 
 @click.command(cls=Command)

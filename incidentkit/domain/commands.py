@@ -13,17 +13,25 @@ from incidentkit.domain import rules
 from incidentkit.domain.details import check_details, fit_details
 from incidentkit.domain.errors import FieldError, InvalidIncident
 from incidentkit.domain.fitting import fit_key, fit_message
-from incidentkit.domain.rules import check_names, collect, raise_faults
+from incidentkit.domain.formats import schema
+from incidentkit.domain.plain import Plain
+from incidentkit.domain.rules import MAX_FAULTS, check_names, collect, raise_faults
 from incidentkit.domain.values import (
+    DETAILS_MAX_DEPTH,
+    DETAILS_MAX_SIZE,
+    FORBIDDEN_MESSAGES,
     MAX_MANY,
+    MESSAGE_MAX_LENGTH,
+    MESSAGE_MIN_LENGTH,
+    NAME_MAX_LENGTH,
     OPEN,
+    STORABLE,
     IncidentSource,
     IncidentStatus,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
-
-MAX_FAULTS: Final = 10
-"""Maximum number of invalid items listed in one error."""
 
 _ENDED: Final = frozenset(IncidentStatus) - {OPEN}
 
@@ -34,7 +42,7 @@ def _needs_open(incident: NewIncident, _: object, __: str | None) -> None:
 
 
 @frozen(field_transformer=collect)
-class NewIncident:
+class NewIncident(Plain):
     """An incident to create: its values are checked and normalized when it is made.
 
     Args:
@@ -56,14 +64,41 @@ class NewIncident:
         InvalidIncident: With every faulty field.
     """
 
-    incident_message: str = field(converter=rules.message)
+    incident_message: str = field(
+        converter=rules.message,
+        metadata=schema(
+            minLength=MESSAGE_MIN_LENGTH,
+            maxLength=MESSAGE_MAX_LENGTH,
+            pattern=STORABLE,
+            description="What happened. Surrounding white space is removed and does not count; the "
+            f"rest must not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))} in any letter case.",
+        ),
+    )
     source: IncidentSource = field(converter=rules.source)
     incident_type: IncidentStatus = field(default=IncidentStatus.NEW, converter=rules.status)
     dedup_key: str | None = field(
-        default=None, converter=rules.optional_name, validator=_needs_open
+        default=None,
+        converter=rules.optional_name,
+        validator=_needs_open,
+        metadata=schema(
+            minLength=1,
+            maxLength=NAME_MAX_LENGTH,
+            pattern=STORABLE,
+            description="The problem that it is about. While an incident with this key is open, a "
+            "further report counts as an occurrence of it. Only for an incident that starts as "
+            "new.",
+        ),
     )
     details: dict[str, Any] | None = field(
-        default=None, converter=optional(check_details), hash=False
+        default=None,
+        converter=optional(check_details),
+        hash=False,
+        metadata=schema(
+            description=f"More about it, in at most {DETAILS_MAX_SIZE} bytes as compact JSON with "
+            f"numbers without exponents, and {DETAILS_MAX_DEPTH} levels of objects and arrays. "
+            "Integers have 64 bits, or are those that a double holds exactly; strings contain no "
+            "NUL."
+        ),
     )
 
     __attrs_post_init__ = raise_faults
@@ -72,9 +107,9 @@ class NewIncident:
     def fitting(
         cls,
         incident_message: str,
-        source: IncidentSource | str,
+        source: IncidentSource | SourceName,
         *,
-        incident_type: IncidentStatus | str = OPEN,
+        incident_type: IncidentStatus | StatusName = OPEN,
         dedup_key: str | None = None,
         details: dict[str, Any] | None = None,
     ) -> NewIncident:
@@ -176,6 +211,66 @@ class StatusChange:
     )
 
     __attrs_post_init__ = raise_faults
+
+
+@frozen(field_transformer=collect)
+class Resolution:
+    """The end of the open incident that has a deduplication key.
+
+    Args:
+        dedup_key: The key, in 1 to 255 characters.
+        status: The new status: any but ``new``.
+        note: A note for the history, in 1 to 1000 characters; None: no note.
+
+    Raises:
+        InvalidIncident: With every faulty field.
+    """
+
+    dedup_key: str = field(converter=rules.name)
+    status: IncidentStatus = field(default=IncidentStatus.COMPLETED, converter=rules.last_status)
+    note: str | None = field(default=None, converter=rules.optional_note)
+
+    __attrs_post_init__ = raise_faults
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> Resolution:
+        """Build one from a mapping of field names to values.
+
+        Raises:
+            InvalidIncident: With every faulty, unknown or missing field.
+        """
+        check_names(cls, values)
+        return cls(**values)
+
+
+@frozen(field_transformer=collect)
+class Resolutions:
+    """The end of the open incidents that have some deduplication keys.
+
+    Args:
+        dedup_keys: At most 100,000 keys, each in 1 to 255 characters.
+        status: The new status of each: any but ``new``.
+        note: A note for the history of each, in 1 to 1000 characters; None: no note.
+
+    Raises:
+        InvalidIncident: With every faulty field; a faulty key is named by its place.
+    """
+
+    dedup_keys: tuple[str, ...] = field(converter=rules.names)
+    status: IncidentStatus = field(default=IncidentStatus.COMPLETED, converter=rules.last_status)
+    note: str | None = field(default=None, converter=rules.optional_note)
+
+    __attrs_post_init__ = raise_faults
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any]) -> Resolutions:
+        """Build one from a mapping of field names to values.
+
+        Raises:
+            InvalidIncident: With every faulty, unknown or missing field.
+        """
+        check_names(cls, values)
+        return cls(**values)
 
 
 def check_many(incidents: Iterable[NewIncident]) -> list[NewIncident]:

@@ -14,6 +14,7 @@
     ├── TokenNotFound        (also a LookupError)
     ├── PartlyStored
     ├── NotInTransaction
+    ├── NeedsDatabase
     ├── ClientClosed
     ├── WrongEventLoop
     ├── InvalidSettings      (also a ValueError)
@@ -21,7 +22,8 @@
     ├── CacheUnavailable
     └── StoreError
         ├── StoreUnavailable
-        └── SchemaOutOfDate
+        ├── SchemaOutOfDate
+        └── AccessDenied
 
 Exceptions of a database or cache driver are not raised to callers: they are the ``__cause__`` of
 one of these.
@@ -214,17 +216,33 @@ class NotInTransaction(IncidentKitError):
         return "The connection has no open transaction to join: begin one first"
 
 
+class NeedsDatabase(IncidentKitError):
+    """The client of a service was asked for something that needs a client on the database.
+
+    Attributes:
+        verb: The method or property that the service has no operation for.
+    """
+
+    def __init__(self, verb: str) -> None:
+        self.verb = verb
+        super().__init__(verb)
+
+    def __str__(self) -> str:
+        return f"A service has no operation for {self.verb}: open a client on the database itself"
+
+
 class ClientClosed(IncidentKitError):
     """The client was used before it was opened, or after it was closed."""
 
     def __str__(self) -> str:
-        return "The client is not open: use `async with client:`, or await client.connect() first"
+        return "The client is not open: enter it with `async with` or `with`, or connect() it first"
 
 
 class WrongEventLoop(IncidentKitError):
     """The client was opened on another event loop, in another thread, or before a fork.
 
-    Nothing was read or written, and the client keeps working where it was opened.
+    A synchronous client raises it in a thread with a running event loop. Nothing was read or
+    written, and the client keeps working where it was opened.
 
     Attributes:
         reason: Where the client was opened, and what to do instead.
@@ -288,12 +306,12 @@ class CacheUnavailable(IncidentKitError):
 
 
 class StoreError(IncidentKitError):
-    """The database cannot be used: a statement or its state has to be changed first.
+    """The database or the service cannot be used: its state or the call must be changed first.
 
     Attributes:
         reason: The cause, and what to do about it; without credentials or stored values.
-        place: The database: host, port and name, or the path of its file; never a user or a
-            password. None: it is not known.
+        place: The database: host, port and name, or the path of its file; or the URL of the
+            service. Never a user, a password or a token. None: it is not known.
         sqlstate: The SQLSTATE of PostgreSQL, or the name of the error in SQLite, such as
             ``SQLITE_FULL``. None: the error does not come from the database itself.
         retryable: Whether the same call may succeed later without any other action.
@@ -318,7 +336,10 @@ class StoreError(IncidentKitError):
 
     @property
     def _database(self) -> str:
-        return "The database" if self.place is None else f"The database {self.place}"
+        if self.place is None:
+            return "The database"
+        is_service = self.place.startswith(("http://", "https://"))
+        return f"The {'service' if is_service else 'database'} {self.place}"
 
     @property
     def _cause(self) -> str:
@@ -357,7 +378,8 @@ class SchemaOutOfDate(StoreError):
 
     Attributes:
         current: The revision of the database; None: it has no incidentkit schema.
-        expected: The revision that this version of incidentkit needs.
+        expected: The revision that this version of incidentkit needs; empty: a service does not
+            tell the revisions of its database.
         command: The command to run.
         differences: Missing or changed parts of a schema that has the expected revision, as in
             ``the trigger incident_token_change is missing``.
@@ -386,8 +408,25 @@ class SchemaOutOfDate(StoreError):
                 f"{self._database} is at revision {self.current}, but {', '.join(self.differences)}"
                 f": run `{self.command}`"
             )
+        if not self.expected:
+            return (
+                f"{self._database} cannot be used: the schema of its database is out of date. Run "
+                f"`{self.command}` where the service runs"
+            )
         found = f"is at revision {self.current}" if self.current else "has no incidentkit schema"
         return (
             f"{self._database} {found}; this version of incidentkit needs revision "
             f"{self.expected}: run `{self.command}`"
         )
+
+
+class AccessDenied(StoreError):
+    """The service refuses the token of the client, or the token does not allow the call.
+
+    Attributes:
+        reason: Why, in the words of the service.
+        place: The URL of the service.
+    """
+
+    def __str__(self) -> str:
+        return f"{self._database} denies access: {self._cause}"

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import wraps
+from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
 from attrs import NOTHING, Attribute, AttrsInstance, fields, fields_dict
@@ -41,15 +42,22 @@ from incidentkit.domain.values import (
     MESSAGE_MIN_LENGTH,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    OPEN,
     TAG_PATTERN,
     TEXT_MAX_LENGTH,
     TEXT_MAX_WORDS,
     IncidentOrder,
     IncidentSource,
     IncidentStatus,
+    OrderName,
+    SourceName,
+    StatusName,
     VersionMatch,
 )
 from incidentkit.domain.words import phrases
+
+MAX_FAULTS: Final = 10
+"""Maximum number of invalid items listed in one error."""
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
@@ -68,14 +76,16 @@ class Fault:
     """Stands in a field for a faulty value until the error that names the field is raised.
 
     Attributes:
-        reason: The rule that the given value breaks.
-        at: The place of the faulty part inside the value, such as ``.labels[3]``; empty: the value
-            itself.
+        parts: The rules that parts of the given value break, by their places inside it, such as
+            ``.labels[3]`` or ``[7]``; the empty place is the value itself.
     """
 
-    def __init__(self, reason: str, at: str = "") -> None:
-        self.reason = reason
-        self.at = at
+    def __init__(self, parts: Mapping[str, str]) -> None:
+        self.parts = parts
+
+    def errors(self, name: str) -> list[FieldError]:
+        """Return the errors of the field with this name."""
+        return [FieldError(f"{name}{place}", reason) for place, reason in self.parts.items()]
 
 
 class PartError(ValueError):
@@ -90,6 +100,18 @@ class PartError(ValueError):
         self.at = at
 
 
+class PartsError(ValueError):
+    """Several parts of a value break rules.
+
+    Attributes:
+        parts: The rules that they break, by their places inside the value.
+    """
+
+    def __init__(self, parts: Mapping[str, str]) -> None:
+        super().__init__(", ".join(f"{place} {reason}" for place, reason in parts.items()))
+        self.parts = parts
+
+
 def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
     """Make the rules of a model's fields leave a fault instead of raising; for attrs."""
     return [
@@ -97,7 +119,10 @@ def collect(_: type, attributes: list[Attribute[Any]]) -> list[Attribute[Any]]:
             converter=_converting(attribute.converter),
             # Run by raise_faults(), since a host may disable the validators of attrs.
             validator=None,
-            metadata={_RULE: attribute.validator} if attribute.validator else {},
+            metadata={
+                **attribute.metadata,
+                **({_RULE: attribute.validator} if attribute.validator else {}),
+            },
         )
         for attribute in attributes
     ]
@@ -110,9 +135,11 @@ def _converting(rule: Any) -> Callable[[Any], Any]:
         try:
             return rule(value)
         except PartError as error:
-            return Fault(str(error), error.at)
+            return Fault({error.at: str(error)})
+        except PartsError as error:
+            return Fault(error.parts)
         except ValueError as error:
-            return Fault(str(error))
+            return Fault({"": str(error)})
 
     return convert
 
@@ -126,13 +153,14 @@ def raise_faults(model: AttrsInstance) -> None:
     faults = []
     for attribute in fields(type(model)):
         value = getattr(model, attribute.name)
-        if attribute.metadata and value is not None and type(value) is not Fault:
+        rule = attribute.metadata.get(_RULE)
+        if rule is not None and value is not None and type(value) is not Fault:
             try:
-                attribute.metadata[_RULE](model, attribute, value)
+                rule(model, attribute, value)
             except ValueError as error:
-                value = Fault(str(error))
+                value = Fault({"": str(error)})
         if type(value) is Fault:
-            faults.append(FieldError(f"{attribute.name}{value.at}", value.reason))
+            faults += value.errors(attribute.name)
     if faults:
         raise InvalidIncident(faults)
 
@@ -156,7 +184,7 @@ def check_names(model: type[AttrsInstance], given: Mapping[Any, Any]) -> None:
         convert: Any = attribute.converter
         value = convert(given[name])
         if isinstance(value, Fault):
-            faults.append(FieldError(f"{name}{value.at}", value.reason))
+            faults += value.errors(name)
     raise InvalidIncident(faults)
 
 
@@ -231,8 +259,34 @@ def optional_name(value: str | None) -> str | None:
     return None if value is None else name(value)
 
 
+def names(value: Iterable[str]) -> tuple[str, ...]:
+    """Return at most 100,000 deduplication keys; a single string is refused."""
+    return _names(value)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError("must be several strings, as in a list")  # noqa: TRY004
+    # Read no more than needed: an iterator may be endless.
+    given = tuple(islice(value, MAX_MANY + 1))
+    if len(given) > MAX_MANY:
+        raise ValueError(f"must be at most {MAX_MANY}")
+    wrong: dict[str, str] = {}
+    for number, each in enumerate(given):
+        try:
+            name(each)
+        except ValueError as error:
+            wrong[f"[{number}]"] = str(error)
+            if len(wrong) == MAX_FAULTS:
+                break
+    if wrong:
+        raise PartsError(wrong)
+    return given
+
+
 _INCIDENT_TAG: Final = re.compile(TAG_PATTERN, re.ASCII)
 _STATUSES: Final = {member.value: member for member in IncidentStatus}
+_LAST_STATUSES: Final = {name: member for name, member in _STATUSES.items() if member is not OPEN}
 _SOURCES: Final = {member.value: member for member in IncidentSource}
 _ORDERS: Final = {member.value: member for member in IncidentOrder}
 
@@ -244,40 +298,45 @@ def _member(value: object, members: Mapping[str, _E]) -> _E:
     return member
 
 
-def status(value: IncidentStatus | str) -> IncidentStatus:
+def status(value: IncidentStatus | StatusName) -> IncidentStatus:
     """Return the status; a string stands for the member with this value."""
     return _member(value, _STATUSES)
 
 
-def optional_status(value: IncidentStatus | str | None) -> IncidentStatus | None:
+def optional_status(value: IncidentStatus | StatusName | None) -> IncidentStatus | None:
     """Return the status, or None."""
     return None if value is None else status(value)
 
 
-def source(value: IncidentSource | str) -> IncidentSource:
+def last_status(value: IncidentStatus | StatusName) -> IncidentStatus:
+    """Return the status of an incident that has ended: any but ``new``."""
+    return _member(value, _LAST_STATUSES)
+
+
+def source(value: IncidentSource | SourceName) -> IncidentSource:
     """Return the source; a string stands for the member with this value."""
     return _member(value, _SOURCES)
 
 
-def optional_source(value: IncidentSource | str | None) -> IncidentSource | None:
+def optional_source(value: IncidentSource | SourceName | None) -> IncidentSource | None:
     """Return the source, or None."""
     return None if value is None else source(value)
 
 
-def order(value: IncidentOrder | str) -> IncidentOrder:
+def order(value: IncidentOrder | OrderName) -> IncidentOrder:
     """Return the order; a string stands for the member with this value."""
     return _member(value, _ORDERS)
 
 
 def statuses(
-    value: Iterable[IncidentStatus | str] | IncidentStatus | str | None,
+    value: Iterable[IncidentStatus | StatusName] | IncidentStatus | StatusName | None,
 ) -> frozenset[IncidentStatus] | None:
     """Return one status or several as a set; None, or all of them, is no filter."""
     return _some(value, _STATUSES)
 
 
 def sources(
-    value: Iterable[IncidentSource | str] | IncidentSource | str | None,
+    value: Iterable[IncidentSource | SourceName] | IncidentSource | SourceName | None,
 ) -> frozenset[IncidentSource] | None:
     """Return one source or several as a set; None, or all of them, is no filter."""
     return _some(value, _SOURCES)

@@ -6,9 +6,12 @@ import json
 from datetime import UTC, datetime
 from enum import StrEnum
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from attrs import Factory, field, frozen
+
+from incidentkit.domain.formats import schema
+from incidentkit.domain.plain import Plain
 
 MESSAGE_MIN_LENGTH: Final = 5
 MESSAGE_MAX_LENGTH: Final = 1000
@@ -26,6 +29,9 @@ TEXT_MAX_LENGTH: Final = 200
 TEXT_MAX_WORDS: Final = 32
 """Maximum number of different words and phrases of a search, not counting those that another one
 includes."""
+
+STORABLE: Final = r"^[^\x00]*$"
+"""A text without NUL characters, which the databases cannot hold."""
 
 DETAILS_MAX_SIZE: Final = 16 * 1024
 """Maximum size of details, in bytes as compact JSON in UTF-8, with numbers without exponents."""
@@ -49,6 +55,10 @@ CHANGES_LIMIT: Final = 100
 
 MAX_MANY: Final = 100_000
 """Maximum number of incidents in one ``create_many``."""
+
+ITEMS_PER_REQUEST: Final = 1000
+BYTES_PER_REQUEST: Final = 2 * 1024 * 1024
+"""Maximum number of incidents in one ``create_many`` over HTTP, and maximum bytes of its body."""
 
 MAX_STALENESS: Final = 3600
 """Maximum seconds by which a list may be behind: the time that a page is cached."""
@@ -76,7 +86,7 @@ LATEST_TIME: Final = datetime(9999, 12, 31, tzinfo=UTC)
 
 
 class IncidentStatus(StrEnum):
-    """The status of an incident, in the field ``incident_type``."""
+    """The status of an incident."""
 
     NEW = "new"
     COMPLETED = "completed"
@@ -106,10 +116,20 @@ class EventKind(StrEnum):
 
 
 class IncidentOrder(StrEnum):
-    """The order of a search, by ``created_at`` and then by id."""
+    """The order of a search, by created_at and then by id."""
 
     NEWEST = "newest"
     OLDEST = "oldest"
+
+
+StatusName: TypeAlias = Literal["new", "completed", "failed"]
+"""The value of a status, which stands for it in an argument."""
+
+SourceName: TypeAlias = Literal["operator", "monitoring", "partner"]
+"""The value of a source, which stands for it in an argument."""
+
+OrderName: TypeAlias = Literal["newest", "oldest"]
+"""The value of an order, which stands for it in an argument."""
 
 
 def _whole_utc_second(value: datetime) -> datetime:
@@ -126,7 +146,7 @@ def _whole_utc_second_or_none(value: datetime | None) -> datetime | None:
 
 
 @frozen
-class Incident:
+class Incident(Plain):
     """An incident as it is stored.
 
     Attributes:
@@ -149,20 +169,43 @@ class Incident:
             in it are equal.
     """
 
-    incident_id: int
+    incident_id: int = field(metadata=schema(minimum=1, maximum=MAX_ID))
     incident_message: str
     incident_type: IncidentStatus
     source: IncidentSource
-    created_at: datetime = field(converter=_whole_utc_second)
-    version: int = 1
-    dedup_key: str | None = None
-    occurrences: int = 1
-    last_seen_at: datetime = field(
-        default=Factory(lambda self: self.created_at, takes_self=True), converter=_whole_utc_second
+    created_at: datetime = field(
+        converter=_whole_utc_second, metadata=schema(description="When it was stored, in UTC.")
     )
-    ended_at: datetime | None = field(default=None, converter=_whole_utc_second_or_none)
+    version: int = field(
+        default=1, metadata=schema(minimum=1, description="Increases by one with each change.")
+    )
+    dedup_key: str | None = None
+    occurrences: int = field(
+        default=1, metadata=schema(minimum=1, description="How often it was reported.")
+    )
+    last_seen_at: datetime = field(
+        default=Factory(lambda self: self.created_at, takes_self=True),
+        converter=_whole_utc_second,
+        metadata=schema(description="When it was last reported, in UTC."),
+    )
+    ended_at: datetime | None = field(
+        default=None,
+        converter=_whole_utc_second_or_none,
+        metadata=schema(
+            description="When its status left new, in UTC; null while it is open, or if the time "
+            "is unknown."
+        ),
+    )
     # The last field, as in the rows that have it.
-    details: dict[str, Any] | None = field(default=None, eq=False)
+    details: dict[str, Any] | None = field(
+        default=None,
+        eq=False,
+        metadata=schema(
+            required=False,
+            description="The details of the first report, with the order of keys left open; null "
+            "if there are none. Absent from lists, and from searches without details=true.",
+        ),
+    )
 
     @property
     def tag(self) -> str:
@@ -220,8 +263,10 @@ def has_version(incident: Incident, expected: int | str | VersionMatch | None) -
 
 
 @frozen
-class IncidentEvent:
-    """One change of an incident, recorded in the same transaction; a row of ``incident_event``.
+class IncidentEvent(Plain):
+    """One change of an incident, recorded in the same transaction.
+
+    It is a row of ``incident_event``.
 
     Attributes:
         cursor: Its place in the order of all events, for ``after=``.
@@ -235,18 +280,20 @@ class IncidentEvent:
         at: When the database recorded it: aware, in UTC, in whole seconds.
     """
 
-    cursor: str
-    incident_id: int
+    cursor: str = field(metadata=schema(description="Its position among all events, for after=."))
+    incident_id: int = field(metadata=schema(minimum=1, maximum=MAX_ID))
     kind: EventKind
     from_status: IncidentStatus | None
     to_status: IncidentStatus | None
-    actor: str | None
+    actor: str | None = field(metadata=schema(description="Who did it; null if unknown."))
     note: str | None
-    at: datetime = field(converter=_whole_utc_second)
+    at: datetime = field(
+        converter=_whole_utc_second, metadata=schema(description="When it was recorded, in UTC.")
+    )
 
 
 @frozen
-class ChangePage:
+class ChangePage(Plain):
     """Some changes, and the cursor to continue from.
 
     Attributes:
@@ -255,7 +302,7 @@ class ChangePage:
     """
 
     changes: list[IncidentEvent]
-    next: str
+    next: str = field(metadata=schema(description="The after= to continue with."))
 
 
 @frozen
@@ -298,7 +345,7 @@ class FeedBlocker:
 
 
 @frozen
-class SearchPage:
+class SearchPage(Plain):
     """One page of a search.
 
     Attributes:
@@ -308,5 +355,9 @@ class SearchPage:
     """
 
     incidents: list[Incident]
-    next: str | None
-    total: int | None
+    next: str | None = field(
+        metadata=schema(description="The after= of the next page; null on the last one.")
+    )
+    total: int | None = field(
+        metadata=schema(description="Matches on all pages; null unless requested.")
+    )

@@ -11,8 +11,8 @@ from urllib.parse import parse_qsl, quote, urlencode
 from starlette.requests import Request
 from starlette.responses import Response
 
-from incidentkit.domain.commands import NewIncident
-from incidentkit.domain.errors import VersionConflict
+from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
+from incidentkit.domain.errors import FieldError, InvalidIncident, VersionConflict
 from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.replays import Replay, watching_for_replay
 from incidentkit.domain.values import ChangePage, Incident, has_version
@@ -20,8 +20,9 @@ from incidentkit.http import docs
 from incidentkit.http.checks import check_changes, expected
 from incidentkit.http.health import BareReadiness, Health, Readiness, State, readiness
 from incidentkit.http.openapi import document
+from incidentkit.http.operation import MAX_ITEMS
 from incidentkit.http.principals import READ, check_again, sees_details, sender_of
-from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, etag
+from incidentkit.http.problems import RETRY_HEADERS, Refusal, etag
 from incidentkit.http.purging import Purge, PurgeQuery, purge_for
 from incidentkit.http.requests import KNOWN_QUERIES
 from incidentkit.http.server_hooks import server_log
@@ -41,8 +42,10 @@ from incidentkit.wire import (
     encode_incident,
     encode_incidents,
     encode_object,
+    encode_optionals,
     wire_converter,
 )
+from incidentkit.wire.kinds import Kind
 
 _T = TypeVar("_T")
 
@@ -173,6 +176,40 @@ def _with_expected(arguments: Mapping[str, Any]) -> dict[str, Any]:
     others = dict(arguments)
     version = expected(others.pop("if_match"), others.pop("if_none_match"))
     return {**others, "expected_version": version}
+
+
+async def resolve(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """End the open incident of a key; answer 204 if none is open."""
+    body: Resolution = arguments["body"]
+    with watching_for_replay() as replay:
+        incident = await _service(request).client.resolve(
+            body.dedup_key,
+            status=body.status,
+            note=body.note,
+            idempotency_key=arguments["idempotency_key"],
+        )
+    if incident is None:
+        return Response(status_code=204, headers=_replayed(replay))
+    return _incident(incident, headers=_replayed(replay))
+
+
+async def resolve_many(request: Request, arguments: Mapping[str, Any]) -> Response:
+    """End the open incidents of many keys, all or none.
+
+    Raises:
+        InvalidIncident: If there are more keys than one request may have.
+    """
+    body: Resolutions = arguments["body"]
+    if len(body.dedup_keys) > MAX_ITEMS:
+        raise InvalidIncident([FieldError("dedup_keys", f"must be at most {MAX_ITEMS}")])
+    with watching_for_replay() as replay:
+        incidents = await _service(request).client.resolve_many(
+            body.dedup_keys,
+            status=body.status,
+            note=body.note,
+            idempotency_key=arguments["idempotency_key"],
+        )
+    return _json(await encode_array(incidents, encode_optionals), headers=_replayed(replay))
 
 
 async def search(request: Request, arguments: Mapping[str, Any]) -> Response:

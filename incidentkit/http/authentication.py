@@ -35,7 +35,8 @@ from incidentkit.domain.tokens import AccessToken
 from incidentkit.domain.tokens import Scope as TokenScope
 from incidentkit.http.client_address import client_address, read_address
 from incidentkit.http.principals import Principal
-from incidentkit.http.problems import Kind, Refusal
+from incidentkit.http.problems import Refusal
+from incidentkit.wire.kinds import Kind
 
 Anonymous: TypeAlias = Literal["never", "until_token", "always"]
 """When requests without a token are answered: never, until the database has a first token, or

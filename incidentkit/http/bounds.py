@@ -15,7 +15,8 @@ from incidentkit.domain.values import (
     REQUESTS_PER_TOKEN,
     SEARCHES_PER_TOKEN,
 )
-from incidentkit.http.problems import Kind, Refusal
+from incidentkit.http.problems import Refusal
+from incidentkit.wire.kinds import Kind
 
 RETRY: Final[Mapping[str, str]] = {"Retry-After": "1"}
 """The header of a refusal: short, since a place is free as soon as one of the requests ends."""

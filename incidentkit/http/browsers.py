@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from incidentkit.http.log import NO_ROUTE, log_answer
 from incidentkit.http.principals import STRANGER
-from incidentkit.http.problems import Kind, Refusal, problem_response
+from incidentkit.http.problems import Refusal, problem_response
+from incidentkit.wire.kinds import Kind
 
 LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "[::1]"))
 """The hosts of a service that listens on loopback."""

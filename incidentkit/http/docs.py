@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from incidentkit.domain.errors import InvalidSettings
-from incidentkit.http.problems import Kind
+from incidentkit.wire.kinds import Kind
 
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "

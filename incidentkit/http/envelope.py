@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from incidentkit.http.client_address import TrustedProxies
 from incidentkit.http.problems import problem_response
 from incidentkit.http.request_id import NAME, request_id
+from incidentkit.version import API_VERSION, API_VERSION_HEADER
 
 NO_STORE: Final = (b"cache-control", b"no-store")
 """Keeps an answer out of every cache, unless it has a Cache-Control of its own."""
@@ -18,12 +19,15 @@ NO_STORE: Final = (b"cache-control", b"no-store")
 NO_SNIFF: Final = (b"x-content-type-options", b"nosniff")
 """Keeps a browser from guessing another type of content than the declared one."""
 
+VERSION: Final = (API_VERSION_HEADER.lower().encode(), API_VERSION.encode())
+"""Tells a client whether it fits the service."""
+
 
 class Envelope:
     """Puts the common headers on every answer, and answers errors that nothing else has answered.
 
-    The headers are the id of the request, and those that keep caches and browsers from being too
-    clever.
+    The headers are the id of the request, the version of the API, and those that keep caches and
+    browsers from being too clever.
 
     Such an error comes from a middleware or a route of a host: operations answer their own. It is
     raised again once it is answered, as by Starlette, so that the server logs it too.
@@ -44,7 +48,7 @@ class Envelope:
             return
         started = False
         # Made before anything else, since a middleware may pass a copy of the scope on.
-        common = (NAME, request_id(scope).encode()), NO_STORE, NO_SNIFF
+        common = (NAME, request_id(scope).encode()), VERSION, NO_STORE, NO_SNIFF
         if self._proxies is not None:
             self._proxies.find_client(scope)
 

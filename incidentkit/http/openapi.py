@@ -12,18 +12,16 @@ from typing import Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 from attrs import NOTHING, evolve, fields
 from starlette.types import Scope
 
-from incidentkit.domain.commands import NewIncident
+from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import FieldError
+from incidentkit.domain.formats import REQUIRED, SCHEMA, TIME_PATTERN
 from incidentkit.domain.values import (
-    DETAILS_MAX_DEPTH,
-    DETAILS_MAX_SIZE,
-    FORBIDDEN_MESSAGES,
     MAX_ID,
-    MESSAGE_MAX_LENGTH,
-    MESSAGE_MIN_LENGTH,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    OPEN,
+    STORABLE,
     TAG_PATTERN,
     ChangePage,
     EventKind,
@@ -44,7 +42,7 @@ from incidentkit.http.health import (
     SchemaHealth,
     State,
 )
-from incidentkit.http.operation import MAX_BODY, STORABLE, EntityTags, Operation, Parameter
+from incidentkit.http.operation import MAX_BODY, MAX_ITEMS, EntityTags, Operation, Parameter
 from incidentkit.http.principals import ACTOR_HEADER, CHALLENGE
 from incidentkit.http.problems import (
     MEDIA_TYPE,
@@ -52,7 +50,6 @@ from incidentkit.http.problems import (
     RETRY_AFTER,
     TITLES,
     Conflict,
-    Kind,
     Problem,
     Refusal,
     problem_for,
@@ -61,66 +58,40 @@ from incidentkit.http.purging import Purge
 from incidentkit.http.request_id import HEADER, NAME, PATTERN
 from incidentkit.http.streams import MEDIA_TYPE as MEDIA_TYPE_OF_STREAMS
 from incidentkit.store.schema import SCHEMA_REVISION
-from incidentkit.version import __version__
+from incidentkit.version import API_VERSION, API_VERSION_HEADER, __version__
 from incidentkit.wire import NewNote, wire_converter
+from incidentkit.wire.kinds import Kind
 
 Json: TypeAlias = dict[str, Any]
 
+_KEY: Final[Json] = {"minLength": 1, "maxLength": NAME_MAX_LENGTH, "pattern": STORABLE}
+
+_NOTE: Final[Json] = {
+    "minLength": 1,
+    "maxLength": NOTE_MAX_LENGTH,
+    "pattern": STORABLE,
+    "description": "Surrounding white space is removed and does not count.",
+}
+
 FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
-    (NewIncident, "incident_message"): {
-        "minLength": MESSAGE_MIN_LENGTH,
-        "maxLength": MESSAGE_MAX_LENGTH,
-        "pattern": STORABLE,
-        "description": (
-            "What happened. Surrounding white space is removed and does not count; the rest must "
-            f"not be one of {', '.join(sorted(FORBIDDEN_MESSAGES))} in any letter case."
-        ),
+    (NewNote, "note"): _NOTE,
+    (Resolution, "dedup_key"): {
+        **_KEY,
+        "description": "The problem that is over: the incident with this key ends, if one is open.",
     },
-    (NewIncident, "dedup_key"): {
-        "minLength": 1,
-        "maxLength": NAME_MAX_LENGTH,
-        "pattern": STORABLE,
-        "description": (
-            "The problem that it is about. While an incident with this key is open, a further "
-            "report counts as an occurrence of it. Only for an incident that starts as new."
-        ),
+    (Resolutions, "dedup_keys"): {
+        "items": {"type": "string", **_KEY},
+        "maxItems": MAX_ITEMS,
+        "description": "The problems that are over.",
     },
-    (NewIncident, "details"): {
-        "description": (
-            f"More about it, in at most {DETAILS_MAX_SIZE} bytes as compact JSON with numbers "
-            f"without exponents, and {DETAILS_MAX_DEPTH} levels of objects and arrays. Integers "
-            "have 64 bits, or are those that a double holds exactly; strings contain no NUL."
-        ),
+    **{
+        (model, name): described
+        for model in (Resolution, Resolutions)
+        for name, described in {
+            "status": {"enum": [each for each in IncidentStatus if each is not OPEN]},
+            "note": _NOTE,
+        }.items()
     },
-    (NewNote, "note"): {
-        "minLength": 1,
-        "maxLength": NOTE_MAX_LENGTH,
-        "pattern": STORABLE,
-        "description": "Surrounding white space is removed and does not count.",
-    },
-    (Incident, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
-    (Incident, "created_at"): {"description": "When it was stored, in UTC."},
-    (Incident, "version"): {
-        "minimum": 1,
-        "description": "Increases by one with each change.",
-    },
-    (Incident, "occurrences"): {"minimum": 1, "description": "How often it was reported."},
-    (Incident, "last_seen_at"): {"description": "When it was last reported, in UTC."},
-    (Incident, "ended_at"): {
-        "description": "When its status left new, in UTC; null while it is open, or if the time is "
-        "unknown."
-    },
-    (Incident, "details"): {
-        "description": "The details of the first report, with the order of keys left open; null if "
-        "there are none. Absent from lists, and from searches without details=true."
-    },
-    (SearchPage, "next"): {"description": "The after= of the next page; null on the last one."},
-    (SearchPage, "total"): {"description": "Matches on all pages; null unless requested."},
-    (IncidentEvent, "incident_id"): {"minimum": 1, "maximum": MAX_ID},
-    (IncidentEvent, "cursor"): {"description": "Its position among all events, for after=."},
-    (IncidentEvent, "actor"): {"description": "Who did it; null if unknown."},
-    (ChangePage, "next"): {"description": "The after= to continue with."},
-    (IncidentEvent, "at"): {"description": "When it was recorded, in UTC."},
     (Purge, "purged"): {"minimum": 0, "description": "Number of removed incidents."},
     (Purge, "left"): {
         "minimum": 0,
@@ -147,7 +118,7 @@ FIELDS: Final[dict[tuple[type[Any], str], Json]] = {
     (RequestLogHealth, "dropped"): {"minimum": 0},
     (LogHealth, "dropped"): {"minimum": 0},
 }
-"""Rules and descriptions of fields, beyond their types."""
+"""Rules and descriptions of fields, beyond their types. The domain's models have their own."""
 
 DESCRIPTIONS: Final[dict[type[Any], str]] = {
     IncidentSource: "Who reported an incident.",
@@ -156,6 +127,8 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
     EventKind: "What happened to an incident.",
     State: "The state of a part of the service.",
     NewIncident: "An incident to create.",
+    Resolution: "The end of the open incident of a key.",
+    Resolutions: "The end of the open incidents of some keys.",
     NewNote: "A note to add to the history of an incident.",
     Incident: "An incident as it is stored.",
     IncidentEvent: "One change of an incident, recorded in the same transaction.",
@@ -175,11 +148,8 @@ DESCRIPTIONS: Final[dict[type[Any], str]] = {
 }
 """What each schema describes; docstrings would be missing under ``python -OO``."""
 
-CLOSED: Final = (NewIncident, NewNote)
+CLOSED: Final = (NewIncident, NewNote, Resolution, Resolutions)
 """Models whose unknown fields are refused."""
-
-MAY_BE_ABSENT: Final = {(Incident, "details")}
-"""Fields that some answers do not have."""
 
 _REQUEST_ID: Final = "0b5c2f6e4d7a4c1f9e3a8d6b7c5f4e21"
 _SCOPE: Final[Scope] = {"headers": ((NAME, _REQUEST_ID.encode()),)}
@@ -213,6 +183,8 @@ _MODELS: Final = {
         details={"volume": "/var", "used": 0.98},
     ),
     NewNote: NewNote("The old logs were removed"),
+    Resolution: Resolution("disk-full:db-1", note="The old logs were removed"),
+    Resolutions: Resolutions(("disk-full:db-1", "disk-full:db-2")),
     Incident: _INCIDENT,
     Conflict: Conflict(_INCIDENT),
     IncidentEvent: _EVENT,
@@ -351,6 +323,13 @@ _HEADERS: Final[Json] = {
         "schema": {"type": "string", "pattern": f"^{PATTERN}$"},
         "example": _REQUEST_ID,
     },
+    API_VERSION_HEADER: {
+        "description": "The version of this API. Services with the same major version fit the same "
+        "clients.",
+        "required": True,
+        "schema": {"type": "string", "pattern": r"^\d+\.\d+$"},
+        "example": API_VERSION,
+    },
     "ETag": {
         "description": "The version of the incident with a digest of its fields, for If-Match.",
         "required": True,
@@ -415,7 +394,7 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
     described["responses"] = {
         str(status): {
             "description": means,
-            "headers": _headers(HEADER, *operation.headers, *repeats),
+            "headers": _headers(*operation.headers, *repeats),
             "content": {
                 "application/json": _or_bare(_content(operation.returns, schemas), bare, schemas),
                 **({} if operation.streams is None else _stream(operation.streams, schemas)),
@@ -423,10 +402,15 @@ def _operation(operation: Operation, schemas: Json, schemes: Mapping[str, object
         }
         for status, means in {operation.status: operation.success, **operation.also}.items()
     }
+    if operation.absent:
+        described["responses"]["204"] = {
+            "description": operation.absent,
+            "headers": _headers(HEADER, *repeats),
+        }
     if operation.unchanged:
         described["responses"]["304"] = {
             "description": "The client has the present state",
-            "headers": _headers(HEADER, "ETag"),
+            "headers": _headers("ETag"),
         }
     for status in operation.problems:
         described["responses"][str(status)] = (
@@ -528,23 +512,29 @@ def _problem(
         example |= wire_converter().unstructure(_MODELS[members])
     return {
         "description": f"{TITLES[status]}: {codes}",
-        "headers": _headers(HEADER, *_PROBLEM_HEADERS.get(status, ())),
+        "headers": _headers(*_PROBLEM_HEADERS.get(status, ())),
         "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
     }
 
 
 def _headers(*names: str) -> Json:
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+    """Return the headers that every answer has, and those with these names."""
+    every = (HEADER, API_VERSION_HEADER, *names)
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in every}
 
 
 def _content(type_: Any, schemas: Json) -> Json:
     """Return the schema of a model, or of a list of models, with an example."""
     many = get_origin(type_) is list
-    example = wire_converter().unstructure(_MODELS[get_args(type_)[0] if many else type_])
-    for listed in [example] if many else example.get("incidents", ()):
+    item = get_args(type_)[0] if many else type_
+    if isinstance(item, UnionType):
+        # Null, in place of an item, needs no example.
+        item = get_args(item)[0]
+    one = wire_converter().unstructure(_MODELS[item])
+    for incident in [one] if many else one.get("incidents", ()):
         # Most answers with several incidents do not have them.
-        listed.pop("details", None)
-    return {"schema": _schema(type_, schemas), "example": [example] if many else example}
+        incident.pop("details", None)
+    return {"schema": _schema(type_, schemas), "example": [one] if many else one}
 
 
 def _or_bare(content: Json, bare: type[Any] | None, schemas: Json) -> Json:
@@ -575,10 +565,7 @@ _PLAIN: Final[dict[Any, Json]] = {
     bool: {"type": "boolean"},
     int: {"type": "integer", "format": "int64"},
     NoneType: {"type": "null"},
-    datetime: {
-        "type": "string",
-        "pattern": r"^\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2}$",
-    },
+    datetime: {"type": "string", "pattern": TIME_PATTERN},
 }
 
 
@@ -596,8 +583,9 @@ def _model(type_: type[Any], schemas: Json) -> Json:
     required = []
     for attribute in fields(type_):
         name = attribute.name
-        properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), {})
-        if (type_, name) in MAY_BE_ABSENT:
+        more: Json = attribute.metadata.get(SCHEMA, {})
+        properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), more)
+        if not attribute.metadata.get(REQUIRED, True):
             continue
         if attribute.default is NOTHING or type_ not in CLOSED:
             required.append(name)

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from incidentkit.domain.tokens import Scope
+from incidentkit.domain.values import BYTES_PER_REQUEST, ITEMS_PER_REQUEST
 
 Answer: TypeAlias = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
@@ -40,9 +41,6 @@ SAFETY: Final[Mapping[bytes, str]] = {
 }
 """The headers with which a client guards a write, by their names in lower case."""
 
-STORABLE: Final = r"^[^\x00]*$"
-"""A text without NUL characters, which the databases cannot hold."""
-
 FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 """The headers that announce a body; it may be empty."""
 
@@ -50,11 +48,11 @@ FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 MAX_BODY: Final = 64 * 1024
 """Maximum bytes of a request's body, unless its operation has another limit."""
 
-MAX_LARGE_BODY: Final = 2 * 1024 * 1024
-"""Maximum bytes of a body with many incidents."""
+MAX_LARGE_BODY: Final = BYTES_PER_REQUEST
+"""Maximum bytes of a body with many incidents or keys."""
 
-MAX_ITEMS: Final = 1000
-"""Maximum number of incidents in such a body."""
+MAX_ITEMS: Final = ITEMS_PER_REQUEST
+"""Maximum number of incidents or keys in such a body."""
 
 
 @frozen
@@ -111,6 +109,7 @@ class Operation:
         returns: The model, or list of models, in a successful answer.
         success: Description of a successful answer.
         unchanged: Whether an answer can be 304.
+        absent: Description of an answer 204, which has no content; empty: there is none.
         description: More about it, in Markdown; empty: the summary says it all.
         also: Other statuses of a successful answer, with a description of each.
         headers: Additional headers of a successful answer.
@@ -139,6 +138,7 @@ class Operation:
     returns: Any = None
     success: str = ""
     unchanged: bool = False
+    absent: str = ""
     description: str = ""
     also: Mapping[int, str] = field(factory=dict)
     headers: tuple[str, ...] = ()

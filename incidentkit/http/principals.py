@@ -22,8 +22,9 @@ from incidentkit.domain.errors import (
 )
 from incidentkit.domain.tokens import Scope as TokenScope
 from incidentkit.domain.values import NAME_MAX_LENGTH
-from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal
+from incidentkit.http.problems import RETRY_HEADERS, Refusal
 from incidentkit.http.request_id import request_id
+from incidentkit.wire.kinds import Kind
 
 logger = logging.getLogger("incidentkit.http")
 

@@ -16,13 +16,14 @@ from attrs import fields_dict
 from starlette.requests import ClientDisconnect, Request
 
 from incidentkit.domain import rules
-from incidentkit.domain.commands import MAX_FAULTS
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.rules import MAX_FAULTS
 from incidentkit.domain.values import TAG_PATTERN
 from incidentkit.http.operation import FRAMING, EntityTags, EntityTagValue, Operation, Parameter
-from incidentkit.http.problems import Kind, Refusal
+from incidentkit.http.problems import Refusal
 from incidentkit.pacing import in_parts
 from incidentkit.wire import wire_converter
+from incidentkit.wire.kinds import Kind
 
 MAX_DIGITS: Final = 19
 """The digits of 2^63-1, the largest integer of all parameters and fields but details."""

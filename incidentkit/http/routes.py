@@ -8,7 +8,7 @@ from typing import Final
 from attrs import evolve
 
 from incidentkit.domain import rules
-from incidentkit.domain.commands import NewIncident
+from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
 from incidentkit.domain.queries import HistoryQuery, ListQuery, SearchQuery
 from incidentkit.domain.tokens import Scope
 from incidentkit.domain.values import (
@@ -20,6 +20,7 @@ from incidentkit.domain.values import (
     MAX_WAIT,
     NAME_MAX_LENGTH,
     NOTE_MAX_LENGTH,
+    STORABLE,
     TEXT_MAX_LENGTH,
     TEXT_MAX_WORDS,
     ChangePage,
@@ -41,7 +42,6 @@ from incidentkit.http.health import BareReadiness, Health, Readiness
 from incidentkit.http.operation import (
     MAX_ITEMS,
     MAX_LARGE_BODY,
-    STORABLE,
     EntityTags,
     Operation,
     Parameter,
@@ -219,6 +219,40 @@ OPERATIONS: Final = (
         fields=frozenset({"incident_id", "status", "note"}),
         problems=(400, 404, 409, 412, 413, 415, 422, 500, 503),
         members={409: Conflict, 412: Conflict},
+    ),
+    Operation(
+        "POST",
+        "/incident/resolve",
+        "resolve_incident",
+        "End the open incident of a deduplication key",
+        answers.resolve,
+        scope=_WRITE,
+        returns=Incident,
+        success="The incident with its new status",
+        headers=("ETag",),
+        absent="No incident with this dedup_key is open",
+        parameters=(_IDEMPOTENCY_KEY,),
+        check=check_idempotency_key,
+        body=Resolution,
+        problems=(400, 409, 413, 415, 422, 500, 503),
+        members={409: Conflict},
+    ),
+    Operation(
+        "POST",
+        "/incident/resolve-many",
+        "resolve_incidents",
+        "End the open incidents of many deduplication keys, all or none",
+        answers.resolve_many,
+        scope=_WRITE,
+        returns=list[Incident | None],
+        success="The incidents in the order of the keys; null where none is open, or the key has "
+        "stood before",
+        parameters=(_IDEMPOTENCY_KEY,),
+        check=check_idempotency_key,
+        body=Resolutions,
+        max_body=MAX_LARGE_BODY,
+        problems=(400, 409, 413, 415, 422, 500, 503),
+        members={409: Conflict},
     ),
     Operation(
         "GET",

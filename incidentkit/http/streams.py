@@ -33,11 +33,12 @@ from incidentkit.domain.values import (
     FeedBlocker,
 )
 from incidentkit.http.principals import sender_of, still_admitted
-from incidentkit.http.problems import RETRY_HEADERS, Kind, Refusal, problem_for, refusal_for
+from incidentkit.http.problems import RETRY_HEADERS, Refusal, problem_for, refusal_for
 from incidentkit.http.request_id import request_id
 from incidentkit.http.requests import accepts
 from incidentkit.http.server_hooks import abort, wait_for_stop
 from incidentkit.wire import dump_json, encode_event, wire_converter
+from incidentkit.wire.kinds import Kind
 
 _T = TypeVar("_T")
 

@@ -2,7 +2,12 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from incidentkit.domain.commands import NoteAddition, StatusChange
+    from incidentkit.domain.commands import (
+        NoteAddition,
+        Resolution,
+        Resolutions,
+        StatusChange,
+    )
     from incidentkit.domain.queries import SearchQuery
     from incidentkit.domain.replays import Replay
     from incidentkit.domain.transitions import Transitions
@@ -20,7 +25,12 @@ else:
     __getattr__, __dir__ = face(
         globals(),
         {
-            "incidentkit.domain.commands": ("NoteAddition", "StatusChange"),
+            "incidentkit.domain.commands": (
+                "NoteAddition",
+                "Resolution",
+                "Resolutions",
+                "StatusChange",
+            ),
             "incidentkit.domain.queries": ("SearchQuery",),
             "incidentkit.domain.replays": ("Replay",),
             "incidentkit.domain.transitions": ("Transitions",),
@@ -49,6 +59,8 @@ __all__ = [
     "Page",
     "Replay",
     "RequestRecord",
+    "Resolution",
+    "Resolutions",
     "SearchQuery",
     "StatusChange",
     "StoreOperations",

@@ -68,6 +68,13 @@ KEPT_OUT: Final = Cause(
 )
 
 
+OTHER_THREAD: Final = Cause(
+    "the connection belongs to another thread; join it in the thread that opened it",
+    StoreError,
+    text="created in a thread can only be used in that same thread",
+)
+
+
 def named_constraint(cause: Cause, name: str | None) -> Cause:
     """Return the cause of a constraint that refuses values, with its name if there is one."""
     if not name:

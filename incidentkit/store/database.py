@@ -1,4 +1,4 @@
-"""Recognize the kind of database that a URL names."""
+"""Recognize the kind of database that a URL names, or a service."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ _KINDS: Final[dict[str, DatabaseKind]] = {
 }
 
 
+def names_service(url: str) -> bool:
+    """Return whether a URL names a service, over HTTP, and not a database."""
+    return url.partition("://")[0].lower() in ("http", "https")
+
+
 def database_kind(database_url: str) -> DatabaseKind:
     """Return the kind of database that a URL names.
 
@@ -31,6 +36,9 @@ def database_kind(database_url: str) -> DatabaseKind:
         InvalidSettings: If the URL names another kind, or is not a URL.
     """
     scheme, separator, _ = database_url.partition("://")
+    if names_service(database_url):
+        reason = "is that of a service: pass it to IncidentClient.open(), with token="
+        raise InvalidSettings("database_url", reason)
     if not separator or scheme not in _KINDS:
         reason = "must start with postgresql:// or sqlite+aiosqlite:///"
         raise InvalidSettings("database_url", reason)

@@ -8,12 +8,18 @@ from typing import Any, Final, Protocol
 
 from sqlalchemy import Executable
 
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import FeedBlocker, Incident, IncidentEvent
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Fetch, Rows
-from incidentkit.store.ports import IncidentList
+from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.sql.definitions import Schema
 from incidentkit.store.sql.search import WordsMatch
 
@@ -73,6 +79,29 @@ class Dialect(Protocol):
         Raises:
             IncidentNotFound: If there is none with this id.
             IncidentConflict: If the incident in its present state does not allow the change.
+        """
+        ...
+
+    async def resolve(
+        self, fetch: Fetch, resolution: Resolution, transitions: Transitions, actor: str | None
+    ) -> Incident | None:
+        """End the open incident with a deduplication key, insert the event, and return it.
+
+        Returns:
+            The incident; None if none is open.
+
+        Raises:
+            IllegalTransition: If the transitions do not allow the change.
+        """
+        ...
+
+    async def resolve_many(
+        self, fetch: Fetch, resolutions: Resolutions, transitions: Transitions, actor: str | None
+    ) -> OptionalIncidents:
+        """End open incidents with their events, as :meth:`resolve` does for one key after another.
+
+        Raises:
+            IllegalTransition: If the transitions do not allow the change.
         """
         ...
 

@@ -9,10 +9,18 @@ from typing import Any, TypeAlias
 
 from attrs import asdict, evolve, field, fields, frozen
 
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.replays import REPLAY, Replay
 
-Parameters: TypeAlias = NewIncident | NoteAddition | StatusChange | Sequence[NewIncident]
+_Command: TypeAlias = NewIncident | NoteAddition | Resolution | Resolutions | StatusChange
+
+Parameters: TypeAlias = _Command | Sequence[NewIncident]
 """The checked arguments of a write that takes an idempotency key."""
 
 
@@ -63,7 +71,7 @@ def idempotency(key: str, verb: str, parameters: Parameters) -> Idempotency:
     return Idempotency(key, sha256(text.encode()).hexdigest(), replay=REPLAY.get())
 
 
-def _values(parameters: NewIncident | NoteAddition | StatusChange) -> Mapping[str, Any]:
+def _values(parameters: _Command) -> Mapping[str, Any]:
     values = {each.name: getattr(parameters, each.name) for each in fields(type(parameters))}
     details = values.pop("details", None)
     # As text: a retry may have their keys in another order.

@@ -18,8 +18,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from functools import partial
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
+from functools import cache, partial
 from typing import Any, Final, TypeVar
 
 import asyncpg
@@ -48,7 +48,12 @@ from incidentkit.affinity import check_running_loop
 from incidentkit.domain.errors import InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.store.database import DatabaseKind, database_kind
 from incidentkit.store.indexes import Overtaken
-from incidentkit.store.mending import mend, read_schema, restore_token_function
+from incidentkit.store.mending import (
+    mend,
+    read_schema,
+    replace_tokens,
+    restore_token_function,
+)
 from incidentkit.store.migrations import MIGRATIONS
 from incidentkit.store.postgresql.driver import unreadable_url
 from incidentkit.store.postgresql.errors import (
@@ -351,9 +356,36 @@ async def upgrade_memory(engine: AsyncEngine) -> None:
 
 
 def upgrade_connection(connection: Connection) -> None:
-    """Create the schema in the SQLite database of a connection."""
+    """Create or upgrade the schema in the SQLite database of a connection, beside other tables."""
     with _migrating:
         _up("head", connection)
+
+
+def create_in_memory(connection: Connection) -> None:
+    """Create the schema in the empty SQLite database in memory of a connection.
+
+    The migrations run for the first one of a process only: further ones get a copy.
+    """
+    with _migrating:
+        schema = _newest_schema()
+    driver_connection: Any = connection.connection.driver_connection
+    with closing(sqlite3.connect(IN_MEMORY)) as source:
+        source.deserialize(schema)
+        source.backup(driver_connection)
+    # With the token of another database, its cached pages would pass for those of this one.
+    replace_tokens(connection)
+
+
+@cache
+def _newest_schema() -> bytes:
+    """Return an SQLite database with the newest schema and no rows: about 330 KB."""
+    engine = create_engine("sqlite://", isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        _up("head", connection)
+        driver_connection: Any = connection.connection.driver_connection
+        schema: bytes = driver_connection.serialize()
+    engine.dispose()
+    return schema
 
 
 def current_revision(connection: Connection) -> str | None:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.queries import ListQuery, SearchQuery
 from incidentkit.domain.rules import EventCursor
 from incidentkit.domain.transitions import Transitions
@@ -32,6 +38,8 @@ EventList: TypeAlias = list[IncidentEvent]
 """An alias because inside the protocol ``list`` is the verb."""
 
 IncidentList: TypeAlias = list[Incident]
+
+OptionalIncidents: TypeAlias = list[Incident | None]
 
 
 class StoreOperations(Protocol):
@@ -109,6 +117,42 @@ class StoreOperations(Protocol):
         """
         ...
 
+    async def resolve(
+        self,
+        resolution: Resolution,
+        *,
+        transitions: Transitions = ...,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident | None:
+        """End the open incident with a deduplication key, record the event, and return it.
+
+        Return None if none is open, also if another transaction ends it first.
+
+        Raises:
+            IllegalTransition: If the transitions do not allow the change.
+            IdempotencyKeyReused: If the key of ``once`` was used with other parameters.
+        """
+        ...
+
+    async def resolve_many(
+        self,
+        resolutions: Resolutions,
+        *,
+        transitions: Transitions = ...,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> OptionalIncidents:
+        """End open incidents, all or none, and return one answer for each deduplication key.
+
+        The result is that of :meth:`resolve` called for one key after the other.
+
+        Raises:
+            IllegalTransition: If the transitions do not allow the change.
+            IdempotencyKeyReused: If the key of ``once`` was used with other parameters.
+        """
+        ...
+
     async def note(
         self, addition: NoteAddition, *, actor: str | None = None, once: Idempotency | None = None
     ) -> IncidentEvent:
@@ -167,6 +211,9 @@ class IncidentStore(StoreOperations, Protocol):
     A store may also have an attribute ``row_security``: whether policies decide which rows a
     session sees, so that no call may share the answer of another.
 
+    A store may also have an attribute ``has_token``: false if it never has a token of the
+    incidents, so that no page of the list is kept.
+
     A store may also have a method ``abandon()``, which releases everything without the event loop
     that opened the store. A client calls it in a thread when it is connected or closed after that
     event loop has ended, or in a forked process.
@@ -215,6 +262,17 @@ class IncidentStore(StoreOperations, Protocol):
         """
         ...
 
+    def join_sync(self, connection: object) -> StoreOperations:
+        """Return the operations in the transaction of a host's synchronous connection.
+
+        They never suspend, and need neither an event loop nor an open store.
+
+        Raises:
+            NotInTransaction: If the connection commits each statement by itself.
+            TypeError: If the connection is of a kind that cannot be joined.
+        """
+        ...
+
 
 class Migrations(Protocol):
     """Functions of ``incidentkit.store.migrate``, which is loaded only if it is needed."""
@@ -241,4 +299,7 @@ class Migrations(Protocol):
         """Create the schema in the SQLite database in memory of an engine."""
 
     def upgrade_connection(self, connection: Connection) -> None:
-        """Create the schema in the SQLite database of a connection."""
+        """Create or upgrade the schema in the SQLite database of a connection."""
+
+    def create_in_memory(self, connection: Connection) -> None:
+        """Create the schema in the empty SQLite database in memory of a connection."""

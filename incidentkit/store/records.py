@@ -14,7 +14,13 @@ from attrs import fields
 from sqlalchemy import Executable
 
 import incidentkit.wire as wire_format
-from incidentkit.domain.commands import MAX_FAULTS, NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.errors import (
     FieldError,
     IdempotencyKeyReused,
@@ -25,7 +31,7 @@ from incidentkit.domain.errors import (
     UnknownCursor,
 )
 from incidentkit.domain.queries import ListQuery, SearchQuery
-from incidentkit.domain.rules import EventCursor
+from incidentkit.domain.rules import MAX_FAULTS, EventCursor
 from incidentkit.domain.transitions import ANY_TRANSITION, Transitions
 from incidentkit.domain.values import (
     MAX_ID,
@@ -41,7 +47,7 @@ from incidentkit.store.dialect import PURGED_EVENTS, Dialect
 from incidentkit.store.executor import Executor, Fetch, Rows, Work
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
-from incidentkit.store.ports import EventList, IncidentList, Place
+from incidentkit.store.ports import EventList, IncidentList, OptionalIncidents, Place
 from incidentkit.store.schema import upgrade_command
 from incidentkit.store.searching import SHORT, Search
 from incidentkit.store.sql import statements
@@ -238,6 +244,50 @@ class Records:
                     raise
             # Nothing was changed, and the winner of the race is visible now.
             return await update()
+
+    @names_database
+    async def resolve(
+        self,
+        resolution: Resolution,
+        *,
+        transitions: Transitions = ANY_TRANSITION,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> Incident | None:
+        """End the open incident with a deduplication key, with its event."""
+        work = partial(
+            self._dialect.resolve, resolution=resolution, transitions=transitions, actor=actor
+        )
+        async with self._turn(once, [("dedup_key", resolution.dedup_key)]):
+            if once is not None:
+                return await self._write_once(
+                    work, once, wire_format.encode_optional, wire_format.decode_optional
+                )
+            return await self._executor.write(work)
+
+    @names_database
+    async def resolve_many(
+        self,
+        resolutions: Resolutions,
+        *,
+        transitions: Transitions = ANY_TRANSITION,
+        actor: str | None = None,
+        once: Idempotency | None = None,
+    ) -> OptionalIncidents:
+        """End the open incidents with these deduplication keys, all or none."""
+        work = partial(
+            self._dialect.resolve_many,
+            resolutions=resolutions,
+            transitions=transitions,
+            actor=actor,
+        )
+        # One turn for all: each of thousands of keys may have to wait.
+        async with self._turn(once, [("dedup_key", None)]):
+            if once is not None:
+                return await self._write_once(
+                    work, once, wire_format.encode_optionals, wire_format.decode_optionals
+                )
+            return await self._executor.transact(work)
 
     @names_database
     async def note(
@@ -484,10 +534,17 @@ def _fields(name: str, value: object, character: str) -> Iterator[str]:
                 yield name
         case Idempotency():
             yield from _fields("idempotency_key", value.key, character)
-        case NewIncident() | NoteAddition() | StatusChange() | SearchQuery():
+        case (
+            NewIncident()
+            | NoteAddition()
+            | Resolution()
+            | Resolutions()
+            | StatusChange()
+            | SearchQuery()
+        ):
             for field in fields(type(value)):
                 yield from _fields(field.name, getattr(value, field.name), character)
-        case list():
+        case list() | tuple():
             for number, each in enumerate(value):
                 for field in _fields("", each, character):
-                    yield f"{name}[{number}].{field}"
+                    yield f"{name}[{number}].{field}".removesuffix(".")

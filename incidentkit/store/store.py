@@ -35,6 +35,7 @@ class Store(Records):
         dialect: The statements of the database.
         executor: Runs them, on connections that it opens and closes.
         join: Returns the operations on a host's connection.
+        join_sync: Returns those on a host's synchronous connection.
         share: Makes the sharing of statements on an executor, for each opening; None: every call
             runs alone.
         turns: Makes the turns of calls that wait for locks, for each opening; None: no turns.
@@ -50,6 +51,7 @@ class Store(Records):
         executor: OwnExecutor,
         *,
         join: Callable[[object], StoreOperations],
+        join_sync: Callable[[object], StoreOperations],
         share: Callable[[OwnExecutor], Sharing] | None = None,
         turns: Callable[[], Turns] | None = None,
         upgrade: Callable[[], Awaitable[None]] | None = None,
@@ -57,6 +59,7 @@ class Store(Records):
         super().__init__(dialect, executor)
         self._connections = executor
         self._join = join
+        self._join_sync = join_sync
         self._share = share
         self._new_turns = turns
         self._upgrade = upgrade
@@ -165,6 +168,10 @@ class Store(Records):
     def join(self, connection: object) -> StoreOperations:
         """Return the operations in the transaction of a host's connection."""
         return self._join(connection)
+
+    def join_sync(self, connection: object) -> StoreOperations:
+        """Return the operations in the transaction of a host's synchronous connection."""
+        return self._join_sync(connection)
 
     @names_database
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -3,11 +3,12 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from incidentkit.wire.conversion import (
-        TIME_FORMAT,
         NewNote,
         decode_event,
         decode_incident,
         decode_incidents,
+        decode_optional,
+        decode_optionals,
         encode_event,
         encode_events,
         wire_converter,
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
         encode_incident,
         encode_incidents,
         encode_object,
+        encode_optional,
+        encode_optionals,
         encode_rows,
     )
 else:
@@ -27,10 +30,11 @@ else:
         {
             "incidentkit.wire.conversion": (
                 "NewNote",
-                "TIME_FORMAT",
                 "decode_event",
                 "decode_incident",
                 "decode_incidents",
+                "decode_optional",
+                "decode_optionals",
                 "encode_event",
                 "encode_events",
                 "wire_converter",
@@ -40,23 +44,28 @@ else:
                 "encode_incident",
                 "encode_incidents",
                 "encode_object",
+                "encode_optional",
+                "encode_optionals",
                 "encode_rows",
             ),
         },
     )
 
 __all__ = [
-    "TIME_FORMAT",
     "NewNote",
     "decode_event",
     "decode_incident",
     "decode_incidents",
+    "decode_optional",
+    "decode_optionals",
     "dump_json",
     "encode_event",
     "encode_events",
     "encode_incident",
     "encode_incidents",
     "encode_object",
+    "encode_optional",
+    "encode_optionals",
     "encode_rows",
     "wire_converter",
 ]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from functools import cache
-from typing import Any, Final
+from typing import Any, TypeAlias, get_args
 
-from attrs import field, fields_dict, frozen
+from attrs import field, fields, frozen
 from cattrs import Converter
 from cattrs.gen import make_dict_structure_fn
 
 from incidentkit.domain import rules
-from incidentkit.domain.commands import NewIncident
+from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
 from incidentkit.domain.errors import FieldError, InvalidIncident
+from incidentkit.domain.formats import REQUIRED, read_wire_time, wire_time
 from incidentkit.domain.rules import check_names, collect, raise_faults
 from incidentkit.domain.values import (
     EventKind,
@@ -25,8 +26,6 @@ from incidentkit.domain.values import (
     IncidentStatus,
 )
 from incidentkit.wire.encoding import dump_json
-
-TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 
 
 @frozen(field_transformer=collect)
@@ -55,15 +54,10 @@ class NewNote:
         return cls(**values)
 
 
-def _time_to_wire(value: datetime) -> str:
-    # Not strftime(): on some platforms its %Y has no leading zeros.
-    return value.astimezone(UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
-
-
 def _time_from_wire(value: object, _: type[datetime]) -> datetime:
     if not isinstance(value, str):
         raise TypeError("not a string")
-    return datetime.strptime(value, TIME_FORMAT).replace(tzinfo=UTC)
+    return read_wire_time(value)
 
 
 def _member_from_wire(value: object, enum: type[StrEnum]) -> StrEnum:
@@ -81,15 +75,22 @@ def _exactly(expected: type) -> Any:
     return structure
 
 
-def _from_wire(value: object, model: type[NewIncident | NewNote]) -> NewIncident | NewNote:
+_Given: TypeAlias = NewIncident | NewNote | Resolution | Resolutions
+
+
+def _from_wire(value: object, model: type[_Given]) -> _Given:
     if not isinstance(value, (dict, Mapping)):
         raise InvalidIncident([FieldError("body", "must be a JSON object")])
     return model.from_mapping(value)
 
 
 @cache
-def wire_converter() -> Converter:
+def wire_converter(*, complete: bool = True) -> Converter:
     """Return the converter between models and JSON values.
+
+    Args:
+        complete: Whether an incident or an event without one of its fields is refused. Otherwise a
+            missing field has its default, as in an answer of an older service.
 
     The rules of the wire format:
 
@@ -99,11 +100,11 @@ def wire_converter() -> Converter:
     - None is ``null``, and an answer has every field; only ``details`` may be missing, as in a
       list and in the answers of earlier versions;
     - numbers and strings are not converted into each other: ``"7"`` is not an id;
-    - a :class:`NewIncident` and a :class:`NewNote` are read strictly: an unknown or missing field
-      is an error that names it.
+    - a :class:`NewIncident`, a :class:`NewNote`, a :class:`Resolution` and :class:`Resolutions`
+      are read strictly: an unknown or missing field is an error that names it.
     """
     converter = Converter(detailed_validation=False)
-    converter.register_unstructure_hook(datetime, _time_to_wire)
+    converter.register_unstructure_hook(datetime, wire_time)
     converter.register_structure_hook(datetime, _time_from_wire)
     converter.register_structure_hook(int, _exactly(int))
     converter.register_structure_hook(str, _exactly(str))
@@ -111,9 +112,9 @@ def wire_converter() -> Converter:
     for enum in (IncidentStatus, IncidentSource, EventKind):
         # Without a hook of their own, the hook for str would apply.
         converter.register_structure_hook(enum, _member_from_wire)
-    converter.register_structure_hook(NewIncident, _from_wire)
-    converter.register_structure_hook(NewNote, _from_wire)
-    for model in (Incident, IncidentEvent):
+    for given in get_args(_Given):
+        converter.register_structure_hook(given, _from_wire)
+    for model in (Incident, IncidentEvent) if complete else ():
         converter.register_structure_hook(model, _complete(model, converter))
     return converter
 
@@ -121,7 +122,7 @@ def wire_converter() -> Converter:
 def _complete(model: type[Any], converter: Converter) -> Callable[[Any, Any], Any]:
     """Return a hook that reads a model and raises KeyError for a missing field."""
     structure = make_dict_structure_fn(model, converter)
-    names = [name for name in fields_dict(model) if name != "details"]
+    names = [each.name for each in fields(model) if each.metadata.get(REQUIRED, True)]
 
     def complete(value: Any, type_: Any) -> Any:
         for name in names:
@@ -165,16 +166,38 @@ def decode_incident(data: bytes | str) -> Incident:
         raise ValueError("not a JSON object of an incident") from error
 
 
+def decode_optional(data: bytes | str) -> Incident | None:
+    """Read the output of :func:`encode_optional`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is neither ``null`` nor a JSON object of an incident.
+    """
+    return None if data in ("null", b"null") else decode_incident(data)
+
+
+def decode_optionals(data: bytes | str) -> list[Incident | None]:
+    """Read the output of :func:`encode_optionals`; unknown fields are ignored.
+
+    Raises:
+        ValueError: If it is not a JSON array of incidents and ``null``.
+    """
+    return _decode_array(data, Incident | None)
+
+
 def decode_incidents(data: bytes | str) -> list[Incident]:
     """Read the output of :func:`encode_incidents`; unknown fields are ignored.
 
     Raises:
         ValueError: If it is not a JSON array of incidents.
     """
+    return _decode_array(data, Incident)
+
+
+def _decode_array(data: bytes | str, item: Any) -> list[Any]:
     try:
         value = json.loads(data)
         if not isinstance(value, list):
             raise TypeError("not an array")  # noqa: TRY301
-        return wire_converter().structure(value, list[Incident])
+        return wire_converter().structure(value, list[item])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError("not a JSON array of incidents") from error

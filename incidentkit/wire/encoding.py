@@ -44,6 +44,16 @@ def encode_incidents(incidents: Iterable[Incident], *, details: bool = False) ->
     return f"[{','.join(texts)}]".encode()
 
 
+def encode_optional(incident: Incident | None) -> bytes:
+    """Return the incident as a JSON object; None is ``null``."""
+    return b"null" if incident is None else encode_incident(incident)
+
+
+def encode_optionals(incidents: Iterable[Incident | None]) -> bytes:
+    """Return the incidents as a JSON array, in which None is ``null``."""
+    return b"[%b]" % b",".join(map(encode_optional, incidents))
+
+
 def encode_object(name: str, value: bytes, others: Mapping[str, Any]) -> bytes:
     """Return a JSON object whose first member is JSON already.
 

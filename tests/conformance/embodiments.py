@@ -6,7 +6,9 @@ cannot do in `tests/conformance/gaps.py`.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC
 from functools import partial
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import asyncpg
 from attrs import frozen
 
-from incidentkit import IncidentClient
+from incidentkit import IncidentClient, SyncIncidentClient
+from incidentkit.testing.clients import parts_on, swap
+from tests.conformance.awaited import Awaited
 from tests.conftest import TENANTS
 from tests.hosts import (
     AsyncpgHost,
@@ -25,14 +29,19 @@ from tests.hosts import (
     run_sql,
     sqlalchemy_url,
 )
+from tests.remotes import over_asgi
+from tests.sync_hosts import open_sync_host
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
+    from incidentkit.testing import PrivateDatabase
     from tests.hosts import Host
+    from tests.remotes import Host as ServiceHost
     from tests.servers import PgBouncer
+    from tests.sync_hosts import InThread
 
 Verbs: TypeAlias = IncidentClient
 """IncidentClient has every verb; other embodiments must have the same signatures."""
@@ -95,6 +104,70 @@ class ByUrl(Embodiment):
         return IncidentClient.open(self.url, **options)
 
 
+class Synchronous(Embodiment):
+    """A synchronous client opened by URL, called from several threads."""
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a synchronous client."""
+        return awaited(SyncIncidentClient.open(self.url, **options))
+
+
+@asynccontextmanager
+async def awaited(client: SyncIncidentClient) -> AsyncIterator[Verbs]:
+    """Open a synchronous client, and yield its verbs as coroutines."""
+    with ThreadPoolExecutor(16) as threads:
+        await asyncio.to_thread(client.connect)
+        try:
+            yield cast("Verbs", Awaited(client, threads))
+        finally:
+            await asyncio.to_thread(client.close)
+
+
+class OverAsgi(Embodiment):
+    """A client of a service that runs in the same event loop."""
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client of a service whose own client has the options."""
+        return over_asgi(self.url, **options)
+
+
+class OverSocket(Embodiment):
+    """A client of a service behind a socket.
+
+    Args:
+        url: The database of the service.
+        host: Runs the service.
+    """
+
+    def __init__(self, url: str, host: ServiceHost) -> None:
+        super().__init__(url)
+        self._host = host
+
+    def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
+        """Return a client of a service whose own client has the options."""
+        return self._host.open(self.url, **options)
+
+
+class SynchronousOverSocket(Embodiment):
+    """A synchronous client of a service behind a socket.
+
+    Args:
+        url: The database of the service.
+        host: Runs the service.
+    """
+
+    def __init__(self, url: str, host: ServiceHost) -> None:
+        super().__init__(url)
+        self._host = host
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Open a synchronous client of a service whose own client has the options."""
+        with self._host.serving(self.url, **options) as url:
+            async with awaited(SyncIncidentClient.open(url)) as verbs:
+                yield verbs
+
+
 class InSchema(ByUrl):
     """A client on the tables of one tenant, beside those of others."""
 
@@ -123,6 +196,27 @@ class WithRedis(Embodiment):
     def open(self, **options: Any) -> AbstractAsyncContextManager[Verbs]:
         """Return a client with a shared cache."""
         return IncidentClient.open(self.url, self._redis_url, **options)
+
+
+class Private(Embodiment):
+    """A client on the test kit's database."""
+
+    def __init__(self, url: str, database: PrivateDatabase) -> None:
+        super().__init__(url)
+        self._database = database
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Yield a client that opens itself."""
+        client = IncidentClient.open(self.url, **options)
+        swap(client, parts_on(self._database, client.observer))
+        yield client
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement on the connection that all clients share."""
+        with self._database.transaction() as connection:
+            result = connection.exec_driver_sql(statement)
+            return [tuple(row) for row in result] if result.returns_rows else []
 
 
 class OnPool(Embodiment):
@@ -226,6 +320,40 @@ class JoinedInSchema(Joined):
         return rows
 
 
+class JoinedSync(Embodiment):
+    """The verbs joined to a transaction of a host without an event loop, open during the test.
+
+    Args:
+        url: The database.
+        way: The kind of connection, one of `tests.sync_hosts.SYNC_WAYS`.
+    """
+
+    def __init__(self, url: str, way: str) -> None:
+        super().__init__(url)
+        self._way = way
+        self._hosts: list[InThread] = []
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Verbs]:
+        """Join a new transaction and roll it back at the end."""
+        connect = {"prepare_threshold": None} if self._pooled else {}
+        async with open_sync_host(self._way, self.url, connect, **options) as host:
+            await host.begin()
+            # As for a host with an event loop.
+            await host.execute(
+                "PRAGMA busy_timeout = 20" if self.on_sqlite else "SET LOCAL lock_timeout = 20"
+            )
+            self._hosts.append(host)
+            try:
+                yield cast("Verbs", await host.join())
+            finally:
+                await host.rollback()
+
+    async def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement in the first transaction of the test."""
+        return await self._hosts[0].execute(statement)
+
+
 @frozen
 class Setup:
     """How to create an embodiment.
@@ -250,13 +378,19 @@ def _on_postgres(embodiment: Callable[..., Embodiment], *fixtures: str) -> Setup
 EMBODIMENTS = {
     "sqlite-file": _on_sqlite(ByUrl),
     "sqlite-memory": Setup(ByUrl, ("memory_url",)),
+    "sqlite-private": Setup(Private, ("memory_url", "private_database")),
     "sqlite-redis": _on_sqlite(WithRedis, "redis_url"),
     "sqlite-engine": _on_sqlite(OnEngine),
+    "sync-sqlite": _on_sqlite(Synchronous),
     "postgresql-url": _on_postgres(ByUrl),
     "postgresql-redis": _on_postgres(WithRedis, "redis_url"),
     "postgresql-pool": _on_postgres(OnPool),
     "postgresql-engine": _on_postgres(OnEngine),
     "psycopg-engine": _on_postgres(OnPsycopgEngine),
+    "sync-postgresql": _on_postgres(Synchronous),
+    "remote-asgi": _on_sqlite(OverAsgi),
+    "remote-socket": _on_postgres(OverSocket, "service_host"),
+    "remote-sync": _on_sqlite(SynchronousOverSocket, "service_host"),
     "joined-sqlite-connection": _on_sqlite(partial(Joined, way="sqlite-connection")),
     "joined-sqlite-session": _on_sqlite(partial(Joined, way="sqlite-session")),
     "joined-postgresql-connection": _on_postgres(partial(Joined, way="postgresql-connection")),
@@ -266,6 +400,16 @@ EMBODIMENTS = {
     ),
     "joined-asyncpg-connection": _on_postgres(partial(Joined, way="asyncpg-connection")),
     "joined-asyncpg-pool": _on_postgres(partial(Joined, way="asyncpg-pool")),
+    "joined-sync-sqlalchemy-postgresql": _on_postgres(
+        partial(JoinedSync, way="sync-sqlalchemy-postgresql")
+    ),
+    "joined-sync-session-sqlite": _on_sqlite(partial(JoinedSync, way="sync-session-sqlite")),
+    "joined-sync-psycopg": _on_postgres(partial(JoinedSync, way="sync-psycopg")),
+    "joined-sync-sqlite3": _on_sqlite(partial(JoinedSync, way="sync-sqlite3")),
+    "joined-sync-django-postgresql": _on_postgres(
+        partial(JoinedSync, way="sync-django-postgresql")
+    ),
+    "joined-sync-django-sqlite": _on_sqlite(partial(JoinedSync, way="sync-django-sqlite")),
     "schema-url": Setup(InSchema, ("tenants_url",)),
     "joined-schema-connection": Setup(
         partial(JoinedInSchema, way="postgresql-connection"), ("tenants_url",)

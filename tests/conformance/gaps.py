@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from enum import StrEnum, auto
 
+import django.db
+import psycopg
 import pytest
 from asyncpg import PostgresError
 from attrs import frozen
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from incidentkit import InvalidIncident, StoreError, UnknownCursor
-from tests.conformance.embodiments import EMBODIMENTS
+from incidentkit import InvalidIncident, NeedsDatabase, PartlyStored, StoreError, UnknownCursor
+from tests.conformance.embodiments import EMBODIMENTS, ON_POSTGRES
 
 
 class Need(StrEnum):
@@ -24,6 +26,10 @@ class Need(StrEnum):
     CHANGES = auto()
     PURGE = auto()
     TOKENS = auto()
+    MANY = auto()
+    """More than a thousand incidents in one transaction."""
+    ONE_KEY = auto()
+    """One idempotency key for all batches of `create_many` together."""
     BATCHES = auto()
     """Several transactions for one call of `create_many`."""
     OTHER_CLIENT = auto()
@@ -56,8 +62,9 @@ class Gap:
     reason: str
 
 
+REMOTE = tuple(name for name in EMBODIMENTS if name.startswith("remote"))
 JOINED = tuple(name for name in EMBODIMENTS if name.startswith("joined"))
-JOINED_ON_POSTGRES = tuple(name for name in JOINED if not name.startswith("joined-sqlite"))
+JOINED_ON_POSTGRES = tuple(name for name in JOINED if name in ON_POSTGRES)
 
 
 def _no_verb(*names: str) -> pytest.RaisesExc[Exception]:
@@ -90,6 +97,24 @@ GAPS = (
         "a token is for a service of its own, and is no part of a host's transaction",
     ),
     Gap(
+        REMOTE,
+        Need.TOKENS,
+        pytest.RaisesExc(NeedsDatabase, match="no operation for tokens"),
+        "whoever may use a service must not create tokens for it",
+    ),
+    Gap(
+        REMOTE,
+        Need.MANY,
+        pytest.RaisesExc(InvalidIncident, match="must be at most 1000 in one request"),
+        "a service bounds what one request may cost it",
+    ),
+    Gap(
+        REMOTE,
+        Need.ONE_KEY,
+        pytest.RaisesExc(PartlyStored, match="was used with other parameters"),
+        "a service gets one batch after the other, and compares each by itself",
+    ),
+    Gap(
         JOINED,
         Need.BATCHES,
         pytest.RaisesExc(InvalidIncident, match="batch must be None in a joined transaction"),
@@ -116,7 +141,10 @@ GAPS = (
     Gap(
         JOINED_ON_POSTGRES,
         Need.GOING_ON,
-        pytest.RaisesExc((DBAPIError, PostgresError), match="current transaction is aborted"),
+        pytest.RaisesExc(
+            (DBAPIError, PostgresError, psycopg.Error, django.db.Error),
+            match="current transaction is aborted",
+        ),
         "on PostgreSQL, a failed statement aborts the transaction",
     ),
 )

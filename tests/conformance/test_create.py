@@ -107,7 +107,7 @@ async def test_every_invalid_field_is_named(incidents: Verbs) -> None:
     """One error names every invalid field and the allowed values."""
     wrong: Any = "wrong"
     with pytest.raises(InvalidIncident, match="operator, monitoring, partner") as caught:
-        await incidents.create(" tEsT ", source=wrong, incident_type="open", dedup_key="")
+        await incidents.create(" tEsT ", source=wrong, incident_type=wrong, dedup_key="")
     fields = [error.field for error in caught.value.errors]
     assert fields == ["incident_message", "source", "incident_type", "dedup_key"]
     assert await incidents.list() == []

@@ -73,6 +73,7 @@ async def test_each_incident_is_in_the_feed(incidents: Verbs) -> None:
     assert {change.kind for change in changes} == {EventKind.CREATED}
 
 
+@needs(Need.MANY)
 async def test_thousands_are_stored_in_order(incidents: Verbs) -> None:
     """Thousands of incidents, too many for one statement, are stored in order."""
     created = await incidents.create_many(disks(2001))

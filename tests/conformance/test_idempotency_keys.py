@@ -134,19 +134,28 @@ async def test_a_key_of_create_many_cannot_be_reused_for_others(incidents: Verbs
 async def test_a_repeated_create_many_in_batches_returns_the_first_result(
     incidents: Verbs,
 ) -> None:
-    """One key covers all batches: another size, other incidents or another verb are refused."""
+    """One key covers all batches: another size or another verb is refused."""
     new = [NewIncident(f"Disk {n} is full", "monitoring") for n in range(5)]
     first = await incidents.create_many(new, batch=2, idempotency_key="import 7")
     assert await incidents.create_many(new, batch=2, idempotency_key="import 7") == first
     calls: tuple[Any, ...] = (
         incidents.create_many(new, batch=3, idempotency_key="import 7"),
         incidents.create_many(new, idempotency_key="import 7"),
-        incidents.create_many([*new[:4], DISK_FULL], batch=2, idempotency_key="import 7"),
         incidents.create(DISK_FULL, idempotency_key="import 7"),
     )
     for call in calls:
         with pytest.raises(IdempotencyKeyReused):
             await call
+    assert await incidents.list() == first[::-1]
+
+
+@needs(Need.BATCHES, Need.ONE_KEY)
+async def test_a_repeated_create_many_compares_all_batches(incidents: Verbs) -> None:
+    """Other incidents in a later batch are refused before any batch is stored."""
+    first = await incidents.create_many([DISK_FULL] * 5, batch=2, idempotency_key="import 7")
+    other = [*[DISK_FULL] * 4, NewIncident("Line is down", "partner")]
+    with pytest.raises(IdempotencyKeyReused):
+        await incidents.create_many(other, batch=2, idempotency_key="import 7")
     assert await incidents.list() == first[::-1]
 
 

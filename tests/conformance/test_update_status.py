@@ -16,6 +16,7 @@ from incidentkit import (
     IncidentNotFound,
     IncidentStatus,
     NewIncident,
+    StatusName,
     StoreError,
     VersionConflict,
     VersionMatch,
@@ -263,7 +264,7 @@ async def test_racing_changes_respect_the_transitions(embodiment: Embodiment) ->
     """Racing changes never make an illegal transition."""
     async with embodiment.open(transitions=ONE_WAY) as incidents:
         await incidents.create("Disk is full", source="monitoring")
-        statuses = ("failed", "new", "failed", "completed") * 5
+        statuses: tuple[StatusName, ...] = ("failed", "new", "failed", "completed") * 5
         outcomes = await asyncio.gather(
             *(incidents.update_status(1, status) for status in statuses), return_exceptions=True
         )

@@ -19,6 +19,8 @@ from attrs import Factory, asdict, astuple, define, field, frozen
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from incidentkit import SourceName, StatusName
+
 Outcome: TypeAlias = Literal["done", "undone", "unknown"]
 """``undone`` means rolled back; a read is either done or unknown."""
 
@@ -48,8 +50,8 @@ class Query:
 
     page: int
     limit: int
-    status: str | None = None
-    source: str | None = None
+    status: StatusName | None = None
+    source: SourceName | None = None
 
 
 @frozen

@@ -141,7 +141,7 @@ class RolledBack(Exception):
 class Target(Protocol):
     """Writes incidents for a task; a failure may hide a commit."""
 
-    async def create(self, message: str, status: str, source: str) -> Row:
+    async def create(self, message: str, status: Any, source: Any) -> Row:
         """Store an incident."""
         ...
 
@@ -237,7 +237,7 @@ class ClientTarget:
 
     client: IncidentClient
 
-    async def create(self, message: str, status: str, source: str) -> Row:
+    async def create(self, message: str, status: Any, source: Any) -> Row:
         """Store an incident, and retry while its outcome is unknown."""
         with refusals():
             for _ in range(RETRIES):
@@ -246,14 +246,14 @@ class ClientTarget:
                 await asyncio.sleep(BETWEEN)
             return await self._create(message, status, source)
 
-    async def _create(self, message: str, status: str, source: str) -> Row:
+    async def _create(self, message: str, status: Any, source: Any) -> Row:
         with acting_as(message.partition(" ")[0]):
             incident = await self.client.create(
                 message, source=source, incident_type=status, idempotency_key=message
             )
         return row_of(incident)
 
-    async def change(self, incident_id: int, status: str) -> Row:
+    async def change(self, incident_id: int, status: Any) -> Row:
         """Change a status."""
         with refusals():
             return row_of(await self.client.update_status(incident_id, status))
@@ -285,7 +285,7 @@ class SqlTarget:
     transact: Callable[[str, tuple[object, ...], Moment], Awaitable[Row]]
     random: Random
 
-    async def create(self, message: str, status: str, source: str) -> Row:
+    async def create(self, message: str, status: Any, source: Any) -> Row:
         """Store an incident."""
         return await self._transact(INSERT, message, status, source)
 

@@ -20,7 +20,7 @@ from incidentkit.http.dispatch import Endpoint
 from incidentkit.http.operation import Operation
 from incidentkit.http.request_log import BATCH, CAPACITY, RequestLog
 from incidentkit.store import RequestRecord
-from incidentkit.store.backends.sqlite import join
+from incidentkit.store.backends.sqlite import join, join_sync
 from incidentkit.store.migrate import upgrade_connection
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.sqlite.dialect import SqliteDialect
@@ -128,7 +128,11 @@ class LogStore(Store):
     def __init__(self, *outcomes: Exception | None) -> None:
         executor = ThreadsExecutor(sqlite_url(MEMORY), StoreOptions())
         super().__init__(
-            SqliteDialect(), executor, join=join, upgrade=lambda: executor.run(upgrade_connection)
+            SqliteDialect(),
+            executor,
+            join=join,
+            join_sync=join_sync,
+            upgrade=lambda: executor.run(upgrade_connection),
         )
         self.outcomes = list(outcomes)
         self.batches: list[list[Mapping[str, Any]]] = []

@@ -14,13 +14,15 @@ from jsonschema import ValidationError  # type: ignore[import-untyped]
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from incidentkit import IncidentClient, InvalidIncident, NewIncident
+from incidentkit.domain.commands import Resolution, Resolutions
 from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.values import MESSAGE_MAX_LENGTH, MESSAGE_MIN_LENGTH
 from incidentkit.http import create_app
 from incidentkit.http.openapi import FIELDS, document
 from incidentkit.http.operation import EntityTags, Parameter
-from incidentkit.http.problems import TITLES, Kind
+from incidentkit.http.problems import TITLES
 from incidentkit.http.routes import ADMINISTRATION, DOCS, OPERATIONS
+from incidentkit.wire.kinds import Kind
 from tests.http.conftest import DOCUMENT, INCIDENT, MEMORY, Serve, validate
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ def test_every_documented_route_is_there() -> None:
         ("GET", "/incident/get"),
         ("GET", "/incident/get/{incident_id}"),
         ("PATCH", "/incident/update-status"),
+        ("POST", "/incident/resolve"),
+        ("POST", "/incident/resolve-many"),
         ("GET", "/incident/search"),
         ("GET", "/incident/changes"),
         ("GET", "/incident/history/{incident_id}"),
@@ -86,8 +90,8 @@ def test_every_answer_is_described_with_an_example() -> None:
             assert ("Retry-After" in described["headers"]) == (status in {"429", "503"})
             created = operation["operationId"] == "create_incident" and status in ("200", "201")
             assert ("Location" in described["headers"]) == created
-            if status == "304":
-                assert "ETag" in described["headers"]
+            if status in {"204", "304"}:
+                assert status == "204" or "ETag" in described["headers"]
                 assert "content" not in described
                 continue
             problem = int(status) >= 400
@@ -140,6 +144,40 @@ def test_the_schema_of_a_body_is_the_rule(body: Any) -> None:
         taken = False
     try:
         validate(body, {"$ref": "#/components/schemas/NewIncident"})
+        described = True
+    except ValidationError:
+        described = False
+    assert taken is described
+
+
+@pytest.mark.parametrize("model", [Resolution, Resolutions])
+@pytest.mark.parametrize("key", ["x", "x" * 255, "", "x" * 256, "a\x00b", 7, None])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"status": "failed", "note": None},
+        {"note": "x" * 1000},
+        {"status": "new"},
+        {"status": None},
+        {"note": ""},
+        {"note": "x" * 1001},
+        {"key": "x"},
+    ],
+)
+def test_the_schema_of_a_resolution_is_the_rule(
+    model: type[Resolution | Resolutions], key: Any, others: dict[str, Any]
+) -> None:
+    """The schema of a resolution accepts what the model accepts."""
+    given = {"dedup_key": key} if model is Resolution else {"dedup_keys": [key]}
+    body = {**given, **others}
+    try:
+        model.from_mapping(body)
+        taken = True
+    except InvalidIncident:
+        taken = False
+    try:
+        validate(body, {"$ref": f"#/components/schemas/{model.__name__}"})
         described = True
     except ValidationError:
         described = False
@@ -231,9 +269,9 @@ def test_the_bounds_of_a_parameter_are_the_rule(
     assert described["in"] == parameter.where
     # With an incident there is a change, so that a poll need not wait.
     api.post("/incident/create", json=INCIDENT)
-    body: Any = {"post": {"note": "It is hot"} if "note" in path else INCIDENT}.get(method)
-    if "many" in path:
-        body = [INCIDENT]
+    body: Any = None
+    if method == "post":
+        body = operation["requestBody"]["content"]["application/json"]["example"]
     if parameter.where == "path":
         answer = api.request(method, path.replace("{incident_id}", text), json=body)
     else:

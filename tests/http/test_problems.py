@@ -35,7 +35,8 @@ from incidentkit import (
     http,
 )
 from incidentkit.http import create_app
-from incidentkit.http.problems import TITLES, Kind
+from incidentkit.http.problems import TITLES
+from incidentkit.wire.kinds import Kind
 from tests.http.conftest import INCIDENT, MEMORY, Records, Serve, validate
 
 DISK = Incident(

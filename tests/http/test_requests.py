@@ -26,7 +26,7 @@ from incidentkit import (
 from incidentkit.domain.values import MAX_ID, MAX_LIMIT
 from incidentkit.http import create_app
 from incidentkit.http.operation import MAX_BODY
-from incidentkit.store.backends.sqlite import join
+from incidentkit.store.backends.sqlite import join, join_sync
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.page import Page
 from incidentkit.store.sqlite.dialect import SqliteDialect
@@ -317,7 +317,10 @@ class AlwaysStore(Store):
 
     def __init__(self) -> None:
         super().__init__(
-            SqliteDialect(), ThreadsExecutor(sqlite_url(MEMORY), StoreOptions()), join=join
+            SqliteDialect(),
+            ThreadsExecutor(sqlite_url(MEMORY), StoreOptions()),
+            join=join,
+            join_sync=join_sync,
         )
 
     async def open(self) -> None:

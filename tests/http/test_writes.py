@@ -76,6 +76,93 @@ def test_a_further_occurrence_is_200(serve: Serve, urls: tuple[str, str | None])
     assert "dedup_key" in reopened.json()["detail"]
 
 
+def test_the_open_incident_of_a_key_is_resolved(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """The answer is the ended incident with its tag, and 204 where none is open."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    body = {"dedup_key": "disk"}
+    assert api.post("/incident/resolve", json=body).status_code == 204
+    api.post("/incident/create", json=INCIDENT | body)
+    ended = api.post("/incident/resolve", json=body | {"status": "failed", "note": "Given up"})
+    assert (ended.status_code, ended.json()["incident_type"]) == (200, "failed")
+    assert ended.json() == api.get("/incident/get/1").json()
+    assert ended.headers["ETag"] == api.get("/incident/get/1").headers["ETag"]
+    assert api.get("/incident/history/1").json()[-1]["note"] == "Given up"
+    none = api.post("/incident/resolve", json=body | {"note": None})
+    assert (none.status_code, none.content) == (204, b"")
+
+
+def test_many_keys_are_resolved(serve: Serve, urls: tuple[str, str | None]) -> None:
+    """The answers are in the order of the keys, with null where no incident is open."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    for key in ("a", "b"):
+        api.post("/incident/create", json=INCIDENT | {"dedup_key": key})
+    many = api.post("/incident/resolve-many", json={"dedup_keys": ["b", "none", "a", "b"]})
+    assert many.status_code == 200
+    assert [each and each["dedup_key"] for each in many.json()] == ["b", None, "a", None]
+    assert many.json()[0] == api.get("/incident/get/2").json()
+    assert api.post("/incident/resolve-many", json={"dedup_keys": []}).json() == []
+    most = {"dedup_keys": [f"{n}{'x' * 250}" for n in range(MAX_ITEMS)]}
+    assert api.post("/incident/resolve-many", json=most).json() == [None] * MAX_ITEMS
+
+
+def test_a_repeated_resolution_has_the_first_answer(
+    serve: Serve, urls: tuple[str, str | None]
+) -> None:
+    """A retry with an Idempotency-Key gets the same answer, also if that had no content."""
+    api = serve(create_app(IncidentClient.open(*urls)))
+    body = {"dedup_key": "disk"}
+    for status in (204, 200):
+        headers = {"Idempotency-Key": f"key {status}"}
+        first = api.post("/incident/resolve", json=body, headers=headers)
+        many = api.post(
+            "/incident/resolve-many",
+            json={"dedup_keys": ["disk"]},
+            headers={"Idempotency-Key": f"many {status}"},
+        )
+        assert first.status_code == status
+        assert not {"Idempotent-Replayed"} & {*first.headers, *many.headers}
+        api.post("/incident/create", json=INCIDENT | body)
+        again = api.post("/incident/resolve", json=body, headers=headers)
+        assert (again.status_code, again.content) == (first.status_code, first.content)
+        assert again.headers["Idempotent-Replayed"] == "true"
+        again = api.post(
+            "/incident/resolve-many",
+            json={"dedup_keys": ["disk"]},
+            headers={"Idempotency-Key": f"many {status}"},
+        )
+        assert (again.json(), many.json()) == ([None], [None])
+        assert again.headers["Idempotent-Replayed"] == "true"
+    assert api.get("/incident/get/2").json()["incident_type"] == "new"
+
+
+def test_a_resolution_is_read_strictly(serve: Serve) -> None:
+    """Every faulty field is named, a faulty key by its place; an illegal end shows the incident."""
+    api = serve(create_app(IncidentClient.open(MEMORY, transitions={"new": ["failed"]})))
+    api.post("/incident/create", json=INCIDENT | {"dedup_key": "disk"})
+    for path, body, faulty in (
+        ("resolve", {"status": "new", "note": ""}, ["dedup_key", "status", "note"]),
+        ("resolve", {"dedup_key": "", "id": 1}, ["dedup_key", "id"]),
+        ("resolve", [], ["body"]),
+        ("resolve-many", {"dedup_keys": ["a", "", 7]}, ["dedup_keys[1]", "dedup_keys[2]"]),
+        ("resolve-many", {"dedup_keys": "disk"}, ["dedup_keys"]),
+        ("resolve-many", {"dedup_keys": {"disk": 1}}, ["dedup_keys"]),
+        ("resolve-many", {"dedup_keys": ["disk"] * (MAX_ITEMS + 1)}, ["dedup_keys"]),
+        ("resolve-many", {"dedup_keys": ["disk"], "status": "new"}, ["status"]),
+    ):
+        answer = api.post(f"/incident/{path}", json=body)
+        assert answer.status_code == 422
+        assert [error["field"] for error in answer.json()["errors"]] == faulty
+    for path, body in (
+        ("resolve", {"dedup_key": "disk"}),
+        ("resolve-many", {"dedup_keys": ["disk"]}),
+    ):
+        refused = api.post(f"/incident/{path}", json=body)
+        assert (refused.status_code, refused.json()["code"]) == (409, "illegal_transition")
+        assert refused.json()["incident"] == api.get("/incident/get/1").json()
+    large = api.post("/incident/resolve-many", json={"dedup_keys": ["x" * 2100000]})
+    assert large.status_code == 413
+
+
 def test_an_entity_tag_guards_a_change(serve: Serve, urls: tuple[str, str | None]) -> None:
     """If-Match allows a change of one version only; a 412 shows the current incident."""
     api = serve(create_app(IncidentClient.open(*urls)))

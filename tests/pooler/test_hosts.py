@@ -15,6 +15,7 @@ from incidentkit import IncidentClient, InvalidSettings
 from incidentkit.store import StoreOptions
 from tests.conformance.concurrency import run_all
 from tests.hosts import WAYS, host_engine, naming_nothing, open_host, run_sql
+from tests.sync_hosts import open_sync_host
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -232,4 +233,40 @@ async def test_a_host_can_vouch_for_the_pooler_of_a_connection(
                 "Order 1 is paid", source="operator"
             )
             await host.commit()
+        assert await client.list() == [created]
+
+
+SYNC_WAYS = ["sync-sqlalchemy-postgresql", "sync-psycopg", "sync-django-postgresql"]
+
+
+@pytest.mark.parametrize("way", SYNC_WAYS)
+async def test_a_synchronous_connection_that_numbers_its_statements_is_not_joined(
+    way: str, pooled_url: str, migrated_postgres_url: str
+) -> None:
+    """The call is refused with the remedy for each host, which can go on and commit."""
+    await run_sql(migrated_postgres_url, "CREATE TABLE orders (order_id INTEGER PRIMARY KEY)")
+    # Django names no statement unless its options say so.
+    options = {"prepare_threshold": 1} if "django" in way else {}
+    async with open_sync_host(way, pooled_url, options) as host:
+        await host.begin()
+        await host.order(1)
+        with pytest.raises(InvalidSettings, match="prepare_threshold") as refused:
+            await (await host.join()).create("Order 1 is paid", source="operator")
+        await host.commit()
+    assert refused.value.name == "connection"
+    assert await run_sql(migrated_postgres_url, "SELECT order_id FROM orders") == [(1,)]
+
+
+@pytest.mark.parametrize("way", SYNC_WAYS)
+async def test_a_synchronous_host_can_vouch_for_its_pooler(
+    way: str, session_pooler: PgBouncer, migrated_postgres_url: str
+) -> None:
+    """With `prepared_statements=True`, a client joins connections that name statements."""
+    url = session_pooler.through(migrated_postgres_url)
+    connect = {"prepare_threshold": 1}
+    async with open_sync_host(way, url, connect, options=TRUSTED) as host:
+        await host.begin()
+        created = await (await host.join()).create("Order 1 is paid", source="operator")
+        await host.commit()
+    async with IncidentClient.open(url, options=TRUSTED) as client:
         assert await client.list() == [created]

@@ -15,7 +15,11 @@ import asyncpg
 import pytest
 from attrs import asdict
 
-from incidentkit import IncidentClient, NewIncident
+from incidentkit import (
+    IncidentClient,
+    NewIncident,
+    SourceName,
+)
 from incidentkit.store.schema import SCHEMA_REVISION
 from tests.pooler.worker import Question, ask
 from tests.programs import DEADLINE, outcome, start
@@ -35,7 +39,7 @@ CALLS = 1000
 """Calls of each process."""
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
-SOURCES = ("operator", "monitoring")
+SOURCES: tuple[SourceName, ...] = ("operator", "monitoring")
 
 
 def _questions() -> list[Question]:

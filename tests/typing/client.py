@@ -13,11 +13,15 @@ from incidentkit import (
     IncidentClient,
     IncidentEvent,
     IncidentOrder,
+    Incidents,
     IncidentSource,
     IncidentStatus,
     JoinedIncidents,
     NewIncident,
     SearchPage,
+    SyncIncidentClient,
+    SyncIncidents,
+    SyncJoinedIncidents,
     acting_as,
 )
 from incidentkit.cache import MemoryCache
@@ -25,9 +29,15 @@ from incidentkit.opening import store_from_url
 from incidentkit.store.options import StoreOptions
 
 if TYPE_CHECKING:
+    import sqlite3
     from pathlib import Path
 
+    import psycopg
+    from asyncpg import Pool, Record
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.orm import Session
 
     from incidentkit.cache import IncidentCache
     from incidentkit.cache.redis import RedisCache
@@ -115,9 +125,30 @@ async def read_and_changed(incidents: IncidentClient) -> None:
     assert_type(await incidents.get(7), Incident)
     assert_type(await incidents.update_status(7, "completed"), Incident)
     assert_type(await incidents.update_status(7, IncidentStatus.FAILED), Incident)
+    assert_type(await incidents.resolve("disk", status="failed"), Incident | None)
+    assert_type(await incidents.resolve_many({"disk"}), list[Incident | None])
     await incidents.get("7")  # type: ignore[arg-type]
     await incidents.update_status(7, None)  # type: ignore[arg-type]
     await incidents.update_status(7)  # type: ignore[call-arg]
+
+
+async def misspelled(incidents: Incidents, blocking: SyncIncidents, status: str) -> None:
+    """A checker reports a text that is no status, source or order, in every verb."""
+    await incidents.create("Disk is full", source="customer")  # type: ignore[call-overload]
+    await incidents.create("Disk is full", source="partner", incident_type="open")  # type: ignore[call-overload]
+    await incidents.update_status(7, "closed")  # type: ignore[arg-type]
+    await incidents.update_status(7, status)  # type: ignore[arg-type]
+    await incidents.list(status="open")  # type: ignore[arg-type]
+    await incidents.list(source="customer")  # type: ignore[arg-type]
+    await incidents.search(status=["new", "open"])  # type: ignore[list-item]
+    await incidents.search(source="customer")  # type: ignore[arg-type]
+    await incidents.search(order="random")  # type: ignore[arg-type]
+    incidents.iterate(order="random")  # type: ignore[arg-type]
+    blocking.create("Disk is full", source="customer")  # type: ignore[call-overload]
+    blocking.update_status(7, "closed")  # type: ignore[arg-type]
+    blocking.list(status="open")  # type: ignore[arg-type]
+    blocking.search(source={"customer"})  # type: ignore[arg-type]
+    blocking.iterate(order="random")  # type: ignore[arg-type]
 
 
 async def followed(incidents: IncidentClient) -> None:
@@ -143,13 +174,21 @@ async def followed(incidents: IncidentClient) -> None:
             Incident,
         )
     await incidents.note(7)  # type: ignore[call-arg]
-    await incidents.search("disk")  # type: ignore[call-arg]
+    await incidents.search("new")  # type: ignore[call-arg]
     await incidents.update_status(7, "new", "a note")  # type: ignore[call-arg]
     await incidents.purge("90d")  # type: ignore[arg-type]
 
 
-async def joined(incidents: IncidentClient, session: AsyncSession, engine: AsyncEngine) -> None:
+async def joined(
+    incidents: IncidentClient, session: AsyncSession, engine: AsyncEngine, pool: Pool[Record]
+) -> None:
     """Joined incidents have the client's verbs, but neither its feed nor its lifecycle."""
+    incidents.join(7)  # type: ignore[arg-type]
+    incidents.join(engine)  # type: ignore[arg-type]
+    incidents.join(pool)  # type: ignore[arg-type]
+    async with engine.connect() as connection, pool.acquire() as acquired:
+        assert_type(incidents.join(connection), JoinedIncidents)
+        assert_type(incidents.join(acquired), JoinedIncidents)
     inside = incidents.join(session)
     assert_type(inside, JoinedIncidents)
     assert_type(await inside.create("Disk is full", source="partner"), Incident)
@@ -159,6 +198,27 @@ async def joined(incidents: IncidentClient, session: AsyncSession, engine: Async
     await inside.close()  # type: ignore[attr-defined]
     assert_type(IncidentClient.open(engine, transitions={"new": ["failed"]}), IncidentClient)
     IncidentClient.open(session)  # type: ignore[arg-type]
+
+
+def joined_without_an_event_loop(
+    incidents: SyncIncidentClient,
+    *,
+    session: Session,
+    connection: Connection,
+    of_psycopg: psycopg.Connection[dict[str, str]],
+    of_sqlite: sqlite3.Connection,
+    of_django: BaseDatabaseWrapper,
+    asynchronous: AsyncSession,
+) -> None:
+    """A synchronous client names the connections that it joins."""
+    inside = incidents.join(session)
+    assert_type(inside, SyncJoinedIncidents)
+    assert_type(inside.create("Disk is full", source="partner"), Incident)
+    for other in (connection, of_psycopg, of_sqlite, of_django):
+        incidents.join(other)
+    inside.changes()  # type: ignore[attr-defined]
+    incidents.join(asynchronous)  # type: ignore[arg-type]
+    incidents.join("shop.db")  # type: ignore[arg-type]
 
 
 async def opened(path: Path) -> None:

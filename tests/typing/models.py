@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never, assert_type
+from typing import TYPE_CHECKING, Any, assert_never, assert_type
 
 from incidentkit import (
     FieldError,
     Incident,
     IncidentNotFound,
+    IncidentOrder,
     IncidentSource,
     IncidentStatus,
     InvalidIncident,
@@ -16,7 +17,11 @@ from incidentkit import (
     ListQuery,
     MissingDependency,
     NewIncident,
+    OrderName,
     SchemaOutOfDate,
+    SearchPage,
+    SourceName,
+    StatusName,
     StoreUnavailable,
     __version__,
 )
@@ -55,7 +60,26 @@ def new() -> None:
     NewIncident("Disk is full")  # type: ignore[call-arg]
     NewIncident(None, "operator")  # type: ignore[arg-type]
     NewIncident("Disk is full", 7)  # type: ignore[arg-type]
+    NewIncident("Disk is full", "customer")  # type: ignore[arg-type]
+    NewIncident("Disk is full", "partner", "open")  # type: ignore[arg-type]
     incident.source = IncidentSource.PARTNER  # type: ignore[misc]
+
+
+def plain(incident: Incident, page: SearchPage) -> None:
+    """A model becomes a dictionary or a text, with times in one of two forms."""
+    assert_type(incident.to_dict(), dict[str, Any])
+    assert_type(page.to_json(times="rfc3339"), str)
+    incident.to_dict(times="iso")  # type: ignore[arg-type]
+
+
+def named(status: StatusName, source: SourceName, order: OrderName) -> None:
+    """A host can annotate the value of a status, a source or an order."""
+    assert_type(ListQuery(status=status, source=source), ListQuery)
+    IncidentOrder(order)
+    named("new", "partner", "oldest")
+    named("open", "partner", "oldest")  # type: ignore[arg-type]
+    named("new", "customer", "oldest")  # type: ignore[arg-type]
+    named("new", "partner", "random")  # type: ignore[arg-type]
 
 
 def query() -> None:
@@ -68,6 +92,7 @@ def query() -> None:
     assert_type(query.offset, int)
     assert_type(query.cache_key, str)
     ListQuery("1")  # type: ignore[arg-type]
+    ListQuery(status="open")  # type: ignore[arg-type]
     query.offset = 7  # type: ignore[misc]
 
 

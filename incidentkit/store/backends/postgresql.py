@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 from attrs import evolve
 
+import incidentkit.store.hosts as synchronous
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.executor import OwnExecutor
 from incidentkit.store.hosts.asyncpg import AsyncpgConnection, HostPool
@@ -89,10 +91,12 @@ def _store(
     namespace = None if schema is None else Namespace(schema)
     if namespace is not None:
         executor = OwnSchemaExecutor(executor, namespace)
+    trusted = options.prepared_statements is True
     return Store(
         dialect,
         executor,
-        join=partial(join, trusted=options.prepared_statements is True, namespace=namespace),
+        join=partial(join, trusted=trusted, namespace=namespace),
+        join_sync=partial(join_sync, trusted=trusted, namespace=namespace),
         share=lambda own: PostgresSharing(dialect, own, in_transactions=in_transactions),
         turns=lambda: Turns(max(1, maximum // 2), options.statement_timeout),
     )
@@ -119,14 +123,35 @@ def join(
     if is_connection(connection) or is_session(connection):
         check = None if trusted else check_joined
         host = SqlalchemyConnection(connection, "postgresql", translate_error, place_of, check)
-        return _joined(HostExecutor(host), namespace)
+        return _joined(HostExecutor(host, asyncio.Lock()), namespace)
     if isinstance(connection, (asyncpg.Connection, PoolConnectionProxy)):
         own = AsyncpgConnection(connection, trusted=trusted)
-        return _joined(HostExecutor(own), namespace)
+        return _joined(HostExecutor(own, asyncio.Lock()), namespace)
     raise TypeError(
         "Only SQLAlchemy's AsyncConnection and AsyncSession, and asyncpg's Connection, can be "
-        f"joined, not {type(connection).__name__}"
+        f"joined, not {type(connection).__name__}; without an event loop, use SyncIncidentClient"
     )
+
+
+def join_sync(
+    connection: object, *, trusted: bool = False, namespace: Namespace | None = None
+) -> StoreOperations:
+    """Return the operations in the transaction of a host's synchronous connection.
+
+    They never suspend. The arguments are those of :func:`join`, except for the connection.
+
+    Args:
+        connection: SQLAlchemy's ``Connection`` or ``Session``, psycopg's ``Connection``, or
+            Django's connection.
+        trusted: As for :func:`join`.
+        namespace: As for :func:`join`.
+
+    Raises:
+        NotInTransaction: If it commits each statement by itself.
+        TypeError: If it is something else, or connected to another kind of database.
+    """
+    host = synchronous.postgresql_host(connection, trusted=trusted)
+    return _joined(HostExecutor(host, synchronous.ThreadTurn()), namespace)
 
 
 def _joined(executor: HostExecutor, namespace: Namespace | None) -> StoreOperations:

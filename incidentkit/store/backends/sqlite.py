@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import URL
 
+import incidentkit.store.hosts as synchronous
 from incidentkit.domain.errors import InvalidSettings
 from incidentkit.store.hosts.connections import SqlalchemyConnection, SqliteHostExecutor
 from incidentkit.store.hosts.sqlalchemy import (
@@ -63,11 +64,11 @@ def _file_store(
         # In a thread: Alembic takes long to load.
         migrations = await asyncio.to_thread(load_migrations)
         if url.database in MEMORY:
-            await executor.run(migrations.upgrade_connection)
+            await executor.run(migrations.create_in_memory)
         else:
             await migrations.upgrade(url.render_as_string(hide_password=False))
 
-    return Store(SqliteDialect(), executor, join=join, upgrade=upgrade)
+    return Store(SqliteDialect(), executor, join=join, join_sync=join_sync, upgrade=upgrade)
 
 
 def _engine_store(engine: AsyncEngine, load_migrations: Callable[[], Migrations]) -> Store:
@@ -83,7 +84,13 @@ def _engine_store(engine: AsyncEngine, load_migrations: Callable[[], Migrations]
         else:
             await migrations.upgrade(url.render_as_string(hide_password=False))
 
-    return Store(SqliteDialect(), SqliteEngineExecutor(engine), join=join, upgrade=upgrade)
+    return Store(
+        SqliteDialect(),
+        SqliteEngineExecutor(engine),
+        join=join,
+        join_sync=join_sync,
+        upgrade=upgrade,
+    )
 
 
 def join(connection: object) -> StoreOperations:
@@ -98,11 +105,28 @@ def join(connection: object) -> StoreOperations:
     """
     if is_connection(connection) or is_session(connection):
         host = SqlalchemyConnection(connection, "sqlite", translate_error, place_of)
-        return Records(SqliteDialect(), SqliteHostExecutor(host))
+        return Records(SqliteDialect(), SqliteHostExecutor(host, asyncio.Lock()))
     # By name: asyncpg is not loaded for SQLite.
     if type(connection).__module__.partition(".")[0] == "asyncpg":
         raise TypeError("The client is on sqlite, not on postgresql")
     raise TypeError(
         "Only SQLAlchemy's AsyncConnection and AsyncSession, and asyncpg's Connection, can be "
-        f"joined, not {type(connection).__name__}"
+        f"joined, not {type(connection).__name__}; without an event loop, use SyncIncidentClient"
     )
+
+
+def join_sync(connection: object) -> StoreOperations:
+    """Return the operations in the transaction of a host's synchronous connection.
+
+    They never suspend.
+
+    Args:
+        connection: SQLAlchemy's ``Connection`` or ``Session``, ``sqlite3.Connection``, or Django's
+            connection.
+
+    Raises:
+        NotInTransaction: If it commits each statement by itself.
+        TypeError: If it is something else, or connected to another kind of database.
+    """
+    host = synchronous.sqlite_host(connection)
+    return Records(SqliteDialect(), SqliteHostExecutor(host, synchronous.ThreadTurn()))

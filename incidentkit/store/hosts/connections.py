@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from sqlalchemy import Engine, Executable, StaticPool, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import InvalidRequestError, ResourceClosedError, UnboundExecutionError
 
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.hosts.sqlalchemy import (
-    commits_by_itself,
+    check_joinable,
+    engine_of,
     fetch_rows,
     has_every_character,
     in_sqlite_transaction,
     is_connection,
+    is_ended,
     is_session,
     sqlite_driver,
     translate_sqlalchemy_error,
@@ -68,6 +69,14 @@ class HostConnection(Protocol):
         ...
 
 
+class SqliteHostConnection(HostConnection, Protocol):
+    """A connection of the host to SQLite."""
+
+    async def in_transaction(self) -> bool:
+        """Return whether SQLite itself is in a transaction, which the host may not know."""
+        ...
+
+
 class SqlalchemyConnection:
     """A connection of SQLAlchemy, or the connection of a session.
 
@@ -102,7 +111,7 @@ class SqlalchemyConnection:
         self._place_of = place_of
         self._check_use = check
         if is_connection(connection):
-            _check(connection)
+            check_joinable(connection.sync_connection)
         self._fetch = _fetch_to_completion if kind == "sqlite" else fetch_rows
         self._transaction = self._current()
 
@@ -113,7 +122,7 @@ class SqlalchemyConnection:
 
     async def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
         """Run a statement in the transaction."""
-        connection = await self.connection()
+        connection = await self._joined()
         if self._check_use is not None:
             await self._check_use(connection)
         try:
@@ -123,10 +132,14 @@ class SqlalchemyConnection:
 
     async def has_every_character(self) -> bool:
         """Return whether the database can hold every character."""
-        raw = await (await self.connection()).get_raw_connection()
+        raw = await (await self._joined()).get_raw_connection()
         return has_every_character(raw.driver_connection)
 
-    async def connection(self) -> AsyncConnection:
+    async def in_transaction(self) -> bool:
+        """Return whether SQLite itself is in a transaction."""
+        return await in_sqlite_transaction(await self._joined())
+
+    async def _joined(self) -> AsyncConnection:
         """Return the connection of the transaction.
 
         Raises:
@@ -137,12 +150,12 @@ class SqlalchemyConnection:
         connection = self._connection
         if is_session(connection):
             connection = await connection.connection()
-        _check(connection)
+        check_joinable(connection.sync_connection)
         return connection
 
     def translate(self, error: Exception) -> IncidentKitError:
         """Return the error that a caller sees for an exception of SQLAlchemy."""
-        if isinstance(error, ResourceClosedError) or type(error) is InvalidRequestError:
+        if is_ended(error):
             return NotInTransaction()
         return translate_sqlalchemy_error(error) or self._translate(error)
 
@@ -156,15 +169,7 @@ class SqlalchemyConnection:
 def _engine(connection: AsyncConnection | AsyncSession) -> Engine:
     if is_connection(connection):
         return connection.engine.sync_engine
-    try:
-        return connection.sync_session.get_bind().engine
-    except UnboundExecutionError:
-        raise TypeError("Only a session on one database can be joined, or its connection") from None
-
-
-def _check(connection: AsyncConnection) -> None:
-    if connection.sync_connection is None or connection.closed or commits_by_itself(connection):
-        raise NotInTransaction
+    return engine_of(connection.sync_session)
 
 
 async def _fetch_to_completion(
@@ -216,14 +221,16 @@ class HostExecutor:
 
     Args:
         connection: The connection.
+        turn: Held during a call, whose statements must not come between those of another.
     """
 
     in_host_transaction = True
 
-    def __init__(self, connection: HostConnection) -> None:
+    def __init__(
+        self, connection: HostConnection, turn: AbstractAsyncContextManager[object]
+    ) -> None:
         self._connection = connection
-        # Statements of one call must not come between those of another.
-        self._turn = asyncio.Lock()
+        self._turn = turn
 
     @property
     def place(self) -> str | None:
@@ -264,13 +271,16 @@ class SqliteHostExecutor:
 
     Args:
         connection: The connection.
+        turn: Held during a call, as for :class:`HostExecutor`.
     """
 
     in_host_transaction = True
 
-    def __init__(self, connection: SqlalchemyConnection) -> None:
+    def __init__(
+        self, connection: SqliteHostConnection, turn: AbstractAsyncContextManager[object]
+    ) -> None:
         self._connection = connection
-        self._executor = HostExecutor(connection)
+        self._executor = HostExecutor(connection, turn)
 
     @property
     def place(self) -> str | None:
@@ -291,7 +301,7 @@ class SqliteHostExecutor:
         async def alone(fetch: Fetch) -> _T:
             # A row that is read from here on cannot change before it is written.
             await fetch(LOCK, {})
-            if not await in_sqlite_transaction(await self._connection.connection()):
+            if not await self._connection.in_transaction():
                 raise NotInTransaction
             return await _all_or_none(fetch, work)
 

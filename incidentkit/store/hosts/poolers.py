@@ -26,7 +26,7 @@ _ASYNCPG: Final = (
 _NUMBERS_ANYWAY: Final = tuple(map(int, asyncpg.__version__.split(".")[:2])) < (0, 31)
 """Whether asyncpg numbers the statements of SQLAlchemy even without a cache of its own."""
 
-_PSYCOPG: Final = 'create the engine with connect_args={"prepare_threshold": None}'
+PSYCOPG: Final = 'create the engine with connect_args={"prepare_threshold": None}'
 
 _safe: Final[WeakSet[object]] = WeakSet()
 """The pools of engines on whose connections no other process's statement can run."""
@@ -63,7 +63,7 @@ async def check_sqlalchemy(connection: AsyncConnection, setting: str) -> bool:
         return await _check_asyncpg(connection, raw.dbapi_connection, driver, setting)
     # Only psycopg prepares at a threshold.
     if getattr(driver, "prepare_threshold", None) is not None and await _psycopg_pooled(driver):
-        raise unsafe_names(setting, _PSYCOPG)
+        raise unsafe_names(setting, PSYCOPG)
     return False
 
 

@@ -9,11 +9,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import CursorResult, Executable, SingletonThreadPool, StaticPool
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy import (
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    SingletonThreadPool,
+    StaticPool,
+)
+from sqlalchemy.exc import (
+    DBAPIError,
+    InvalidRequestError,
+    ResourceClosedError,
+    UnboundExecutionError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from incidentkit.domain.errors import InvalidSettings, StoreError
+from incidentkit.domain.errors import InvalidSettings, NotInTransaction, StoreError
 from incidentkit.store.causes import POOL_EXHAUSTED, TRANSACTION_FAILED
 from incidentkit.store.executor import Rows
 from incidentkit.store.sql.naming import TRANSLATE_MAP
@@ -21,6 +33,7 @@ from incidentkit.store.sql.rows import unreadable_row
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+    from sqlalchemy.orm import Session
     from typing_extensions import TypeIs
 
 USUAL_MAXIMUM: Final = 15
@@ -48,6 +61,31 @@ def _is_a(name: str, value: object) -> bool:
     return module is not None and isinstance(value, getattr(module, name))
 
 
+def engine_of(host: Connection | Session) -> Engine:
+    """Return the engine of a connection or a session.
+
+    Raises:
+        TypeError: If the session is on several databases, or on none.
+    """
+    try:
+        return host.engine if isinstance(host, Connection) else host.get_bind().engine
+    except UnboundExecutionError:
+        raise TypeError("Only a session on one database can be joined, or its connection") from None
+
+
+def check_joinable(connection: Connection | None) -> None:
+    """Raise unless the statements on a connection can be in a transaction.
+
+    Args:
+        connection: The connection; None: it was not opened.
+
+    Raises:
+        NotInTransaction: If it is closed, or commits each statement by itself.
+    """
+    if connection is None or connection.closed or _commits_by_itself(connection):
+        raise NotInTransaction
+
+
 async def fetch_rows(
     connection: AsyncConnection, statement: Executable, values: Mapping[str, Any]
 ) -> Rows:
@@ -56,7 +94,11 @@ async def fetch_rows(
     Raises:
         InvalidSettings: If the host moves the tables to another schema.
     """
-    result = await execute(connection, statement, values)
+    return all_rows(await execute(connection, statement, values))
+
+
+def all_rows(result: CursorResult[Any]) -> Rows:
+    """Return all rows of a result."""
     try:
         return result.all() if result.returns_rows else ()
     except (TypeError, ValueError) as error:
@@ -73,14 +115,28 @@ async def execute(
     Raises:
         InvalidSettings: If the statement has no schema, and the host moves the tables to one.
     """
+    options = options_to_execute(connection.sync_connection, statement)
+    return await connection.execute(statement, values, execution_options=options)
+
+
+def options_to_execute(connection: Connection | None, statement: Executable) -> Any:
+    """Return the options that keep a statement in its own schema, if it has one.
+
+    Args:
+        connection: The connection to execute it on; None: it is not open yet.
+        statement: The statement.
+
+    Raises:
+        InvalidSettings: If the statement has no schema, and the host moves the tables to one.
+    """
     own = statement.get_execution_options()
     if TRANSLATE_MAP in own:
         # Otherwise the options of the connection would win.
-        return await connection.execute(statement, values, execution_options=own)
-    begun = connection.sync_connection
-    host: Any = None if begun is None else begun.get_execution_options().get(TRANSLATE_MAP)
+        return own
+    options: Mapping[str, Any] = {} if connection is None else connection.get_execution_options()
+    host = options.get(TRANSLATE_MAP)
     if not host:
-        return await connection.execute(statement, values)
+        return None
     if host.get(None) is not None:
         reason = (
             "moves tables without a schema, and so those of incidentkit too: "
@@ -88,7 +144,12 @@ async def execute(
         )
         raise InvalidSettings(TRANSLATE_MAP, reason)
     # Without the map: a cached statement works either with the key None in it or without.
-    return await connection.execute(statement, values, execution_options={TRANSLATE_MAP: {}})
+    return {TRANSLATE_MAP: {}}
+
+
+def is_ended(error: Exception) -> bool:
+    """Return whether SQLAlchemy refused a statement because its transaction has ended."""
+    return isinstance(error, ResourceClosedError) or type(error) is InvalidRequestError
 
 
 def translate_sqlalchemy_error(error: Exception) -> StoreError | None:
@@ -142,12 +203,11 @@ def refuse_shared_connection(engine: AsyncEngine) -> None:
         )
 
 
-def commits_by_itself(connection: AsyncConnection) -> bool:
+def _commits_by_itself(connection: Connection) -> bool:
     """Return whether each statement on the connection is a transaction of its own."""
-    begun = connection.sync_connection
-    options: Mapping[str, Any] = {} if begun is None else begun.get_execution_options()
     default = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    return bool(options.get("isolation_level", default) == "AUTOCOMMIT")
+    level = connection.get_execution_options().get("isolation_level", default)
+    return bool(level == "AUTOCOMMIT")
 
 
 def has_every_character(driver: Any) -> bool:

@@ -9,9 +9,16 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Executable
 
 import incidentkit.store.postgresql.statements as sql
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
+    IllegalTransition,
     IncidentNotFound,
     StoreUnavailable,
     VersionConflict,
@@ -23,7 +30,7 @@ from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
-from incidentkit.store.ports import IncidentList
+from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.postgresql.errors import lost_race, unstorable
 from incidentkit.store.schema import copied, unordered
 from incidentkit.store.sql import definitions
@@ -153,6 +160,46 @@ class PostgresDialect:
         if not rows:
             raise IncidentNotFound(incident_id)
         return read_detailed(rows[0])
+
+    async def resolve(
+        self, fetch: Fetch, resolution: Resolution, transitions: Transitions, actor: str | None
+    ) -> Incident | None:
+        """End the open incident with the key, and insert the event."""
+        keys = (resolution.dedup_key,)
+        resolutions = Resolutions(keys, resolution.status, resolution.note)
+        return (await self.resolve_many(fetch, resolutions, transitions, actor))[0]
+
+    async def resolve_many(
+        self, fetch: Fetch, resolutions: Resolutions, transitions: Transitions, actor: str | None
+    ) -> OptionalIncidents:
+        """End open incidents with their events, many with each statement."""
+        keys, status = resolutions.dedup_keys, resolutions.status
+        if OPEN not in transitions.sources(status):
+            rows = await fetch(sql.SELECT_OPEN, {"dedup_keys": list(keys)})
+            found = {incident.dedup_key: incident for incident in map(read_detailed, rows)}
+            for key in keys:
+                if key in found:
+                    raise IllegalTransition(found[key], status)
+            return [None] * len(keys)
+        ended: dict[str, Incident] = {}
+        # In the order in which incidents are created too: no two transactions wait for each other.
+        for part in _chunks(sorted(set(keys)), ROWS):
+            values = {
+                "dedup_keys": part,
+                "status": status.value,
+                "note": resolutions.note,
+                "actor": actor,
+            }
+            rows = await fetch(sql.RESOLVE, values)
+            if any(row[0] is None for row in rows):
+                await self.check_order(fetch)
+                # The order may have just been repaired.
+                rows = await fetch(sql.RESOLVE, values)
+                if any(row[0] is None for row in rows):
+                    raise KEPT_OUT.as_error()
+            ended.update((row[-1], read_detailed(row[:-1])) for row in rows)
+        # A key given twice is open once.
+        return [ended.pop(key, None) for key in keys]
 
     async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
         """Insert a note and return its event; if no row was inserted, find out why."""

@@ -21,6 +21,7 @@ from incidentkit.store.causes import (
     KEPT_OUT,
     NO_ANSWER,
     OLDER_WRITER,
+    OTHER_THREAD,
     POOL_EXHAUSTED,
     TRANSACTION_FAILED,
     Cause,
@@ -161,6 +162,7 @@ CAUSES: Final = (
     POOL_EXHAUSTED,
     POOL_CLOSED,
     IN_USE,
+    OTHER_THREAD,
     # A pooler.
     STATEMENT_MODE,
     Cause(
@@ -394,7 +396,7 @@ def translate_error(error: BaseException, *, connecting: bool = False) -> StoreE
     if cause is not None:
         return cause.as_error(sqlstate)
     # Without a SQLSTATE, the driver or the network has failed, and not the statement.
-    down = sqlstate is None and any(isinstance(each, (OSError, DBAPIError)) for each in causes)
+    down = sqlstate is None and any(map(_is_down, causes))
     return unknown_cause(causes[0], sqlstate, unavailable=down)
 
 
@@ -427,6 +429,12 @@ def _cause_by_type(causes: Iterable[BaseException], *, connecting: bool) -> Caus
 
 def _is_lost(error: BaseException) -> bool:
     return lost_connection(error) or getattr(error, "connection_invalidated", False)
+
+
+def _is_down(error: BaseException) -> bool:
+    # Of a host's own driver, the exception that PEP 249 has for it.
+    operational = any(each.__name__ == "OperationalError" for each in type(error).__mro__)
+    return operational or isinstance(error, (OSError, DBAPIError))
 
 
 def is_unsent(error: BaseException | None) -> bool:
@@ -467,7 +475,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def sqlstate_of(error: BaseException | None) -> str | None:
     """Return the SQLSTATE of an exception of asyncpg or psycopg; None if it has none."""
-    sqlstate: str | None = getattr(error, "sqlstate", None)
+    # psycopg2 has another name for it.
+    sqlstate: str | None = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     return sqlstate
 
 

@@ -447,6 +447,69 @@ UPDATE_STATUSES: Final = text(f"""
 """Ends incidents, and returns those whose change nothing prevents. It locks them in the order of
 their ids, and leaves out an incident that another transaction has locked."""
 
+RESOLVE: Final = text(f"""
+    WITH given AS (
+        SELECT given.*
+        FROM unnest(CAST(:dedup_keys AS text[])) WITH ORDINALITY AS given (key, n)
+    ),
+    found AS (
+        SELECT stored.incident_id, given.key, given.n, {_NOW} AS at
+        FROM given
+        JOIN "Incident" AS stored ON stored.dedup_key = given.key
+        WHERE stored.incident_type = 'new'
+        ORDER BY given.n
+        FOR NO KEY UPDATE OF stored
+    ),
+    changed AS (
+        UPDATE "Incident" AS stored
+        SET
+            incident_type = CAST(CAST(:status AS text) AS incidentstatus),
+            version = stored.version + 1,
+            ended_at = coalesce(stored.ended_at, found.at),
+            transaction_id = greatest(stored.transaction_id, {_TRANSACTION})
+        FROM found
+        WHERE stored.incident_id = found.incident_id AND {_IN_ORDER}
+        RETURNING {_CHANGED}, found.n, found.at
+    ),
+    event AS (
+        INSERT INTO incident_event
+            (
+                writer, transaction_id, nonce, incident_id, kind, from_status, to_status, actor,
+                note, at
+            )
+        SELECT
+            {WRITER},
+            changed.transaction_id,
+            {_NONCE},
+            changed.incident_id,
+            'status_changed',
+            'new',
+            CAST(changed.incident_type AS text),
+            CAST(:actor AS text),
+            CAST(:note AS text),
+            changed.at
+        FROM changed
+        WHERE changed.incident_type <> 'new'
+        ORDER BY changed.n
+        RETURNING incident_event.event_id
+    )
+    SELECT {_detailed("changed")}, found.key
+    FROM found
+    LEFT JOIN changed ON changed.incident_id = found.incident_id
+    WHERE {_none_kept_out("changed")}
+""")
+"""Ends the open incidents with some deduplication keys, and returns each with its key. It locks
+them in the order of the keys, and leaves out an incident that another transaction ends first. A row
+of nulls stands for an incident that is still open: events are out of order, or a trigger keeps out
+the change."""
+
+SELECT_OPEN: Final = text(f"""
+    SELECT {_detailed('"Incident"')}
+    FROM "Incident"
+    WHERE dedup_key = ANY(CAST(:dedup_keys AS text[])) AND incident_type = 'new'
+""")
+"""Returns the open incidents with some deduplication keys."""
+
 SELECT_OPEN_DUPLICATE: Final = text("""
     SELECT incident_id
     FROM "Incident"

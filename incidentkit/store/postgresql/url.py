@@ -456,6 +456,17 @@ def place_of_connection(connection: object) -> str | None:
     return None if address is None else f"{address}/{database}"
 
 
+def place_of_server(host: str, port: int, database: str) -> str:
+    """Return the place of a database on a server.
+
+    Args:
+        host: The host, or the folder of the socket.
+        port: The port.
+        database: The name of the database.
+    """
+    return _place([host], [port], database, {})
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
 

@@ -9,7 +9,13 @@ from typing import Any
 from sqlalchemy import Executable
 
 import incidentkit.store.sqlite.statements as sql
-from incidentkit.domain.commands import NewIncident, NoteAddition, StatusChange
+from incidentkit.domain.commands import (
+    NewIncident,
+    NoteAddition,
+    Resolution,
+    Resolutions,
+    StatusChange,
+)
 from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound, VersionConflict
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
@@ -26,7 +32,7 @@ from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
 from incidentkit.store.executor import Fetch, Rows
-from incidentkit.store.ports import IncidentList
+from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import details_as_text, read_detailed, read_event
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
@@ -102,6 +108,12 @@ class SqliteDialect:
             sql.SELECT_OPEN_DUPLICATE, {"dedup_key": incident.dedup_key}
         ):
             raise DuplicateOpenIncident(incident)
+        return await self._change(fetch, incident, change, actor)
+
+    async def _change(
+        self, fetch: Fetch, incident: Incident, change: StatusChange, actor: str | None
+    ) -> Incident:
+        """Change the status of an incident that allows it, and insert the event."""
         status = {"id": change.incident_id, "status": change.status.value}
         (row,) = await _written(fetch, sql.UPDATE_STATUS, status)
         event = {
@@ -118,6 +130,28 @@ class SqliteDialect:
         if changed.incident_type is incident.incident_type:
             raise KEPT_OUT.as_error()
         return changed
+
+    async def resolve(
+        self, fetch: Fetch, resolution: Resolution, transitions: Transitions, actor: str | None
+    ) -> Incident | None:
+        """End the open incident with the key, and insert the event."""
+        rows = await fetch(sql.SELECT_OPEN, {"dedup_key": resolution.dedup_key})
+        if not rows:
+            return None
+        incident = read_detailed(rows[0])
+        change = StatusChange(incident.incident_id, resolution.status, resolution.note)
+        transitions.check(incident, change)
+        return await self._change(fetch, incident, change, actor)
+
+    async def resolve_many(
+        self, fetch: Fetch, resolutions: Resolutions, transitions: Transitions, actor: str | None
+    ) -> OptionalIncidents:
+        """End open incidents with their events, one after the other."""
+        ended: OptionalIncidents = []
+        for key in resolutions.dedup_keys:
+            resolution = Resolution(key, resolutions.status, resolutions.note)
+            ended.append(await self.resolve(fetch, resolution, transitions, actor))
+        return ended
 
     async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
         """Insert a note and return its event."""

@@ -16,6 +16,7 @@ from incidentkit.store.causes import (
     KEPT_OUT,
     NO_ANSWER,
     OLDER_WRITER,
+    OTHER_THREAD,
     POOL_EXHAUSTED,
     Cause,
     find_cause,
@@ -34,6 +35,15 @@ MOVED: Final = Cause(
 NO_FOLDER: Final = Cause(
     "the working folder was deleted, and the path of the file is relative to it; name the file by "
     "an absolute path"
+)
+IN_PARENT: Final = Cause(
+    "it is in the memory of the process that this one was forked from; keep the incidents in a "
+    "file, or open another client in this process",
+    StoreError,
+)
+ENDING: Final = Cause(
+    "Python is ending and starts no more statements; let the main thread wait for the threads that "
+    "use the client"
 )
 LOST: Final = Cause("the connection was lost", retryable=True)
 
@@ -84,9 +94,12 @@ CAUSES: Final = (
     Cause("the statement was interrupted", retryable=True, codes=("SQLITE_INTERRUPT",)),
     Cause("another connection changed the schema", retryable=True, codes=("SQLITE_SCHEMA",)),
     Cause("the process is out of memory", retryable=True, codes=("SQLITE_NOMEM",)),
+    IN_PARENT,
+    ENDING,
     LOST,
     NO_ANSWER,
     POOL_EXHAUSTED,
+    OTHER_THREAD,
     # The statement.
     evolve(OLDER_WRITER, codes=("SQLITE_CONSTRAINT_TRIGGER",)),
     KEPT_OUT,
@@ -126,6 +139,8 @@ def translate_error(error: BaseException) -> StoreError:
     if isinstance(error, OSError) and error.errno == errno.ENOENT:
         # SQLAlchemy makes a path absolute.
         return NO_FOLDER.as_error()
+    if isinstance(error, RuntimeError) and "after" in str(error) and "shutdown" in str(error):
+        return ENDING.as_error()
     cause = _driver_error(error)
     code = _name(cause)
     known = find_cause(CAUSES, code, str(cause), ambiguous=_AMBIGUOUS)

@@ -100,6 +100,12 @@ UPDATE_STATUS: Final = (
 )
 """Changes the status of an incident and returns it."""
 
+SELECT_OPEN: Final = select(*DETAILED).where(
+    _columns.dedup_key == bindparam("dedup_key", type_=String()),
+    _columns.incident_type == literal_column("'new'"),
+)
+"""Returns the open incident with the deduplication key."""
+
 SELECT_OPEN_DUPLICATE: Final = (
     select(_columns.incident_id)
     .where(

@@ -35,6 +35,7 @@ from incidentkit.store.share import scans
 from incidentkit.store.sql.rows import unreadable_row
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
 from incidentkit.store.sqlite.errors import (
+    IN_PARENT,
     MOVED,
     is_stale_schema,
     may_be_unprepared,
@@ -86,9 +87,17 @@ class ThreadsExecutor:
         self._threads: _Threads | None = None
         self._affinity: Affinity | None = None
         self._closing = False
+        # Whether its database is in the memory of a parent process.
+        self._left = False
 
     async def open(self, affinity: Affinity) -> None:
-        """Open the file, and create it if it does not exist."""
+        """Open the file, and create it if it does not exist.
+
+        Raises:
+            StoreError: If it was open on a database in memory when this process was forked.
+        """
+        if self._left:
+            raise IN_PARENT.as_error()
         memory = self._url.database in MEMORY
         # A relative path is that of the working folder of now.
         self.place = place_of(self._url)
@@ -122,6 +131,7 @@ class ThreadsExecutor:
             return
         if self._affinity.forked:
             keep(threads)
+            self._left = self._url.database in MEMORY
         else:
             threads.shut_down()
 
@@ -348,8 +358,10 @@ class _Threads:
         await self.writes.finish()
         if self._scans:
             await asyncio.wait(self._scans)
-        # Shutting down waits too, but blocks the event loop.
-        await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
+        # Shutting down waits too, but blocks the event loop. When Python ends, no thread takes work
+        # any more, and those of the executor have ended.
+        with suppress(RuntimeError):
+            await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
         self.shut_down()
 
     def shut_down(self) -> None:

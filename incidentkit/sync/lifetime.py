@@ -1,0 +1,135 @@
+"""Open and close the portal of a client, also after a fork and at the end of the interpreter."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Coroutine
+from contextlib import suppress
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import WeakSet, finalize
+
+import incidentkit.sync as lazily
+from incidentkit.domain.errors import ClientClosed, IncidentKitError
+
+if TYPE_CHECKING:
+    from incidentkit.client import IncidentClient
+    from incidentkit.sync.portal import Portal
+
+_T = TypeVar("_T")
+
+
+class Lifetime:
+    """The portal of a client, from connecting to closing.
+
+    In a process that was forked meanwhile, the next call opens another one. A client that is still
+    open at the end of the interpreter, or that is garbage, is closed.
+
+    Args:
+        client: The asynchronous client, which runs on the portal.
+    """
+
+    def __init__(self, client: IncidentClient) -> None:
+        self._client = client
+        self._portal: Portal | None = None
+        # Whether a parent process had the client open.
+        self._inherited = False
+        # Held while the client is opened or closed. A signal handler may call the client too.
+        self._turn = RLock()
+        self._end: Any = None
+        _lifetimes.add(self)
+
+    def is_open(self) -> bool:
+        """Return whether the client is open, in this process."""
+        return self._portal is not None and self._client.connected
+
+    def connect(self) -> None:
+        """Open the client; if it is already open, do nothing."""
+        if self.is_open():
+            return
+        with self._turn:
+            if self.is_open():
+                return
+            portal = lazily.Portal()
+            try:
+                portal.run(self._client.connect())
+            except BaseException:
+                portal.close()
+                raise
+            self._end = finalize(self, _leave, portal, self._client)
+            self._end.atexit = False
+            self._portal = portal
+            self._inherited = False
+
+    def run(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine of the client to its end.
+
+        Raises:
+            ClientClosed: If the client is not open.
+            WrongEventLoop: If an event loop is running in this thread.
+        """
+        portal = self._portal
+        if portal is None:
+            try:
+                portal = self._open_in_child()
+            except BaseException:
+                call.close()
+                raise
+        return portal.run(call)
+
+    def _open_in_child(self) -> Portal:
+        if not self._inherited:
+            raise ClientClosed
+        self.connect()
+        if self._portal is None:
+            raise ClientClosed
+        return self._portal
+
+    def close(self) -> None:
+        """Wait for running writes, then release every connection; once closed, do nothing."""
+        with self._turn:
+            self._inherited = False
+            portal = self._portal
+            if portal is None:
+                return
+            # If this is interrupted, the next call closes what is still open.
+            with suppress(ClientClosed):
+                portal.run(self._client.close())
+            portal.close()
+            self._end.detach()
+            self._portal = None
+
+    def fork(self) -> None:
+        """Leave what is open to the parent process, in a process that was forked just now."""
+        # A thread that is missing here may have held it.
+        self._turn = RLock()
+        portal, self._portal = self._portal, None
+        if portal is not None:
+            self._inherited = True
+            portal.fork()
+
+
+_lifetimes: Final[WeakSet[Lifetime]] = WeakSet()
+
+
+def _leave(portal: Portal, client: IncidentClient) -> None:
+    """Close a client that is garbage, without waiting: this may be the thread of the portal."""
+    portal.close_after(client.close())
+
+
+def _fork_all() -> None:
+    for lifetime in list(_lifetimes):
+        lifetime.fork()
+
+
+def _close_all() -> None:
+    for lifetime in list(_lifetimes):
+        with suppress(IncidentKitError):
+            lifetime.close()
+
+
+# Python runs this once every thread has ended that is not a daemon.
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fork_all)

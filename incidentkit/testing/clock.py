@@ -1,0 +1,84 @@
+"""Stop the clock of a private database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+
+from incidentkit.client import IncidentClient
+from incidentkit.domain import rules
+from incidentkit.sync.client import SyncIncidentClient
+from incidentkit.testing.clients import asynchronous
+from incidentkit.testing.database import PrivateStore
+
+
+class FrozenClock:
+    """The clock of a private database in a block of :func:`frozen_clock`.
+
+    Attributes:
+        now: The present time of the database, in UTC.
+    """
+
+    def __init__(self, now: datetime) -> None:
+        self.now = now
+
+    def move_to(self, time: datetime | str) -> None:
+        """Set the clock.
+
+        Args:
+            time: As for :func:`frozen_clock`.
+
+        Raises:
+            InvalidIncident: If it is not an aware time.
+        """
+        self.now = _aware(time)
+
+    def tick(self, time: timedelta = timedelta(seconds=1)) -> None:
+        """Let time pass; the database counts whole seconds."""
+        self.now += time
+
+
+@contextmanager
+def frozen_clock(
+    client: IncidentClient | SyncIncidentClient, time: datetime | str
+) -> Iterator[FrozenClock]:
+    """Stop the clock of a client's private database while the block runs.
+
+    Every time that the database gives is the frozen one: ``created_at``, ``last_seen_at``,
+    ``ended_at``, the times of the history, and the age of idempotency keys. The time of Python and
+    of other databases goes on.
+
+    .. code-block:: python
+
+        with frozen_clock(incidents, "2026-01-01T00:00:00Z") as clock:
+            incident = incidents.create("Disk is full", source="monitoring")
+            clock.tick(timedelta(hours=2))
+            incidents.update_status(incident.incident_id, "completed")
+
+    Args:
+        client: One of the kit's fixtures or functions, or one in a block of :func:`recording`.
+        time: The time to begin with: aware, or as text such as ``2026-01-01T00:00:00Z``.
+
+    Yields:
+        The clock, to move it.
+
+    Raises:
+        TypeError: If the client is on another database, whose clock cannot be stopped.
+        InvalidIncident: If it is not an aware time.
+    """
+    store = asynchronous(client).store
+    if not isinstance(store, PrivateStore):
+        raise TypeError(
+            "Only the clock of the test kit's own database can be stopped: use the kit's fixtures, "
+            "or let this client record there with incidentkit.testing.recording()"
+        )
+    clock = FrozenClock(_aware(time))
+    with store.database.frozen(lambda: clock.now):
+        yield clock
+
+
+def _aware(time: datetime | str) -> datetime:
+    if isinstance(time, str):
+        time = rules.check("time", rules.time_text, time)
+    return rules.check("time", rules.time_bound, time)

@@ -1,0 +1,1 @@
+"""The integrations, each on its real framework."""
