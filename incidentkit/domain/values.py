@@ -196,6 +196,7 @@ class Incident(Plain):
             "is unknown."
         ),
     )
+    # The last field, as in the rows that have it.
     details: dict[str, Any] | None = field(
         default=None,
         eq=False,
