@@ -4,6 +4,7 @@ What the words after a fence's language mean:
 
 - ``file=NAME``: the program, or the settings, are kept under that name for what comes after them on
   the page; a name that starts with ``test_`` is for pytest;
+- ``alone``: the program configures what a process has once, and so has a process of its own;
 - ``servers``: the program finds PostgreSQL and Redis in its environment;
 - ``output``: what the program before it prints;
 - ``session``: the commands of the page are run one after another, and print what stands there;
@@ -187,7 +188,11 @@ def test_a_program_runs(
         monkeypatch.setenv("INCIDENTKIT_DATABASE_URL", database_url)
         monkeypatch.setenv("INCIDENTKIT_REDIS_URL", request.getfixturevalue("redis_url"))
     Path("program.py").write_text(program.text, encoding="utf-8")
-    printed = run_program("program.py")
+    if "alone" in program.words:
+        exit_code, printed, err = outcome(start(program=["-W", "error", "program.py"]))
+        assert exit_code == 0, err
+    else:
+        printed = run_program("program.py")
     following = FENCES[FENCES.index(program) + 1 :][:1]
     if following and "output" in following[0].words:
         assert printed == following[0].text
