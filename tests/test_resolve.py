@@ -146,7 +146,7 @@ async def test_the_index_of_open_keys_is_used(migrated_postgres_url: str, host: 
         "'partner', 'key ' || n FROM generate_series(1, 20000) AS n",
     )
     await host.execute('ANALYZE "Incident"; SET plan_cache_mode = force_generic_plan')
-    await host.execute(f"PREPARE ending AS {compile_statement(sql.RESOLVE).text}")
+    await host.execute(f"PREPARE ending AS {compile_statement(sql.RESOLVE_MANY).text}")
     ((plan,),) = await host.fetch(
         "EXPLAIN (FORMAT JSON) EXECUTE ending(ARRAY['key 1', 'key 2'], 'failed', NULL, NULL)"
     )

@@ -24,7 +24,14 @@ from incidentkit.domain.errors import (
     VersionConflict,
 )
 from incidentkit.domain.transitions import Transitions
-from incidentkit.domain.values import OPEN, FeedBlocker, Incident, IncidentEvent, has_version
+from incidentkit.domain.values import (
+    OPEN,
+    FeedBlocker,
+    Incident,
+    IncidentEvent,
+    IncidentStatus,
+    has_version,
+)
 from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
@@ -165,9 +172,19 @@ class PostgresDialect:
         self, fetch: Fetch, resolution: Resolution, transitions: Transitions, actor: str | None
     ) -> Incident | None:
         """End the open incident with the key, and insert the event."""
-        keys = (resolution.dedup_key,)
-        resolutions = Resolutions(keys, resolution.status, resolution.note)
-        return (await self.resolve_many(fetch, resolutions, transitions, actor))[0]
+        keys, status = [resolution.dedup_key], resolution.status
+        if OPEN not in transitions.sources(status):
+            await self._refuse(fetch, keys, status)
+            return None
+        values = {
+            "dedup_key": resolution.dedup_key,
+            "status": status.value,
+            "note": resolution.note,
+            "actor": actor,
+        }
+        for row in await self._end(fetch, sql.RESOLVE, values):
+            return read_detailed(row[:-2])
+        return None
 
     async def resolve_many(
         self, fetch: Fetch, resolutions: Resolutions, transitions: Transitions, actor: str | None
@@ -175,11 +192,7 @@ class PostgresDialect:
         """End open incidents with their events, many with each statement."""
         keys, status = resolutions.dedup_keys, resolutions.status
         if OPEN not in transitions.sources(status):
-            rows = await fetch(sql.SELECT_OPEN, {"dedup_keys": list(keys)})
-            found = {incident.dedup_key: incident for incident in map(read_detailed, rows)}
-            for key in keys:
-                if key in found:
-                    raise IllegalTransition(found[key], status)
+            await self._refuse(fetch, keys, status)
             return [None] * len(keys)
         ended: dict[str, Incident] = {}
         # In the order in which incidents are created too: no two transactions wait for each other.
@@ -190,16 +203,29 @@ class PostgresDialect:
                 "note": resolutions.note,
                 "actor": actor,
             }
-            rows = await fetch(sql.RESOLVE, values)
-            if any(row[0] is None for row in rows):
-                await self.check_order(fetch)
-                # The order may have just been repaired.
-                rows = await fetch(sql.RESOLVE, values)
-                if any(row[0] is None for row in rows):
-                    raise KEPT_OUT.as_error()
-            ended.update((row[-1], read_detailed(row[:-1])) for row in rows)
+            rows = await self._end(fetch, sql.RESOLVE_MANY, values)
+            ended.update((row[-2], read_detailed(row[:-2])) for row in rows)
         # A key given twice is open once.
         return [ended.pop(key, None) for key in keys]
+
+    async def _end(self, fetch: Fetch, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement that ends incidents; if one is still open, find out why."""
+        rows = await fetch(statement, values)
+        if rows and rows[0][0] is None:
+            await self.check_order(fetch)
+            # The order may have just been repaired.
+            rows = await fetch(statement, values)
+        if rows and (rows[0][0] is None or len(rows) < rows[0][-1]):
+            raise KEPT_OUT.as_error()
+        return rows
+
+    async def _refuse(self, fetch: Fetch, keys: Sequence[str], status: IncidentStatus) -> None:
+        """Raise if an incident with one of the keys is open."""
+        rows = await fetch(sql.SELECT_OPEN, {"dedup_keys": list(keys)})
+        found = {incident.dedup_key: incident for incident in map(read_detailed, rows)}
+        for key in keys:
+            if key in found:
+                raise IllegalTransition(found[key], status)
 
     async def note(self, fetch: Fetch, addition: NoteAddition, actor: str | None) -> IncidentEvent:
         """Insert a note and return its event; if no row was inserted, find out why."""

@@ -447,10 +447,12 @@ UPDATE_STATUSES: Final = text(f"""
 """Ends incidents, and returns those whose change nothing prevents. It locks them in the order of
 their ids, and leaves out an incident that another transaction has locked."""
 
-RESOLVE: Final = text(f"""
+
+def _resolve(given: str) -> TextClause:
+    return text(f"""
     WITH given AS (
         SELECT given.*
-        FROM unnest(CAST(:dedup_keys AS text[])) WITH ORDINALITY AS given (key, n)
+        FROM {given} AS given (key, n)
     ),
     found AS (
         SELECT stored.incident_id, given.key, given.n, {_NOW} AS at
@@ -469,7 +471,7 @@ RESOLVE: Final = text(f"""
             transaction_id = greatest(stored.transaction_id, {_TRANSACTION})
         FROM found
         WHERE stored.incident_id = found.incident_id AND {_IN_ORDER}
-        RETURNING {_CHANGED}, found.n, found.at
+        RETURNING {_CHANGED}, found.key, found.n, found.at
     ),
     event AS (
         INSERT INTO incident_event
@@ -493,15 +495,22 @@ RESOLVE: Final = text(f"""
         ORDER BY changed.n
         RETURNING incident_event.event_id
     )
-    SELECT {_detailed("changed")}, found.key
-    FROM found
-    LEFT JOIN changed ON changed.incident_id = found.incident_id
-    WHERE {_none_kept_out("changed")}
+    SELECT {_detailed("changed")}, changed.key, due.number
+    FROM (SELECT count(*) AS number FROM found) AS due
+    LEFT JOIN changed ON true
+    WHERE due.number > 0 AND {_none_kept_out("changed")}
 """)
-"""Ends the open incidents with some deduplication keys, and returns each with its key. It locks
-them in the order of the keys, and leaves out an incident that another transaction ends first. A row
-of nulls stands for an incident that is still open: events are out of order, or a trigger keeps out
-the change."""
+
+
+RESOLVE: Final = _resolve("(VALUES (CAST(:dedup_key AS text), 1))")
+"""Ends the open incident with a deduplication key, if there is one. PostgreSQL keeps a plan for it;
+it would plan a statement with an array of one key again for each call."""
+
+RESOLVE_MANY: Final = _resolve("unnest(CAST(:dedup_keys AS text[])) WITH ORDINALITY")
+"""Ends the open incidents with some deduplication keys, and returns each with its key and the
+number of those that were open. It locks them in the order of the keys, and leaves out an incident
+that another transaction ends first. A row of nulls, or fewer rows than that number, stands for
+incidents that are still open: events are out of order, or a trigger keeps out the change."""
 
 SELECT_OPEN: Final = text(f"""
     SELECT {_detailed('"Incident"')}
