@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.unmeasured
+
 ROWS = int(os.environ.get("INCIDENTKIT_TEST_ROWS", "20000"))
 
 PATIENCE = max(60, ROWS / 2000)
