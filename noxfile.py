@@ -35,14 +35,15 @@ DEPENDENT = (
     "tests/test_sqlite.py",
     "tests/test_wire.py",
 )
-# Every verb by each way into asyncpg, SQLAlchemy and redis; other embodiments are other ways into
-# the package.
+# Every verb by each way into asyncpg, SQLAlchemy, redis and httpx2; other embodiments are other
+# ways into the package.
 EMBODIMENTS = (
     "sqlite-redis",
     "sqlite-engine",
     "postgresql-pool",
     "postgresql-engine",
     "psycopg-engine",
+    "remote-socket",
     "joined-asyncpg-connection",
     "joined-postgresql-session",
     "joined-sync-sqlalchemy-postgresql",

@@ -65,6 +65,7 @@ class ReusedDatabase:
         self.url = self._opened.enter_context(administrator.database(template=template))
         self._connection = self._opened.enter_context(psycopg.connect(self.url, autocommit=True))
         self._statements = self._cleaning(schema)
+        self._version = Identifier(schema, "incidentkit_version")
         self._before = self._state()
 
     def clean(self) -> bool:
@@ -104,7 +105,8 @@ class ReusedDatabase:
             version.format(Identifier(catalog), Identifier(column), Literal(FIRST_OBJECT))
             for catalog, column in CATALOGS.items()
         )
-        return self._connection.execute(SQL("SELECT {}").format(sums)).fetchone()
+        select = SQL("SELECT version_num, {} FROM {}").format(sums, self._version)
+        return self._connection.execute(select).fetchall()
 
     def _cleaning(self, schema: str) -> sql.Composed:
         """Return the statements that remove all rows, without triggers, and replace the tokens."""

@@ -173,6 +173,7 @@ def test_details_are_a_copy_of_plain_values() -> None:
     given_details: dict[Any, Any] = {"a": (1, [Text("x")]), IncidentSource.PARTNER: True}
     made = new(given_details)
     given_details["a"][1].clear()
+    assert made.details is not None
     assert made.details == {"a": [1, ["x"]], "partner": True}
     assert made.details is not None
     assert type(made.details["a"][1][0]) is str

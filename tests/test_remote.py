@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
-from attrs import frozen
+from attrs import evolve, frozen
 from starlette.requests import Request
 
 from incidentkit import (
@@ -611,7 +611,9 @@ class Silent(httpx2.AsyncBaseTransport):
 
 async def test_the_deadline_covers_the_wait_for_a_connection() -> None:
     """A call that gets no answer, and one that gets no place, both end at their deadline."""
-    async with opened(Silent(), deadline=0.05, max_connections=1) as incidents:
+    async with opened(Silent(), max_connections=1) as incidents:
+        store: Any = incidents.store
+        store._connection._options = evolve(store._connection._options, deadline=0.05)
         calls = [incidents.get(1), incidents.create("Disk is full", source="monitoring")]
         for error in await asyncio.gather(*calls, return_exceptions=True):
             assert isinstance(error, StoreUnavailable)

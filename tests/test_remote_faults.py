@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.unmeasured
 
 FULL: Final = "INCIDENTKIT_TEST_FAULTS" in os.environ
-CREATES: Final = 1000 if FULL else 150
+CREATES: Final = 1000 if FULL else 100
 KILLS: Final = 5 if FULL else 1
-RESTARTS: Final = 20 if FULL else 2
+RESTARTS: Final = 20 if FULL else 1
 CALLERS: Final = 10
 
 PATIENT: Final = RemoteOptions(deadline=60, attempts=100, read_timeout=10)

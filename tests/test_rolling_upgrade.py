@@ -31,6 +31,9 @@ BEFORE_WRITERS = "d27e77b1c3b3b8373dc1109931980484bd3610e0"
 BEFORE_ACTORS = "453525fe4c48a72c594c086931d870bb2aeee279"
 """The last commit that keeps idempotency keys for all actors."""
 
+BEFORE_DETAILS = "ae7470e843cb74ac810219b2eeed7d60331a5065"
+"""The last commit whose incidents have no details."""
+
 RETRIES = """
 import asyncio, json, sys
 from incidentkit import IncidentClient, acting_as
@@ -317,3 +320,29 @@ async def test_a_retry_finds_its_key_in_either_version(
                 new = await client.create("Disk is full", source="partner", idempotency_key="l")
             assert (again.incident_id, retry("l")) == (first, new.incident_id)
             assert len(await client.list()) == 2
+
+
+async def test_the_version_before_details_works_on(
+    url: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Before, between and after an upgrade and a downgrade, its reads and its writes succeed."""
+    before = check_out(BEFORE_DETAILS, tmp_path_factory.mktemp("before") / "checkout")
+    upgrade_to_version(before, url)
+    with running(before, url) as call:
+        assert [call(name) for name in ("create", "count", *READS)] == [None] * 6
+        await upgrade(url)
+        writes = ("create", "count", "create_many", "update_status", "note")
+        assert [call(name) for name in (*writes, "get", "list", "history")] == [None] * 8
+        async with IncidentClient.open(url) as client:
+            key: dict[str, Any] = {"source": "partner", "dedup_key": "disk-2"}
+            created = await client.create("Disk is full", **key, details={"host": "db-1"})
+            assert call("list") is None
+            page = await client.search(details=True)
+            assert [each.details for each in page.incidents] == [{"host": "db-1"}, *[None] * 4]
+            assert (await client.get(created.incident_id)).details == {"host": "db-1"}
+        await downgrade(url)
+        assert [call(name) for name in (*writes, "get", "list")] == [None] * 7
+        await upgrade(url)
+    async with IncidentClient.open(url) as client:
+        again = await client.get(created.incident_id)
+        assert (again, again.details) == (created, None)

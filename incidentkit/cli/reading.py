@@ -133,7 +133,7 @@ def search(servers: Servers, *, as_json: bool, **query: Any) -> None:
         query[name] = query[name] or None
     page = read(servers, lambda incidents: incidents.search(**query))
     if as_json:
-        incidents = encode_incidents(page.incidents, details=query["details"])
+        incidents = encode_incidents(page.incidents)
         write(encode_object("incidents", incidents, {"next": page.next, "total": page.total}))
         return
     write_table(page.incidents)

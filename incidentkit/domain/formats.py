@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from attrs import Attribute
 
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
 """A time of the wire format, in UTC."""
@@ -19,7 +22,8 @@ SCHEMA: Final = "schema"
 
 
 REQUIRED: Final = "required"
-"""Where the metadata of a field has whether every JSON object has it; missing: it has."""
+"""Where the metadata of a field has whether every JSON object has it; missing: it has. A field that
+is not required is left out if it is None."""
 
 
 def schema(*, required: bool = True, **keywords: Any) -> dict[str, Any]:
@@ -50,3 +54,8 @@ def read_wire_time(text: str) -> datetime:
         ValueError: If the text has another form, or there is no such time.
     """
     return datetime.strptime(text, TIME_FORMAT).replace(tzinfo=UTC)
+
+
+def left_out(field: Attribute[Any], value: object) -> bool:
+    """Return whether the JSON of a model does not have a field, because of its value."""
+    return value is None and not field.metadata.get(REQUIRED, True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import fields, has
 
-from incidentkit.domain.formats import TimesName, rfc3339_time, wire_time
+from incidentkit.domain.formats import TimesName, left_out, rfc3339_time, wire_time
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
@@ -27,6 +27,8 @@ class Plain:
 
     def to_dict(self, times: TimesName = "wire") -> dict[str, Any]:
         """Return every field as a plain JSON value, under its name in the wire format.
+
+        ``details`` are left out if they are None.
 
         Args:
             times: The form of each time. ``wire``: ``2026-11-28 09:30:00`` in UTC, as the REST
@@ -53,7 +55,8 @@ class Plain:
             return members(value) if has(type(value)) else value
 
         def members(model: Any) -> dict[str, Any]:
-            return {each.name: plain(getattr(model, each.name)) for each in fields(type(model))}
+            found = ((each, getattr(model, each.name)) for each in fields(type(model)))
+            return {each.name: plain(value) for each, value in found if not left_out(each, value)}
 
         return members(self)
 

@@ -29,7 +29,14 @@ from pydantic_core.core_schema import (
 )
 from typing_extensions import TypedDict
 
-from incidentkit.domain.formats import REQUIRED, SCHEMA, TIME_PATTERN, read_wire_time, wire_time
+from incidentkit.domain.formats import (
+    REQUIRED,
+    SCHEMA,
+    TIME_PATTERN,
+    left_out,
+    read_wire_time,
+    wire_time,
+)
 
 
 def model_schema(model: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -52,7 +59,8 @@ def model_schema(model: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
             raise ValidationError.from_exception_data(model.__name__, details) from error
 
     def write(value: Any, members: SerializerFunctionWrapHandler) -> Any:
-        return members({each.name: getattr(value, each.name) for each in fields(model)})
+        found = ((each, getattr(value, each.name)) for each in fields(model))
+        return members({each.name: given for each, given in found if not left_out(each, given)})
 
     members = handler.generate_schema(_members(model))
     written = wrap_serializer_function_ser_schema(write, schema=members)
@@ -91,8 +99,10 @@ def _member(attribute: Attribute[Any], hint: Any) -> Any:
     described = Field(description=schema.pop("description", None), json_schema_extra=schema)
     rule = _rule(attribute)
     if rule is None:
-        read: Any = Annotated[_strict(hint), described]
-        return read if attribute.metadata.get(REQUIRED, True) else NotRequired[read]
+        if attribute.metadata.get(REQUIRED, True):
+            return Annotated[_strict(hint), described]
+        present, _ = get_args(hint)
+        return NotRequired[Annotated[_strict(present), described]]
     checked: Any = Annotated[_strict(hint), BeforeValidator(rule), described]
     if attribute.default is NOTHING:
         return checked

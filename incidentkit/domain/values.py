@@ -196,13 +196,14 @@ class Incident(Plain):
             "is unknown."
         ),
     )
+    # The last field, as in the rows that have it.
     details: dict[str, Any] | None = field(
         default=None,
         eq=False,
         metadata=schema(
             required=False,
-            description="The details of the first report, with the order of keys left open; null "
-            "if there are none. Absent from lists, and from searches without details=true.",
+            description="The details of the first report, with the order of keys left open. Absent "
+            "if there are none, from lists, and from searches without details=true.",
         ),
     )
 

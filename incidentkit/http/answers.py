@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, quote, urlencode
@@ -117,7 +117,7 @@ async def create_many(request: Request, arguments: Mapping[str, Any]) -> Respons
     created = any(incident.occurrences == 1 for incident in incidents)
     status = HTTPStatus.CREATED if created else HTTPStatus.OK
     visible = [_visible(request, *pair) for pair in zip(new, incidents, strict=True)]
-    content = await encode_array(visible, partial(encode_incidents, details=True))
+    content = await encode_array(visible, encode_incidents)
     return _json(content, status, _replayed(replay))
 
 
@@ -220,8 +220,7 @@ async def search(request: Request, arguments: Mapping[str, Any]) -> Response:
     with service.searches.place(sender_of(request.scope) if slow else None):
         search = service.client.search(**arguments)
         page = await run_until_disconnect(search, request.receive)
-    encode = partial(encode_incidents, details=details)
-    incidents = await encode_array(page.incidents, encode)
+    incidents = await encode_array(page.incidents, encode_incidents)
     content = encode_object("incidents", incidents, {"next": page.next, "total": page.total})
     return _json(content, headers=_link(request, "/incident/search", page.next))
 

@@ -584,9 +584,13 @@ def _model(type_: type[Any], schemas: Json) -> Json:
     for attribute in fields(type_):
         name = attribute.name
         more: Json = attribute.metadata.get(SCHEMA, {})
-        properties[name] = _schema(types[name], schemas) | FIELDS.get((type_, name), more)
+        described = FIELDS.get((type_, name), more)
         if not attribute.metadata.get(REQUIRED, True):
+            # Left out rather than null.
+            present, _ = get_args(types[name])
+            properties[name] = _schema(present, schemas) | described
             continue
+        properties[name] = _schema(types[name], schemas) | described
         if attribute.default is NOTHING or type_ not in CLOSED:
             required.append(name)
         else:

@@ -202,7 +202,7 @@ class Records:
         async with self._turn(once, [("dedup_key", None)] if keyed else []):
             if once is not None:
                 return await self._write_once(
-                    work, once, _encode_detailed, wire_format.decode_incidents
+                    work, once, encode_incidents, wire_format.decode_incidents
                 )
             return await self._executor.transact(work)
 
@@ -518,10 +518,6 @@ class Records:
         for transaction_id, event_id in await self._executor.read(statements.SELECT_PLACE, values):
             return transaction_id, event_id
         raise UnknownCursor
-
-
-def _encode_detailed(incidents: Sequence[Incident]) -> bytes:
-    return encode_incidents(incidents, details=True)
 
 
 def _fields(name: str, value: object, character: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, get_args
 
 from attrs import field, fields, frozen
 from cattrs import Converter
-from cattrs.gen import make_dict_structure_fn
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from incidentkit.domain import rules
 from incidentkit.domain.commands import NewIncident, Resolution, Resolutions
@@ -97,8 +97,8 @@ def wire_converter(*, complete: bool = True) -> Converter:
     - a field has the same name in JSON, in Python and in the table;
     - a time is ``YYYY-MM-DD HH:MM:SS`` in UTC;
     - a status, a source and a kind are their plain values;
-    - None is ``null``, and an answer has every field; only ``details`` may be missing, as in a
-      list and in the answers of earlier versions;
+    - None is ``null``, and an answer has every field; only ``details`` are left out if there are
+      none;
     - numbers and strings are not converted into each other: ``"7"`` is not an id;
     - a :class:`NewIncident`, a :class:`NewNote`, a :class:`Resolution` and :class:`Resolutions`
       are read strictly: an unknown or missing field is an error that names it.
@@ -116,6 +116,13 @@ def wire_converter(*, complete: bool = True) -> Converter:
         converter.register_structure_hook(given, _from_wire)
     for model in (Incident, IncidentEvent) if complete else ():
         converter.register_structure_hook(model, _complete(model, converter))
+    omitted: Any = {
+        each.name: override(omit_if_default=True)
+        for each in fields(Incident)
+        if not each.metadata.get(REQUIRED, True)
+    }
+    without_none = make_dict_unstructure_fn(Incident, converter, **omitted)
+    converter.register_unstructure_hook(Incident, without_none)
     return converter
 
 

@@ -26,22 +26,13 @@ def dump_json(value: Any) -> bytes:
 
 
 def encode_incident(incident: Incident) -> bytes:
-    """Return the incident as a JSON object, with its details."""
-    return _detailed_to_json(*_DETAILED_VALUES(incident)).encode()
+    """Return the incident as a JSON object, with ``details`` only if there are any."""
+    return _to_json(incident).encode()
 
 
-def encode_incidents(incidents: Iterable[Incident], *, details: bool = False) -> bytes:
-    """Return the incidents as a JSON array.
-
-    Args:
-        incidents: The incidents.
-        details: Whether each has the member ``details``, as a list never has.
-    """
-    if details:
-        texts = [_detailed_to_json(*_DETAILED_VALUES(incident)) for incident in incidents]
-    else:
-        texts = [_row_to_json(*_VALUES(incident)) for incident in incidents]
-    return f"[{','.join(texts)}]".encode()
+def encode_incidents(incidents: Iterable[Incident]) -> bytes:
+    """Return the incidents as a JSON array of such objects."""
+    return f"[{','.join(map(_to_json, incidents))}]".encode()
 
 
 def encode_optional(incident: Incident | None) -> bytes:
@@ -88,8 +79,11 @@ def _second(value: datetime) -> str:
     return _text_of(value)[:19]
 
 
-def _text_of_details(details: dict[str, Any] | None) -> str:
-    return "null" if details is None else _compact(details)
+def _to_json(incident: Incident) -> str:
+    text = _row_to_json(*_VALUES(incident))
+    if incident.details is None:
+        return text
+    return f'{text[:-1]},"details":{_compact(incident.details)}}}'
 
 
 def _compile_row_to_json(fields: Sequence[str]) -> Callable[..., str]:
@@ -106,7 +100,6 @@ def _compile_row_to_json(fields: Sequence[str]) -> Callable[..., str]:
         "quote": _quote,
         "quoted": _QUOTED,
         "second": _second,
-        "text_of_details": _text_of_details,
     }
     function: Callable[..., str] = eval(source, names)  # noqa: S307
     return function
@@ -119,8 +112,6 @@ def _json_source(name: str, type_: Any) -> str:
     if name == "last_seen_at":
         # Null in a row until the incident was reported again.
         return '"{created_at if last_seen_at is None else second(last_seen_at)}"'
-    if name == "details":
-        return "{text_of_details(details)}"
     if type_ is int:
         return f"{{{name}:d}}"
     given, *none = get_args(type_) if isinstance(type_, UnionType) else (type_,)
@@ -132,9 +123,6 @@ def _json_source(name: str, type_: Any) -> str:
     return f"{{null if {name} is None else {source}}}" if none else f"{{{source}}}"
 
 
-_DETAILED: Final = tuple(fields_dict(Incident))
-_FIELDS: Final = tuple(name for name in _DETAILED if name != "details")
-_DETAILED_VALUES: Final = attrgetter(*_DETAILED)
+_FIELDS: Final = tuple(name for name in fields_dict(Incident) if name != "details")
 _VALUES: Final = attrgetter(*_FIELDS)
-_detailed_to_json: Final = _compile_row_to_json(_DETAILED)
 _row_to_json: Final = _compile_row_to_json(_FIELDS)

@@ -200,6 +200,19 @@ async def joined(
     IncidentClient.open(session)  # type: ignore[arg-type]
 
 
+def called_without_an_event_loop(incidents: SyncIncidentClient) -> None:
+    """The synchronous verbs return what the asynchronous ones return when they are awaited."""
+    assert_type(incidents.create("Disk is full", source="monitoring"), Incident)
+    incidents.create("Disk is full")  # type: ignore[call-overload]
+    assert_type(incidents.list(), list[Incident])
+    assert_type(incidents.search().incidents, list[Incident])
+    assert_type(next(incidents.changes()), IncidentEvent)
+    assert_type(next(incidents.iterate()), Incident)
+    assert_type(incidents.resolve("disk"), Incident | None)
+    with SyncIncidentClient.open() as opened:
+        assert_type(opened, SyncIncidentClient)
+
+
 def joined_without_an_event_loop(
     incidents: SyncIncidentClient,
     *,

@@ -32,12 +32,11 @@ from incidentkit.wire.encoding import dump_json, encode_rows
 
 _T = TypeVar("_T")
 
-DETAILED_COLUMNS: Final = tuple(field.name for field in fields(Incident))
-"""The columns of an incident with its details, which stand last. They travel as text, like enums.
-"""
-
-INCIDENT_COLUMNS: Final = tuple(name for name in DETAILED_COLUMNS if name != "details")
+INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident) if field.name != "details")
 """The columns of an incident in a list."""
+
+DETAILED_COLUMNS: Final = (*INCIDENT_COLUMNS, "details")
+"""The same with the details, which travel as text."""
 
 CURSOR_COLUMNS: Final = ("transaction_id", "event_id", "nonce")
 EVENT_COLUMNS: Final = (
