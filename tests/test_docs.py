@@ -47,6 +47,7 @@ import incidentkit
 from incidentkit import IncidentKitError, RemoteOptions
 from incidentkit.cache import INDEX_KEY, TTL, breaker, memory, redis
 from incidentkit.cli import main
+from incidentkit.domain.commands import Resolution
 from incidentkit.domain.rules import MAX_FAULTS
 from incidentkit.domain.values import TEXT_MAX_WORDS
 from incidentkit.http import health, problems, request_log
@@ -377,6 +378,7 @@ def place_of(url: str) -> str:
 
 SESSIONS: Final = (
     "docs/how-to/authenticate.md",
+    "docs/how-to/django.md",
     "docs/how-to/history.md",
     "docs/how-to/purge.md",
     "docs/how-to/remote.md",
@@ -932,7 +934,8 @@ def test_the_incident_of_the_reference_is_one() -> None:
     assert [*json.loads(incident.text)] == [*_fields(incidentkit.Incident)]
     assert [*json.loads(problem.text)] == [*_fields(problems.Problem)]
     table = [code(cells[0])[0] for cells in rows("docs/reference/rest.md", "field")]
-    assert table == [*_fields(incidentkit.Incident), *_fields(incidentkit.NewIncident)]
+    models = (incidentkit.Incident, incidentkit.NewIncident, Resolution)
+    assert table == [name for model in models for name in _fields(model)]
 
 
 def _fields(model: type[Any]) -> list[str]:

@@ -15,6 +15,8 @@ import pytest
 
 from tests.programs import outcome, service, start
 
+pytestmark = pytest.mark.unmeasured
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 WARNINGS = ("-W", "error")
 

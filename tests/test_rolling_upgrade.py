@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.unmeasured
+
 BEFORE_WRITERS = "d27e77b1c3b3b8373dc1109931980484bd3610e0"
 """The last commit whose statements write no number."""
 

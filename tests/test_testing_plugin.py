@@ -12,6 +12,8 @@ from tests.test_imports import modules_after
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.unmeasured
+
 pytest_plugins = "pytester"
 
 SYNCHRONOUS: Final = """

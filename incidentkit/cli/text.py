@@ -141,6 +141,6 @@ def _cells(model: Incident | IncidentEvent, names: Sequence[str]) -> tuple[str, 
         values["details"] = dump_json(values["details"]).decode()
     zones = {name: " UTC" for name in names if isinstance(getattr(model, name), datetime)}
     return tuple(
-        "" if values[name] is None else harmless(f"{values[name]}{zones.get(name, '')}")
+        "" if values.get(name) is None else harmless(f"{values[name]}{zones.get(name, '')}")
         for name in names
     )

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import psutil
+import pytest
 
 from incidentkit import Incident, IncidentStatus, SyncIncidentClient
 from tests.programs import outcome, start
@@ -14,6 +15,8 @@ from tests.test_examples import EXAMPLES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.unmeasured
 
 CALL = """\
 import celery_worker
