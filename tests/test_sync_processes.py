@@ -173,6 +173,49 @@ def test_a_forked_process_opens_its_own_connections(
     assert child == ([True] * 4 + [1] if child_does == "call" else None)
 
 
+OUTLIVING: Final = """\
+import os, sys, threading
+from incidentkit import SyncIncidentClient
+
+incidents = SyncIncidentClient.open(sys.argv[1])
+incidents.connect()
+stop = threading.Event()
+
+
+def write():
+    while not stop.wait(0.005):
+        incidents.create("The parent writes", source="operator")
+
+
+writing = threading.Thread(target=write)
+writing.start()
+wrote, write_end = os.pipe()
+read_end, closed = os.pipe()
+if not os.fork():
+    incidents.create("The child writes", source="operator")
+    os.write(closed, b"x")
+    os.read(wrote, 1)
+    incidents.create("The child writes on", source="operator")
+    incidents.close()
+    os._exit(0)
+os.read(read_end, 1)
+stop.set()
+writing.join()
+incidents.close()
+os.write(write_end, b"x")
+assert os.wait()[1] == 0
+"""
+
+
+@needs_fork
+def test_a_child_keeps_its_file_when_its_parent_closes_it(migrated_sqlite_url: str) -> None:
+    """What the child writes after the parent has closed its client is in the file."""
+    code, _, errors = run(OUTLIVING, migrated_sqlite_url)
+    assert (code, errors) == (0, "")
+    with SyncIncidentClient.open(migrated_sqlite_url) as incidents:
+        assert len(incidents.search(text="child").incidents) == 2
+
+
 IN_MEMORY: Final = """\
 import os, sys
 from incidentkit import IncidentKitError, SyncIncidentClient
@@ -203,7 +246,7 @@ def test_a_database_in_memory_stays_in_its_process() -> None:
     assert [told[2], told[4]] == ["None", "1"]
 
 
-IN_A_CALL: Final = """\
+IN_A_CALL: Final = r"""\
 import os, sys
 from datetime import UTC, datetime, timedelta
 from incidentkit import NewIncident, SyncIncidentClient, WrongEventLoop
@@ -214,17 +257,22 @@ incidents.create_many([NewIncident("Disk is full", "operator", "completed")] * 2
 children = []
 
 
+def say(what):
+    # In one piece, since the child writes too.
+    os.write(1, f"{what}\n".encode())
+
+
 def progress(purged, total):
     children.append(os.fork())
 
 
 try:
-    print(incidents.purge(datetime.now(UTC) + timedelta(days=1), progress=progress))
+    say(incidents.purge(datetime.now(UTC) + timedelta(days=1), progress=progress))
 except WrongEventLoop as error:
-    print(error)
+    say(error)
 if children[0]:
     assert os.waitpid(children[0], 0)[1] == 0
-print(len(incidents.list()))
+say(len(incidents.list()))
 """
 
 

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from threading import Event, Lock, Thread
+from threading import Condition, Event, Lock, Thread
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, CursorResult, Engine, Executable
@@ -42,6 +42,7 @@ from incidentkit.store.sqlite.errors import (
     translate_error,
 )
 from incidentkit.store.sqlite.file import open_engine, probe, scanners
+from incidentkit.store.sqlite.forks import open_files
 from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL
 from incidentkit.store.sqlite.url import MEMORY, place_of
 
@@ -58,6 +59,9 @@ STEP: Final = 50
 
 PAUSE: Final = 0.0001
 """Seconds between two steps: long enough for a waiting thread to run."""
+
+FORK_PATIENCE: Final = 10.0
+"""Maximum seconds for which a fork waits for running statements."""
 
 _QUICK: Final = frozenset(
     (
@@ -332,6 +336,12 @@ class _Threads:
         self._engine = engine
         self._file = file
         one = file is None
+        # Held while the numbers of uses of a connection and of forks change.
+        self._turn = Condition()
+        self._uses = self._forks = 0
+        if not one:
+            # A database in memory ends with its connection, and no child can open it.
+            open_files.add(self)
         self._writer = ThreadPoolExecutor(1, "incidentkit-sqlite")
         self._readers = (
             self._writer if one else ThreadPoolExecutor(options.pool_size, "incidentkit-sqlite")
@@ -423,10 +433,34 @@ class _Threads:
             self._file.check()
 
     def _lend(self, work: Callable[[Connection], _T]) -> _T:
-        # A new connection would create a file that is missing.
-        self._check_file()
-        with self._engine.connect() as connection:
-            return work(connection)
+        with self._turn:
+            while self._forks:
+                self._turn.wait()
+            self._uses += 1
+        try:
+            # A new connection would create a file that is missing.
+            self._check_file()
+            with self._engine.connect() as connection:
+                return work(connection)
+        finally:
+            with self._turn:
+                self._uses -= 1
+                if not self._uses:
+                    self._turn.notify_all()
+
+    def pause(self) -> None:
+        """Wait for running statements, close every connection, and start no more statements."""
+        with self._turn:
+            self._forks += 1
+            idle = self._turn.wait_for(lambda: not self._uses, FORK_PATIENCE)
+        if idle:
+            self._engine.dispose()
+
+    def resume(self) -> None:
+        """Let statements run again."""
+        with self._turn:
+            self._forks -= 1
+            self._turn.notify_all()
 
 
 def _transact(
