@@ -34,6 +34,7 @@ from incidentkit.store import StoreOptions
 from incidentkit.store.postgresql import statements as postgresql_statements
 from incidentkit.store.postgresql.driver import compile_statement
 from incidentkit.store.searching import messages_to_scan
+from incidentkit.store.sql.rows import COUNT
 from incidentkit.store.sql.search import (
     Shape,
     select_page,
@@ -702,8 +703,8 @@ def test_phrases_are_dropped_that_say_nothing_more() -> None:
 def test_the_longer_way_to_a_page_is_not_taken() -> None:
     """Messages are scanned for a page if that takes less time than the index of words."""
 
-    def rows(found: int, incidents: int) -> list[tuple[str, int]]:
-        return [("Disk is full", incidents)] * found
+    def rows(found: int, incidents: int) -> list[tuple[object, ...]]:
+        return [(*[None] * COUNT, incidents)] * found
 
     assert messages_to_scan([], 1000) == 0
     assert messages_to_scan(rows(500, 100_000), 1000) == 1502

@@ -10,9 +10,10 @@ from PyInstaller.utils.hooks import collect_submodules
 def _is_library(module: str) -> bool:
     """Return whether a module belongs to the SDK: the service and the program name theirs.
 
-    The kit for tests is not part of a frozen program, and would bring pytest.
+    The kit for tests is not part of a frozen program, and would bring pytest. A program imports the
+    integration of its framework by name.
     """
-    others = (["__main__"], ["__pyinstaller"], ["cli"], ["http"], ["testing"])
+    others = (["__main__"], ["__pyinstaller"], ["cli"], ["http"], ["integrations"], ["testing"])
     return module.split(".")[1:2] not in others
 
 
