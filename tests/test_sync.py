@@ -36,6 +36,7 @@ from incidentkit import (
 )
 from incidentkit.store import AccessTokens
 from incidentkit.sync.lifetime import Lifetime
+from incidentkit.sync.portal import Portal
 from incidentkit.sync.tokens import SyncAccessTokens
 from tests.programs import DEADLINE
 
@@ -534,6 +535,97 @@ def test_an_interrupt_ends_a_wait_for_changes_at_once(url: str) -> None:
         helper.join()
         incidents.check()
         assert feed.readers == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system has no such signals")
+def test_a_client_whose_closing_was_interrupted_opens_again(url: str) -> None:
+    """After Ctrl-C in `close`, which waits for a write, `connect` waits for it and opens anew."""
+    incidents = SyncIncidentClient.open(url)
+    incidents.connect()
+    session: Any = incidents._client._session
+
+    with interrupts(KeyboardInterrupt) as interrupt, ThreadPoolExecutor(2) as threads:
+
+        def interrupt_when(reached: Callable[[], object]) -> None:
+            wait_until(reached)
+            interrupt()
+
+        with locked(url):
+            writing = threads.submit(incidents.create, "Disk is full", source="operator")
+            wait_until(lambda: session._writes)
+            helper = threads.submit(interrupt_when, lambda: not session._open)
+            with pytest.raises(KeyboardInterrupt):
+                incidents.close()
+            helper.result(DEADLINE)
+            opening = threads.submit(incidents.connect)
+        opening.result(DEADLINE)
+        with incidents:
+            assert incidents.list() == [writing.result(DEADLINE)]
+
+
+def test_a_client_whose_opening_was_interrupted_opens_again(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt at the very end of `connect` leaves nothing open."""
+    incidents = SyncIncidentClient.open(url)
+
+    def interrupted(*_: object) -> None:
+        raise InterruptError
+
+    with monkeypatch.context() as context:
+        context.setattr("incidentkit.sync.lifetime.finalize", interrupted)
+        with pytest.raises(InterruptError):
+            incidents.connect()
+    assert not incidents.connected
+    with incidents:
+        assert incidents.list() == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system has no such signals")
+def test_a_portal_whose_closing_was_interrupted_closes_to_its_end() -> None:
+    """The second `close` waits until what runs on the event loop has been cancelled."""
+    portal = Portal()
+    cancelled = threading.Event()
+
+    async def resist() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+            await asyncio.sleep(0.2)
+
+    def interrupt_when_cancelled() -> None:
+        assert cancelled.wait(DEADLINE)
+        interrupt()
+
+    with interrupts(KeyboardInterrupt) as interrupt, ThreadPoolExecutor(2) as threads:
+        running = threads.submit(portal.run, resist())
+        wait_until(lambda: portal._calls)
+        threads.submit(interrupt_when_cancelled)
+        with pytest.raises(KeyboardInterrupt):
+            portal.close()
+        portal.close()
+        assert portal._loop.is_closed()
+        with pytest.raises(ClientClosed):
+            running.result(DEADLINE)
+
+
+def test_a_thread_of_a_child_that_comes_second_uses_what_the_first_has_opened(url: str) -> None:
+    """A call that finds nothing open, just before another thread opens the client, runs."""
+
+    class Late(Lifetime):
+        def _open_in_child(self) -> Portal:
+            # Another thread was faster.
+            self.connect()
+            return super()._open_in_child()
+
+    incidents = IncidentClient.open(url)
+    lifetime = Late(incidents)
+    lifetime._inherited = True
+    try:
+        assert lifetime.run(incidents.list()) == []
+    finally:
+        lifetime.close()
 
 
 def test_tokens_are_created_listed_and_revoked(url: str) -> None:

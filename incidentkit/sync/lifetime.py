@@ -33,6 +33,8 @@ class Lifetime:
     def __init__(self, client: IncidentClient) -> None:
         self._client = client
         self._portal: Portal | None = None
+        # The portal on which the client is being opened, or was until that failed.
+        self._opening: Portal | None = None
         # Whether a parent process had the client open.
         self._inherited = False
         # Held while the client is opened or closed. A signal handler may call the client too.
@@ -51,16 +53,27 @@ class Lifetime:
         with self._turn:
             if self.is_open():
                 return
-            portal = lazily.Portal()
+            if self._portal is not None:
+                # Closing was interrupted.
+                self.close()
+            if self._opening is not None:
+                # Opening was interrupted, and then closing what was open.
+                self._opening.close()
+            portal = self._opening = lazily.Portal()
             try:
                 portal.run(self._client.connect())
+                self._end = finalize(self, _leave, portal, self._client)
+                self._end.atexit = False
+                self._portal = portal
+                self._opening = None
+                self._inherited = False
             except BaseException:
+                if self._client.connected:
+                    # Interrupted at the end.
+                    with suppress(ClientClosed):
+                        portal.run(self._client.close())
                 portal.close()
                 raise
-            self._end = finalize(self, _leave, portal, self._client)
-            self._end.atexit = False
-            self._portal = portal
-            self._inherited = False
 
     def run(self, call: Coroutine[Any, Any, _T]) -> _T:
         """Run a coroutine of the client to its end.
@@ -79,12 +92,13 @@ class Lifetime:
         return portal.run(call)
 
     def _open_in_child(self) -> Portal:
-        if not self._inherited:
-            raise ClientClosed
-        self.connect()
-        if self._portal is None:
-            raise ClientClosed
-        return self._portal
+        with self._turn:
+            # Another thread may have been faster.
+            if self._inherited:
+                self.connect()
+            if self._portal is None:
+                raise ClientClosed
+            return self._portal
 
     def close(self) -> None:
         """Wait for running writes, then release every connection; once closed, do nothing."""
@@ -108,6 +122,9 @@ class Lifetime:
         if portal is not None:
             self._inherited = True
             portal.fork()
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.fork()
 
 
 _lifetimes: Final[WeakSet[Lifetime]] = WeakSet()

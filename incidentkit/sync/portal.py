@@ -47,6 +47,8 @@ class Portal:
         # The calls that have not ended.
         self._calls: set[_Call[Any]] = set()
         self._closing = False
+        # Gets one item when the event loop is closed.
+        self._ended: SimpleQueue[None] = SimpleQueue()
         self._in_loop: Callable[..., object] = self._loop.call_soon_threadsafe
         # A daemon, since it runs until the client is closed.
         self._thread = Thread(target=self._serve, name="incidentkit", daemon=True)
@@ -133,6 +135,9 @@ class Portal:
         """Stop the event loop and wait for its thread to end; calls raise ClientClosed then."""
         with suppress(RuntimeError):
             self._in_loop(self._stop)
+        # Once a join() was interrupted, the next one returns at once, whatever the thread does.
+        if not self._loop.is_closed():
+            self._ended.get()
         self._thread.join()
 
     def close_after(self, last: Coroutine[Any, Any, object]) -> None:
@@ -146,8 +151,10 @@ class Portal:
         self._loop.create_task(last).add_done_callback(lambda _: self._stop())
 
     def _stop(self) -> None:
-        self._closing = True
-        self._loop.stop()
+        # A second one, after an interrupt, would end what _serve() still runs.
+        if not self._closing:
+            self._closing = True
+            self._loop.stop()
 
     def fork(self) -> None:
         """Leave the event loop to the parent process, in a process that was forked just now."""
@@ -171,6 +178,7 @@ class Portal:
                 with suppress(KeyError):
                     while True:
                         self._calls.pop().refuse(ClientClosed())
+                self._ended.put(None)
 
 
 class _Call(Generic[_T]):

@@ -9,6 +9,7 @@ from typing import Any, Final
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
+from django.db.backends.base.base import NO_DB_ALIAS
 
 from incidentkit.domain.errors import InvalidSettings, SchemaOutOfDate
 from incidentkit.environment import unknown_variables
@@ -90,6 +91,17 @@ def settings_of(using: str) -> Settings:
         return Settings.from_mapping(variables)
     except InvalidSettings as error:
         raise ImproperlyConfigured(f"{SETTING}: {error}") from error
+
+
+def close_before_drop(connection: Any, **_: Any) -> None:
+    """Close the clients when Django connects in order to create or drop a database.
+
+    PostgreSQL drops no database that is in use, such as that of a test run. A client opens again at
+    its next use.
+    """
+    if connection.alias == NO_DB_ALIAS:
+        for opened, _memory in list(_made.values()):
+            opened.close()
 
 
 def _text(value: Any) -> str | None:

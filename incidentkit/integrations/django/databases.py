@@ -33,6 +33,10 @@ def url_of(alias: str, vendor: str, settings: Mapping[str, Any]) -> str:
     if vendor == "sqlite":
         if is_in_memory(name):
             return f"sqlite+aiosqlite:///{IN_MEMORY}"
+        if name.startswith("file:"):
+            # Django opens every name as a URI of SQLite, if it is one.
+            file, _, given = name.partition("?")
+            return f"sqlite+aiosqlite:///{quote(file)}?{given}{'&' if given else ''}uri=true"
         return f"sqlite+aiosqlite:///{quote(str(Path(name).absolute()))}"
     if vendor != "postgresql":
         raise ImproperlyConfigured(
