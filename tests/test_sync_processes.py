@@ -71,7 +71,7 @@ def use_until_stopped():
         use("parent")
         going.set()
         # So that the child finds the file unlocked at times.
-        stop.wait(0.02)
+        stop.wait(0.2)
 
 
 def child():
