@@ -474,7 +474,6 @@ async def test_a_reporter_sees_its_own_message_alone(service: Service) -> None:
         "occurrences": 1,
         "last_seen_at": "",
         "ended_at": None,
-        "details": None,
     }
     assert told.json()["created_at"] == told.json()["last_seen_at"]
     assert told.headers["ETag"] != answers["read"].headers["ETag"]
