@@ -4,9 +4,10 @@ Run it in a checkout, with a Redis:
 
 .. code-block:: console
 
-    $ python -m pip install '.[redis]' celery
-    $ celery --workdir examples -A celery_worker worker
-    $ celery --workdir examples -A celery_worker call celery_worker.charge --args '[0]'
+    $ python -m pip install . 'celery[redis]'
+    $ cd examples
+    $ celery -A celery_worker worker
+    $ celery -A celery_worker call celery_worker.charge --args '[0]'
     $ incidentkit list
 """
 
