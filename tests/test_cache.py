@@ -321,6 +321,7 @@ async def test_a_write_leaves_none_of_our_keys_and_all_of_the_others(
             lambda: incidents.resolve("disk"),
         ]
         for write in writes:
+            await incidents._opened().pages.finish()
             for page in range(1, 5):
                 await incidents.list(page=page)
             await incidents._opened().pages.finish()
