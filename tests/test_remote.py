@@ -444,6 +444,24 @@ async def test_fields_of_a_newer_service_are_ignored_and_missing_ones_have_defau
         assert await incidents.get(7) == DISK
 
 
+@pytest.mark.parametrize(
+    "body", [b"null", b"1", b'"purged"', b"[]", b"{}", b"<html>", b"[" * 10**5]
+)
+async def test_any_other_answer_is_an_error_of_the_store(body: bytes) -> None:
+    """An answer of something else, with the type of JSON, is reported as such by every verb."""
+    ended_before = datetime(2026, 1, 1, tzinfo=UTC)
+    async with opened(Script(answer(200, b"[]"))) as incidents:
+        script = Script(*[answer(200, body)] * 3)
+        incidents.store._connection._client._transport = script  # type: ignore[attr-defined]
+        for call in (
+            incidents.get(7),
+            incidents.purgeable(ended_before),
+            incidents.purge(ended_before),
+        ):
+            with pytest.raises(StoreError, match="its answer is not one of incidentkit"):
+                await call
+
+
 async def test_what_needs_a_database_says_so(service: IncidentClient) -> None:
     """The error names the verb."""
     token = (await service.tokens.create("ops", list(Scope))).secret

@@ -462,7 +462,8 @@ class RemoteStore:
             if isinstance(value, list) != (get_origin(type_) is list):
                 raise self._unreadable()
             return wire_converter(complete=False).structure(value, type_)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        # The converter looks for the items of whatever it takes for a mapping of names to numbers.
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise self._unreadable() from error
 
     def _unreadable(self) -> StoreError:
