@@ -23,9 +23,11 @@ from incidentkit import (
     InvalidIncident,
     InvalidSettings,
     NewIncident,
+    SchemaOutOfDate,
     StoreError,
     StoreUnavailable,
     SyncIncidentClient,
+    VersionConflict,
 )
 from incidentkit.http import create_app
 from incidentkit.testing import (
@@ -482,14 +484,21 @@ def test_slow_calls_block_a_synchronous_caller(
     [
         ({"times": 0}, "times must be at least 1"),
         ({"times": True}, "times must be at least 1"),
+        ({"times": 1.5}, "times must be at least 1"),
+        ({"error": "down"}, "error must be an exception, or a class of exceptions"),
+        ({"error": VersionConflict}, "error must be an exception: the class VersionConflict alone"),
+        ({"error": SchemaOutOfDate}, "error must be an exception: the class SchemaOutOfDate alone"),
         ({"verbs": ["delete"]}, "verbs must not have 'delete'; the verbs are check, create, "),
     ],
 )
 def test_invalid_faults_are_refused(
     incidents: SyncIncidentClient, options: dict[str, Any], rule: str
 ) -> None:
-    """A fault that could never happen is refused by name."""
-    with pytest.raises(InvalidSettings, match=rule), failing(incidents, StoreError, **options):
+    """A fault that could never happen is refused by name, before the application calls."""
+    with (
+        pytest.raises(InvalidSettings, match=rule),
+        failing(incidents, **{"error": StoreError, **options}),
+    ):
         pass
     with pytest.raises(InvalidSettings, match="seconds"), slow(incidents, -1):
         pass
@@ -514,6 +523,14 @@ def test_the_clock_stands_still(incidents: SyncIncidentClient) -> None:
         assert times == [start, start + timedelta(hours=2), ended]
         assert clock.now == ended
     assert incidents.create("Disk is full", source="partner").created_at > clock.now
+
+
+@pytest.mark.parametrize("year", [1, 999, 9999])
+def test_the_clock_stands_still_in_any_year(incidents: SyncIncidentClient, year: int) -> None:
+    """A year has four digits in the database."""
+    with frozen_clock(incidents, datetime(year, 3, 1, tzinfo=UTC)):
+        created = incidents.create("Disk is full", source="monitoring")
+    assert created.created_at == datetime(year, 3, 1, tzinfo=UTC)
 
 
 def test_idempotency_keys_expire_by_the_frozen_clock(incidents: SyncIncidentClient) -> None:

@@ -128,7 +128,8 @@ class PrivateDatabase:
             self._now = before
 
     def _timestamp(self) -> str:
-        return f"{self._now():%Y-%m-%d %H:%M:%S}"
+        # Not strftime(): on some platforms its %Y has no leading zeros.
+        return self._now().replace(tzinfo=None).isoformat(sep=" ", timespec="seconds")
 
     def _datetime(self, time: object, modifier: object) -> str | None:
         given = (self._timestamp() if time == "now" else time, modifier)

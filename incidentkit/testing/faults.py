@@ -48,11 +48,26 @@ class Failures:
             if self._times is not None and self.count >= self._times:
                 return 0.0
             self.count += 1
-        if isinstance(self._error, BaseException):
-            raise self._error
-        if issubclass(self._error, StoreError):
-            raise self._error(f"the test makes this call of {verb} fail")
-        raise self._error
+        raise _made(self._error, verb)
+
+
+def _made(error: BaseException | type[BaseException], verb: str) -> BaseException:
+    """Return the error that a call of a verb raises.
+
+    Raises:
+        InvalidSettings: If it is no error, or a class that needs to know more.
+    """
+    if isinstance(error, BaseException):
+        return error
+    given: object = error
+    if not (isinstance(given, type) and issubclass(given, BaseException)):
+        raise InvalidSettings("error", "must be an exception, or a class of exceptions")
+    reasons = [f"the test makes this call of {verb} fail"] if issubclass(error, StoreError) else []
+    try:
+        return error(*reasons)
+    except TypeError as cause:
+        reason = f"must be an exception: the class {error.__name__} alone does not say what failed"
+        raise InvalidSettings("error", reason) from cause
 
 
 @contextmanager
@@ -75,7 +90,8 @@ def failing(
 
     Args:
         client: Any client, of the kit or of the application.
-        error: The error, or its class: an exception of incidentkit, as a rule.
+        error: The error, or its class: an exception of incidentkit, as a rule. A class that needs
+            arguments, such as :class:`~incidentkit.VersionConflict`, is passed as an exception.
         times: Number of calls that fail, at least 1; later ones succeed. None: every call fails.
         verbs: The methods that fail, such as ``create``; None: all of them.
 
@@ -83,10 +99,13 @@ def failing(
         The number of calls that have failed, as ``count``.
 
     Raises:
-        InvalidSettings: If ``times`` or ``verbs`` is invalid.
+        InvalidSettings: If ``error``, ``times`` or ``verbs`` is invalid.
     """
-    if times is not None and (isinstance(times, bool) or times < 1):
+    given: object = times
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
         raise InvalidSettings("times", "must be at least 1, or None for every call")
+    # A fault of the test must not show only where the application handles exceptions.
+    _made(error, "any verb")
     failures = Failures(error, times)
     with _befalling(client, failures, _checked(verbs)):
         yield failures
