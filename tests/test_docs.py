@@ -589,7 +589,7 @@ async def test_the_privileges_of_the_service_are_enough(migrated_postgres_url: s
 
 def test_the_readme_is_short() -> None:
     """The README has about a hundred lines."""
-    assert len(page("README.md").splitlines()) <= 130
+    assert len(page("README.md").splitlines()) <= 110
 
 
 @pytest.mark.parametrize("name", NAMES)
