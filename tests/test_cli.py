@@ -208,6 +208,10 @@ def test_details_are_given_and_shown_as_json() -> None:
         ("{", "Error: Invalid value for '--details': it is not JSON"),
         ("null", "Error: Invalid value for '--details': it is not a JSON object"),
         ("[]", "Error: details must be a JSON object"),
+        (
+            '{"a": [{"b": 1, "b": 2}]}',
+            "Error: Invalid value for '--details': it has a name in an object more than once",
+        ),
         ('{"a": [NaN]}', "Error: details.a[0] must be a finite number"),
     ):
         assert errors(*DISK_FULL, "--details", text, exit_code=2)[-1] == line

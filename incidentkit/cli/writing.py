@@ -63,12 +63,22 @@ def _read_object(
     """Return the JSON value of the text; the rules of details check it."""
     text = _read_text(ctx, parameter, value)
     try:
-        details: dict[str, Any] | None = None if text is None else json.loads(text)
+        details: dict[str, Any] | None = (
+            None if text is None else json.loads(text, object_pairs_hook=_once_each)
+        )
     except (ValueError, RecursionError) as error:
         raise click.BadParameter("it is not JSON") from error
     if text is not None and details is None:
         raise click.BadParameter("it is not a JSON object")
     return details
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object, none of which hides another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise click.BadParameter("it has a name in an object more than once")
+    return found
 
 
 _takes_expected_version: Final = click.option(
