@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from incidentkit import (
@@ -240,7 +240,12 @@ def test_long_keys_stay_equal_and_different() -> None:
     assert all(key is not None and key.startswith("k" * 190 + "~") for key in made)
 
 
-@given(st.dictionaries(texts, texts | st.text(characters, min_size=5000), max_size=4))
+# A text of thousands of characters that Hypothesis chooses one by one is more than it takes.
+long_texts = st.builds(str.__mul__, st.text(characters, min_size=1), st.integers(1000, 5000))
+
+
+@given(st.dictionaries(texts, texts | long_texts, max_size=4))
+@settings(max_examples=30)
 def test_details_with_long_texts_fit(given_details: dict[str, Any]) -> None:
     """The longest texts are cut with an ellipsis until the details fit, and no others."""
     long = {f"long {n}": f"{n}é\n🔥" * 5000 for n in range(3)}

@@ -51,6 +51,21 @@ MEMORY: Final = "sqlite+aiosqlite:///:memory:"
 LATER: Final = datetime.now(UTC) + timedelta(days=1)
 
 
+@pytest.fixture
+def portals() -> Callable[[], list[threading.Thread]]:
+    """Return a function that returns the running threads of the clients that a test has opened."""
+    before = set(threading.enumerate())
+
+    def opened() -> list[threading.Thread]:
+        return [
+            each
+            for each in threading.enumerate()
+            if each.name == "incidentkit" and each not in before
+        ]
+
+    return opened
+
+
 # Signatures
 
 TWINS: Final = (
@@ -195,7 +210,9 @@ def test_the_actor_is_that_of_the_calling_thread(url: str) -> None:
         )
 
 
-def test_threads_that_open_a_client_at_the_same_time_open_it_once(url: str) -> None:
+def test_threads_that_open_a_client_at_the_same_time_open_it_once(
+    url: str, portals: Callable[[], list[threading.Thread]]
+) -> None:
     """Of threads that connect at once, one opens the client, and all can use it then."""
     count = 8
     barrier = threading.Barrier(count)
@@ -209,12 +226,14 @@ def test_threads_that_open_a_client_at_the_same_time_open_it_once(url: str) -> N
     with ThreadPoolExecutor(count) as threads:
         ids = list(threads.map(connect, range(count)))
     assert sorted(ids) == list(range(1, count + 1))
-    assert [each.name for each in threading.enumerate()].count("incidentkit") == 1
+    assert len(portals()) == 1
     incidents.close()
-    assert "incidentkit" not in [each.name for each in threading.enumerate()]
+    assert portals() == []
 
 
-def test_a_failed_open_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_open_leaves_nothing_behind(
+    tmp_path: Path, portals: Callable[[], list[threading.Thread]]
+) -> None:
     """A database that cannot be opened raises its error, and leaves no thread."""
     incidents = SyncIncidentClient.open(f"sqlite+aiosqlite:///{tmp_path}")
     for _ in range(2):
@@ -222,7 +241,7 @@ def test_a_failed_open_leaves_nothing_behind(tmp_path: Path) -> None:
             incidents.connect()
         with pytest.raises(ClientClosed):
             incidents.list()
-    assert "incidentkit" not in [each.name for each in threading.enumerate()]
+    assert portals() == []
 
 
 def test_a_process_without_threads_to_spare_gets_a_typed_error(
@@ -267,11 +286,13 @@ def test_a_closed_client_raises(migrated_sqlite_url: str) -> None:
             incidents.check()
 
 
-def test_a_client_that_is_garbage_is_closed(url: str) -> None:
+def test_a_client_that_is_garbage_is_closed(
+    url: str, portals: Callable[[], list[threading.Thread]]
+) -> None:
     """A client that the program has dropped ends its thread and its connections."""
     incidents = SyncIncidentClient.open(url)
     incidents.connect()
-    (thread,) = [each for each in threading.enumerate() if each.name == "incidentkit"]
+    (thread,) = portals()
     del incidents
     gc.collect()
     thread.join(DEADLINE)
