@@ -7,10 +7,9 @@ import sqlite3
 from contextlib import closing
 from threading import Event, Thread
 from threading import enumerate as enumerate_threads
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import event
 
 from incidentkit import (
     IncidentClient,
@@ -25,7 +24,7 @@ from incidentkit.opening import store_on
 from incidentkit.store import StoreOptions
 from incidentkit.store.sqlite.threads import ThreadsExecutor, _Threads
 from incidentkit.store.store import Store
-from tests.endless import ENDLESS, Endless
+from tests.endless import ENDLESS, Endless, before_statements
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -212,7 +211,9 @@ async def test_a_close_that_is_cancelled_can_be_repeated(sqlite_url: str, path: 
     assert threads_of_files() <= threads
 
 
-async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
+async def test_a_write_that_has_begun_is_waited_for(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A write that has begun runs to completion; one that times out in the queue stores nothing."""
     async with IncidentClient.open(sqlite_url) as client:
         assert isinstance(client.store, Store)
@@ -220,12 +221,12 @@ async def test_a_write_that_has_begun_is_waited_for(sqlite_url: str) -> None:
         assert isinstance(executor, ThreadsExecutor)
         begun, gate = Event(), Event()
 
-        def hold(*arguments: Any) -> None:
-            if 'INSERT INTO "Incident"' in arguments[2]:
+        def hold(sql: str) -> None:
+            if 'INSERT INTO "Incident"' in sql:
                 begun.set()
                 gate.wait(30)
 
-        event.listen(executor._opened()._engine, "before_cursor_execute", hold)
+        before_statements(monkeypatch, hold)
         patience, executor._patience = executor._patience, 2
         first = asyncio.ensure_future(create(client, 1))
         assert await asyncio.to_thread(begun.wait, 30)
@@ -263,7 +264,9 @@ async def test_a_write_that_takes_back_all_leaves_its_neighbours(
         assert sorted(one.incident_message for one in await client.list()) == messages
 
 
-async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
+async def test_a_slow_read_keeps_nobody_waiting(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A read by id finishes while a slow search is still running."""
     async with IncidentClient.open(sqlite_url) as client:
         (incident,) = await create(client, 1)
@@ -272,11 +275,11 @@ async def test_a_slow_read_keeps_nobody_waiting(sqlite_url: str) -> None:
         assert isinstance(executor, ThreadsExecutor)
         gate = Event()
 
-        def hold(*arguments: Any) -> None:
-            if "LIKE" in arguments[2] or "MATCH" in arguments[2]:
+        def hold(sql: str) -> None:
+            if "LIKE" in sql or "MATCH" in sql:
                 gate.wait(30)
 
-        event.listen(executor._opened()._engine, "before_cursor_execute", hold)
+        before_statements(monkeypatch, hold)
         search = asyncio.ensure_future(client.search(text="disk"))
         async with asyncio.timeout(10):
             assert await client.get(incident.incident_id) == incident
@@ -294,11 +297,13 @@ def threads_of(client: IncidentClient) -> _Threads:
     return executor._opened()
 
 
-async def test_scans_have_threads_of_their_own(sqlite_url: str) -> None:
+async def test_scans_have_threads_of_their_own(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 20 endless searches two run, and no other call waits for them."""
     async with IncidentClient.open(sqlite_url) as client:
         (first,) = await create(client, 1)
-        endless = Endless(threads_of(client)._engine)
+        endless = Endless(monkeypatch)
         searches = [
             asyncio.ensure_future(client.search(text="disk", total=n % 2 == 0)) for n in range(20)
         ]
@@ -320,10 +325,12 @@ async def test_scans_have_threads_of_their_own(sqlite_url: str) -> None:
         assert (await client.search(text="disk", total=True)).total == 11
 
 
-async def test_a_deep_page_is_read_as_long_as_one_call_waits(sqlite_url: str) -> None:
+async def test_a_deep_page_is_read_as_long_as_one_call_waits(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The statement of a deep page is interrupted when all of its calls are gone."""
     async with IncidentClient.open(sqlite_url) as client:
-        endless = Endless(threads_of(client)._engine)
+        endless = Endless(monkeypatch)
         calls = [asyncio.ensure_future(client.list(page=101)) for _ in range(3)]
         await endless.until_running(1)
         for call in calls[:2]:
@@ -338,12 +345,14 @@ async def test_a_deep_page_is_read_as_long_as_one_call_waits(sqlite_url: str) ->
         assert await client.list(page=101) == []
 
 
-async def test_a_search_is_interrupted_at_its_time_limit(sqlite_url: str) -> None:
+async def test_a_search_is_interrupted_at_its_time_limit(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A search that takes too long fails, and its thread is free again."""
     options = StoreOptions(pool_size=1, statement_timeout=0.5)
     async with IncidentClient.open(sqlite_url, options=options) as client:
         await create(client, 1)
-        endless = Endless(threads_of(client)._engine)
+        endless = Endless(monkeypatch)
         with pytest.raises(StoreUnavailable, match="did not answer in time"):
             await client.search(text="disk")
         await endless.until_running(0)
@@ -351,11 +360,13 @@ async def test_a_search_is_interrupted_at_its_time_limit(sqlite_url: str) -> Non
         assert len((await client.search(text="disk")).incidents) == 1
 
 
-async def test_a_search_waits_for_a_thread_only_so_long(sqlite_url: str) -> None:
+async def test_a_search_waits_for_a_thread_only_so_long(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A search that finds no thread in time fails, and says that other searches take them up."""
     options = StoreOptions(pool_size=1, pool_timeout=0.1, statement_timeout=60)
     async with IncidentClient.open(sqlite_url, options=options) as client:
-        endless = Endless(threads_of(client)._engine)
+        endless = Endless(monkeypatch)
         search = asyncio.ensure_future(client.search(text="disk"))
         await endless.until_running(1)
         with pytest.raises(StoreUnavailable, match="all 1 connections for searches"):
@@ -365,12 +376,14 @@ async def test_a_search_waits_for_a_thread_only_so_long(sqlite_url: str) -> None
         await endless.until_running(0)
 
 
-async def test_a_place_is_free_once_its_thread_is(sqlite_url: str) -> None:
+async def test_a_place_is_free_once_its_thread_is(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An abandoned search keeps its place until its thread has noticed the interrupt."""
     options = StoreOptions(pool_size=1, pool_timeout=0.1)
     async with IncidentClient.open(sqlite_url, options=options) as client:
         gate = Event()
-        endless = Endless(threads_of(client)._engine, gate)
+        endless = Endless(monkeypatch, gate)
         search = asyncio.ensure_future(client.search(text="disk"))
         await endless.until_running(1)
         search.cancel()
@@ -383,21 +396,22 @@ async def test_a_place_is_free_once_its_thread_is(sqlite_url: str) -> None:
         assert (await client.search(text="disk")).incidents == []
 
 
-def test_an_interrupt_is_repeated_after_the_event_loop_has_ended(sqlite_url: str) -> None:
+def test_an_interrupt_is_repeated_after_the_event_loop_has_ended(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An interrupt that comes too early is repeated, even after the event loop has ended."""
     client = IncidentClient.open(sqlite_url)
     begun, gate = Event(), Event()
 
-    def hold(*arguments: Any) -> None:
-        if arguments[2] == ENDLESS:
+    def hold(sql: str) -> None:
+        if sql == ENDLESS:
             begun.set()
             gate.wait(30)
 
     async def abandon() -> Endless:
         await client.connect()
-        engine = threads_of(client)._engine
-        endless = Endless(engine)
-        event.listen(engine, "before_cursor_execute", hold)
+        before_statements(monkeypatch, hold)
+        endless = Endless(monkeypatch)
         search = asyncio.ensure_future(client.search(text="disk"))
         assert await asyncio.to_thread(begun.wait, 30)
         search.cancel()
@@ -412,11 +426,13 @@ def test_an_interrupt_is_repeated_after_the_event_loop_has_ended(sqlite_url: str
         asyncio.run(client.close())
 
 
-async def test_close_waits_for_a_scan_to_be_interrupted(sqlite_url: str) -> None:
+async def test_close_waits_for_a_scan_to_be_interrupted(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Closing after a search was abandoned leaves no thread and no connection behind."""
     threads = threads_of_files()
     async with IncidentClient.open(sqlite_url) as client:
-        endless = Endless(threads_of(client)._engine)
+        endless = Endless(monkeypatch)
         search = asyncio.ensure_future(client.search(text="disk"))
         waiting = [asyncio.ensure_future(client.search(text="disk")) for _ in range(5)]
         await endless.until_running(2)

@@ -395,7 +395,7 @@ async def test_a_caller_is_not_kept_longer_than_its_timeouts(
     """A call on SQLite times out while its statement runs on, and close waits for the statement."""
     store: Any = store_on(sqlite_url)
     proceed = threading.Event()
-    fetch = sqlite._fetch
+    fetch = sqlite.OwnConnection.fetch
     hanging = False
 
     def never_ending(*call: Any) -> Any:
@@ -404,7 +404,7 @@ async def test_a_caller_is_not_kept_longer_than_its_timeouts(
         proceed.wait()
         return []
 
-    monkeypatch.setattr(sqlite, "_fetch", never_ending)
+    monkeypatch.setattr(sqlite.OwnConnection, "fetch", never_ending)
     await store.open()
     store._connections._patience = 0.1
     hanging = True

@@ -12,8 +12,8 @@ from incidentkit.domain.errors import IncidentKitError, NotInTransaction, WrongE
 from incidentkit.store.causes import TRANSACTION_FAILED
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Rows
-from incidentkit.store.hosts.compiled import Statements
 from incidentkit.store.hosts.synchronous import is_a
+from incidentkit.store.sql.compiled import Statements
 
 
 class Driver(Protocol):

@@ -18,7 +18,6 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Rows
-from incidentkit.store.hosts.compiled import Statements
 from incidentkit.store.hosts.connections import HostConnection
 from incidentkit.store.hosts.poolers import PSYCOPG
 from incidentkit.store.hosts.sqlalchemy import has_every_character
@@ -33,6 +32,7 @@ from incidentkit.store.hosts.synchronous import (
 from incidentkit.store.postgresql.errors import translate_error
 from incidentkit.store.postgresql.poolers import unsafe_names
 from incidentkit.store.postgresql.url import place_of, place_of_server
+from incidentkit.store.sql.compiled import Statements
 
 if TYPE_CHECKING:
     import psycopg

@@ -13,7 +13,6 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Rows
-from incidentkit.store.hosts.compiled import Statements
 from incidentkit.store.hosts.connections import SqliteHostConnection
 from incidentkit.store.hosts.sync_django import DjangoConnection
 from incidentkit.store.hosts.sync_sqlalchemy import SyncSqlalchemyConnection
@@ -22,13 +21,12 @@ from incidentkit.store.hosts.synchronous import (
     not_joinable,
     sqlalchemy_connection,
 )
+from incidentkit.store.sql.compiled import Statements
 from incidentkit.store.sqlite.errors import translate_error
+from incidentkit.store.sqlite.statements import STATEMENTS
 from incidentkit.store.sqlite.url import IN_MEMORY, place_of
 
 _new_dialect: Any = SQLiteDialect_pysqlite
-STATEMENTS: Final = Statements(_new_dialect(paramstyle="qmark"))
-"""The statements for sqlite3, with parameters as ``?``."""
-
 STATEMENTS_FOR_DJANGO: Final = Statements(_new_dialect(paramstyle="pyformat"))
 """The statements for Django's cursor, with parameters as ``%(name)s``."""
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from itertools import chain
-from typing import Any, Final, TypeVar, get_type_hints
+from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
 
 from attrs import fields
 from sqlalchemy import DateTime, Dialect
@@ -26,11 +26,17 @@ from incidentkit.domain.cursor import encode_cursor
 from incidentkit.domain.errors import StoreError
 from incidentkit.domain.values import EventKind, Incident, IncidentEvent, IncidentStatus
 from incidentkit.pacing import in_parts
-from incidentkit.store.executor import Executor
+from incidentkit.store.executor import Executor, Rows
 from incidentkit.store.page import Page
 from incidentkit.wire.encoding import dump_json, encode_rows
 
 _T = TypeVar("_T")
+
+Convert: TypeAlias = Callable[[Any], Any]
+"""Converts a value for a driver, or from a driver."""
+
+Converter: TypeAlias = tuple[int, Convert]
+"""The index of a column, and what converts its values."""
 
 INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident) if field.name != "details")
 """The columns of an incident in a list."""
@@ -102,6 +108,37 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None or dialect.name != "sqlite":
             return value
         return value.replace(tzinfo=UTC)
+
+
+def read_time(value: Any) -> datetime | None:
+    """Return the time that SQLite holds.
+
+    A converter of the host may have read it already.
+    """
+    if value is None:
+        return None
+    time = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
+
+
+def convert_rows(rows: Sequence[Sequence[Any]], converters: Sequence[Converter]) -> Rows:
+    """Return rows with the types that a statement declares.
+
+    Args:
+        rows: The rows of a driver.
+        converters: The columns whose values have to be converted, and their converters.
+
+    Raises:
+        StoreError: If a value cannot be converted.
+    """
+    converted: list[list[Any]] = [*map(list, rows)]
+    try:
+        for row in converted:
+            for column, convert in converters:
+                row[column] = convert(row[column])
+    except (TypeError, ValueError) as error:
+        raise unreadable_row() from error
+    return converted
 
 
 def unreadable_row() -> StoreError:

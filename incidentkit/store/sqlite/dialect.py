@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -177,12 +178,12 @@ class SqliteDialect:
         statuses: dict[int, Any] = dict(rows)
         if not statuses:
             return 0, False
-        some = {"incident_ids": list(statuses), "events": PURGED_EVENTS}
+        some = {"incident_ids": json.dumps(list(statuses)), "events": PURGED_EVENTS}
         places = await fetch(sql.INSERT_PLACES, some)
         events = await fetch(sql.DELETE_EVENTS, some)
-        left = await fetch(sql.SELECT_WITH_EVENTS, {"incident_ids": list(statuses)})
+        left = await fetch(sql.SELECT_WITH_EVENTS, some)
         due = sorted(statuses.keys() - {incident_id for (incident_id,) in left})
-        deleted = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": due})
+        deleted = await fetch(sql.DELETE_INCIDENTS, {"incident_ids": json.dumps(due)})
         gone = sorted(incident_id for (incident_id,) in deleted)
         if gone != due or len(places) < len(events) or not (events or gone):
             raise KEPT_OUT.as_error()

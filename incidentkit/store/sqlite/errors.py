@@ -169,19 +169,19 @@ def _name(error: sqlite3.Error | None) -> str | None:
     return _PRIMARY_NAMES.get(getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE)
 
 
-def is_stale_schema(error: DBAPIError) -> bool:
+def is_stale_schema(error: sqlite3.Error) -> bool:
     """Return whether another connection has changed the schema of the file.
 
     SQLite has not run the statement, and reads the schema again for the next one.
     """
-    code = getattr(error.orig, "sqlite_errorcode", 0) & PRIMARY_CODE
+    code = getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE
     return bool(code == sqlite3.SQLITE_SCHEMA)
 
 
-def may_be_unprepared(error: DBAPIError) -> bool:
+def may_be_unprepared(error: sqlite3.Error) -> bool:
     """Return whether SQLite may have compiled the statement for a schema that has changed since.
 
     It notices a new schema when a statement runs, but not if the old one has no such table or index
     for a trigger or a conflict.
     """
-    return getattr(error.orig, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR
+    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     String,
     Text,
@@ -27,9 +26,11 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.sql.dml import ReturningInsert
 
 from incidentkit.store.schema import WRITER
+from incidentkit.store.sql.compiled import Statements
 from incidentkit.store.sql.functions import a_day_ago, current_second
 from incidentkit.store.sql.rows import UtcDateTime
 from incidentkit.store.sql.search import WordsMatch
@@ -40,6 +41,10 @@ from incidentkit.store.sql.tables import (
     incident_table,
     purged_event_table,
 )
+
+_new_dialect: Any = SQLiteDialect_pysqlite
+STATEMENTS: Final = Statements(_new_dialect(paramstyle="qmark"))
+"""The statements for sqlite3, with parameters as ``?``."""
 
 _columns: Final = incident_table.c
 _open_with_key: Final = text("incident_type = 'new' AND dedup_key IS NOT NULL")
@@ -209,7 +214,10 @@ SELECT_PURGEABLE: Final = (
 )
 """Returns incidents to purge, with their status, those that ended first in front."""
 
-_purged: Final = bindparam("incident_ids", type_=BigInteger(), expanding=True)
+_purged: Final = select(
+    func.json_each(bindparam("incident_ids", type_=String())).table_valued("value").c.value
+)
+"""The ids of a JSON array: a list of parameters would be another statement for each length."""
 
 _some_events: Final = (
     select(incident_event_table.c.event_id)

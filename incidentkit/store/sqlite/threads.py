@@ -12,18 +12,19 @@ interrupted at their time limit, and when their caller is cancelled.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from threading import Condition, Event, Lock, Thread
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, CursorResult, Engine, Executable
+from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError
 
 from incidentkit.affinity import Affinity, keep, running_loop
 from incidentkit.batching import Batcher
@@ -32,7 +33,8 @@ from incidentkit.store.causes import NO_ANSWER
 from incidentkit.store.executor import Fetch, Rows, Work
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.share import scans
-from incidentkit.store.sql.rows import unreadable_row
+from incidentkit.store.sql.compiled import Compiled
+from incidentkit.store.sql.rows import convert_rows
 from incidentkit.store.sql.statements import SELECT_INCIDENT, SELECT_PAGE, SELECT_TOKEN
 from incidentkit.store.sqlite.errors import (
     IN_PARENT,
@@ -43,8 +45,10 @@ from incidentkit.store.sqlite.errors import (
 )
 from incidentkit.store.sqlite.file import open_engine, probe, scanners
 from incidentkit.store.sqlite.forks import open_files
-from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL
+from incidentkit.store.sqlite.statements import INTERRUPT_INTERVAL, STATEMENTS
 from incidentkit.store.sqlite.url import MEMORY, place_of
+
+logger = logging.getLogger("incidentkit.store")
 
 _T = TypeVar("_T")
 
@@ -55,7 +59,7 @@ READS: Final = 10
 """Maximum number of quick reads that run one after the other in a thread."""
 
 STEP: Final = 50
-"""Number of rows that a thread makes at a time, unless they are those of a quick read."""
+"""Number of rows that a thread reads at a time, unless they are those of a quick read."""
 
 PAUSE: Final = 0.0001
 """Seconds between two steps: long enough for a waiting thread to run."""
@@ -213,9 +217,12 @@ class ThreadsExecutor:
 
     async def append(self, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that inserts, once for each row, in one transaction."""
-        # SQLAlchemy accepts several sets of values for a statement that returns no rows.
-        values: Any = rows
-        await self.write(lambda fetch: fetch(statement, values))
+
+        async def work(fetch: Fetch) -> None:
+            for row in rows:
+                await fetch(statement, row)
+
+        await self.write(work)
 
     def _opened(self) -> _Threads:
         if self._threads is None or self._affinity is None or self._closing:
@@ -256,6 +263,73 @@ class DatabaseFile:
         return found.st_dev, found.st_ino
 
 
+class OwnConnection:
+    """A connection of the store, which commits each statement unless a transaction is begun.
+
+    Args:
+        driver: The connection of the module ``sqlite3``.
+        compiled: The statements that were compiled before.
+        echo: Whether to log every statement, without its values.
+    """
+
+    def __init__(
+        self, driver: sqlite3.Connection, compiled: dict[Executable, Compiled], *, echo: bool
+    ) -> None:
+        self.driver = driver
+        self._compiled = compiled
+        self._echo = echo
+
+    def run(self, sql: str, values: Iterable[Any] = ()) -> sqlite3.Cursor:
+        """Run SQL that nothing has to be converted for."""
+        if self._echo:
+            logger.info("%s", sql)
+        return self.driver.execute(sql, tuple(values))
+
+    def fetch(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement, and return its rows.
+
+        Raises:
+            sqlite3.Error: If SQLite refuses it.
+            StoreError: If a row cannot be read.
+        """
+        compiled = self._prepare(statement)
+        rows = self._start(compiled, values).fetchall()
+        return convert_rows(rows, compiled.converters) if compiled.converters else rows
+
+    def fetch_in_steps(self, statement: Executable, values: Mapping[str, Any]) -> Rows:
+        """Run a statement as :meth:`fetch` does, but let other threads run every few rows.
+
+        A thread that reads rows keeps the event loop from running for the interpreter's switch
+        interval, five milliseconds, each time.
+        """
+        compiled = self._prepare(statement)
+        cursor = self._start(compiled, values)
+        rows: list[Any] = []
+        while len(some := cursor.fetchmany(STEP)) == STEP:
+            rows += convert_rows(some, compiled.converters)
+            time.sleep(PAUSE)
+        rows += convert_rows(some, compiled.converters)
+        return rows
+
+    def _prepare(self, statement: Executable) -> Compiled:
+        compiled = self._compiled.get(statement)
+        if compiled is None:
+            compiled = self._compiled[statement] = STATEMENTS(statement)
+        return compiled
+
+    def _start(self, compiled: Compiled, values: Mapping[str, Any]) -> sqlite3.Cursor:
+        bound = compiled.bind(values)
+        try:
+            return self.run(compiled.text, bound)
+        except sqlite3.Error as error:
+            if may_be_unprepared(error):
+                # Nothing was written: try once more with the schema as it is now.
+                self.driver.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+            elif not is_stale_schema(error):
+                raise
+            return self.run(compiled.text, bound)
+
+
 class _Write:
     """A write that is either begun by the writing thread, or given up by its caller."""
 
@@ -280,7 +354,7 @@ class _Scan:
     def __init__(self, statement: Executable, values: Mapping[str, Any]) -> None:
         self._statement = statement
         self._values = values
-        self._driver: Any = None
+        self._driver: sqlite3.Connection | None = None
         self._stopped = False
         # Held while the connection is taken, given back or interrupted: an interrupt must not hit
         # the next statement on it.
@@ -288,14 +362,14 @@ class _Scan:
         self._ended = Event()
         self._interrupting: Thread | None = None
 
-    def run(self, connection: Connection) -> Rows:
+    def run(self, connection: OwnConnection) -> Rows:
         """Run the statement, unless it was stopped before."""
         with self._turn:
             if self._stopped:
                 return ()
-            self._driver = connection.connection.driver_connection
+            self._driver = connection.driver
         try:
-            return _fetch_in_steps(connection, self._statement, self._values)
+            return connection.fetch_in_steps(self._statement, self._values)
         finally:
             with self._turn:
                 self._driver = None
@@ -335,6 +409,8 @@ class _Threads:
     def __init__(self, engine: Engine, options: StoreOptions, file: DatabaseFile | None) -> None:
         self._engine = engine
         self._file = file
+        self._echo = options.echo
+        self._compiled: dict[Executable, Compiled] = {}
         one = file is None
         # Held while the numbers of uses of a connection and of forks change.
         self._turn = Condition()
@@ -355,10 +431,13 @@ class _Threads:
         running = 1 if one else options.pool_size
         self.writes: Batcher[_Write, Any] = Batcher(self._write_all, patient=True, size=WRITES)
         self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
-            partial(self._read_all, _fetch), running=running, patient=True, size=READS
+            partial(self._read_all, OwnConnection.fetch), running=running, patient=True, size=READS
         )
         self.slow_reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
-            partial(self._read_all, _fetch_in_steps), running=running, patient=True, size=1
+            partial(self._read_all, OwnConnection.fetch_in_steps),
+            running=running,
+            patient=True,
+            size=1,
         )
 
     async def close(self) -> None:
@@ -384,8 +463,13 @@ class _Threads:
         self._engine.dispose()
 
     def run(self, work: Callable[[Connection], _T]) -> asyncio.Future[_T]:
-        """Run work on a connection, in the writing thread."""
-        return asyncio.get_running_loop().run_in_executor(self._writer, self._lend, work)
+        """Run work on a connection of SQLAlchemy, in the writing thread."""
+
+        def run() -> _T:
+            with self._use(), self._engine.connect() as connection:
+                return work(connection)
+
+        return asyncio.get_running_loop().run_in_executor(self._writer, run)
 
     def start_scan(self, scan: _Scan) -> asyncio.Future[Rows]:
         """Run a statement in a thread for scans."""
@@ -416,14 +500,15 @@ class _Threads:
             running.exception()
 
     def _write_all(self, given: Sequence[_Write]) -> asyncio.Future[list[Any]]:
-        return self.run(lambda connection: _transact(connection, given, self._check_file))
+        write = partial(_transact, given=given, check_file=self._check_file)
+        return asyncio.get_running_loop().run_in_executor(self._writer, self._lend, write)
 
     def _read_all(
         self,
-        fetch: Callable[[Connection, Executable, Mapping[str, Any]], Rows],
+        fetch: Callable[[OwnConnection, Executable, Mapping[str, Any]], Rows],
         given: Sequence[tuple[Executable, Mapping[str, Any]]],
     ) -> asyncio.Future[list[Rows | Exception]]:
-        def read(connection: Connection) -> list[Rows | Exception]:
+        def read(connection: OwnConnection) -> list[Rows | Exception]:
             return [_outcome(partial(fetch, connection, *each)) for each in given]
 
         return asyncio.get_running_loop().run_in_executor(self._readers, self._lend, read)
@@ -432,7 +517,14 @@ class _Threads:
         if self._file is not None:
             self._file.check()
 
-    def _lend(self, work: Callable[[Connection], _T]) -> _T:
+    def _lend(self, work: Callable[[OwnConnection], _T]) -> _T:
+        with self._use(), closing(self._engine.raw_connection()) as lent:
+            driver: Any = lent.driver_connection
+            return work(OwnConnection(driver, self._compiled, echo=self._echo))
+
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        """Let no fork come between, and check the file."""
         with self._turn:
             while self._forks:
                 self._turn.wait()
@@ -440,8 +532,7 @@ class _Threads:
         try:
             # A new connection would create a file that is missing.
             self._check_file()
-            with self._engine.connect() as connection:
-                return work(connection)
+            yield
         finally:
             with self._turn:
                 self._uses -= 1
@@ -464,16 +555,15 @@ class _Threads:
 
 
 def _transact(
-    connection: Connection, given: Sequence[_Write], check_file: Callable[[], None]
+    connection: OwnConnection, given: Sequence[_Write], check_file: Callable[[], None]
 ) -> list[Any]:
     """Run in one transaction the writes that were not given up, and undo each that fails."""
 
     async def fetch(statement: Executable, values: Mapping[str, Any]) -> Rows:
-        return _fetch(connection, statement, values)
+        return connection.fetch(statement, values)
 
     # The connection commits after each statement unless a transaction is begun by hand.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-    driver: Any = connection.connection.driver_connection
+    connection.run("BEGIN IMMEDIATE")
     outcomes: list[Any] = []
     try:
         # Again, since the transaction may have waited for another one.
@@ -483,15 +573,15 @@ def _transact(
                 outcomes.append(None)
                 continue
             outcome = _outcome(partial(_run_in_savepoint, connection, write.work, fetch))
-            if not driver.in_transaction:
+            if not connection.driver.in_transaction:
                 break
             outcomes.append(outcome)
         else:
-            connection.exec_driver_sql("COMMIT")
+            connection.run("COMMIT")
             return outcomes
     except BaseException:
-        with suppress(DBAPIError):
-            connection.exec_driver_sql("ROLLBACK")
+        with suppress(sqlite3.Error):
+            connection.run("ROLLBACK")
         raise
     # SQLite rolled back the whole transaction, as it does when the disk is full: the other writes
     # run without this one.
@@ -501,17 +591,17 @@ def _transact(
     return [*done[:place], outcome, *done[place:]]
 
 
-def _run_in_savepoint(connection: Connection, work: Work[_T], fetch: Fetch) -> _T:
+def _run_in_savepoint(connection: OwnConnection, work: Work[_T], fetch: Fetch) -> _T:
     """Run one write of a transaction, and undo it if it fails."""
-    connection.exec_driver_sql("SAVEPOINT incidentkit")
+    connection.run("SAVEPOINT incidentkit")
     try:
         done = _run(work(fetch))
     except BaseException:
-        with suppress(DBAPIError):
-            connection.exec_driver_sql("ROLLBACK TO incidentkit")
-            connection.exec_driver_sql("RELEASE incidentkit")
+        with suppress(sqlite3.Error):
+            connection.run("ROLLBACK TO incidentkit")
+            connection.run("RELEASE incidentkit")
         raise
-    connection.exec_driver_sql("RELEASE incidentkit")
+    connection.run("RELEASE incidentkit")
     return done
 
 
@@ -531,45 +621,3 @@ def _outcome(call: Callable[[], _T]) -> _T | Exception:
         return call()
     except Exception as error:  # noqa: BLE001
         return error
-
-
-def _fetch(connection: Connection, statement: Executable, values: Mapping[str, Any]) -> Rows:
-    result = _execute(connection, statement, values)
-    try:
-        return result.all() if result.returns_rows else ()
-    except (TypeError, ValueError) as error:
-        raise unreadable_row() from error
-
-
-def _fetch_in_steps(
-    connection: Connection, statement: Executable, values: Mapping[str, Any]
-) -> Rows:
-    """Read rows, and let other threads run after every few of them.
-
-    A thread that makes rows keeps the event loop from running for the interpreter's switch
-    interval, five milliseconds, each time.
-    """
-    result = _execute(connection, statement, values)
-    rows: list[Any] = []
-    try:
-        while len(some := result.fetchmany(STEP)) == STEP:
-            rows += some
-            time.sleep(PAUSE)
-        rows += some
-    except (TypeError, ValueError) as error:
-        raise unreadable_row() from error
-    return rows
-
-
-def _execute(
-    connection: Connection, statement: Executable, values: Mapping[str, Any]
-) -> CursorResult[Any]:
-    try:
-        return connection.execute(statement, values)
-    except DBAPIError as error:
-        if may_be_unprepared(error):
-            # Whatever it was, nothing was written: try once more with the schema as it is now.
-            connection.exec_driver_sql("SELECT 1 FROM sqlite_master LIMIT 1").all()
-        elif not is_stale_schema(error):
-            raise
-        return connection.execute(statement, values)

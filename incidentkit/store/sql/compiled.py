@@ -1,14 +1,13 @@
-"""Statements as the drivers of a host's own connections take them.
+"""Compiles a statement once for a driver, and converts the values of its calls.
 
-A statement is compiled once for each driver, when it first runs; SQLAlchemy takes no part in a
-call.
+A statement is compiled when it first runs. After that, a call does not go through SQLAlchemy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from operator import itemgetter
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from attrs import frozen
@@ -16,9 +15,7 @@ from sqlalchemy import Dialect, Executable
 
 from incidentkit.store.executor import Rows
 from incidentkit.store.sql.naming import TRANSLATE_MAP
-from incidentkit.store.sql.rows import UtcDateTime, unreadable_row
-
-Convert: TypeAlias = Callable[[Any], Any]
+from incidentkit.store.sql.rows import Convert, Converter, UtcDateTime, convert_rows, read_time
 
 
 @frozen
@@ -51,21 +48,13 @@ class Compiled:
 
     Attributes:
         text: The SQL.
-        parameters: Its parameters, in order.
-        positional: Whether the driver takes the values in that order, and not by name.
-        converters: The columns whose values have to be converted, with what converts them.
+        bind: Returns the values of a call as the driver takes them.
+        converters: The columns whose values have to be converted, and their converters.
     """
 
     text: str
-    parameters: tuple[Parameter, ...]
-    positional: bool
-    converters: tuple[tuple[int, Convert], ...]
-
-    def bind(self, values: Mapping[str, Any]) -> Any:
-        """Return the values for the driver."""
-        if self.positional:
-            return [each.bind(values) for each in self.parameters]
-        return {each.name: each.bind(values) for each in self.parameters}
+    bind: Callable[[Mapping[str, Any]], Any]
+    converters: Sequence[Converter]
 
     def read(self, rows: Sequence[Sequence[Any]]) -> Rows:
         """Return rows of the driver with the types that the statement declares.
@@ -73,18 +62,7 @@ class Compiled:
         Raises:
             StoreError: If a value cannot be converted.
         """
-        if not self.converters:
-            return rows
-        return [self._read(row) for row in rows]
-
-    def _read(self, row: Sequence[Any]) -> Sequence[Any]:
-        values = list(row)
-        try:
-            for column, convert in self.converters:
-                values[column] = convert(values[column])
-        except (TypeError, ValueError) as error:
-            raise unreadable_row() from error
-        return tuple(values)
+        return convert_rows(rows, self.converters) if self.converters else rows
 
 
 class Statements:
@@ -116,10 +94,10 @@ class Statements:
         )
         names = compiled.positiontup if compiled.positional else {*compiled.bind_names.values()}
         columns = getattr(clause, "exported_columns", ())
+        parameters = [self._parameter(name, compiled.binds[name]) for name in names]
         return Compiled(
             compiled.string,
-            tuple(self._parameter(name, compiled.binds[name]) for name in names),
-            bool(compiled.positional),
+            _binder(parameters, positional=bool(compiled.positional)),
             tuple(
                 (place, convert)
                 for place, column in enumerate(columns)
@@ -137,15 +115,19 @@ class Statements:
         )
 
     def _converter(self, column_type: Any) -> Convert | None:
-        implementation = column_type.dialect_impl(self._dialect)
-        convert: Convert | None = implementation.result_processor(self._dialect, None)
-        if convert is None or not isinstance(column_type, UtcDateTime):
-            return convert
+        if isinstance(column_type, UtcDateTime):
+            return read_time if self._dialect.name == "sqlite" else None
+        convert: Convert | None = column_type.dialect_impl(self._dialect).result_processor(
+            self._dialect, None
+        )
+        return convert
 
-        def read_time(value: Any) -> Any:
-            # A converter that the host has registered for a type of column may have read it.
-            if not isinstance(value, datetime):
-                return convert(value)
-            return value.replace(tzinfo=UTC) if value.tzinfo is None else value
 
-        return read_time if self._dialect.name == "sqlite" else None
+def _binder(
+    parameters: Sequence[Parameter], *, positional: bool
+) -> Callable[[Mapping[str, Any]], Any]:
+    if not positional:
+        return lambda values: {each.name: each.bind(values) for each in parameters}
+    if len(parameters) > 1 and not any(each.constant or each.convert for each in parameters):
+        return itemgetter(*(each.name for each in parameters))
+    return lambda values: [each.bind(values) for each in parameters]
