@@ -69,7 +69,9 @@ def _transitions(value: str) -> Graph:
         before, colon, after = pair.strip().partition(":")
         if not colon or not {before, after} <= {*IncidentStatus}:
             statuses = ", ".join(IncidentStatus)
-            raise ValueError(f"must be pairs such as new:completed, with commas, of: {statuses}")
+            raise ValueError(
+                f"must be pairs such as new:completed, separated by commas, of: {statuses}"
+            )
         graph.setdefault(before, []).append(after)
     return graph
 
@@ -248,7 +250,7 @@ class Environment:
         "",
         _origins,
         "the origins of pages that may use the REST service in a browser, such as "
-        "https://board.example.com, with commas; * is any; none if not set",
+        "https://board.example.com, separated by commas; * is any; none if not set",
     )
     requests_per_token: int = _variable(
         "INCIDENTKIT_REQUESTS_PER_TOKEN",
@@ -268,8 +270,8 @@ class Environment:
         "INCIDENTKIT_SEARCHES_PER_TOKEN",
         str(SEARCHES_PER_TOKEN),
         _PER_TOKEN,
-        f"searches of one token with text or total, 1 to {MAX_PER_TOKEN}, that a process runs at a "
-        "time",
+        f"searches of one token with text, total or details, 1 to {MAX_PER_TOKEN}, that a process "
+        "runs at a time",
     )
     allow_anonymous: bool = _variable(
         "INCIDENTKIT_ALLOW_ANONYMOUS",
@@ -282,15 +284,15 @@ class Environment:
         "INCIDENTKIT_ALLOWED_HOSTS",
         None,
         _several(allowed_host),
-        "the host names under which the REST service is reached, with commas; on loopback, "
-        "localhost and its addresses always are, and elsewhere any host if not set",
+        "the host names under which the REST service is reached, separated by commas; on "
+        "loopback, localhost and its addresses always are, and elsewhere any host if not set",
     )
     trusted_proxies: tuple[str, ...] | None = _variable(
         "INCIDENTKIT_TRUSTED_PROXIES",
         None,
         _several(trusted_proxy),
-        "the proxies whose X-Forwarded-For names the client: addresses, networks or unix, with "
-        "commas",
+        "the proxies whose X-Forwarded-For names the client: addresses, networks or unix, "
+        "separated by commas",
     )
     prepared_statements: bool | None = _variable(
         "INCIDENTKIT_PREPARED_STATEMENTS",

@@ -112,5 +112,7 @@ def _network(proxy: str) -> IPv4Network | IPv6Network:
     try:
         return ip_network(proxy, strict=False)
     except ValueError:
-        reason = f"must be IP addresses, networks such as 10.0.0.0/8, or {UNIX}, with commas"
+        reason = (
+            f"must be IP addresses, networks such as 10.0.0.0/8, or {UNIX}, separated by commas"
+        )
         raise InvalidSettings("trusted_proxies", reason) from None
