@@ -265,16 +265,16 @@ HTML = answer(200, b"<html>Welcome</html>", "text/html")
 @pytest.mark.parametrize(
     ("found", "error", "said"),
     [
-        (HTML, StoreError, "its answer is not one of incidentkit: check the URL"),
+        (HTML, StoreError, "its answer is not from incidentkit: check the URL"),
         (answer(404, b"?", "text/html"), StoreError, r"does not answer here \(status 404\): check"),
         (refusal(Kind.UNKNOWN_PATH), StoreError, r"It is so \(request r1\)"),
-        (answer(401, b"", "text/html"), AccessDenied, "something else than incidentkit answered"),
+        (answer(401, b"", "text/html"), AccessDenied, "something other than incidentkit answered"),
         (refusal(Kind.UNAUTHENTICATED), AccessDenied, r"denies access: It is so \(request r1\)"),
-        (answer(502, b"", "text/html"), StoreUnavailable, "else than incidentkit answered with"),
+        (answer(502, b"", "text/html"), StoreUnavailable, "other than incidentkit answered with"),
         (answer(500, b"x", "application/problem+json"), StoreError, "answered with status 500"),
-        (answer(200, b"{}"), StoreError, "its answer is not one of incidentkit"),
-        (answer(200, b"[{}]"), StoreError, "its answer is not one of incidentkit"),
-        (answer(200, b"[" * 100_000), StoreError, "its answer is not one of incidentkit"),
+        (answer(200, b"{}"), StoreError, "its answer is not from incidentkit"),
+        (answer(200, b"[{}]"), StoreError, "its answer is not from incidentkit"),
+        (answer(200, b"[" * 100_000), StoreError, "its answer is not from incidentkit"),
         (
             answer(308, b"", location="https://user:hush@new.example.com:444/login?token=hush"),
             StoreError,
@@ -284,7 +284,7 @@ HTML = answer(200, b"<html>Welcome</html>", "text/html")
         (
             answer(200, b"[]", **{"Incidentkit-Version": "2.0"}),
             StoreError,
-            f"its API has version 2.0, and this incidentkit knows version {API_VERSION}",
+            f"its API has version 2.0, but this incidentkit needs version {API_VERSION}",
         ),
     ],
 )
@@ -458,7 +458,7 @@ async def test_any_other_answer_is_an_error_of_the_store(body: bytes) -> None:
             incidents.purgeable(ended_before),
             incidents.purge(ended_before),
         ):
-            with pytest.raises(StoreError, match="its answer is not one of incidentkit"):
+            with pytest.raises(StoreError, match="its answer is not from incidentkit"):
                 await call
 
 

@@ -1,4 +1,4 @@
-"""Use incidents through a service, over HTTP, instead of on their database."""
+"""Use incidents through a service over HTTP, instead of directly on their database."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

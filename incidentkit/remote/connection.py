@@ -1,4 +1,4 @@
-"""Send requests to a service, and repeat those that failed on the way."""
+"""Send requests to a service, and repeat those that failed in transit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from incidentkit.version import __version__
 
 FIRST_PAUSE: Final = 0.1
 MAX_PAUSE: Final = 5.0
-"""Maximum seconds of the random pause after the first attempt, doubled by each, and after any."""
+"""Upper bounds of the random pause in seconds: after the first attempt, doubled by each further
+one, and after any."""
 
 MAX_RETRY_AFTER: Final = 30.0
 """Seconds; if a service asks for a longer pause, the call fails at once."""
@@ -40,7 +41,7 @@ _random: Final = random.SystemRandom()
 class Connection:
     """Sends requests on connections that it opens and keeps, within the limits of the options.
 
-    Every request can be repeated: it reads, or carries an idempotency key.
+    A request can be repeated if it only reads or has an idempotency key.
 
     Args:
         url: The URL of the service, without a slash at its end.
@@ -54,7 +55,7 @@ class Connection:
         self._headers = httpx2.Headers(
             {
                 "Accept": JSON,
-                # So that the size of an answer is known before it is read.
+                # A compressed answer could expand beyond the limit.
                 "Accept-Encoding": "identity",
                 "User-Agent": f"incidentkit/{__version__}",
             }
@@ -66,7 +67,7 @@ class Connection:
         self._context = options.ssl_context
         self._requests = self._waiting = self._searches = asyncio.Semaphore()
         self._running: set[_Running] = set()
-        # Those of kept connections, by which a forked process leaves them.
+        # The streams of kept connections; a forked process abandons them.
         self._streams: WeakSet[Any] = WeakSet()
 
     async def open(self) -> None:
@@ -74,7 +75,7 @@ class Connection:
         options = self._options
         encrypted = self.url.startswith("https://") or bool(getproxies())
         if self._context is None and options.transport is None and encrypted:
-            # It reads the certificates of all authorities.
+            # In a thread, since it reads the certificates of all authorities.
             self._context = await asyncio.to_thread(httpx2.create_ssl_context)
         self._requests = asyncio.Semaphore(options.max_connections)
         self._waiting = asyncio.Semaphore(options.max_readers)
@@ -105,7 +106,7 @@ class Connection:
         """Make running requests raise :class:`~incidentkit.ClientClosed`.
 
         Args:
-            waiting: Only those that wait for changes.
+            waiting: Whether to interrupt only those that wait for changes.
         """
         for running in self._running:
             if running.call.waits or not waiting:
@@ -120,15 +121,15 @@ class Connection:
         self._client = None
 
     def sever(self) -> None:
-        """Disconnect this process, which was forked, from the connections of its parent."""
+        """Disconnect this forked process from the connections of its parent."""
         keep(self._client)
         self.abandon()
 
     async def send(self, call: Call) -> Answer:
-        """Send a request until it has an answer that repeating it would not change.
+        """Send a request, and repeat it until its answer is final.
 
         Raises:
-            StoreUnavailable: If there is none within the attempts and the deadline.
+            StoreUnavailable: If there is no answer within the attempts and the deadline.
             StoreError: If the answer cannot be read.
             ClientClosed: If the client is closed, or is being closed.
         """
@@ -174,7 +175,7 @@ class Connection:
             await asyncio.sleep(pause)
 
     async def _attempt(self, call: Call) -> Answer:
-        """Send a request once it has its turn."""
+        """Send a request when it is its turn."""
         if call.waits:
             async with self._waiting:
                 return await self._exchange(call)
@@ -187,7 +188,7 @@ class Connection:
             connect=options.connect_timeout,
             read=options.read_timeout + call.patience,
             write=options.read_timeout,
-            # The semaphores leave a connection for every request.
+            # The semaphores guarantee a connection for every request.
             pool=None,
         )
         headers = [(name.encode(), value) for name, value in call.headers.items()]
@@ -262,7 +263,7 @@ class _Running:
 
     Attributes:
         interrupted: Whether it ends because the client is closed.
-        ended: Done once it has ended.
+        ended: Done once the request has ended.
     """
 
     def __init__(self, call: Call, timer: asyncio.Timeout) -> None:
@@ -283,7 +284,7 @@ def _headers_of(response: httpx2.Response) -> Mapping[str, str]:
 
 
 def _retry_after(answer: Answer) -> float:
-    """Return the seconds for which a service asks; a date, which few send, counts as none."""
+    """Return the seconds that a service asks for; a date, which is rare, counts as none."""
     text = answer.headers.get("retry-after", "")
     return float(text) if text.isascii() and text.isdigit() and len(text) < len("1000000") else 0.0
 

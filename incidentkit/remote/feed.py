@@ -1,4 +1,4 @@
-"""Follow changes by requests that wait at the service."""
+"""Follow changes by long polling: requests that wait at the service."""
 
 from __future__ import annotations
 

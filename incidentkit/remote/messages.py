@@ -1,4 +1,4 @@
-"""A request to a service and its answer, as values."""
+"""Requests to a service and its answers, as values."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ NO_INCIDENT: Final = '"-"'
 
 @frozen
 class Call:
-    """One request, with what its errors are about.
+    """One request, with the arguments that its errors refer to.
 
     Attributes:
         method: The HTTP method.
         path: The path, below the URL of the service.
         query: The parameters of the query.
-        headers: Its headers, apart from those of every request.
+        headers: Its headers, in addition to those of every request.
         body: The JSON value to send; None: no body.
         patience: Seconds that the service may take beyond the deadline and the timeouts.
         waits: Whether it waits for changes.
-        slow: Whether it is a search that takes time.
-        single: Whether it is sent only once, since a repetition would change its answer.
-        incident_id: The incident that it is about; 0: no single one.
-        to_status: The status that it asks for; None: none.
+        slow: Whether it is a search that may take long.
+        single: Whether it is sent only once, since repeating it would change its answer.
+        incident_id: The incident that it concerns; 0: no single one.
+        to_status: The status that it requests; None: none.
         idempotency_key: The key of a write; empty for a read.
     """
 
@@ -53,13 +53,13 @@ class Call:
 
 @frozen
 class Answer:
-    """What the service answers.
+    """The answer of the service.
 
     Attributes:
         status: The HTTP status.
         headers: The headers, by their names in lower case.
         body: The bytes of the body.
-        attempts: Number of attempts that it took.
+        attempts: Number of attempts that the request took.
     """
 
     status: int
@@ -79,13 +79,13 @@ def json_body(value: Any) -> dict[str, Any]:
 
 
 def header_value(name: str, text: str) -> bytes:
-    """Return a text as the value of a header.
+    """Encode a text as the value of a header.
 
     Raises:
         InvalidIncident: If a header cannot carry it unchanged.
     """
     if text != text.strip(" \t") or any(ord(each) < ord(" ") or each == "\x7f" for each in text):
-        reason = "must not begin or end with a blank, or have control characters, for a service"
+        reason = "must not begin or end with a blank or contain control characters, for a service"
         raise InvalidIncident([FieldError(name, reason)])
     return text.encode()
 

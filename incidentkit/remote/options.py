@@ -1,4 +1,4 @@
-"""Time limits and connections of a client of a service."""
+"""Time limits and connections for the client of a service."""
 
 from __future__ import annotations
 
@@ -61,26 +61,28 @@ def _headers(_: object, option: Attribute[Any], value: object) -> None:
 
 @frozen(kw_only=True)
 class RemoteOptions:
-    """How a client uses a service; the other options of a client are those of the service.
+    """Time limits and connections for the client of a service.
+
+    The other options of a client, such as its cache, belong to the service.
 
     Attributes:
         deadline: Seconds that a call may take with all its attempts, above 0, at most 3600. A call
-            that waits for changes may take as many more as it waits, and one request of a purge 30
-            more.
+            that waits for changes may also take the time that it waits, and each request of a purge
+            another 30 seconds.
         connect_timeout: Seconds to wait for a new connection, within the deadline.
         read_timeout: Seconds of silence after which an attempt fails, within the deadline.
         attempts: Number of attempts, 1 to 100, within the deadline: a request is repeated if the
             connection fails, or the service is unavailable or has too many requests.
-        max_connections: Requests at a time, 1 to 10,000. A service answers 20 requests of one
-            token at a time by default, those of ``max_readers`` included.
+        max_connections: Requests at a time, 1 to 10,000. By default, a service answers 20 requests
+            of one token at a time, including those of ``max_readers``.
         max_readers: Calls that wait for changes at a time, 1 to 10,000; others take turns. A
             service allows 10 of one token by default.
         max_searches: Searches with ``text``, ``total`` or ``details`` at a time, 1 to
             10,000, of ``max_connections``. A service allows 2 of one token by default.
-        ssl_context: For certificates of a private authority, or a certificate of the client. None:
-            the authorities that httpx2 trusts.
-        plain_http: Whether a token may be sent over ``http://`` to another host than this one.
-        headers: Additional headers of each request, such as those of a proxy that authenticates.
+        ssl_context: For certificates from a private authority, or for a client certificate. None:
+            trust the authorities that httpx2 trusts.
+        plain_http: Whether a token may be sent over ``http://`` to another host.
+        headers: Additional headers of each request, such as those that a proxy requires.
         transport: A transport of httpx2 to send requests with, such as ``ASGITransport`` in tests;
             closed with the client. None: connections that the client opens.
 

@@ -1,4 +1,4 @@
-"""Turn answers of a service into the errors that a client on the database raises."""
+"""Turn answers of a service into the errors that a client on the database would raise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UNAVAILABLE: Final = (429, 502, 503, 504)
 _KINDS: Final = {kind.code: kind for kind in Kind}
 
 _FIELDS: Final = {"if_match": "expected_version", "if_none_match": "expected_version"}
-"""The arguments of the verbs, by those parameters of requests that have another name."""
+"""The arguments of the verbs, by the request parameters that have a different name."""
 
 
 @frozen
@@ -46,9 +46,9 @@ class Problem:
 
     Attributes:
         status: The HTTP status.
-        kind: The kind of problem; None: one of a newer version.
-        reason: What is wrong, in the words of the service, with the id of the request.
-        members: All its members.
+        kind: The kind of problem; None: a kind that only a newer version knows.
+        reason: The cause, in the words of the service, with the id of the request.
+        members: All members of the problem document.
         url: The URL of the service.
         call: The request.
     """
@@ -99,16 +99,16 @@ ERRORS: Final[Mapping[type[Exception], Make]] = {
     StoreUnavailable: lambda problem: StoreUnavailable(problem.reason, place=problem.url),
     StoreError: lambda problem: StoreError(problem.reason, place=problem.url),
 }
-"""How each error is made that a verb may raise. All other problems are those of the service."""
+"""Makes each error that a verb may raise. All other problems concern the service itself."""
 
 
 def is_passing(answer: Answer) -> bool:
-    """Return whether the same request may soon have another answer, without any other action."""
+    """Return whether the same request may soon succeed without any other action."""
     return answer.status in UNAVAILABLE and kind_of(answer) is not Kind.SCHEMA_OUT_OF_DATE
 
 
 def kind_of(answer: Answer) -> Kind | None:
-    """Return the kind of problem that an answer reports; None: none that is known."""
+    """Return the kind of problem that an answer reports; None: an unknown kind, or no problem."""
     try:
         return _KINDS.get(_members(answer)["code"])
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -123,7 +123,7 @@ def error_for(answer: Answer, url: str, call: Call) -> IncidentKitError:
     """Return the error that an answer stands for.
 
     Args:
-        answer: An answer with another status than a successful one.
+        answer: An answer with the status of a failure.
         url: The URL of the service.
         call: The request.
     """
@@ -155,16 +155,16 @@ def _by_status(status: int, reason: str, url: str) -> StoreError:
 
 
 def _foreign(answer: Answer, url: str) -> StoreError:
-    """Return the error for an answer that is not of incidentkit, as that of a proxy."""
+    """Return the error for an answer that does not come from incidentkit, such as a proxy's."""
     status = answer.status
     if status in range(300, 400):
         reason = f"it redirects to {_origin(answer.headers.get('location', ''))}: use that URL"
     elif status == 404:  # noqa: PLR2004
         reason = "incidentkit does not answer here (status 404): check the path of the URL"
     elif status in (*DENIED, *UNAVAILABLE):
-        reason = f"something else than incidentkit answered with status {status}"
+        reason = f"something other than incidentkit answered with status {status}"
     else:
-        reason = f"something else than incidentkit answered with status {status}: check the URL"
+        reason = f"something other than incidentkit answered with status {status}: check the URL"
     return _by_status(status, reason, url)
 
 

@@ -75,8 +75,8 @@ _Query: TypeAlias = tuple[tuple[str, str], ...]
 class RemoteStore:
     """Incidents in a service: each write is committed when it returns.
 
-    Every write has an idempotency key, so that repeating it after a failed connection takes no
-    further effect.
+    Every write but a purge has an idempotency key, so that repeating it after a failed connection
+    has no further effect.
 
     Args:
         url: The URL of the service.
@@ -84,7 +84,7 @@ class RemoteStore:
         options: Time limits and connections.
 
     Attributes:
-        has_token: False: the service keeps the pages of the list, and no client does.
+        has_token: False: only the service caches pages of the list, not its clients.
 
     Raises:
         InvalidSettings: If the URL or the token cannot be used.
@@ -107,7 +107,7 @@ class RemoteStore:
         return self._connection.url
 
     async def open(self) -> None:
-        """Get ready, and make one request that shows whether URL, token and version fit."""
+        """Get ready, and check the URL, the token and the version with one request."""
         await self._leave_ended_loop()
         self._affinity = Affinity()
         self._affinity.on_fork = self._connection.sever
@@ -151,14 +151,14 @@ class RemoteStore:
         raise error
 
     async def _check_access(self) -> None:
-        """Raise unless the service answers, speaks this version of the API, and knows the token."""
+        """Raise unless the service answers, has a compatible API, and accepts the token."""
         call = Call("GET", "/incident/get", (("limit", "1"),))
         answer = await self._connection.send(call)
         self._check_version(answer)
         try:
             self._expect(answer, call, list[Incident])
         except AccessDenied:
-            # A token that may only report cannot read, and is valid all the same.
+            # A token with only the scope report cannot read, but is valid.
             if kind_of(answer) is not Kind.INSUFFICIENT_SCOPE:
                 raise
 
@@ -166,8 +166,8 @@ class RemoteStore:
         version = answer.headers.get(API_VERSION_HEADER.lower())
         if version is not None and version.partition(".")[0] != API_VERSION.partition(".")[0]:
             reason = (
-                f"its API has version {version}, and this incidentkit knows version {API_VERSION}: "
-                "use versions of incidentkit that fit"
+                f"its API has version {version}, but this incidentkit needs version {API_VERSION}: "
+                "use compatible versions of incidentkit"
             )
             raise StoreError(reason, place=self.url)
 
@@ -196,7 +196,7 @@ class RemoteStore:
         """Store incidents, all or none, and return them in the same order.
 
         Raises:
-            InvalidIncident: If they are too many, or too large, for one request.
+            InvalidIncident: If they are too many or too large for one request.
         """
         _check_number("incidents", len(incidents))
         body = wire_converter().unstructure(list(incidents))
@@ -250,7 +250,7 @@ class RemoteStore:
         """End open incidents, all or none, and return one answer for each deduplication key.
 
         Raises:
-            InvalidIncident: If they are too many, or too large, for one request.
+            InvalidIncident: If they are too many or too large for one request.
         """
         _check_number("dedup_keys", len(resolutions.dedup_keys))
         body = wire_converter().unstructure(resolutions)
@@ -276,7 +276,7 @@ class RemoteStore:
         return await self._send(call, IncidentEvent, once)
 
     async def list(self, query: ListQuery) -> Page:
-        """Return one page, without a token: the service keeps it."""
+        """Return one page, without a token: the service does the caching."""
         parameters = [("page", str(query.page)), ("limit", str(query.limit))]
         if query.status is not None:
             parameters.append(("status", query.status.value))
@@ -311,7 +311,7 @@ class RemoteStore:
         """Return events of an incident, oldest first, after the one with this event id."""
         parameters = [("limit", str(limit))]
         if after:
-            # Of the cursor of an event, its place in a history is the id of the event alone.
+            # Within the history of an incident, only the event id of a cursor counts.
             parameters.append(("after", encode_cursor(0, after, 0, incident_id)))
         path = f"/incident/history/{incident_id}"
         call = Call("GET", path, tuple(parameters), incident_id=incident_id)
@@ -362,7 +362,7 @@ class RemoteStore:
     async def _purge(
         self, ended_before: datetime, actor: str | None, *, dry_run: bool
     ) -> tuple[int, int]:
-        """Return the numbers of incidents that were removed, and that are left."""
+        """Return the number of incidents that were removed, and the number still to remove."""
         parameters = [("ended_before", _time(ended_before))]
         if dry_run:
             parameters.append(("dry_run", "true"))
@@ -381,23 +381,23 @@ class RemoteStore:
             raise self._unreadable() from error
 
     async def feed_blocker(self) -> FeedBlocker | None:
-        """Raise, since a service tells no client which transaction holds up its feed."""
+        """Raise, since a service does not tell clients which transaction holds up its feed."""
         raise NeedsDatabase("feed_blocker")
 
     def join(self, connection: object) -> StoreOperations:  # noqa: ARG002
-        """Raise, since a transaction cannot reach over HTTP."""
+        """Raise, since a transaction cannot extend over HTTP."""
         raise NeedsDatabase("join")
 
     def join_sync(self, connection: object) -> StoreOperations:  # noqa: ARG002
-        """Raise, since a transaction cannot reach over HTTP."""
+        """Raise, since a transaction cannot extend over HTTP."""
         raise NeedsDatabase("join")
 
     async def fetch(self, _: object, __: object) -> NoReturn:
-        """Raise, since a service gives out no access tokens."""
+        """Raise, since access tokens are managed only on the database."""
         raise NeedsDatabase("tokens")
 
     async def transact(self, _: object) -> NoReturn:
-        """Raise, since a service gives out no access tokens."""
+        """Raise, since access tokens are managed only on the database."""
         raise NeedsDatabase("tokens")
 
     async def changes(self, after: Place, limit: int) -> EventList:  # noqa: ARG002
@@ -435,7 +435,14 @@ class RemoteStore:
         *,
         absent: bool = False,
     ) -> _T | None:
-        """Send a request, and return what its answer has; None if it may be, and is, absent."""
+        """Send a request, and return the value of its answer.
+
+        Args:
+            call: The request.
+            type_: The type of the value.
+            once: The idempotency key of the caller; None: there is none.
+            absent: Whether the answer may have no value, which is None then.
+        """
         answer = await self._connection.send(call)
         nothing = absent and answer.status == 204  # noqa: PLR2004
         value = None if nothing else self._expect(answer, call, type_)
@@ -448,7 +455,7 @@ class RemoteStore:
         return self._structure(self._json(answer, call), type_)
 
     def _json(self, answer: Answer, call: Call) -> bytes:
-        """Return the JSON of a successful answer; raise the error that another one stands for."""
+        """Return the JSON of a successful answer; for any other answer, raise its error."""
         if answer.status not in (200, 201):
             raise error_for(answer, self.url, call)
         if answer.media_type != JSON:
@@ -462,12 +469,12 @@ class RemoteStore:
             if isinstance(value, list) != (get_origin(type_) is list):
                 raise self._unreadable()
             return wire_converter(complete=False).structure(value, type_)
-        # The converter looks for the items of whatever it takes for a mapping of names to numbers.
+        # For a mapping of names to numbers, the converter calls items() on any value.
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise self._unreadable() from error
 
     def _unreadable(self) -> StoreError:
-        reason = "its answer is not one of incidentkit: check the URL, and the version behind it"
+        reason = "its answer is not from incidentkit: check the URL, and the version behind it"
         return StoreError(reason, place=self.url)
 
 

@@ -36,7 +36,7 @@ def check_token(url: str, token: str | None, *, plain_http: bool) -> None:
     Args:
         url: The URL of the service.
         token: The token; None: none is sent.
-        plain_http: Whether it may be sent without TLS to another host than this one.
+        plain_http: Whether it may be sent to another host without TLS.
 
     Raises:
         InvalidSettings: If the token cannot be sent in a header, or others could read it.
@@ -61,7 +61,7 @@ def _parts(url: str) -> SplitResult:
         if parts.scheme in _SCHEMES and parts.port != 0:
             return parts
     except ValueError:
-        # Its text shows the URL.
+        # The text of this exception contains the URL.
         pass
     raise _invalid()
 

@@ -1,4 +1,4 @@
-"""The verbs for programs without an event loop. What loads asyncio is loaded when it is used."""
+"""Record incidents without an event loop. Modules that import asyncio are loaded on first use."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

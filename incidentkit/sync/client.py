@@ -1,4 +1,4 @@
-"""The facade for programs without an event loop."""
+"""The synchronous client, for programs without an event loop."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ _T = TypeVar("_T")
 
 
 class SyncIncidentClient(SyncIncidents):
-    """Records and follows incidents, from every thread of a program without an event loop.
+    """Records and follows incidents without an event loop, from any thread.
 
     Open it with ``with``. It has the verbs of :class:`~incidentkit.IncidentClient`, with the same
-    arguments, results and errors. Its connections live on an event loop in a thread of its own, so
-    that the callers of all threads share statements, caches and connections.
+    arguments, results and errors. Its connections live on an event loop in a background thread,
+    where calls from all threads share statements, caches and connections.
 
     Args:
         client: The asynchronous client to run; it must not be open.
 
     A write runs to completion even if an interrupt, such as Ctrl-C, ends the call. In a process
-    that was forked while the client was open, the first call opens connections of its own. A client
-    that is still open at the end of the program is closed. In a thread with a running event loop,
-    and in a process with the threads of gevent or eventlet, every method raises
+    that was forked while the client was open, the first call opens new connections. A client that
+    is still open at the end of the program is closed. In a thread with a running event loop, and in
+    a process where gevent or eventlet has replaced the threads, every method raises
     :class:`~incidentkit.WrongEventLoop` and does nothing.
     """
 
@@ -134,7 +134,7 @@ class SyncIncidentClient(SyncIncidents):
 
     @property
     def observer(self) -> Observer | None:
-        """The observer, whose methods are called in the thread of the event loop."""
+        """The observer; its methods run in the thread of the event loop."""
         return self._client.observer
 
     @property
@@ -160,8 +160,7 @@ class SyncIncidentClient(SyncIncidents):
             CacheUnavailable: If the cache does not answer, and is required.
             WrongEventLoop: If an event loop is running in this thread, or gevent or eventlet has
                 replaced the threads of this process.
-            StoreError: If the client's database is in the memory of the process that this one was
-                forked from.
+            StoreError: If the client's database is in the memory of the parent process.
         """
         self._lifetime.connect()
 
@@ -205,9 +204,9 @@ class SyncIncidentClient(SyncIncidents):
     def changes(self, after: str | None = None) -> Iterator[IncidentEvent]:
         """Follow every change of every incident, as :meth:`IncidentClient.changes` does.
 
-        The generator waits for the next change, and for the database while it cannot be reached. An
-        interrupt ends the wait at once. So does :meth:`close` in another thread, with
-        :class:`~incidentkit.ClientClosed`.
+        The generator waits for the next change, also while the database cannot be reached. An
+        interrupt ends the wait at once. So does :meth:`close` in another thread: the generator then
+        raises :class:`~incidentkit.ClientClosed`.
         """
         ChangesQuery(after)
         while True:

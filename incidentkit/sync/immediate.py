@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 
 
 def run_immediately(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine that never suspends to its end, without an event loop.
+    """Run to completion, without an event loop, a coroutine that never suspends.
 
     Raises:
         RuntimeError: If it suspends.

@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 class SyncIncidents(ABC):
     """The verbs of a synchronous client, and of a synchronous joined transaction.
 
-    Each has the arguments, the result and the errors of the verb of the same name of
+    Each has the same arguments, result and errors as the verb of the same name in
     :class:`~incidentkit.IncidentClient`.
     """
 
@@ -44,7 +44,7 @@ class SyncIncidents(ABC):
 
     @abstractmethod
     def _run(self, call: Coroutine[Any, Any, _T]) -> _T:
-        """Run a call to its end."""
+        """Run a call to completion."""
 
     @overload
     def create(

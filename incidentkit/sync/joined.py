@@ -1,4 +1,4 @@
-"""The verbs inside a transaction of a synchronous application's own."""
+"""The verbs in a transaction of a synchronous application."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 class SyncJoinedIncidents(SyncIncidents):
-    """The verbs in the application's transaction, from :meth:`SyncIncidentClient.join` on.
+    """The verbs in the application's transaction, as :meth:`SyncIncidentClient.join` returns them.
 
     Args:
         joined: The asynchronous verbs on a connection whose statements never suspend.

@@ -1,4 +1,4 @@
-"""Open and close the portal of a client, also after a fork and at the end of the interpreter."""
+"""Open and close the portal of a client, including after a fork and when the interpreter exits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _T = TypeVar("_T")
 class Lifetime:
     """The portal of a client, from connecting to closing.
 
-    In a process that was forked meanwhile, the next call opens another one. A client that is still
-    open at the end of the interpreter, or that is garbage, is closed.
+    In a process that was forked meanwhile, the next call opens a new portal. A client that is still
+    open when the interpreter exits, or when it is garbage-collected, is closed.
 
     Args:
         client: The asynchronous client, which runs on the portal.
@@ -33,11 +33,11 @@ class Lifetime:
     def __init__(self, client: IncidentClient) -> None:
         self._client = client
         self._portal: Portal | None = None
-        # The portal on which the client is being opened, or was until that failed.
+        # The portal on which the client is being opened, or failed to open.
         self._opening: Portal | None = None
         # Whether a parent process had the client open.
         self._inherited = False
-        # Held while the client is opened or closed. A signal handler may call the client too.
+        # Held while the client opens or closes. Reentrant, since a signal handler may call it too.
         self._turn = RLock()
         self._end: Any = None
         _lifetimes.add(self)
@@ -57,7 +57,7 @@ class Lifetime:
                 # Closing was interrupted.
                 self.close()
             if self._opening is not None:
-                # Opening was interrupted, and then closing what was open.
+                # Opening was interrupted, and so was closing the parts that were open.
                 self._opening.close()
             portal = self._opening = lazily.Portal()
             try:
@@ -69,14 +69,14 @@ class Lifetime:
                 self._inherited = False
             except BaseException:
                 if self._client.connected:
-                    # Interrupted at the end.
+                    # Interrupted just after the client was opened.
                     with suppress(ClientClosed):
                         portal.run(self._client.close())
                 portal.close()
                 raise
 
     def run(self, call: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine of the client to its end.
+        """Run a coroutine of the client to completion.
 
         Raises:
             ClientClosed: If the client is not open.
@@ -115,8 +115,8 @@ class Lifetime:
             self._portal = None
 
     def fork(self) -> None:
-        """Leave what is open to the parent process, in a process that was forked just now."""
-        # A thread that is missing here may have held it.
+        """Leave everything open to the parent process; called in a newly forked process."""
+        # It may have been held by a thread that does not exist in this process.
         self._turn = RLock()
         portal, self._portal = self._portal, None
         if portal is not None:
@@ -131,7 +131,7 @@ _lifetimes: Final[WeakSet[Lifetime]] = WeakSet()
 
 
 def _leave(portal: Portal, client: IncidentClient) -> None:
-    """Close a client that is garbage, without waiting: this may be the thread of the portal."""
+    """Close a garbage-collected client, without waiting: this may be the thread of the portal."""
     portal.close_after(client.close())
 
 
@@ -146,7 +146,7 @@ def _close_all() -> None:
             lifetime.close()
 
 
-# Python runs this once every thread has ended that is not a daemon.
+# Python runs this once all non-daemon threads have ended.
 atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_fork_all)

@@ -1,4 +1,4 @@
-"""Refuse threads that are none: those of gevent and eventlet."""
+"""Refuse processes whose threads were replaced by gevent or eventlet."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, Final
 from incidentkit.domain.errors import WrongEventLoop
 
 REPLACED: Final = (
-    "{name} has replaced the threads and sockets of this process, and asyncio cannot run beside "
-    "it: start the program with threads of the system, as with gunicorn --worker-class gthread, or "
+    "{name} has replaced the threads and sockets of this process, and asyncio cannot run with "
+    "them: run the program with real threads, as with gunicorn --worker-class gthread, or "
     "send requests to the REST service, which `incidentkit serve` starts"
 )
 
 GEVENT: Final = ("threading", "socket", "select", "queue")
 EVENTLET: Final = ("thread", "socket", "select")
-"""The modules that asyncio and its threads need as they are, by the names of the two packages."""
+"""The modules that asyncio needs unpatched, by the names that each of the two packages uses."""
 
 
 def check_threads() -> None:
-    """Raise unless the threads and sockets of this process are those of the system.
+    """Raise unless the threads and sockets of this process are the system's own.
 
     Raises:
         WrongEventLoop: If gevent or eventlet has replaced them.

@@ -1,4 +1,4 @@
-"""Run coroutines on an event loop in a thread of its own."""
+"""Run coroutines on an event loop in a background thread."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from incidentkit.sync.patching import check_threads
 _T = TypeVar("_T")
 
 EVENT_LOOP: Final = (
-    "An event loop is running in this thread, and a synchronous call would stop it: use "
+    "An event loop is running in this thread, and a synchronous call would block it: use "
     "IncidentClient and await its methods, or call in another thread with asyncio.to_thread()"
 )
 
 
 class Portal:
-    """An event loop in a thread of its own, on which other threads run coroutines.
+    """An event loop in a background thread, on which other threads run coroutines.
 
     Coroutines of several threads run concurrently, each in the context of its caller. There is no
-    lock, so a thread that is interrupted at any moment, or missing after a fork, holds up no other.
+    lock, so no thread is held up by one that was interrupted, or that is missing after a fork.
 
     Raises:
-        WrongEventLoop: If an event loop is running in this thread, or the threads of this process
-            are those of gevent or eventlet.
+        WrongEventLoop: If an event loop is running in this thread, or gevent or eventlet has
+            replaced the threads of this process.
         StoreUnavailable: If no thread can be started.
     """
 
@@ -44,7 +44,7 @@ class Portal:
         check_caller()
         check_threads()
         self._loop = asyncio.new_event_loop()
-        # The calls that have not ended.
+        # Calls that have not ended.
         self._calls: set[_Call[Any]] = set()
         self._closing = False
         # Gets one item when the event loop is closed.
@@ -64,7 +64,7 @@ class Portal:
             raise
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine to its end, and return its result.
+        """Run a coroutine to completion, and return its result.
 
         If the calling thread is interrupted meanwhile, the coroutine is cancelled.
 
@@ -75,7 +75,7 @@ class Portal:
         try:
             check_caller()
         except WrongEventLoop:
-            # A coroutine that is never awaited would be reported.
+            # Otherwise Python would warn that it was never awaited.
             coroutine.close()
             raise
         call = _Call(coroutine)
@@ -114,7 +114,7 @@ class Portal:
         if call.task is not None:
             call.task.cancel()
         elif call in self._calls:
-            # Interrupted before it was handed over.
+            # Interrupted before the event loop received it.
             call.refuse(ClientClosed())
         self._calls.discard(call)
 
@@ -132,16 +132,16 @@ class Portal:
         return await answer
 
     def close(self) -> None:
-        """Stop the event loop and wait for its thread to end; calls raise ClientClosed then."""
+        """Stop the event loop and wait for its thread to end; later calls raise ClientClosed."""
         with suppress(RuntimeError):
             self._in_loop(self._stop)
-        # Once a join() was interrupted, the next one returns at once, whatever the thread does.
+        # After an interrupted join(), the next one returns at once, even if the thread still runs.
         if not self._loop.is_closed():
             self._ended.get()
         self._thread.join()
 
     def close_after(self, last: Coroutine[Any, Any, object]) -> None:
-        """Stop the event loop when a coroutine has ended; wait for nothing."""
+        """Stop the event loop when a coroutine has ended, without waiting."""
         try:
             self._in_loop(self._end_after, last)
         except RuntimeError:
@@ -151,13 +151,13 @@ class Portal:
         self._loop.create_task(last).add_done_callback(lambda _: self._stop())
 
     def _stop(self) -> None:
-        # A second one, after an interrupt, would end what _serve() still runs.
+        # A second stop, after an interrupt, would cut short the cleanup in _serve().
         if not self._closing:
             self._closing = True
             self._loop.stop()
 
     def fork(self) -> None:
-        """Leave the event loop to the parent process, in a process that was forked just now."""
+        """Leave the event loop to the parent process; called in a newly forked process."""
         keep(self._loop)
         self._in_loop = _refuse
         for call in [*self._calls]:
@@ -173,7 +173,7 @@ class Portal:
                 self._loop.run_until_complete(_cancel_all())
                 self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             finally:
-                # Not shutdown_default_executor(), which cannot start its thread when Python ends.
+                # Not shutdown_default_executor(), which cannot start a thread when Python exits.
                 self._loop.close()
                 with suppress(KeyError):
                     while True:
@@ -185,8 +185,8 @@ class _Call(Generic[_T]):
     """A coroutine, and the thread that waits for it.
 
     Attributes:
-        coroutine: What is to run.
-        task: Runs it; None: not yet.
+        coroutine: The coroutine to run.
+        task: Runs it; None: not started yet.
         requests: Functions for the waiting thread to call; None: the call has ended.
     """
 
@@ -197,15 +197,15 @@ class _Call(Generic[_T]):
         self._error: IncidentKitError | None = None
 
     def refuse(self, error: IncidentKitError) -> None:
-        """Make the waiting thread raise an error, if the event loop runs the call no more."""
+        """Make the waiting thread raise an error, when the event loop no longer runs the call."""
         self._error = error
         if self.task is None:
-            # A coroutine that is never awaited would be reported.
+            # Otherwise Python would warn that it was never awaited.
             self.coroutine.close()
         self.requests.put(None)
 
     def wait(self) -> None:
-        """Wait for the end of the call, and do what it asks for."""
+        """Wait for the end of the call, and run the functions that it requests."""
         while (request := self.requests.get()) is not None:
             request()
 
@@ -244,7 +244,7 @@ def _answer(answer: asyncio.Future[_T], result: _T) -> None:
 
 
 def check_caller() -> None:
-    """Raise if a call that waits would stop an event loop.
+    """Raise if a blocking call would stop an event loop.
 
     Raises:
         WrongEventLoop: If an event loop is running in this thread.

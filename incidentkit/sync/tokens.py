@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class SyncAccessTokens:
     """Creates, lists and revokes the access tokens of the REST service.
 
-    Each method has the arguments, the result and the errors of the method of the same name of
+    Each method has the same arguments, result and errors as the method of the same name in
     :class:`~incidentkit.store.AccessTokens`.
 
     Args:
@@ -38,7 +38,7 @@ class SyncAccessTokens:
         return self._run(self._client.tokens.create(name, scopes, expires_in=expires_in))
 
     def list(self) -> list[AccessToken]:
-        """Return every token, oldest first, also those that have expired or were revoked."""
+        """Return every token, oldest first, including expired and revoked ones."""
         return self._run(self._client.tokens.list())
 
     def revoke(self, name: str) -> AccessToken:
@@ -54,5 +54,5 @@ class SyncAccessTokens:
         self._run(self._client.tokens.mark_used(token, now))
 
     def any(self) -> bool:
-        """Return whether there ever was a token, active or not."""
+        """Return whether a token was ever created, active or not."""
         return self._run(self._client.tokens.any())
