@@ -1,4 +1,4 @@
-"""Record incidents in a Django project, here of one file.
+"""Record incidents in a Django project, here in a single file.
 
 Run it in a checkout:
 
@@ -38,7 +38,7 @@ settings.configure(
 
 
 def ship(_: HttpRequest, order_id: int) -> HttpResponse:
-    """Record a lost order and its incident, both or neither."""
+    """Record an unshipped order and its incident, both or neither."""
     with transaction.atomic():
         with connection.cursor() as cursor:
             cursor.execute("CREATE TABLE IF NOT EXISTS lost_order (order_id INTEGER PRIMARY KEY)")

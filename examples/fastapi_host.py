@@ -23,5 +23,5 @@ install(app, IncidentClient.from_env(), path="/incidents")
 
 @app.post("/orders/{order}/lost")
 async def lost(order: int, incidents: Client) -> Incident:
-    """Record an incident, and answer with it."""
+    """Record an incident, and return it."""
     return await incidents.create(f"Order {order} is lost", source="operator")

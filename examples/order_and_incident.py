@@ -4,7 +4,7 @@ Run it in a checkout:
 
 .. code-block:: console
 
-    $ python -m pip install .
+    $ python -m pip install . aiosqlite
     $ python examples/order_and_incident.py
 
 Both are stored in `shop.db` in the current folder. When the client opens, it creates the incident

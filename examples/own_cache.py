@@ -16,7 +16,7 @@ from incidentkit.store import store_from_url
 
 
 class CountingCache:
-    """Count the pages that were requested and found.
+    """Counts the pages that were requested and found.
 
     Any object with these methods is a cache. It may raise: the client logs the failure, reads from
     the database, and tries the cache again later.

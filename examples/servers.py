@@ -1,4 +1,4 @@
-"""Record incidents in the PostgreSQL, and cache lists in the Redis, of the environment.
+"""Record incidents in PostgreSQL and cache lists in Redis, as the environment configures them.
 
 Run it in a checkout:
 
@@ -11,7 +11,7 @@ Run it in a checkout:
     $ python examples/servers.py
 
 Instead of these variables you can set INCIDENTKIT_DATABASE_URL and INCIDENTKIT_REDIS_URL, or put
-either into a file `.env` in the current folder.
+the variables into a file `.env` in the current folder.
 """
 
 import asyncio

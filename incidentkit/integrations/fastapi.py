@@ -1,4 +1,4 @@
-"""Use incidents in a FastAPI application: the client's life, dependencies, and the REST service."""
+"""Use incidents in a FastAPI application: open the client, inject it, and mount the service."""
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -16,7 +16,7 @@ from incidentkit.http.service import Service
 from incidentkit.joined import JoinedIncidents
 
 _CLIENT: Final = "incidentkit_client"
-"""The attribute of ``app.state`` that has the client."""
+"""The attribute of ``app.state`` that holds the client."""
 
 
 def install(
@@ -24,8 +24,8 @@ def install(
 ) -> None:
     """Open a client when a FastAPI application starts, and close it when the application stops.
 
-    The client is open before the application's own lifespan begins, and until that has ended. The
-    routes get it from :data:`Client`::
+    The client opens before the application's own lifespan begins, and closes after it has ended.
+    Routes get it from a parameter of the type :data:`Client`::
 
         app = FastAPI()
         install(app, IncidentClient.from_env(), path="/incidents")
@@ -37,15 +37,15 @@ def install(
 
     Args:
         app: The application.
-        incidents: The client; or a service of :func:`~incidentkit.http.create_app`, to mount one
+        incidents: The client; or a service from :func:`~incidentkit.http.create_app`, to mount it
             with arguments of its own. A client that is already open is left open.
-        path: Where the REST service is mounted, such as ``/incidents``. Then an error of
-            incidentkit in a route of the application is also answered as the service answers it,
-            unless the application has a handler for ``IncidentKitError``. FastAPI's dependencies
-            do not protect a mounted service. None: it is not mounted.
+        path: The path to mount the REST service at, such as ``/incidents``. Errors of incidentkit
+            in the application's own routes then get the same answers as in the service, unless the
+            application has a handler for ``IncidentKitError``. FastAPI's dependencies do not
+            protect a mounted service. None: do not mount it.
 
     Raises:
-        InvalidSettings: If the application has a client already.
+        InvalidSettings: If the application already has a client.
         TypeError: If ``incidents`` is something else.
     """
     service = create_app(incidents) if isinstance(incidents, IncidentClient) else incidents
@@ -61,7 +61,7 @@ def install(
 
 
 def _around(service: Service, own: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return the lifespan of an application with that of the service around it."""
+    """Return an application's own lifespan, wrapped in the lifespan of the service."""
 
     @asynccontextmanager
     async def both(app: FastAPI) -> AsyncIterator[Any]:
@@ -72,10 +72,10 @@ def _around(service: Service, own: Callable[[Any], Any]) -> Callable[[Any], Any]
 
 
 def _answering(path: str) -> Callable[[Request, Exception], Coroutine[Any, Any, Response]]:
-    """Return the handler of errors in routes beside a service at a path."""
+    """Return the handler of errors in the routes beside a service that is mounted at a path."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        # The problem refers to a page of the service.
+        # The problem links to a page of the service.
         root_path = f"{request.scope.get('root_path', '')}{path}"
         return problem_response(Request({**request.scope, "root_path": root_path}), error)
 
@@ -102,7 +102,7 @@ Client: TypeAlias = Annotated[IncidentClient, Depends(incident_client)]
 
 
 def joined(session: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, JoinedIncidents]]:
-    """Return a dependency: the verbs in the transaction of the application's own session.
+    """Return a dependency that provides the verbs in the transaction of the route's session.
 
     The route and the verbs share the session. Their writes are stored when it is committed::
 
@@ -118,8 +118,8 @@ def joined(session: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Joi
             return incident
 
     Args:
-        session: The dependency that gives the routes what :meth:`~incidentkit.IncidentClient.join`
-            takes.
+        session: The dependency that provides the session or connection, of any kind that
+            :meth:`~incidentkit.IncidentClient.join` takes.
     """
 
     async def dependency(

@@ -1,4 +1,4 @@
-"""A Flask extension: the client of an application."""
+"""A Flask extension that provides an application's client."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _PREFIX: Final = "INCIDENTKIT_"
 
 
 class IncidentKit:
-    """Gives a Flask application a client, which opens at its first use in each process.
+    """Gives a Flask application a client, which opens when it is first used in each process.
 
     .. code-block:: python
 
         incidents = IncidentKit(app)
         incidents.client.create("Disk is full on db-1", source="monitoring")
 
-    The variables of the environment are settings, and those of ``app.config`` that begin with
-    ``INCIDENTKIT_`` win over them. A ``.env`` file is read only if Flask has loaded it.
+    The settings come from the environment. Values in ``app.config`` whose names begin with
+    ``INCIDENTKIT_`` override them. A ``.env`` file is read only if Flask has loaded it.
 
     Args:
-        app: The application; None: :meth:`init_app` follows.
-        client: A client of your own, for every application; None: the settings decide.
+        app: The application; None: call :meth:`init_app` later.
+        client: A client of your own, for every application; None: make one from the settings.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class IncidentKit:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Register the extension; nothing is connected yet.
+        """Register the extension, without connecting.
 
         Raises:
             InvalidSettings: With the setting and the rule that it breaks.
@@ -63,7 +63,7 @@ class IncidentKit:
     def join(self, connection: Any) -> SyncJoinedIncidents:
         """Return the verbs in the transaction of a connection or a session, such as ``db.session``.
 
-        The arguments and errors are those of :meth:`SyncIncidentClient.join`.
+        Arguments and errors are those of :meth:`SyncIncidentClient.join`.
         """
         return self.client.join(connection)
 

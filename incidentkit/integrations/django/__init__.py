@@ -1,4 +1,4 @@
-"""A Django app: a client on a database of the project, and the verbs in its transactions.
+"""A Django app: a client on the project's database, and the verbs in Django's transactions.
 
 .. code-block:: python
 

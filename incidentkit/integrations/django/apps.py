@@ -11,14 +11,14 @@ from incidentkit.integrations.django.schema import upgrade_after_migrate
 
 
 class IncidentKitConfig(AppConfig):
-    """Upgrades the tables of incidentkit with ``manage.py migrate``, and frees test databases."""
+    """Upgrades the tables after ``manage.py migrate``, and closes clients of test databases."""
 
     name = "incidentkit.integrations.django"
     label = "incidentkit"
     verbose_name = "incidentkit"
 
     def ready(self) -> None:
-        """Register what runs after ``manage.py migrate``, and before a database is dropped."""
+        """Register the handlers for ``manage.py migrate``, and for dropping a database."""
         post_migrate.connect(
             upgrade_after_migrate, sender=self, dispatch_uid="incidentkit.integrations.django"
         )

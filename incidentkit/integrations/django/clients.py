@@ -24,19 +24,19 @@ SETTING: Final = "INCIDENTKIT"
 such as ``{"REDIS_URL": "redis://localhost:6379/0"}``."""
 
 _made: Final[dict[tuple[str, str], tuple[SyncIncidentClient, bool]]] = {}
-"""The clients of this process, and whether each is on a database in memory; by the name of the
-database in ``DATABASES``, and its own."""
+"""The clients of this process, and whether the database of each is in memory. The key is the name
+in ``DATABASES``, and the ``NAME`` of that database."""
 
 
 def client(using: str = DEFAULT_DB_ALIAS) -> SyncIncidentClient:
-    """Return the client on a database, which opens at its first use in each process.
+    """Return the client on a database, which opens when it is first used in each process.
 
-    Its connections are its own: it does not see what an open transaction of Django has written.
-    For that, :func:`join`.
+    It has its own connections, so it does not see uncommitted writes of a Django transaction. Use
+    :func:`join` in a transaction.
 
     Args:
         using: The name of the database in ``DATABASES``. If the setting ``INCIDENTKIT`` has a
-            ``DATABASE_URL``, that is the database of ``default``.
+            ``DATABASE_URL``, ``default`` is the database at that URL.
 
     Raises:
         ImproperlyConfigured: If a setting breaks a rule, or the database is in memory.
@@ -57,8 +57,8 @@ def client(using: str = DEFAULT_DB_ALIAS) -> SyncIncidentClient:
 def join(using: str = DEFAULT_DB_ALIAS) -> SyncJoinedIncidents:
     """Return the verbs in the open transaction of a database.
 
-    Call it inside ``transaction.atomic()``. What the verbs write is committed or rolled back with
-    the rows of the project.
+    Call it inside ``transaction.atomic()``. The writes of the verbs are committed or rolled back
+    with the project's own rows.
 
     Args:
         using: The name of the database in ``DATABASES``.
@@ -94,10 +94,10 @@ def settings_of(using: str) -> Settings:
 
 
 def close_before_drop(connection: Any, **_: Any) -> None:
-    """Close the clients when Django connects in order to create or drop a database.
+    """Close the clients when Django connects to create or drop a database.
 
-    PostgreSQL drops no database that is in use, such as that of a test run. A client opens again at
-    its next use.
+    PostgreSQL cannot drop a database that is in use, such as the one of a test run. A client opens
+    again when it is next used.
     """
     if connection.alias == NO_DB_ALIAS:
         for opened, _memory in list(_made.values()):
@@ -109,7 +109,7 @@ def _text(value: Any) -> str | None:
 
 
 def _made_for(using: str) -> tuple[SyncIncidentClient, bool]:
-    """Return the client on a database, which may not be open, and whether that is in memory."""
+    """Return the client on a database, open or not, and whether that database is in memory."""
     # A test run changes the name of the database.
     key = using, str(connections[using].settings_dict["NAME"])
     found = _made.get(key)
@@ -123,7 +123,7 @@ def _made_for(using: str) -> tuple[SyncIncidentClient, bool]:
 
 @contextmanager
 def naming_command(using: str) -> Iterator[None]:
-    """Make an error about the schema name the command of ``manage.py``."""
+    """Make an error about the schema name the right command of ``manage.py``."""
     try:
         yield
     except SchemaOutOfDate as error:

@@ -15,7 +15,7 @@ TLS: Final = ("sslmode", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslpassw
 """Options of a PostgreSQL connection that the client needs too."""
 
 SHARED: Final = (*TLS, "application_name", "connect_timeout", "options", "passfile", "service")
-"""Options that the URL has as well. The others concern Django's own connections."""
+"""Options to copy into the URL. The others concern only Django's own connections."""
 
 
 def url_of(alias: str, vendor: str, settings: Mapping[str, Any]) -> str:
@@ -34,13 +34,13 @@ def url_of(alias: str, vendor: str, settings: Mapping[str, Any]) -> str:
         if is_in_memory(name):
             return f"sqlite+aiosqlite:///{IN_MEMORY}"
         if name.startswith("file:"):
-            # Django opens every name as a URI of SQLite, if it is one.
+            # Django opens a name that is an SQLite URI as such.
             file, _, given = name.partition("?")
             return f"sqlite+aiosqlite:///{quote(file)}?{given}{'&' if given else ''}uri=true"
         return f"sqlite+aiosqlite:///{quote(str(Path(name).absolute()))}"
     if vendor != "postgresql":
         raise ImproperlyConfigured(
-            f"incidentkit keeps incidents in PostgreSQL or SQLite: DATABASES[{alias!r}] is {vendor}"
+            f"incidentkit needs PostgreSQL or SQLite, but DATABASES[{alias!r}] is {vendor}"
         )
     options = settings.get("OPTIONS") or {}
     parameters = {key: str(options[key]) for key in SHARED if options.get(key) is not None}
@@ -60,5 +60,5 @@ def url_of(alias: str, vendor: str, settings: Mapping[str, Any]) -> str:
 
 
 def is_in_memory(name: str) -> bool:
-    """Return whether a database of SQLite is in memory, as those of test runs are."""
+    """Return whether an SQLite database is in memory, as in test runs by default."""
     return name in ("", IN_MEMORY) or "mode=memory" in name or name.startswith("file::memory:")

@@ -1,4 +1,4 @@
-"""The tables of incidentkit, in the databases of a Django project."""
+"""Create, upgrade and check the tables of incidentkit in the databases of a Django project."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def upgrade_after_migrate(using: str, **_: Any) -> None:
 
 
 def _upgrade_connection(using: str) -> None:
-    """Create the tables in a database in memory, which only this connection sees."""
+    """Upgrade the tables in a database in memory, which only Django's own connection sees."""
     connection = connections[using]
     connection.ensure_connection()
     engine = create_engine("sqlite://", creator=lambda: connection.connection, poolclass=StaticPool)

@@ -17,12 +17,12 @@ class Command(BaseCommand):
     help = "Upgrade or check the tables of incidentkit in a database of the project."
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Declare what to do, and where."""
+        """Declare the action and the database."""
         parser.add_argument("action", choices=("upgrade", "check", "current"))
         parser.add_argument(
             "--database",
             default=DEFAULT_DB_ALIAS,
-            help="The name in DATABASES, by default default.",
+            help='The name of the database in DATABASES; the default is "default".',
         )
 
     def handle(self, *_: Any, action: str, database: str, **__: Any) -> None:
