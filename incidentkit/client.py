@@ -42,7 +42,7 @@ from incidentkit.store.database import DEFAULT_DATABASE_URL, names_service
 if TYPE_CHECKING:
     import os
 
-    # Drivers, and what loads asyncio: a program may never need them.
+    # Drivers, and modules that load asyncio: many programs never need them.
     from asyncpg import Connection, Pool, Record
     from asyncpg.pool import PoolConnectionProxy
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -87,7 +87,7 @@ class _NotConnected:
 
 
 class Parts(NamedTuple):
-    """What a client works on: its store, its shared cache, and where it is open."""
+    """The parts of a client: its store, its shared cache, and its session."""
 
     store: IncidentStore
     cache: IncidentCache | None
@@ -248,7 +248,7 @@ class IncidentClient(Incidents):
         """Return a client for the servers that the environment names.
 
         Args:
-            env_file: A file of variables; those of the process win. None: no file.
+            env_file: A file of variables; those of the process take precedence. None: no file.
             observer: As for :class:`IncidentClient`.
 
         Raises:
@@ -381,7 +381,7 @@ class IncidentClient(Incidents):
         self,
         connection: AsyncConnection | AsyncSession | Connection[Any] | PoolConnectionProxy[Any],
     ) -> JoinedIncidents:
-        """Return the verbs inside the transaction of the application's own connection.
+        """Return the verbs in the transaction of the application's own connection.
 
         Their writes are committed or rolled back with the rest of that transaction, and invisible
         to others until then. Their reads see that transaction, and never use a cache.
@@ -398,7 +398,7 @@ class IncidentClient(Incidents):
         return self._joined_to(self._opened().join(connection))
 
     def _joined_to(self, transaction: Transactions) -> JoinedIncidents:
-        """Return the verbs in a transaction of the application, observed as those of the client."""
+        """Return the verbs in a transaction of the application, observed like the client's own."""
         joined = JoinedIncidents(transaction, self._transitions)
         if self.observer is not None:
             observe_verbs(joined, self.observer)
@@ -429,9 +429,9 @@ class IncidentClient(Incidents):
             after = page.next
 
     async def _next_changes(self, after: str | None) -> ChangePage:
-        """Return the next changes; wait until there is one, and while the database is away.
+        """Return the next changes; wait for one, and while the database is unavailable.
 
-        There may be none, with a cursor to continue from.
+        The page may be empty, with a cursor to continue from.
         """
         # The latest change must be known before an outage, which may hide changes.
         wait = 0 if after == LATEST else MAX_WAIT
@@ -487,7 +487,7 @@ class IncidentClient(Incidents):
             ended_before: Aware; incidents that ended before this time are removed. An incident
                 whose end was not recorded (``ended_at`` is None) stays.
             progress: Called after each batch with the number of removed incidents, and the number
-                of all incidents to remove; a result that can be awaited is. If the result is False,
+                of all incidents to remove; an awaitable result is awaited. If the result is False,
                 the purge ends early. None: report no progress.
 
         Raises:
@@ -546,7 +546,7 @@ class IncidentClient(Incidents):
         return self._session
 
     def _swap(self, parts: Parts) -> Parts:
-        """Work on other parts from now on, and return the present ones; for the test kit."""
+        """Use other parts from now on, and return the current ones; for the test kit."""
         present = Parts(self.store, self._cache, self._session, self._transactions)
         self.store, self._cache, self._session, self._transactions = parts
         return present

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from incidentkit.store.ports import StoreOperations
 
 IncidentList: TypeAlias = list[Incident]
-"""A page; an alias because inside the class ``list`` is the verb."""
+"""An alias, since ``list`` is a method inside the class."""
 
 OptionalIncidents: TypeAlias = list[Incident | None]
 
@@ -128,11 +128,11 @@ class Incidents(ABC):
                 or a :class:`~incidentkit.NewIncident`, without the next four arguments.
             source: Who reports it.
             incident_type: The initial status.
-            dedup_key: The problem that it is about, in 1 to 255 characters. While an incident with
-                this key is open, count one more of its ``occurrences`` and return that one. None:
-                always create an incident.
-            details: More about it, by the rules of :class:`~incidentkit.NewIncident`; if an open
-                incident is counted, its own are kept. None: there are none.
+            dedup_key: A key for the problem that it reports, 1 to 255 characters. While an incident
+                with this key is open, count one more of its ``occurrences`` and return that one.
+                None: always create an incident.
+            details: Further information, by the rules of :class:`~incidentkit.NewIncident`; an open
+                incident that counts the report keeps its own. None: no details.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
                 call of the same actor with the key changes nothing and returns the first answer.
                 None: every call takes effect.
@@ -220,11 +220,11 @@ class Incidents(ABC):
 
         Args:
             incident_id: 1 to 2^63-1.
-            status: The new status. Setting the present status changes nothing, and only records
+            status: The new status. Setting the current status changes nothing, and only records
                 the note.
             note: A note for the history, in 1 to 1000 characters; None: no note.
             expected_version: The version or the ``tag`` that the incident must have. Only the tag
-                also tells it from an incident that got the same id and version after a failover
+                distinguishes it from an incident that got the same id and version after a failover
                 that lost commits. A :class:`~incidentkit.VersionMatch` is a condition on several.
                 None: any version.
             idempotency_key: 1 to 255 characters; a retry passes the same key. For 24 hours, another
@@ -258,8 +258,8 @@ class Incidents(ABC):
     ) -> Incident | None:
         """End the open incident that has this ``dedup_key``, and return it.
 
-        A check that reports a problem with :meth:`create` ends it so when the problem is gone,
-        without knowing any id::
+        A check that reports a problem with :meth:`create` can end it when the problem is gone,
+        without knowing its id::
 
             await incidents.create("Disk is full", source="monitoring", dedup_key="disk/db-1")
             ended = await incidents.resolve("disk/db-1", note="Logs were rotated")
@@ -369,7 +369,7 @@ class Incidents(ABC):
         """Return one page of incidents: newest first, those of one second by id, newest first."""
 
     async def get(self, incident_id: int) -> Incident:
-        """Return the incident in its present state, never from a cache.
+        """Return the incident in its current state, never from a cache.
 
         Args:
             incident_id: 1 to 2^63-1.

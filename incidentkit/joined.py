@@ -1,4 +1,4 @@
-"""The verbs inside a transaction of the application's own."""
+"""The verbs in a transaction of the application."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from incidentkit.incidents import IncidentList, Incidents, Transactions
 
 
 class JoinedIncidents(Incidents):
-    """The verbs in the application's transaction, from :meth:`IncidentClient.join` until it ends.
+    """The verbs in the application's transaction, as :meth:`IncidentClient.join` returns them.
 
     Writes become visible to others when the transaction is committed, and vanish if it is rolled
     back. No cache is read or filled. A call that fails leaves none of its writes behind; a call

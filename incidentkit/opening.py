@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _complete(lack: str) -> Iterator[None]:
-    """Raise StoreError, with a lack, if a module of incidentkit or of a package is missing.
+    """Raise StoreError if a module of incidentkit or of a package is missing.
 
     In a frozen program, a zip file or an incomplete copy, a missing module is only noticed when it
     is first used.
+
+    Args:
+        lack: The text of the error: what this installation lacks.
     """
     try:
         yield

@@ -50,7 +50,7 @@ class Feed(Protocol):
 
 @runtime_checkable
 class BringsFeed(Protocol):
-    """A store that delivers changes itself, as that of a service does."""
+    """A store that delivers changes itself, such as the store of a service."""
 
     def feed(self) -> Feed:
         """Return a new feed."""
@@ -68,7 +68,7 @@ class Session:
         cache: A cache that several processes share; None: there is none.
         cache_required: Whether opening fails if the cache does not answer.
         max_staleness: Seconds for which a token of the incidents is trusted.
-        observer: Told of reads of the cache and of delivered changes; None: nothing is observed.
+        observer: Observes reads of the cache and delivered changes; None: nothing is observed.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Session:
                     return
 
     def _own(self) -> _Owner:
-        """Return the owner of what is open: the running event loop.
+        """Return the owner of the open parts: the running event loop.
 
         Raises:
             WrongEventLoop: If it is another event loop that has not ended.
@@ -165,7 +165,7 @@ class Session:
         return ChangeFeed(self._store, observer=self._observer)
 
     async def _abandon(self, owner: _Owner) -> None:
-        """Release what was left open on an event loop that has ended."""
+        """Release the parts that were left open on an event loop that has ended."""
         if not owner.left_open:
             return
         parts: tuple[object, ...] = (self._store, self._cache)

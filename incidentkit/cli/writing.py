@@ -115,7 +115,7 @@ _takes_expected_version: Final = click.option(
     "--details",
     metavar="JSON",
     callback=_read_object,
-    help="More about it, as a JSON object; a dash reads it from stdin.",
+    help="Further information, as a JSON object; a dash reads it from stdin.",
 )
 @takes_idempotency_key
 @takes_actor

@@ -43,7 +43,7 @@ def _needs_open(incident: NewIncident, _: object, __: str | None) -> None:
 
 @frozen(field_transformer=collect)
 class NewIncident(Plain):
-    """An incident to create: its values are checked and normalized when it is made.
+    """An incident to create; its values are checked and normalized.
 
     Args:
         incident_message: What happened. Surrounding white space is removed; the rest has 5 to
@@ -51,14 +51,15 @@ class NewIncident(Plain):
             NFKC and casefold), and contains neither a NUL nor a lone surrogate.
         source: Who reports it: an :class:`IncidentSource` or its string value.
         incident_type: The initial status: an :class:`IncidentStatus` or its string value.
-        dedup_key: The problem that it is about, in 1 to 255 characters: while an incident with
-            this key is open, a further report counts as an occurrence of it instead of creating a
-            second one. Requires the initial status ``new``. None: every report creates an incident.
-        details: More about it, as a JSON object: at most 16 KiB as compact JSON in UTF-8 with
+        dedup_key: A key for the problem that it reports, 1 to 255 characters: while an incident
+            with this key is open, a further report counts as an occurrence of it instead of
+            creating a second one. Requires the initial status ``new``. None: every report creates
+            an incident.
+        details: Further information, as a JSON object: at most 16 KiB as compact JSON in UTF-8 with
             numbers written without exponents, and at most 5 levels of objects and arrays. Keys are
             strings. Values are strings, booleans, None, finite floats, integers that have 64 bits
             or that a double holds exactly, lists and tuples, and dicts. Neither a NUL nor a lone
-            surrogate is allowed in a string. The dict is copied. None: there are none.
+            surrogate is allowed in a string. The dict is copied. None: no details.
 
     Raises:
         InvalidIncident: With every faulty field.
@@ -84,9 +85,9 @@ class NewIncident(Plain):
             minLength=1,
             maxLength=NAME_MAX_LENGTH,
             pattern=STORABLE,
-            description="The problem that it is about. While an incident with this key is open, a "
-            "further report counts as an occurrence of it. Only for an incident that starts as "
-            "new.",
+            description="A key for the problem that it reports. While an incident with this key is "
+            "open, a further report counts as an occurrence of it. Only for an incident that "
+            "starts as new.",
         ),
     )
     details: dict[str, Any] | None = field(
@@ -94,10 +95,10 @@ class NewIncident(Plain):
         converter=optional(check_details),
         hash=False,
         metadata=schema(
-            description=f"More about it, in at most {DETAILS_MAX_SIZE} bytes as compact JSON with "
-            f"numbers without exponents, and {DETAILS_MAX_DEPTH} levels of objects and arrays. "
-            "Integers have 64 bits, or are those that a double holds exactly; strings contain no "
-            "NUL."
+            description=f"Further information: at most {DETAILS_MAX_SIZE} bytes as compact JSON "
+            f"with numbers without exponents, and {DETAILS_MAX_DEPTH} levels of objects and "
+            "arrays. Integers have 64 bits, or are those that a double holds exactly; strings "
+            "contain no NUL."
         ),
     )
 
@@ -115,14 +116,14 @@ class NewIncident(Plain):
     ) -> NewIncident:
         """Build one from texts of any length, such as those of an exception.
 
-        Values that are valid are taken as they are. Of the others:
+        Valid values are not changed. Others are made to fit:
 
         - a message that is too long is cut, and ends in an ellipsis;
         - a message that is too short, or is not allowed, gets the prefix ``Incident:``;
-        - of a deduplication key that is too long, the end is replaced by ``~`` and a hash of the
-          key: equal keys stay equal, and different ones different; an empty key becomes None;
-        - in details that are too large, the longest strings are cut until they fit, and end in an
-          ellipsis.
+        - a deduplication key that is too long is cut, and ends in ``~`` and a hash of the whole
+          key: equal keys stay equal, and different keys stay different; an empty key becomes None;
+        - in details that are too large, the longest strings are cut until the details fit, and end
+          in an ellipsis.
 
         .. code-block:: python
 
@@ -139,12 +140,12 @@ class NewIncident(Plain):
             incident_message: What happened.
             source: Who reports it.
             incident_type: The initial status.
-            dedup_key: The problem that it is about; None: every report creates an incident.
-            details: More about it; None: there are none.
+            dedup_key: A key for the problem; None: every report creates an incident.
+            details: Further information; None: no details.
 
         Raises:
-            InvalidIncident: With every field that is wrong for another reason, such as a NUL, an
-                unknown source, or details that are too large without their strings.
+            InvalidIncident: With every field that is invalid for another reason, such as a NUL, an
+                unknown source, or details that are too large even without their strings.
         """
         fields: dict[str, Any] = {"source": source, "incident_type": incident_type}
         return cls(
@@ -167,7 +168,7 @@ class NewIncident(Plain):
 
 @frozen(field_transformer=collect, eq=False, repr=False)
 class NoteAddition:
-    """A note, and the incident whose history it goes to.
+    """A note to add to the history of an incident.
 
     Args:
         incident_id: 1 to 2^63-1.
@@ -215,7 +216,7 @@ class StatusChange:
 
 @frozen(field_transformer=collect)
 class Resolution:
-    """The end of the open incident that has a deduplication key.
+    """A change that ends the open incident with a deduplication key.
 
     Args:
         dedup_key: The key, in 1 to 255 characters.
@@ -245,7 +246,7 @@ class Resolution:
 
 @frozen(field_transformer=collect)
 class Resolutions:
-    """The end of the open incidents that have some deduplication keys.
+    """A change that ends the open incidents with several deduplication keys.
 
     Args:
         dedup_keys: At most 100,000 keys, each in 1 to 255 characters.

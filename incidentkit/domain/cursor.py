@@ -1,4 +1,4 @@
-"""Cursors: a place in an order, as a text that callers keep and give back."""
+"""Cursors: places in an order, as text that callers keep and pass back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def encode_cursor(*numbers: int) -> str:
 
 
 def decode_cursor(cursor: str, count: int) -> tuple[int, ...]:
-    """Return the numbers that :func:`encode_cursor` took.
+    """Return the numbers in a cursor from :func:`encode_cursor`.
 
     Raises:
-        ValueError: If it did not return this text for so many numbers.
+        ValueError: If the text is not a cursor with this count of numbers.
     """
     try:
         packed = urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4))

@@ -32,7 +32,7 @@ _TOO_DEEP: Final = (
 
 
 class _TooLarge(ValueError):
-    """Details do not fit into the limit of their size."""
+    """The details exceed their size limit."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -42,18 +42,18 @@ class _TooLarge(ValueError):
 
 
 def check_details(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of the details that both databases return as an equal value.
+    """Check details, and return a copy that both databases return as an equal value.
 
-    A tuple becomes a list. A float from 1e16 on becomes the equal int: from its text with an
-    exponent, PostgreSQL would make another number.
+    A tuple becomes a list. A float of 1e16 or more becomes the equal int: PostgreSQL would read its
+    text with an exponent as a different number.
     """
     return _copied(value)
 
 
 def fit_details(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return details with the longest texts cut until they fit, unless anything else is wrong.
+    """Return details with the longest texts cut until they fit.
 
-    Details that are valid, or that shorter texts alone do not make valid, are returned unchanged.
+    Details that are valid, or that shorter texts alone cannot make valid, are returned unchanged.
     """
     try:
         return value if value is None else check_details(value)
@@ -109,10 +109,10 @@ def _copied(value: object, shorten: Callable[[str], str] = str.__str__) -> dict[
 
 
 class _Copying:
-    """One walk through details, which ends as soon as they are too large or too deep.
+    """Copies details in one walk, which stops as soon as they are too large or too deep.
 
     Args:
-        shorten: Returns a text as the copy has it.
+        shorten: Returns the text to put into the copy.
     """
 
     def __init__(self, shorten: Callable[[str], str]) -> None:
@@ -166,7 +166,7 @@ class _Copying:
             raise
 
     def _text(self, value: str) -> str:
-        # Before the text is looked at: it may be very long.
+        # Counted before the text is checked, since it may be very long.
         self._take(2 + len(value))
         try:
             text = storable(str.__str__(value))

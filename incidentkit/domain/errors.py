@@ -83,7 +83,7 @@ class IncidentNotFound(IncidentKitError, LookupError):
     """No incident has this id.
 
     Attributes:
-        incident_id: The id that was asked for.
+        incident_id: The requested id.
     """
 
     def __init__(self, incident_id: int) -> None:
@@ -172,7 +172,7 @@ class TokenNotFound(IncidentKitError, LookupError):
     """No active access token has this name.
 
     Attributes:
-        name: The name that was asked for.
+        name: The requested name.
     """
 
     def __init__(self, name: str) -> None:
@@ -217,7 +217,7 @@ class NotInTransaction(IncidentKitError):
 
 
 class NeedsDatabase(IncidentKitError):
-    """The client of a service was asked for something that needs a client on the database.
+    """The call needs a client on the database itself, but this is the client of a service.
 
     Attributes:
         verb: The method or property that the service has no operation for.
@@ -355,8 +355,8 @@ class StoreUnavailable(StoreError):
     A write that raises this may or may not be stored.
 
     Attributes:
-        retryable: False if someone has to act first, as when the disk is full or the password is
-            wrong.
+        retryable: False if someone has to act first, for example because the disk is full or the
+            password is wrong.
     """
 
     def __init__(
@@ -374,12 +374,12 @@ class StoreUnavailable(StoreError):
 
 
 class SchemaOutOfDate(StoreError):
-    """The database's schema is not the one that this version of incidentkit works on.
+    """The database's schema is not the one that this version of incidentkit needs.
 
     Attributes:
         current: The revision of the database; None: it has no incidentkit schema.
-        expected: The revision that this version of incidentkit needs; empty: a service does not
-            tell the revisions of its database.
+        expected: The revision that this version of incidentkit needs; empty: the service did not
+            report the revisions of its database.
         command: The command to run.
         differences: Missing or changed parts of a schema that has the expected revision, as in
             ``the trigger incident_token_change is missing``.

@@ -1,4 +1,4 @@
-"""Make the message and the key of a report fit the limits of their length."""
+"""Make the message and the key of a report fit their length limits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from incidentkit.domain import rules
 from incidentkit.domain.values import MESSAGE_MAX_LENGTH, NAME_MAX_LENGTH
 
 PREFIX: Final = "Incident: "
-"""Stands before a message that is too short, or not allowed by itself."""
+"""Put before a message that is too short, or not allowed by itself."""
 
 NO_MESSAGE: Final = "no message"
-"""Stands for an empty message, after the prefix."""
+"""Replaces an empty message, after the prefix."""
 
 
 def fit_message(value: str) -> str:
-    """Return a message cut at its end, or with a prefix, unless anything else is wrong."""
+    """Return a message cut at its end, or with a prefix; unchanged if it breaks another rule."""
     try:
         text = rules.storable(value).strip()
     except ValueError:
@@ -30,7 +30,7 @@ def fit_message(value: str) -> str:
 
 
 def fit_key(value: str | None) -> str | None:
-    """Return a deduplication key whose end, if it is too long, is replaced by a hash of the key.
+    """Return a deduplication key; if it is too long, a hash of the whole key replaces its end.
 
     An empty key, which names no problem, becomes None.
     """

@@ -18,12 +18,12 @@ TimesName: TypeAlias = Literal["wire", "rfc3339"]
 """The forms of a time in JSON."""
 
 SCHEMA: Final = "schema"
-"""Where the metadata of a field has its JSON Schema, beyond the type."""
+"""The metadata key of a field's JSON Schema, beyond its type."""
 
 
 REQUIRED: Final = "required"
-"""Where the metadata of a field has whether every JSON object has it; missing: it has. A field that
-is not required is left out if it is None."""
+"""The metadata key that says whether every JSON object has the field, which is the default. A field
+that is not required is left out if it is None."""
 
 
 def schema(*, required: bool = True, **keywords: Any) -> dict[str, Any]:
@@ -57,5 +57,5 @@ def read_wire_time(text: str) -> datetime:
 
 
 def left_out(field: Attribute[Any], value: object) -> bool:
-    """Return whether the JSON of a model does not have a field, because of its value."""
+    """Return whether the JSON of a model leaves out a field with this value."""
     return value is None and not field.metadata.get(REQUIRED, True)

@@ -21,7 +21,7 @@ _TIMES: Final = {"wire": wire_time, "rfc3339": rfc3339_time}
 
 
 class Plain:
-    """The base class of models: attrs classes that become JSON, and fields of Pydantic."""
+    """The base class of models: attrs classes that become JSON, and types for Pydantic."""
 
     __slots__ = ()
 

@@ -1,6 +1,6 @@
-"""Let Pydantic read a model in its wire format, write it and describe it.
+"""Let Pydantic read, write and describe models in their wire format.
 
-Only Pydantic loads this module, when a model becomes a field, a parameter or a response of a host.
+This module is loaded only when Pydantic asks a model for its schema.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ def _member(attribute: Attribute[Any], hint: Any) -> Any:
 
 
 def _rule(attribute: Attribute[Any]) -> Any:
-    """Return the rule of a field that callers give; None for a field that a database gives."""
+    """Return the rule of a field that callers set; None for a field that the database sets."""
     return getattr(attribute.converter, "__wrapped__", None)
 
 
 def _strict(hint: Any) -> Any:
-    """Return a type that takes JSON values as the wire format has them."""
+    """Return a type that accepts only the JSON values of the wire format."""
     if isinstance(hint, UnionType):
         return Union[tuple(map(_strict, get_args(hint)))]  # noqa: UP007
     return _LEAVES.get(hint, hint)

@@ -20,12 +20,12 @@ class Replay:
 
 
 REPLAY: Final[ContextVar[Replay | None]] = ContextVar("incidentkit_replay", default=None)
-"""Where the write of a caller tells whether it was a replay; None: nothing watches for one."""
+"""Records whether the caller's write was a replay; None: nothing watches for one."""
 
 
 @contextmanager
 def watching_for_replay() -> Iterator[Replay]:
-    """Yield an object that tells whether the one write inside the block was a replay."""
+    """Yield an object that says whether the one write inside the block was a replay."""
     replay = Replay()
     token = REPLAY.set(replay)
     try:

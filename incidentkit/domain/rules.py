@@ -62,7 +62,7 @@ MAX_FAULTS: Final = 10
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
 _RULE: Final = "rule"
-"""Where the metadata of a field has its validator: a rule about several fields."""
+"""The metadata key of a field's validator: a rule about several fields."""
 
 ORDERS: Final = tuple(IncidentOrder)
 """The orders of a search, at the index that stands for each in a cursor."""
@@ -214,7 +214,7 @@ def storable(value: object) -> str:
 
 
 def message(value: str) -> str:
-    """Return the message without surrounding white space, by the rules of the contract."""
+    """Return the message, if it is valid, without surrounding white space."""
     stripped = storable(value).strip()
     # Normalizing takes quadratic time. A longer text never becomes one of these: NFKC shortens a
     # text only by composing characters, and no composed character is ASCII.
@@ -429,7 +429,7 @@ _BLANK_OFFSET: Final = re.compile(r":\d\d(?:\.\d+)? \d\d:\d\d$", re.ASCII)
 def time_text(value: str) -> datetime:
     """Return the time of a text: ``YYYY-MM-DD HH:MM:SS`` in UTC, or RFC 3339 with an offset.
 
-    The letter ``T`` may stand between the date and the time, in either case. A leap second counts
+    The date and the time may be separated by the letter ``T``, in either case. A leap second counts
     as the second after it.
     """
     found = _TIME.fullmatch(value)

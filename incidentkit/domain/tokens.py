@@ -84,7 +84,7 @@ class CreatedToken:
     """A new token with its secret, which is shown nowhere else.
 
     Attributes:
-        secret: The token to send; it is in no ``repr`` and in no database.
+        secret: The token to send; it is never in a ``repr`` or in a database.
         token: The token as it is stored.
     """
 

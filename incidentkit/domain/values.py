@@ -37,7 +37,7 @@ DETAILS_MAX_SIZE: Final = 16 * 1024
 """Maximum size of details, in bytes as compact JSON in UTF-8, with numbers without exponents."""
 
 DETAILS_MAX_DEPTH: Final = 5
-"""Maximum number of objects and arrays inside each other in details, which are the first."""
+"""Maximum levels of objects and arrays in details; the details themselves are the first."""
 
 MAX_ID: Final = 2**63 - 1
 TAG_PATTERN: Final = r"[1-9]\d{0,18}-[0-9a-f]{12}"
@@ -123,13 +123,13 @@ class IncidentOrder(StrEnum):
 
 
 StatusName: TypeAlias = Literal["new", "completed", "failed"]
-"""The value of a status, which stands for it in an argument."""
+"""The value of a status, accepted in place of the member."""
 
 SourceName: TypeAlias = Literal["operator", "monitoring", "partner"]
-"""The value of a source, which stands for it in an argument."""
+"""The value of a source, accepted in place of the member."""
 
 OrderName: TypeAlias = Literal["newest", "oldest"]
-"""The value of an order, which stands for it in an argument."""
+"""The value of an order, accepted in place of the member."""
 
 
 def _whole_utc_second(value: datetime) -> datetime:
@@ -158,15 +158,15 @@ class Incident(Plain):
         created_at: When the database stored it: aware, in UTC, in whole seconds, the resolution of
             the wire format. The other times have the same form.
         version: 1 at creation, incremented by each change of a field.
-        dedup_key: The problem that it is about; None: it never counts repetitions.
+        dedup_key: The key of the problem that it reports; None: it never counts repetitions.
         occurrences: Number of reports, at least 1.
         last_seen_at: When it was last reported.
         ended_at: When its status left ``new``; None while it is open, and if another program
             changed the status without recording the end.
-        details: What the first report said beyond the message, as a JSON object, which never
-            changes. The order of its keys is not kept. None: there are none, or the incident is
-            from ``list``, or from a ``search`` without ``details=True``. Incidents that differ only
-            in it are equal.
+        details: The details of the first report, as a JSON object; they never change. The order of
+            keys is not kept. None: there are none, or the incident is from ``list``, or from a
+            ``search`` without ``details=True``. Incidents that differ only in their details are
+            equal.
     """
 
     incident_id: int = field(metadata=schema(minimum=1, maximum=MAX_ID))

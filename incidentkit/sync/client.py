@@ -177,7 +177,7 @@ class SyncIncidentClient(SyncIncidents):
         return self._run(self._client.list_json(query))
 
     def join(self, connection: Joinable) -> SyncJoinedIncidents:
-        """Return the verbs inside the transaction of the application's own connection.
+        """Return the verbs in the transaction of the application's own connection.
 
         Their writes are committed or rolled back with the rest of that transaction, and invisible
         to others until then. Their reads see that transaction, and never use a cache. All of them

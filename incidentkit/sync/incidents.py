@@ -178,7 +178,7 @@ class SyncIncidents(ABC):
         return self._run(self._incidents.list(page, limit, status, source))
 
     def get(self, incident_id: int) -> Incident:
-        """Return the incident in its present state, as :meth:`IncidentClient.get` does."""
+        """Return the incident in its current state, as :meth:`IncidentClient.get` does."""
         return self._run(self._incidents.get(incident_id))
 
     def search(  # noqa: PLR0913

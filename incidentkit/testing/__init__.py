@@ -1,6 +1,6 @@
 """Test an application that uses incidentkit, on a private database in memory.
 
-pytest finds the fixtures by itself. The functions also work with unittest.
+pytest finds the fixtures automatically. The functions also work with unittest.
 """
 
 TYPE_CHECKING = False

@@ -1,7 +1,7 @@
 """Assert what was recorded.
 
-Each function takes a synchronous client, or an asynchronous one, and then returns a coroutine. Only
-an AssertionError says that something differs, so that they serve every test framework.
+Each function takes a synchronous or an asynchronous client. For an asynchronous one, it returns a
+coroutine. A difference raises AssertionError, so the functions work in every test framework.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def all_incidents(
     """Return all incidents with their details, oldest first.
 
     Args:
-        incidents: A client, or the verbs in a joined transaction. For asynchronous verbs the result
-            is to be awaited.
+        incidents: A client, or the verbs in a joined transaction. If they are asynchronous, await
+            the result.
     """
     return _of_all(incidents, list, "all_incidents")
 
@@ -111,14 +111,14 @@ def assert_incident_opened(  # noqa: PLR0913
         assert_incident_opened(incidents, message=re.compile("^Disk"), source="monitoring")
 
     Args:
-        incidents: A client, or the verbs in a joined transaction. For asynchronous verbs the result
-            is to be awaited.
-        message: The whole message, a pattern that is found in it, or a function that accepts it.
-            None: any message.
+        incidents: A client, or the verbs in a joined transaction. If they are asynchronous, await
+            the result.
+        message: The whole message, a pattern to find in it, or a function that accepts it. None:
+            any message.
         source: Who reported it; None: anyone.
         dedup_key: The whole key, a pattern, or a function, which gets None for an incident without
             a key. None: any key, or none.
-        status: Its present status; None: any status.
+        status: Its current status; None: any status.
         occurrences: Number of reports; None: any number.
         details: Some of its details, each with its value, or a function, which gets None for an
             incident without details. None: any details, or none.
@@ -128,12 +128,13 @@ def assert_incident_opened(  # noqa: PLR0913
         The oldest of them.
 
     Raises:
-        AssertionError: If another number of incidents match. It shows the nearest ones.
+        AssertionError: If a different number of incidents match. It shows the nearest ones.
         InvalidIncident: If there is no such source or status.
+        InvalidSettings: If ``count`` is below 1.
     """
     __tracebackhide__ = True
     if count < 1:
-        raise InvalidSettings("count", "must be at least 1: there is also assert_no_incident")
+        raise InvalidSettings("count", "must be at least 1: use assert_no_incident to expect none")
     expected = Expected(message, source, dedup_key, status, occurrences, details)
     check = partial(check_opened, expected=expected, count=count)
     return _of_all(incidents, check, "assert_incident_opened")
@@ -175,7 +176,7 @@ def assert_no_incident(  # noqa: PLR0913
     occurrences: int | None = None,
     details: DetailsMatcher | None = None,
 ) -> Coroutine[Any, Any, None] | None:
-    """Assert that no incident has these fields; without fields, that there is none at all.
+    """Assert that no incident has these fields; without fields, that there are no incidents.
 
     The arguments are those of :func:`assert_incident_opened`.
 
@@ -213,8 +214,8 @@ def assert_history(
         assert_history(incidents, incident, ["created", "status_changed"])
 
     Args:
-        incidents: A client, or the verbs in a joined transaction. For asynchronous verbs the result
-            is to be awaited.
+        incidents: A client, or the verbs in a joined transaction. If they are asynchronous, await
+            the result.
         incident: The incident, or its id.
         kinds: The kinds of all its events, oldest first.
 
@@ -250,7 +251,7 @@ def _of_all(
     Args:
         incidents: The verbs.
         check: Takes the incidents, oldest first.
-        name: The name of the coroutine, in the warning of Python if it is never awaited.
+        name: The name of the coroutine in Python's warning if it is never awaited.
     """
     __tracebackhide__ = True
     if isinstance(incidents, SyncIncidents):

@@ -20,7 +20,7 @@ class PrivateSession(Session):
 
     Args:
         store: Its coroutines never suspend.
-        observer: Told of delivered changes; None: nothing is observed.
+        observer: Observes delivered changes; None: nothing is observed.
     """
 
     def __init__(self, store: PrivateStore, observer: Observer | None) -> None:
@@ -33,12 +33,12 @@ class PrivateSession(Session):
 
 
 def swap(client: IncidentClient, parts: Parts) -> Parts:
-    """Let a client work on other parts from now on, and return the present ones."""
+    """Make a client use other parts from now on, and return its current ones."""
     return client._swap(parts)  # noqa: SLF001
 
 
 def asynchronous(client: IncidentClient | SyncIncidentClient) -> IncidentClient:
-    """Return the asynchronous client: this one, or the one that runs behind it.
+    """Return the asynchronous client: this one, or the one behind a synchronous client.
 
     Raises:
         TypeError: If it is something else.
@@ -60,14 +60,14 @@ def parts_on(database: PrivateDatabase, observer: Observer | None) -> Parts:
 
 
 def async_client(database: PrivateDatabase) -> IncidentClient:
-    """Return a client on a private database that opens itself."""
+    """Return a client, which opens itself, on a private database."""
     client = IncidentClient(PrivateStore(database))
     swap(client, parts_on(database, None))
     return client
 
 
 def anywhere(function: Callable[[], object]) -> None:
-    """Call a function of a synchronous client, in another thread if an event loop runs in this."""
+    """Call a function of a synchronous client, in another thread if this one runs an event loop."""
     if running_loop() is None:
         function()
         return
@@ -86,7 +86,7 @@ def private_incidents(database: PrivateDatabase | None = None) -> Iterator[SyncI
                 self.incidents = self.enterContext(private_incidents())
 
     Args:
-        database: The database, to share it with other clients; None: one of its own.
+        database: The database, to share it with other clients; None: a new one.
     """
     with ExitStack() as closing:
         client = SyncIncidentClient(
@@ -99,13 +99,13 @@ def private_incidents(database: PrivateDatabase | None = None) -> Iterator[SyncI
 
 @contextmanager
 def private_async_incidents(database: PrivateDatabase | None = None) -> Iterator[IncidentClient]:
-    """Lend an asynchronous client on a private database in memory.
+    """Yield an asynchronous client on a private database in memory.
 
-    It opens itself at the first call, on the running event loop. It may be entered with
-    ``async with``, and need not be.
+    It opens itself at the first call, on the running event loop. You may enter it with
+    ``async with``, but need not.
 
     Args:
-        database: The database, to share it with other clients; None: one of its own.
+        database: The database, to share it with other clients; None: a new one.
     """
     with ExitStack() as closing:
         yield async_client(database or closing.enter_context(PrivateDatabase()))

@@ -14,10 +14,10 @@ from incidentkit.testing.database import PrivateStore
 
 
 class FrozenClock:
-    """The clock of a private database in a block of :func:`frozen_clock`.
+    """The clock of a private database in a :func:`frozen_clock` block.
 
     Attributes:
-        now: The present time of the database, in UTC.
+        now: The current time of the database, in UTC.
     """
 
     def __init__(self, now: datetime) -> None:
@@ -35,7 +35,7 @@ class FrozenClock:
         self.now = _aware(time)
 
     def tick(self, time: timedelta = timedelta(seconds=1)) -> None:
-        """Let time pass; the database counts whole seconds."""
+        """Advance the clock; the database counts whole seconds."""
         self.now += time
 
 
@@ -45,9 +45,9 @@ def frozen_clock(
 ) -> Iterator[FrozenClock]:
     """Stop the clock of a client's private database while the block runs.
 
-    Every time that the database gives is the frozen one: ``created_at``, ``last_seen_at``,
-    ``ended_at``, the times of the history, and the age of idempotency keys. The time of Python and
-    of other databases goes on.
+    The database then uses the frozen time for ``created_at``, ``last_seen_at``, ``ended_at``, the
+    times in the history, and the age of idempotency keys. The clocks of Python and of other
+    databases keep running.
 
     .. code-block:: python
 
@@ -57,11 +57,12 @@ def frozen_clock(
             incidents.update_status(incident.incident_id, "completed")
 
     Args:
-        client: One of the kit's fixtures or functions, or one in a block of :func:`recording`.
-        time: The time to begin with: aware, or as text such as ``2026-01-01T00:00:00Z``.
+        client: A client from a fixture or a function of the kit, or one in a :func:`recording`
+            block.
+        time: The time to start at: an aware time, or text such as ``2026-01-01T00:00:00Z``.
 
     Yields:
-        The clock, to move it.
+        The clock, with methods to move it.
 
     Raises:
         TypeError: If the client is on another database, whose clock cannot be stopped.
@@ -71,7 +72,7 @@ def frozen_clock(
     if not isinstance(store, PrivateStore):
         raise TypeError(
             "Only the clock of the test kit's own database can be stopped: use the kit's fixtures, "
-            "or let this client record there with incidentkit.testing.recording()"
+            "or put this client on such a database with incidentkit.testing.recording()"
         )
     clock = FrozenClock(_aware(time))
     with store.database.frozen(lambda: clock.now):

@@ -1,4 +1,4 @@
-"""Keep incidents in a private SQLite database in memory, which any thread and loop can use."""
+"""Keep incidents in a private SQLite database in memory, for any thread and event loop."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ _T = TypeVar("_T")
 URL: Final = "sqlite+aiosqlite:///:memory:"
 
 FORKED: Final = (
-    "the test's incidents are in the memory of the process that this one was forked from; open a "
-    "client on the fixture incidentkit_url in both"
+    "the incidents of the test are in the memory of the parent process; in both processes, open a "
+    "client on the fixture incidentkit_url"
 )
 
 
 class PrivateDatabase:
     """An SQLite database in memory with the current schema and no incidents.
 
-    Clients of any thread and any event loop can share it. It lasts until it is closed, however
-    often they are opened and closed. Statements run one at a time, in the thread that calls.
+    Clients in any thread and on any event loop can share it. It exists until it is closed, no
+    matter how often clients are opened and closed. Statements run one at a time, in the calling
+    thread.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,8 @@ class PrivateDatabase:
         self._closed = False
         self._now: Callable[[], datetime] = partial(datetime.now, UTC)
         with self._engine.connect() as connection:
-            # Otherwise a system may forbid functions of its own in triggers, as for a frozen clock.
+            # Some builds of SQLite otherwise forbid Python's functions, such as a frozen clock's,
+            # in triggers.
             connection.exec_driver_sql("PRAGMA trusted_schema = ON")
             _template().backup(_driver(connection))
 
@@ -69,7 +71,7 @@ class PrivateDatabase:
         self.close()
 
     def close(self) -> None:
-        """Remove the incidents; calls of clients raise :class:`~incidentkit.ClientClosed` then."""
+        """Discard the database; later calls raise :class:`~incidentkit.ClientClosed`."""
         with self._turn:
             self._closed = True
             self._engine.dispose()
@@ -108,17 +110,17 @@ class PrivateDatabase:
                 yield connection
                 connection.exec_driver_sql("COMMIT")
             except BaseException:
-                # SQLite itself rolls back after some errors.
+                # After some errors, SQLite has already rolled back.
                 with suppress(DBAPIError):
                     connection.exec_driver_sql("ROLLBACK")
                 raise
 
     @contextmanager
     def frozen(self, now: Callable[[], datetime]) -> Iterator[None]:
-        """Take the time of SQL statements from a function, which returns it in UTC."""
+        """Make SQL statements take the time, in UTC, from a function."""
         with self.connection() as connection:
             driver = _driver(connection)
-            # In place of SQLite's own. They stay, and give the present time after the block.
+            # These replace SQLite's own functions. After the block, they return the current time.
             driver.create_function("current_timestamp", 0, self._timestamp)
             driver.create_function("datetime", 2, self._datetime)
         before, self._now = self._now, now
@@ -140,7 +142,7 @@ class PrivateDatabase:
 class PrivateStore(Records):
     """The store of a client on a private database.
 
-    A joined connection has no effect: what is recorded is committed to the private database.
+    A joined connection has no effect: each write is committed to the private database at once.
 
     Args:
         database: The database.
@@ -168,11 +170,11 @@ class PrivateStore(Records):
         await self.token()
 
     def join(self, connection: object) -> StoreOperations:  # noqa: ARG002
-        """Return the operations on the private database, whatever the connection is."""
+        """Return the operations on the private database, for any connection."""
         return Records(SqliteDialect(), PrivateExecutor(self.database))
 
     def join_sync(self, connection: object) -> StoreOperations:
-        """Return the operations on the private database, whatever the connection is."""
+        """Return the operations on the private database, for any connection."""
         return self.join(connection)
 
 
@@ -225,7 +227,7 @@ def private_url(file: Path) -> str:
     """Create an SQLite file with the current schema and no incidents, and return its URL.
 
     Args:
-        file: Its absolute path; no file exists there.
+        file: Its absolute path, where no file exists yet.
     """
     with closing(sqlite3.connect(file)) as connection:
         _template().backup(connection)

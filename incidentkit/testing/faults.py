@@ -18,14 +18,14 @@ from incidentkit.sync.incidents import SyncIncidents
 METHODS: Final = {name: name for name in (*VERBS, "feed_blocker", "iterate")} | {
     "list_json": "list"
 }
-"""The methods of a client that can fail, each with its verb. ``changes`` waits instead."""
+"""The methods of a client that can fail, with the verb of each. ``changes`` waits instead."""
 
 
 class Fault(Protocol):
-    """What befalls the calls of a client."""
+    """Delays the calls of a client, or makes them fail."""
 
     def __call__(self, verb: str, /) -> float:
-        """Return the seconds that a call has to wait, or raise its error."""
+        """Return the seconds that a call must wait, or raise its error."""
         ...
 
 
@@ -55,7 +55,7 @@ def _made(error: BaseException | type[BaseException], verb: str) -> BaseExceptio
     """Return the error that a call of a verb raises.
 
     Raises:
-        InvalidSettings: If it is no error, or a class that needs to know more.
+        InvalidSettings: If it is not an exception, or a class that needs arguments.
     """
     if isinstance(error, BaseException):
         return error
@@ -66,7 +66,7 @@ def _made(error: BaseException | type[BaseException], verb: str) -> BaseExceptio
     try:
         return error(*reasons)
     except TypeError as cause:
-        reason = f"must be an exception: the class {error.__name__} alone does not say what failed"
+        reason = f"must be an instance, since the class {error.__name__} needs arguments"
         raise InvalidSettings("error", reason) from cause
 
 
@@ -78,20 +78,20 @@ def failing(
     times: int | None = None,
     verbs: Iterable[str] | None = None,
 ) -> Iterator[Failures]:
-    """Make the next calls of a client fail while the block runs; they read and write nothing.
+    """Make the next calls of a client fail while the block runs, before they read or write.
 
     .. code-block:: python
 
         with failing(incidents, StoreUnavailable, times=2, verbs=["create"]):
             report("Disk is full")  # tries three times
 
-    A joined transaction from the client's ``join`` fails alike. The feed of ``changes`` does not
-    fail: it waits while the database is unavailable.
+    Calls in a joined transaction from the client's ``join`` fail too. The feed of ``changes`` does
+    not fail: it waits while the database is unavailable.
 
     Args:
-        client: Any client, of the kit or of the application.
-        error: The error, or its class: an exception of incidentkit, as a rule. A class that needs
-            arguments, such as :class:`~incidentkit.VersionConflict`, is passed as an exception.
+        client: Any client, from the kit or from the application.
+        error: The error or its class, usually an exception of incidentkit. Instead of a class that
+            needs arguments, such as :class:`~incidentkit.VersionConflict`, pass an instance.
         times: Number of calls that fail, at least 1; later ones succeed. None: every call fails.
         verbs: The methods that fail, such as ``create``; None: all of them.
 
@@ -104,7 +104,7 @@ def failing(
     given: object = times
     if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
         raise InvalidSettings("times", "must be at least 1, or None for every call")
-    # A fault of the test must not show only where the application handles exceptions.
+    # A mistake in the test must show here, not where the application handles exceptions.
     _made(error, "any verb")
     failures = Failures(error, times)
     with _befalling(client, failures, _checked(verbs)):
@@ -118,8 +118,8 @@ def slow(
     """Make calls of a client take longer while the block runs.
 
     Args:
-        client: Any client, of the kit or of the application.
-        seconds: Seconds before each call, at least 0.
+        client: Any client, from the kit or from the application.
+        seconds: Seconds to wait before each call, at least 0.
         verbs: The methods that are slow, such as ``create``; None: all of them.
 
     Raises:
@@ -143,7 +143,7 @@ def _checked(verbs: Iterable[str] | None) -> frozenset[str]:
 
 @contextmanager
 def _befalling(client: object, fault: Fault, verbs: frozenset[str]) -> Iterator[None]:
-    """Put a fault before the methods of these verbs, in the instance alone."""
+    """Put a fault before the methods of these verbs, in this instance only."""
     own = vars(client)
     before = {name: own[name] for name in (*METHODS, "join") if name in own}
     _put(client, fault, verbs)

@@ -1,4 +1,4 @@
-"""Compare incidents with what a test expects, and explain what differs."""
+"""Compare incidents with the expectations of a test, and explain the differences."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from incidentkit.domain.values import (
 )
 
 TextMatcher: TypeAlias = str | re.Pattern[str] | Callable[[Any], bool]
-"""The whole text, a pattern that is found in it, or a function that tells."""
+"""The whole text, a pattern to find in it, or a function that accepts it."""
 
 DetailsMatcher: TypeAlias = Mapping[str, Any] | Callable[[Any], bool]
-"""Some of the details, each with its value, or a function that tells."""
+"""Some of the details, each with its value, or a function that accepts them."""
 
 NEAREST: Final = 5
 """Maximum number of incidents that a failure shows."""
@@ -45,7 +45,7 @@ FIELDS: Final[Mapping[str, Callable[[Incident], object]]] = {
 
 @frozen
 class Expected:
-    """What a test expects of an incident; None: anything.
+    """The expected fields of an incident; None: any value.
 
     Raises:
         InvalidIncident: If there is no such source or status.
@@ -75,7 +75,7 @@ class Expected:
         )
 
     def closeness(self, incident: Incident) -> tuple[int, float, int]:
-        """Return how near an incident is: more for more fields, a similar message, a later one."""
+        """Return how close an incident is, by matching fields, then similar message, then id."""
         alike = 0.0
         if isinstance(self.message, str):
             alike = SequenceMatcher(None, self.message, incident.incident_message).ratio()
@@ -83,7 +83,7 @@ class Expected:
 
 
 def fits(expected: object, actual: object) -> bool:
-    """Return whether a value is as expected."""
+    """Return whether a value matches."""
     if isinstance(expected, re.Pattern):
         return isinstance(actual, str) and expected.search(actual) is not None
     if callable(expected):
@@ -97,7 +97,7 @@ def check_opened(found: Sequence[Incident], expected: Expected, count: int) -> I
     """Return the first matching incident.
 
     Raises:
-        AssertionError: Unless as many match as expected.
+        AssertionError: Unless the expected number of incidents match.
     """
     __tracebackhide__ = True
     matching = [incident for incident in found if not expected.differing(incident)]

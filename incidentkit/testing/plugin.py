@@ -1,4 +1,4 @@
-"""Define the fixtures that pytest finds by itself.
+"""Define the fixtures that pytest finds automatically.
 
 pytest loads this module in every test run of a project that has incidentkit installed, so it
 imports nothing but pytest. A fixture loads what it needs when a test asks for it.

@@ -1,4 +1,4 @@
-"""Let an existing client record in a private database for a while."""
+"""Make an existing client record in a private database for a while."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from incidentkit.testing.database import PrivateDatabase
 
 @contextmanager
 def recording(client: IncidentClient | SyncIncidentClient) -> Iterator[SyncIncidentClient]:
-    """Let a client work on a private database in memory while the block runs.
+    """Make a client use a private database in memory while the block runs.
 
-    Neither its database nor its Redis is used meanwhile. The client need not be open, and its
+    Its own database and its Redis are not used meanwhile. The client need not be open, and its
     calls work whether or not the application opens or closes it in the block. Afterwards it is as
     it was before.
 
-    A joined connection has no effect in the block: what is recorded stays in the private database,
+    A joined connection has no effect in the block: recorded incidents stay in the private database,
     even if the application rolls its transaction back.
 
     .. code-block:: python
@@ -33,10 +33,10 @@ def recording(client: IncidentClient | SyncIncidentClient) -> Iterator[SyncIncid
         def test_late_orders():
             with recording(shop.incidents) as recorded:
                 shop.check_orders()
-            assert_incident_opened(recorded, message="Order 17 is late")
+                assert_incident_opened(recorded, message="Order 17 is late")
 
     Args:
-        client: For example one that a module of the application holds.
+        client: The client, such as a global one in a module of the application.
 
     Yields:
         A synchronous client on the same database, for a test that runs no event loop itself.

@@ -89,8 +89,8 @@ def wire_converter(*, complete: bool = True) -> Converter:
     """Return the converter between models and JSON values.
 
     Args:
-        complete: Whether an incident or an event without one of its fields is refused. Otherwise a
-            missing field has its default, as in an answer of an older service.
+        complete: Whether to refuse an incident or an event that lacks a field. Otherwise a missing
+            field gets its default, as in an answer of an older service.
 
     The rules of the wire format:
 

@@ -57,7 +57,7 @@ def encode_object(name: str, value: bytes, others: Mapping[str, Any]) -> bytes:
 
 
 def encode_rows(rows: Iterable[Iterable[Any]]) -> bytes:
-    """Return incidents, each given as the values of its fields but the details, as a JSON array.
+    """Return incidents, each given as the values of its fields except details, as a JSON array.
 
     A status and a source are strings, a time is an aware datetime, and a ``last_seen_at`` of None
     stands for ``created_at``.

@@ -1,4 +1,4 @@
-"""The kinds of problems with which the service answers errors: one table for both ends."""
+"""The kinds of problems that the service answers errors with: one table for service and client."""
 
 from __future__ import annotations
 

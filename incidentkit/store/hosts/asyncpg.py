@@ -29,14 +29,14 @@ _safe: Final[WeakSet[object]] = WeakSet()
 
 
 class AsyncpgConnection:
-    """A connection of asyncpg, on its own or of a pool.
+    """A connection of asyncpg, standalone or from a pool.
 
     Args:
-        connection: It must be in a transaction.
-        trusted: Whether it may name prepared statements behind a pooler as it likes.
+        connection: The connection; it must be in a transaction.
+        trusted: Whether to skip the check of its prepared statements behind a pooler.
 
     Raises:
-        NotInTransaction: If it is not, or is closed.
+        NotInTransaction: If the connection is not in a transaction, or is closed.
         WrongEventLoop: If it belongs to another event loop.
     """
 
@@ -91,12 +91,12 @@ class AsyncpgConnection:
 
 
 class HostPool:
-    """Lends connections of a pool that stays the host's.
+    """Lends connections of a pool that belongs to the host.
 
     Args:
-        pool: An open pool. Sizes, time limits and prepared statements are as the host has set them.
+        pool: An open pool, with the host's own sizes, time limits and prepared statements.
         timeout: Seconds to wait for a connection, and for the pool to take one back.
-        trusted: Whether it may name prepared statements behind a pooler as it likes.
+        trusted: Whether to skip the check of its prepared statements behind a pooler.
 
     Raises:
         WrongEventLoop: If the pool belongs to another event loop.
@@ -143,7 +143,7 @@ class HostPool:
 
     @property
     def use(self) -> None:
-        """The host's pool is the host's to observe."""
+        """None: only the host observes its own pool."""
 
     async def put(self, connection: PostgresConnection) -> None:
         """Give a connection back after a call that succeeded."""

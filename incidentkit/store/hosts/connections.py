@@ -1,4 +1,4 @@
-"""Runs statements in a transaction that a host has begun, and that only the host ends."""
+"""Run statements in a transaction that a host has begun, and that only the host ends."""
 
 from __future__ import annotations
 
@@ -216,8 +216,8 @@ async def _fetch_to_completion(
 class HostExecutor:
     """Runs statements on a host's connection, and neither begins nor ends its transaction.
 
-    A failed call is undone by a savepoint where it can consist of several statements, so that the
-    host may go on and commit.
+    A savepoint undoes a failed call that may consist of several statements, so that the host can
+    continue and commit.
 
     Args:
         connection: The connection.
@@ -267,7 +267,7 @@ class HostExecutor:
 
 
 class SqliteHostExecutor:
-    """The same on SQLite, where a write first becomes the only writer of the database.
+    """Runs statements on a host's SQLite connection, where a write first takes the write lock.
 
     Args:
         connection: The connection.
@@ -313,7 +313,7 @@ class SqliteHostExecutor:
 
 
 async def _all_or_none(fetch: Fetch, work: Work[_T]) -> _T:
-    """Run work, and undo all of it if it fails, since the host may go on and commit."""
+    """Run work, and undo all of it if it fails, so that the host can continue and commit."""
     # A savepoint that a cancellation leaves behind ends with the transaction.
     await fetch(_SAVE, {})
     try:

@@ -45,11 +45,11 @@ async def check_joined(connection: AsyncConnection) -> None:
 
 
 async def check_sqlalchemy(connection: AsyncConnection, setting: str) -> bool:
-    """Refuse a connection that is behind a pooler and gives statements names of other processes.
+    """Refuse a connection behind a pooler if other processes may use the same statement names.
 
     Args:
-        connection: Of an engine with any driver; it is left in the transaction in which it is.
-        setting: What the host has passed: the database, or a connection to join.
+        connection: A connection of an engine with any driver; its transaction is left as it is.
+        setting: The host's argument, for the error: the database, or a connection to join.
 
     Returns:
         Whether a statement is prepared under a unique name, which only its transaction finds.
@@ -88,14 +88,14 @@ async def _check_asyncpg(
 
 
 def _number() -> str:
-    """Stand for the names that a driver numbers."""
+    """Stand in for the numbered names of a driver."""
     return "1"
 
 
 async def _psycopg_pooled(driver: Any) -> bool:
     """Return whether a connection of psycopg is behind a pooler."""
     async with driver.cursor() as cursor:
-        # Never prepared, whatever the threshold.
+        # Never prepared, regardless of the threshold.
         await cursor.execute("SELECT pg_backend_pid()", prepare=False)
         (answering,) = await cursor.fetchone()
     return bool(answering != driver.info.backend_pid)

@@ -70,13 +70,13 @@ class _Open:
 
 
 class PostgresEngineExecutor:
-    """Runs statements on an engine that stays the host's.
+    """Runs statements on an engine that belongs to the host.
 
     Args:
-        engine: Pool, time limits and log are as the host has set them. It is never disposed of.
+        engine: The engine, with the host's own pool, time limits and logging; never disposed of.
         maximum: Number of its connections; writes leave a quarter of them to reads.
         timeout: Seconds that a write waits until there is a connection for it.
-        trusted: Whether it may name prepared statements behind a pooler as it likes.
+        trusted: Whether to skip the check of its prepared statements behind a pooler.
     """
 
     in_host_transaction = False

@@ -1,6 +1,7 @@
 """Recognize a host's SQLAlchemy objects, run statements on them, and translate its errors.
 
-This module never loads ``sqlalchemy.ext.asyncio``, which loads the ORM: a host that uses it has.
+This module never loads ``sqlalchemy.ext.asyncio``, which loads the ORM: a host that uses it has
+loaded it already.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 USUAL_MAXIMUM: Final = 15
-"""Number of connections of an engine of SQLAlchemy without options."""
+"""Maximum number of connections of a SQLAlchemy engine with default options."""
 
 
 def is_engine(value: object) -> TypeIs[AsyncEngine]:
@@ -190,7 +191,7 @@ def with_isolation(engine: AsyncEngine, level: str) -> AsyncEngine:
 def refuse_shared_connection(engine: AsyncEngine) -> None:
     """Refuse an engine whose callers all get the same connection.
 
-    When a call of the client returned the connection, it would end the host's transaction on it.
+    A call of the client that returns the connection would end the host's transaction on it.
 
     Raises:
         InvalidSettings: With the name of the pool.
@@ -214,7 +215,7 @@ def has_every_character(driver: Any) -> bool:
     """Return whether the database of a connection can hold every character.
 
     Args:
-        driver: The connection of asyncpg or psycopg; any other one counts as having them.
+        driver: The connection of asyncpg or psycopg; for any other one, the result is True.
     """
     if hasattr(driver, "get_settings"):
         encoding = getattr(driver.get_settings(), "server_encoding", None)

@@ -51,7 +51,7 @@ class SqliteEngineExecutor:
     interrupted.
 
     Args:
-        engine: Connections and log are as the host has set them. It is never disposed of.
+        engine: The engine, with the host's own connections and logging; never disposed of.
     """
 
     in_host_transaction = False
@@ -70,7 +70,7 @@ class SqliteEngineExecutor:
         self._detects_transactions = False
 
     async def open(self, affinity: Affinity) -> None:
-        """Get ready to connect, and look whether the file can be opened."""
+        """Prepare to connect, and check that the file can be opened."""
         self._affinity = affinity
         # Writers of one process queue here, which is fairer and faster than SQLite's polling. The
         # lock is new at each opening, which may be on another event loop.
@@ -88,14 +88,14 @@ class SqliteEngineExecutor:
         self._detects_transactions = not _shared_by_a_transaction(self._host_engine)
 
     async def close(self) -> None:
-        """Wait for running calls, and use the engine no more."""
+        """Wait for running calls, then stop using the engine."""
         self._engine = None
         if self._running:
             await asyncio.wait(self._running)
         self._affinity = None
 
     def abandon(self) -> None:
-        """Use the engine no more."""
+        """Stop using the engine."""
         self._engine = self._affinity = None
         self._running = set()
 

@@ -1,4 +1,4 @@
-"""A host's connection of Django."""
+"""A host's Django connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from incidentkit.store.sql.compiled import Statements
 
 
 class Driver(Protocol):
-    """What differs between the drivers of Django.
+    """The differences between Django's database drivers.
 
     Attributes:
         kind: The database.
@@ -114,7 +114,7 @@ class DjangoConnection:
             raise TRANSACTION_FAILED.as_error()
 
     def _current(self) -> object:
-        """Return what identifies the transaction.
+        """Return a value that identifies the transaction.
 
         Raises:
             NotInTransaction: If there is none.

@@ -1,6 +1,6 @@
 """A host's synchronous connection to PostgreSQL: of SQLAlchemy, psycopg or Django.
 
-No driver is imported here: a host that uses one has.
+No driver is imported here: a host that uses one has imported it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def postgresql_host(connection: object, *, trusted: bool) -> HostConnection:
     Args:
         connection: SQLAlchemy's ``Connection`` or ``Session``, psycopg's ``Connection``, or
             Django's connection.
-        trusted: Whether it may name prepared statements behind a pooler as it likes.
+        trusted: Whether to skip the check of its prepared statements behind a pooler.
 
     Raises:
         NotInTransaction: If it commits each statement by itself.
@@ -78,7 +78,7 @@ class PsycopgConnection:
 
     Args:
         connection: The connection.
-        trusted: Whether it may name prepared statements behind a pooler as it likes.
+        trusted: Whether to skip the check of its prepared statements behind a pooler.
 
     Raises:
         NotInTransaction: If it commits each statement by itself, or is closed.
@@ -129,7 +129,7 @@ class PsycopgConnection:
     def _idle(self) -> bool:
         status = self._connection.info.transaction_status
         if status == type(status).ACTIVE and self._connection.autocommit:
-            # In pipeline mode the server does not tell. psycopg has no public name for its blocks.
+            # In pipeline mode the status is unknown. psycopg has no public name for its blocks.
             return not getattr(self._connection, "_num_transactions", 1)
         return status == type(status).IDLE
 
@@ -138,7 +138,7 @@ class DjangoOnPostgresql:
     """The driver behind Django's connection: psycopg, of version 2 or 3.
 
     Args:
-        trusted: Whether a connection may name prepared statements behind a pooler as it likes.
+        trusted: Whether to skip the check of prepared statements behind a pooler.
     """
 
     kind: DatabaseKind = "postgresql"
@@ -154,7 +154,7 @@ class DjangoOnPostgresql:
             self._trusted = True
 
     def prepare(self, cursor: Any) -> None:
-        """Make Django's cursor return aware times, also with ``USE_TZ=False``."""
+        """Make Django's cursor return aware times, even with ``USE_TZ=False``."""
         if hasattr(cursor, "adapters"):
             read_as_psycopg(cursor)
         else:
@@ -179,7 +179,7 @@ def _zone(offset: timedelta | int) -> tzinfo:
 
 
 def _rows(cursor: Any) -> Rows:
-    """Return the rows of the last statement; none if it was one without."""
+    """Return the rows of the last statement; none if it does not return any."""
     # In pipeline mode there is no result before it is fetched.
     if cursor.pgresult is not None and not cursor.pgresult.nfields:
         return ()
@@ -193,9 +193,9 @@ def _rows(cursor: Any) -> Rows:
 
 
 def new_cursor(connection: Any) -> Any:
-    """Return a cursor of psycopg 3 that is independent of what the host has set up for its own.
+    """Return a psycopg 3 cursor that does not depend on the host's factories and adapters.
 
-    Binding on the client stays there, since the host may have a server that cannot do it.
+    If the host binds values on the client, so does this cursor, since the server may be unable to.
     """
     psycopg: Any = sys.modules["psycopg"]
     client = issubclass(connection.cursor_factory, psycopg.ClientCursor)
@@ -206,9 +206,9 @@ def new_cursor(connection: Any) -> Any:
 
 
 def read_as_psycopg(cursor: Any) -> None:
-    """Make a cursor of psycopg 3 return values as psycopg itself does.
+    """Make a psycopg 3 cursor convert values as psycopg does by default.
 
-    The host may read the same types in its own way: Django, for one, can return naive times.
+    The host may convert the same types differently: Django, for one, can return naive times.
     """
     types: Any = sys.modules["psycopg"].types
     for name, loader in (
@@ -238,7 +238,7 @@ def refuse_unsafe(driver: Any, remedy: str) -> None:
     if getattr(driver, "prepare_threshold", None) is None:
         return
     with new_cursor(driver) as cursor:
-        # Never prepared, whatever the threshold.
+        # Never prepared, regardless of the threshold.
         cursor.execute("SELECT pg_backend_pid()", prepare=False)
         (answering,) = cursor.fetchone()
     if answering != driver.info.backend_pid:

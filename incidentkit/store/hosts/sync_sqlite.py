@@ -117,7 +117,7 @@ class DjangoOnSqlite:
         """Accept any connection: there is no pooler for SQLite."""
 
     def prepare(self, cursor: Any) -> None:
-        """Leave a cursor as it is: the statements know what Django may make of a time."""
+        """Do nothing: the statements accept times that Django has already converted."""
 
     def has_every_character(self, driver: Any) -> bool:  # noqa: ARG002
         """Return True: every encoding of SQLite has all characters."""
@@ -141,7 +141,7 @@ def _commits_by_itself(connection: Any) -> bool:
 
 
 def fetch_plainly(connection: sqlite3.Connection, sql: str, values: Any = ()) -> list[Any]:
-    """Run a statement on SQLite and return tuples with texts, whatever the host has set up."""
+    """Run a statement on SQLite and return plain tuples and strings, despite host factories."""
     text_factory = connection.text_factory
     try:
         connection.text_factory = str
@@ -153,7 +153,7 @@ def fetch_plainly(connection: sqlite3.Connection, sql: str, values: Any = ()) ->
 
 
 def place_on_sqlite(connection: sqlite3.Connection) -> str | None:
-    """Return the path of the file of a connection; None if it does not tell."""
+    """Return the path of the file of a connection; None if it is unknown."""
     with suppress(Exception):
         for _, name, path in fetch_plainly(connection, "PRAGMA database_list"):
             if name == "main":

@@ -1,4 +1,4 @@
-"""Recognize a host's synchronous connections, without importing what the host has not."""
+"""Recognize a host's synchronous connections, without importing packages that it does not use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ThreadTurn:
     """A lock for the calls of several threads on one connection."""
 
     def __init__(self) -> None:
-        # Reentrant: what a host runs around a statement may make a call itself.
+        # Reentrant: a host's hooks around a statement may make a call themselves.
         self._lock = RLock()
 
     async def __aenter__(self) -> None:
@@ -45,12 +45,12 @@ class ThreadTurn:
 
 
 def is_a(module: str, name: str, value: object) -> bool:
-    """Return whether a value is an instance of a class, whose module may not be loaded."""
+    """Return whether a value is an instance of a class whose module may not be loaded."""
     return isinstance(value, getattr(sys.modules.get(module), name, ()))
 
 
 def sqlalchemy_connection(value: object) -> Connection | Session | None:
-    """Return SQLAlchemy's ``Connection`` or ``Session`` if a value is one, or is a scope of it."""
+    """Return SQLAlchemy's ``Connection`` or ``Session`` if a value is one, or a scoped session."""
     if is_a("sqlalchemy.orm", "scoped_session", value):
         scope: Any = value
         value = scope()
@@ -62,10 +62,10 @@ def sqlalchemy_connection(value: object) -> Connection | Session | None:
 
 
 def django_connection(value: object) -> Any:
-    """Return the ``DatabaseWrapper`` of Django if a value is one, or the proxy of one."""
+    """Return Django's ``DatabaseWrapper`` if a value is one, or a proxy of one."""
     if is_a("django.utils.connection", "ConnectionProxy", value):
         proxy: Any = value
-        # The proxy stands for another one in each thread.
+        # The proxy stands for a different one in each thread.
         value = sys.modules["django.db"].connections[proxy.alias]
     return value if is_a("django.db.backends.base.base", "BaseDatabaseWrapper", value) else None
 

@@ -1,4 +1,4 @@
-"""Compiles a statement once for a driver, and converts the values of its calls.
+"""Compile a statement once for a driver, and convert the values of its calls.
 
 A statement is compiled when it first runs. After that, a call does not go through SQLAlchemy.
 """
@@ -44,7 +44,7 @@ class Parameter:
 
 @frozen
 class Compiled:
-    """A statement as a driver takes it.
+    """A statement, compiled for a driver.
 
     Attributes:
         text: The SQL.
@@ -74,11 +74,11 @@ class Statements:
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
-        # For as long as its client or module keeps a statement.
+        # An entry lives as long as its statement, which a client or a module keeps.
         self._compiled: WeakKeyDictionary[Executable, Compiled] = WeakKeyDictionary()
 
     def __call__(self, statement: Executable) -> Compiled:
-        """Return the statement for the driver, on the tables of the schema that it has."""
+        """Return the statement, compiled for the driver and for the schema that it names."""
         compiled = self._compiled.get(statement)
         if compiled is None:
             compiled = self._compiled[statement] = self._compile(statement)

@@ -1,6 +1,6 @@
-"""Rows of the tables, as models: the one order of columns, and how the database holds a value.
+"""Read rows of the tables as models: the order of columns, and the stored form of values.
 
-The columns of an incident stand in the order of the fields of :class:`Incident`, those of an event
+The columns of an incident are in the order of the fields of :class:`Incident`, those of an event
 in the order of :class:`IncidentEvent`, with the numbers of its cursor in front. Lists of columns,
 readers and the JSON of a row are all derived from it. The details of an incident are the last
 column of a row that has them.
@@ -36,7 +36,7 @@ Convert: TypeAlias = Callable[[Any], Any]
 """Converts a value for a driver, or from a driver."""
 
 Converter: TypeAlias = tuple[int, Convert]
-"""The index of a column, and what converts its values."""
+"""The index of a column, and the function that converts its values."""
 
 INCIDENT_COLUMNS: Final = tuple(field.name for field in fields(Incident) if field.name != "details")
 """The columns of an incident in a list."""
@@ -142,7 +142,7 @@ def convert_rows(rows: Sequence[Sequence[Any]], converters: Sequence[Converter])
 
 
 def unreadable_row() -> StoreError:
-    """Return the error for a row whose values cannot be read; nothing else may raise it.
+    """Return the error for a row whose values cannot be read; use it for nothing else.
 
     Raise it with the cause: ``raise unreadable_row() from error``.
     """
@@ -235,7 +235,7 @@ def read_page(rows: Sequence[Any], executor: Executor) -> Page:
 
     Args:
         rows: The rows.
-        executor: Has read them, and names the database in an error.
+        executor: The executor that read them; it names the database in an error.
 
     Raises:
         StoreError: When its incidents are used, if an incident cannot have the values of a row.

@@ -1,9 +1,9 @@
 """Close the connections to SQLite files while the process forks.
 
-SQLite keeps its locks on a file for the whole process. A child that is forked while a connection is
-open takes these locks for its own, although the system did not give them to it: it may wait for one
-without end, or write to a log that the parent deletes. Without an open connection at the fork, the
-connections of both processes lock the file by themselves.
+SQLite tracks its locks on a file for the whole process. A child that is forked while a connection
+is open believes that it holds these locks, although the system did not give them to it: it may wait
+forever for one, or write to a log that the parent deletes. If no connection is open at the fork,
+each process takes its own locks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ open_files: Final[WeakSet[OpenFile]] = WeakSet()
 """The files of this process that are closed while it forks."""
 
 _paused: Final[dict[int, list[OpenFile]]] = {}
-"""Those that each forking thread has closed."""
+"""The files that each forking thread has paused."""
 
 
 def _before() -> None:

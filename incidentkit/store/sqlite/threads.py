@@ -59,7 +59,7 @@ READS: Final = 10
 """Maximum number of quick reads that run one after the other in a thread."""
 
 STEP: Final = 50
-"""Number of rows that a thread reads at a time, unless they are those of a quick read."""
+"""Number of rows that a thread reads at a time, except in a quick read."""
 
 PAUSE: Final = 0.0001
 """Seconds between two steps: long enough for a waiting thread to run."""
@@ -107,7 +107,7 @@ class ThreadsExecutor:
         if self._left:
             raise IN_PARENT.as_error()
         memory = self._url.database in MEMORY
-        # A relative path is that of the working folder of now.
+        # A relative path is resolved in the current working folder.
         self.place = place_of(self._url)
         try:
             if not memory:
@@ -125,14 +125,14 @@ class ThreadsExecutor:
         self._closing = True
         if self._threads is not None:
             await self._threads.close()
-            # Not earlier: if this call is cancelled, the next one closes what is still open.
+            # Only now: if this call is cancelled, the next one closes the parts still open.
             self._threads = None
 
     def abandon(self) -> None:
         """Wait for running statements, then close every connection.
 
-        In a forked process, leave the connections alone: SQLite forbids to use them there, and to
-        close them.
+        In a forked process, leave the connections alone: SQLite forbids using or closing them
+        there.
         """
         threads, self._threads = self._threads, None
         if threads is None or self._affinity is None:
@@ -267,8 +267,8 @@ class OwnConnection:
     """A connection of the store, which commits each statement unless a transaction is begun.
 
     Args:
-        driver: The connection of the module ``sqlite3``.
-        compiled: The statements that were compiled before.
+        driver: The connection of ``sqlite3``.
+        compiled: The statements that are already compiled.
         echo: Whether to log every statement, without its values.
     """
 
@@ -280,7 +280,7 @@ class OwnConnection:
         self._echo = echo
 
     def run(self, sql: str, values: Iterable[Any] = ()) -> sqlite3.Cursor:
-        """Run SQL that nothing has to be converted for."""
+        """Run SQL whose values need no conversion."""
         if self._echo:
             logger.info("%s", sql)
         return self.driver.execute(sql, tuple(values))
@@ -323,7 +323,7 @@ class OwnConnection:
             return self.run(compiled.text, bound)
         except sqlite3.Error as error:
             if may_be_unprepared(error):
-                # Nothing was written: try once more with the schema as it is now.
+                # Nothing was written: try once more with the current schema.
                 self.driver.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
             elif not is_stale_schema(error):
                 raise
@@ -412,7 +412,7 @@ class _Threads:
         self._echo = options.echo
         self._compiled: dict[Executable, Compiled] = {}
         one = file is None
-        # Held while the numbers of uses of a connection and of forks change.
+        # Held while the counts of connection uses and of forks change.
         self._turn = Condition()
         self._uses = self._forks = 0
         if not one:
@@ -447,8 +447,8 @@ class _Threads:
         await self.writes.finish()
         if self._scans:
             await asyncio.wait(self._scans)
-        # Shutting down waits too, but blocks the event loop. When Python ends, no thread takes work
-        # any more, and those of the executor have ended.
+        # Shutting down waits too, but blocks the event loop. When Python exits, executors accept no
+        # more work, and their threads have ended.
         with suppress(RuntimeError):
             await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
         self.shut_down()
@@ -524,7 +524,7 @@ class _Threads:
 
     @contextmanager
     def _use(self) -> Iterator[None]:
-        """Let no fork come between, and check the file."""
+        """Hold off forks while a connection is used, and check the file."""
         with self._turn:
             while self._forks:
                 self._turn.wait()
@@ -606,7 +606,7 @@ def _run_in_savepoint(connection: OwnConnection, work: Work[_T], fetch: Fetch) -
 
 
 def _run(work: Awaitable[_T]) -> _T:
-    """Run a coroutine without an event loop: statements, all it awaits, never suspend here."""
+    """Run a coroutine without an event loop: it awaits only statements, which never suspend."""
     steps = work.__await__()
     try:
         next(steps)
