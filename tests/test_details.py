@@ -97,7 +97,7 @@ def test_details_come_back_from_either_database(given_details: dict[str, Any]) -
 
 @given(st.dictionaries(st.text() | scalars, scalars | st.lists(scalars), max_size=3) | scalars)
 def test_any_value_is_details_or_a_named_fault(value: Any) -> None:
-    """Anything else is refused with an error whose field is text in UTF-8."""
+    """Anything else is refused, with an error whose field name can be encoded in UTF-8."""
     faults: tuple[FieldError, ...] = ()
     try:
         assert new(value).details == value
@@ -232,7 +232,7 @@ def test_any_text_fits(message: str, key: str | None) -> None:
 
 
 def test_long_keys_stay_equal_and_different() -> None:
-    """Equal long keys become equal ones, and different ones different, with a readable start."""
+    """Equal long keys stay equal, different ones stay different, and their start is readable."""
     keys = ["k" * 300, "k" * 301, "k" * 300 + "x", "k" * 300]
     made = [NewIncident.fitting("Disk is full", "partner", dedup_key=key).dedup_key for key in keys]
     assert made[0] == made[3]
@@ -289,7 +289,7 @@ def test_fitting_changes_valid_details_in_nothing() -> None:
     ],
 )
 def test_anything_else_that_is_wrong_is_refused(given_fields: dict[str, Any], field: str) -> None:
-    """Fitting mends lengths alone: a wrong type, a NUL or an unknown source is an error."""
+    """Fitting mends only lengths: a wrong type, a NUL or an unknown source is an error."""
     fields: dict[str, Any] = {"incident_message": "Disk is full", "source": "partner"}
     with pytest.raises(InvalidIncident) as caught:
         NewIncident.fitting(**(fields | given_fields))

@@ -25,7 +25,7 @@ client = IncidentClient.open(url, redis_url or None)
 
 
 async def use():
-    """Write and read; every write is sent once, so that a dead connection shows."""
+    """Write and read; each write is sent only once, so that a dead connection is noticed."""
     async with asyncio.timeout(30):
         for _ in range(3):
             incident = await client.create("Disk is full", source="operator")
@@ -188,7 +188,7 @@ def test_a_process_that_is_forked_during_a_migration_can_migrate(
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("fork", FORKS)
 def test_verbs_in_a_forked_process_are_refused(url: str, loop: str, fork: str) -> None:
-    """In the child every verb raises WrongEventLoop with the remedy, and the parent goes on."""
+    """In the child every verb raises WrongEventLoop with the remedy; the parent's client works."""
     parent, told = run(url, "", loop, fork, "verbs")
     assert parent == [0, True]
     assert isinstance(told, list)
@@ -198,7 +198,7 @@ def test_verbs_in_a_forked_process_are_refused(url: str, loop: str, fork: str) -
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_parents_event_loop_is_refused_in_a_forked_process(url: str, loop: str) -> None:
-    """Verbs are refused in the child even on the inherited event loop itself."""
+    """Verbs are refused in the child even on the inherited event loop."""
     parent, told = run(url, "", loop, "between", "inherited loop")
     assert isinstance(told, list)
     assert len(told) == 4
@@ -221,7 +221,7 @@ def test_the_parents_event_loop_is_refused_in_a_forked_process(url: str, loop: s
 def test_a_forked_process_does_not_harm_its_parent(
     url: str, redis_url: str, loop: str, fork: str, child_does: str
 ) -> None:
-    """Whatever the child does with its copy of the client, the parent's connections stay alive.
+    """No use of the client's copy in the child affects the parent's connections.
 
     A child that connects the client can use it.
     """
@@ -251,7 +251,7 @@ async def test_a_forked_process_keeps_no_connection(
 async def test_a_failure_at_the_fork_leaves_no_other_client_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every client is disconnected, although disconnecting one of them fails."""
+    """Every client is disconnected, even if disconnecting one of them fails."""
     clients = [affinity.Affinity() for _ in range(3)]
     disconnected = []
 

@@ -169,7 +169,7 @@ def test_a_join_ends_with_its_transaction(client: SyncIncidentClient, host: Sync
 def test_many_rows_are_read_with_and_without_an_event_loop(
     client: SyncIncidentClient, host: SyncHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A join never waits for an event loop, so that it also works in a thread that runs one.
+    """A join never waits for an event loop, so it also works in a thread that runs one.
 
     Django refuses every call there.
     """
@@ -262,7 +262,7 @@ def test_other_objects_are_refused_by_what_is_accepted(
 
 
 def test_a_scoped_session_is_joined_as_its_session(on_file: SyncIncidentClient, file: str) -> None:
-    """The registry of sessions that Flask's extension has joins the session of its scope."""
+    """For a scoped session, such as Flask-SQLAlchemy's, the session of the scope is joined."""
     engine = create_engine(f"sqlite:///{file}", poolclass=NullPool)
     sessions = scoped_session(sessionmaker(engine))
     joined = on_file.join(sessions)
@@ -280,7 +280,7 @@ def test_a_scoped_session_is_joined_as_its_session(on_file: SyncIncidentClient, 
 def test_sqlalchemy_joins_with_each_driver(
     on_postgres: SyncIncidentClient, postgres_url: str, driver: str
 ) -> None:
-    """Errors of the database are those of incidentkit, with the SQLSTATE of either driver."""
+    """Database errors become incidentkit's, with the SQLSTATE that either driver reports."""
     url = postgres_url.replace("postgresql", f"postgresql+{driver}", 1)
     engine = create_engine(url, poolclass=NullPool)
     with engine.connect() as connection:
@@ -309,7 +309,7 @@ def test_sqlalchemy_joins_with_each_driver(
 def test_psycopg_joins_the_transaction_that_its_first_statement_begins(
     on_postgres: SyncIncidentClient, postgres_url: str
 ) -> None:
-    """Outside of autocommit psycopg needs no `BEGIN`, and with autocommit a block is joined."""
+    """Outside of autocommit psycopg needs no `BEGIN`; in autocommit, a block is joined."""
     with psycopg.connect(postgres_url) as connection:
         joined = on_postgres.join(connection)
         joined.create("Order 1 is late", source="partner")
@@ -336,7 +336,7 @@ def test_psycopg_joins_the_transaction_that_its_first_statement_begins(
 
 
 class WithoutZone(TimestamptzLoader):
-    """Reads times as naive ones."""
+    """Reads times as naive datetimes."""
 
     def load(self, data: Any) -> Any:
         """Return a time without its zone."""
@@ -347,7 +347,7 @@ class WithoutZone(TimestamptzLoader):
 def test_psycopg_is_read_whatever_its_host_has_set(
     on_postgres: SyncIncidentClient, postgres_url: str, cursor: Any
 ) -> None:
-    """Neither rows, cursors and types of the host nor its time zone matter."""
+    """The host's row factory, cursors, types and time zone have no effect."""
     with psycopg.connect(postgres_url, cursor_factory=cursor) as connection:
         connection.execute("SET TIME ZONE 'Asia/Kathmandu'")
         connection.row_factory = scalar_row
@@ -390,7 +390,7 @@ def test_a_lost_connection_is_unavailable(
 def test_threads_that_share_a_join_take_turns(
     on_postgres: SyncIncidentClient, postgres_url: str
 ) -> None:
-    """A connection of psycopg can be shared: a failed call of one thread undoes no other's."""
+    """Threads can share a psycopg connection: a failed call of one undoes no other's writes."""
     with psycopg.connect(postgres_url) as connection, ThreadPoolExecutor(8) as threads:
         joined = on_postgres.join(connection)
 
@@ -411,7 +411,7 @@ def test_threads_that_share_a_join_take_turns(
 def test_sqlite3_begins_its_transaction_as_it_does_for_its_host(
     on_file: SyncIncidentClient, file: str
 ) -> None:
-    """The transaction that the module begins before a write is joined, and nothing in autocommit.
+    """The transaction that sqlite3 begins before a write is joined; in autocommit, nothing is.
 
     A read begins none.
     """
@@ -450,7 +450,7 @@ def test_sqlite3_can_begin_its_transactions_by_itself(
 
 
 def test_sqlite3_is_read_whatever_its_host_has_set(on_file: SyncIncidentClient, file: str) -> None:
-    """Neither rows nor texts nor converters of the host matter."""
+    """The host's row factory, text factory and converters have no effect."""
     detects = sqlite3.PARSE_DECLTYPES | sqlite3.PARSE_COLNAMES
     with closing(sqlite3.connect(file, detect_types=detects)) as connection:
         connection.row_factory = lambda _, row: {"row": row}
@@ -465,7 +465,7 @@ def test_sqlite3_is_read_whatever_its_host_has_set(on_file: SyncIncidentClient, 
 
 
 def test_a_connection_of_another_thread_is_named(on_file: SyncIncidentClient, file: str) -> None:
-    """A call in another thread than that of an sqlite3 connection says so."""
+    """A call in a thread that did not open the sqlite3 connection raises a clear error."""
     with closing(sqlite3.connect(file)) as connection:
         joined = on_file.join(connection)
         errors: list[StoreError] = []
@@ -500,7 +500,7 @@ def django(request: pytest.FixtureRequest) -> Iterator[tuple[SyncIncidentClient,
 
 
 def test_django_needs_an_atomic_block(django: tuple[SyncIncidentClient, DjangoHost]) -> None:
-    """Outside of one, before it and after it, calls raise NotInTransaction."""
+    """Before and after an atomic block, and outside of any, calls raise NotInTransaction."""
     client, host = django
     with pytest.raises(NotInTransaction):
         client.join(host.connection)

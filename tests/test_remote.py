@@ -78,7 +78,7 @@ DISK = Incident(
 
 @frozen
 class Reply:
-    """An answer that a script gives."""
+    """A scripted answer."""
 
     status: int
     body: bytes
@@ -91,7 +91,7 @@ class Reply:
 
 
 class Script(httpx2.AsyncBaseTransport):
-    """Answers requests by a script, and then with an incident or a list, as asked.
+    """Answers requests by a script, and then with an incident or a list, as requested.
 
     Args:
         *steps: What each request in turn meets: an error, or an answer.
@@ -127,7 +127,7 @@ def problem(kind: Kind, **members: Any) -> bytes:
 
 
 def refusal(kind: Kind, **headers: str) -> Reply:
-    """Return the answer of a service that has a problem."""
+    """Return an answer that reports a problem."""
     return answer(kind.status, problem(kind), "application/problem+json", **headers)
 
 
@@ -190,7 +190,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], reason
     ],
 )
 def test_a_token_is_sent_encrypted_or_within_the_machine(url: str) -> None:
-    """A token may go to a host of loopback without TLS, and to any other one by an option."""
+    """A token may be sent without TLS to a loopback host, or with an option to any host."""
     assert isinstance(IncidentClient.open(url, token=TOKEN).store, RemoteStore)
     trusted = RemoteOptions(plain_http=True)
     IncidentClient.open("http://incidents.internal", token=TOKEN, remote=trusted)
@@ -198,7 +198,7 @@ def test_a_token_is_sent_encrypted_or_within_the_machine(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["https://incidents.example.com", "HTTP://localhost"])
 def test_the_environment_names_a_database(url: str) -> None:
-    """Where only a database will do, the URL of a service is refused with what to do instead."""
+    """Where a database is needed, the URL of a service is refused with a remedy."""
     with pytest.raises(InvalidSettings, match=r"^INCIDENTKIT_DATABASE_URL is that of a service: "):
         Settings.from_mapping({"INCIDENTKIT_DATABASE_URL": url})
     with pytest.raises(InvalidSettings, match=r"^database_url is that of a service: pass it to"):
@@ -237,7 +237,7 @@ def test_secrets_are_in_no_repr() -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    """Without httpx2, only the client of a service is missing, and the error says how to add it."""
+    """Without httpx2, only the client of a service fails, and the error says what to install."""
     code = (
         "from incidentkit import IncidentClient, MissingDependency, RemoteOptions\n"
         "RemoteOptions()\n"
@@ -250,7 +250,7 @@ def test_a_missing_package_is_named() -> None:
 
 
 async def test_connecting_makes_one_request() -> None:
-    """It has the token; the prefix of the URL stays; and nothing else is asked."""
+    """The one request has the token and keeps the prefix of the URL."""
     script = Script()
     async with opened(script, headers={"X-Proxy": "a"}):
         (request,) = script.requests
@@ -304,7 +304,7 @@ async def test_connecting_shows_a_wrong_url_token_or_version(
 
 @pytest.mark.parametrize("version", ["1.0", "1.99", None])
 async def test_versions_that_fit_connect(version: str | None) -> None:
-    """The same major version fits, and so does a service that tells none."""
+    """A service with the same major version, or with no version, is accepted."""
     headers = {} if version is None else {"Incidentkit-Version": version}
     async with opened(Script(answer(200, b"[]", **headers))) as incidents:
         assert incidents.connected
@@ -312,7 +312,7 @@ async def test_versions_that_fit_connect(version: str | None) -> None:
 
 @pytest.fixture
 async def service(migrated_sqlite_url: str) -> AsyncIterator[IncidentClient]:
-    """The client of a service that asks for tokens."""
+    """The client of a service that requires tokens."""
     async with IncidentClient.open(migrated_sqlite_url) as client:
         yield client
 
@@ -325,7 +325,7 @@ def to(service: IncidentClient, token: str | None, **options: Any) -> IncidentCl
 
 
 async def test_a_token_allows_what_its_scopes_say(service: IncidentClient) -> None:
-    """A wrong token is refused at once; one without a scope, when it is needed."""
+    """A wrong token is refused at once; a token that lacks a scope, when the scope is needed."""
     report = (await service.tokens.create("ci", "report")).secret
     write = (await service.tokens.create("ops", ["write", "read", "act-as"])).secret
     for token in (None, TOKEN, report[:-1] + "#"):
@@ -349,7 +349,7 @@ async def test_a_token_allows_what_its_scopes_say(service: IncidentClient) -> No
 async def test_check_shows_an_unready_service(
     service: IncidentClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An outdated schema is shown with its revisions; a database that is away is unavailable."""
+    """An outdated schema is reported with its revisions, and a lost database as unavailable."""
     token = (await service.tokens.create("ops", "read")).secret
     async with to(service, token, attempts=1) as incidents:
 
@@ -390,7 +390,7 @@ CALL = Call("POST", "/", incident_id=7, to_status=IncidentStatus.NEW, idempotenc
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_of_the_service_is_that_of_its_client(error: IncidentKitError) -> None:
-    """The class and what a caller can use of it are the same as on the database."""
+    """The error has the same class and the same public attributes as on the database."""
     response = problem_response(Request({"type": "http", "headers": []}), error)
     found = error_for(
         Answer(response.status_code, dict(response.headers), bytes(response.body)), SERVICE, CALL
@@ -404,7 +404,7 @@ def test_an_error_of_the_service_is_that_of_its_client(error: IncidentKitError) 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_every_kind_of_problem_is_an_error(kind: Kind) -> None:
-    """A problem that no verb raises on a database is one of access or of the service."""
+    """A problem that no verb raises on a database is a StoreError or one of its subclasses."""
     members = {"incident": json.loads(encode_incident(DISK))}
     body = problem(kind, **members, errors=[{"field": "a", "reason": "b"}])
     found = error_for(
@@ -420,12 +420,12 @@ def test_every_kind_of_problem_is_an_error(kind: Kind) -> None:
 
 
 def test_each_error_that_a_verb_raises_has_a_kind() -> None:
-    """The table of the client has no error that no service can answer."""
+    """Every error in the client's table is one that a service can answer with."""
     assert {kind.error for kind in Kind} >= ERRORS.keys()
 
 
 def test_a_problem_of_a_newer_service_is_known_by_its_status() -> None:
-    """An unknown code, and unknown members, are no reason to fail in another way."""
+    """An unknown code, or an unknown member, still raises the error of the status."""
     for status, expected in ((403, AccessDenied), (503, StoreUnavailable), (418, StoreError)):
         body = json.dumps({"code": "new", "detail": "It is new", "request_id": "r", "more": 1})
         media_type = {"content-type": "application/problem+json"}
@@ -448,7 +448,7 @@ async def test_fields_of_a_newer_service_are_ignored_and_missing_ones_have_defau
     "body", [b"null", b"1", b'"purged"', b"[]", b"{}", b"<html>", b"[" * 10**5]
 )
 async def test_any_other_answer_is_an_error_of_the_store(body: bytes) -> None:
-    """An answer of something else, with the type of JSON, is reported as such by every verb."""
+    """Every verb reports a JSON answer that does not come from incidentkit."""
     ended_before = datetime(2026, 1, 1, tzinfo=UTC)
     async with opened(Script(answer(200, b"[]"))) as incidents:
         script = Script(*[answer(200, body)] * 3)
@@ -506,7 +506,7 @@ async def test_ended_incidents_may_be_none() -> None:
 
 @pytest.mark.parametrize("text", [" a", "a ", "a\tb\n", "a\x7f"])
 async def test_texts_that_no_header_can_carry_are_refused(text: str) -> None:
-    """They would arrive changed, or not at all."""
+    """Texts that a header would change or cannot carry are refused."""
     script = Script()
     async with opened(script) as incidents:
         with pytest.raises(InvalidIncident, match=r"^idempotency_key must not begin or"):
@@ -528,7 +528,7 @@ async def test_texts_that_no_header_can_carry_are_refused(text: str) -> None:
     ],
 )
 async def test_expected_versions_are_preconditions(expected: Any, headers: Any) -> None:
-    """They are sent as entity tags."""
+    """Expected versions are sent as entity tags."""
     script = Script()
     async with opened(script) as incidents:
         await incidents.update_status(7, "completed", expected_version=expected)
@@ -592,7 +592,7 @@ async def test_after_the_last_attempt_the_service_is_unavailable(failure: Any) -
     ids=str,
 )
 async def test_other_answers_are_not_repeated(final: Reply) -> None:
-    """Nor are those after which the service asks for a longer pause than the deadline allows."""
+    """A refusal is final, and so is a `Retry-After` beyond the deadline."""
     script = Script(answer(200, b"[]"), final)
     async with opened(script) as incidents:
         with pytest.raises(IncidentKitError):
@@ -628,7 +628,7 @@ class Silent(httpx2.AsyncBaseTransport):
 
 
 async def test_the_deadline_covers_the_wait_for_a_connection() -> None:
-    """A call that gets no answer, and one that gets no place, both end at their deadline."""
+    """A call without an answer, and a call that waits for its turn, both end at their deadline."""
     async with opened(Silent(), max_connections=1) as incidents:
         store: Any = incidents.store
         store._connection._options = evolve(store._connection._options, deadline=0.05)
@@ -662,7 +662,7 @@ def ssl_error() -> Exception:
 
 
 async def test_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An endless answer is an error, and no full memory."""
+    """An endless answer raises an error before it fills the memory."""
     monkeypatch.setattr(connection, "MAX_ANSWER", 10)
     async with opened(Script(answer(200, b"[]"), answer(200, b" " * 11))) as incidents:
         with pytest.raises(StoreError, match="its answer has more than 10 bytes"):
@@ -673,7 +673,7 @@ async def test_an_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_closing_ends_waiting_and_running_reads() -> None:
-    """They raise ClientClosed; the client can be opened again."""
+    """Running calls raise ClientClosed, and the client can be opened again."""
     transport = Silent()
     client = opened(transport, deadline=60)
     await client.connect()
@@ -756,7 +756,7 @@ sys.exit(code)
 def test_a_forked_process_opens_connections_of_its_own(
     migrated_sqlite_url: str, host: Host
 ) -> None:
-    """The child is told to connect again, and the parent goes on with its connections."""
+    """The child's error says to connect again, and the parent keeps using its connections."""
     with host.serving(migrated_sqlite_url) as url:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         program = ("-W", "error", "-c", FORKING)
@@ -776,7 +776,7 @@ def host() -> Iterator[Host]:
 async def test_nothing_is_logged_that_is_secret(
     service: IncidentClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No log of any level has the token."""
+    """No log, at any level, contains the token."""
     caplog.set_level(logging.DEBUG)
     token = (await service.tokens.create("ops", "read")).secret
     async with to(service, token) as incidents:
@@ -788,7 +788,7 @@ async def test_nothing_is_logged_that_is_secret(
 
 
 async def test_one_client_is_within_the_bounds_of_one_token(service: IncidentClient) -> None:
-    """However many calls there are, the service refuses none for their number."""
+    """The service never refuses calls of one client for their number."""
     token = (await service.tokens.create("ops", ["read", "write"])).secret
     async with to(service, token, attempts=1) as incidents:
         following = [asyncio.ensure_future(incidents.read_changes(wait=30)) for _ in range(30)]
@@ -801,7 +801,7 @@ async def test_one_client_is_within_the_bounds_of_one_token(service: IncidentCli
 
 
 async def test_a_list_is_one_request(migrated_sqlite_url: str) -> None:
-    """The client keeps no page, so that each list is as fresh as the service's."""
+    """The client caches no pages, so each list is as fresh as the service's."""
     async with over_asgi(migrated_sqlite_url) as incidents:
         await incidents.create("Disk is full", source="monitoring")
         script = Script()

@@ -128,7 +128,7 @@ async def test_cut_connections_and_kills_store_each_write_once(
 async def test_a_follower_gets_each_change_once_over_restarts(
     restarted: Restarted, proxy: CuttingProxy
 ) -> None:
-    """A follower that began at `latest` misses no change and repeats none, in their order."""
+    """A follower that began at `latest` gets each change once, in order."""
     seen: list[int] = []
     expected: list[int] = []
     started = asyncio.Event()

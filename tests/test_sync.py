@@ -100,7 +100,7 @@ def members(cls: type) -> dict[str, Any]:
 
 
 def twin_of(annotation: object) -> str:
-    """Return the annotation that a synchronous method has in place of that of its twin."""
+    """Return the synchronous annotation that corresponds to an asynchronous one."""
     text = str(annotation)
     for name, other in NAMES.items():
         text = text.replace(name, other)
@@ -181,7 +181,7 @@ WITHOUT_CALLS: Final = {
 
 
 def test_the_table_of_verbs_is_complete() -> None:
-    """Every public member is tried below, or is known not to reach the database."""
+    """Every public member is tested below, or is known not to reach the database."""
     assert CALLS.keys() | WITHOUT_CALLS == members(SyncIncidentClient).keys()
 
 
@@ -213,7 +213,7 @@ def test_the_actor_is_that_of_the_calling_thread(url: str) -> None:
 def test_threads_that_open_a_client_at_the_same_time_open_it_once(
     url: str, portals: Callable[[], list[threading.Thread]]
 ) -> None:
-    """Of threads that connect at once, one opens the client, and all can use it then."""
+    """If several threads connect at once, one opens the client, and all can use it."""
     count = 8
     barrier = threading.Barrier(count)
     incidents = SyncIncidentClient.open(url)
@@ -276,7 +276,7 @@ def test_a_client_opens_again_after_it_was_closed(url: str) -> None:
 
 
 def test_a_closed_client_raises(migrated_sqlite_url: str) -> None:
-    """Before it is opened and after it was closed, every verb raises ClientClosed."""
+    """Before the client is opened and after it is closed, every verb raises ClientClosed."""
     incidents = SyncIncidentClient.open(migrated_sqlite_url)
     for _ in range(2):
         for call in CALLS.values():
@@ -289,7 +289,7 @@ def test_a_closed_client_raises(migrated_sqlite_url: str) -> None:
 def test_a_client_that_is_garbage_is_closed(
     url: str, portals: Callable[[], list[threading.Thread]]
 ) -> None:
-    """A client that the program has dropped ends its thread and its connections."""
+    """The thread and the connections of a garbage-collected client end."""
     incidents = SyncIncidentClient.open(url)
     incidents.connect()
     (thread,) = portals()
@@ -348,7 +348,7 @@ class Reporting:
 
 
 def test_an_observer_that_calls_its_client_is_refused(migrated_sqlite_url: str) -> None:
-    """A call on the client's own event loop raises WrongEventLoop, and does not wait for itself."""
+    """A call on the client's own event loop raises WrongEventLoop instead of deadlocking."""
     observer = Reporting()
     observing: Any = observer
     with SyncIncidentClient.open(migrated_sqlite_url, observer=observing) as incidents:
@@ -391,7 +391,7 @@ def test_progress_is_called_in_the_thread_of_the_caller(ended: SyncIncidentClien
 
 
 def test_an_exception_of_progress_ends_the_purge(ended: SyncIncidentClient) -> None:
-    """What `progress` raises reaches the caller, and what was removed stays removed."""
+    """An exception of `progress` reaches the caller, and removed incidents stay removed."""
 
     def progress(purged: int, _: int) -> None:
         raise KeyboardInterrupt(purged)
@@ -443,7 +443,7 @@ def test_a_page_of_changes_takes_one_call(
 
 
 def test_closing_the_client_ends_a_generator_that_waits(url: str) -> None:
-    """A thread that waits for a change gets ClientClosed when another one closes the client."""
+    """A thread that waits for a change gets ClientClosed when another thread closes the client."""
     incidents = SyncIncidentClient.open(url)
     incidents.connect()
     incidents.create("Disk is full", source="operator")
@@ -468,12 +468,12 @@ def test_closing_the_client_ends_a_generator_that_waits(url: str) -> None:
 
 
 class InterruptError(BaseException):
-    """Raised by the handler of a signal, as a time limit of a worker does."""
+    """Raised by a signal handler, like the time limit of a worker."""
 
 
 @contextmanager
 def interrupts(kind: type[BaseException]) -> Iterator[Callable[[], None]]:
-    """Yield a function that makes the main thread raise an exception by a signal."""
+    """Yield a function that sends a signal to make the main thread raise an exception."""
     number = signal.SIGINT if kind is KeyboardInterrupt else signal.SIGUSR1
 
     def handle(*_: object) -> None:
@@ -504,7 +504,7 @@ def locked(url: str) -> Iterator[None]:
 
 
 def wait_until(reached: Callable[[], object]) -> None:
-    """Wait until something is the case."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + DEADLINE
     while not reached():
         assert time.monotonic() < deadline
@@ -541,7 +541,7 @@ def test_an_interrupt_never_parts_a_write(url: str, kind: type[BaseException]) -
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system has no such signals")
 def test_an_interrupt_ends_a_wait_for_changes_at_once(url: str) -> None:
-    """Ctrl-C ends `changes()` while it waits, no read is left, and the client goes on."""
+    """Ctrl-C ends `changes()` while it waits, leaves no read behind, and the client still works."""
     with SyncIncidentClient.open(url) as incidents, interrupts(KeyboardInterrupt) as interrupt:
         feed: Any = incidents._client._opened()._feed
 
@@ -560,7 +560,7 @@ def test_an_interrupt_ends_a_wait_for_changes_at_once(url: str) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system has no such signals")
 def test_a_client_whose_closing_was_interrupted_opens_again(url: str) -> None:
-    """After Ctrl-C in `close`, which waits for a write, `connect` waits for it and opens anew."""
+    """If Ctrl-C ends `close` while it waits for a write, `connect` waits for it and reopens."""
     incidents = SyncIncidentClient.open(url)
     incidents.connect()
     session: Any = incidents._client._session
@@ -604,7 +604,7 @@ def test_a_client_whose_opening_was_interrupted_opens_again(
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system has no such signals")
 def test_a_portal_whose_closing_was_interrupted_closes_to_its_end() -> None:
-    """The second `close` waits until what runs on the event loop has been cancelled."""
+    """The second `close` waits until the tasks on the event loop have been cancelled."""
     portal = Portal()
     cancelled = threading.Event()
 
@@ -632,7 +632,7 @@ def test_a_portal_whose_closing_was_interrupted_closes_to_its_end() -> None:
 
 
 def test_a_thread_of_a_child_that_comes_second_uses_what_the_first_has_opened(url: str) -> None:
-    """A call that finds nothing open, just before another thread opens the client, runs."""
+    """A call that finds the client closed, just before another thread opens it, still runs."""
 
     class Late(Lifetime):
         def _open_in_child(self) -> Portal:

@@ -53,7 +53,7 @@ going, stop = threading.Event(), threading.Event()
 
 
 def use(actor):
-    """Write and read; every write is sent once, so that a dead connection shows."""
+    """Write and read; each write is sent only once, so that a dead connection is noticed."""
     with acting_as(actor):
         for _ in range(3):
             incident = incidents.create("Disk is full", source="operator")
@@ -164,7 +164,7 @@ The deadlines only end a program that hangs.
 def test_a_forked_process_opens_its_own_connections(
     url: str, redis_url: str, fork: str, child_does: str
 ) -> None:
-    """The first calls in the child open the client once, and the parent's threads go on."""
+    """The first calls in the child open the client once, and the parent's threads continue."""
     code, _, errors = run(FORKING, url, redis_url, fork, child_does)
     assert code == 0, errors
     assert not [word for word in WARNINGS if word in errors], errors
@@ -209,7 +209,7 @@ assert os.wait()[1] == 0
 
 @needs_fork
 def test_a_child_keeps_its_file_when_its_parent_closes_it(migrated_sqlite_url: str) -> None:
-    """What the child writes after the parent has closed its client is in the file."""
+    """Writes of the child after the parent has closed its client are in the file."""
     code, _, errors = run(OUTLIVING, migrated_sqlite_url)
     assert (code, errors) == (0, "")
     with SyncIncidentClient.open(migrated_sqlite_url) as incidents:
@@ -278,7 +278,7 @@ say(len(incidents.list()))
 
 @needs_fork
 def test_a_call_that_forks_ends_in_the_child(migrated_sqlite_url: str) -> None:
-    """A call that is under way at the fork raises in the child, and goes on in the parent."""
+    """A call that is running at the fork raises in the child, and continues in the parent."""
     code, out, errors = run(IN_A_CALL, migrated_sqlite_url)
     assert (code, errors) == (0, "")
     *numbers, told = sorted(out.splitlines())
@@ -373,7 +373,7 @@ else:
 def test_replaced_threads_are_refused_by_name(
     patch: str, name: str | None, migrated_sqlite_url: str
 ) -> None:
-    """With the threads of gevent or eventlet, `connect` says so and what to do instead."""
+    """With the threads of gevent or eventlet, the error of `connect` names them and the remedy."""
     _, out, errors = run(PATCHED, patch, migrated_sqlite_url, options=("-W", "ignore"))
     told = f"{name} has replaced the threads and sockets" if name else "1\n"
     assert out.startswith(told), errors
@@ -453,7 +453,7 @@ def test_the_end_of_the_interpreter_closes_the_client(url: str, end: str) -> Non
 
 
 def test_the_end_of_the_interpreter_ends_the_connections(migrated_postgres_url: str) -> None:
-    """The server sees no connection break off: each is closed in order."""
+    """The server sees no lost connection: each one is closed properly."""
     code, _, errors = run(ENDING, migrated_postgres_url, "exit", options=("-X", "dev"))
     assert code == 5, errors
     assert not [word for word in WARNINGS if word in errors], errors

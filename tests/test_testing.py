@@ -52,14 +52,14 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def incidents() -> Iterator[SyncIncidentClient]:
-    """A synchronous client of the kit."""
+    """A synchronous client from the kit."""
     with private_incidents() as client:
         yield client
 
 
 @pytest.fixture
 def async_incidents() -> Iterator[IncidentClient]:
-    """An asynchronous client of the kit."""
+    """An asynchronous client from the kit."""
     with private_async_incidents() as client:
         yield client
 
@@ -111,7 +111,7 @@ FITTING: list[tuple[dict[str, Any], int, int]] = [
 def test_incidents_with_the_expected_fields_are_found(
     incidents: SyncIncidentClient, fields: dict[str, Any], count: int, oldest: int
 ) -> None:
-    """All given fields must fit, as a value, a pattern or a function, on as many incidents."""
+    """All given values, patterns and functions must match, for the expected number of incidents."""
     incidents.create_many(FILLED)
     found = assert_incident_opened(incidents, **fields, count=count)
     stored = incidents.get(oldest)
@@ -124,7 +124,7 @@ def test_incidents_with_the_expected_fields_are_found(
 
 
 def test_a_failure_shows_the_nearest_incidents(incidents: SyncIncidentClient) -> None:
-    """At most five incidents are shown, the most similar first, with a mark at what differs."""
+    """A failure shows at most five incidents, the most similar first, and marks differences."""
     incidents.create_many(NewIncident(f"Order {number} is lost", "partner") for number in range(9))
     incidents.create("Disc of db-1 is full", source="monitoring")
     with pytest.raises(AssertionError) as caught:
@@ -189,7 +189,7 @@ def test_histories_are_compared_as_a_whole(incidents: SyncIncidentClient) -> Non
 async def test_assertions_on_an_asynchronous_client_are_awaited(
     async_incidents: IncidentClient,
 ) -> None:
-    """The same functions take an asynchronous client, and are awaited then."""
+    """The same functions take an asynchronous client, and then return a coroutine."""
     await assert_no_incident(async_incidents)
     stored = await async_incidents.create("Disk is full", source="monitoring")
     assert await assert_incident_opened(async_incidents, message="Disk is full") == stored
@@ -236,7 +236,7 @@ with private_incidents() as incidents:
 
 
 def test_an_asynchronous_client_works_on_each_event_loop(async_incidents: IncidentClient) -> None:
-    """The client opens itself on the running event loop, once the loop before has ended."""
+    """The client opens itself on the running event loop, again after an earlier loop has ended."""
 
     async def report() -> None:
         await async_incidents.create("Disk is full", source="monitoring")
@@ -338,7 +338,7 @@ def test_a_web_application_records_elsewhere(application: Application) -> None:
 
 
 def test_only_clients_can_record_elsewhere(application: Application) -> None:
-    """Anything else than a client is refused, by its type."""
+    """Anything but a client is refused with its type."""
     other: Any = application
     with pytest.raises(TypeError, match="not Application"), recording(other):
         pass
@@ -406,7 +406,7 @@ def test_chosen_verbs_fail(incidents: SyncIncidentClient) -> None:
 
 
 async def test_calls_of_an_asynchronous_client_fail(application: Application) -> None:
-    """Any client can be made to fail; a search counts once, and so does an iteration."""
+    """Any client can be made to fail; a search counts as one call, and so does an iteration."""
     async with application.async_incidents as client:
         with failing(client, StoreUnavailable, times=3, verbs=["search", "iterate"]) as failures:
             with pytest.raises(StoreUnavailable):
@@ -460,7 +460,7 @@ def test_faults_are_taken_back(incidents: SyncIncidentClient) -> None:
 
 
 async def test_slow_calls_wait(async_incidents: IncidentClient) -> None:
-    """A call of a slow client takes the given time, so that a time limit of the host is met."""
+    """A call of a slow client takes the given time, so that a timeout of the host applies."""
     with slow(async_incidents, 60, verbs=["create"]):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
@@ -494,7 +494,7 @@ def test_slow_calls_block_a_synchronous_caller(
 def test_invalid_faults_are_refused(
     incidents: SyncIncidentClient, options: dict[str, Any], rule: str
 ) -> None:
-    """A fault that could never happen is refused by name, before the application calls."""
+    """An impossible fault is refused by name, before the application makes a call."""
     with (
         pytest.raises(InvalidSettings, match=rule),
         failing(incidents, **{"error": StoreError, **options}),
@@ -549,7 +549,7 @@ def test_idempotency_keys_expire_by_the_frozen_clock(incidents: SyncIncidentClie
 
 
 async def test_the_clock_of_a_recording_client_stands_still(application: Application) -> None:
-    """A client of the application has a frozen clock while it records in the kit's database."""
+    """An application's client has a frozen clock while it records in the kit's database."""
     client = application.async_incidents
     with (
         pytest.raises(TypeError, match=r"use the kit's fixtures.*recording\(\)"),

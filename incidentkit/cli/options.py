@@ -126,7 +126,7 @@ def takes_actor(command: Callable[..., None]) -> Callable[..., None]:
 takes_idempotency_key: Final = click.option(
     "--idempotency-key",
     metavar="KEY",
-    help="Makes the command safe to repeat: for 24 hours, the same key changes nothing more and "
+    help="Make the command safe to repeat: for 24 hours, the same key changes nothing more and "
     "shows the first result again.",
 )
 

@@ -96,12 +96,12 @@ def list_incidents(servers: Servers, *, as_json: bool, **query: Any) -> None:
 @click.option(
     "--created-after",
     type=Time(),
-    help="Only incidents created at this time, in UTC unless it has an offset, or later.",
+    help="Only incidents created at this time or later; UTC unless it has an offset.",
 )
 @click.option(
     "--created-before",
     type=Time(),
-    help="Only incidents created before this time, in UTC unless it has an offset.",
+    help="Only incidents created before this time; UTC unless it has an offset.",
 )
 @click.option("--dedup-key", metavar="KEY", help="Only incidents with this deduplication key.")
 @click.option("--text", help='Words and "phrases" that the message must all contain.')

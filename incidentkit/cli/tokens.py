@@ -46,8 +46,8 @@ def token() -> None:
     "expires_in",
     type=Age(),
     metavar="AGE",
-    help="The time until it expires: a number with m, h, d or w, such as 15m, 12h or 90d; never if "
-    "the option is missing.",
+    help="The time until it expires: a number with m, h, d or w, such as 15m, 12h or 90d; never by "
+    "default.",
 )
 @takes_json
 @takes_database

@@ -108,8 +108,8 @@ _takes_expected_version: Final = click.option(
 @click.option(
     "--dedup-key",
     metavar="KEY",
-    help="The problem: while an incident with this key is open, a further report counts as an "
-    "occurrence of it.",
+    help="A key for the problem: while an incident with this key is open, a further report counts "
+    "as an occurrence of it.",
 )
 @click.option(
     "--details",

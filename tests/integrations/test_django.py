@@ -75,12 +75,12 @@ class Orders(TestCase):
 
 
 def sqlite(name: str, **options: Any) -> dict[str, Any]:
-    """Return the settings of a database of SQLite."""
+    """Return the settings of an SQLite database."""
     return {"ENGINE": "django.db.backends.sqlite3", "NAME": name, **options}
 
 
 def postgresql(url: str) -> dict[str, Any]:
-    """Return the settings of a database of PostgreSQL."""
+    """Return the settings of a PostgreSQL database."""
     parts = urlsplit(url)
     return {
         "ENGINE": "django.db.backends.postgresql",
@@ -132,7 +132,7 @@ def test_the_tests_of_a_project_roll_back(database: dict[str, Any]) -> None:
 
 
 def test_an_outdated_schema_names_the_command_of_the_project(database: dict[str, Any]) -> None:
-    """The error of a client, and of the check, says what to run."""
+    """The errors of a client and of the check name the command to run."""
     if "sqlite" in database["ENGINE"]:
         # A client would bring the file up to date.
         exit_code, _, err = manage("incidentkit", "check", database=database)
@@ -145,7 +145,7 @@ def test_an_outdated_schema_names_the_command_of_the_project(database: dict[str,
 
 
 def test_a_faulty_setting_is_named(tmp_path: Path) -> None:
-    """An unknown or faulty member of INCIDENTKIT is refused with its name."""
+    """An unknown or invalid key of INCIDENTKIT is refused by name."""
     database = sqlite(str(tmp_path / "shop.db"))
     for setting, fault in [
         (
@@ -183,7 +183,7 @@ def test_the_url_has_what_the_client_needs(
 
 @pytest.mark.parametrize("name", ["file:shop.db", "file:shop.db?mode=rwc", "file:a%20b%2525.db"])
 def test_a_client_opens_the_file_that_a_uri_names(tmp_path: Path, name: str) -> None:
-    """Django takes a name as a URI of SQLite, and the client finds the same file."""
+    """If the name of a database is an SQLite URI, Django and the client open the same file."""
     database = sqlite(name)
     assert manage("migrate", database=database)[::2] == (0, "")
     exit_code, out, err = manage("shell", "-v", "0", "-c", USE, database=database)
@@ -192,13 +192,13 @@ def test_a_client_opens_the_file_that_a_uri_names(tmp_path: Path, name: str) -> 
 
 
 def test_other_databases_are_refused() -> None:
-    """The error names the alias and what it is."""
+    """The error names the alias and the kind of its database."""
     with pytest.raises(ImproperlyConfigured, match=r"DATABASES\['legacy'\] is mysql"):
         url_of("legacy", "mysql", {"NAME": "shop"})
 
 
 def test_the_example_serves_from_forked_workers(tmp_path: Path) -> None:
-    """Workers of gunicorn that share a preloaded project record on connections of their own."""
+    """Gunicorn workers that share a preloaded project record on connections of their own."""
     variables = {**os.environ, "SHOP_DATABASE": str(tmp_path / "shop.db")}
     example = [*WARNINGS, str(EXAMPLES / "django_host.py")]
     assert outcome(start("migrate", program=example, env=variables))[0] == 0

@@ -59,7 +59,7 @@ def with_routes(app: FastAPI) -> FastAPI:
 
 
 async def test_a_route_answers_as_the_service_does() -> None:
-    """A route takes a body by the rules, and its answer has the bytes of the service."""
+    """A route checks its body by the rules, and its answer has the same bytes as the service's."""
     app = with_routes(FastAPI())
     install(app, IncidentClient.open(MEMORY), path="/incidents")
     async with running(app) as api:
@@ -90,7 +90,7 @@ def as_fastapi_writes(schema: Any) -> Any:
 
 
 async def test_the_document_of_the_app_describes_incidents() -> None:
-    """FastAPI's OpenAPI document has the models of the service's."""
+    """FastAPI's OpenAPI document has the same models as the service's."""
     app = with_routes(FastAPI())
     schemas = app.openapi()["components"]["schemas"]
     expected = document(OPERATIONS)["components"]["schemas"]
@@ -102,7 +102,7 @@ async def test_the_document_of_the_app_describes_incidents() -> None:
 
 
 async def test_the_client_lives_around_the_lifespan_of_the_app() -> None:
-    """The app's own start and end use the open client; afterwards it is closed."""
+    """The app's own lifespan can use the open client, which is closed afterwards."""
     client = IncidentClient.open(MEMORY)
     seen: list[Any] = []
 
@@ -164,7 +164,7 @@ Joined = Annotated[JoinedIncidents, Depends(joined(get_session))]
 
 
 async def test_joined_verbs_share_the_session_of_the_route(sqlite_url: str) -> None:
-    """A route's rows and its incident are stored by its commit, or vanish together."""
+    """A route's rows and its incident are committed or rolled back together."""
     app = with_routes(FastAPI())
     app.state.engine = engine = create_async_engine(sqlite_url)
     install(app, IncidentClient.open(engine))
@@ -196,7 +196,7 @@ async def test_a_test_can_replace_the_client() -> None:
 
 
 async def test_a_wrong_installation_is_refused() -> None:
-    """A second client, another object, and a route without a client are errors that say so."""
+    """A second client, another kind of object, and a route without a client raise clear errors."""
     app = with_routes(FastAPI())
     transport = httpx2.ASGITransport(app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://shop") as api:

@@ -26,7 +26,7 @@ def application(**config: Any) -> tuple[Flask, IncidentKit]:
 
 
 def test_the_client_opens_at_its_first_use(sqlite_url: str) -> None:
-    """A setting of the application names the database, and only a use of the client opens it."""
+    """A setting of the application names the database, which opens only when the client is used."""
     app, incidents = application(INCIDENTKIT_DATABASE_URL=sqlite_url)
     file = Path(sqlite_url.removeprefix("sqlite+aiosqlite:///"))
     assert not file.exists()
@@ -51,7 +51,7 @@ def test_each_application_has_its_own_client(tmp_path: Path) -> None:
 
 
 def test_a_given_client_is_used(sqlite_url: str) -> None:
-    """A client of the application's own wins over the settings."""
+    """A client that the application passes takes precedence over the settings."""
     app = Flask("shop")
     with SyncIncidentClient.open(sqlite_url) as client:
         incidents = IncidentKit(app, client=client)
@@ -66,13 +66,13 @@ def test_a_faulty_setting_is_refused_at_the_start() -> None:
 
 
 def test_an_application_without_the_extension_is_told() -> None:
-    """The error says which call is missing."""
+    """The error names the missing call."""
     with Flask("shop").app_context(), pytest.raises(RuntimeError, match=r"call init_app\(app\)"):
         _ = IncidentKit().client
 
 
 def test_the_example_serves_from_forked_workers(tmp_path: Path) -> None:
-    """Workers of gunicorn that share a preloaded application record on connections of their own."""
+    """Gunicorn workers that share a preloaded application record on connections of their own."""
     gunicorn = [
         *WARNINGS,
         "-m",
