@@ -210,7 +210,7 @@ def test_details_are_given_and_shown_as_json() -> None:
         ("[]", "Error: details must be a JSON object"),
         (
             '{"a": [{"b": 1, "b": 2}]}',
-            "Error: Invalid value for '--details': it has a name in an object more than once",
+            "Error: Invalid value for '--details': it repeats a name within an object",
         ),
         ('{"a": [NaN]}', "Error: details.a[0] must be a finite number"),
     ):

@@ -22,7 +22,7 @@ class _Strict(click.Command):
         # The completion of a shell parses arguments that are still being typed.
         if not ctx.resilient_parsing:
             values, _, order = self.make_parser(ctx).parse_args([*args])
-            # --help and --version end the command before anything else counts.
+            # --help and --version end the command before any other check.
             if not any(parameter.is_eager for parameter in order):
                 _check_repetition(ctx, order)
                 _check_encoding(ctx, order, values)
@@ -52,7 +52,7 @@ def _check_repetition(ctx: click.Context, order: Sequence[click.Parameter]) -> N
 def _check_encoding(
     ctx: click.Context, order: Iterable[click.Parameter], values: dict[str, Any]
 ) -> None:
-    """Raise if Python could not decode a value: it holds the bytes as lone surrogates then."""
+    """Raise if Python could not decode a value: it then holds the bytes as lone surrogates."""
     for parameter in order:
         given = values.get(parameter.name or "")
         for value in given if isinstance(given, (list, tuple)) else (given,):

@@ -13,7 +13,7 @@ Completion: TypeAlias = Callable[[click.Context, click.Parameter, str], list[str
 
 SQLITE: Final = "sqlite+aiosqlite:///"
 SUFFIXES: Final = (".db", ".sqlite", ".sqlite3")
-"""The ends of the names of SQLite files."""
+"""The suffixes of SQLite files."""
 
 
 def offering(values: Iterable[str]) -> Completion:

@@ -130,7 +130,7 @@ async def _open(settings: Settings) -> str | None:
     try:
         blocker = await store.feed_blocker()
     except StoreError as error:
-        # Such as a missing privilege: the schema is in order all the same.
+        # For example a missing privilege: the schema itself is in order.
         return f"cannot tell whether the change feed is held up: {error}"
     finally:
         await store.close()

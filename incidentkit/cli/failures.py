@@ -22,7 +22,7 @@ NAMES: Final = {
     "redis_url": f"--redis-url or {REDIS_URL}",
     REDIS_URL: f"--redis-url or {REDIS_URL}",
 }
-"""Settings that are options too, as an error names them."""
+"""Settings that are also options, by their names in errors."""
 
 
 class Refused(click.ClickException):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 INTERRUPTED: Final = 130
-"""Exit code of an interrupted command: 128 and the number of the signal, as a shell has it."""
+"""Exit code of an interrupted command: 128 plus the number of the signal, as in a shell."""
 
 
 class Interrupts:
@@ -59,7 +59,7 @@ class Interrupts:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def end(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process at once, at any moment."""
         try:
             if self.farewell is not None:
                 self.farewell()
@@ -72,7 +72,7 @@ class Interrupts:
             self._handle()
 
     def _handle(self) -> None:
-        # Before the command is looked at, which looks at this when it ends.
+        # Set before `cancel` is read: a command that ends now sees it.
         self.received = True
         cancel, self.cancel = self.cancel, None
         if cancel is None:

@@ -45,7 +45,7 @@ LINGER_TIMEOUT: Final = 2.0
 """Seconds for which bytes are read and dropped after a refusal."""
 
 MAX_CONNECTIONS: Final = 4096
-"""Maximum number of connections of a process, however many files it may open."""
+"""Maximum number of connections of a process, regardless of how many files it may open."""
 
 SPARE: Final = 16
 """Connections beyond the maximum, on which only health checks are answered."""

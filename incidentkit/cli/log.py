@@ -131,7 +131,7 @@ class LineWriter:
 
     @property
     def used(self) -> bool:
-        """Whether any record was added yet."""
+        """Whether any record has been added yet."""
         return self._thread is not None
 
     def add(self, text: str) -> None:
@@ -146,7 +146,7 @@ class LineWriter:
             self._wake.set()
 
     def flush(self, timeout: float = FLUSH_TIMEOUT) -> bool:
-        """Wait until every record is written or dropped, and return whether that is so.
+        """Wait until every record is written or dropped; return whether that happened in time.
 
         Args:
             timeout: Maximum seconds to wait.
@@ -257,7 +257,7 @@ class LineHandler(logging.Handler):
 
 
 class LineFormatter(logging.Formatter):
-    """Formats each record as one line that a terminal only prints; a traceback takes several."""
+    """Formats each record as one line, harmless on a terminal; a traceback takes several."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -52,10 +52,10 @@ SOME_ID: Final = "0" * 32
 """Stands for the id of a request in an answer that is made before the request."""
 
 HEALTH: Final = ("/health/live", "/health/ready")
-"""The ends of the paths that are answered on spare connections, under any prefix."""
+"""The suffixes of the paths that are answered on spare connections, under any prefix."""
 
 STREAM: Final = "/incident/changes"
-"""The end of the path whose streams are never refused by their status, under any prefix."""
+"""The suffix of the path whose streams are never refused by their status, under any prefix."""
 
 _PLACES: Final[WeakKeyDictionary[ServerState, Places]] = WeakKeyDictionary()
 """The connection limits of each server in this process."""

@@ -33,7 +33,7 @@ PING: Final = 0.1
 """Seconds that a supervisor waits for a starting worker, before it looks for signals again."""
 
 farewells: Final[list[Callable[[], object]]] = [LOG.flush]
-"""What is called before the process ends at once, in this order."""
+"""Functions to call before the process ends at once, in this order."""
 
 
 class Server(uvicorn.Server):
@@ -93,7 +93,7 @@ class Supervisor(Multiprocess):
             interrupts.block()
 
     def keep_subprocess_alive(self) -> None:
-        """Replace workers that are gone or hang, once every worker has answered a first time.
+        """Replace workers that have exited or hang, once every worker has answered a first time.
 
         A worker that is still starting does not answer, and uvicorn would take it for a hung one.
         """
@@ -142,7 +142,7 @@ def _say_farewell() -> None:
 
 
 def _end(number: int) -> None:
-    """End the process as the signal does by default, but an interrupt with its exit code."""
+    """End the process as the signal does by default; for an interrupt, with its exit code."""
     if number == signal.SIGINT:
         interrupts.end()
     _say_farewell()

@@ -18,7 +18,7 @@ MORE: Final = (
     *(name for name in fields_dict(Incident) if name not in (*COLUMNS, *LONG)),
     *LONG,
 )
-"""The other fields of an incident, in their order; those that may be long stand last."""
+"""The other fields of an incident, in order; those that may be long come last."""
 
 EVENT_COLUMNS: Final = ("at", "kind", "from_status", "to_status", "actor", "note")
 GAP: Final = "  "
@@ -27,7 +27,7 @@ MIN_MESSAGE_WIDTH: Final = 20
 
 
 def harmless(text: str) -> str:
-    """Return the text as one line that a terminal only prints.
+    """Return the text as one line that is harmless on a terminal.
 
     Control and format characters, line and paragraph separators, surrogates and unassigned code
     points become Python escapes: an escape sequence could move the cursor, a bidirectional override
@@ -37,7 +37,7 @@ def harmless(text: str) -> str:
 
 
 def harmless_lines(text: str) -> str:
-    """Return a text of several lines, such as a traceback, each of them harmless."""
+    """Return a text of several lines, such as a traceback, with each line made harmless."""
     return "\n".join(map(harmless, text.strip().split("\n")))
 
 

@@ -74,10 +74,10 @@ def _read_object(
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs of a JSON object, none of which hides another."""
+    """Return a JSON object as a dict, unless it has a name more than once."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise click.BadParameter("it has a name in an object more than once")
+        raise click.BadParameter("it repeats a name within an object")
     return found
 
 
