@@ -240,7 +240,7 @@ def test_a_database_in_memory_stays_in_its_process() -> None:
     """In a forked process, a client on a database in memory raises; it never has an empty one."""
     code, out, errors = run(IN_MEMORY)
     assert (code, errors) == (0, "")
-    reason = "it is in the memory of the process that this one was forked from"
+    reason = "it is in the memory of the parent process"
     told = out.splitlines()
     assert [reason in line for line in told] == [True, True, False, True, False]
     assert [told[2], told[4]] == ["None", "1"]

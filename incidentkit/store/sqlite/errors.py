@@ -37,8 +37,8 @@ NO_FOLDER: Final = Cause(
     "an absolute path"
 )
 IN_PARENT: Final = Cause(
-    "it is in the memory of the process that this one was forked from; keep the incidents in a "
-    "file, or open another client in this process",
+    "it is in the memory of the parent process; keep the incidents in a file, or open another "
+    "client in this process",
     StoreError,
 )
 ENDING: Final = Cause(
