@@ -614,6 +614,7 @@ async def test_a_hosts_own_alembic_history_is_left_alone(empty_url: str) -> None
     assert await _inspected(empty_url, host_revision) == "0123456789ab"
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     "arguments",
     [["upgrade", "head"], ["downgrade", "-1"], ["current"], ["check"]],
