@@ -213,6 +213,18 @@ def test_details_are_given_and_shown_as_json() -> None:
             "Error: Invalid value for '--details': it has a name in an object more than once",
         ),
         ('{"a": [NaN]}', "Error: details.a[0] must be a finite number"),
+        *(
+            (
+                f'{{"a": [{huge}]}}',
+                "Error: details.a[0] must be an integer from -9223372036854775808 to "
+                "9223372036854775807, or one that a double holds exactly",
+            )
+            for huge in ("1" + "0" * 5000, "-" + "9" * 5000)
+        ),
+        (
+            '{"a":' + "[" * 20_000 + "]" * 20_000 + "}",
+            "Error: Invalid value for '--details': it is nested too deeply",
+        ),
     ):
         assert errors(*DISK_FULL, "--details", text, exit_code=2)[-1] == line
 
