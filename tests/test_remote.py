@@ -587,6 +587,7 @@ async def test_after_the_last_attempt_the_service_is_unavailable(failure: Any) -
         refusal(Kind.INCIDENT_NOT_FOUND),
         answer(503, b"", **{"Retry-After": "31"}),
         answer(503, b"", **{"Retry-After": "20"}),
+        answer(503, b"", **{"Retry-After": "9" * 400}),
         answer(307, b"", location="https://other"),
     ],
     ids=str,

@@ -285,7 +285,7 @@ def _headers_of(response: httpx2.Response) -> Mapping[str, str]:
 def _retry_after(answer: Answer) -> float:
     """Return the seconds for which a service asks; a date, which few send, counts as none."""
     text = answer.headers.get("retry-after", "")
-    return float(text) if text.isascii() and text.isdigit() and len(text) < len("1000000") else 0.0
+    return float(text) if text.isascii() and text.isdigit() else 0.0
 
 
 def _too_late(timer: asyncio.Timeout, pause: float) -> bool:
