@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -299,6 +300,27 @@ async def test_connecting_shows_a_wrong_url_token_or_version(
     assert caught.value.place == SERVICE
     assert f"The service {SERVICE}" in str(caught.value)
     assert "hush" not in str(caught.value)
+    assert not client.connected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SSL_CERT_FILE", "/no/such/file", "DIR or SSLKEYLOGFILE names a file that cannot be used"),
+        ("ALL_PROXY", "foo://u:hush@proxy", "^HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not the URL"),
+        ("ALL_PROXY", "http://u:hush#@proxy", "^HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not the"),
+        ("ALL_PROXY", "socks5://u:hush@proxy", "a SOCKS proxy, which needs the package socksio"),
+    ],
+)
+async def test_what_the_environment_names_wrongly_is_a_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    """The error names the variables and never a password, and the client is not open."""
+    monkeypatch.setenv(name, value)
+    client = IncidentClient.open(SERVICE, token=TOKEN)
+    with pytest.raises(InvalidSettings, match=said) as caught:
+        await client.connect()
+    assert "hush" not in "".join(traceback.format_exception(caught.value))
     assert not client.connected
 
 

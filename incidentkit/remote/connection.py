@@ -15,7 +15,7 @@ import httpx2
 from attrs import evolve
 
 from incidentkit.affinity import keep, sever
-from incidentkit.domain.errors import ClientClosed, StoreError, StoreUnavailable
+from incidentkit.domain.errors import ClientClosed, InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.remote.messages import JSON, Answer, Call
 from incidentkit.remote.options import RemoteOptions
 from incidentkit.remote.problems import is_passing
@@ -33,6 +33,9 @@ KEEP_ALIVE: Final = 4.0
 
 MAX_ANSWER: Final = 64 * 1024 * 1024
 """Maximum bytes of an answer."""
+
+_SSL_FILES: Final = "SSL_CERT_FILE, SSL_CERT_DIR or SSLKEYLOGFILE"
+_PROXIES: Final = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
 
 _random: Final = random.SystemRandom()
 
@@ -70,27 +73,44 @@ class Connection:
         self._streams: WeakSet[Any] = WeakSet()
 
     async def open(self) -> None:
-        """Get ready to send; the first request opens a connection."""
+        """Get ready to send; the first request opens a connection.
+
+        Raises:
+            InvalidSettings: If the environment names certificates or a proxy that cannot be used.
+        """
         options = self._options
         encrypted = self.url.startswith("https://") or bool(getproxies())
         if self._context is None and options.transport is None and encrypted:
             # It reads the certificates of all authorities.
-            self._context = await asyncio.to_thread(httpx2.create_ssl_context)
+            try:
+                self._context = await asyncio.to_thread(httpx2.create_ssl_context)
+            except OSError as error:
+                raise InvalidSettings(
+                    _SSL_FILES, f"names a file that cannot be used ({error})"
+                ) from error
         self._requests = asyncio.Semaphore(options.max_connections)
         self._waiting = asyncio.Semaphore(options.max_readers)
         self._searches = asyncio.Semaphore(options.max_searches)
         connections = options.max_connections + options.max_readers
-        self._client = httpx2.AsyncClient(
-            headers=self._headers,
-            verify=self._context or False,
-            transport=options.transport,
-            limits=httpx2.Limits(
-                max_connections=connections,
-                max_keepalive_connections=connections,
-                keepalive_expiry=KEEP_ALIVE,
-            ),
-            follow_redirects=False,
-        )
+        try:
+            self._client = httpx2.AsyncClient(
+                headers=self._headers,
+                verify=self._context or False,
+                transport=options.transport,
+                limits=httpx2.Limits(
+                    max_connections=connections,
+                    max_keepalive_connections=connections,
+                    keepalive_expiry=KEEP_ALIVE,
+                ),
+                follow_redirects=False,
+            )
+        except ImportError as error:
+            raise InvalidSettings(
+                _PROXIES, "names a SOCKS proxy, which needs the package socksio"
+            ) from error
+        except (httpx2.InvalidURL, ValueError):
+            # Its text may show a part of the password.
+            raise InvalidSettings(_PROXIES, "is not the URL of a proxy") from None
 
     async def close(self) -> None:
         """End running requests, and close every connection; once closed, do nothing."""
