@@ -459,6 +459,17 @@ def test_faults_are_taken_back(incidents: SyncIncidentClient) -> None:
     assert_incident_opened(incidents)
 
 
+def test_only_clients_can_fail(application: Application) -> None:
+    """Anything else is refused, since its calls would not fail: also what holds a client."""
+    other: Any
+    for other in (application, None):
+        name = type(other).__name__
+        with pytest.raises(TypeError, match=f"not {name}$"), failing(other, StoreUnavailable):
+            pass
+        with pytest.raises(TypeError, match=f"not {name}$"), slow(other, 0.0):
+            pass
+
+
 async def test_slow_calls_wait(async_incidents: IncidentClient) -> None:
     """A call of a slow client takes the given time, so that a time limit of the host is met."""
     with slow(async_incidents, 60, verbs=["create"]):

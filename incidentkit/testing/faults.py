@@ -100,6 +100,7 @@ def failing(
 
     Raises:
         InvalidSettings: If ``error``, ``times`` or ``verbs`` is invalid.
+        TypeError: If the client is something else, such as the extension that holds it.
     """
     given: object = times
     if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
@@ -124,6 +125,7 @@ def slow(
 
     Raises:
         InvalidSettings: If ``seconds`` or ``verbs`` is invalid.
+        TypeError: If the client is something else, such as the extension that holds it.
     """
     if not 0 <= seconds < float("inf"):
         raise InvalidSettings("seconds", "must be a number of seconds, at least 0")
@@ -144,6 +146,10 @@ def _checked(verbs: Iterable[str] | None) -> frozenset[str]:
 @contextmanager
 def _befalling(client: object, fault: Fault, verbs: frozenset[str]) -> Iterator[None]:
     """Put a fault before the methods of these verbs, in the instance alone."""
+    if not isinstance(client, Incidents | SyncIncidents):
+        # The calls of anything else would simply not fail.
+        name = type(client).__name__
+        raise TypeError(f"This takes an IncidentClient or a SyncIncidentClient, not {name}")
     own = vars(client)
     before = {name: own[name] for name in (*METHODS, "join") if name in own}
     _put(client, fault, verbs)
