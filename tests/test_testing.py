@@ -459,6 +459,20 @@ def test_faults_are_taken_back(incidents: SyncIncidentClient) -> None:
     assert_incident_opened(incidents)
 
 
+def test_only_clients_are_asserted_on(application: Application) -> None:
+    """Anything else is refused at once, instead of a coroutine that a test does not await."""
+    other: Any = application
+    refused = pytest.raises(TypeError, match="a SyncIncidentClient, not Application")
+    with refused:
+        all_incidents(other)
+    with refused:
+        assert_incident_opened(other)
+    with refused:
+        assert_no_incident(other)
+    with refused:
+        assert_history(other, 1, ["created"])
+
+
 def test_only_clients_can_fail(application: Application) -> None:
     """Anything else is refused, since its calls would not fail: also what holds a client."""
     other: Any

@@ -24,6 +24,7 @@ from incidentkit.domain.values import (
 )
 from incidentkit.incidents import Incidents
 from incidentkit.sync.incidents import SyncIncidents
+from incidentkit.testing.clients import check_verbs
 from incidentkit.testing.matching import (
     DetailsMatcher,
     Expected,
@@ -225,6 +226,7 @@ def assert_history(
     __tracebackhide__ = True
     incident_id = incident.incident_id if isinstance(incident, Incident) else incident
     expected = [EventKind(kind).value for kind in kinds]
+    check_verbs(incidents)
 
     def checked(events: EventList) -> EventList:
         __tracebackhide__ = True
@@ -253,6 +255,8 @@ def _of_all(
         name: The name of the coroutine, in the warning of Python if it is never awaited.
     """
     __tracebackhide__ = True
+    # For anything else, a synchronous test would get a coroutine, and pass.
+    check_verbs(incidents)
     if isinstance(incidents, SyncIncidents):
         return check([*incidents.iterate(**_ALL)])
 

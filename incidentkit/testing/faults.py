@@ -14,6 +14,7 @@ from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.incidents import Incidents
 from incidentkit.observing import VERBS
 from incidentkit.sync.incidents import SyncIncidents
+from incidentkit.testing.clients import check_verbs
 
 METHODS: Final = {name: name for name in (*VERBS, "feed_blocker", "iterate")} | {
     "list_json": "list"
@@ -146,10 +147,8 @@ def _checked(verbs: Iterable[str] | None) -> frozenset[str]:
 @contextmanager
 def _befalling(client: object, fault: Fault, verbs: frozenset[str]) -> Iterator[None]:
     """Put a fault before the methods of these verbs, in the instance alone."""
-    if not isinstance(client, Incidents | SyncIncidents):
-        # The calls of anything else would simply not fail.
-        name = type(client).__name__
-        raise TypeError(f"This takes an IncidentClient or a SyncIncidentClient, not {name}")
+    # The calls of anything else would simply not fail.
+    check_verbs(client)
     own = vars(client)
     before = {name: own[name] for name in (*METHODS, "join") if name in own}
     _put(client, fault, verbs)
