@@ -675,6 +675,21 @@ async def test_an_untrusted_certificate_is_not_tried_again() -> None:
     assert len(script.requests) == 1
 
 
+async def test_a_connection_that_ends_before_it_is_encrypted_has_a_reason() -> None:
+    """The error says what happened, also where that of httpx2 has no text."""
+
+    async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with await asyncio.start_server(end, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        remote = RemoteOptions(attempts=1)
+        client = IncidentClient.open(f"https://127.0.0.1:{port}", token=TOKEN, remote=remote)
+        with pytest.raises(StoreUnavailable, match=r"no connection can be made \(.+\)"):
+            await client.connect()
+
+
 def ssl_error() -> Exception:
     """Return the error of a certificate that is not trusted."""
     import ssl

@@ -247,8 +247,11 @@ class Connection:
         return bytes(body)
 
     def _failure(self, error: httpx2.TransportError) -> StoreUnavailable:
+        # That of httpx2 is empty if a server ends the connection before it is encrypted.
+        text = ""
         cause: BaseException | None = error
         while cause is not None:
+            text = text or str(cause)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 reason = f"its certificate is not trusted ({cause.verify_message})"
                 return self._unavailable(reason, retryable=False)
@@ -260,13 +263,13 @@ class Connection:
             case httpx2.TimeoutException():
                 reason = f"it was silent for {self._options.read_timeout:g} seconds"
             case httpx2.ConnectError():
-                reason = f"no connection can be made ({error})"
+                reason = f"no connection can be made ({text})"
             case httpx2.ProxyError():
-                reason = f"the proxy refuses the connection ({error})"
+                reason = f"the proxy refuses the connection ({text})"
             case httpx2.RemoteProtocolError() | httpx2.NetworkError():
                 reason = "the connection was cut before its answer was complete"
             case _:
-                return self._unavailable(f"the request cannot be sent ({error})", retryable=False)
+                return self._unavailable(f"the request cannot be sent ({text})", retryable=False)
         return self._unavailable(reason)
 
     def _unavailable(self, reason: str, *, retryable: bool = True) -> StoreUnavailable:
