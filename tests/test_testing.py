@@ -558,6 +558,24 @@ def test_the_clock_stands_still_in_any_year(incidents: SyncIncidentClient, year:
     assert created.created_at == datetime(year, 3, 1, tzinfo=UTC)
 
 
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"])
+def test_the_clock_is_never_where_no_search_finds_an_incident(
+    incidents: SyncIncidentClient, time: str
+) -> None:
+    """Such a time is refused instead of changed, when the clock is stopped, set or moved on."""
+    refused = pytest.raises(InvalidIncident, match="time must be after 0001-01-02 and before")
+    with refused, frozen_clock(incidents, time):
+        pass
+    with frozen_clock(incidents, "9999-12-30T23:59:59Z") as clock:
+        with refused:
+            clock.move_to(time)
+        with refused:
+            clock.tick()
+        incidents.create("Disk is full", source="monitoring")
+        incident = assert_incident_opened(incidents)
+    assert incident.created_at == clock.now == datetime(9999, 12, 30, 23, 59, 59, tzinfo=UTC)
+
+
 def test_idempotency_keys_expire_by_the_frozen_clock(incidents: SyncIncidentClient) -> None:
     """A key is forgotten once the frozen clock is 24 hours later."""
 
