@@ -190,6 +190,12 @@ def test_json_is_the_wire_format_on_one_line() -> None:
     assert json.loads(output("list", "--page", "2", "--json")) == []
 
 
+HUGE = (
+    "must be an integer from -9223372036854775808 to 9223372036854775807, or one that a double "
+    "holds exactly"
+)
+
+
 def test_details_are_given_and_shown_as_json() -> None:
     """`create` takes details, `get` shows them on one line, and `search` adds them to its JSON."""
     details = {"volume": "/var", "log": "one\ntwo\u202e", "used": 0.98}
@@ -213,6 +219,14 @@ def test_details_are_given_and_shown_as_json() -> None:
             "Error: Invalid value for '--details': it repeats a name within an object",
         ),
         ('{"a": [NaN]}', "Error: details.a[0] must be a finite number"),
+        *(
+            (f'{{"a": [{huge}]}}', f"Error: details.a[0] {HUGE}")
+            for huge in ("1" + "0" * 5000, "-" + "9" * 5000)
+        ),
+        (
+            '{"a":' + "[" * 20_000 + "]" * 20_000 + "}",
+            "Error: Invalid value for '--details': it is nested too deeply",
+        ),
     ):
         assert errors(*DISK_FULL, "--details", text, exit_code=2)[-1] == line
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -302,6 +303,27 @@ async def test_connecting_shows_a_wrong_url_token_or_version(
     assert not client.connected
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SSL_CERT_FILE", "/no/such/file", "DIR or SSLKEYLOGFILE names a file that cannot be used"),
+        ("ALL_PROXY", "foo://u:hush@proxy", "^HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not the URL"),
+        ("ALL_PROXY", "http://u:hush#@proxy", "^HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not the"),
+        ("ALL_PROXY", "socks5://u:hush@proxy", "a SOCKS proxy, which needs the package socksio"),
+    ],
+)
+async def test_what_the_environment_names_wrongly_is_a_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    """The error names the variables and never a password, and the client is not open."""
+    monkeypatch.setenv(name, value)
+    client = IncidentClient.open(SERVICE, token=TOKEN)
+    with pytest.raises(InvalidSettings, match=said) as caught:
+        await client.connect()
+    assert "hush" not in "".join(traceback.format_exception(caught.value))
+    assert not client.connected
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.99", None])
 async def test_versions_that_fit_connect(version: str | None) -> None:
     """A service with the same major version, or with no version, is accepted."""
@@ -587,6 +609,7 @@ async def test_after_the_last_attempt_the_service_is_unavailable(failure: Any) -
         refusal(Kind.INCIDENT_NOT_FOUND),
         answer(503, b"", **{"Retry-After": "31"}),
         answer(503, b"", **{"Retry-After": "20"}),
+        answer(503, b"", **{"Retry-After": "9" * 400}),
         answer(307, b"", location="https://other"),
     ],
     ids=str,
@@ -650,6 +673,21 @@ async def test_an_untrusted_certificate_is_not_tried_again() -> None:
         await opened(script).connect()
     assert not caught.value.retryable
     assert len(script.requests) == 1
+
+
+async def test_a_connection_that_ends_before_it_is_encrypted_has_a_reason() -> None:
+    """The error says what happened, also where that of httpx2 has no text."""
+
+    async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with await asyncio.start_server(end, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        remote = RemoteOptions(attempts=1)
+        client = IncidentClient.open(f"https://127.0.0.1:{port}", token=TOKEN, remote=remote)
+        with pytest.raises(StoreUnavailable, match=r"no connection can be made \(.+\)"):
+            await client.connect()
 
 
 def ssl_error() -> Exception:

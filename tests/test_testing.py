@@ -459,6 +459,31 @@ def test_faults_are_taken_back(incidents: SyncIncidentClient) -> None:
     assert_incident_opened(incidents)
 
 
+def test_only_clients_are_asserted_on(application: Application) -> None:
+    """Anything else is refused at once, instead of a coroutine that a test does not await."""
+    other: Any = application
+    refused = pytest.raises(TypeError, match="a SyncIncidentClient, not Application")
+    with refused:
+        all_incidents(other)
+    with refused:
+        assert_incident_opened(other)
+    with refused:
+        assert_no_incident(other)
+    with refused:
+        assert_history(other, 1, ["created"])
+
+
+def test_only_clients_can_fail(application: Application) -> None:
+    """Anything else is refused, since its calls would not fail: also what holds a client."""
+    other: Any
+    for other in (application, None):
+        name = type(other).__name__
+        with pytest.raises(TypeError, match=f"not {name}$"), failing(other, StoreUnavailable):
+            pass
+        with pytest.raises(TypeError, match=f"not {name}$"), slow(other, 0.0):
+            pass
+
+
 async def test_slow_calls_wait(async_incidents: IncidentClient) -> None:
     """A call of a slow client takes the given time, so that a timeout of the host applies."""
     with slow(async_incidents, 60, verbs=["create"]):
@@ -537,6 +562,24 @@ def test_the_clock_stands_still_in_any_year(incidents: SyncIncidentClient, year:
     with frozen_clock(incidents, datetime(year, 3, 1, tzinfo=UTC)):
         created = incidents.create("Disk is full", source="monitoring")
     assert created.created_at == datetime(year, 3, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"])
+def test_the_clock_is_never_where_no_search_finds_an_incident(
+    incidents: SyncIncidentClient, time: str
+) -> None:
+    """Such a time is refused instead of changed, when the clock is stopped, set or moved on."""
+    refused = pytest.raises(InvalidIncident, match="time must be after 0001-01-02 and before")
+    with refused, frozen_clock(incidents, time):
+        pass
+    with frozen_clock(incidents, "9999-12-30T23:59:59Z") as clock:
+        with refused:
+            clock.move_to(time)
+        with refused:
+            clock.tick()
+        incidents.create("Disk is full", source="monitoring")
+        incident = assert_incident_opened(incidents)
+    assert incident.created_at == clock.now == datetime(9999, 12, 30, 23, 59, 59, tzinfo=UTC)
 
 
 def test_idempotency_keys_expire_by_the_frozen_clock(incidents: SyncIncidentClient) -> None:

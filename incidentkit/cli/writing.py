@@ -35,6 +35,9 @@ from incidentkit.wire import encode_event, encode_optionals
 MAX_STDIN_BYTES: Final = 1024 * 1024
 """Maximum number of bytes that are read from stdin."""
 
+MAX_DIGITS: Final = 400
+"""Maximum number of digits that are read of an integer: no double has as many."""
+
 SHOW_CURSOR: Final = b"\x1b[?25h\n"
 """Shows the cursor again, which a progress bar hides."""
 
@@ -64,13 +67,25 @@ def _read_object(
     text = _read_text(ctx, parameter, value)
     try:
         details: dict[str, Any] | None = (
-            None if text is None else json.loads(text, object_pairs_hook=_once_each)
+            None
+            if text is None
+            else json.loads(text, object_pairs_hook=_once_each, parse_int=_read_integer)
         )
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise click.BadParameter("it is not JSON") from error
+    except RecursionError as error:
+        raise click.BadParameter("it is nested too deeply") from error
     if text is not None and details is None:
         raise click.BadParameter("it is not a JSON object")
     return details
+
+
+def _read_integer(digits: str) -> int:
+    """Return an integer; of a huge one, as many digits as the rules of details need to refuse it.
+
+    Python itself reads at most some thousand digits.
+    """
+    return int(digits[:MAX_DIGITS])
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import httpx2
 from attrs import evolve
 
 from incidentkit.affinity import keep, sever
-from incidentkit.domain.errors import ClientClosed, StoreError, StoreUnavailable
+from incidentkit.domain.errors import ClientClosed, InvalidSettings, StoreError, StoreUnavailable
 from incidentkit.remote.messages import JSON, Answer, Call
 from incidentkit.remote.options import RemoteOptions
 from incidentkit.remote.problems import is_passing
@@ -34,6 +34,9 @@ KEEP_ALIVE: Final = 4.0
 
 MAX_ANSWER: Final = 64 * 1024 * 1024
 """Maximum bytes of an answer."""
+
+_SSL_FILES: Final = "SSL_CERT_FILE, SSL_CERT_DIR or SSLKEYLOGFILE"
+_PROXIES: Final = "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
 
 _random: Final = random.SystemRandom()
 
@@ -71,27 +74,44 @@ class Connection:
         self._streams: WeakSet[Any] = WeakSet()
 
     async def open(self) -> None:
-        """Get ready to send; the first request opens a connection."""
+        """Get ready to send; the first request opens a connection.
+
+        Raises:
+            InvalidSettings: If the environment names certificates or a proxy that cannot be used.
+        """
         options = self._options
         encrypted = self.url.startswith("https://") or bool(getproxies())
         if self._context is None and options.transport is None and encrypted:
             # In a thread, since it reads the certificates of all authorities.
-            self._context = await asyncio.to_thread(httpx2.create_ssl_context)
+            try:
+                self._context = await asyncio.to_thread(httpx2.create_ssl_context)
+            except OSError as error:
+                raise InvalidSettings(
+                    _SSL_FILES, f"names a file that cannot be used ({error})"
+                ) from error
         self._requests = asyncio.Semaphore(options.max_connections)
         self._waiting = asyncio.Semaphore(options.max_readers)
         self._searches = asyncio.Semaphore(options.max_searches)
         connections = options.max_connections + options.max_readers
-        self._client = httpx2.AsyncClient(
-            headers=self._headers,
-            verify=self._context or False,
-            transport=options.transport,
-            limits=httpx2.Limits(
-                max_connections=connections,
-                max_keepalive_connections=connections,
-                keepalive_expiry=KEEP_ALIVE,
-            ),
-            follow_redirects=False,
-        )
+        try:
+            self._client = httpx2.AsyncClient(
+                headers=self._headers,
+                verify=self._context or False,
+                transport=options.transport,
+                limits=httpx2.Limits(
+                    max_connections=connections,
+                    max_keepalive_connections=connections,
+                    keepalive_expiry=KEEP_ALIVE,
+                ),
+                follow_redirects=False,
+            )
+        except ImportError as error:
+            raise InvalidSettings(
+                _PROXIES, "names a SOCKS proxy, which needs the package socksio"
+            ) from error
+        except (httpx2.InvalidURL, ValueError):
+            # Its text may show a part of the password.
+            raise InvalidSettings(_PROXIES, "is not the URL of a proxy") from None
 
     async def close(self) -> None:
         """End running requests, and close every connection; once closed, do nothing."""
@@ -228,8 +248,11 @@ class Connection:
         return bytes(body)
 
     def _failure(self, error: httpx2.TransportError) -> StoreUnavailable:
+        # That of httpx2 is empty if a server ends the connection before it is encrypted.
+        text = ""
         cause: BaseException | None = error
         while cause is not None:
+            text = text or str(cause)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 reason = f"its certificate is not trusted ({cause.verify_message})"
                 return self._unavailable(reason, retryable=False)
@@ -241,13 +264,13 @@ class Connection:
             case httpx2.TimeoutException():
                 reason = f"it was silent for {self._options.read_timeout:g} seconds"
             case httpx2.ConnectError():
-                reason = f"no connection can be made ({error})"
+                reason = f"no connection can be made ({text})"
             case httpx2.ProxyError():
-                reason = f"the proxy refuses the connection ({error})"
+                reason = f"the proxy refuses the connection ({text})"
             case httpx2.RemoteProtocolError() | httpx2.NetworkError():
                 reason = "the connection was cut before its answer was complete"
             case _:
-                return self._unavailable(f"the request cannot be sent ({error})", retryable=False)
+                return self._unavailable(f"the request cannot be sent ({text})", retryable=False)
         return self._unavailable(reason)
 
     def _unavailable(self, reason: str, *, retryable: bool = True) -> StoreUnavailable:
@@ -286,7 +309,7 @@ def _headers_of(response: httpx2.Response) -> Mapping[str, str]:
 def _retry_after(answer: Answer) -> float:
     """Return the seconds that a service asks for; a date, which is rare, counts as none."""
     text = answer.headers.get("retry-after", "")
-    return float(text) if text.isascii() and text.isdigit() and len(text) < len("1000000") else 0.0
+    return float(text) if text.isascii() and text.isdigit() else 0.0
 
 
 def _too_late(timer: asyncio.Timeout, pause: float) -> bool:

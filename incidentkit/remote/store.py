@@ -111,8 +111,8 @@ class RemoteStore:
         await self._leave_ended_loop()
         self._affinity = Affinity()
         self._affinity.on_fork = self._connection.sever
-        await self._connection.open()
         try:
+            await self._connection.open()
             await self._check_access()
         except BaseException:
             # A failure to close must not replace the error.

@@ -24,6 +24,7 @@ from incidentkit.domain.values import (
 )
 from incidentkit.incidents import Incidents
 from incidentkit.sync.incidents import SyncIncidents
+from incidentkit.testing.clients import check_verbs
 from incidentkit.testing.matching import (
     DetailsMatcher,
     Expected,
@@ -226,6 +227,7 @@ def assert_history(
     __tracebackhide__ = True
     incident_id = incident.incident_id if isinstance(incident, Incident) else incident
     expected = [EventKind(kind).value for kind in kinds]
+    check_verbs(incidents)
 
     def checked(events: EventList) -> EventList:
         __tracebackhide__ = True
@@ -254,6 +256,8 @@ def _of_all(
         name: The name of the coroutine in Python's warning if it is never awaited.
     """
     __tracebackhide__ = True
+    # For anything else, a synchronous test would get a coroutine, and pass.
+    check_verbs(incidents)
     if isinstance(incidents, SyncIncidents):
         return check([*incidents.iterate(**_ALL)])
 

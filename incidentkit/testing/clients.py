@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from typing import Final
 
 from incidentkit.affinity import Affinity, running_loop
 from incidentkit.client import IncidentClient, Parts
+from incidentkit.incidents import Incidents
 from incidentkit.observing import Observer
 from incidentkit.session import Session
 from incidentkit.sync.client import SyncIncidentClient
 from incidentkit.sync.immediate import run_immediately
+from incidentkit.sync.incidents import SyncIncidents
 from incidentkit.testing.database import PrivateDatabase, PrivateStore
+
+_NO_CLIENT: Final = "This takes an IncidentClient or a SyncIncidentClient, not "
 
 
 class PrivateSession(Session):
@@ -47,9 +52,17 @@ def asynchronous(client: IncidentClient | SyncIncidentClient) -> IncidentClient:
         return client
     if isinstance(client, SyncIncidentClient):
         return client._incidents  # noqa: SLF001
-    raise TypeError(
-        "This takes an IncidentClient or a SyncIncidentClient, not " + type(client).__name__
-    )
+    raise TypeError(_NO_CLIENT + type(client).__name__)
+
+
+def check_verbs(incidents: object) -> None:
+    """Raise unless it is a client, or the verbs in a joined transaction.
+
+    Raises:
+        TypeError: If it is something else, such as the extension that holds a client.
+    """
+    if not isinstance(incidents, Incidents | SyncIncidents):
+        raise TypeError(_NO_CLIENT + type(incidents).__name__)
 
 
 def parts_on(database: PrivateDatabase, observer: Observer | None) -> Parts:

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 from incidentkit.client import IncidentClient
 from incidentkit.domain import rules
+from incidentkit.domain.values import EARLIEST_TIME, LATEST_TIME
 from incidentkit.sync.client import SyncIncidentClient
 from incidentkit.testing.clients import asynchronous
 from incidentkit.testing.database import PrivateStore
@@ -30,13 +31,19 @@ class FrozenClock:
             time: As for :func:`frozen_clock`.
 
         Raises:
-            InvalidIncident: If it is not an aware time.
+            InvalidIncident: As for :func:`frozen_clock`.
         """
-        self.now = _aware(time)
+        self.now = _settable(time)
 
     def tick(self, time: timedelta = timedelta(seconds=1)) -> None:
-        """Advance the clock; the database counts whole seconds."""
-        self.now += time
+        """Advance the clock; the database counts whole seconds.
+
+        Raises:
+            InvalidIncident: If the clock cannot be set to the later time.
+        """
+        now = self.now + time
+        _settable(now)
+        self.now = now
 
 
 @contextmanager
@@ -66,7 +73,7 @@ def frozen_clock(
 
     Raises:
         TypeError: If the client is on another database, whose clock cannot be stopped.
-        InvalidIncident: If it is not an aware time.
+        InvalidIncident: If it is not an aware time after 0001-01-02 and before 9999-12-31.
     """
     store = asynchronous(client).store
     if not isinstance(store, PrivateStore):
@@ -74,12 +81,20 @@ def frozen_clock(
             "Only the clock of the test kit's own database can be stopped: use the kit's fixtures, "
             "or put this client on such a database with incidentkit.testing.recording()"
         )
-    clock = FrozenClock(_aware(time))
+    clock = FrozenClock(_settable(time))
     with store.database.frozen(lambda: clock.now):
         yield clock
 
 
-def _aware(time: datetime | str) -> datetime:
+def _settable(time: datetime | str) -> datetime:
     if isinstance(time, str):
         time = rules.check("time", rules.time_text, time)
-    return rules.check("time", rules.time_bound, time)
+    return rules.check("time", _findable, time)
+
+
+def _findable(value: datetime) -> datetime:
+    """Return an aware time at which a search finds the incidents; others become its bounds."""
+    time = rules.time_bound(value)
+    if not EARLIEST_TIME < time < LATEST_TIME:
+        raise ValueError("must be after 0001-01-02 and before 9999-12-31")
+    return time

@@ -14,6 +14,7 @@ from incidentkit.domain.errors import InvalidSettings, StoreError
 from incidentkit.incidents import Incidents
 from incidentkit.observing import VERBS
 from incidentkit.sync.incidents import SyncIncidents
+from incidentkit.testing.clients import check_verbs
 
 METHODS: Final = {name: name for name in (*VERBS, "feed_blocker", "iterate")} | {
     "list_json": "list"
@@ -100,6 +101,7 @@ def failing(
 
     Raises:
         InvalidSettings: If ``error``, ``times`` or ``verbs`` is invalid.
+        TypeError: If the client is something else, such as the extension that holds it.
     """
     given: object = times
     if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
@@ -124,6 +126,7 @@ def slow(
 
     Raises:
         InvalidSettings: If ``seconds`` or ``verbs`` is invalid.
+        TypeError: If the client is something else, such as the extension that holds it.
     """
     if not 0 <= seconds < float("inf"):
         raise InvalidSettings("seconds", "must be a number of seconds, at least 0")
@@ -144,6 +147,8 @@ def _checked(verbs: Iterable[str] | None) -> frozenset[str]:
 @contextmanager
 def _befalling(client: object, fault: Fault, verbs: frozenset[str]) -> Iterator[None]:
     """Put a fault before the methods of these verbs, in this instance only."""
+    # The calls of anything else would simply not fail.
+    check_verbs(client)
     own = vars(client)
     before = {name: own[name] for name in (*METHODS, "join") if name in own}
     _put(client, fault, verbs)
