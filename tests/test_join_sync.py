@@ -303,6 +303,22 @@ def test_sqlalchemy_joins_with_each_driver(
         on_postgres.join(connection).list()
 
 
+@pytest.mark.parametrize("option", [{"stream_results": True}, {"yield_per": 1}], ids=str)
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_connection_that_streams_is_joined(
+    on_postgres: SyncIncidentClient, postgres_url: str, driver: str, option: dict[str, Any]
+) -> None:
+    """Writes run although the host reads its own rows through a cursor of the server."""
+    url = postgres_url.replace("postgresql", f"postgresql+{driver}", 1)
+    engine = create_engine(url, poolclass=NullPool, execution_options=option)
+    with engine.begin() as connection:
+        joined = on_postgres.join(connection)
+        created = joined.create_many([NewIncident(TEXT, "partner")] * 3)
+        assert joined.list() == created[::-1]
+        joined.create(TEXT, source="partner", dedup_key="key")
+        assert joined.resolve("key") is not None
+
+
 # psycopg
 
 
