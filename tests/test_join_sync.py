@@ -535,6 +535,20 @@ def test_django_needs_an_atomic_block(django: tuple[SyncIncidentClient, DjangoHo
     assert len(client.join(host.connection).list()) == 1
 
 
+def test_a_block_of_another_thread_is_named(
+    django: tuple[SyncIncidentClient, DjangoHost],
+) -> None:
+    """A call in another thread than that of Django's connection says so."""
+    client, host = django
+    host.begin()
+    joined = client.join(host.connection)
+    with ThreadPoolExecutor(1) as threads:
+        refused = threads.submit(joined.list).exception()
+    host.rollback()
+    assert isinstance(refused, StoreError)
+    assert "belongs to another thread" in str(refused)
+
+
 def test_a_block_that_must_be_rolled_back_takes_no_call(
     django: tuple[SyncIncidentClient, DjangoHost],
 ) -> None:
