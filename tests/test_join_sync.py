@@ -480,6 +480,21 @@ def test_sqlite3_is_read_whatever_its_host_has_set(on_file: SyncIncidentClient, 
     assert on_file.history(created.incident_id) == [event]
 
 
+def test_a_schema_that_is_not_trusted_is_named(on_file: SyncIncidentClient, file: str) -> None:
+    """Some versions of SQLite then keep triggers from the search index; the error says why."""
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA trusted_schema = OFF")
+        joined = on_file.join(connection)
+        try:
+            joined.create(TEXT, source="partner")
+        except StoreError as error:
+            assert "`PRAGMA trusted_schema = OFF` keeps its triggers" in str(error)  # noqa: PT017
+        else:
+            pytest.skip("this version of SQLite trusts its search index")
+        connection.execute("PRAGMA trusted_schema = ON")
+        joined.create(TEXT, source="partner")
+
+
 def test_a_connection_of_another_thread_is_named(on_file: SyncIncidentClient, file: str) -> None:
     """A call in another thread than that of an sqlite3 connection says so."""
     with closing(sqlite3.connect(file)) as connection:
