@@ -587,7 +587,12 @@ def test_only_an_explicit_name_is_memory() -> None:
 
 def test_every_code_of_sqlite_has_one_cause() -> None:
     """Each code of the table has its reason, also with the rest of an extended code."""
-    texts = (WRITER_CHECK, "does not match any PRIMARY KEY or UNIQUE", "no such table: x")
+    texts = (
+        WRITER_CHECK,
+        "does not match any PRIMARY KEY or UNIQUE",
+        'unsafe use of virtual table "x"',
+        "no such table: x",
+    )
     for cause in errors.CAUSES:
         for code in cause.codes:
             text = "no such table: x"

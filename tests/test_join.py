@@ -420,6 +420,18 @@ async def test_a_connection_that_was_cut_off_cannot_be_joined(postgres_url: str)
             client.join(host.connection)
 
 
+@pytest.mark.parametrize("option", [{"stream_results": True}, {"yield_per": 1}], ids=str)
+async def test_a_connection_that_streams_is_joined(url: str, option: dict[str, Any]) -> None:
+    """Writes run although the host reads its own rows through a cursor of the server."""
+    async with IncidentClient.open(url) as client, host_engine(url, poolclass=NullPool) as engine:
+        async with engine.execution_options(**option).begin() as connection:
+            joined = client.join(connection)
+            created = await joined.create("Disk is full", source="partner", dedup_key="key")
+            assert await joined.list() == [created]
+            ended = await joined.resolve("key")
+        assert await client.list() == [ended]
+
+
 async def test_a_context_that_was_committed_is_no_transaction(url: str) -> None:
     """After a commit inside `engine.begin()` or `session.begin()`, calls raise NotInTransaction."""
     async with IncidentClient.open(url) as client, host_engine(url, poolclass=NullPool) as engine:

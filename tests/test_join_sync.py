@@ -303,6 +303,22 @@ def test_sqlalchemy_joins_with_each_driver(
         on_postgres.join(connection).list()
 
 
+@pytest.mark.parametrize("option", [{"stream_results": True}, {"yield_per": 1}], ids=str)
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_connection_that_streams_is_joined(
+    on_postgres: SyncIncidentClient, postgres_url: str, driver: str, option: dict[str, Any]
+) -> None:
+    """Writes run although the host reads its own rows through a cursor of the server."""
+    url = postgres_url.replace("postgresql", f"postgresql+{driver}", 1)
+    engine = create_engine(url, poolclass=NullPool, execution_options=option)
+    with engine.begin() as connection:
+        joined = on_postgres.join(connection)
+        created = joined.create_many([NewIncident(TEXT, "partner")] * 3)
+        assert joined.list() == created[::-1]
+        joined.create(TEXT, source="partner", dedup_key="key")
+        assert joined.resolve("key") is not None
+
+
 # psycopg
 
 
@@ -464,6 +480,21 @@ def test_sqlite3_is_read_whatever_its_host_has_set(on_file: SyncIncidentClient, 
     assert on_file.history(created.incident_id) == [event]
 
 
+def test_a_schema_that_is_not_trusted_is_named(on_file: SyncIncidentClient, file: str) -> None:
+    """Some versions of SQLite then keep triggers from the search index; the error says why."""
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA trusted_schema = OFF")
+        joined = on_file.join(connection)
+        try:
+            joined.create(TEXT, source="partner")
+        except StoreError as error:
+            assert "`PRAGMA trusted_schema = OFF` keeps its triggers" in str(error)  # noqa: PT017
+        else:
+            pytest.skip("this version of SQLite trusts its search index")
+        connection.execute("PRAGMA trusted_schema = ON")
+        joined.create(TEXT, source="partner")
+
+
 def test_a_connection_of_another_thread_is_named(on_file: SyncIncidentClient, file: str) -> None:
     """A call in a thread that did not open the sqlite3 connection raises a clear error."""
     with closing(sqlite3.connect(file)) as connection:
@@ -517,6 +548,20 @@ def test_django_needs_an_atomic_block(django: tuple[SyncIncidentClient, DjangoHo
     with pytest.raises(NotInTransaction):
         joined.list()
     assert len(client.join(host.connection).list()) == 1
+
+
+def test_a_block_of_another_thread_is_named(
+    django: tuple[SyncIncidentClient, DjangoHost],
+) -> None:
+    """A call in another thread than that of Django's connection says so."""
+    client, host = django
+    host.begin()
+    joined = client.join(host.connection)
+    with ThreadPoolExecutor(1) as threads:
+        refused = threads.submit(joined.list).exception()
+    host.rollback()
+    assert isinstance(refused, StoreError)
+    assert "belongs to another thread" in str(refused)
 
 
 def test_a_block_that_must_be_rolled_back_takes_no_call(

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
     from typing_extensions import TypeIs
 
+_BUFFERED: Final[Mapping[str, Any]] = {"stream_results": False, "yield_per": None}
+"""Options against those of a host that streams: PostgreSQL has no cursor for a write."""
+
 USUAL_MAXIMUM: Final = 15
 """Maximum number of connections of a SQLAlchemy engine with default options."""
 
@@ -121,7 +124,7 @@ async def execute(
 
 
 def options_to_execute(connection: Connection | None, statement: Executable) -> Any:
-    """Return the options that keep a statement in its own schema, if it has one.
+    """Return the options that keep a statement in its own schema, if it has one, and buffer it.
 
     Args:
         connection: The connection to execute it on; None: it is not open yet.
@@ -131,13 +134,15 @@ def options_to_execute(connection: Connection | None, statement: Executable) -> 
         InvalidSettings: If the statement has no schema, and the host moves the tables to one.
     """
     own = statement.get_execution_options()
+    options: Mapping[str, Any] = {} if connection is None else connection.get_execution_options()
+    streams = options.get("stream_results") or options.get("yield_per")
+    buffered = _BUFFERED if streams else {}
     if TRANSLATE_MAP in own:
         # Otherwise the options of the connection would win.
-        return own
-    options: Mapping[str, Any] = {} if connection is None else connection.get_execution_options()
+        return {**own, **buffered}
     host = options.get(TRANSLATE_MAP)
     if not host:
-        return None
+        return buffered or None
     if host.get(None) is not None:
         reason = (
             "moves tables without a schema, and so those of incidentkit too: "
@@ -145,7 +150,7 @@ def options_to_execute(connection: Connection | None, statement: Executable) -> 
         )
         raise InvalidSettings(TRANSLATE_MAP, reason)
     # Without the map: a cached statement works either with the key None in it or without.
-    return {TRANSLATE_MAP: {}}
+    return {TRANSLATE_MAP: {}, **buffered}
 
 
 def is_ended(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from sqlalchemy import Executable
 
 from incidentkit.domain.errors import IncidentKitError, NotInTransaction, WrongEventLoop
-from incidentkit.store.causes import TRANSACTION_FAILED
+from incidentkit.store.causes import OTHER_THREAD, TRANSACTION_FAILED, find_cause
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.executor import Rows
 from incidentkit.store.hosts.synchronous import is_a
@@ -104,6 +104,11 @@ class DjangoConnection:
                 "Django allows no call from a thread with a running event loop: make it in another "
                 "thread, as asgiref's sync_to_async does"
             )
+        if is_a("django.db.utils", "Error", error):
+            # An error of Django itself, which no driver knows.
+            known = find_cause([OTHER_THREAD], None, str(error))
+            if known is not None:
+                return known.as_error()
         return self._driver.translate(error)
 
     def _check(self) -> None:

@@ -111,6 +111,12 @@ CAUSES: Final = (
         text="does not match any PRIMARY KEY or UNIQUE",
     ),
     Cause(
+        "`PRAGMA trusted_schema = OFF` keeps its triggers from the search index; set it to ON",
+        StoreError,
+        codes=("SQLITE_ERROR",),
+        text="unsafe use of virtual table",
+    ),
+    Cause(
         "a part of the schema is missing",
         SchemaOutOfDate,
         codes=("SQLITE_ERROR",),
