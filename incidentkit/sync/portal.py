@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -46,6 +47,12 @@ class Portal:
         self._loop = asyncio.new_event_loop()
         # Calls that have not ended.
         self._calls: set[_Call[Any]] = set()
+        # Calls that the event loop has not received yet, with the contexts of their callers. Waking
+        # it is a system call, so one caller wakes it for all calls that arrive before its next
+        # turn. _woken is the last turn for which it was woken.
+        self._arrived: deque[tuple[_Call[Any], Context]] = deque()
+        self._turn = 0
+        self._woken = -1
         self._closing = False
         # Gets one item when the event loop is closed.
         self._ended: SimpleQueue[None] = SimpleQueue()
@@ -90,17 +97,33 @@ class Portal:
 
     def _begin(self, call: _Call[Any]) -> None:
         self._calls.add(call)
+        self._arrived.append((call, copy_context()))
+        # Read after the call has arrived: a turn that has not begun will receive the call.
+        turn = self._turn
+        if self._woken == turn:
+            return
         try:
-            self._in_loop(self._start, call)
+            self._in_loop(self._receive)
         except RuntimeError:
             call.refuse(ClientClosed())
+        else:
+            # Only now: the thread may be interrupted before it has woken the event loop.
+            self._woken = turn
 
-    def _start(self, call: _Call[Any]) -> None:
+    def _receive(self) -> None:
+        self._turn += 1
+        while self._arrived:
+            self._start(*self._arrived.popleft())
+
+    def _start(self, call: _Call[Any], context: Context) -> None:
+        if call not in self._calls:
+            # Its thread was interrupted.
+            return
         if self._closing:
             call.refuse(ClientClosed())
             return
-        _caller.set(partial(self._ask, call))
-        call.task = self._loop.create_task(call.coroutine)
+        context.run(_caller.set, partial(self._ask, call))
+        call.task = self._loop.create_task(call.coroutine, context=context)
         call.task.add_done_callback(partial(self._end, call))
 
     def _end(self, call: _Call[Any], task: asyncio.Task[Any]) -> None:
@@ -160,6 +183,7 @@ class Portal:
         """Leave the event loop to the parent process; called in a newly forked process."""
         keep(self._loop)
         self._in_loop = _refuse
+        self._turn += 1
         for call in [*self._calls]:
             call.refuse(WrongEventLoop(OTHER_PROCESS))
 
@@ -175,6 +199,8 @@ class Portal:
             finally:
                 # Not shutdown_default_executor(), which cannot start a thread when Python exits.
                 self._loop.close()
+                # Later calls try to wake the event loop, and find that it is closed.
+                self._turn += 1
                 with suppress(KeyError):
                     while True:
                         self._calls.pop().refuse(ClientClosed())
