@@ -16,7 +16,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -555,13 +555,27 @@ class _Threads:
 
 
 def _transact(
-    connection: OwnConnection, given: Sequence[_Write], check_file: Callable[[], None]
+    connection: OwnConnection,
+    given: Sequence[_Write],
+    check_file: Callable[[], None],
+    *,
+    apart: bool = False,
 ) -> list[Any]:
-    """Run in one transaction the writes that were not given up, and undo each that fails."""
+    """Run in one transaction the writes that were not given up, and undo each that fails.
+
+    They run without savepoints first. If one of several fails, all run again with savepoints.
+
+    Args:
+        connection: The connection.
+        given: The writes.
+        check_file: Raises unless the file is still at its path.
+        apart: Whether to run each write in a savepoint.
+    """
 
     async def fetch(statement: Executable, values: Mapping[str, Any]) -> Rows:
         return connection.fetch(statement, values)
 
+    run = _run_in_savepoint if apart else _run
     # The connection commits after each statement unless a transaction is begun by hand.
     connection.run("BEGIN IMMEDIATE")
     outcomes: list[Any] = []
@@ -572,8 +586,9 @@ def _transact(
             if not write.begin():
                 outcomes.append(None)
                 continue
-            outcome = _outcome(partial(_run_in_savepoint, connection, write.work, fetch))
-            if not connection.driver.in_transaction:
+            outcome = _outcome(partial(run, connection, write.work, fetch))
+            failed = not apart and isinstance(outcome, Exception)
+            if failed or not connection.driver.in_transaction:
                 break
             outcomes.append(outcome)
         else:
@@ -583,6 +598,12 @@ def _transact(
         with suppress(sqlite3.Error):
             connection.run("ROLLBACK")
         raise
+    if connection.driver.in_transaction:
+        connection.run("ROLLBACK")
+    if not apart:
+        return (
+            [outcome] if len(given) == 1 else _transact(connection, given, check_file, apart=True)
+        )
     # SQLite rolled back the whole transaction, as it does when the disk is full: the other writes
     # run without this one.
     place = len(outcomes)
@@ -595,7 +616,7 @@ def _run_in_savepoint(connection: OwnConnection, work: Work[_T], fetch: Fetch) -
     """Run one write of a transaction, and undo it if it fails."""
     connection.run("SAVEPOINT incidentkit")
     try:
-        done = _run(work(fetch))
+        done = _run(connection, work, fetch)
     except BaseException:
         with suppress(sqlite3.Error):
             connection.run("ROLLBACK TO incidentkit")
@@ -605,9 +626,9 @@ def _run_in_savepoint(connection: OwnConnection, work: Work[_T], fetch: Fetch) -
     return done
 
 
-def _run(work: Awaitable[_T]) -> _T:
-    """Run a coroutine without an event loop: it awaits only statements, which never suspend."""
-    steps = work.__await__()
+def _run(_: OwnConnection, work: Work[_T], fetch: Fetch) -> _T:
+    """Run one write without an event loop: statements, all it awaits, never suspend here."""
+    steps = work(fetch).__await__()
     try:
         next(steps)
     except StopIteration as end:
