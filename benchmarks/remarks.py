@@ -31,10 +31,11 @@ REMARKS: Final[dict[str, str]] = {
         "clients away."
     ),
     "synchronous client on SQLite, create, 16 threads / one thread": (
-        "SQLite has one writer, and a create is five statements: with sixteen threads, one takes "
-        "0.49 milliseconds. What they share is the commit, which costs little on this disk, so "
-        "that one thread alone already makes 902 creates a second. The 2,060 of sixteen are still "
-        "more than the 1,178 that SQLAlchemy's ORM makes with psycopg."
+        "SQLite has one writer, which runs three statements for each create. Threads share the "
+        "commit and the event loop's turns; what remains of each create is Python code, of which "
+        "only one thread runs at a time. The ratio depends on what a commit costs: on a slower "
+        "disk, one thread waits longer, and sixteen gain more. Sixteen threads are still more than "
+        "twice as fast as SQLAlchemy's ORM with psycopg on PostgreSQL."
     ),
 }
 """The remark on each row, by ``what / against``."""
