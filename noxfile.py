@@ -26,7 +26,6 @@ DEPENDENT = (
     "tests/test_cache.py",
     "tests/test_cli.py",
     "tests/test_host_database.py",
-    "tests/test_interrupts.py",
     "tests/test_migrations.py",
     "tests/test_remote.py",
     "tests/test_remote_faults.py",
@@ -35,18 +34,15 @@ DEPENDENT = (
     "tests/test_sqlite.py",
     "tests/test_wire.py",
 )
-# Every verb by each way into asyncpg, SQLAlchemy, redis and httpx2; other embodiments are other
-# ways into the package.
+# Every verb on asyncpg, psycopg, SQLAlchemy, redis and httpx2; other embodiments are further ways
+# into the package.
 EMBODIMENTS = (
     "sqlite-redis",
     "sqlite-engine",
     "postgresql-pool",
-    "postgresql-engine",
     "psycopg-engine",
     "remote-socket",
-    "joined-asyncpg-connection",
     "joined-postgresql-session",
-    "joined-sync-sqlalchemy-postgresql",
     "joined-sync-session-sqlite",
 )
 PROBE = "import ssl, sqlite3, sys, venv; print(*sys.version_info[:2], sep='.')"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.unmeasured
 
-ROWS = int(os.environ.get("INCIDENTKIT_TEST_ROWS", "20000"))
+ROWS = int(os.environ.get("INCIDENTKIT_TEST_ROWS", "5000"))
 
 PATIENCE = max(60, ROWS / 2000)
 """Seconds to wait for a step of an upgrade."""

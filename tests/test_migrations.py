@@ -628,6 +628,7 @@ def test_alembics_own_command_line_works(empty_url: str, arguments: list[str]) -
     assert asyncio.run(migrate.current(empty_url)) == expected
 
 
+@pytest.mark.unmeasured
 def test_alembic_restores_what_is_lost(empty_url: str) -> None:
     """`alembic upgrade head` mends what `db upgrade` mends; Alembic's other commands do not."""
     asyncio.run(migrate.upgrade(empty_url))

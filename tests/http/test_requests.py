@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import pytest
 from attrs import evolve
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from incidentkit import (
@@ -430,6 +430,7 @@ json_values = st.recursive(
 surrogates = st.text(st.characters(categories=["Cs", "Cc", "L"]), max_size=8)
 
 
+@settings(max_examples=50)
 @given(
     value=json_values
     | st.fixed_dictionaries(
