@@ -142,17 +142,21 @@ def pytest_configure_node(node: Any) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Run a test that is marked as `unmeasured` at full speed, and the programs that it starts."""
-    measuring = Coverage.current()
-    if measuring is None or item.get_closest_marker("unmeasured") is None:
+    if Coverage.current() is None or item.get_closest_marker("unmeasured") is None:
         return (yield)
     with pytest.MonkeyPatch.context() as context:
         # With it, `coverage` measures every Python program.
         context.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-        measuring.stop()
+        # In a pytest-xdist worker, each one that is stopped lets the one before it continue.
+        stopped: list[Coverage] = []
+        while (measuring := Coverage.current()) is not None:
+            measuring.stop()
+            stopped.append(measuring)
         try:
             return (yield)
         finally:
-            measuring.start()
+            for measuring in reversed(stopped):
+                measuring.start()
 
 
 @pytest.fixture(autouse=True)

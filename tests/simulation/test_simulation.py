@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from incidentkit import ListQuery
     from tests.simulation.world import Operation, Version
 
-SEEDS = int(os.environ.get("INCIDENTKIT_TEST_SEEDS", "8"))
+SEEDS = int(os.environ.get("INCIDENTKIT_TEST_SEEDS", "15"))
 """The number of seeds for each value of ``max_staleness``."""
 
 BOUND = 20
