@@ -36,7 +36,7 @@ MAX_STDIN_BYTES: Final = 1024 * 1024
 """Maximum number of bytes that are read from stdin."""
 
 MAX_DIGITS: Final = 400
-"""Maximum number of digits that are read of an integer: no double has as many."""
+"""Maximum number of digits to read from an integer: more than any double has."""
 
 SHOW_CURSOR: Final = b"\x1b[?25h\n"
 """Shows the cursor again, which a progress bar hides."""

@@ -268,7 +268,7 @@ class OwnConnection:
 
     Args:
         driver: The connection of ``sqlite3``.
-        compiled: The statements that are already compiled.
+        compiled: The statements that the store has run before; it adds further ones.
         echo: Whether to log every statement, without its values.
     """
 
