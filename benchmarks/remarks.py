@@ -21,15 +21,6 @@ REMARKS: Final[dict[str, str]] = {
         "0.73, 1.05 and 1.24. A smaller share of the connections would leave more of such a "
         "machine to other calls, but make searches wait longer on a larger one."
     ),
-    "p99 beside 1,000 connections that send headers without an end / 3 times the p99 beside a "
-    "decoy, or 10 ms more": (
-        "Of the three calls only `get` misses, with 16.7 milliseconds where 13.9 are allowed. The "
-        "attackers connect a thousand times a second and send 100 MB in that second. Each is "
-        "refused after 64 KiB, which takes the service about 0.2 milliseconds, most of it in the "
-        "parser: a fifth of a core, of the two that the machine has for all of the processes. "
-        "Another run gave 0.71. A proxy that limits the connections of an address keeps such "
-        "clients away."
-    ),
     "synchronous client on SQLite, create, 16 threads / one thread": (
         "SQLite has one writer, which runs three statements for each create. Threads share the "
         "commit and the event loop's turns; what remains of each create is Python code, of which "
