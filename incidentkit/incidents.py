@@ -151,7 +151,10 @@ class Incidents(ABC):
             fields: dict[str, Any] = {"source": source, "incident_type": incident_type}
             incident = NewIncident(incident_message, dedup_key=dedup_key, details=details, **fields)
         transactions = self._transactions
-        once = _once(transactions, idempotency_key, "create", incident)
+        once = None
+        # Saves most of the creates a call.
+        if idempotency_key is not None:
+            once = _once(transactions, idempotency_key, "create", incident)
         return await transactions.write(
             transactions.store.create(incident, actor=ACTOR.get(), once=once)
         )

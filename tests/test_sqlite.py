@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
+from datetime import UTC, datetime
 from threading import Event, Thread
 from threading import enumerate as enumerate_threads
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from incidentkit import (
     IncidentClient,
@@ -22,14 +25,17 @@ from incidentkit import (
 )
 from incidentkit.opening import store_on
 from incidentkit.store import StoreOptions
+from incidentkit.store.sqlite.dialect import SqliteDialect
 from incidentkit.store.sqlite.threads import ThreadsExecutor, _Threads
 from incidentkit.store.store import Store
 from tests.endless import ENDLESS, Endless, before_statements
+from tests.strategies import characters, sources, statuses, stripped_messages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from incidentkit import Incident
+    from incidentkit.store.executor import Rows
 
 
 @pytest.fixture
@@ -79,6 +85,115 @@ async def test_writes_that_wait_share_a_transaction(
     log.clear()
     await asyncio.gather(*(client.update_status(n, "failed") for n in range(1, 61)))
     assert log.messages.count("COMMIT") <= 3
+
+
+async def test_creates_that_wait_share_statements(
+    traced: tuple[IncidentClient, pytest.LogCaptureFixture],
+) -> None:
+    """All creates that wait for another write are stored with two statements."""
+    client, log = traced
+    created = await create(client, 60)
+    # The first one waits for nothing.
+    assert sum(message.startswith("INSERT") for message in log.messages) == 4
+    assert [len(await client.history(each.incident_id)) for each in created] == [1] * 60
+
+
+def test_creates_that_share_statements_store_what_each_was_given() -> None:
+    """Concurrent creates return and store each incident as given, with its actor."""
+    details = st.none() | st.dictionaries(st.text(characters, max_size=9), st.integers(0, 9))
+    new = st.builds(
+        NewIncident, stripped_messages(), sources, incident_type=statuses, details=details
+    )
+
+    async def store(
+        client: IncidentClient, given: list[tuple[NewIncident, str | None]]
+    ) -> list[Incident]:
+        async def one(incident: NewIncident, actor: str | None) -> Incident:
+            with acting_as(actor) if actor is not None else nullcontext():
+                return await client.create(incident)
+
+        stored = await asyncio.gather(*(one(*each) for each in given))
+        for incident, (_, actor) in zip(stored, given, strict=True):
+            assert await client.get(incident.incident_id) == incident
+            assert (incident.ended_at is None) is (incident.incident_type == "new")
+            (event,) = await client.history(incident.incident_id)
+            assert (event.kind, event.from_status, event.note) == ("created", None, None)
+            assert (event.actor, event.to_status) == (actor, incident.incident_type)
+            assert event.at >= incident.created_at
+        return stored
+
+    with asyncio.Runner() as runner:
+        client = IncidentClient.open("sqlite+aiosqlite:///:memory:")
+        runner.run(client.connect())
+
+        @given(st.lists(st.tuples(new, st.none() | st.text(characters, min_size=1)), min_size=3))
+        def check(given: list[tuple[NewIncident, str | None]]) -> None:
+            for stored, (incident, _) in zip(runner.run(store(client, given)), given, strict=True):
+                assert stored.incident_message == incident.incident_message
+                assert stored.incident_type is incident.incident_type
+                assert (stored.source, stored.details) == (incident.source, incident.details)
+
+        check()
+        runner.run(client.close())
+
+
+async def test_a_create_that_a_trigger_suppresses_leaves_its_neighbours(
+    incidents: IncidentClient, path: str
+) -> None:
+    """Of concurrent creates, one that a host's trigger suppresses fails; the others are stored."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            'CREATE TRIGGER suppress BEFORE INSERT ON "Incident" '
+            "WHEN new.incident_message = 'Disk 3 is full' BEGIN SELECT RAISE(IGNORE); END"
+        )
+    outcomes = await asyncio.gather(
+        *(incidents.create(f"Disk {n} is full", source="partner") for n in range(8)),
+        return_exceptions=True,
+    )
+    assert isinstance(outcomes.pop(3), StoreError)
+    stored = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+    messages = [f"Disk {n} is full" for n in (0, 1, 2, 4, 5, 6, 7)]
+    assert [incident.incident_message for incident in stored] == messages
+    assert {incident.incident_id for incident in stored} == {
+        incident.incident_id for incident in await incidents.list()
+    }
+
+
+async def test_a_status_that_a_trigger_changes_is_returned(
+    incidents: IncidentClient, path: str
+) -> None:
+    """Of concurrent creates, one whose status a host's trigger changes returns the new status."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            'CREATE TRIGGER fail AFTER INSERT ON "Incident" '
+            "WHEN new.incident_message = 'Disk 5 is full' BEGIN UPDATE \"Incident\" "
+            "SET incident_type = 'failed' WHERE incident_id = new.incident_id; END"
+        )
+    created = await create(incidents, 8)
+    assert [n for n, incident in enumerate(created) if incident.incident_type == "failed"] == [5]
+    for incident in created:
+        assert await incidents.get(incident.incident_id) == incident
+        (event,) = await incidents.history(incident.incident_id)
+        assert event.to_status is incident.incident_type
+
+
+async def test_creates_are_undone_unless_ids_follow_their_order() -> None:
+    """Creates that share a statement fail, to run again alone, if SQLite reorders the ids."""
+    at = datetime(2026, 11, 28, tzinfo=UTC)
+    answers: list[Rows] = [
+        [
+            [number, f"Disk {n} is full", "new", "partner", at, 1, None, 1, None, None, None]
+            for n, number in enumerate((2, 1))
+        ],
+        [(1, "new"), (2, "new")],
+    ]
+
+    async def fetch(*_: object) -> Rows:
+        return answers.pop(0)
+
+    given = [(NewIncident(f"Disk {n} is full", "partner"), None) for n in range(2)]
+    with pytest.raises(StoreError):
+        await SqliteDialect().create_together(fetch, given)
 
 
 async def test_a_write_alone_is_one_transaction_and_committed(

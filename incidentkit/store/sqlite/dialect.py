@@ -1,15 +1,20 @@
-"""Incidents on SQLite: a write takes several statements, in a transaction with no other writer."""
+"""Incidents on SQLite: a write takes several statements, in a transaction with no other writer.
+
+Creates that wait for the writer share their statements.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from sqlalchemy import Executable
 
 import incidentkit.store.sqlite.statements as sql
+from incidentkit.batching import Batcher
 from incidentkit.domain.commands import (
     NewIncident,
     NoteAddition,
@@ -17,7 +22,13 @@ from incidentkit.domain.commands import (
     Resolutions,
     StatusChange,
 )
-from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound, VersionConflict
+from incidentkit.domain.errors import (
+    DuplicateOpenIncident,
+    IncidentNotFound,
+    StoreError,
+    VersionConflict,
+)
+from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
     OPEN,
@@ -32,12 +43,16 @@ from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.executor import Fetch, Rows
+from incidentkit.store.executor import Executor, Fetch, Rows
 from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import details_as_text, read_detailed, read_event
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
+from incidentkit.store.sqlite.errors import may_succeed_alone
 from incidentkit.store.sqlite.words import triggers
+
+BATCH: Final = 100
+"""Maximum number of creates that share a statement."""
 
 
 class SqliteDialect:
@@ -89,6 +104,34 @@ class SqliteDialect:
         if rows and rows[0][0] == stored.incident_type.value:
             return stored
         return await _as_changed(fetch, stored.incident_id, rows)
+
+    async def create_together(
+        self, fetch: Fetch, given: Sequence[tuple[NewIncident, str | None]]
+    ) -> IncidentList:
+        """Insert incidents without deduplication keys, each by its actor, with their events.
+
+        Raises:
+            StoreError: If a trigger keeps out or changes one of them, or if they are not stored in
+                their order; :meth:`create` has to store each then.
+        """
+        values = [
+            [
+                incident.incident_message,
+                incident.incident_type.value,
+                incident.source.value,
+                None if incident.details is None else details_as_text(incident.details),
+            ]
+            for incident, _ in given
+        ]
+        # SQLite may return them in any order.
+        rows = sorted(await fetch(sql.INSERT_INCIDENTS, {"given": json.dumps(values)}))
+        if [[*row[1:4], row[-1]] for row in rows] != values:
+            raise KEPT_OUT.as_error()
+        events = [[row[0], actor] for row, (_, actor) in zip(rows, given, strict=True)]
+        statuses = await fetch(sql.INSERT_CREATED_EVENTS, {"given": json.dumps(events)})
+        if sorted(statuses) != [(row[0], row[2]) for row in rows]:
+            raise KEPT_OUT.as_error()
+        return [read_detailed(row) for row in rows]
 
     async def create_many(
         self, fetch: Fetch, incidents: Sequence[NewIncident], actor: str | None
@@ -221,6 +264,61 @@ class SqliteDialect:
 
     def unstorable(self, error: BaseException | None) -> None:
         """Return None: every encoding of SQLite has all characters."""
+
+
+class SqliteSharing:
+    """Lets creates that wait for the writer of a file share two statements.
+
+    Those with a deduplication key run alone: one after the other, they may find the same incident.
+
+    Args:
+        dialect: The statements.
+        executor: Runs them.
+        is_writing: Returns whether a further write would have to wait for another one.
+    """
+
+    def __init__(
+        self, dialect: SqliteDialect, executor: Executor, *, is_writing: Callable[[], bool]
+    ) -> None:
+        self._dialect = dialect
+        self._executor = executor
+        self._is_writing = is_writing
+        self._creates = Batcher(self._create_all, size=BATCH)
+
+    def get(self, incident_id: int) -> None:
+        """Return None: the executor gathers reads."""
+
+    def list(self, query: ListQuery) -> None:
+        """Return None: the executor gathers reads."""
+
+    def create(self, incident: NewIncident, actor: str | None) -> Awaitable[Incident | None] | None:
+        """Store one incident, unless it has a deduplication key."""
+        if incident.dedup_key is not None:
+            return None
+        if self._is_writing():
+            return self._creates((incident, actor))
+        work = partial(self._dialect.create, incident=incident, actor=actor)
+        return self._executor.write(work)
+
+    def update_status(
+        self, change: StatusChange, transitions: Transitions, actor: str | None
+    ) -> None:
+        """Return None: the executor lets changes of status share a transaction."""
+
+    async def _create_all(
+        self, given: Sequence[tuple[NewIncident, str | None]]
+    ) -> Sequence[Incident | None]:
+        alone = [None] * len(given)
+        if len(given) == 1:
+            return alone
+        work = partial(self._dialect.create_together, given=given)
+        try:
+            return await self._executor.write(work)
+        except StoreError as error:
+            # One of them may be at fault: each is tried alone.
+            if not may_succeed_alone(error):
+                raise
+            return alone
 
 
 async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:

@@ -29,6 +29,7 @@ from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.sql.dml import ReturningInsert
 
+from incidentkit.domain.values import EventKind
 from incidentkit.store.schema import WRITER
 from incidentkit.store.sql.compiled import Statements
 from incidentkit.store.sql.functions import a_day_ago, current_second
@@ -88,6 +89,30 @@ INSERT_INCIDENT: Final = {
 """Inserts an incident, or counts an occurrence of the open one with its key, and returns the
 incident; by whether it has a deduplication key."""
 
+_given: Final = func.json_each(bindparam("given", type_=String())).table_valued("key", "value")
+"""The items of a JSON array: a list of parameters would be another statement for each length."""
+
+
+def _part_of_given(place: int) -> ColumnElement[Any]:
+    """Return a member of each item, which is an array itself."""
+    return func.json_extract(_given.c.value, literal_column(f"'$[{place}]'"))
+
+
+INSERT_INCIDENTS: Final = (
+    insert(incident_table)
+    .from_select(
+        ["incident_message", "incident_type", "source", "details", "ended_at"],
+        select(
+            *(_part_of_given(place) for place in range(4)),
+            case((_part_of_given(1) != literal_column("'new'"), current_second())),
+        ).order_by(_given.c.key),
+        include_defaults=False,
+    )
+    .returning(*DETAILED)
+)
+"""Inserts an incident for each array of a message, a status, a source and details, and returns
+them."""
+
 UPDATE_STATUS: Final = (
     update(incident_table)
     .where(_columns.incident_id == number_parameter("id"))
@@ -122,6 +147,10 @@ SELECT_OPEN_DUPLICATE: Final = (
 """Returns a row if an incident with the deduplication key is open."""
 
 
+_NONCE: Final[ColumnElement[Any]] = literal_column("random() & 9007199254740991")
+"""53 bits: the integers that JavaScript reads exactly."""
+
+
 def _insert_event(
     to_status: ColumnElement[Any], returned: Sequence[ColumnElement[Any]]
 ) -> ReturningInsert[*tuple[Any, ...]]:
@@ -130,8 +159,7 @@ def _insert_event(
         .inline()
         .values(
             transaction_id=literal_column("0"),
-            # 53 bits: the integers that JavaScript reads exactly.
-            nonce=literal_column("random() & 9007199254740991"),
+            nonce=_NONCE,
             incident_id=number_parameter("incident_id"),
             kind=bindparam("kind", type_=String()),
             from_status=bindparam("from_status", type_=String()),
@@ -156,6 +184,29 @@ INSERT_STATUS_EVENT: Final = _insert_event(
 )
 """Inserts an event with the present status of the incident, and returns this status: a trigger may
 have changed it."""
+
+INSERT_CREATED_EVENTS: Final = (
+    insert(incident_event_table)
+    .from_select(
+        ["transaction_id", "nonce", "incident_id", "kind", "to_status", "actor", "at", "writer"],
+        select(
+            literal_column("0"),
+            _NONCE,
+            _part_of_given(0),
+            literal_column(f"'{EventKind.CREATED.value}'"),
+            select(type_coerce(_columns.incident_type, String()))
+            .where(_columns.incident_id == _part_of_given(0))
+            .scalar_subquery(),
+            _part_of_given(1),
+            current_second(),
+            literal_column(str(WRITER)),
+        ).order_by(_given.c.key),
+        include_defaults=False,
+    )
+    .returning(incident_event_table.c.incident_id, incident_event_table.c.to_status)
+)
+"""Inserts the first event of each incident, for arrays of an id and an actor, and returns the
+incidents with their present statuses."""
 
 _expired: Final[ColumnElement[bool]] = idempotency_table.c.created_at < a_day_ago()
 

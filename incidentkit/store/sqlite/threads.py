@@ -192,10 +192,16 @@ class ThreadsExecutor:
         except Exception as error:
             raise translate_error(error) from error
 
+    def is_writing(self) -> bool:
+        """Return whether a further write would have to wait for another one."""
+        return self._opened().writing > 0
+
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction, with no other writer from its start."""
         write = _Write(work)
-        answer = self._opened().writes(write)
+        threads = self._opened()
+        threads.writing += 1
+        answer = threads.writes(write)
         try:
             done, _ = await asyncio.wait((answer,), timeout=self._patience)
             if done or not write.claim():
@@ -209,6 +215,7 @@ class ThreadsExecutor:
             # Has no effect on a write that has begun, or has ended.
             write.claim()
             answer.cancel()
+            threads.writing -= 1
         raise NO_ANSWER.as_error()
 
     async def transact(self, work: Work[_T]) -> _T:
@@ -404,6 +411,9 @@ class _Threads:
         engine: The connections.
         options: Their number, and time limits.
         file: The file; None: a database in memory, whose one connection serves all.
+
+    Attributes:
+        writing: Number of writes that are waiting or running.
     """
 
     def __init__(self, engine: Engine, options: StoreOptions, file: DatabaseFile | None) -> None:
@@ -429,6 +439,7 @@ class _Threads:
         self._scans: dict[asyncio.Future[Rows], _Scan] = {}
         # One thread for each batch that may run: a further batch would only wait for a thread.
         running = 1 if one else options.pool_size
+        self.writing = 0
         self.writes: Batcher[_Write, Any] = Batcher(self._write_all, patient=True, size=WRITES)
         self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
             partial(self._read_all, OwnConnection.fetch), running=running, patient=True, size=READS
