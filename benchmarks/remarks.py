@@ -21,12 +21,5 @@ REMARKS: Final[dict[str, str]] = {
         "0.73, 1.05 and 1.24. A smaller share of the connections would leave more of such a "
         "machine to other calls, but make searches wait longer on a larger one."
     ),
-    "synchronous client on SQLite, create, 16 threads / one thread": (
-        "SQLite has one writer, which runs three statements for each create. Threads share the "
-        "commit and the event loop's turns; what remains of each create is Python code, of which "
-        "only one thread runs at a time. The ratio depends on what a commit costs: on a slower "
-        "disk, one thread waits longer, and sixteen gain more. Sixteen threads are still more than "
-        "twice as fast as SQLAlchemy's ORM with psycopg on PostgreSQL."
-    ),
 }
 """The remark on each row, by ``what / against``."""
