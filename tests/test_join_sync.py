@@ -377,6 +377,18 @@ def test_psycopg_is_read_whatever_its_host_has_set(
     assert on_postgres.history(created.incident_id) == [event]
 
 
+def test_a_date_style_that_psycopg_cannot_read_is_named(
+    postgres_url: str, on_postgres: SyncIncidentClient
+) -> None:
+    """The error names the setting, and the transaction goes on."""
+    with psycopg.connect(postgres_url, options="-c DateStyle=German") as connection:
+        joined = on_postgres.join(connection)
+        with pytest.raises(StoreError, match="set DateStyle to ISO"):
+            joined.create("Disk is full", source="monitoring")
+        connection.execute("SET DateStyle TO ISO")
+        assert joined.create("Disk is full", source="monitoring").version == 1
+
+
 def test_a_schema_is_that_of_the_client(tenants_url: str) -> None:
     """A client with a schema uses its tables, regardless of the search path of a connection."""
     with SyncIncidentClient.open(tenants_url, schema=TENANTS[0]) as client:

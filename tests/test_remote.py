@@ -309,6 +309,8 @@ async def test_connecting_shows_a_wrong_url_token_or_version(
         ("SSL_CERT_FILE", "/no/such/file", "DIR or SSLKEYLOGFILE names a file that cannot be used"),
         ("ALL_PROXY", "foo://u:hush@proxy", "^HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not the URL"),
         ("ALL_PROXY", "http://u:hush#@proxy", "^HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not the"),
+        ("ALL_PROXY", "http://u:hush@proxy:70000", "^HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not"),
+        ("HTTPS_PROXY", "u:hush@proxy:70000", "^HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not the"),
         ("ALL_PROXY", "socks5://u:hush@proxy", "a SOCKS proxy, which needs the package socksio"),
     ],
 )

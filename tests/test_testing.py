@@ -531,8 +531,10 @@ def test_invalid_faults_are_refused(
         failing(incidents, **{"error": StoreError, **options}),
     ):
         pass
-    with pytest.raises(InvalidSettings, match="seconds"), slow(incidents, -1):
-        pass
+    text: Any = "1.5"
+    for seconds in (-1, float("inf"), float("nan"), text):
+        with pytest.raises(InvalidSettings, match="seconds"), slow(incidents, seconds):
+            pass
 
 
 def test_the_clock_stands_still(incidents: SyncIncidentClient) -> None:

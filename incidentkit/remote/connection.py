@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Final
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 from weakref import WeakSet
 
@@ -94,6 +95,8 @@ class Connection:
         self._searches = asyncio.Semaphore(options.max_searches)
         connections = options.max_connections + options.max_readers
         try:
+            if options.transport is None:
+                _check_ports(getproxies())
             self._client = httpx2.AsyncClient(
                 headers=self._headers,
                 verify=self._context or False,
@@ -300,6 +303,13 @@ class _Running:
         if not self.timer.expired():
             self.interrupted = True
             self.timer.reschedule(asyncio.get_running_loop().time())
+
+
+def _check_ports(proxies: Mapping[str, str]) -> None:
+    """Raise ValueError if the port of a proxy is out of range, which httpx2 does not check."""
+    for scheme in ("http", "https", "all"):
+        url = proxies.get(scheme, "")
+        _ = urlsplit(url if "://" in url else f"//{url}").port
 
 
 def _headers_of(response: httpx2.Response) -> Mapping[str, str]:

@@ -303,6 +303,11 @@ CAUSES: Final = (
         StoreError,
         codes=(UNSTORABLE,),
     ),
+    Cause(
+        "psycopg reads times in the ISO format alone; set DateStyle to ISO on the connection",
+        StoreError,
+        text="with DateStyle",
+    ),
     evolve(OLDER_WRITER, codes=("23514",)),
     evolve(KEPT_OUT, codes=("22P02",)),
     Cause(
