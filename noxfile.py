@@ -14,9 +14,12 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "virtualenv"
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 nox.options.sessions = ["lint", "types", "tests", "lowest", "docs"]
+
+# The tests start thousands of programs, each of which would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 # The tests that reach every dependency.
