@@ -128,7 +128,8 @@ def slow(
         InvalidSettings: If ``seconds`` or ``verbs`` is invalid.
         TypeError: If the client is something else, such as the extension that holds it.
     """
-    if not (isinstance(seconds, int | float) and 0 <= seconds < float("inf")):
+    given: object = seconds
+    if not (isinstance(given, int | float) and 0 <= given < float("inf")):
         raise InvalidSettings("seconds", "must be a number of seconds, at least 0")
     with _befalling(client, lambda _: seconds, _checked(verbs)):
         yield
