@@ -18,7 +18,8 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "no" if "CI" in os.environ else "yes"
 nox.options.sessions = ["lint", "types", "tests", "lowest", "docs"]
 
-# The tests start thousands of programs, each of which would compile the package again.
+# Let the sessions write bytecode: the tests start thousands of programs, and each would compile the
+# package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PROJECT = nox.project.load_toml("pyproject.toml")

@@ -152,7 +152,6 @@ class Incidents(ABC):
             incident = NewIncident(incident_message, dedup_key=dedup_key, details=details, **fields)
         transactions = self._transactions
         once = None
-        # Saves most of the creates a call.
         if idempotency_key is not None:
             once = _once(transactions, idempotency_key, "create", incident)
         return await transactions.write(

@@ -67,6 +67,11 @@ def threads_of_files() -> set[Thread]:
     return {each for each in enumerate_threads() if each.name.startswith("incidentkit-sqlite")}
 
 
+def inserts(log: pytest.LogCaptureFixture) -> int:
+    """Return the number of logged statements that insert."""
+    return sum(message.startswith("INSERT") for message in log.messages)
+
+
 async def create(client: IncidentClient, number: int) -> list[Incident]:
     """Create incidents concurrently."""
     return await asyncio.gather(
@@ -90,12 +95,42 @@ async def test_writes_that_wait_share_a_transaction(
 async def test_creates_that_wait_share_statements(
     traced: tuple[IncidentClient, pytest.LogCaptureFixture],
 ) -> None:
-    """All creates that wait for another write are stored with two statements."""
+    """All creates that share a transaction are stored with two statements."""
     client, log = traced
     created = await create(client, 60)
-    # The first one waits for nothing.
-    assert sum(message.startswith("INSERT") for message in log.messages) == 4
+    assert inserts(log) == 2 * log.messages.count("COMMIT")
     assert [len(await client.history(each.incident_id)) for each in created] == [1] * 60
+
+
+async def test_creates_that_arrive_one_by_one_share_statements(
+    traced: tuple[IncidentClient, pytest.LogCaptureFixture], path: str
+) -> None:
+    """Creates that arrive at different times, while a write is running, share two statements."""
+    client, log = traced
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        calls = []
+        for _ in range(20):
+            calls.append(asyncio.ensure_future(create(client, 1)))
+            await asyncio.wait(calls, timeout=0.002)
+        other.execute("ROLLBACK")
+    await asyncio.gather(*calls)
+    # The first one had the writer to itself.
+    assert inserts(log) <= 4
+
+
+async def test_creates_share_the_transaction_of_other_writes(
+    traced: tuple[IncidentClient, pytest.LogCaptureFixture],
+) -> None:
+    """Creates and notes that run at the same time need no more transactions than either alone."""
+    client, log = traced
+    await create(client, 1)
+    log.clear()
+    notes = [client.note(1, f"Note {n}") for n in range(30)]
+    _, *written = await asyncio.gather(create(client, 30), *notes)
+    assert len(written) == 30
+    assert log.messages.count("COMMIT") <= 2
+    assert sum('INTO "Incident"' in message for message in log.messages) <= 2
 
 
 def test_creates_that_share_statements_store_what_each_was_given() -> None:
@@ -178,7 +213,7 @@ async def test_a_status_that_a_trigger_changes_is_returned(
 
 
 async def test_creates_are_undone_unless_ids_follow_their_order() -> None:
-    """Creates that share a statement fail, to run again alone, if SQLite reorders the ids."""
+    """A shared insert raises if the ids of the incidents are not in the given order."""
     at = datetime(2026, 11, 28, tzinfo=UTC)
     answers: list[Rows] = [
         [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
+from attrs import frozen
 from sqlalchemy import Executable
 
 from incidentkit.affinity import Affinity
@@ -18,6 +19,38 @@ Fetch: TypeAlias = Callable[[Executable, Mapping[str, Any]], Awaitable[Rows]]
 
 Work: TypeAlias = Callable[[Fetch], Awaitable[_T]]
 """Runs several statements, each with the function that it is given."""
+
+
+@frozen
+class SharedWork(Generic[_T]):
+    """Work that may run together with that of other calls, for less than each alone.
+
+    Attributes:
+        item: What to write.
+        alone: Writes it.
+        together: Writes several items, in any order, and returns an answer for each. If it fails,
+            its statements are undone, and each item is written alone. The works of an executor that
+            have it all have the same.
+    """
+
+    item: Any
+    alone: Work[_T]
+    together: Callable[[Fetch, Sequence[Any]], Awaitable[Sequence[_T]]]
+
+    def __call__(self, fetch: Fetch) -> Awaitable[_T]:
+        """Write the item alone."""
+        return self.alone(fetch)
+
+    def through(self, change: Callable[[Fetch], Fetch]) -> SharedWork[_T]:
+        """Return the same work, whose statements run through a function."""
+
+        def alone(fetch: Fetch) -> Awaitable[_T]:
+            return self.alone(change(fetch))
+
+        def together(fetch: Fetch, items: Sequence[Any]) -> Awaitable[Sequence[_T]]:
+            return self.together(change(fetch), items)
+
+        return SharedWork(self.item, alone, together)
 
 
 class Executor(Protocol):

@@ -11,7 +11,7 @@ from sqlalchemy import Executable
 from incidentkit.affinity import Affinity
 from incidentkit.observing import Database, Observer, Pool, Pooled, PoolUse
 from incidentkit.store.database import DatabaseKind
-from incidentkit.store.executor import Fetch, OwnExecutor, Rows, Work
+from incidentkit.store.executor import Fetch, OwnExecutor, Rows, SharedWork, Work
 
 _T = TypeVar("_T")
 
@@ -69,6 +69,8 @@ class ObservedExecutor:
 
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write; each may be committed by itself."""
+        if isinstance(work, SharedWork):
+            return await self._executor.write(work.through(self._fetch))
         return await self._executor.write(lambda fetch: work(self._fetch(fetch)))
 
     async def transact(self, work: Work[_T]) -> _T:

@@ -75,7 +75,7 @@ def _file_store(
         executor,
         join=join,
         join_sync=join_sync,
-        share=partial(SqliteSharing, dialect, is_writing=executor.is_writing),
+        share=partial(SqliteSharing, dialect),
         upgrade=upgrade,
     )
 

@@ -304,7 +304,7 @@ CAUSES: Final = (
         codes=(UNSTORABLE,),
     ),
     Cause(
-        "psycopg reads times in the ISO format alone; set DateStyle to ISO on the connection",
+        "psycopg reads times only in ISO format; set DateStyle to ISO on the connection",
         StoreError,
         text="with DateStyle",
     ),

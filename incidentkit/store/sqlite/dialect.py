@@ -1,20 +1,19 @@
 """Incidents on SQLite: a write takes several statements, in a transaction with no other writer.
 
-Creates that wait for the writer share their statements.
+Creates that share a transaction share their statements, too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Executable
 
 import incidentkit.store.sqlite.statements as sql
-from incidentkit.batching import Batcher
 from incidentkit.domain.commands import (
     NewIncident,
     NoteAddition,
@@ -25,7 +24,6 @@ from incidentkit.domain.commands import (
 from incidentkit.domain.errors import (
     DuplicateOpenIncident,
     IncidentNotFound,
-    StoreError,
     VersionConflict,
 )
 from incidentkit.domain.queries import ListQuery
@@ -43,16 +41,12 @@ from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.executor import Executor, Fetch, Rows
+from incidentkit.store.executor import Executor, Fetch, Rows, SharedWork
 from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import details_as_text, read_detailed, read_event
 from incidentkit.store.sql.statements import SELECT_CHANGES_BY_ID, SELECT_INCIDENT
-from incidentkit.store.sqlite.errors import may_succeed_alone
 from incidentkit.store.sqlite.words import triggers
-
-BATCH: Final = 100
-"""Maximum number of creates that share a statement."""
 
 
 class SqliteDialect:
@@ -106,13 +100,17 @@ class SqliteDialect:
         return await _as_changed(fetch, stored.incident_id, rows)
 
     async def create_together(
-        self, fetch: Fetch, given: Sequence[tuple[NewIncident, str | None]]
+        self, fetch: Fetch, items: Sequence[tuple[NewIncident, str | None]]
     ) -> IncidentList:
-        """Insert incidents without deduplication keys, each by its actor, with their events.
+        """Insert incidents without deduplication keys, and their events, with one statement each.
+
+        Args:
+            fetch: Runs the statements.
+            items: Each incident with its actor.
 
         Raises:
-            StoreError: If a trigger keeps out or changes one of them, or if they are not stored in
-                their order; :meth:`create` has to store each then.
+            StoreError: If a trigger suppresses a row or changes a status, or the ids are not in the
+                given order. The statements have to be undone, and :meth:`create` run for each.
         """
         values = [
             [
@@ -121,15 +119,16 @@ class SqliteDialect:
                 incident.source.value,
                 None if incident.details is None else details_as_text(incident.details),
             ]
-            for incident, _ in given
+            for incident, _ in items
         ]
-        # SQLite may return them in any order.
-        rows = sorted(await fetch(sql.INSERT_INCIDENTS, {"given": json.dumps(values)}))
+        # SQLite returns rows in any order. Their ids follow that of the insert, which is the given
+        # one unless SQLite chooses ids at random, so the columns of each row are compared.
+        rows = sorted(await fetch(sql.INSERT_INCIDENTS, {"rows": json.dumps(values)}))
         if [[*row[1:4], row[-1]] for row in rows] != values:
             raise KEPT_OUT.as_error()
-        events = [[row[0], actor] for row, (_, actor) in zip(rows, given, strict=True)]
-        statuses = await fetch(sql.INSERT_CREATED_EVENTS, {"given": json.dumps(events)})
-        if sorted(statuses) != [(row[0], row[2]) for row in rows]:
+        events = [[row[0], actor] for row, (_, actor) in zip(rows, items, strict=True)]
+        statuses = await fetch(sql.INSERT_CREATED_EVENTS, {"rows": json.dumps(events)})
+        if dict(statuses) != {row[0]: row[2] for row in rows}:
             raise KEPT_OUT.as_error()
         return [read_detailed(row) for row in rows]
 
@@ -267,58 +266,38 @@ class SqliteDialect:
 
 
 class SqliteSharing:
-    """Lets creates that wait for the writer of a file share two statements.
+    """Lets creates that share a transaction share their statements, too.
 
-    Those with a deduplication key run alone: one after the other, they may find the same incident.
+    Not those with a deduplication key: the answer does not tell which call counted an occurrence.
+    All other calls run their own statements.
 
     Args:
         dialect: The statements.
-        executor: Runs them.
-        is_writing: Returns whether a further write would have to wait for another one.
+        executor: Gathers writes into transactions.
     """
 
-    def __init__(
-        self, dialect: SqliteDialect, executor: Executor, *, is_writing: Callable[[], bool]
-    ) -> None:
+    def __init__(self, dialect: SqliteDialect, executor: Executor) -> None:
         self._dialect = dialect
         self._executor = executor
-        self._is_writing = is_writing
-        self._creates = Batcher(self._create_all, size=BATCH)
 
     def get(self, incident_id: int) -> None:
-        """Return None: the executor gathers reads."""
+        """Return None."""
 
     def list(self, query: ListQuery) -> None:
-        """Return None: the executor gathers reads."""
+        """Return None."""
 
-    def create(self, incident: NewIncident, actor: str | None) -> Awaitable[Incident | None] | None:
+    def create(self, incident: NewIncident, actor: str | None) -> Awaitable[Incident] | None:
         """Store one incident, unless it has a deduplication key."""
         if incident.dedup_key is not None:
             return None
-        if self._is_writing():
-            return self._creates((incident, actor))
-        work = partial(self._dialect.create, incident=incident, actor=actor)
-        return self._executor.write(work)
+        alone = partial(self._dialect.create, incident=incident, actor=actor)
+        together = self._dialect.create_together
+        return self._executor.write(SharedWork((incident, actor), alone, together))
 
     def update_status(
         self, change: StatusChange, transitions: Transitions, actor: str | None
     ) -> None:
-        """Return None: the executor lets changes of status share a transaction."""
-
-    async def _create_all(
-        self, given: Sequence[tuple[NewIncident, str | None]]
-    ) -> Sequence[Incident | None]:
-        alone = [None] * len(given)
-        if len(given) == 1:
-            return alone
-        work = partial(self._dialect.create_together, given=given)
-        try:
-            return await self._executor.write(work)
-        except StoreError as error:
-            # One of them may be at fault: each is tried alone.
-            if not may_succeed_alone(error):
-                raise
-            return alone
+        """Return None."""
 
 
 async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:

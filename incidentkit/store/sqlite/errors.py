@@ -11,7 +11,7 @@ from attrs import evolve
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from incidentkit.domain.errors import SchemaOutOfDate, StoreError, StoreUnavailable
+from incidentkit.domain.errors import SchemaOutOfDate, StoreError
 from incidentkit.store.causes import (
     KEPT_OUT,
     NO_ANSWER,
@@ -173,11 +173,6 @@ def _name(error: sqlite3.Error | None) -> str | None:
         return name
     # A newer SQLite has codes that Python does not know.
     return _PRIMARY_NAMES.get(getattr(error, "sqlite_errorcode", 0) & PRIMARY_CODE)
-
-
-def may_succeed_alone(error: StoreError) -> bool:
-    """Return whether SQLite has undone several writes for a fault that only some may have."""
-    return not isinstance(error, StoreUnavailable) or error.sqlstate == "SQLITE_FULL"
 
 
 def is_stale_schema(error: sqlite3.Error) -> bool:

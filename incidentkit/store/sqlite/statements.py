@@ -89,13 +89,13 @@ INSERT_INCIDENT: Final = {
 """Inserts an incident, or counts an occurrence of the open one with its key, and returns the
 incident; by whether it has a deduplication key."""
 
-_given: Final = func.json_each(bindparam("given", type_=String())).table_valued("key", "value")
-"""The items of a JSON array: a list of parameters would be another statement for each length."""
+_rows: Final = func.json_each(bindparam("rows", type_=String())).table_valued("key", "value")
+"""The rows of a JSON array of arrays: parameters would be another statement for each number."""
 
 
-def _part_of_given(place: int) -> ColumnElement[Any]:
-    """Return a member of each item, which is an array itself."""
-    return func.json_extract(_given.c.value, literal_column(f"'$[{place}]'"))
+def _element(place: int) -> ColumnElement[Any]:
+    """Return the element at this place of each row."""
+    return func.json_extract(_rows.c.value, literal_column(f"'$[{place}]'"))
 
 
 INSERT_INCIDENTS: Final = (
@@ -103,15 +103,15 @@ INSERT_INCIDENTS: Final = (
     .from_select(
         ["incident_message", "incident_type", "source", "details", "ended_at"],
         select(
-            *(_part_of_given(place) for place in range(4)),
-            case((_part_of_given(1) != literal_column("'new'"), current_second())),
-        ).order_by(_given.c.key),
+            *(_element(place) for place in range(4)),
+            case((_element(1) != literal_column("'new'"), current_second())),
+        ).order_by(_rows.c.key),
         include_defaults=False,
     )
     .returning(*DETAILED)
 )
-"""Inserts an incident for each array of a message, a status, a source and details, and returns
-them."""
+"""Inserts an incident for each row of a message, a status, a source and details, and returns the
+incidents in any order."""
 
 UPDATE_STATUS: Final = (
     update(incident_table)
@@ -148,7 +148,7 @@ SELECT_OPEN_DUPLICATE: Final = (
 
 
 _NONCE: Final[ColumnElement[Any]] = literal_column("random() & 9007199254740991")
-"""53 bits: the integers that JavaScript reads exactly."""
+"""A random number of 53 bits: the integers that JavaScript reads exactly."""
 
 
 def _insert_event(
@@ -192,21 +192,21 @@ INSERT_CREATED_EVENTS: Final = (
         select(
             literal_column("0"),
             _NONCE,
-            _part_of_given(0),
+            _element(0),
             literal_column(f"'{EventKind.CREATED.value}'"),
             select(type_coerce(_columns.incident_type, String()))
-            .where(_columns.incident_id == _part_of_given(0))
+            .where(_columns.incident_id == _element(0))
             .scalar_subquery(),
-            _part_of_given(1),
+            _element(1),
             current_second(),
             literal_column(str(WRITER)),
-        ).order_by(_given.c.key),
+        ).order_by(_rows.c.key),
         include_defaults=False,
     )
     .returning(incident_event_table.c.incident_id, incident_event_table.c.to_status)
 )
-"""Inserts the first event of each incident, for arrays of an id and an actor, and returns the
-incidents with their present statuses."""
+"""Inserts the first event of an incident for each row of its id and an actor, and returns the ids
+with the present statuses of the incidents."""
 
 _expired: Final[ColumnElement[bool]] = idempotency_table.c.created_at < a_day_ago()
 

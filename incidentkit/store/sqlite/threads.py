@@ -30,7 +30,7 @@ from incidentkit.affinity import Affinity, keep, running_loop
 from incidentkit.batching import Batcher
 from incidentkit.domain.errors import ClientClosed, IncidentKitError
 from incidentkit.store.causes import NO_ANSWER
-from incidentkit.store.executor import Fetch, Rows, Work
+from incidentkit.store.executor import Fetch, Rows, SharedWork, Work
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.share import scans
 from incidentkit.store.sql.compiled import Compiled
@@ -192,16 +192,10 @@ class ThreadsExecutor:
         except Exception as error:
             raise translate_error(error) from error
 
-    def is_writing(self) -> bool:
-        """Return whether a further write would have to wait for another one."""
-        return self._opened().writing > 0
-
     async def write(self, work: Work[_T]) -> _T:
         """Run statements that write in one transaction, with no other writer from its start."""
         write = _Write(work)
-        threads = self._opened()
-        threads.writing += 1
-        answer = threads.writes(write)
+        answer = self._opened().writes(write)
         try:
             done, _ = await asyncio.wait((answer,), timeout=self._patience)
             if done or not write.claim():
@@ -215,7 +209,6 @@ class ThreadsExecutor:
             # Has no effect on a write that has begun, or has ended.
             write.claim()
             answer.cancel()
-            threads.writing -= 1
         raise NO_ANSWER.as_error()
 
     async def transact(self, work: Work[_T]) -> _T:
@@ -338,10 +331,16 @@ class OwnConnection:
 
 
 class _Write:
-    """A write that is either begun by the writing thread, or given up by its caller."""
+    """A write that is either begun by the writing thread, or given up by its caller.
+
+    Attributes:
+        work: What it does alone.
+        shared: The same, if it may run together with other writes; None: it may not.
+    """
 
     def __init__(self, work: Work[Any]) -> None:
-        self.work = work
+        self.shared = work if isinstance(work, SharedWork) else None
+        self.work = work if self.shared is None else self.shared.alone
         self._begun = False
         self._claimed = Lock()
 
@@ -411,9 +410,6 @@ class _Threads:
         engine: The connections.
         options: Their number, and time limits.
         file: The file; None: a database in memory, whose one connection serves all.
-
-    Attributes:
-        writing: Number of writes that are waiting or running.
     """
 
     def __init__(self, engine: Engine, options: StoreOptions, file: DatabaseFile | None) -> None:
@@ -439,7 +435,6 @@ class _Threads:
         self._scans: dict[asyncio.Future[Rows], _Scan] = {}
         # One thread for each batch that may run: a further batch would only wait for a thread.
         running = 1 if one else options.pool_size
-        self.writing = 0
         self.writes: Batcher[_Write, Any] = Batcher(self._write_all, patient=True, size=WRITES)
         self.reads: Batcher[tuple[Executable, Mapping[str, Any]], Rows] = Batcher(
             partial(self._read_all, OwnConnection.fetch), running=running, patient=True, size=READS
@@ -574,7 +569,8 @@ def _transact(
 ) -> list[Any]:
     """Run in one transaction the writes that were not given up, and undo each that fails.
 
-    They run without savepoints first. If one of several fails, all run again with savepoints.
+    They run without savepoints first, and those that can run together do so. If one of several
+    fails, all run again, each in a savepoint.
 
     Args:
         connection: The connection.
@@ -593,11 +589,16 @@ def _transact(
     try:
         # Again, since the transaction may have waited for another one.
         check_file()
+        done = {} if apart else _outcome(partial(_run_together, connection, given, fetch))
         for write in given:
-            if not write.begin():
-                outcomes.append(None)
-                continue
-            outcome = _outcome(partial(run, connection, write.work, fetch))
+            if isinstance(done, Exception):
+                outcome: Any = done
+            elif write in done:
+                outcome = done[write]
+            elif not write.begin():
+                outcome = None
+            else:
+                outcome = _outcome(partial(run, connection, write.work, fetch))
             failed = not apart and isinstance(outcome, Exception)
             if failed or not connection.driver.in_transaction:
                 break
@@ -619,8 +620,21 @@ def _transact(
     # run without this one.
     place = len(outcomes)
     others = [*given[:place], *given[place + 1 :]]
-    done = _transact(connection, others, check_file) if others else []
-    return [*done[:place], outcome, *done[place:]]
+    answers = _transact(connection, others, check_file) if others else []
+    return [*answers[:place], outcome, *answers[place:]]
+
+
+def _run_together(
+    connection: OwnConnection, given: Sequence[_Write], fetch: Fetch
+) -> dict[_Write, Any]:
+    """Run the writes that can run together, unless there is only one, and return their answers."""
+    works = {write: write.shared for write in given if write.shared is not None and write.begin()}
+    if len(works) <= 1:
+        return {}
+    items = [work.item for work in works.values()]
+    together = next(iter(works.values())).together
+    answers = _run(connection, lambda fetch: together(fetch, items), fetch)
+    return dict(zip(works, answers, strict=True))
 
 
 def _run_in_savepoint(connection: OwnConnection, work: Work[_T], fetch: Fetch) -> _T:
