@@ -249,6 +249,18 @@ async def test_a_shared_statement_has_links_to_its_calls(migrated_postgres_url: 
     assert total > value(text, "incidentkit_calls_per_statement_count", operation="SELECT") > 0
 
 
+async def test_statements_that_creates_share_on_sqlite_are_counted(sqlite_url: str) -> None:
+    """Each statement that several creates share counts once."""
+    metrics = PrometheusObserver()
+    async with IncidentClient.open(sqlite_url, observer=metrics) as client:
+        await asyncio.gather(
+            *(client.create(f"Disk {n} is full", source="monitoring") for n in range(20))
+        )
+    text = metrics.expose({}).decode()
+    statements = "incidentkit_statement_duration_seconds_count"
+    assert 2 <= value(text, statements, operation="INSERT", outcome="ok") < 20
+
+
 async def test_a_statement_names_its_server(migrated_postgres_url: str) -> None:
     """The span of a statement has the server and the database, and no account."""
     traces = Traces()

@@ -25,14 +25,21 @@ from incidentkit import (
 )
 from incidentkit.opening import store_on
 from incidentkit.store import StoreOptions
+from incidentkit.store.executor import SharedWork
 from incidentkit.store.sqlite.dialect import SqliteDialect
-from incidentkit.store.sqlite.threads import ThreadsExecutor, _Threads
+from incidentkit.store.sqlite.threads import (
+    OwnConnection,
+    ThreadsExecutor,
+    _Threads,
+    _transact,
+    _Write,
+)
 from incidentkit.store.store import Store
 from tests.endless import ENDLESS, Endless, before_statements
 from tests.strategies import characters, sources, statuses, stripped_messages
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from incidentkit import Incident
     from incidentkit.store.executor import Rows
@@ -229,6 +236,22 @@ async def test_creates_are_undone_unless_ids_follow_their_order() -> None:
     given = [(NewIncident(f"Disk {n} is full", "partner"), None) for n in range(2)]
     with pytest.raises(StoreError):
         await SqliteDialect().create_together(fetch, given)
+
+
+def test_a_write_that_was_given_up_is_not_done_with_others() -> None:
+    """A write that its caller gave up in time is not among those that share statements."""
+
+    async def alone(_: object) -> str:
+        return "alone"
+
+    async def together(_: object, items: Sequence[str]) -> list[str]:
+        return [f"{item} of {len(items)}" for item in items]
+
+    writes = [_Write(SharedWork(item, alone, together)) for item in "abc"]
+    assert writes[1].claim()
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as driver:
+        connection = OwnConnection(driver, {}, echo=False)
+        assert _transact(connection, writes, lambda: None) == ["a of 2", None, "c of 2"]
 
 
 async def test_a_write_alone_is_one_transaction_and_committed(
