@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from incidentkit.incidents import Incidents
     from incidentkit.joined import JoinedIncidents
 
+pytestmark = pytest.mark.unmeasured
+
 THOROUGH = os.environ.get("INCIDENTKIT_TEST_PROFILE") == "thorough"
 
 SETTINGS = settings(
