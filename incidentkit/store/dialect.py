@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from sqlalchemy import Executable
 
@@ -25,6 +25,11 @@ from incidentkit.store.sql.search import WordsMatch
 
 PURGED_EVENTS: Final = 5_000
 """Maximum number of events that one purge removes, so that its transaction stays short."""
+
+
+CreateTogether: TypeAlias = Callable[
+    [Fetch, Sequence[tuple[NewIncident, str | None]]], Awaitable[IncidentList]
+]
 
 
 class Dialect(Protocol):
@@ -63,6 +68,15 @@ class Dialect(Protocol):
 
     async def create(self, fetch: Fetch, incident: NewIncident, actor: str | None) -> Incident:
         """Insert the incident with its event, or count an occurrence of the open one."""
+        ...
+
+    @property
+    def create_together(self) -> CreateTogether | None:
+        """Inserts incidents without deduplication keys at once, each with its actor.
+
+        It raises if a trigger affects one of them; :meth:`create` must run for each then. None:
+        each needs statements of its own.
+        """
         ...
 
     async def create_many(

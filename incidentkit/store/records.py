@@ -44,7 +44,7 @@ from incidentkit.domain.values import (
 from incidentkit.store.bookmarks import Bookmarks
 from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.dialect import PURGED_EVENTS, Dialect
-from incidentkit.store.executor import Executor, Fetch, Rows, Work
+from incidentkit.store.executor import Executor, Fetch, Rows, SharedWork, Work
 from incidentkit.store.idempotency import Idempotency
 from incidentkit.store.page import Page
 from incidentkit.store.ports import EventList, IncidentList, OptionalIncidents, Place
@@ -178,13 +178,17 @@ class Records:
             stored = None if shared is None else await shared
             if stored is not None:
                 return stored
-        work = partial(self._dialect.create, incident=incident, actor=actor)
+        work: Work[Incident] = partial(self._dialect.create, incident=incident, actor=actor)
         keys = [] if incident.dedup_key is None else [("dedup_key", incident.dedup_key)]
         async with self._turn(once, keys):
             if once is not None:
                 return await self._write_once(
                     work, once, encode_incident, wire_format.decode_incident
                 )
+            together = self._dialect.create_together
+            # With a key, an answer for several does not tell which of them counted an occurrence.
+            if together is not None and incident.dedup_key is None:
+                work = SharedWork((incident, actor), work, together)
             return await self._executor.write(work)
 
     @names_database

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import URL
@@ -22,7 +21,7 @@ from incidentkit.store.hosts.sqlite_engine import SqliteEngineExecutor, file_url
 from incidentkit.store.options import StoreOptions
 from incidentkit.store.ports import Migrations, StoreOperations
 from incidentkit.store.records import Records
-from incidentkit.store.sqlite.dialect import SqliteDialect, SqliteSharing
+from incidentkit.store.sqlite.dialect import SqliteDialect
 from incidentkit.store.sqlite.errors import translate_error
 from incidentkit.store.sqlite.threads import ThreadsExecutor
 from incidentkit.store.sqlite.url import MEMORY, place_of, sqlite_url
@@ -69,15 +68,7 @@ def _file_store(
         else:
             await migrations.upgrade(url.render_as_string(hide_password=False))
 
-    dialect = SqliteDialect()
-    return Store(
-        dialect,
-        executor,
-        join=join,
-        join_sync=join_sync,
-        share=partial(SqliteSharing, dialect),
-        upgrade=upgrade,
-    )
+    return Store(SqliteDialect(), executor, join=join, join_sync=join_sync, upgrade=upgrade)
 
 
 def _engine_store(engine: AsyncEngine, load_migrations: Callable[[], Migrations]) -> Store:

@@ -35,7 +35,7 @@ from incidentkit.domain.values import (
 from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
-from incidentkit.store.dialect import PURGED_EVENTS
+from incidentkit.store.dialect import PURGED_EVENTS, CreateTogether
 from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.postgresql.errors import lost_race, unstorable
@@ -66,6 +66,7 @@ class PostgresDialect:
     select_changes: Executable = SELECT_CHANGES
     select_waiting: Executable | None = SELECT_WAITING
     words_match = sql.WORDS_MATCH
+    create_together: CreateTogether | None = None
     indexes_pairs = True
     keeps_plans = True
     system: DatabaseKind = "postgresql"

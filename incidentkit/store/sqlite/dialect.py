@@ -6,9 +6,8 @@ Creates that share a transaction share their statements, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 from sqlalchemy import Executable
@@ -26,7 +25,6 @@ from incidentkit.domain.errors import (
     IncidentNotFound,
     VersionConflict,
 )
-from incidentkit.domain.queries import ListQuery
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
     OPEN,
@@ -41,7 +39,7 @@ from incidentkit.domain.words import phrases
 from incidentkit.store.causes import KEPT_OUT
 from incidentkit.store.database import DatabaseKind
 from incidentkit.store.dialect import PURGED_EVENTS
-from incidentkit.store.executor import Executor, Fetch, Rows, SharedWork
+from incidentkit.store.executor import Fetch, Rows
 from incidentkit.store.ports import IncidentList, OptionalIncidents
 from incidentkit.store.sql import definitions
 from incidentkit.store.sql.rows import details_as_text, read_detailed, read_event
@@ -263,41 +261,6 @@ class SqliteDialect:
 
     def unstorable(self, error: BaseException | None) -> None:
         """Return None: every encoding of SQLite has all characters."""
-
-
-class SqliteSharing:
-    """Lets creates that share a transaction share their statements, too.
-
-    Not those with a deduplication key: the answer does not tell which call counted an occurrence.
-    All other calls run their own statements.
-
-    Args:
-        dialect: The statements.
-        executor: Gathers writes into transactions.
-    """
-
-    def __init__(self, dialect: SqliteDialect, executor: Executor) -> None:
-        self._dialect = dialect
-        self._executor = executor
-
-    def get(self, incident_id: int) -> None:
-        """Return None."""
-
-    def list(self, query: ListQuery) -> None:
-        """Return None."""
-
-    def create(self, incident: NewIncident, actor: str | None) -> Awaitable[Incident] | None:
-        """Store one incident, unless it has a deduplication key."""
-        if incident.dedup_key is not None:
-            return None
-        alone = partial(self._dialect.create, incident=incident, actor=actor)
-        together = self._dialect.create_together
-        return self._executor.write(SharedWork((incident, actor), alone, together))
-
-    def update_status(
-        self, change: StatusChange, transitions: Transitions, actor: str | None
-    ) -> None:
-        """Return None."""
 
 
 async def _select_incident(fetch: Fetch, incident_id: int) -> Incident:

@@ -196,20 +196,18 @@ class ThreadsExecutor:
         """Run statements that write in one transaction, with no other writer from its start."""
         write = _Write(work)
         answer = self._opened().writes(write)
+        timer = answer.get_loop().call_later(self._patience, write.give_up, answer)
         try:
-            done, _ = await asyncio.wait((answer,), timeout=self._patience)
-            if done or not write.claim():
-                written: _T = await answer
-                return written
+            written: _T = await answer
         except IncidentKitError:
             raise
         except Exception as error:
             raise translate_error(error) from error
         finally:
+            timer.cancel()
             # Has no effect on a write that has begun, or has ended.
             write.claim()
-            answer.cancel()
-        raise NO_ANSWER.as_error()
+        return written
 
     async def transact(self, work: Work[_T]) -> _T:
         """Run statements that write, all or none, as :meth:`write` does."""
@@ -347,6 +345,11 @@ class _Write:
     def claim(self) -> bool:
         """Claim the write, for the thread or the caller; return False if it was already claimed."""
         return self._claimed.acquire(blocking=False)
+
+    def give_up(self, answer: asyncio.Future[Any]) -> None:
+        """Answer that there was no answer in time, unless the write has begun."""
+        if self.claim() and not answer.done():
+            answer.set_exception(NO_ANSWER.as_error())
 
     def begin(self) -> bool:
         """Return whether to run it; once begun, it may run again."""
