@@ -30,6 +30,7 @@ PURGED_EVENTS: Final = 5_000
 CreateTogether: TypeAlias = Callable[
     [Fetch, Sequence[tuple[NewIncident, str | None]]], Awaitable[IncidentList]
 ]
+"""Inserts incidents, each with its actor, and returns them in their order."""
 
 
 class Dialect(Protocol):
@@ -72,10 +73,10 @@ class Dialect(Protocol):
 
     @property
     def create_together(self) -> CreateTogether | None:
-        """Inserts incidents without deduplication keys at once, each with its actor.
+        """Inserts several incidents without deduplication keys; None: each needs :meth:`create`.
 
-        It raises if a trigger affects one of them; :meth:`create` must run for each then. None:
-        each needs statements of its own.
+        If it raises, as a trigger of the database can make it, its statements have to be undone,
+        and :meth:`create` run for each.
         """
         ...
 

@@ -23,14 +23,14 @@ Work: TypeAlias = Callable[[Fetch], Awaitable[_T]]
 
 @frozen
 class SharedWork(Generic[_T]):
-    """Work that may run together with that of other calls, for less than each alone.
+    """Work on one item, which an executor may also do for the items of several calls at once.
 
     Attributes:
         item: What to write.
-        alone: Writes it.
-        together: Writes several items, in any order, and returns an answer for each. If it fails,
-            its statements are undone, and each item is written alone. The works of an executor that
-            have it all have the same.
+        alone: Writes the item.
+        together: Writes several items, and returns an answer for each. If it fails, its statements
+            are undone, and each item is written alone. It is the same in every such work that one
+            executor gets.
     """
 
     item: Any
@@ -42,7 +42,7 @@ class SharedWork(Generic[_T]):
         return self.alone(fetch)
 
     def through(self, change: Callable[[Fetch], Fetch]) -> SharedWork[_T]:
-        """Return the same work, whose statements run through a function."""
+        """Return the same work, with a function that changes how its statements run."""
 
         def alone(fetch: Fetch) -> Awaitable[_T]:
             return self.alone(change(fetch))
