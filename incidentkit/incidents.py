@@ -152,6 +152,7 @@ class Incidents(ABC):
             incident = NewIncident(incident_message, dedup_key=dedup_key, details=details, **fields)
         transactions = self._transactions
         once = None
+        # Checked here too: most creates have no key, and none is called more often.
         if idempotency_key is not None:
             once = _once(transactions, idempotency_key, "create", incident)
         return await transactions.write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from threading import Event, Thread
 from threading import enumerate as enumerate_threads
@@ -39,7 +39,7 @@ from tests.endless import ENDLESS, Endless, before_statements
 from tests.strategies import characters, sources, statuses, stripped_messages
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
     from incidentkit import Incident
     from incidentkit.store.executor import Rows
@@ -79,6 +79,15 @@ def inserts(log: pytest.LogCaptureFixture) -> int:
     return sum(message.startswith("INSERT") for message in log.messages)
 
 
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Lock the file for writers of other connections inside the block, as another program does."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
 async def create(client: IncidentClient, number: int) -> list[Incident]:
     """Create incidents concurrently."""
     return await asyncio.gather(
@@ -114,13 +123,11 @@ async def test_creates_that_arrive_one_by_one_share_statements(
 ) -> None:
     """Creates that arrive at different times, while a write is running, share two statements."""
     client, log = traced
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with locked(path):
         calls = []
         for _ in range(20):
             calls.append(asyncio.ensure_future(create(client, 1)))
             await asyncio.wait(calls, timeout=0.002)
-        other.execute("ROLLBACK")
     await asyncio.gather(*calls)
     # The first one had the writer to itself.
     assert inserts(log) <= 4
@@ -337,15 +344,13 @@ async def test_reads_go_on_while_another_program_writes(sqlite_url: str, path: s
     options = StoreOptions(pool_timeout=30, statement_timeout=0.2)
     async with IncidentClient.open(sqlite_url, options=options) as client:
         (incident,) = await create(client, 1)
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with locked(path):
             write = asyncio.ensure_future(client.create("Disk is full", source="partner"))
             read = await asyncio.gather(*(client.get(1) for _ in range(50)))
             assert read == [incident] * 50
             assert await client.list() == [incident]
             with pytest.raises(StoreUnavailable):
                 await write
-            other.execute("ROLLBACK")
         await create(client, 1)
 
 
@@ -353,15 +358,13 @@ async def test_a_write_that_was_given_up_is_not_done_later(sqlite_url: str, path
     """A write that timed out is not carried out later."""
     options = StoreOptions(pool_timeout=0.3, statement_timeout=0.3)
     async with IncidentClient.open(sqlite_url, options=options) as client:
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with locked(path):
             writes = []
             for _ in range(5):
                 writes.append(asyncio.ensure_future(create(client, 1)))
                 await asyncio.wait(writes, timeout=0.15)
             outcomes = await asyncio.gather(*writes, return_exceptions=True)
             assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
-            other.execute("ROLLBACK")
     async with IncidentClient.open(sqlite_url) as client:
         assert await client.list() == []
 
@@ -371,14 +374,12 @@ async def test_a_close_that_is_cancelled_can_be_repeated(sqlite_url: str, path: 
     threads = threads_of_files()
     store = store_on(sqlite_url)
     await store.open()
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with locked(path):
         write = asyncio.ensure_future(store.create(NewIncident("Disk is full", "partner")))
         await asyncio.wait([write], timeout=0.05)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await store.close()
-        other.execute("ROLLBACK")
     await write
     await store.close()
     assert threads_of_files() <= threads

@@ -20,11 +20,7 @@ from incidentkit.domain.commands import (
     Resolutions,
     StatusChange,
 )
-from incidentkit.domain.errors import (
-    DuplicateOpenIncident,
-    IncidentNotFound,
-    VersionConflict,
-)
+from incidentkit.domain.errors import DuplicateOpenIncident, IncidentNotFound, VersionConflict
 from incidentkit.domain.transitions import Transitions
 from incidentkit.domain.values import (
     OPEN,

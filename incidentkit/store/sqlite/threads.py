@@ -592,12 +592,12 @@ def _transact(
     try:
         # Again, since the transaction may have waited for another one.
         check_file()
-        done = {} if apart else _outcome(partial(_run_together, connection, given, fetch))
+        shared = {} if apart else _outcome(partial(_run_together, connection, given, fetch))
         for write in given:
-            if isinstance(done, Exception):
-                outcome: Any = done
-            elif write in done:
-                outcome = done[write]
+            if isinstance(shared, Exception):
+                outcome: Any = shared
+            elif write in shared:
+                outcome = shared[write]
             elif not write.begin():
                 outcome = None
             else:
